@@ -1,0 +1,1 @@
+"""Options: declared once, read from flags and TOML files. Knows no torch."""

@@ -1,0 +1,54 @@
+"""Where files go and how they get there: atomic writes and the user's cache folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_path", "cache_dir"]
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that replaces it when the block ends well.
+
+    A kill at any moment leaves the old file or none, never half a file under the final name.
+    An exception in the block removes the temporary file. Parent folders are created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cache_dir() -> Path:
+    """The folder for results worth keeping between runs.
+
+    ``$MLM_PLUGIN_CACHE`` if set, else ``mlm_plugin`` in the platform's cache folder.
+    """
+    if chosen := os.environ.get("MLM_PLUGIN_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "mlm_plugin"
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

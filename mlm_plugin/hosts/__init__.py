@@ -1,0 +1,1 @@
+"""Programs that bring the core to work: the standalone trainer."""

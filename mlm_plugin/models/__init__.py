@@ -1,0 +1,1 @@
+"""Text encoders, checkpoints, networks and the contextualizer. Knows no trainer."""
