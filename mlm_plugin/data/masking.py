@@ -1,0 +1,174 @@
+"""Masking of prompts: ids in, masked ids and labels out.
+
+Pure functions over token ids; knows no model and no prompt set. Shapes: B prompts, L tokens.
+Whole words are masked, at least one per prompt, content words first (methods after Devlin et al.
+2018 and, for short captions, the "content words" remedy of data-efficient MLM).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORE_INDEX", "MASK_ID", "MaskedTokens", "MaskingVocabulary", "mask_tokens"]
+
+MASK_ID = -1
+"""Stands for [MASK] in the ids. No vocabulary holds it: a hook on the embedding layer resolves it."""
+
+IGNORE_INDEX = -100
+"""Label of a position without a target, as in transformers."""
+
+LOW_PRIORITY_WEIGHT = 0.1
+"""Chance of a function word to be chosen, relative to a content word."""
+
+Word = tuple[int, ...]
+
+
+class MaskedTokens(NamedTuple):
+    """Result of :func:`mask_tokens`."""
+
+    input_ids: Tensor  # (B, L) long, MASK_ID where a token was hidden
+    labels: Tensor  # (B, L) long, the hidden id, IGNORE_INDEX elsewhere
+
+
+@dataclass(frozen=True)
+class MaskingVocabulary:
+    """What masking must know of a tokenizer and of the concept.
+
+    Attributes:
+        ends_word: ids that close a word (CLIP's BPE marks them with ``</w>``).
+        bos_token_id: id of the first token.
+        eos_token_id: id that ends the prompt; everything from the first one on is padding.
+        protected: words that are never masked: placeholder tokens and the class word.
+        low_priority: function words and words of neutral prefixes ("a photo of").
+        replacements: ids that 80/10/10 masking may put in a word's place.
+    """
+
+    ends_word: frozenset[int]
+    bos_token_id: int
+    eos_token_id: int
+    protected: frozenset[Word]
+    low_priority: frozenset[Word]
+    replacements: Sequence[int]
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer, *, protected: Iterable[str], low_priority: Iterable[str]
+    ) -> MaskingVocabulary:
+        """Read word ends and the ids of protected and unimportant words off a CLIP tokenizer."""
+        vocabulary = tokenizer.get_vocab()
+        added = set(tokenizer.get_added_vocab().values())
+        special = set(tokenizer.all_special_ids)
+        ends = {id for token, id in vocabulary.items() if token.endswith("</w>")}
+        ends |= added - special
+        bare = cls(
+            ends_word=frozenset(ends),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            protected=frozenset(),
+            low_priority=frozenset(),
+            replacements=sorted(ends - added - special),
+        )
+
+        def words(texts: Iterable[str]) -> frozenset[Word]:
+            texts = [text for text in texts if text]
+            if not texts:
+                return frozenset()
+            encoded = tokenizer(texts, add_special_tokens=False).input_ids
+            return frozenset(tuple(ids[s:e]) for ids in encoded for s, e in bare.split_words(ids))
+
+        return cls(**{**bare.__dict__, "protected": words(protected), "low_priority": words(low_priority)})
+
+    def split_words(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Spans ``(start, end)`` of the words between BOS and the first EOS."""
+        spans, start = [], 1 if ids and ids[0] == self.bos_token_id else 0
+        for position in range(start, len(ids)):
+            if ids[position] == self.eos_token_id:
+                if start < position:  # a word cut off by the length limit
+                    spans.append((start, position))
+                return spans
+            if ids[position] in self.ends_word:
+                spans.append((start, position + 1))
+                start = position + 1
+        if start < len(ids):
+            spans.append((start, len(ids)))
+        return spans
+
+
+def mask_tokens(
+    input_ids_BL: Tensor,
+    vocabulary: MaskingVocabulary,
+    *,
+    mlm_probability: float,
+    rng: random.Random,
+    replace: str = "mask",
+) -> MaskedTokens:
+    """Hide random context words of each prompt.
+
+    Per prompt ``max(1, round(mlm_probability * words))`` words are drawn without replacement among
+    those that are not protected (rounded at random, so that the rate holds on average); content
+    words are drawn ten times as readily as function words. A prompt without such a word gets no
+    label.
+
+    Args:
+        input_ids_BL: token ids, shape ``(B, L)``, long, on the CPU.
+        vocabulary: word ends, specials, protected words.
+        mlm_probability: share of maskable words to hide, in (0, 1].
+        rng: the caller's own stream.
+        replace: ``"mask"`` hides every chosen word behind MASK_ID; ``"bert"`` hides 80 %, puts a
+            random word's token in place of 10 % and leaves 10 % as they are.
+
+    Returns:
+        Masked ids and labels, both ``(B, L)``.
+
+    Raises:
+        ValueError: if ``mlm_probability`` or ``replace`` is out of range.
+
+    Source: Devlin et al. 2018, section 3.1; no concept token is masked: methods of arXiv 2410.10058.
+    """
+    if not 0 < mlm_probability <= 1:
+        raise ValueError(f"mlm_probability must be in (0, 1], got {mlm_probability}")
+    if replace not in ("mask", "bert"):
+        raise ValueError(f"replace must be 'mask' or 'bert', got {replace!r}")
+    masked_BL = input_ids_BL.clone()
+    labels_BL = torch.full_like(input_ids_BL, IGNORE_INDEX)
+    for row, ids in enumerate(input_ids_BL.tolist()):
+        for start, end in _choose_words(ids, vocabulary, mlm_probability, rng):
+            labels_BL[row, start:end] = input_ids_BL[row, start:end]
+            masked_BL[row, start:end] = _replacement(ids[start:end], vocabulary, replace, rng)
+    return MaskedTokens(masked_BL, labels_BL)
+
+
+def _choose_words(
+    ids: list[int], vocabulary: MaskingVocabulary, mlm_probability: float, rng: random.Random
+) -> list[tuple[int, int]]:
+    maskable = [
+        span for span in vocabulary.split_words(ids) if tuple(ids[slice(*span)]) not in vocabulary.protected
+    ]
+    if not maskable:
+        return []
+    count = max(1, int(mlm_probability * len(maskable) + rng.random()))
+
+    def priority(span: tuple[int, int]) -> float:
+        # the k largest u^(1/w) are a weighted draw without replacement (Efraimidis, Spirakis 2006)
+        low = tuple(ids[slice(*span)]) in vocabulary.low_priority
+        return rng.random() ** (1 / (LOW_PRIORITY_WEIGHT if low else 1.0))
+
+    keys = {span: priority(span) for span in maskable}
+    return sorted(maskable, key=keys.__getitem__, reverse=True)[:count]
+
+
+def _replacement(
+    word: list[int], vocabulary: MaskingVocabulary, replace: str, rng: random.Random
+) -> Tensor:
+    fate = rng.random() if replace == "bert" else 0.0
+    if fate < 0.8:
+        return torch.full((len(word),), MASK_ID)
+    if fate < 0.9:
+        return torch.tensor([rng.choice(vocabulary.replacements) for _ in word])
+    return torch.tensor(word)

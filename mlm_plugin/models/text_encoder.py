@@ -1,0 +1,162 @@
+"""A CLIP text encoder as the U-Net sees it: tokenizer, model, clip skip and long captions.
+
+Knows nothing of training, prompts or masks. Shapes: B captions, L tokens, N windows of 77, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["TextEncoder"]
+
+SIGN_BITS_PER_TENSOR = 64
+
+
+class TextEncoder:
+    """Tokenizer and CLIP text model behind one call: captions in, U-Net conditioning out.
+
+    Args:
+        tokenizer: CLIP tokenizer (BPE, words end in ``</w>``).
+        model: ``CLIPTextModel``; nested (transformers < 5.6) or flat (>= 5.6).
+        clip_skip: ``None`` or 1 = last layer; k = the k-th state from the end, followed by the final
+            layer norm. Source: sd-scripts ``library/strategy_sd.py``.
+        max_token_length: ``None`` or 75 = one window of 77; 150 / 225 = two / three windows.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        model: nn.Module,
+        *,
+        clip_skip: int | None = None,
+        max_token_length: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.model = model
+        self.clip_skip = clip_skip
+        self.max_token_length = max_token_length
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """The token table, ``(V, D)``."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def window(self) -> int:
+        """Tokens of one pass through the model, BOS and EOS included (77)."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def body(self) -> nn.Module:
+        """The transformer itself, whichever way this version of transformers nests it."""
+        return getattr(self.model, "text_model", self.model)
+
+    def tokenize(self, captions: Sequence[str]) -> Tensor:
+        """Token ids of captions, padded and split into windows.
+
+        Returns:
+            ids of shape ``(B, N, 77)``; a window is BOS, 75 tokens, EOS or padding.
+
+        Source: sd-scripts ``library/strategy_base.py`` ``_get_input_ids``.
+        """
+        body_length = self.window - 2
+        num_windows = max(1, (self.max_token_length or body_length) // body_length)
+        ids_BL = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            truncation=True,
+            max_length=num_windows * body_length + 2,
+            return_tensors="pt",
+        ).input_ids
+        if num_windows == 1:
+            return ids_BL[:, None]
+        return torch.stack([self._split_windows(ids_L, num_windows) for ids_L in ids_BL])
+
+    def tokenize_trimmed(self, captions: Sequence[str]) -> Tensor:
+        """Token ids padded to the longest caption only, ``(B, L)`` with L <= 77.
+
+        A causal encoder gives the same states for them as for a full window.
+        """
+        return self.tokenizer(
+            list(captions),
+            padding="longest",
+            truncation=True,
+            max_length=self.window,
+            return_tensors="pt",
+        ).input_ids
+
+    def encode(self, input_ids_BL: Tensor) -> Tensor:
+        """Conditioning states of one window, ``(B, L) -> (B, L, D)``, L <= 77, clip skip applied."""
+        input_ids_BL = input_ids_BL.to(self.token_embedding.weight.device)
+        if self.clip_skip is None:
+            return self.model(input_ids=input_ids_BL, return_dict=True).last_hidden_state
+        states = self.model(input_ids=input_ids_BL, output_hidden_states=True, return_dict=True)
+        return self.body.final_layer_norm(states.hidden_states[-self.clip_skip])
+
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
+        """What the U-Net gets for captions: ``(B, 75 N + 2, D)``."""
+        return self.encode_windows(self.tokenize(captions))
+
+    def encode_windows(self, input_ids_BNL: Tensor) -> Tensor:
+        """Encode windows one by one and join them: BOS, the bodies, the last window's end."""
+        num_captions, num_windows, length = input_ids_BNL.shape
+        states = self.encode(input_ids_BNL.flatten(0, 1))
+        if num_windows == 1:
+            return states
+        states_BNLD = states.unflatten(0, (num_captions, num_windows))
+        bodies = states_BNLD[:, :, 1 : length - 1].flatten(1, 2)
+        return torch.cat([states_BNLD[:, 0, :1], bodies, states_BNLD[:, -1, -1:]], dim=1)
+
+    def count_tokens(self, caption: str) -> int:
+        """Tokens of a caption without BOS and EOS, before any cut."""
+        return len(self.tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
+
+    def fingerprint(self) -> str:
+        """Identity of the states this encoder gives: weights and clip skip, 16 hex digits and a suffix.
+
+        Made of the signs of a sample of weights, so that the same checkpoint has the same
+        fingerprint in fp32, bf16 and fp16.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(_plain_names(self.model)):
+            flat = tensor.detach().flatten()
+            stride = max(1, flat.numel() // SIGN_BITS_PER_TENSOR)
+            signs = (flat[::stride] > 0).cpu().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + signs.tobytes())
+        return f"{digest.hexdigest()[:16]}-skip{self.clip_skip or 1}"
+
+    def tokenizer_fingerprint(self) -> str:
+        """Identity of the vocabulary without tokens added later, 16 hex digits."""
+        size = self.model.config.vocab_size
+        vocabulary = {k: v for k, v in self.tokenizer.get_vocab().items() if v < size}
+        text = json.dumps(sorted(vocabulary.items(), key=lambda item: item[1]))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _split_windows(self, ids_L: Tensor, num_windows: int) -> Tensor:
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        body_length = self.window - 2
+        windows = []
+        for i in range(num_windows):
+            start = 1 + i * body_length
+            window = torch.cat([ids_L[:1], ids_L[start : start + body_length], ids_L[-1:]])
+            if pad != eos:  # SD 2: padding is not EOS, so an EOS may have to be put back
+                if window[-2] not in (pad, eos):
+                    window[-1] = eos
+                if window[1] == pad:
+                    window[1] = eos
+            windows.append(window)
+        return torch.stack(windows)
+
+
+def _plain_names(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Weights under names that do not depend on the library's nesting or on LoRA wrappers."""
+    plain = []
+    for name, tensor in model.named_parameters():
+        if ".lora_" not in name:
+            plain.append((name.removeprefix("text_model.").replace(".base_layer", ""), tensor))
+    return plain

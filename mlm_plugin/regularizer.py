@@ -1,0 +1,155 @@
+"""The regularizer: context-rich prompts in, one scalar out.
+
+``loss = diffusion loss + weight * MLM loss``: hide words around the concept, run the text encoder
+that is being trained, let the frozen contextualizer name the hidden words. The gradient reaches
+whatever is trained before the text encoder's output.
+
+Knows no trainer, no command line and no text-encoder class: a host hands over a :class:`TextTap`
+per text encoder. Shapes: B prompts, L tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens
+from mlm_plugin.models.contextualizer import Contextualizer, MaskedWordLoss, masked_word_loss
+from mlm_plugin.models.mask_token import mask_embedding
+
+__all__ = ["MLMOutput", "MLMRegularizer", "MLMSchedule", "TextTap"]
+
+
+class MLMOutput(NamedTuple):
+    """What one call gives back. Tensors stay on the device; reading them waits for it."""
+
+    loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
+    accuracy: Tensor  # 0-d fp32, share of hidden tokens named rightly, without gradient
+    num_masked: Tensor  # 0-d long
+
+
+@dataclass
+class TextTap:
+    """Where the regularizer touches one text encoder of a host.
+
+    Attributes:
+        tokenize: prompts to ids ``(B, L)``, padded to the longest, on the CPU.
+        encode: ids ``(B, L)`` to the very states the U-Net is conditioned on, ``(B, L, D)``.
+        embedding: the encoder's token embedding layer (takes the mask vector by hook).
+        contextualizer: made for this encoder; frozen here.
+        vocabulary: word ends and the words that are never masked.
+        token_table: ``(V, D)``, frozen output table; a copy where the host trains the embeddings.
+    """
+
+    tokenize: Callable[[list[str]], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    embedding: nn.Embedding
+    contextualizer: Contextualizer
+    vocabulary: MaskingVocabulary
+    token_table: Tensor
+
+    def __post_init__(self):
+        self.contextualizer.require_trained()
+        self.contextualizer.requires_grad_(False).eval()
+        assert not self.token_table.requires_grad, "the output table must be frozen"
+
+
+@dataclass(frozen=True)
+class MLMSchedule:
+    """When the term acts and how strongly.
+
+    Attributes:
+        weight: ``mlm_loss_weight``.
+        every_n_steps: act on every n-th step, n times as strongly, so that the expectation stays.
+        start_step: first step with the term.
+        end_step: first step without it again; ``None`` = to the end.
+    """
+
+    weight: float
+    every_n_steps: int = 1
+    start_step: int = 0
+    end_step: int | None = None
+
+    def weight_at(self, step: int) -> float:
+        """Weight of the term in optimizer step ``step`` (from 0); 0.0 = skip the call."""
+        started = step >= self.start_step and (self.end_step is None or step < self.end_step)
+        due = started and (step - self.start_step) % self.every_n_steps == 0
+        return self.weight * self.every_n_steps if due else 0.0
+
+
+class MLMRegularizer:
+    """Computes the MLM loss of freshly drawn prompts.
+
+    Every call draws from a stream of its own, named by seed and call number: the host's random
+    numbers stay as they were, and a resumed run goes on with the same prompts without stored state.
+
+    Args:
+        taps: one per text encoder; all see the same prompts.
+        sample_prompt: draws one prompt that holds the concept.
+        batch_size: B, prompts per call.
+        mlm_probability: share of context words to hide.
+        replace: ``"mask"`` or ``"bert"`` (80/10/10).
+        seed: names the stream; give each process its own.
+    """
+
+    def __init__(
+        self,
+        taps: Sequence[TextTap],
+        sample_prompt: Callable[[random.Random], str],
+        *,
+        batch_size: int,
+        mlm_probability: float,
+        replace: str = "mask",
+        seed: int | str = 0,
+    ):
+        assert taps, "a regularizer needs at least one text encoder"
+        self.taps = list(taps)
+        self.sample_prompt = sample_prompt
+        self.batch_size = batch_size
+        self.mlm_probability = mlm_probability
+        self.replace = replace
+        self.seed = seed
+
+    def __call__(self, call: int) -> MLMOutput:
+        """The term for call number ``call`` (0, 1, ...)."""
+        rng = random.Random(f"mlm/{self.seed}/{call}")
+        prompts = [self.sample_prompt(rng) for _ in range(self.batch_size)]
+        parts = [self._loss_of(tap, prompts, rng) for tap in self.taps]
+        num_masked = sum(part.num_masked for part in parts)
+        num_correct = sum(part.num_correct for part in parts)
+        return MLMOutput(
+            loss=torch.stack([part.loss for part in parts]).mean(),
+            accuracy=num_correct / num_masked.clamp(min=1),
+            num_masked=num_masked,
+        )
+
+    def _loss_of(self, tap: TextTap, prompts: list[str], rng: random.Random) -> MaskedWordLoss:
+        ids_BL = tap.tokenize(prompts)
+        masked = mask_tokens(
+            ids_BL,
+            tap.vocabulary,
+            mlm_probability=self.mlm_probability,
+            rng=rng,
+            replace=self.replace,
+        )
+        device = tap.token_table.device
+        with mask_embedding(tap.embedding, tap.contextualizer.mask_vector):
+            hidden_BLD = tap.encode(masked.input_ids.to(device))
+        return masked_word_loss(
+            tap.contextualizer,
+            hidden_BLD,
+            labels_BL=masked.labels.to(device),
+            is_token_BL=tokens_before_padding(ids_BL, tap.vocabulary.eos_token_id).to(device),
+            token_table_VD=tap.token_table,
+        )
+
+
+def tokens_before_padding(ids_BL: Tensor, eos_token_id: int) -> Tensor:
+    """True for BOS, words and the first EOS; false behind it (SD 1 pads with EOS, SD 2 with "!")."""
+    num_eos_before = (ids_BL == eos_token_id).cumsum(dim=1) - (ids_BL == eos_token_id).long()
+    return num_eos_before == 0
