@@ -1,0 +1,856 @@
+"""Every option of a training run, declared once.
+
+One frozen dataclass per group; a field holds name, type, default, help and limits. Command-line
+flags, TOML keys and the README's option table are derived from these fields. The names and, where
+nothing else is said, the defaults are those of kohya's ``train_network.py``. Its remaining options
+stand in two tables at the end: ``NO_EFFECT`` (accepted, with a warning) and ``REFUSED``.
+
+This module knows nothing about files, argparse, images or models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+__all__ = [
+    "ALIASES",
+    "GROUPS",
+    "NO_EFFECT",
+    "OPTIONS",
+    "REFUSED",
+    "SWITCH_ALIASES",
+    "DatasetOptions",
+    "Declined",
+    "LogOptions",
+    "LossOptions",
+    "MLMOptions",
+    "ModelOptions",
+    "NetworkOptions",
+    "OptimizerOptions",
+    "Option",
+    "OutputOptions",
+    "RunOptions",
+    "SamplingOptions",
+    "ScheduleOptions",
+    "TrainConfig",
+    "known_names",
+]
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 - the word argparse uses
+    *,
+    choices: tuple | None = None,
+    at_least: float | None = None,
+    zero_is_off: bool = False,
+    path: bool = False,
+    secret: bool = False,
+    convert: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Declare one option as a dataclass field.
+
+    Args:
+        default: Value when neither a flag nor the TOML names the option.
+        help: Its effect and unit.
+        choices: Allowed values.
+        at_least: Smallest allowed number.
+        zero_is_off: 0 means None (GUIs write 0 for an empty box).
+        path: The text is a file, a folder or a hub id.
+        secret: Never written to files.
+        convert: Rewrites unusual spellings before the type check; may raise ValueError.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "at_least": at_least,
+            "zero_is_off": zero_is_off,
+            "path": path,
+            "secret": secret,
+            "convert": convert,
+        },
+    )
+
+
+def _join_numbers(value: Any) -> Any:
+    """``512`` -> ``"512"``, ``[512, 768]`` -> ``"512,768"``; text stays."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(item) for item in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _window_length(value: Any) -> Any:
+    """75 is one CLIP window, which kohya spells None."""
+    return None if value in (75, "75", 75.0) else value
+
+
+def _steps_or_ratio(value: Any) -> Any:
+    """``"10%"`` -> ``0.1``; from 1 on the number must be whole. Source: int_or_float."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value < 0 or (value >= 1 and value != int(value)):
+            raise ValueError("a whole number of steps, a ratio below 1 or a percentage like 10%")
+        return int(value) if value >= 1 else value
+    return value
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The base model and how it is held in memory."""
+
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "Base model: diffusers folder, hub id, or a .safetensors/.ckpt file (SD 1.x or 2.x).",
+        path=True,
+    )
+    v2: bool = option(False, "The base model is Stable Diffusion 2.x.")
+    v_parameterization: bool = option(False, "The base model predicts v instead of the noise.")
+    vae: str | None = option(
+        None, "VAE folder, hub id or file that replaces the model's own.", path=True
+    )
+    tokenizer_cache_dir: str | None = option(
+        None, "Folder with saved tokenizers, for training without a network.", path=True
+    )
+    clip_skip: int | None = option(
+        None,
+        "Condition on the n-th last text-encoder layer, followed by the final layer norm "
+        "(anime models expect 2).",
+        at_least=1,
+    )
+    max_token_length: int | None = option(
+        None,
+        "Tokens of a caption that count: 75 (default), 150 or 225, in windows of 75.",
+        choices=(150, 225),
+        convert=_window_length,
+    )
+    no_half_vae: bool = option(False, "Run the VAE in fp32 although mixed precision is on.")
+    xformers: bool = option(
+        False, "Attention by xformers if it is installed, else PyTorch SDPA with a warning."
+    )
+    sdpa: bool = option(False, "Attention by PyTorch SDPA; this is the default already.")
+    torch_compile: bool = option(
+        False, "Compile the U-Net with torch.compile: slow start, faster steps."
+    )
+    dynamo_backend: str = option(
+        "inductor",
+        "Backend of torch_compile; `no` turns compilation off.",
+        choices=(
+            "no",
+            "eager",
+            "aot_eager",
+            "inductor",
+            "aot_ts_nvfuser",
+            "nvprims_nvfuser",
+            "cudagraphs",
+            "ofi",
+            "fx2trt",
+            "onnxrt",
+            "tensort",
+            "ipex",
+            "tvm",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network that is trained on top of the frozen model."""
+
+    network_module: str = option(
+        "networks.lora", "Kind of network: `networks.lora` (built in) or `lycoris.kohya`."
+    )
+    network_dim: int | None = option(None, "Rank of the LoRA matrices; 4 if not given.", at_least=1)
+    network_alpha: float = option(
+        1.0, "Scales the LoRA output by network_alpha / network_dim. Equal to network_dim: scale 1."
+    )
+    network_dropout: float | None = option(
+        None, "Probability of dropping a value after the down projection while training."
+    )
+    network_args: tuple[str, ...] = option(
+        (), "More settings for the network as key=value, e.g. conv_dim=8 loraplus_lr_ratio=16."
+    )
+    network_weights: str | None = option(
+        None,
+        "LoRA file whose weights the training starts from (optimizer state is not in it).",
+        path=True,
+    )
+    dim_from_weights: bool = option(
+        False, "Take rank and alpha of every module from network_weights."
+    )
+    network_train_unet_only: bool = option(
+        False, "Train no text-encoder modules. The MLM term then has no gradient and is refused."
+    )
+    network_train_text_encoder_only: bool = option(False, "Train no U-Net modules.")
+    scale_weight_norms: float | None = option(
+        None, "After every step scale down each module whose weight norm exceeds this; 1 is usual."
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Learning rates, optimizer and scheduler."""
+
+    learning_rate: float = option(
+        2e-6, "Learning rate where unet_lr or text_encoder_lr is not given."
+    )
+    unet_lr: float | None = option(None, "Learning rate of the U-Net modules.")
+    text_encoder_lr: tuple[float, ...] | None = option(
+        None, "Learning rate of the text-encoder modules; 0 leaves them untrained."
+    )
+    optimizer_type: str = option(
+        "",
+        "Optimizer, case-insensitive: AdamW (default), AdamW8bit, PagedAdamW8bit, Lion, Lion8bit, "
+        "Prodigy, DAdaptAdam, Adafactor, ..., or a full class path.",
+    )
+    optimizer_args: tuple[str, ...] = option(
+        (), "Optimizer settings as key=value, e.g. weight_decay=0.01 betas=0.9,0.99."
+    )
+    max_grad_norm: float = option(
+        1.0, "Clip the norm of the whole gradient to this; 0 for no clipping.", at_least=0
+    )
+    lr_scheduler: str = option(
+        "constant",
+        "Course of the learning rate: constant, constant_with_warmup, linear, cosine, "
+        "cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, warmup_stable_decay, "
+        "piecewise_constant or adafactor.",
+    )
+    lr_warmup_steps: int | float = option(
+        0,
+        "Warm-up in optimizer steps, or as a ratio below 1, or as `10%`.",
+        convert=_steps_or_ratio,
+    )
+    lr_decay_steps: int | float = option(
+        0,
+        "Decay in optimizer steps, ratio or percentage (warmup_stable_decay).",
+        convert=_steps_or_ratio,
+    )
+    lr_scheduler_num_cycles: int = option(1, "Number of cosine restarts.")
+    lr_scheduler_power: float = option(1.0, "Exponent of the polynomial scheduler.")
+    lr_scheduler_type: str = option(
+        "", "Scheduler class (torch name or full path) used instead of lr_scheduler."
+    )
+    lr_scheduler_args: tuple[str, ...] = option(
+        (), "Settings for the scheduler as key=value, e.g. T_max=1000."
+    )
+    lr_scheduler_timescale: int | None = option(
+        None, "Time scale of inverse_sqrt in steps; the warm-up if not given."
+    )
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, "Lowest learning rate as a ratio (cosine_with_min_lr, warmup_stable_decay)."
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Length, batch, precision and repeatability of the run."""
+
+    method: str = option("lora", "What is trained.", choices=("lora",))
+    max_train_steps: int = option(1600, "Length of the run in optimizer steps.", at_least=1)
+    max_train_epochs: int | None = option(
+        None, "Length in epochs; wins over max_train_steps.", at_least=1, zero_is_off=True
+    )
+    train_batch_size: int = option(1, "Images per step and device.", at_least=1)
+    gradient_accumulation_steps: int = option(
+        1, "Batches whose gradients are averaged into one optimizer step.", at_least=1
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, about a quarter slower."
+    )
+    mixed_precision: str = option(
+        "no",
+        "Precision of the forward pass and of the frozen model.",
+        choices=("no", "fp16", "bf16"),
+    )
+    full_fp16: bool = option(False, "Hold trained weights and gradients in fp16 too (needs fp16).")
+    full_bf16: bool = option(False, "Hold trained weights and gradients in bf16 too (needs bf16).")
+    seed: int | None = option(None, "Seed of everything random; drawn and logged if not given.")
+    max_data_loader_n_workers: int = option(
+        8,
+        "Processes that load images, at most the number of cores; 0 loads in the main one.",
+        at_least=0,
+    )
+    persistent_data_loader_workers: bool = option(
+        False, "Keep the loader processes between epochs."
+    )
+    resume: str | None = option(None, "State folder (`...-state`) to go on from.", path=True)
+    initial_epoch: int | None = option(
+        None, "Epoch to start counting from, 1 is the first.", at_least=1
+    )
+    initial_step: int | None = option(
+        None, "Step to start counting from, in batches over all devices.", at_least=0
+    )
+    skip_until_initial_step: bool = option(
+        False, "With initial_step or initial_epoch: pass over the data before it."
+    )
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """Images and captions; under dataset_config these are the values of last resort."""
+
+    train_data_dir: str | None = option(
+        None, "Folder that holds folders named `<repeats>_<placeholder> <class>`.", path=True
+    )
+    reg_data_dir: str | None = option(
+        None, "The same for regularization images, named `<repeats>_<class>`.", path=True
+    )
+    dataset_config: str | None = option(
+        None, "TOML or JSON that describes data sets and subsets (kohya's format).", path=True
+    )
+    resolution: str | None = option(
+        None, "Training size in pixels: `512` or `width,height`.", convert=_join_numbers
+    )
+    enable_bucket: bool = option(
+        False, "Keep aspect ratios: sort images into buckets of about equal area."
+    )
+    min_bucket_reso: int = option(256, "Smallest bucket side in pixels.", at_least=1)
+    max_bucket_reso: int = option(1024, "Largest bucket side in pixels.", at_least=1)
+    bucket_reso_steps: int = option(
+        64, "Bucket sides are multiples of this many pixels (rounded up to 64).", at_least=1
+    )
+    bucket_no_upscale: bool = option(False, "Never enlarge an image to fill a bucket.")
+    resize_interpolation: str | None = option(
+        None,
+        "How images are resized; by default area when shrinking, lanczos when growing.",
+        choices=("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"),
+    )
+    cache_latents: bool = option(False, "Encode every image once and keep its latents in memory.")
+    cache_latents_to_disk: bool = option(
+        False, "Keep the latents beside the images as .npz for the next run."
+    )
+    vae_batch_size: int = option(1, "Images encoded at once while latents are cached.", at_least=1)
+    skip_cache_check: bool = option(
+        False, "Trust latent files on disk without opening them; a stale file then spoils the run."
+    )
+    caption_extension: str = option(".caption", "Extension of the caption files.")
+    shuffle_caption: bool = option(False, "Shuffle the parts of a caption at every use.")
+    caption_separator: str = option(",", "Separates the parts of a caption.")
+    keep_tokens: int = option(
+        0, "First parts of a caption that are never moved or dropped.", at_least=0
+    )
+    keep_tokens_separator: str = option(
+        "", "Marks in the caption where the fixed parts end, e.g. `|||`; wins over keep_tokens."
+    )
+    secondary_separator: str | None = option(
+        None, "Joins parts that are shuffled and dropped together; becomes the caption separator."
+    )
+    enable_wildcard: bool = option(
+        False, "Read `{a|b}` as one of a, b; draw one line of the caption file."
+    )
+    caption_prefix: str | None = option(None, "Text put before every caption.")
+    caption_suffix: str | None = option(None, "Text put after every caption.")
+    caption_dropout_rate: float = option(0.0, "Probability of an empty caption.", at_least=0)
+    caption_dropout_every_n_epochs: int = option(
+        0, "Empty captions in every n-th epoch; 0 for never.", at_least=0
+    )
+    caption_tag_dropout_rate: float = option(
+        0.0, "Probability of dropping a part of a caption.", at_least=0
+    )
+    token_warmup_min: int = option(1, "Caption parts used at the first step.", at_least=0)
+    token_warmup_step: float = option(
+        0.0,
+        "Step at which all caption parts are used; below 1 a ratio of the run; 0 for at once.",
+        at_least=0,
+    )
+    color_aug: bool = option(False, "Vary hue and gamma a little; excludes latent caching.")
+    flip_aug: bool = option(False, "Mirror half of the images.")
+    face_crop_aug_range: str | None = option(
+        None,
+        "Crop around the face given in the file name, face size as `min,max` ratio of the image.",
+        convert=_join_numbers,
+    )
+    random_crop: bool = option(False, "Crop at a random place; excludes latent caching.")
+    alpha_mask: bool = option(False, "Weight the loss by the image's alpha channel.")
+    masked_loss: bool = option(
+        False, "Weight the loss by the mask images in conditioning_data_dir."
+    )
+    conditioning_data_dir: str | None = option(
+        None, "Folder of mask images with the names of the training images.", path=True
+    )
+    dataset_repeats: int = option(
+        1, "num_repeats of subsets under dataset_config that give none.", at_least=1
+    )
+    prior_loss_weight: float = option(
+        1.0, "Weight of the loss on regularization images.", at_least=0
+    )
+    debug_dataset: bool = option(
+        False, "Print what the data set became, then end without training."
+    )
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Noise, timesteps and weights of the diffusion loss."""
+
+    noise_offset: float | None = option(
+        None, "Shift the noise per image and channel by this times N(0,1)."
+    )
+    noise_offset_random_strength: bool = option(
+        False, "Draw the offset between 0 and noise_offset."
+    )
+    adaptive_noise_scale: float | None = option(
+        None, "Add this times the latents' mean to noise_offset (needs noise_offset)."
+    )
+    multires_noise_iterations: int | None = option(
+        None, "Levels of pyramid noise; 6 to 10 are usual.", at_least=0
+    )
+    multires_noise_discount: float = option(
+        0.3, "Strength of a pyramid level relative to the one before."
+    )
+    ip_noise_gamma: float | None = option(
+        None, "Noise added to the model's input but not to its target; 0.1 is usual."
+    )
+    ip_noise_gamma_random_strength: bool = option(False, "Draw it between 0 and ip_noise_gamma.")
+    min_snr_gamma: float | None = option(
+        None, "Limit the weight of easy timesteps (min-SNR); 5 is usual.", at_least=0
+    )
+    debiased_estimation_loss: bool = option(False, "Weight timesteps by 1/sqrt(SNR).")
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        False, "Give the v loss the timestep weights of a noise loss (needs v_parameterization)."
+    )
+    v_pred_like_loss: float | None = option(
+        None, "Add this times a v-like loss (not with v_parameterization)."
+    )
+    zero_terminal_snr: bool = option(
+        False, "Rescale betas so that the last timestep is pure noise."
+    )
+    min_timestep: int | None = option(None, "First timestep that is trained, from 0.", at_least=0)
+    max_timestep: int | None = option(
+        None, "Timesteps are drawn below this, up to 1000.", at_least=1
+    )
+    loss_type: str = option(
+        "l2", "Distance of prediction and target.", choices=("l1", "l2", "huber", "smooth_l1")
+    )
+    huber_schedule: str = option(
+        "snr", "How huber_c depends on the timestep.", choices=("constant", "exponential", "snr")
+    )
+    huber_c: float = option(0.1, "Where huber and smooth_l1 turn from square to linear.")
+    huber_scale: float = option(1.0, "Multiplies the huber parameter.")
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written, when, and under which name."""
+
+    output_dir: str | None = option(None, "Folder for the trained files.", path=True)
+    output_name: str | None = option(
+        None, "Name of the LoRA without extension; `last` if not given."
+    )
+    save_precision: str | None = option(
+        None,
+        "Precision of the file; the trained one (fp32) if not given.",
+        choices=("float", "fp16", "bf16"),
+    )
+    save_model_as: str = option(
+        "safetensors", "File format.", choices=("safetensors", "ckpt", "pt")
+    )
+    save_every_n_epochs: int | None = option(
+        None, "Save every n epochs.", at_least=1, zero_is_off=True
+    )
+    save_every_n_steps: int | None = option(
+        None, "Save every n optimizer steps.", at_least=1, zero_is_off=True
+    )
+    save_n_epoch_ratio: int | None = option(
+        None, "Save at least this many times, evenly over the epochs.", at_least=1, zero_is_off=True
+    )
+    save_last_n_epochs: int | None = option(
+        None,
+        "Keep the files of the last n epochs, remove older ones.",
+        at_least=1,
+        zero_is_off=True,
+    )
+    save_last_n_epochs_state: int | None = option(
+        None, "The same for state folders.", at_least=1, zero_is_off=True
+    )
+    save_last_n_steps: int | None = option(
+        None, "Keep the files of the last n steps, remove older ones.", at_least=1, zero_is_off=True
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "The same for state folders.", at_least=1, zero_is_off=True
+    )
+    save_state: bool = option(
+        False, "Save a state folder to resume from with every file and at the end."
+    )
+    save_state_on_train_end: bool = option(False, "Save a state folder at the end only.")
+    no_metadata: bool = option(False, "Write only the metadata that WebUIs need to place the file.")
+    training_comment: str | None = option(None, "Free text for the metadata.")
+    metadata_title: str | None = option(None, "modelspec title; output_name if not given.")
+    metadata_author: str | None = option(None, "modelspec author.")
+    metadata_description: str | None = option(None, "modelspec description.")
+    metadata_license: str | None = option(None, "modelspec license.")
+    metadata_tags: str | None = option(None, "modelspec tags, separated by commas.")
+    metadata_usage_hint: str | None = option(None, "modelspec usage hint.")
+    metadata_thumbnail: str | None = option(None, "modelspec thumbnail, as a data URL.")
+    metadata_merged_from: str | None = option(None, "modelspec sources of a merge.")
+    metadata_trigger_phrase: str | None = option(None, "modelspec trigger phrase shown by UIs.")
+    metadata_preprocessor: str | None = option(None, "modelspec preprocessor.")
+    metadata_is_negative_embedding: str | None = option(None, "modelspec is_negative_embedding.")
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Curves and console."""
+
+    logging_dir: str | None = option(None, "Folder for curves; turns TensorBoard on.", path=True)
+    log_with: str | None = option(
+        None,
+        "Where curves go; tensorboard if logging_dir is given.",
+        choices=("tensorboard", "wandb", "all"),
+    )
+    log_prefix: str | None = option(None, "Text before the time stamp in the log folder's name.")
+    log_tracker_name: str | None = option(None, "Name of the tracker or wandb project.")
+    log_tracker_config: str | None = option(None, "TOML with settings of the trackers.", path=True)
+    wandb_run_name: str | None = option(None, "Name of the wandb run.")
+    wandb_api_key: str | None = option(None, "Key used to log in to wandb.", secret=True)
+    log_config: bool = option(False, "Log the options of the run to the tracker.")
+    console_log_level: str | None = option(
+        None,
+        "Least important console messages shown; INFO if not given.",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
+    console_log_file: str | None = option(
+        None, "Write console messages to this file instead.", path=True
+    )
+    console_log_simple: bool = option(False, "Plain console messages without time and module.")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Pictures drawn while training."""
+
+    sample_every_n_steps: int | None = option(
+        None, "Draw samples every n optimizer steps.", at_least=1, zero_is_off=True
+    )
+    sample_every_n_epochs: int | None = option(
+        None,
+        "Draw samples every n epochs; wins over sample_every_n_steps.",
+        at_least=1,
+        zero_is_off=True,
+    )
+    sample_at_first: bool = option(False, "Draw samples before the first step too.")
+    sample_prompts: str | None = option(
+        None,
+        "Prompts in a .txt (one per line, `--n --w --h --d --s --l`), .toml or .json.",
+        path=True,
+    )
+    sample_sampler: str = option(
+        "ddim",
+        "Sampler of the samples.",
+        choices=(
+            "ddim",
+            "pndm",
+            "lms",
+            "euler",
+            "euler_a",
+            "heun",
+            "dpm_2",
+            "dpm_2_a",
+            "dpmsolver",
+            "dpmsolver++",
+            "dpmsingle",
+            "k_lms",
+            "k_euler",
+            "k_euler_a",
+            "k_dpm_2",
+            "k_dpm_2_a",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class MLMOptions:
+    """The MLM term: predict masked words of prompts that contain the concept."""
+
+    placeholder_token: str | None = option(
+        None, "Word or words that name the concept; from class_tokens of the data if not given."
+    )
+    class_token: str | None = option(
+        None, "What the concept is, e.g. `dog`; from class_tokens of the data if not given."
+    )
+    mlm_loss_weight: float = option(
+        1e-3, "Weight of the MLM loss beside the diffusion loss; 0 turns the term off.", at_least=0
+    )
+    mlm_batch_size: int = option(8, "Prompts per step for the MLM term.", at_least=1)
+    mlm_probability: float = option(
+        0.15, "Share of the maskable tokens that is masked, above 0 up to 1."
+    )
+    mlm_replace: str = option(
+        "mask",
+        "`mask`: every chosen token becomes the mask vector; "
+        "`bert`: 80 % mask, 10 % random, 10 % kept.",
+        choices=("mask", "bert"),
+    )
+    mlm_every_n_steps: int = option(1, "Add the term at every n-th optimizer step.", at_least=1)
+    mlm_start_step: int = option(0, "First optimizer step with the term, from 0.", at_least=0)
+    mlm_end_step: int | None = option(
+        None,
+        "Optimizer step from which the term is off; the end of the run if not given.",
+        at_least=1,
+    )
+    mlm_prompt_set: str = option(
+        "auto",
+        "Prompts: `auto` (by class_token), living, person, object, building, style, "
+        "a .toml or .txt file with {} for the concept, or `captions` (those of the data).",
+        path=True,
+    )
+    mlm_prompt_syntax: str = option(
+        "natural", "Prompts as sentences or as comma-separated tags.", choices=("natural", "tags")
+    )
+    mlm_contextualizer: str = option(
+        "auto",
+        "Pretrained contextualizer (.safetensors); "
+        "`auto` finds or pretrains the one for this text encoder.",
+        path=True,
+    )
+    mlm_seed: int | None = option(
+        None, "Seed of prompts and masks; derived from seed if not given."
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the command itself behaves."""
+
+    config_file: str | None = option(
+        None, "TOML with options; flags win over it. Sections are only for order.", path=True
+    )
+    output_config: bool = option(
+        False, "Write the options that differ from the defaults to config_file and end."
+    )
+    allow_unknown_keys: bool = option(
+        False, "Warn about unknown keys and flags instead of refusing them."
+    )
+    check: bool = option(False, "Validate options and data, then end before the model is loaded.")
+
+
+class Declined(NamedTuple):
+    """A kohya option that this trainer knows but does not carry out.
+
+    ``default`` is the value that asks for nothing; False makes it a switch, a tuple a list.
+    """
+
+    default: Any
+    reason: str
+
+
+_MEMORY = "this trainer places models by itself"
+_DDP = "gradients are averaged without DistributedDataParallel"
+
+NO_EFFECT: dict[str, Declined] = {
+    "lowram": Declined(False, _MEMORY),
+    "highvram": Declined(False, _MEMORY),
+    "lowvram": Declined(False, _MEMORY),
+    "mem_eff_attn": Declined(False, "PyTorch SDPA is memory efficient already"),
+    "mem_eff_save": Declined(False, "a LoRA file is small"),
+    "disable_mmap_load_safetensors": Declined(False, "files are read by safetensors' own rule"),
+    "cpu_offload_checkpointing": Declined(False, "checkpointed activations stay on the device"),
+    "cache_info": Declined(False, "image sizes are read from the file headers at every start"),
+    "ddp_timeout": Declined(None, "accelerate's own timeout is used"),
+    "ddp_gradient_as_bucket_view": Declined(False, _DDP),
+    "ddp_static_graph": Declined(False, _DDP),
+    "epoch": Declined(
+        None, "a field of the GUI; max_train_epochs or max_train_steps set the length"
+    ),
+    "noise_offset_type": Declined(
+        None, "a field of the GUI; noise_offset and multires_noise_iterations decide"
+    ),
+    "stop_text_encoder_training": Declined(
+        0, "kohya's train_network.py ignores it too; text_encoder_lr sets how much is learned"
+    ),
+    "validation_seed": Declined(None, "there is no validation split"),
+    "huggingface_repo_type": Declined(None, "nothing is uploaded"),
+    "huggingface_path_in_repo": Declined(None, "nothing is uploaded"),
+    "huggingface_token": Declined(None, "nothing is uploaded"),
+    "huggingface_repo_visibility": Declined(None, "nothing is uploaded"),
+    "async_upload": Declined(False, "nothing is uploaded"),
+    "no_token_padding": Declined(False, "kohya ignores it too"),
+    "split_mode": Declined(False, "it belongs to FLUX"),
+}
+
+_DEEPSPEED = "DeepSpeed is not supported; leave it out and use accelerate's multi-GPU launch"
+_FP8 = "fp8 base weights are not supported; use mixed_precision with gradient_checkpointing"
+_VALIDATION = "validation is not supported; leave it out and compare samples (sample_prompts)"
+_UPLOAD = "uploading is not supported; upload the saved file with `huggingface-cli upload`"
+_CACHED_TEXT = (
+    "it belongs to SDXL and freezes the text encoder, which the MLM term must train; leave it out"
+)
+
+REFUSED: dict[str, Declined] = {
+    "base_weights": Declined(
+        (), "merging LoRA files is not supported; merge them into the model first"
+    ),
+    "base_weights_multiplier": Declined((), "merge LoRA files into the model first"),
+    "fp8_base": Declined(False, _FP8),
+    "fp8_base_unet": Declined(False, _FP8),
+    "deepspeed": Declined(False, _DEEPSPEED),
+    "zero_stage": Declined(2, _DEEPSPEED),
+    "offload_optimizer_device": Declined(None, _DEEPSPEED),
+    "offload_optimizer_nvme_path": Declined(None, _DEEPSPEED),
+    "offload_param_device": Declined(None, _DEEPSPEED),
+    "offload_param_nvme_path": Declined(None, _DEEPSPEED),
+    "zero3_init_flag": Declined(False, _DEEPSPEED),
+    "zero3_save_16bit_model": Declined(False, _DEEPSPEED),
+    "fp16_master_weights_and_gradients": Declined(False, _DEEPSPEED),
+    "fused_backward_pass": Declined(
+        False, "it steps inside the backward pass, which two summed losses exclude; leave it out"
+    ),
+    "weighted_captions": Declined(
+        False, "(word:1.2) weights are not applied; remove them from the captions and leave it out"
+    ),
+    "in_json": Declined(
+        None, "give the file as metadata_file of a subset in a dataset_config TOML instead"
+    ),
+    "dataset_class": Declined(None, "custom dataset classes are not supported; use dataset_config"),
+    "train_inpainting": Declined(False, "inpainting models are not supported; leave it out"),
+    "validation_split": Declined(0.0, _VALIDATION),
+    "validate_every_n_steps": Declined(None, _VALIDATION),
+    "validate_every_n_epochs": Declined(None, _VALIDATION),
+    "max_validation_steps": Declined(None, _VALIDATION),
+    "huggingface_repo_id": Declined(None, _UPLOAD),
+    "save_state_to_huggingface": Declined(False, _UPLOAD),
+    "resume_from_huggingface": Declined(
+        False, "downloading a state is not supported; download the folder and give it as resume"
+    ),
+    "cache_text_encoder_outputs": Declined(False, _CACHED_TEXT),
+    "cache_text_encoder_outputs_to_disk": Declined(False, _CACHED_TEXT),
+}
+
+ALIASES: dict[str, str] = {"caption_extention": "caption_extension"}
+"""Old spellings of kohya options."""
+
+SWITCH_ALIASES: dict[str, tuple[str, str]] = {
+    "use_8bit_adam": ("optimizer_type", "AdamW8bit"),
+    "use_lion_optimizer": ("optimizer_type", "Lion"),
+}
+"""Old switches and the option they stand for."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of a run, one attribute per group. Values only: checks live in ``checks``."""
+
+    model: ModelOptions = ModelOptions()
+    network: NetworkOptions = NetworkOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    schedule: ScheduleOptions = ScheduleOptions()
+    dataset: DatasetOptions = DatasetOptions()
+    loss: LossOptions = LossOptions()
+    output: OutputOptions = OutputOptions()
+    logging: LogOptions = LogOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    mlm: MLMOptions = MLMOptions()
+    run: RunOptions = RunOptions()
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from option names and final values; names that are left out keep their default."""
+        return cls().replace(**values)
+
+    def replace(self, **values: Any) -> TrainConfig:
+        """A copy with options changed by their flat names.
+
+        Raises:
+            KeyError: For a name that is no option.
+        """
+        changed: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            changed.setdefault(OPTIONS[name].group, {})[name] = value
+        groups = {
+            group: dataclasses.replace(getattr(self, group), **members)
+            for group, members in changed.items()
+        }
+        return dataclasses.replace(self, **groups)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every option kohya knows and ours, by flat name.
+
+        Options of ``NO_EFFECT`` and ``REFUSED`` carry their default: what this trainer acts as.
+        """
+        declined = {name: entry.default for name, entry in (NO_EFFECT | REFUSED).items()}
+        return declined | {
+            name: getattr(getattr(self, entry.group), name) for name, entry in OPTIONS.items()
+        }
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by flat name."""
+        flat = self.to_flat()
+        return {name: flat[name] for name, entry in OPTIONS.items() if flat[name] != entry.default}
+
+
+class Option(NamedTuple):
+    """One option as the dataclass field declares it."""
+
+    name: str
+    group: str
+    kind: type  # bool, int, float, str; float also for `int | float`
+    many: bool  # a tuple of kind
+    nullable: bool
+    whole: bool  # `int | float`: whole numbers stay int
+    default: Any
+    help: str
+    choices: tuple | None
+    at_least: float | None
+    zero_is_off: bool
+    path: bool
+    secret: bool
+    convert: Callable[[Any], Any] | None
+
+
+def _read_fields(group: str, cls: type) -> dict[str, Option]:
+    hints = typing.get_type_hints(cls)
+    return {
+        item.name: _read_field(group, item, hints[item.name]) for item in dataclasses.fields(cls)
+    }
+
+
+def _read_field(group: str, item: dataclasses.Field, hint: Any) -> Option:
+    is_union = isinstance(hint, types.UnionType)
+    members = [m for m in typing.get_args(hint) if m is not type(None)] if is_union else [hint]
+    whole = set(members) == {int, float}
+    kind = float if whole else members[0]
+    many = typing.get_origin(kind) is tuple
+    return Option(
+        name=item.name,
+        group=group,
+        kind=typing.get_args(kind)[0] if many else kind,
+        many=many,
+        nullable=is_union and len(members) < len(typing.get_args(hint)),
+        whole=whole,
+        default=item.default,
+        **item.metadata,
+    )
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelOptions,
+    "network": NetworkOptions,
+    "optimizer": OptimizerOptions,
+    "schedule": ScheduleOptions,
+    "dataset": DatasetOptions,
+    "loss": LossOptions,
+    "output": OutputOptions,
+    "logging": LogOptions,
+    "sampling": SamplingOptions,
+    "mlm": MLMOptions,
+    "run": RunOptions,
+}
+
+OPTIONS: dict[str, Option] = {
+    name: entry for group, cls in GROUPS.items() for name, entry in _read_fields(group, cls).items()
+}
+
+
+def known_names() -> set[str]:
+    """Every name that a TOML or the command line may use."""
+    return {*OPTIONS, *NO_EFFECT, *REFUSED, *ALIASES, *SWITCH_ALIASES}
