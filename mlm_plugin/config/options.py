@@ -686,6 +686,8 @@ _CACHED_TEXT = (
     "it belongs to SDXL and freezes the text encoder, which the MLM term must train; leave it out"
 )
 
+_LORAPLUS = "give it as key=value in network_args instead, e.g. loraplus_lr_ratio=16"
+
 REFUSED: dict[str, Declined] = {
     "base_weights": Declined(
         (), "merging LoRA files is not supported; merge them into the model first"
@@ -722,6 +724,9 @@ REFUSED: dict[str, Declined] = {
     "resume_from_huggingface": Declined(
         False, "downloading a state is not supported; download the folder and give it as resume"
     ),
+    "loraplus_lr_ratio": Declined(0.0, _LORAPLUS),
+    "loraplus_unet_lr_ratio": Declined(0.0, _LORAPLUS),
+    "loraplus_text_encoder_lr_ratio": Declined(0.0, _LORAPLUS),
     "cache_text_encoder_outputs": Declined(False, _CACHED_TEXT),
     "cache_text_encoder_outputs_to_disk": Declined(False, _CACHED_TEXT),
 }

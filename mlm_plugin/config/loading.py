@@ -1,0 +1,481 @@
+"""Command line and TOML -> ``TrainConfig``.
+
+Flags win over the TOML, the TOML wins over the defaults, as in kohya's trainer; unlike there every
+key is checked and every value is brought to its declared type, with an error that names the place.
+This module does not know which options go together (``checks``) and opens no image or model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlm_plugin.config.options import (
+    ALIASES,
+    GROUPS,
+    NO_EFFECT,
+    OPTIONS,
+    REFUSED,
+    SWITCH_ALIASES,
+    Declined,
+    Option,
+    TrainConfig,
+    known_names,
+)
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "coerce",
+    "config_from_values",
+    "did_you_mean",
+    "load_config",
+    "options_markdown",
+    "parser",
+    "read_toml",
+    "write_config",
+]
+
+logger = logging.getLogger(__name__)
+
+_COMMAND_LINE = "command line"
+
+
+def load_config(argv: Sequence[str]) -> TrainConfig:
+    """Read flags and, if ``--config_file`` is among them, its TOML.
+
+    With ``--output_config`` the file is the target of ``write_config`` and is not read.
+
+    Args:
+        argv: Arguments without the program name.
+
+    Raises:
+        UserError: Unknown flag or key, wrong type or choice, unreadable file, refused option.
+
+    Source: sd-scripts library/train_util.py read_config_from_file (precedence, flattening).
+    """
+    known, unknown = parser().parse_known_args(list(argv))
+    flags = vars(known)
+    config_file = flags.get("config_file")
+    sources: list[tuple[str, dict[str, Any]]] = []
+    if config_file and not flags.get("output_config"):
+        flags["config_file"] = _with_extension(config_file)
+        sources.append((flags["config_file"], _flatten(flags["config_file"])))
+    sources.append((_COMMAND_LINE, flags))
+    lenient = _is_lenient(sources)
+    _report_unknown_flags(unknown, lenient=lenient)
+    values: dict[str, Any] = {}
+    for place, given in sources:
+        values |= _read_values(given, place=place, lenient=lenient)
+    return TrainConfig.from_flat(values)
+
+
+def config_from_values(values: Mapping[str, Any], *, place: str) -> TrainConfig:
+    """The config of a mapping of option names, checked like a TOML.
+
+    Args:
+        values: Option names and values as a TOML would hold them.
+        place: What errors call the source.
+
+    Raises:
+        UserError: As ``load_config``.
+    """
+    return TrainConfig.from_flat(_read_values(values, place=place, lenient=False))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        UserError: The file is missing, not UTF-8 or not TOML; names the file and the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = f"{path}: is not valid TOML: {error}"
+        if "\\" in text:
+            message += "; write Windows paths with / or in single quotes"
+        raise UserError(message) from error
+
+
+def write_config(config: TrainConfig, path: str | Path | None = None) -> Path:
+    """Write the options that differ from the defaults as TOML, one section per group.
+
+    Options of the ``run`` group and secrets are left out.
+
+    Args:
+        config: What to write.
+        path: Target; ``config_file`` of the config if not given.
+
+    Raises:
+        UserError: No target, or the target exists.
+    """
+    import tomli_w
+
+    path = path or config.run.config_file
+    if not path:
+        raise UserError("--output_config: give the file to write as --config_file")
+    target = Path(_with_extension(str(path)))
+    if target.exists():
+        raise UserError(f"{target}: exists already; remove it or choose another name")
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in config.changed().items():
+        entry = OPTIONS[name]
+        if entry.group != "run" and not entry.secret:
+            sections.setdefault(entry.group, {})[name] = value
+    with atomic_path(target) as temporary:
+        temporary.write_text(tomli_w.dumps(sections), encoding="utf-8")
+    return target
+
+
+def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """``"; did you mean x?"`` with the nearest of the names, or an empty text."""
+    spelling = name.replace("-", "_").lower()
+    close = difflib.get_close_matches(spelling, sorted(names), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+# --- values ---------------------------------------------------------------------------------
+
+
+def coerce(entry: Option, raw: Any, *, place: str) -> Any:
+    """Bring a value to the declared type of its option.
+
+    Accepts what people write: ``"1e-4"`` for a number, ``1.0`` for a whole number, 0/1 and
+    ``"false"`` for a switch, one value for a list, an empty text for "not given".
+
+    Args:
+        entry: The declaration.
+        raw: A TOML value, or the text (or list of texts) of a flag.
+        place: File or ``command line``, for the error.
+
+    Raises:
+        UserError: Wrong type, choice or range.
+    """
+    try:
+        value = entry.convert(raw) if entry.convert else raw
+        if entry.nullable and _is_empty(value):
+            return None
+        if entry.many:
+            return tuple(_to_kind(entry.kind, item) for item in _to_list(entry, value))
+        value = _to_number(value) if entry.whole else _to_kind(entry.kind, value)
+        if entry.zero_is_off and value == 0:
+            return None
+        _check_limits(entry, value, place=place)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{place}: {entry.name} = {raw!r} is not allowed; it must be {_expected(entry)}"
+        ) from error
+    return value
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ("", [], ())
+
+
+def _to_list(entry: Option, value: Any) -> list:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if entry.kind is str and isinstance(value, str):
+        words = value.split()
+        return words if all("=" in word for word in words) else [value]
+    return [value]
+
+
+def _to_kind(kind: type, value: Any) -> Any:
+    if kind is bool:
+        return _to_bool(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError
+    if kind is str:
+        return str(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    if kind is float:
+        return number
+    if number != int(number):
+        raise ValueError
+    return int(value) if isinstance(value, int) else int(number)
+
+
+def _to_number(value: Any) -> int | float:
+    number = _to_kind(float, value)
+    return int(number) if number == int(number) else number
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, str):
+        return {"true": True, "1": True, "false": False, "0": False}[value.strip().lower()]
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return bool(value)
+    raise TypeError
+
+
+def _check_limits(entry: Option, value: Any, *, place: str) -> None:
+    if entry.choices is not None and value not in entry.choices:
+        raise ValueError
+    if entry.at_least is not None and value < entry.at_least:
+        raise ValueError
+    if entry.path and place != _COMMAND_LINE and any(ord(letter) < 32 for letter in value):
+        raise UserError(
+            f"{place}: {entry.name} = {value!r} holds a control character; "
+            "write Windows paths with / or in single quotes"
+        )
+
+
+def _expected(entry: Option) -> str:
+    if entry.choices is not None:
+        text = "one of " + ", ".join(str(choice) for choice in entry.choices)
+    else:
+        text = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[
+            entry.kind
+        ]
+    if entry.name == "max_token_length":
+        text = "one of 75, 150, 225"
+    if entry.whole:
+        text = "a whole number of steps, a ratio below 1 or a percentage like 10%"
+    if entry.at_least is not None:
+        text += f" of at least {entry.at_least:g}"
+    return f"a list; each item {text}" if entry.many else text
+
+
+# --- sources --------------------------------------------------------------------------------
+
+
+def _with_extension(path: str) -> str:
+    return path if path.endswith(".toml") else path + ".toml"
+
+
+def _flatten(path: str) -> dict[str, Any]:
+    """Keys of a TOML without its sections, which are flattened exactly one level."""
+    if not Path(path).is_file():
+        raise UserError(
+            f"--config_file {path}: there is no such file (the name must end in .toml; "
+            "kohya_ss GUI presets are turned into TOML by `mlm-plugin convert-preset`)"
+        )
+    flat: dict[str, Any] = {}
+    section_of: dict[str, str] = {}
+    for name, value in read_toml(path).items():
+        if name == "datasets":
+            raise UserError(f"{path}: describes data sets; give it as --dataset_config")
+        section, members = (
+            (f"[{name}]", value) if isinstance(value, dict) else ("top", {name: value})
+        )
+        for key, member in members.items():
+            if key in flat:
+                raise UserError(
+                    f"{path}: {key} is given twice, in {section_of[key]} and in {section}"
+                )
+            flat[key] = member
+            section_of[key] = section
+    return flat
+
+
+def _is_lenient(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
+    entry = OPTIONS["allow_unknown_keys"]
+    given = [
+        coerce(entry, values[entry.name], place=place)
+        for place, values in sources
+        if entry.name in values
+    ]
+    return given[-1] if given else entry.default
+
+
+def _report_unknown_flags(arguments: Sequence[str], *, lenient: bool) -> None:
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        flag = argument.split("=")[0]
+        names = [*known_names(), *(f"no-{name}" for name in known_names())]
+        hint = did_you_mean(flag[2:], names, prefix="--")
+        _complain(f"{_COMMAND_LINE}: unknown flag {flag}{hint}", lenient=lenient)
+    if arguments and not any(argument.startswith("--") for argument in arguments):
+        _complain(
+            f"{_COMMAND_LINE}: cannot place {arguments[0]!r}; flags are written --name value",
+            lenient=lenient,
+        )
+
+
+def _complain(message: str, *, lenient: bool) -> None:
+    if not lenient:
+        raise UserError(message)
+    logger.warning("%s (ignored)", message)
+
+
+def _read_values(given: Mapping[str, Any], *, place: str, lenient: bool) -> dict[str, Any]:
+    """Final values of the honoured options in one source; complains about the others."""
+    values: dict[str, Any] = {}
+    for name, raw in _without_aliases(given, place=place).items():
+        if name in OPTIONS:
+            value = coerce(OPTIONS[name], raw, place=place)
+            if value is not None or OPTIONS[name].nullable:
+                values[name] = value
+        elif name in REFUSED:
+            if _asks_for_something(REFUSED[name], raw):
+                raise UserError(f"{place}: {name}: {REFUSED[name].reason}")
+        elif name in NO_EFFECT:
+            if _asks_for_something(NO_EFFECT[name], raw):
+                logger.warning("%s: %s has no effect: %s", place, name, NO_EFFECT[name].reason)
+        else:
+            hint = did_you_mean(name, known_names())
+            _complain(f"{place}: unknown key {name!r}{hint}", lenient=lenient)
+    return values
+
+
+def _without_aliases(given: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+    plain = dict(given)
+    for old, new in ALIASES.items():
+        if old in plain:
+            _add(plain, new, plain.pop(old), old=old, place=place)
+    for old, (new, value) in SWITCH_ALIASES.items():
+        if old in plain and _asks_for_something(Declined(False, ""), plain.pop(old)):
+            _add(plain, new, value, old=old, place=place)
+    return plain
+
+
+def _add(plain: dict[str, Any], name: str, value: Any, *, old: str, place: str) -> None:
+    if plain.get(name) not in (None, "", value):
+        raise UserError(f"{place}: {old} and {name} are both given; keep {name} only")
+    plain[name] = value
+
+
+def _asks_for_something(entry: Declined, raw: Any) -> bool:
+    if isinstance(raw, str) and isinstance(entry.default, (bool, int, float)):
+        raw = {"true": True, "false": False}.get(raw.lower(), raw)
+    if not entry.default and raw in (0, "0", "", None, [], ()):
+        return False
+    return str(raw) != str(entry.default)
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{_COMMAND_LINE}: {message.replace('argument --', '--')}")
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a training run, for ``--help`` and for flags that were given.
+
+    Options that were not given are absent from the parsed namespace.
+    """
+    built = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_Formatter,
+        description="Train a LoRA with the MLM regularizer. Options are those of kohya's "
+        "train_network.py, and those of the mlm group.",
+        epilog="Every switch that the TOML turns on is turned off by --no-NAME, "
+        "e.g. --no-shuffle_caption.",
+    )
+    for group, cls in GROUPS.items():
+        section = built.add_argument_group(group, cls.__doc__)
+        for entry in OPTIONS.values():
+            if entry.group == group:
+                _add_flag(section, entry)
+    for title, table in (("accepted, without effect", NO_EFFECT), ("refused", REFUSED)):
+        section = built.add_argument_group(title)
+        for name, declined in table.items():
+            _add_declined(section, name, declined)
+    section = built.add_argument_group("old spellings")
+    for name, new in ALIASES.items():
+        section.add_argument(f"--{name}", metavar="TEXT", help=f"means {new}")
+    for name, (new, value) in SWITCH_ALIASES.items():
+        _add_switch(section, name, f"means {new}={value}")
+    return built
+
+
+def _add_flag(section: Any, entry: Option) -> None:
+    text = _describe(entry)
+    if entry.kind is bool:
+        _add_switch(section, entry.name, text)
+    else:
+        nargs = "*" if entry.many else None
+        section.add_argument(f"--{entry.name}", metavar=_metavar(entry), nargs=nargs, help=text)
+
+
+def _add_switch(section: Any, name: str, text: str) -> None:
+    section.add_argument(f"--{name}", action="store_true", help=text)
+    section.add_argument(f"--no-{name}", action="store_false", dest=name, help=argparse.SUPPRESS)
+
+
+def _add_declined(section: Any, name: str, entry: Declined) -> None:
+    text = entry.reason.replace("%", "%%")
+    if entry.default is False:
+        _add_switch(section, name, text)
+    else:
+        nargs = "*" if isinstance(entry.default, tuple) else None
+        section.add_argument(f"--{name}", metavar="VALUE", nargs=nargs, help=text)
+
+
+def _metavar(entry: Option) -> str:
+    if entry.path:
+        return "PATH"
+    return {int: "N", float: "X", str: "KEY=VALUE" if entry.many else "TEXT"}[entry.kind]
+
+
+def _describe(entry: Option) -> str:
+    text = entry.help
+    if entry.choices is not None and len(entry.choices) > 1 and entry.name != "max_token_length":
+        text += " One of: " + ", ".join(str(choice) for choice in entry.choices) + "."
+    if not _is_empty(entry.default) and entry.kind is not bool:
+        text += f" (default: {_number_text(entry.default)})"
+    return text.replace("%", "%%")
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=100)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        short = "%(prog)s [--config_file RUN.toml] [--dataset_config DATA.toml] [--NAME VALUE ...]"
+        super().add_usage(short, [], [], prefix)
+
+
+# --- documentation --------------------------------------------------------------------------
+
+
+def options_markdown() -> str:
+    """The README's option tables: one per group with option, default and help."""
+    return "\n\n".join(_group_markdown(group, cls) for group, cls in GROUPS.items()) + "\n"
+
+
+def _group_markdown(group: str, cls: type) -> str:
+    lines = [f"**{group}**: {cls.__doc__}", "", "| option | default | effect |", "|---|---|---|"]
+    for entry in OPTIONS.values():
+        if entry.group == group:
+            effect = _describe(entry).replace("%%", "%").split(" (default: ")[0].replace("|", "\\|")
+            lines.append(f"| `{entry.name}` | {_default_text(entry)} | {effect} |")
+    return "\n".join(lines)
+
+
+def _default_text(entry: Option) -> str:
+    if entry.kind is bool:
+        return "on" if entry.default else "off"
+    return "" if _is_empty(entry.default) else f"`{_number_text(entry.default)}`"
+
+
+def _number_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
