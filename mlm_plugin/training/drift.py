@@ -1,0 +1,48 @@
+"""How far the text encoder has moved on text that does not hold the concept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_plugin.methods.base import Method
+
+__all__ = ["TextDrift"]
+
+PROBES = (
+    "a photo of a mountain lake at sunrise",
+    "a crowded street market at night",
+    "an oil painting of two ships in a storm",
+    "a child reading a book by the window",
+    "a plate of fruit on a wooden table",
+    "a quiet library with tall shelves",
+    "a red bicycle leaning against a brick wall",
+    "an old man walking in the rain",
+)
+"""Everyday prompts without a concept; only a yardstick, never trained on."""
+
+
+class TextDrift:
+    """Mean cosine between the trained and the base encoder's states on fixed prompts.
+
+    1 = the encoder still says the same about the world; lower = the concept has leaked into words
+    that have nothing to do with it.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+        with method.base_model():
+            self.base_BLD = self._states()
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Cosine in [-1, 1], averaged over prompts and positions."""
+        return F.cosine_similarity(self._states(), self.base_BLD, dim=-1).mean().item()
+
+    @torch.no_grad()
+    def _states(self) -> Tensor:
+        self.method.train(False)
+        states = self.method.encode(PROBES).float()
+        self.method.train(True)
+        return states

@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM as a wish that the loop grants at the next step, so that nothing is lost."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+__all__ = ["StopRequest"]
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """While entered, SIGINT and SIGTERM set :attr:`signal_number` instead of ending the process.
+
+    A second signal ends the process at once. Outside the main thread it does nothing.
+    """
+
+    def __init__(self):
+        self.signal_number: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's code for a process ended by this signal (130 for Ctrl-C)."""
+        return 128 + (self.signal_number or 0)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self:
+            raise KeyboardInterrupt
+        self.signal_number = number
+        logger.warning("stopping after this step; once more to stop at once")

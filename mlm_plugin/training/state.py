@@ -1,0 +1,110 @@
+"""Training state on disk: everything an interrupted run needs to end as a straight one would.
+
+The folder keeps the file names of sd-scripts' states (accelerate's ``save_state`` plus
+``train_state.json``). The MLM stream and the data order need no file: both are named by seed and
+position.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.methods.base import Method
+
+__all__ = ["Progress", "load_state", "save_state"]
+
+PROGRESS_FILE = "train_state.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        current_epoch: epoch that is under way, from 1 (kohya's name).
+        current_step: optimizer steps done since the start of training (kohya's name).
+        batches_in_epoch: batches of this epoch that are done, on each process.
+        num_batches: batches done since the start, on each process; names the MLM draws.
+        seed: seed of the run.
+        num_processes: processes that share the batches.
+    """
+
+    current_epoch: int = 1
+    current_step: int = 0
+    batches_in_epoch: int = 0
+    num_batches: int = 0
+    seed: int = 0
+    num_processes: int = 1
+
+
+def save_state(
+    folder: Path, *, accelerator: Accelerator, method: Method, progress: Progress
+) -> None:
+    """Write a state folder; it has its final name only when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        accelerator.save_state(str(unfinished))
+        save_file(method.state_dict(), unfinished / WEIGHTS_FILE)
+        (unfinished / PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2))
+        unfinished.chmod(0o755)
+        if folder.exists():  # a folder cannot be replaced in one move: the old one steps aside
+            old = unfinished.with_name(f"{unfinished.name}.old")
+            folder.rename(old)
+            unfinished.rename(folder)
+            shutil.rmtree(old)
+        else:
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_progress(folder: Path) -> Progress:
+    """Where the run of a state folder stood.
+
+    Raises:
+        UserError: if the folder is no state of this trainer.
+    """
+    try:
+        values = json.loads((folder / PROGRESS_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"resume: {folder} is no training state ({error}); give a folder that ends in -state"
+        ) from error
+    missing = {field.name for field in fields(Progress)} - values.keys()
+    if missing:
+        raise UserError(
+            f"resume: {folder} was written by another trainer ({PROGRESS_FILE} lacks "
+            f"{', '.join(sorted(missing))}); give its LoRA as network_weights instead"
+        )
+    return Progress(**{field.name: values[field.name] for field in fields(Progress)})
+
+
+def load_state(
+    folder: Path, *, accelerator: Accelerator, method: Method, seed: int
+) -> Progress:
+    """Take over weights, optimizer, scheduler and random states; returns where the run stood.
+
+    Raises:
+        UserError: if the folder is no state, or belongs to another seed or number of processes.
+    """
+    progress = read_progress(folder)
+    if progress.seed != seed:
+        raise UserError(f"resume: {folder} was trained with seed {progress.seed}, now it is {seed}")
+    if progress.num_processes != accelerator.num_processes:
+        raise UserError(
+            f"resume: {folder} was trained with {progress.num_processes} processes, now there are "
+            f"{accelerator.num_processes}; start as many as before"
+        )
+    method.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    accelerator.load_state(str(folder))
+    return progress

@@ -1,0 +1,339 @@
+"""The one loop: ``loss = diffusion + weight * mlm``. Takes objects, not flags.
+
+Knows no files and no command line: saving, sampling and logging are listeners that the host adds.
+Shapes: B images, L tokens, D text width, h and w latent sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from mlm_plugin.data.dataset import Batch, TrainDataset, make_loader
+from mlm_plugin.methods.base import Method
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.regularizer import MLMRegularizer, MLMSchedule
+from mlm_plugin.training.interrupt import StopRequest
+from mlm_plugin.training.optimizers import set_optimizer_mode
+from mlm_plugin.training.state import Progress, load_state, save_state
+
+__all__ = ["Listener", "NonFiniteLoss", "StepResult", "Stopped", "TrainPlan", "Trainer"]
+
+
+class NonFiniteLoss(Exception):
+    """The loss became NaN or infinite; weights are those of the last good step."""
+
+
+class Stopped(Exception):
+    """A signal ended the run at a step boundary."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("stopped by a signal")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Length and rhythm of a run.
+
+    Attributes:
+        num_steps: optimizer steps.
+        batches_per_epoch: batches of one epoch on this process.
+        gradient_accumulation_steps: batches per optimizer step; an epoch's last step may have fewer.
+        max_grad_norm: norm to which gradients are clipped; 0 = not at all.
+        num_workers: loader processes.
+    """
+
+    num_steps: int
+    batches_per_epoch: int
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    num_workers: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch."""
+        return math.ceil(self.batches_per_epoch / self.gradient_accumulation_steps)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs, the last one perhaps cut short."""
+        return math.ceil(self.num_steps / self.steps_per_epoch)
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step was: means over its batches, ready to log."""
+
+    loss: float  # diffusion + weight * mlm
+    diffusion: float
+    mlm: float | None = None  # before the weight; None where the term did not act
+    mlm_weight: float = 0.0
+    mlm_accuracy: float | None = None
+    extras: dict[str, float] | None = None
+
+
+class Listener:
+    """Told of what happens; overrides what it needs. All methods run on every process."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Before the first step (also when resumed)."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """After an optimizer step; ``trainer.progress`` counts it already."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After an epoch's last step."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last step."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """A signal or a non-finite loss ends the run early."""
+
+
+class Trainer:
+    """Runs the loop.
+
+    Args:
+        accelerator: device, precision, processes. Only optimizer and scheduler are prepared: the
+            trained tensors are few, so their gradients are averaged by hand, and models keep their
+            own forward.
+        models: the base model on its device.
+        method: what is trained.
+        dataset: batches by number.
+        optimizer: prepared.
+        scheduler: prepared.
+        diffusion_loss: ``(predict, latents, batch) -> loss`` where ``predict(noisy, timesteps)``
+            is the U-Net.
+        plan: length and rhythm.
+        seed: seed of the run, kept in states.
+        regularizer: the MLM term, or ``None``.
+        mlm_schedule: its weight by step.
+        listeners: told of steps and epochs, in this order.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        models: StableDiffusion,
+        method: Method,
+        dataset: TrainDataset,
+        optimizer: torch.optim.Optimizer,
+        scheduler,
+        diffusion_loss: Callable[[Callable, Tensor, Batch], Tensor],
+        plan: TrainPlan,
+        seed: int,
+        regularizer: MLMRegularizer | None = None,
+        mlm_schedule: MLMSchedule | None = None,
+        listeners: Sequence[Listener] = (),
+    ):
+        assert (regularizer is None) == (mlm_schedule is None), "a regularizer needs its schedule"
+        self.accelerator = accelerator
+        self.models = models
+        self.method = method
+        self.dataset = dataset
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.diffusion_loss = diffusion_loss
+        self.plan = plan
+        self.regularizer = regularizer
+        self.mlm_schedule = mlm_schedule
+        self.listeners = list(listeners)
+        self.progress = Progress(seed=seed, num_processes=accelerator.num_processes)
+
+    def run(self) -> None:
+        """Train to the end of the plan.
+
+        Raises:
+            Stopped: after SIGINT or SIGTERM; listeners have been told.
+            NonFiniteLoss: the last good weights are in place; listeners have been told.
+        """
+        self._tell("on_train_start")
+        bar = tqdm(
+            total=self.plan.num_steps,
+            initial=self.progress.current_step,
+            desc="steps",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        with StopRequest() as stop, bar:
+            try:
+                while self.progress.current_step < self.plan.num_steps:
+                    self._run_epoch(bar, stop)
+            except (NonFiniteLoss, Stopped):
+                self._tell("on_stop")
+                raise
+        self._tell("on_train_end")
+
+    def save_state(self, folder: Path) -> None:
+        """Write everything needed to go on from here."""
+        if self.accelerator.is_main_process:
+            save_state(
+                folder, accelerator=self.accelerator, method=self.method, progress=self.progress
+            )
+        self.accelerator.wait_for_everyone()
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from a state folder."""
+        self.progress = load_state(
+            folder,
+            accelerator=self.accelerator,
+            method=self.method,
+            seed=self.progress.seed,
+        )
+
+    def evaluating(self) -> AbstractContextManager:
+        """Models and optimizer in evaluation mode while the block runs (schedule-free weights)."""
+        return _Evaluating(self)
+
+    def _run_epoch(self, bar: tqdm, stop: StopRequest) -> None:
+        self.method.train(True)
+        set_optimizer_mode(self.optimizer, training=True)
+        for batches in self._steps_of_epoch():
+            result = self._train_step(batches)
+            self.progress.current_step += 1
+            bar.update()
+            bar.set_postfix(_postfix(result))
+            self._tell("on_step_end", result)
+            if self.progress.current_step >= self.plan.num_steps:
+                break
+            if stop:
+                raise Stopped(stop.exit_code)
+        if self.progress.batches_in_epoch >= self.plan.batches_per_epoch:
+            self._tell("on_epoch_end")
+            self.progress.current_epoch += 1
+            self.progress.batches_in_epoch = 0
+
+    def _steps_of_epoch(self) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step that this epoch still holds."""
+        accelerator, progress = self.accelerator, self.progress
+        self.dataset.set_epoch(progress.current_epoch)
+        mine = range(len(self.dataset))[accelerator.process_index :: accelerator.num_processes]
+        mine = mine[progress.batches_in_epoch : self.plan.batches_per_epoch]
+        loader = make_loader(self.dataset, indices=mine, num_workers=self.plan.num_workers)
+        step: list[Batch] = []
+        left = len(mine)
+        for batch in loader:
+            step.append(batch)
+            left -= 1
+            if len(step) == self.plan.gradient_accumulation_steps or not left:
+                yield step
+                step = []
+
+    def _train_step(self, batches: list[Batch]) -> StepResult:
+        self.dataset.set_step(self.progress.current_step)
+        results = [self._backward(batch) for batch in batches]
+        self._average_over_processes()
+        if self.plan.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.method.parameters(), self.plan.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        result = _mean(results)
+        result.extras = self.method.after_step()
+        return result
+
+    def _backward(self, batch: Batch) -> StepResult:
+        """Forward and backward of one batch; gradients add up until the optimizer steps."""
+        diffusion, mlm, weight = self._losses(batch)
+        loss = diffusion if mlm is None else diffusion + weight * mlm.loss
+        result = StepResult(loss=loss.item(), diffusion=diffusion.item(), mlm_weight=weight)
+        if mlm is not None:
+            result.mlm, result.mlm_accuracy = mlm.loss.item(), mlm.accuracy.item()
+        if not math.isfinite(result.loss):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(
+                f"loss is {result.loss} at step {self.progress.current_step + 1} "
+                f"(diffusion {result.diffusion}, mlm {result.mlm})"
+            )
+        self.accelerator.backward(loss)
+        self.progress.batches_in_epoch += 1
+        self.progress.num_batches += 1
+        return result
+
+    def _losses(self, batch: Batch):
+        device = self.accelerator.device
+        latents = self._latents(batch)
+        with self.accelerator.autocast():
+            states_BLD = self.method.encode(batch.captions)
+
+            def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+                dtype = self.models.unet.dtype
+                return self.models.unet(
+                    noisy_latents.to(dtype), timesteps, encoder_hidden_states=states_BLD.to(dtype)
+                ).sample
+
+            diffusion = self.diffusion_loss(predict, latents, batch)
+        weight = self.mlm_schedule.weight_at(self.progress.current_step) if self.regularizer else 0.0
+        if not weight:
+            return diffusion, None, 0.0
+        # dropout of the adapters draws here too: the diffusion noise must not depend on it
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), self.accelerator.autocast():
+            return diffusion, self.regularizer(self.progress.num_batches), weight
+
+    @torch.no_grad()
+    def _latents(self, batch: Batch) -> Tensor:
+        """Scaled latents ``(B, 4, h, w)``, from the cache or from pixels."""
+        vae, device = self.models.vae, self.accelerator.device
+        if batch.latents is not None:
+            latents = batch.latents.to(device)
+        else:
+            pixels = batch.pixel_values.to(device, vae.dtype)
+            latents = vae.encode(pixels).latent_dist.sample().float()
+        return latents * vae.config.scaling_factor
+
+    def _average_over_processes(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.method.parameters():
+            if parameter.grad is None:  # every process must take part in every exchange
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def _tell(self, event: str, *values: object) -> None:
+        for listener in self.listeners:
+            getattr(listener, event)(self, *values)
+
+
+class _Evaluating:
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.trainer.method.train(False)
+        set_optimizer_mode(self.trainer.optimizer, training=False)
+
+    def __exit__(self, *_exception: object) -> None:
+        self.trainer.method.train(True)
+        set_optimizer_mode(self.trainer.optimizer, training=True)
+
+
+def _mean(results: list[StepResult]) -> StepResult:
+    def mean(values: list[float | None]) -> float | None:
+        present = [value for value in values if value is not None]
+        return sum(present) / len(present) if present else None
+
+    return StepResult(
+        loss=mean([r.loss for r in results]),
+        diffusion=mean([r.diffusion for r in results]),
+        mlm=mean([r.mlm for r in results]),
+        mlm_weight=results[0].mlm_weight,
+        mlm_accuracy=mean([r.mlm_accuracy for r in results]),
+    )
+
+
+def _postfix(result: StepResult) -> dict[str, str]:
+    shown = {"loss": f"{result.loss:.4f}", "diffusion": f"{result.diffusion:.4f}"}
+    if result.mlm is not None:
+        shown |= {"mlm": f"{result.mlm:.3f}", "mlm_acc": f"{result.mlm_accuracy:.0%}"}
+    return shown
