@@ -1,0 +1,231 @@
+"""Which options go together: what can be said before data or a model is opened.
+
+Errors are ``UserError``; a setting without effect is warned about by name. Rules that depend on
+one optimizer (Adafactor, Prodigy) live with the optimizers, rules about subsets in ``datasets``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from mlm_plugin.config.options import OPTIONS, TrainConfig
+from mlm_plugin.errors import UserError
+
+__all__ = ["check_config", "mlm_obstacle", "text_encoder_lr_of"]
+
+logger = logging.getLogger(__name__)
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse options that contradict each other; warn about those without effect.
+
+    Raises:
+        UserError: The first contradiction found.
+
+    Source: sd-scripts library/train_util.py verify_training_args, get_scheduler_fix.
+    """
+    for check in _CHECKS:
+        if message := next(check(config), None):
+            raise UserError(message)
+    for message in _warnings(config):
+        logger.warning(message)
+
+
+def text_encoder_lr_of(config: TrainConfig) -> float:
+    """Learning rate of the text encoder: ``text_encoder_lr``, else ``learning_rate``."""
+    rates = config.optimizer.text_encoder_lr
+    return config.optimizer.learning_rate if rates is None else rates[0]
+
+
+def mlm_obstacle(config: TrainConfig) -> str | None:
+    """Why the MLM term could have no gradient, in the words of the options; None if it can."""
+    network = config.network
+    if network.network_train_unet_only:
+        return "network_train_unet_only trains no text encoder"
+    if text_encoder_lr_of(config) == 0:
+        name = "learning_rate" if config.optimizer.text_encoder_lr is None else "text_encoder_lr"
+        return f"{name} = 0 leaves the text encoder untrained"
+    if network.network_module.startswith("lycoris"):
+        presets = [arg for arg in network.network_args if arg.startswith("preset=unet-")]
+        if presets:
+            return f"network_args {presets[0]} trains no text encoder"
+    return None
+
+
+def _required(config: TrainConfig) -> Iterator[str]:
+    if config.run.output_config:
+        return
+    if config.model.pretrained_model_name_or_path is None:
+        yield "pretrained_model_name_or_path is missing: give the base model (folder, hub id, file)"
+    ends_early = config.run.check or config.dataset.debug_dataset
+    if config.output.output_dir is None and not ends_early:
+        yield "output_dir is missing: give the folder for the trained LoRA"
+
+
+def _network(config: TrainConfig) -> Iterator[str]:
+    network = config.network
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        yield (
+            "network_train_unet_only and network_train_text_encoder_only leave nothing to train; "
+            "keep one"
+        )
+    if network.dim_from_weights and network.network_weights is None:
+        yield "dim_from_weights needs network_weights, the file to take the dims from"
+    if network.network_dropout is not None and not 0 <= network.network_dropout < 1:
+        yield f"network_dropout = {network.network_dropout:g}: must be from 0 to below 1"
+    for argument in network.network_args:
+        if "=" not in argument:
+            yield f"network_args {argument!r}: must be key=value"
+
+
+def _learning(config: TrainConfig) -> Iterator[str]:
+    optimizer, schedule = config.optimizer, config.schedule
+    unet_lr = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
+    for name, value in (("unet_lr", unet_lr), ("text_encoder_lr", text_encoder_lr_of(config))):
+        if value < 0:
+            yield f"{name} = {value:g}: a learning rate must not be negative"
+    if unet_lr == 0 and text_encoder_lr_of(config) == 0:
+        yield "unet_lr and text_encoder_lr are both 0: nothing would be trained"
+    yield from _warmup(config)
+    for name, flag, precision in (
+        ("full_fp16", schedule.full_fp16, "fp16"),
+        ("full_bf16", schedule.full_bf16, "bf16"),
+    ):
+        if flag and schedule.mixed_precision != precision:
+            yield f"{name} needs mixed_precision = {precision!r}, not {schedule.mixed_precision!r}"
+
+
+def _warmup(config: TrainConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    kind = optimizer.optimizer_type.lower()
+    if optimizer.lr_warmup_steps == 0 or "schedulefree" in kind or kind == "adafactor":
+        return
+    if optimizer.lr_scheduler_type:
+        yield (
+            f"lr_scheduler_type = {optimizer.lr_scheduler_type!r} takes no warm-up; "
+            "set lr_warmup_steps = 0"
+        )
+    elif optimizer.lr_scheduler.lower() == "constant":
+        yield (
+            f"lr_scheduler = 'constant' with lr_warmup_steps = {optimizer.lr_warmup_steps:g}: "
+            "use lr_scheduler = 'constant_with_warmup' or lr_warmup_steps = 0"
+        )
+
+
+def _loss(config: TrainConfig) -> Iterator[str]:
+    loss, is_v = config.loss, config.model.v_parameterization
+    if loss.adaptive_noise_scale is not None and loss.noise_offset is None:
+        yield "adaptive_noise_scale needs noise_offset, to which it adds"
+    if loss.scale_v_pred_loss_like_noise_pred and not is_v:
+        yield "scale_v_pred_loss_like_noise_pred needs v_parameterization"
+    if loss.v_pred_like_loss and is_v:
+        yield "v_pred_like_loss cannot go with v_parameterization, whose loss is a v loss already"
+    low = 0 if loss.min_timestep is None else loss.min_timestep
+    high = NUM_TRAIN_TIMESTEPS if loss.max_timestep is None else loss.max_timestep
+    if low > high:
+        yield f"min_timestep = {low} is above max_timestep = {high}"
+    if high > NUM_TRAIN_TIMESTEPS or low >= NUM_TRAIN_TIMESTEPS:
+        yield f"min_timestep = {low}, max_timestep = {high}: there are {NUM_TRAIN_TIMESTEPS} steps"
+
+
+def _data(config: TrainConfig) -> Iterator[str]:
+    data = config.dataset
+    if data.cache_latents or data.cache_latents_to_disk:
+        for name, flag in (("color_aug", data.color_aug), ("random_crop", data.random_crop)):
+            if flag:
+                yield f"cache_latents cannot go with {name}, which changes images at every use"
+    for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
+        if getattr(data, name) > 1:
+            yield f"{name} = {getattr(data, name):g}: a probability must be from 0 to 1"
+    if data.conditioning_data_dir is not None and not data.masked_loss:
+        yield "conditioning_data_dir holds masks for masked_loss; add masked_loss or leave it out"
+
+
+def _output(config: TrainConfig) -> Iterator[str]:
+    if config.output.save_model_as != "safetensors":
+        yield (
+            f"save_model_as = {config.output.save_model_as!r} is not supported (pickle files can "
+            "run code); use safetensors"
+        )
+    if config.output.output_name is not None and set(config.output.output_name) & set("/\\"):
+        yield f"output_name = {config.output.output_name!r} holds a slash; put it into output_dir"
+    if config.logging.log_with in ("tensorboard", "all") and config.logging.logging_dir is None:
+        yield f"log_with = {config.logging.log_with!r} needs logging_dir"
+    sampling = config.sampling
+    if sampling.sample_prompts is None:
+        for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"):
+            if getattr(sampling, name):
+                yield f"{name} needs sample_prompts, the file with the prompts to draw"
+
+
+def _mlm(config: TrainConfig) -> Iterator[str]:
+    mlm, schedule = config.mlm, config.schedule
+    if not 0 < mlm.mlm_probability <= 1:
+        yield f"mlm_probability = {mlm.mlm_probability:g}: must be above 0 and at most 1"
+    if mlm.mlm_end_step is not None and mlm.mlm_end_step <= mlm.mlm_start_step:
+        yield (
+            f"mlm_end_step = {mlm.mlm_end_step} must be above mlm_start_step = {mlm.mlm_start_step}"
+        )
+    if mlm.mlm_loss_weight == 0:
+        return
+    if obstacle := mlm_obstacle(config):
+        yield (
+            f"mlm_loss_weight = {mlm.mlm_loss_weight:g} asks for the MLM term, but {obstacle}, so "
+            "it would change nothing; train the text encoder or set mlm_loss_weight = 0"
+        )
+    if schedule.max_train_epochs is None and mlm.mlm_start_step >= schedule.max_train_steps:
+        yield (
+            f"mlm_start_step = {mlm.mlm_start_step} lies behind the end of the run "
+            f"(max_train_steps = {schedule.max_train_steps})"
+        )
+
+
+def _warnings(config: TrainConfig) -> Iterator[str]:
+    yield from _unread_partners(config)
+    network, loss = config.network, config.loss
+    if (network.network_dim or 1) > 1 and network.network_alpha == OPTIONS["network_alpha"].default:
+        yield (
+            f"network_alpha is 1 with network_dim = {network.network_dim}: the LoRA is scaled by "
+            f"1/{network.network_dim}; give network_alpha = {network.network_dim} for scale 1"
+        )
+    if loss.zero_terminal_snr and not config.model.v_parameterization:
+        yield "zero_terminal_snr is meant for v_parameterization; noise cannot be predicted at SNR 0"
+    if config.model.v2 and config.model.clip_skip is not None:
+        yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
+    if len(config.optimizer.text_encoder_lr or ()) > 1:
+        yield "text_encoder_lr: this model has one text encoder, only the first value is used"
+
+
+def _unread_partners(config: TrainConfig) -> Iterator[str]:
+    """Options that are read only together with another one, which is off."""
+    flat = config.to_flat()
+    for name, partner in _READ_WITH.items():
+        if flat[name] != OPTIONS[name].default and not flat[partner]:
+            yield f"{name} has no effect without {partner}"
+    if flat["loss_type"] in ("l1", "l2"):
+        for name in ("huber_schedule", "huber_c", "huber_scale"):
+            if flat[name] != OPTIONS[name].default:
+                yield f"{name} has no effect with loss_type = {flat['loss_type']!r}"
+    intervals = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+    if flat["sample_prompts"] and not any(flat[name] for name in intervals):
+        yield "sample_prompts has no effect without sample_every_n_epochs or sample_every_n_steps"
+
+
+_CHECKS = (_required, _network, _learning, _loss, _data, _output, _mlm)
+
+_READ_WITH = {
+    "noise_offset_random_strength": "noise_offset",
+    "ip_noise_gamma_random_strength": "ip_noise_gamma",
+    "multires_noise_discount": "multires_noise_iterations",
+    "skip_cache_check": "cache_latents_to_disk",
+    "bucket_no_upscale": "enable_bucket",
+    "persistent_data_loader_workers": "max_data_loader_n_workers",
+    "save_last_n_epochs": "save_every_n_epochs",
+    "save_last_n_steps": "save_every_n_steps",
+    "dynamo_backend": "torch_compile",
+    "mlm_end_step": "mlm_loss_weight",
+}
+"""option -> the option without which it is never read."""
