@@ -1,0 +1,257 @@
+"""Pictures: any file to upright 8-bit RGB, then scaled, cropped, mirrored, recoloured.
+
+Knows no buckets, captions or data sets: sizes and positions come from outside, sizes always as
+(width, height). Arrays are (height, width, channels) uint8.
+
+Differences from sd-scripts (commit 48d368fa), all on purpose: EXIF rotation is applied; what is
+transparent shows white, unless the alpha channel is asked for; 16-bit greys are scaled, not
+clipped; resampling is antialiased for every filter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "RESIZE_INTERPOLATIONS",
+    "ImageFacts",
+    "color_augment",
+    "crop",
+    "image_tensor",
+    "inspect_image",
+    "list_images",
+    "open_image",
+    "open_mask",
+    "resize_image",
+]
+
+IMAGE_EXTENSIONS = frozenset(
+    ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif".split()
+)
+"""Files that count as pictures. One that Pillow cannot read here is named, not passed over."""
+
+PIL_FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "linear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "cubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+}
+
+RESIZE_INTERPOLATIONS = (*PIL_FILTERS, "area")
+
+ROTATED_EXIF_ORIENTATIONS = (5, 6, 7, 8)
+EXIF_ORIENTATION = 0x0112
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises on broken files (PNG chunks: SyntaxError)."""
+
+COLOR_AUGMENT_RATE = 0.33
+MAX_HUE_SHIFT = 8 / 180
+GAMMA_RANGE = (0.95, 1.05)
+
+
+class ImageFacts(NamedTuple):
+    """What a data set must know of a file before training."""
+
+    size: tuple[int, int]  # (width, height), upright
+    digest: str  # SHA-256 of the file
+    num_frames: int
+    has_alpha: bool
+
+
+def list_images(folder: Path) -> list[Path]:
+    """List the pictures of a folder by name; hidden files and sub-folders are left out."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_EXTENSIONS
+        and not path.name.startswith(".")
+        and path.is_file()
+    )
+
+
+def inspect_image(path: Path) -> ImageFacts:
+    """Decode a file once, to learn whether it is whole.
+
+    Raises:
+        ValueError: the file is no picture, is cut short, or its format needs a missing plug-in.
+    """
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION) in ROTATED_EXIF_ORIENTATIONS:
+                width, height = height, width
+            facts = ImageFacts(
+                size=(width, height),
+                digest=hashlib.sha256(data).hexdigest(),
+                num_frames=getattr(image, "n_frames", 1),
+                has_alpha=_has_transparency(image),
+            )
+            image.seek(0)
+            image.draft("RGB", (1, 1))  # JPEG: read every byte, but decode at an eighth of the size
+            image.load()
+    except UnidentifiedImageError as error:
+        raise ValueError("Pillow knows no picture format for it") from error
+    except UNREADABLE as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    return facts
+
+
+def open_image(path: Path, *, alpha: bool = False) -> np.ndarray:
+    """Read the first frame upright.
+
+    Args:
+        path: the file.
+        alpha: keep transparency as a fourth channel, with the colours that lie under it; a file
+            without any gets 255. Otherwise transparent parts are laid on white.
+
+    Returns:
+        (H, W, 3) or, with ``alpha``, (H, W, 4), uint8.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            picture = _eight_bit(ImageOps.exif_transpose(image))
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not alpha and not _has_transparency(picture):
+        return np.asarray(picture.convert("RGB"))
+    rgba = picture.convert("RGBA")
+    if alpha:
+        return np.asarray(rgba)
+    white = Image.new("RGBA", rgba.size, "white")
+    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+
+
+def open_mask(path: Path) -> np.ndarray:
+    """Read a mask picture, white = learn: its red channel, as (H, W, 1) uint8.
+
+    Source: sd-scripts library/custom_train_functions.py apply_masked_loss, which takes red.
+    """
+    return open_image(path)[:, :, :1]
+
+
+def resize_image(
+    pixels: np.ndarray, size: tuple[int, int], *, interpolation: str | None = None
+) -> np.ndarray:
+    """Scale to (width, height): area average when no side grows, else Lanczos, unless named.
+
+    Transparency is scaled beside the colours, not multiplied into them, as in sd-scripts.
+
+    Source: sd-scripts library/utils.py resize_image.
+    """
+    height, width = pixels.shape[:2]
+    if (width, height) == size:
+        return pixels
+    if interpolation is None:
+        interpolation = "area" if width >= size[0] and height >= size[1] else "lanczos"
+    if interpolation == "area" and width >= size[0] and height >= size[1]:
+        rows = _average_rows(pixels, size[1])
+        columns = _average_rows(rows.swapaxes(0, 1), size[0]).swapaxes(0, 1)
+        return np.rint(columns).astype(np.uint8)
+    pil_filter = PIL_FILTERS.get(interpolation, Image.Resampling.BILINEAR)
+    channels = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(pixels[:, :, i])).resize(size, pil_filter))
+        for i in range(pixels.shape[2])
+    ]
+    return np.stack(channels, axis=2)
+
+
+def crop(
+    pixels: np.ndarray, size: tuple[int, int], *, rng: random.Random | None = None
+) -> np.ndarray:
+    """Cut (width, height) out of the middle, or, with ``rng``, anywhere (x drawn before y).
+
+    Source: sd-scripts library/train_util.py trim_and_resize_if_required.
+    """
+    width, height = size
+    spare_x, spare_y = pixels.shape[1] - width, pixels.shape[0] - height
+    assert spare_x >= 0 and spare_y >= 0, f"{pixels.shape} does not cover {size}"
+    left = _start(spare_x, rng)
+    top = _start(spare_y, rng)
+    return pixels[top : top + height, left : left + width]
+
+
+def color_augment(pixels: np.ndarray, *, rng: random.Random) -> np.ndarray:
+    """Shift the hue by up to 16 degrees or bend the brightness, in a third of the calls.
+
+    sd-scripts' gamma raises byte values themselves, which is a change of brightness by up to a
+    third; here gamma acts on values in [0, 1].
+
+    Args:
+        pixels: (H, W, 3) uint8, not changed.
+        rng: source of the draws.
+
+    Source: sd-scripts library/train_util.py AugHelper.color_aug.
+    """
+    if rng.random() > COLOR_AUGMENT_RATE:
+        return pixels
+    if rng.random() > 0.5:
+        shift = round(256 * rng.uniform(-MAX_HUE_SHIFT, MAX_HUE_SHIFT))
+        hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
+        hsv[:, :, 0] = (hsv[:, :, 0].astype(np.int16) + shift) % 256
+        return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    gamma = rng.uniform(*GAMMA_RANGE)
+    curve = np.rint(255 * (np.arange(256) / 255) ** gamma).astype(np.uint8)
+    return curve[pixels]
+
+
+def image_tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W, C) uint8 to (C, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Bring 16-bit and floating point greys to 8 bits; leave every other mode alone."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64) / 257
+    elif image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        values = values * 255 if values.max(initial=0) <= 1 else values
+    else:
+        return image
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def _average_rows(values: np.ndarray, num_rows: int) -> np.ndarray:
+    """Average over rows, each counted by the share of it that an output row covers.
+
+    Pillow's box filter takes a row whole or not at all, which differs from OpenCV's area filter by
+    up to 50 of 255 at edges when the factor is not an integer.
+    """
+    height = values.shape[0]
+    if height == num_rows:
+        return values
+    edges = np.arange(num_rows + 1) * (height / num_rows)
+    whole = np.minimum(edges.astype(int), height - 1)
+    shares = (edges - whole).astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+    at_edges = shares * values[whole]  # the part of each edge row that lies before the edge
+    between = np.add.reduceat(values, whole, axis=0, dtype=np.float32)[:-1]
+    return (between + np.diff(at_edges, axis=0)) * np.float32(num_rows / height)
+
+
+def _start(spare: int, rng: random.Random | None) -> int:
+    if spare == 0:
+        return 0
+    return spare // 2 if rng is None else rng.randint(0, spare)
