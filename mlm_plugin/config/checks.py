@@ -31,7 +31,7 @@ def check_config(config: TrainConfig) -> None:
         if message := next(check(config), None):
             raise UserError(message)
     for message in _warnings(config):
-        logger.warning(message)
+        logger.warning("%s", message)
 
 
 def text_encoder_lr_of(config: TrainConfig) -> float:
@@ -192,7 +192,7 @@ def _warnings(config: TrainConfig) -> Iterator[str]:
             f"1/{network.network_dim}; give network_alpha = {network.network_dim} for scale 1"
         )
     if loss.zero_terminal_snr and not config.model.v_parameterization:
-        yield "zero_terminal_snr is meant for v_parameterization; noise cannot be predicted at SNR 0"
+        yield "zero_terminal_snr is meant for v_parameterization: at SNR 0 noise says nothing"
     if config.model.v2 and config.model.clip_skip is not None:
         yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
     if len(config.optimizer.text_encoder_lr or ()) > 1:
@@ -225,7 +225,5 @@ _READ_WITH = {
     "persistent_data_loader_workers": "max_data_loader_n_workers",
     "save_last_n_epochs": "save_every_n_epochs",
     "save_last_n_steps": "save_every_n_steps",
-    "dynamo_backend": "torch_compile",
-    "mlm_end_step": "mlm_loss_weight",
 }
 """option -> the option without which it is never read."""

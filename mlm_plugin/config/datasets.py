@@ -1,0 +1,548 @@
+"""``--dataset_config`` or the folder convention -> data sets with every value resolved.
+
+A value is looked for in the subset, its data set, ``[general]``, the options, and the defaults,
+in this order. This module looks at folders only to see that they exist; images and captions are
+read by ``data``.
+
+Source: sd-scripts library/config_util.py (schema, order of resolution, folder names).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlm_plugin.config.loading import did_you_mean, read_toml
+from mlm_plugin.config.options import OPTIONS, TrainConfig
+from mlm_plugin.errors import UserError
+
+__all__ = ["Concept", "DatasetConfig", "SubsetConfig", "concept_of", "resolve_datasets"]
+
+logger = logging.getLogger(__name__)
+
+BUCKET_STEP = 64
+"""SD U-Nets halve the latents three times: image sides must be multiples of 8 * 2**3."""
+
+
+@dataclass(frozen=True)
+class SubsetConfig:
+    """Images of one folder, or of one metadata file, and how their captions are made."""
+
+    image_dir: Path | None = None  # None only with metadata_file
+    class_tokens: str | None = None
+    is_reg: bool = False
+    num_repeats: int = 1
+    caption_extension: str = ".caption"
+    shuffle_caption: bool = False
+    keep_tokens: int = 0
+    keep_tokens_separator: str = ""
+    secondary_separator: str | None = None
+    caption_separator: str = ","
+    enable_wildcard: bool = False
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: float = 0.0
+    caption_dropout_every_n_epochs: int = 0
+    caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0.0
+    color_aug: bool = False
+    flip_aug: bool = False
+    random_crop: bool = False
+    face_crop_aug_range: tuple[float, float] | None = None
+    alpha_mask: bool = False
+    conditioning_data_dir: Path | None = None
+    resize_interpolation: str | None = None
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    metadata_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Subsets that share a batch size, a resolution and buckets."""
+
+    batch_size: int
+    resolution: tuple[int, int]  # width, height
+    enable_bucket: bool = False
+    bucket_no_upscale: bool = False
+    min_bucket_reso: int = 256
+    max_bucket_reso: int = 1024
+    bucket_reso_steps: int = BUCKET_STEP
+    subsets: tuple[SubsetConfig, ...] = ()
+
+
+class Concept(NamedTuple):
+    """What is learned: its name in prompts and what kind of thing it is (``sks``, ``dog``)."""
+
+    placeholder_token: str | None
+    class_token: str | None
+
+
+def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
+    """The data sets of a run, each with at least one subset that is no regularization.
+
+    Raises:
+        UserError: Unknown key, wrong type, missing folder, nothing to train on.
+    """
+    place, user = _user_config(config)
+    general = user.get("general", {})
+    _check_table(general, place=f"{place} [general]", allowed=_names("general"))
+    options = _option_values(config)
+    datasets = tuple(
+        _resolve_dataset(
+            table, number, general=general, options=options, config=config, place=place
+        )
+        for number, table in enumerate(user["datasets"], start=1)
+    )
+    if not any(subset for dataset in datasets for subset in dataset.subsets if not subset.is_reg):
+        raise UserError(
+            f"{place}: no images to train on (regularization images alone do not count)"
+        )
+    return datasets
+
+
+# --- schema ---------------------------------------------------------------------------------
+
+
+class _Key(NamedTuple):
+    kind: str
+    levels: str  # g general, d data set, s subset
+    only: str = "images metadata"  # kinds of subsets that have it
+
+
+_IMAGES = "images"
+
+_KEYS: dict[str, _Key] = {
+    "batch_size": _Key("int", "gd"),
+    "resolution": _Key("size", "gd"),
+    "enable_bucket": _Key("bool", "gd"),
+    "bucket_no_upscale": _Key("bool", "gd"),
+    "min_bucket_reso": _Key("int", "gd"),
+    "max_bucket_reso": _Key("int", "gd"),
+    "bucket_reso_steps": _Key("int", "gd"),
+    "network_multiplier": _Key("float", "gd"),
+    "validation_split": _Key("float", "gd"),
+    "validation_seed": _Key("int", "gd"),
+    "num_repeats": _Key("int", "gds"),
+    "shuffle_caption": _Key("bool", "gds"),
+    "keep_tokens": _Key("int", "gds"),
+    "keep_tokens_separator": _Key("str", "gds"),
+    "secondary_separator": _Key("str", "gds"),
+    "caption_separator": _Key("str", "gds"),
+    "enable_wildcard": _Key("bool", "gds"),
+    "caption_prefix": _Key("str", "gds"),
+    "caption_suffix": _Key("str", "gds"),
+    "caption_dropout_rate": _Key("rate", "gds"),
+    "caption_dropout_every_n_epochs": _Key("int", "gds"),
+    "caption_tag_dropout_rate": _Key("rate", "gds"),
+    "token_warmup_min": _Key("int", "gds"),
+    "token_warmup_step": _Key("float", "gds"),
+    "color_aug": _Key("bool", "gds"),
+    "flip_aug": _Key("bool", "gds"),
+    "random_crop": _Key("bool", "gds"),
+    "face_crop_aug_range": _Key("range", "gds"),
+    "resize_interpolation": _Key("interpolation", "gds"),
+    "custom_attributes": _Key("table", "gds"),
+    "caption_extension": _Key("str", "gds", _IMAGES),
+    "class_tokens": _Key("str", "gds", _IMAGES),
+    "cache_info": _Key("bool", "gds", _IMAGES),
+    "alpha_mask": _Key("bool", "s"),
+    "image_dir": _Key("str", "s"),
+    "is_reg": _Key("bool", "s", _IMAGES),
+    "conditioning_data_dir": _Key("str", "s", _IMAGES),
+    "metadata_file": _Key("str", "s", "metadata"),
+}
+"""Every key of a dataset_config. Source: ConfigSanitizer's schemas."""
+
+_OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
+
+_EXPECTED = {
+    "int": "a whole number, 0 or more",
+    "float": "a number",
+    "rate": "a number from 0 to 1",
+    "bool": "true or false",
+    "str": "text",
+    "size": "a number of pixels or [width, height]",
+    "range": "two numbers [min, max]",
+    "interpolation": "one of " + ", ".join(OPTIONS["resize_interpolation"].choices or ()),
+    "table": "a table of key = value",
+}
+
+
+def _names(level: str, kind: str | None = None) -> set[str]:
+    return {
+        name
+        for name, key in _KEYS.items()
+        if level[0] in key.levels and (kind is None or kind in key.only)
+    }
+
+
+def _check_table(table: Any, *, place: str, allowed: set[str]) -> None:
+    if not isinstance(table, dict):
+        raise UserError(f"{place}: must be a table of key = value")
+    for name, value in table.items():
+        if name not in allowed:
+            raise UserError(f"{place}: {_misplaced(name, allowed)}")
+        if not _is_kind(_KEYS[name].kind, value):
+            raise UserError(
+                f"{place}: {name} = {value!r} is not allowed; "
+                f"it must be {_EXPECTED[_KEYS[name].kind]}"
+            )
+
+
+def _misplaced(name: str, allowed: set[str]) -> str:
+    if name not in _KEYS:
+        return f"unknown key {name!r}{did_you_mean(name, allowed)}"
+    key = _KEYS[name]
+    if key.only == _IMAGES:
+        return f"{name} cannot go with metadata_file, which holds the captions; remove it"
+    levels = {"g": "[general]", "d": "[[datasets]]", "s": "[[datasets.subsets]]"}
+    return f"{name} does not belong here; it goes to " + " or ".join(levels[x] for x in key.levels)
+
+
+def _is_kind(kind: str, value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_whole = is_number and value == int(value) and value >= 0
+    if kind == "int":
+        return is_whole
+    if kind == "size":
+        sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+        return all(_is_kind("int", side) and side > 0 for side in sides)
+    if kind == "range":
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == 2
+            and all(_is_kind("float", item) for item in value)
+            and value[0] <= value[1]
+        )
+    if kind == "rate":
+        return is_number and 0 <= value <= 1
+    if kind == "interpolation":
+        return value in (OPTIONS["resize_interpolation"].choices or ())
+    if kind == "float":
+        return is_number
+    return isinstance(value, {"bool": bool, "str": str, "table": dict}[kind])
+
+
+# --- where values come from -----------------------------------------------------------------
+
+
+def _user_config(config: TrainConfig) -> tuple[str, dict[str, Any]]:
+    """Name of the source for errors, and its ``general`` and ``datasets``."""
+    path = config.dataset.dataset_config
+    if path is None:
+        return "--train_data_dir", {"datasets": [{"subsets": list(_folder_subsets(config))}]}
+    for name in ("train_data_dir", "reg_data_dir"):
+        if getattr(config.dataset, name) is not None:
+            logger.warning("%s has no effect: dataset_config %s names the folders", name, path)
+    user = _read_dataset_config(path)
+    if unknown := [name for name in user if name not in ("general", "datasets")]:
+        hint = did_you_mean(unknown[0], ("general", "datasets"))
+        raise UserError(f"{path}: unknown key {unknown[0]!r}{hint}; allowed: general, datasets")
+    datasets = user.get("datasets")
+    if not isinstance(datasets, list) or not datasets:
+        raise UserError(f"{path}: holds no [[datasets]]")
+    return path, user
+
+
+def _read_dataset_config(path: str) -> dict[str, Any]:
+    suffix = Path(path).suffix.lower()
+    if suffix == ".toml":
+        return read_toml(path)
+    if suffix != ".json":
+        raise UserError(f"dataset_config {path}: must be a .toml or .json file")
+    try:
+        user = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(user, dict):
+        raise UserError(f"{path}: must hold an object with general and datasets")
+    return user
+
+
+def _folder_subsets(config: TrainConfig) -> Iterator[dict[str, Any]]:
+    """Subsets by folder name ``<repeats>_<class tokens>``."""
+    data = config.dataset
+    if data.train_data_dir is None:
+        raise UserError("no data: give train_data_dir or dataset_config")
+    yield from _subsets_in("train_data_dir", data.train_data_dir, is_reg=False)
+    if data.reg_data_dir is not None:
+        yield from _subsets_in("reg_data_dir", data.reg_data_dir, is_reg=True)
+
+
+def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any]]:
+    parent = Path(path)
+    if not parent.is_dir():
+        raise UserError(f"{name} {path}: there is no such folder")
+    form = "10_dog" if is_reg else "10_sks dog"
+    found = False
+    for folder in sorted(entry for entry in parent.iterdir() if entry.is_dir()):
+        repeats, _, tokens = folder.name.partition("_")
+        if not repeats.isdecimal() or int(repeats) < 1:
+            logger.warning(
+                "%s: folder %r is skipped: its name must begin with the number of repeats, like %r",
+                name,
+                str(folder),
+                form,
+            )
+            continue
+        found = True
+        subset = {"image_dir": str(folder), "num_repeats": int(repeats), "is_reg": is_reg}
+        yield subset | ({"class_tokens": tokens} if tokens.strip() else {})
+    if not found:
+        raise UserError(
+            f"{name} {path}: holds no folder named like {form!r} "
+            "(number of repeats, _, words); put the images into one"
+        )
+
+
+def _option_values(config: TrainConfig) -> dict[str, Any]:
+    """Values of last resort, in the words of the schema."""
+    values = {name: getattr(config.dataset, name, None) for name in _KEYS}
+    values["batch_size"] = config.schedule.train_batch_size
+    values["num_repeats"] = config.dataset.dataset_repeats
+    values["resolution"] = _parse_pair("resolution", config.dataset.resolution)
+    values["face_crop_aug_range"] = _parse_pair(
+        "face_crop_aug_range", config.dataset.face_crop_aug_range
+    )
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _parse_pair(name: str, text: str | None) -> Any:
+    if text is None:
+        return None
+    kind = _KEYS[name].kind
+    convert = int if kind == "size" else float
+    try:
+        numbers = [convert(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    value = numbers[0] if kind == "size" and len(numbers) == 1 else numbers
+    if not _is_kind(kind, value):
+        form = "`512` or `width,height`" if kind == "size" else "`min,max`"
+        raise UserError(f"{name} = {text!r} is not allowed; it must be {form}")
+    return value
+
+
+# --- resolution -----------------------------------------------------------------------------
+
+
+def _resolve_dataset(
+    table: Any,
+    number: int,
+    *,
+    general: dict[str, Any],
+    options: dict[str, Any],
+    config: TrainConfig,
+    place: str,
+) -> DatasetConfig:
+    place = place if config.dataset.dataset_config is None else f"{place} [[datasets]] {number}"
+    if not isinstance(table, dict):
+        raise UserError(f"{place}: must be a table of key = value")
+    tables = table.get("subsets")
+    if not isinstance(tables, list) or not tables:
+        raise UserError(f"{place}: holds no [[datasets.subsets]]")
+    kind = _subset_kind(tables, place=place, masked_loss=config.dataset.masked_loss)
+    own = {name: value for name, value in table.items() if name != "subsets"}
+    _check_table(own, place=place, allowed=_names("dataset", kind))
+    values = options | general | own
+    _note_unused(values, place=place)
+    subsets = []
+    for position, subset in enumerate(tables, start=1):
+        where = f"{place} subset {position}"
+        _check_table(subset, place=where, allowed=_names("subset", kind))
+        subsets.append(_make_subset(values | subset, where, cacheable=_is_cached(config)))
+    dataset = DatasetConfig(
+        batch_size=int(values["batch_size"]),
+        resolution=_resolution(values, place=place),
+        subsets=tuple(_without_duplicates(subsets, place=place)),
+        **{name: values[name] for name in ("enable_bucket", "bucket_no_upscale")},
+        **{name: int(values[name]) for name in _BUCKET_SIDES},
+    )
+    return _with_valid_buckets(dataset, place=place)
+
+
+_BUCKET_SIDES = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+
+
+def _is_cached(config: TrainConfig) -> bool:
+    return config.dataset.cache_latents or config.dataset.cache_latents_to_disk
+
+
+def _subset_kind(tables: Sequence[Any], *, place: str, masked_loss: bool) -> str:
+    """``metadata`` or ``images``; all subsets of a data set are of one kind."""
+    for name in ("metadata_file", "conditioning_data_dir"):
+        count = sum(name in table for table in tables if isinstance(table, dict))
+        if 0 < count < len(tables):
+            raise UserError(
+                f"{place}: subsets with and without {name} cannot be mixed; "
+                "put them into separate [[datasets]]"
+            )
+        if name == "conditioning_data_dir" and count and not masked_loss:
+            raise UserError(f"{place}: conditioning_data_dir holds masks; add --masked_loss")
+    return "metadata" if "metadata_file" in tables[0] else _IMAGES
+
+
+def _note_unused(values: Mapping[str, Any], *, place: str) -> None:
+    if values.get("validation_split"):
+        raise UserError(f"{place}: validation_split is not supported; leave it out")
+    if values.get("network_multiplier", 1) != 1:
+        logger.warning("%s: network_multiplier has no effect: kohya does not read it either", place)
+    if values.get("batch_size") == 0:
+        raise UserError(f"{place}: batch_size = 0 is not allowed; it must be at least 1")
+
+
+def _make_subset(values: Mapping[str, Any], place: str, *, cacheable: bool) -> SubsetConfig:
+    names = {item.name for item in dataclasses.fields(SubsetConfig)}
+    chosen = {name: value for name, value in values.items() if name in names}
+    for name in ("image_dir", "conditioning_data_dir"):
+        if name in chosen:
+            chosen[name] = _existing(chosen[name], name, place, is_folder=True)
+    if "metadata_file" in chosen:
+        chosen["metadata_file"] = _existing(
+            chosen["metadata_file"], "metadata_file", place, is_folder=False
+        )
+    elif "image_dir" not in chosen:
+        raise UserError(f"{place}: image_dir is missing")
+    for name in ("color_aug", "random_crop"):
+        if cacheable and chosen.get(name):
+            raise UserError(
+                f"{place}: {name} changes images at every use and cannot go with cache_latents"
+            )
+    for name in ("face_crop_aug_range",):
+        if name in chosen:
+            chosen[name] = tuple(float(item) for item in chosen[name])
+    extension = chosen.get("caption_extension", "")
+    if extension and not extension.startswith("."):
+        chosen["caption_extension"] = "." + extension
+    for name, key in _KEYS.items():
+        if key.kind == "int" and name in chosen:
+            chosen[name] = int(chosen[name])
+    return SubsetConfig(**chosen)
+
+
+def _existing(path: str, name: str, place: str, *, is_folder: bool) -> Path:
+    found = Path(path)
+    if not (found.is_dir() if is_folder else found.is_file()):
+        raise UserError(
+            f"{place}: {name} {path}: there is no such {'folder' if is_folder else 'file'}"
+        )
+    return found
+
+
+def _without_duplicates(subsets: Sequence[SubsetConfig], *, place: str) -> Iterator[SubsetConfig]:
+    """Drops repeated folders and subsets with no repeats, as kohya does, with a warning."""
+    seen = set()
+    for subset in subsets:
+        source = subset.metadata_file or subset.image_dir
+        if subset.num_repeats < 1:
+            logger.warning("%s: %s is skipped: num_repeats = 0", place, source)
+        elif source in seen:
+            logger.warning("%s: %s is named twice, only the first entry is used", place, source)
+        else:
+            seen.add(source)
+            yield subset
+
+
+def _resolution(values: Mapping[str, Any], *, place: str) -> tuple[int, int]:
+    value = values.get("resolution")
+    if value is None:
+        raise UserError(f"{place}: resolution is missing; give e.g. --resolution 512")
+    width, height = value if isinstance(value, (list, tuple)) else (value, value)
+    if not values["enable_bucket"] and (width % 8 or height % 8):
+        raise UserError(
+            f"{place}: resolution = {width},{height}: without enable_bucket both sides must be "
+            "multiples of 8"
+        )
+    return int(width), int(height)
+
+
+def _with_valid_buckets(dataset: DatasetConfig, *, place: str) -> DatasetConfig:
+    if not dataset.enable_bucket:
+        return dataset
+    steps = max(1, -(-dataset.bucket_reso_steps // BUCKET_STEP)) * BUCKET_STEP
+    if steps != dataset.bucket_reso_steps:
+        logger.warning(
+            "%s: bucket_reso_steps = %d is rounded up to %d: Stable Diffusion needs multiples of 64",
+            place,
+            dataset.bucket_reso_steps,
+            steps,
+        )
+    low, high = min(dataset.resolution), max(dataset.resolution)
+    if not dataset.bucket_no_upscale:
+        if dataset.min_bucket_reso - dataset.min_bucket_reso % steps > low:
+            raise UserError(
+                f"{place}: min_bucket_reso = {dataset.min_bucket_reso} is above the resolution's "
+                f"smaller side {low}"
+            )
+        if -(-dataset.max_bucket_reso // steps) * steps < high:
+            raise UserError(
+                f"{place}: max_bucket_reso = {dataset.max_bucket_reso} is below the resolution's "
+                f"larger side {high}"
+            )
+    return dataclasses.replace(dataset, bucket_reso_steps=steps)
+
+
+# --- the concept ----------------------------------------------------------------------------
+
+
+def concept_of(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> Concept:
+    """Name and class of what is learned, from the options or the subsets' ``class_tokens``.
+
+    ``"sks duck toy"`` means placeholder ``sks`` and class ``duck toy``. Without the MLM term
+    unknown parts are None.
+
+    Raises:
+        UserError: The MLM term is on and a part is unknown or ambiguous.
+    """
+    placeholder, class_token = config.mlm.placeholder_token, config.mlm.class_token
+    if placeholder is None or class_token is None:
+        found = _class_tokens(datasets)
+        if len(found) == 1:
+            placeholder, class_token = _split(found[0], placeholder, class_token)
+    if config.mlm.mlm_loss_weight > 0 and (placeholder is None or class_token is None):
+        raise UserError(_how_to_name(_class_tokens(datasets), placeholder))
+    return Concept(placeholder, class_token)
+
+
+def _class_tokens(datasets: Sequence[DatasetConfig]) -> list[str]:
+    tokens = [
+        " ".join((subset.class_tokens or "").split())
+        for dataset in datasets
+        for subset in dataset.subsets
+        if not subset.is_reg
+    ]
+    return list(dict.fromkeys(text for text in tokens if text))
+
+
+def _split(
+    text: str, placeholder: str | None, class_token: str | None
+) -> tuple[str | None, str | None]:
+    """Fill in what is None from the class tokens; a given part must be in them."""
+    if placeholder is not None:
+        rest = text.removeprefix(placeholder + " ")
+        return placeholder, rest if rest != text else None
+    if class_token is not None:
+        rest = text.removesuffix(" " + class_token)
+        return (rest if rest != text else None), class_token
+    first, _, rest = text.partition(" ")
+    return first, rest or None
+
+
+def _how_to_name(found: Sequence[str], placeholder: str | None) -> str:
+    ask = "give --placeholder_token (its name, e.g. sks) and --class_token (what it is, e.g. dog)"
+    if len(found) > 1:
+        return "the subsets name several concepts (" + ", ".join(found) + f"); {ask}"
+    if found and placeholder == found[0]:
+        return (
+            f"class_tokens {found[0]!r} name the concept but not what it is; give --class_token, "
+            f"e.g. dog, or name the folder like '10_{found[0]} dog'"
+        )
+    return f"the MLM term needs to know the concept; {ask}"
