@@ -99,10 +99,12 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
         )
         for number, table in enumerate(user["datasets"], start=1)
     )
-    if not any(subset for dataset in datasets for subset in dataset.subsets if not subset.is_reg):
-        raise UserError(
-            f"{place}: no images to train on (regularization images alone do not count)"
-        )
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    if all(subset.is_reg for subset in subsets):
+        raise UserError(f"{place}: nothing to train on besides regularization images")
+    has_masks = any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets)
+    if config.dataset.masked_loss and not has_masks:
+        raise UserError(f"{place}: masked_loss needs conditioning_data_dir or alpha_mask")
     return datasets
 
 
@@ -159,8 +161,6 @@ _KEYS: dict[str, _Key] = {
 }
 """Every key of a dataset_config. Source: ConfigSanitizer's schemas."""
 
-_OPTION_NAMES = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
-
 _EXPECTED = {
     "int": "a whole number, 0 or more",
     "float": "a number",
@@ -207,7 +207,7 @@ def _misplaced(name: str, allowed: set[str]) -> str:
 
 def _is_kind(kind: str, value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    is_whole = is_number and value == int(value) and value >= 0
+    is_whole = is_number and float(value).is_integer() and value >= 0
     if kind == "int":
         return is_whole
     if kind == "size":
@@ -343,14 +343,16 @@ def _resolve_dataset(
     config: TrainConfig,
     place: str,
 ) -> DatasetConfig:
-    place = place if config.dataset.dataset_config is None else f"{place} [[datasets]] {number}"
+    if config.dataset.dataset_config is not None:
+        place = f"{place} [[datasets]] {number}"
     if not isinstance(table, dict):
         raise UserError(f"{place}: must be a table of key = value")
+    own = {name: value for name, value in table.items() if name != "subsets"}
+    _check_table(own, place=place, allowed=_names("dataset"))
     tables = table.get("subsets")
-    if not isinstance(tables, list) or not tables:
+    if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise UserError(f"{place}: holds no [[datasets.subsets]]")
     kind = _subset_kind(tables, place=place, masked_loss=config.dataset.masked_loss)
-    own = {name: value for name, value in table.items() if name != "subsets"}
     _check_table(own, place=place, allowed=_names("dataset", kind))
     values = options | general | own
     _note_unused(values, place=place)
@@ -358,7 +360,10 @@ def _resolve_dataset(
     for position, subset in enumerate(tables, start=1):
         where = f"{place} subset {position}"
         _check_table(subset, place=where, allowed=_names("subset", kind))
-        subsets.append(_make_subset(values | subset, where, cacheable=_is_cached(config)))
+        inherited = dict(values)
+        if subset.get("is_reg") or kind == "metadata":  # masks of the option are for the concept
+            inherited.pop("conditioning_data_dir", None)
+        subsets.append(_make_subset(inherited | subset, where, is_cached=_is_cached(config)))
     dataset = DatasetConfig(
         batch_size=int(values["batch_size"]),
         resolution=_resolution(values, place=place),
@@ -376,10 +381,10 @@ def _is_cached(config: TrainConfig) -> bool:
     return config.dataset.cache_latents or config.dataset.cache_latents_to_disk
 
 
-def _subset_kind(tables: Sequence[Any], *, place: str, masked_loss: bool) -> str:
+def _subset_kind(tables: Sequence[Mapping[str, Any]], *, place: str, masked_loss: bool) -> str:
     """``metadata`` or ``images``; all subsets of a data set are of one kind."""
     for name in ("metadata_file", "conditioning_data_dir"):
-        count = sum(name in table for table in tables if isinstance(table, dict))
+        count = sum(name in table for table in tables)
         if 0 < count < len(tables):
             raise UserError(
                 f"{place}: subsets with and without {name} cannot be mixed; "
@@ -399,7 +404,7 @@ def _note_unused(values: Mapping[str, Any], *, place: str) -> None:
         raise UserError(f"{place}: batch_size = 0 is not allowed; it must be at least 1")
 
 
-def _make_subset(values: Mapping[str, Any], place: str, *, cacheable: bool) -> SubsetConfig:
+def _make_subset(values: Mapping[str, Any], place: str, *, is_cached: bool) -> SubsetConfig:
     names = {item.name for item in dataclasses.fields(SubsetConfig)}
     chosen = {name: value for name, value in values.items() if name in names}
     for name in ("image_dir", "conditioning_data_dir"):
@@ -412,13 +417,13 @@ def _make_subset(values: Mapping[str, Any], place: str, *, cacheable: bool) -> S
     elif "image_dir" not in chosen:
         raise UserError(f"{place}: image_dir is missing")
     for name in ("color_aug", "random_crop"):
-        if cacheable and chosen.get(name):
+        if is_cached and chosen.get(name):
             raise UserError(
                 f"{place}: {name} changes images at every use and cannot go with cache_latents"
             )
-    for name in ("face_crop_aug_range",):
-        if name in chosen:
-            chosen[name] = tuple(float(item) for item in chosen[name])
+    if "face_crop_aug_range" in chosen:
+        low, high = chosen["face_crop_aug_range"]
+        chosen["face_crop_aug_range"] = (float(low), float(high))
     extension = chosen.get("caption_extension", "")
     if extension and not extension.startswith("."):
         chosen["caption_extension"] = "." + extension
@@ -470,23 +475,11 @@ def _with_valid_buckets(dataset: DatasetConfig, *, place: str) -> DatasetConfig:
     steps = max(1, -(-dataset.bucket_reso_steps // BUCKET_STEP)) * BUCKET_STEP
     if steps != dataset.bucket_reso_steps:
         logger.warning(
-            "%s: bucket_reso_steps = %d is rounded up to %d: Stable Diffusion needs multiples of 64",
+            "%s: bucket_reso_steps = %d is rounded up to %d, a multiple of 64",
             place,
             dataset.bucket_reso_steps,
             steps,
         )
-    low, high = min(dataset.resolution), max(dataset.resolution)
-    if not dataset.bucket_no_upscale:
-        if dataset.min_bucket_reso - dataset.min_bucket_reso % steps > low:
-            raise UserError(
-                f"{place}: min_bucket_reso = {dataset.min_bucket_reso} is above the resolution's "
-                f"smaller side {low}"
-            )
-        if -(-dataset.max_bucket_reso // steps) * steps < high:
-            raise UserError(
-                f"{place}: max_bucket_reso = {dataset.max_bucket_reso} is below the resolution's "
-                f"larger side {high}"
-            )
     return dataclasses.replace(dataset, bucket_reso_steps=steps)
 
 
