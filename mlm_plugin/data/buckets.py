@@ -52,7 +52,7 @@ def usable_bucket_range(
     """
     if steps < 1 or steps % LATENT_STRIDE:
         raise UserError(
-            f"bucket_reso_steps: {steps} is not a multiple of {LATENT_STRIDE}; 64 is the usual value"
+            f"bucket_reso_steps: {steps} is not a multiple of {LATENT_STRIDE}; 64 is usual"
         )
     smallest = min_bucket_reso - min_bucket_reso % steps
     largest = max_bucket_reso + -max_bucket_reso % steps

@@ -33,7 +33,7 @@ KNOWN_EXTENSIONS = (".caption", ".txt", ".tags", ".cap")
 """Extensions that caption tools write; one that was not asked for is reported, not used."""
 
 FACE_INFO_PARTS = 4
-"""sd-scripts' face tools append _cx_cy_w_h to a picture's name; the caption keeps the short name."""
+"""sd-scripts' face tools append _cx_cy_w_h to a picture's name, not to its caption's."""
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
 

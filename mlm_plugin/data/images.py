@@ -183,7 +183,7 @@ def crop(
     """
     width, height = size
     spare_x, spare_y = pixels.shape[1] - width, pixels.shape[0] - height
-    assert spare_x >= 0 and spare_y >= 0, f"{pixels.shape} does not cover {size}"
+    assert min(spare_x, spare_y) >= 0, f"{pixels.shape} does not cover {size}"
     left = _start(spare_x, rng)
     top = _start(spare_y, rng)
     return pixels[top : top + height, left : left + width]

@@ -1,0 +1,376 @@
+"""Batches: pictures of one bucket with their captions, the same for equal (seed, epoch, index).
+
+Knows neither tokenizer nor VAE nor devices. One item of the data set is one :class:`Batch`. There
+is no hidden state: what is random in a batch follows from (seed, epoch, index), so a resumed run
+and any number of workers or processes see the same batches.
+
+Epochs count from 0. ``caption_dropout_every_n_epochs`` counts from 1, as in sd-scripts.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mlm_plugin.data.buckets import crop_top_left
+from mlm_plugin.data.captions import ineffective_settings, process_caption
+from mlm_plugin.data.images import RESIZE_INTERPOLATIONS, color_augment, image_tensor
+from mlm_plugin.data.latents import CachedLatents, cache_latents, read_latents
+from mlm_plugin.data.sources import ImageInfo, load_pixels, read_dataset
+from mlm_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+
+__all__ = ["Batch", "BatchKey", "EpochOrder", "ImageInfo", "TrainDataset", "make_loader"]
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+
+
+@dataclass
+class Batch:
+    """Pictures of one size; B of them, H x W pixels. Exactly one of the first two is given."""
+
+    pixel_values: Tensor | None  # (B, 3, H, W) in [-1, 1]
+    latents: Tensor | None  # (B, 4, H/8, W/8), a sample of the VAE, not scaled
+    loss_masks: Tensor | None  # (B, 1, H, W) in [0, 1], 1 = learn
+    loss_weights: Tensor  # (B,), prior_loss_weight for regularisation images, else 1
+    captions: list[str]
+    original_sizes: list[Size]  # (h, w)
+    crop_top_lefts: list[Size]  # (top, left)
+    target_sizes: list[Size]  # (h, w)
+    is_reg: list[bool]
+    image_paths: list[str]
+    custom_attributes: list[dict[str, Any]]
+
+
+class BatchKey(NamedTuple):
+    """Which batch, without regard to the data set's current epoch and step."""
+
+    epoch: int
+    index: int
+    step: int = 0  # optimiser steps done, for token_warmup_step
+
+
+class _Sample(NamedTuple):
+    pixel_values: Tensor | None
+    latents: Tensor | None
+    loss_mask: Tensor | None  # (1, H, W)
+    caption: str
+    flipped: bool
+
+
+class TrainDataset(Dataset):
+    """The pictures of all data sets, cut into batches that mix neither buckets nor data sets.
+
+    Args:
+        datasets: resolved configuration.
+        seed: of everything random.
+        prior_loss_weight: loss weight of regularisation images.
+        masked_loss: whether masks from ``conditioning_data_dir`` are used; an alpha mask is asked
+            for by the subset alone.
+        split: "train" or "validation" (``validation_split``; every picture once, no
+            regularisation images).
+
+    Attributes:
+        images: every picture in use.
+        skipped: files that could not be used, and why.
+        num_train_images: pictures per epoch, with repeats, without regularisation images.
+        num_reg_images: regularisation images per epoch, with repeats.
+
+    Raises:
+        UserError: no picture can be used, or settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[DatasetConfig],
+        *,
+        seed: int,
+        prior_loss_weight: float = 1.0,
+        masked_loss: bool = False,
+        split: str = "train",
+    ):
+        self.datasets = tuple(datasets)
+        self.seed = seed
+        self.prior_loss_weight = prior_loss_weight
+        _check_subsets([s for d in self.datasets for s in d.subsets], masked_loss=masked_loss)
+        self.images: list[ImageInfo] = []
+        self.skipped: dict[Path, str] = {}
+        for index, config in enumerate(self.datasets):
+            found = read_dataset(config, dataset_index=index, seed=seed, split=split)
+            self.images += found.images
+            self.skipped |= found.skipped
+        if not self.images:
+            raise UserError(_nothing_found(self.datasets, self.skipped, split))
+        self.num_train_images = sum(i.repeats for i in self.images if not i.is_reg)
+        self.num_reg_images = sum(i.repeats for i in self.images if i.is_reg)
+        self._any_mask = any(info.has_mask for info in self.images)
+        self._cache: list[CachedLatents | Path] | None = None
+        self._epoch, self._step, self._max_train_steps = 0, 0, None
+        self._groups = self._group_by_bucket()
+        self._plan: tuple[int, list[list[int]]] = (-1, [])
+        self._length = len(self._batches(0))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0) of batches that are asked for by number."""
+        self._epoch = epoch
+
+    def set_step(self, step: int) -> None:
+        """Tell the optimiser steps done, for batches that are asked for by number."""
+        self._step = step
+
+    def set_max_train_steps(self, num_steps: int) -> None:
+        """Tell the length of the run, of which ``token_warmup_step`` below 1 is a share."""
+        self._max_train_steps = num_steps
+
+    def cache_latents(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        *,
+        vae_id: str,
+        to_disk: bool = False,
+        batch_size: int = 1,
+        skip_check: bool = False,
+    ) -> None:
+        """Replace pixels by latents from here on; arguments as in :func:`.latents.cache_latents`.
+
+        With several processes and ``to_disk``, let the main process go first: the others then find
+        its files.
+
+        Raises:
+            UserError: a subset changes its pictures from draw to draw.
+        """
+        for subset in {id(i.subset): i.subset for i in self.images}.values():
+            for name in ("color_aug", "random_crop"):
+                if getattr(subset, name):
+                    raise UserError(
+                        f"cache_latents: impossible with {name} ({_source(subset)}); "
+                        "switch one of the two off"
+                    )
+        self._cache = cache_latents(
+            self.images,
+            encode,
+            vae_id=vae_id,
+            to_disk=to_disk,
+            batch_size=batch_size,
+            skip_check=skip_check,
+        )
+
+    def bucket_counts(self) -> Counter[tuple[int, Size]]:
+        """Count pictures with repeats per (data set, bucket)."""
+        return Counter({key: len(members) for key, members in self._groups.items()})
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, key: int | BatchKey) -> Batch:
+        if not isinstance(key, BatchKey):
+            key = BatchKey(self._epoch, key, self._step)
+        rng = random.Random(f"{self.seed}/{key.epoch}/{key.index}")
+        members = self._batches(key.epoch)[key.index]
+        return self._collate(members, [self._sample(i, rng, key) for i in members])
+
+    def _group_by_bucket(self) -> dict[tuple[int, Size], list[int]]:
+        groups: dict[tuple[int, Size], list[int]] = {}
+        for i, info in enumerate(self.images):
+            groups.setdefault((info.dataset_index, info.bucket), []).extend([i] * info.repeats)
+        return dict(sorted(groups.items()))
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """Shuffle bucket contents, cut them into batches, shuffle those."""
+        if self._plan[0] != epoch:
+            rng = random.Random(f"{self.seed}/{epoch}")
+            batches = []
+            for (dataset_index, _), members in self._groups.items():
+                size = self.datasets[dataset_index].batch_size
+                shuffled = rng.sample(members, len(members))
+                batches += [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+            rng.shuffle(batches)
+            self._plan = (epoch, batches)
+        return self._plan[1]
+
+    def _sample(self, i: int, rng: random.Random, key: BatchKey) -> _Sample:
+        info = self.images[i]
+        subset = info.subset
+        flipped = bool(subset.flip_aug and rng.random() < 0.5)
+        if self._cache is None:
+            content = _draw_pixels(info, flipped, rng)
+        else:
+            content = _draw_latents(self._cache[i], info, flipped)
+        caption = process_caption(
+            info.caption,
+            subset,
+            rng=rng,
+            epoch=key.epoch + 1,
+            step=key.step,
+            max_step=self._max_train_steps,
+        )
+        return _Sample(*content, caption=caption, flipped=flipped)
+
+    def _collate(self, members: list[int], samples: list[_Sample]) -> Batch:
+        infos = [self.images[i] for i in members]
+        width, height = infos[0].bucket
+        weights = [self.prior_loss_weight if info.is_reg else 1.0 for info in infos]
+        no_mask = torch.ones(1, height, width)
+        masks = [no_mask if s.loss_mask is None else s.loss_mask for s in samples]
+        return Batch(
+            pixel_values=_stack([s.pixel_values for s in samples]),
+            latents=_stack([s.latents for s in samples]),
+            loss_masks=torch.stack(masks) if self._any_mask else None,
+            loss_weights=torch.tensor(weights),
+            captions=[s.caption for s in samples],
+            original_sizes=[(info.size[1], info.size[0]) for info in infos],
+            crop_top_lefts=[
+                crop_top_left(info.bucket, info.size, flipped=s.flipped)
+                for info, s in zip(infos, samples, strict=True)
+            ],
+            target_sizes=[(height, width)] * len(infos),
+            is_reg=[info.is_reg for info in infos],
+            image_paths=[str(info.path) for info in infos],
+            custom_attributes=[dict(info.subset.custom_attributes) for info in infos],
+        )
+
+
+class EpochOrder(Sampler[BatchKey]):
+    """Which batches this process takes in an epoch, and in which order.
+
+    Every key carries its epoch and step, so workers that outlive an epoch need no message. With
+    several processes the list is filled up from its start until all have equally many.
+
+    Args:
+        dataset: the data set.
+        rank: number of this process.
+        world_size: processes that share an epoch.
+        batches_per_step: batches of one process per optimiser step (gradient accumulation).
+    """
+
+    def __init__(
+        self,
+        dataset: TrainDataset,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        batches_per_step: int = 1,
+    ):
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.dataset = dataset
+        self.rank, self.world_size, self.batches_per_step = rank, world_size, batches_per_step
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int, *, skip: int = 0, step: int = 0) -> None:
+        """Prepare the next pass.
+
+        Args:
+            epoch: counted from 0.
+            skip: batches of this process that were already trained in this epoch (resume).
+            step: optimiser steps done before the first batch.
+        """
+        self.epoch, self.skip, self.step = epoch, skip, step
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.world_size) - self.skip
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        for n in range(len(self)):
+            index = (n + self.skip) * self.world_size + self.rank
+            step = self.step + n // self.batches_per_step
+            yield BatchKey(self.epoch, index % len(self.dataset), step)
+
+
+def make_loader(
+    order: EpochOrder, *, num_workers: int = 0, persistent_workers: bool = False
+) -> DataLoader:
+    """Give a loader of whole batches; call ``order.start_epoch`` before each pass.
+
+    It takes nothing from torch's global random stream.
+    """
+    return DataLoader(
+        order.dataset,
+        batch_size=None,
+        sampler=order,
+        num_workers=num_workers,
+        persistent_workers=persistent_workers and num_workers > 0,
+        generator=torch.Generator().manual_seed(order.dataset.seed),
+    )
+
+
+def _draw_pixels(
+    info: ImageInfo, flipped: bool, rng: random.Random
+) -> tuple[Tensor, None, Tensor | None]:
+    pixels = load_pixels(info, rng=rng if info.subset.random_crop else None)
+    if flipped:
+        pixels = pixels[:, ::-1]
+    rgb = pixels[:, :, :3]
+    if info.subset.color_aug:
+        rgb = color_augment(rgb, rng=rng)
+    mask = None
+    if info.has_mask:
+        mask = image_tensor(pixels[:, :, 3:]) / 2 + 0.5
+    return image_tensor(rgb), None, mask
+
+
+def _draw_latents(
+    entry: CachedLatents | Path, info: ImageInfo, flipped: bool
+) -> tuple[None, Tensor, Tensor | None]:
+    cached = read_latents(entry, info) if isinstance(entry, Path) else entry
+    mask = None if cached.mask is None else cached.mask.unsqueeze(0)
+    if not flipped:
+        return None, cached.latents, mask
+    return None, cached.latents_flipped, None if mask is None else mask.flip(2)
+
+
+def _stack(tensors: list[Tensor | None]) -> Tensor | None:
+    return None if tensors[0] is None else torch.stack(tensors)
+
+
+def _check_subsets(subsets: Sequence[SubsetConfig], *, masked_loss: bool) -> None:
+    for subset in subsets:
+        where = _source(subset)
+        if subset.face_crop_aug_range is not None:
+            raise UserError(
+                f"face_crop_aug_range: not supported ({where}); use random_crop, or crop the files"
+            )
+        if subset.alpha_mask and subset.conditioning_data_dir:
+            raise UserError(f"alpha_mask and conditioning_data_dir: choose one of them for {where}")
+        if subset.conditioning_data_dir and not masked_loss:
+            raise UserError(f"conditioning_data_dir: needs masked_loss to have an effect ({where})")
+        if subset.resize_interpolation not in (None, *RESIZE_INTERPOLATIONS):
+            raise UserError(
+                f"resize_interpolation: {subset.resize_interpolation!r} is not one of "
+                f"{', '.join(RESIZE_INTERPOLATIONS)} ({where})"
+            )
+        for line in ineffective_settings(subset):
+            logger.warning("%s: %s", where, line)
+    if masked_loss and not any(s.alpha_mask or s.conditioning_data_dir for s in subsets):
+        raise UserError(
+            "masked_loss: no data has a mask; set alpha_mask (pictures with transparency) or "
+            "conditioning_data_dir (black and white masks)"
+        )
+
+
+def _nothing_found(datasets: Sequence[DatasetConfig], skipped: dict[Path, str], split: str) -> str:
+    places = ", ".join(str(_source(s)) for d in datasets for s in d.subsets) or "no folder at all"
+    if split == "validation":
+        return f"validation_split: no picture is left for validation in {places}; raise it"
+    if skipped:
+        path, reason = next(iter(skipped.items()))
+        return f"no usable picture in {places}: {len(skipped)} are broken, first {path} ({reason})"
+    if any(s.is_reg for d in datasets for s in d.subsets):
+        return f"no training picture in {places}; regularisation images alone teach nothing"
+    return f"no picture in {places}; put .png, .jpg, .webp or .bmp files there"
+
+
+def _source(subset: SubsetConfig) -> Path:
+    return subset.metadata_file or subset.image_dir

@@ -1,0 +1,404 @@
+"""From folders and metadata files to a list of whole, captioned pictures with their buckets.
+
+Everything that is decided once, before training: which files count, their captions and masks,
+repeats, regularisation images, the validation split, sizes. Knows no batches, epochs or latents.
+Sizes are (width, height).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mlm_plugin.data import buckets, captions, images
+from mlm_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+
+__all__ = ["ImageInfo", "Sources", "load_pixels", "read_dataset"]
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+
+MAX_ASPECT_DIFFERENCE = 0.01
+"""A mask may have another size than its picture, but not another shape than this share."""
+
+
+@dataclass
+class ImageInfo:
+    """One picture of a data set.
+
+    Attributes:
+        path: the file.
+        facts: size, digest and so on of the file.
+        caption: text before any random change, lines joined by a line break with wildcards.
+        caption_source: "file", "metadata", "class_tokens" or "none".
+        caption_elsewhere: a caption file under an extension that was not asked for.
+        mask_path: the mask from ``conditioning_data_dir``.
+        subset: settings of the folder it comes from.
+        dataset_index: which [[datasets]] it belongs to; batches never mix them.
+        repeats: how often it is drawn per epoch.
+        bucket: training size.
+        resized: size after scaling, before the crop.
+    """
+
+    path: Path
+    facts: images.ImageFacts
+    caption: str
+    caption_source: str
+    subset: SubsetConfig
+    dataset_index: int
+    repeats: int
+    caption_elsewhere: Path | None = None
+    mask_path: Path | None = None
+    bucket: Size = (0, 0)
+    resized: Size = (0, 0)
+
+    @property
+    def size(self) -> Size:
+        """(width, height) of the upright picture."""
+        return self.facts.size
+
+    @property
+    def is_reg(self) -> bool:
+        """Whether it is a regularisation image."""
+        return self.subset.is_reg
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether the loss of this picture is masked."""
+        return self.subset.alpha_mask or self.mask_path is not None
+
+
+class Sources(NamedTuple):
+    """Result of :func:`read_dataset`."""
+
+    images: list[ImageInfo]
+    skipped: dict[Path, str]  # files that could not be used, and why
+
+
+class _Found(NamedTuple):
+    path: Path
+    caption: str
+    caption_source: str
+    caption_elsewhere: Path | None = None
+
+
+def read_dataset(
+    config: DatasetConfig, *, dataset_index: int = 0, seed: int = 0, split: str = "train"
+) -> Sources:
+    """Read every picture of one data set.
+
+    Regularisation images come last, repeated until there are as many as training images; those
+    beyond that number are left out. A file that cannot be used is named in a warning and skipped.
+
+    Args:
+        config: the data set.
+        dataset_index: its number, kept in the pictures.
+        seed: shuffles before the validation split when ``validation_seed`` is not set.
+        split: "train" or "validation".
+
+    Raises:
+        UserError: a folder or metadata file is missing, masks do not fit, sizes contradict.
+
+    Source: sd-scripts library/train_util.py DreamBoothDataset and FineTuningDataset.
+    """
+    place = _placer(config)
+    train: list[ImageInfo] = []
+    regularisation: list[ImageInfo] = []
+    skipped: dict[Path, str] = {}
+    for subset in _usable_subsets(config.subsets):
+        found = _find(subset)
+        found = _take_split(found, config, subset, seed=seed, split=split)
+        infos, broken = _inspect(found, subset, dataset_index, split)
+        skipped |= broken
+        skipped |= _place(infos, place, keep_size=_crops_at_full_size(config, subset))
+        (regularisation if subset.is_reg else train).extend(i for i in infos if i.bucket != (0, 0))
+    for path, reason in skipped.items():
+        logger.warning("skipping %s: %s", path, reason)
+    if skipped:
+        logger.warning("%d pictures cannot be used and are skipped", len(skipped))
+    return Sources(train + _balance(regularisation, sum(i.repeats for i in train)), skipped)
+
+
+def load_pixels(info: ImageInfo, *, rng: random.Random | None = None) -> np.ndarray:
+    """Read a picture, scale it and cut it to its bucket; ``rng`` makes the cut a random one.
+
+    Returns:
+        (H, W, 3) uint8, or (H, W, 4) with the loss mask as the last channel.
+
+    Raises:
+        UserError: the file changed or vanished since the data set was read.
+    """
+    try:
+        pixels = images.open_image(info.path, alpha=info.subset.alpha_mask)
+        mask = images.open_mask(info.mask_path) if info.mask_path else None
+    except ValueError as error:
+        raise UserError(f"{error}; it was readable before, restart the training") from error
+    if (pixels.shape[1], pixels.shape[0]) != info.size:
+        raise UserError(f"{info.path}: its size changed during the training; restart it")
+    interpolation = info.subset.resize_interpolation
+    if mask is not None:
+        mask = images.resize_image(mask, info.size, interpolation=interpolation)
+        pixels = np.concatenate([pixels, mask], axis=2)
+    pixels = images.resize_image(pixels, info.resized, interpolation=interpolation)
+    return images.crop(pixels, info.bucket, rng=rng)
+
+
+def _usable_subsets(subsets: Iterable[SubsetConfig]) -> list[SubsetConfig]:
+    usable: dict[Any, SubsetConfig] = {}
+    for subset in subsets:
+        source = subset.metadata_file or subset.image_dir
+        if subset.num_repeats < 1:
+            logger.warning("ignoring %s: num_repeats is %d", source, subset.num_repeats)
+        elif source in usable:
+            logger.warning("ignoring the second entry of %s in the same data set", source)
+        else:
+            usable[source] = subset
+    return list(usable.values())
+
+
+def _find(subset: SubsetConfig) -> list[_Found]:
+    found = _from_metadata(subset) if subset.metadata_file else _from_folder(subset)
+    if not found:
+        source = subset.metadata_file or subset.image_dir
+        logger.warning("no pictures in %s%s", source, _hint(subset.image_dir))
+    return found
+
+
+def _from_folder(subset: SubsetConfig) -> list[_Found]:
+    folder = subset.image_dir
+    if not folder.is_dir():
+        raise UserError(f"image_dir: {folder} is not a folder")
+    return [_with_caption(path, subset) for path in images.list_images(folder)]
+
+
+def _with_caption(path: Path, subset: SubsetConfig) -> _Found:
+    text, file, elsewhere = captions.read_captions(
+        path, subset.caption_extension, subset.enable_wildcard
+    )
+    if text:
+        return _Found(path, text, "file")
+    if file is not None:
+        instead = "class_tokens are used" if subset.class_tokens else "the caption stays empty"
+        logger.warning("%s is empty: %s", file, instead)
+    if subset.class_tokens is None:
+        return _Found(path, "", "none", elsewhere)
+    return _Found(path, subset.class_tokens, "class_tokens", elsewhere)
+
+
+def _from_metadata(subset: SubsetConfig) -> list[_Found]:
+    found = []
+    for key, entry in _read_metadata(subset.metadata_file).items():
+        caption = captions.metadata_caption(entry.get("caption"), entry.get("tags"), subset)
+        path = _metadata_image(key, subset)
+        found.append(_Found(path, caption, "metadata" if caption else "none"))
+    return found
+
+
+def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"metadata_file: {path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".jsonl":
+            lines = (json.loads(line) for line in text.split("\n") if line.strip())
+            return {line["image_path"]: line for line in lines}
+        metadata = json.loads(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"metadata_file: {path} cannot be read: {error}") from error
+    if not isinstance(metadata, dict) or not all(isinstance(e, dict) for e in metadata.values()):
+        raise UserError(f"metadata_file: {path} must map picture paths to tables with caption/tags")
+    return metadata
+
+
+def _metadata_image(key: str, subset: SubsetConfig) -> Path:
+    path = Path(key)
+    if not path.is_absolute():
+        if subset.image_dir is None:
+            raise UserError(
+                f"image_dir: needed for {subset.metadata_file}, which names {key} relative to it"
+            )
+        path = subset.image_dir / path
+    if path.suffix.lower() in images.IMAGE_EXTENSIONS:
+        return path
+    # Old metadata names pictures without their extension.
+    named = (path.with_name(path.name + extension) for extension in images.IMAGE_EXTENSIONS)
+    return next((candidate for candidate in sorted(named) if candidate.is_file()), path)
+
+
+def _take_split(
+    found: list[_Found], config: DatasetConfig, subset: SubsetConfig, *, seed: int, split: str
+) -> list[_Found]:
+    """Cut the shuffled list in two: the validation part is what training leaves over.
+
+    Source: sd-scripts library/train_util.py split_train_val, whose parts can share a picture
+    (rounding) or differ between the two calls (no ``validation_seed``).
+    """
+    assert split in ("train", "validation"), split
+    share = config.validation_split or 0.0
+    if subset.is_reg or share <= 0:
+        return found if split == "train" else []
+    chosen = config.validation_seed if config.validation_seed is not None else seed
+    found = list(found)
+    random.Random(chosen).shuffle(found)
+    num_train = math.ceil(len(found) * (1 - share))
+    return found[:num_train] if split == "train" else found[num_train:]
+
+
+def _inspect(
+    found: Sequence[_Found], subset: SubsetConfig, dataset_index: int, split: str
+) -> tuple[list[ImageInfo], dict[Path, str]]:
+    masks = _masks(subset, found)
+    infos: list[ImageInfo] = []
+    broken: dict[Path, str] = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(_facts_or_reason, (item.path for item in found)))
+    for item, facts in zip(found, results, strict=True):
+        if isinstance(facts, str):
+            broken[item.path] = facts
+            continue
+        infos.append(
+            ImageInfo(
+                path=item.path,
+                facts=facts,
+                caption=item.caption,
+                caption_source=item.caption_source,
+                caption_elsewhere=item.caption_elsewhere,
+                mask_path=masks.get(item.path),
+                subset=subset,
+                dataset_index=dataset_index,
+                repeats=subset.num_repeats if split == "train" else 1,
+            )
+        )
+    _check_mask_shapes(infos)
+    return infos, broken
+
+
+def _facts_or_reason(path: Path) -> images.ImageFacts | str:
+    try:
+        return images.inspect_image(path)
+    except ValueError as error:
+        return str(error)
+
+
+def _masks(subset: SubsetConfig, found: Sequence[_Found]) -> dict[Path, Path]:
+    folder = subset.conditioning_data_dir
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise UserError(f"conditioning_data_dir: {folder} is not a folder")
+    by_stem = {path.stem: path for path in images.list_images(folder)}
+    missing = [item.path.name for item in found if item.path.stem not in by_stem]
+    if missing:
+        raise UserError(
+            f"conditioning_data_dir: {folder} has no mask for {len(missing)} pictures "
+            f"({', '.join(missing[:5])}); every picture needs a mask of the same name"
+        )
+    extra = sorted(set(by_stem) - {item.path.stem for item in found})
+    if extra:
+        logger.warning("%s: %d masks without a picture: %s", folder, len(extra), ", ".join(extra))
+    return {item.path: by_stem[item.path.stem] for item in found}
+
+
+def _check_mask_shapes(infos: Sequence[ImageInfo]) -> None:
+    for info in infos:
+        if info.mask_path is None:
+            continue
+        try:
+            width, height = images.inspect_image(info.mask_path).size
+        except ValueError as error:
+            raise UserError(f"mask {info.mask_path}: {error}") from error
+        ratio = (width / height) / (info.size[0] / info.size[1])
+        if abs(ratio - 1) > MAX_ASPECT_DIFFERENCE:
+            raise UserError(
+                f"mask {info.mask_path}: {width}x{height} does not have the shape of its picture "
+                f"({info.size[0]}x{info.size[1]}); make the two the same size"
+            )
+
+
+def _placer(config: DatasetConfig):
+    resolution = config.resolution
+    if not config.enable_bucket:
+        if any(side < 1 or side % buckets.LATENT_STRIDE for side in resolution):
+            raise UserError(
+                f"resolution: {resolution[0]},{resolution[1]} must be multiples of "
+                f"{buckets.LATENT_STRIDE} when enable_bucket is off"
+            )
+        return lambda size: buckets.place_in_bucket(size, [resolution])
+    steps = config.bucket_reso_steps
+    if config.bucket_no_upscale:
+        # The limits play no part here; only the steps are checked.
+        buckets.usable_bucket_range(
+            resolution, min_bucket_reso=steps, max_bucket_reso=max(resolution), steps=steps
+        )
+        return lambda size: buckets.place_without_upscale(size, resolution, steps)
+    smallest, largest = buckets.usable_bucket_range(
+        resolution,
+        min_bucket_reso=config.min_bucket_reso,
+        max_bucket_reso=config.max_bucket_reso,
+        steps=steps,
+    )
+    sizes = buckets.make_bucket_resolutions(resolution, smallest, largest, steps)
+    return lambda size: buckets.place_in_bucket(size, sizes)
+
+
+def _place(infos: Iterable[ImageInfo], place, *, keep_size: bool) -> dict[Path, str]:
+    failed = {}
+    for info in infos:
+        try:
+            info.bucket, info.resized = place(info.size)
+        except ValueError as error:
+            failed[info.path] = str(error)
+            continue
+        if keep_size and all(s >= b for s, b in zip(info.size, info.bucket, strict=True)):
+            info.resized = info.size
+    return failed
+
+
+def _crops_at_full_size(config: DatasetConfig, subset: SubsetConfig) -> bool:
+    """Without buckets a random crop is cut from the picture as it is, as in sd-scripts."""
+    return subset.random_crop and not config.enable_bucket
+
+
+def _balance(infos: list[ImageInfo], num_train_images: int) -> list[ImageInfo]:
+    """Use regularisation images, and repeat them, until they are as many as training images.
+
+    Source: sd-scripts library/train_util.py DreamBoothDataset.__init__, end.
+    """
+    count, used = 0, []
+    for info in infos:
+        if count >= num_train_images:
+            break
+        used.append(info)
+        count += info.repeats
+    if len(used) < len(infos):
+        logger.warning(
+            "%d of %d regularisation images are not used: there are only %d training images",
+            len(infos) - len(used),
+            len(infos),
+            num_train_images,
+        )
+    for i in range(max(0, num_train_images - count) if used else 0):
+        used[i % len(used)].repeats += 1
+    return used
+
+
+def _hint(folder: Path | None) -> str:
+    """Say where pictures lie when they lie one folder deeper."""
+    if folder is None or not folder.is_dir():
+        return ""
+    deeper = [f.name for f in sorted(folder.iterdir()) if f.is_dir() and images.list_images(f)]
+    return f"; there are some in its sub-folders {', '.join(deeper[:3])}" if deeper else ""
