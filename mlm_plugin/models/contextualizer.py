@@ -237,8 +237,9 @@ def load_contextualizer(
     facts = ContextualizerFacts(**json.loads(metadata["facts"]))
     _require_same(path, "text encoder", facts.text_encoder, text_encoder.fingerprint())
     _require_same(path, "tokenizer", facts.tokenizer, text_encoder.tokenizer_fingerprint())
-    contextualizer = Contextualizer(ContextualizerSizes(**json.loads(metadata["sizes"])))
-    contextualizer.load_state_dict(tensors)
+    with torch.device("meta"):  # no random initialisation: the caller's stream stays as it was
+        contextualizer = Contextualizer(ContextualizerSizes(**json.loads(metadata["sizes"])))
+    contextualizer.load_state_dict(tensors, assign=True)
     contextualizer.require_trained()
     return contextualizer.requires_grad_(False).eval(), facts
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mlm_plugin.data.dataset import Batch, TrainDataset, make_loader
 from mlm_plugin.methods.base import Method
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.regularizer import MLMRegularizer, MLMSchedule
+from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.training.interrupt import StopRequest
 from mlm_plugin.training.optimizers import set_optimizer_mode
 from mlm_plugin.training.state import Progress, load_state, save_state
@@ -206,7 +206,7 @@ class Trainer:
             self._tell("on_step_end", result)
             if self.progress.current_step >= self.plan.num_steps:
                 break
-            if stop:
+            if self._any_process(bool(stop)):
                 raise Stopped(stop.exit_code)
         if self.progress.batches_in_epoch >= self.plan.batches_per_epoch:
             self._tell("on_epoch_end")
@@ -217,8 +217,11 @@ class Trainer:
         """The batches of each optimizer step that this epoch still holds."""
         accelerator, progress = self.accelerator, self.progress
         self.dataset.set_epoch(progress.current_epoch)
-        mine = range(len(self.dataset))[accelerator.process_index :: accelerator.num_processes]
-        mine = mine[progress.batches_in_epoch : self.plan.batches_per_epoch]
+        # the first batches come twice where the processes cannot share them out evenly
+        total = self.plan.batches_per_epoch * accelerator.num_processes
+        shared = [number % len(self.dataset) for number in range(total)]
+        mine = shared[accelerator.process_index :: accelerator.num_processes]
+        mine = mine[progress.batches_in_epoch :]
         loader = make_loader(self.dataset, indices=mine, num_workers=self.plan.num_workers)
         step: list[Batch] = []
         left = len(mine)
@@ -231,36 +234,37 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch]) -> StepResult:
         self.dataset.set_step(self.progress.current_step)
-        results = [self._backward(batch) for batch in batches]
+        first = self.progress.num_batches
+        results = [self._backward(batch, first + i) for i, batch in enumerate(batches)]
         self._average_over_processes()
         if self.plan.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.method.parameters(), self.plan.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.progress.batches_in_epoch += len(batches)
+        self.progress.num_batches += len(batches)
         result = _mean(results)
         result.extras = self.method.after_step()
         return result
 
-    def _backward(self, batch: Batch) -> StepResult:
+    def _backward(self, batch: Batch, number: int) -> StepResult:
         """Forward and backward of one batch; gradients add up until the optimizer steps."""
-        diffusion, mlm, weight = self._losses(batch)
+        diffusion, mlm, weight = self._losses(batch, number)
         loss = diffusion if mlm is None else diffusion + weight * mlm.loss
         result = StepResult(loss=loss.item(), diffusion=diffusion.item(), mlm_weight=weight)
         if mlm is not None:
             result.mlm, result.mlm_accuracy = mlm.loss.item(), mlm.accuracy.item()
-        if not math.isfinite(result.loss):
+        if self._any_process(not math.isfinite(result.loss)):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteLoss(
-                f"loss is {result.loss} at step {self.progress.current_step + 1} "
+                f"the loss is {result.loss} at step {self.progress.current_step + 1} "
                 f"(diffusion {result.diffusion}, mlm {result.mlm})"
             )
         self.accelerator.backward(loss)
-        self.progress.batches_in_epoch += 1
-        self.progress.num_batches += 1
         return result
 
-    def _losses(self, batch: Batch):
+    def _losses(self, batch: Batch, number: int) -> tuple[Tensor, MLMOutput | None, float]:
         device = self.accelerator.device
         latents = self._latents(batch)
         with self.accelerator.autocast():
@@ -279,7 +283,7 @@ class Trainer:
         # dropout of the adapters draws here too: the diffusion noise must not depend on it
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), self.accelerator.autocast():
-            return diffusion, self.regularizer(self.progress.num_batches), weight
+            return diffusion, self.regularizer(number), weight
 
     @torch.no_grad()
     def _latents(self, batch: Batch) -> Tensor:
@@ -299,6 +303,13 @@ class Trainer:
             if parameter.grad is None:  # every process must take part in every exchange
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether the flag is up anywhere: processes must not part ways."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        raised = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(raised, reduction="sum") > 0)
 
     def _tell(self, event: str, *values: object) -> None:
         for listener in self.listeners:

@@ -1,0 +1,70 @@
+"""Shared fixtures: one toy model for the whole session, no network, one thread."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Tests neither read nor fill the user's cache folder."""
+    os.environ["MLM_PLUGIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(_own_cache) -> Path:
+    """A diffusers folder with SD 1.5's module names and toy sizes."""
+    from mlm_plugin.toy import toy_model
+
+    return toy_model()
+
+
+@pytest.fixture(scope="session")
+def toy_pictures(_own_cache) -> Path:
+    """A kohya data folder with five pictures and captions."""
+    from mlm_plugin.toy import toy_data
+
+    return toy_data()
+
+
+@pytest.fixture
+def toy_text_encoder(toy_folder):
+    """The toy model's text encoder; a fresh copy for each test."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from mlm_plugin.models.text_encoder import TextEncoder
+
+    return TextEncoder(
+        CLIPTokenizer.from_pretrained(toy_folder / "tokenizer"),
+        CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval(),
+    )
+
+
+@pytest.fixture(scope="session")
+def clip_vocabulary() -> Path:
+    """The real CLIP vocabulary, where the reference data lies beside the project."""
+    folder = SHARED_DATA / "clip-vit-large-patch14-tokenizer"
+    if not folder.is_dir():
+        pytest.skip("the real CLIP vocabulary (shared/data) is not here")
+    return folder

@@ -1,0 +1,151 @@
+"""Pretraining: it learns, its split is clean, it resumes to the same file, it frees nothing it froze."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.contextualizer import load_contextualizer
+from mlm_plugin.training.pretrain import (
+    Corpus,
+    Interrupted,
+    PretrainOptions,
+    learning_rate_share,
+    pretrain,
+    read_caption_files,
+)
+
+SMALL = PretrainOptions(
+    max_train_steps=20,
+    batch_size=16,
+    warmup_steps=5,
+    eval_every_n_steps=10,
+    num_held_out=32,
+    width=64,
+    num_layers=1,
+)
+
+
+def run(text_encoder, path, **changes):
+    return pretrain(
+        text_encoder, path, options=dataclasses.replace(SMALL, **changes), show_progress=False
+    )
+
+
+def test_it_learns_to_name_hidden_words_far_better_than_chance(toy_text_encoder, tmp_path):
+    scores = run(toy_text_encoder, tmp_path / "c.safetensors", max_train_steps=300, batch_size=32,
+                 eval_every_n_steps=150, learning_rate=3e-3)  # fmt: skip
+    chance = torch.log(torch.tensor(float(len(toy_text_encoder.tokenizer)))).item()
+    assert scores.loss < chance - 1.5
+    assert scores.accuracy > 0.1  # a guess is right once in about 1,500
+    assert scores.accuracy_per_family
+    assert all(0 <= accuracy <= 1 for accuracy in scores.accuracy_per_family.values())
+
+
+def test_the_file_fits_the_text_encoder_and_says_how_good_it_is(toy_text_encoder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    before = {k: v.clone() for k, v in toy_text_encoder.model.state_dict().items()}
+    scores = run(toy_text_encoder, path)
+    network, facts = load_contextualizer(path, toy_text_encoder)
+    assert facts.accuracy == scores.accuracy
+    assert facts.num_steps == 20
+    assert facts.training["batch_size"] == 16
+    assert torch.isfinite(network.mask_vector).all()
+    start = toy_text_encoder.token_embedding.weight.mean(dim=0)
+    assert not torch.allclose(network.mask_vector, start)  # the vector is trained too
+    for name, tensor in toy_text_encoder.model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+    assert all(p.requires_grad for p in toy_text_encoder.model.parameters())
+    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_an_interrupted_pretraining_ends_like_a_straight_one(
+    toy_text_encoder, tmp_path, monkeypatch
+):
+    run(toy_text_encoder, tmp_path / "straight.safetensors")
+    draw, count = Corpus.draw, []
+
+    def draw_and_interrupt(self, rng, *, held_out):
+        if not held_out:
+            count.append(1)
+            if len(count) == 7 * SMALL.batch_size:
+                os.kill(os.getpid(), signal.SIGINT)
+        return draw(self, rng, held_out=held_out)
+
+    monkeypatch.setattr(Corpus, "draw", draw_and_interrupt)
+    with pytest.raises(Interrupted) as stopped:
+        run(toy_text_encoder, tmp_path / "broken.safetensors")
+    assert stopped.value.exit_code == 130
+    assert not (tmp_path / "broken.safetensors").exists()
+    monkeypatch.undo()
+    run(toy_text_encoder, tmp_path / "broken.safetensors")
+    straight, _ = load_contextualizer(tmp_path / "straight.safetensors", toy_text_encoder)
+    resumed, _ = load_contextualizer(tmp_path / "broken.safetensors", toy_text_encoder)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_state_of_other_settings_is_not_continued(toy_text_encoder, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    draw, count = Corpus.draw, []
+
+    def draw_and_interrupt(self, rng, *, held_out):
+        count.append(1)
+        if len(count) == SMALL.num_held_out + 5 * SMALL.batch_size:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, rng, held_out=held_out)
+
+    monkeypatch.setattr(Corpus, "draw", draw_and_interrupt)
+    with pytest.raises(Interrupted) as stopped:
+        run(toy_text_encoder, path)
+    assert stopped.value.exit_code == 143
+    monkeypatch.undo()
+    run(toy_text_encoder, path, seed=1)
+    other = tmp_path / "other.safetensors"
+    run(toy_text_encoder, other, seed=1)
+    a, b = (load_contextualizer(file, toy_text_encoder)[0] for file in (path, other))
+    assert torch.equal(a.mask_vector, b.mask_vector)
+
+
+def test_it_stops_when_the_held_out_loss_is_flat(toy_text_encoder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    run(toy_text_encoder, path, max_train_steps=500, learning_rate=0.0, eval_every_n_steps=2,
+        patience=2, warmup_steps=1)  # fmt: skip
+    _, facts = load_contextualizer(path, toy_text_encoder)
+    assert facts.num_steps == 6  # one look that counts as a gain, two without
+
+
+def test_training_and_held_out_text_never_meet():
+    import random
+
+    corpus = Corpus(["my own caption number one", "another caption of mine"] * 3)
+    rng = random.Random(0)
+    trained = {corpus.draw(rng, held_out=False)[0] for _ in range(2000)}
+    held_out = {corpus.draw(rng, held_out=True)[0] for _ in range(200)}
+    assert not trained & held_out
+    assert any("caption" in text for text in trained | held_out)
+    assert not any("sks" in text or "{}" in text for text in trained | held_out)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
+    options = PretrainOptions(max_train_steps=1000, warmup_steps=100)
+    assert learning_rate_share(0, options) == pytest.approx(0.01)
+    assert learning_rate_share(100, options) == pytest.approx(1.0)
+    assert learning_rate_share(550, options) == pytest.approx(0.55)
+    assert learning_rate_share(1000, options) == pytest.approx(0.1)
+
+
+def test_caption_files_are_read_and_bad_ones_are_named(tmp_path):
+    good = tmp_path / "good.txt"
+    good.write_text("a cat\n\n  a dog \n", encoding="utf-8")
+    assert read_caption_files([good]) == ["a cat", "a dog"]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00\x81")
+    for path in (empty, binary, tmp_path / "absent.txt"):
+        with pytest.raises(UserError, match=path.name):
+            read_caption_files([path])
