@@ -45,6 +45,7 @@ __all__ = [
     "parser",
     "read_toml",
     "write_config",
+    "write_options",
 ]
 
 logger = logging.getLogger(__name__)
@@ -127,19 +128,27 @@ def write_config(config: TrainConfig, path: str | Path | None = None) -> Path:
     Raises:
         UserError: No target, or the target exists.
     """
-    import tomli_w
-
     path = path or config.run.config_file
     if not path:
         raise UserError("--output_config: give the file to write as --config_file")
+    return write_options(config.changed(), path)
+
+
+def write_options(values: Mapping[str, Any], path: str | Path) -> Path:
+    """Write options as TOML, one section per group, without the ``run`` group and secrets.
+
+    Raises:
+        UserError: The target exists.
+    """
+    import tomli_w
+
     target = Path(_with_extension(str(path)))
     if target.exists():
         raise UserError(f"{target}: exists already; remove it or choose another name")
     sections: dict[str, dict[str, Any]] = {}
-    for name, value in config.changed().items():
-        entry = OPTIONS[name]
-        if entry.group != "run" and not entry.secret:
-            sections.setdefault(entry.group, {})[name] = value
+    for name, entry in OPTIONS.items():
+        if name in values and entry.group != "run" and not entry.secret:
+            sections.setdefault(entry.group, {})[name] = values[name]
     with atomic_path(target) as temporary:
         temporary.write_text(tomli_w.dumps(sections), encoding="utf-8")
     return target

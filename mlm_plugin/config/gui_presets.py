@@ -1,0 +1,371 @@
+"""kohya_ss GUI presets (JSON) -> TOML for this trainer.
+
+The GUI has its own field names, keeps empty boxes as "" or 0 and packs the network's settings
+into one field each; this module says in sd-scripts' words what the GUI would have passed on.
+What cannot be carried over is named in a warning, never dropped in silence.
+
+Source: bmaltais/kohya_ss kohya_gui/lora_gui.py train_model (which field becomes which option).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlm_plugin.config.loading import coerce, parser, write_options
+from mlm_plugin.config.options import NO_EFFECT, OPTIONS, REFUSED
+from mlm_plugin.errors import UserError
+
+__all__ = ["convert_preset", "run_convert_preset"]
+
+_PLACE = "preset"
+
+_RENAMED = {
+    "max_resolution": "resolution",
+    "optimizer": "optimizer_type",
+    "lora_network_weights": "network_weights",
+}
+
+_LYCORIS_ALGO = {
+    "LyCORIS/LoCon": "locon",
+    "LoCon": "locon",
+    "LyCORIS/LoHa": "loha",
+    "LyCORIS/LoKr": "lokr",
+    "LyCORIS/iA3": "ia3",
+    "LyCORIS/BOFT": "boft",
+    "LyCORIS/Diag-OFT": "diag-oft",
+    "LyCORIS/DyLoRA": "dylora",
+    "LyCORIS/GLoRA": "glora",
+    "LyCORIS/Native Fine-Tuning": "full",
+}
+
+_KOHYA_MODULE = {
+    "Standard": "networks.lora",
+    "Kohya LoCon": "networks.lora",
+    "LoRA-FA": "networks.lora_fa",
+    "Kohya DyLoRA": "networks.dylora",
+    "Flux1": "networks.lora_flux",
+}
+
+_KOHYA_ARGS = (
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+    "block_lr_zero_threshold",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
+    "rank_dropout",
+    "module_dropout",
+    "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+)
+
+_LYCORIS_ARGS = (
+    "rank_dropout",
+    "module_dropout",
+    "rank_dropout_scale",
+    "bypass_mode",
+    "dora_wd",
+    "use_cp",
+    "use_tucker",
+    "use_scalar",
+    "decompose_both",
+    "train_norm",
+    "constrain",
+    "rescaled",
+)
+
+_HANDLED = {
+    *_KOHYA_ARGS,
+    *_LYCORIS_ARGS,
+    "LoRA_type",
+    "LyCORIS_preset",
+    "additional_parameters",
+    "conv_alpha",
+    "conv_alphas",
+    "conv_dim",
+    "conv_dims",
+    "epoch",
+    "factor",
+    "learning_rate",
+    "lr_scheduler_num_cycles",
+    "lr_warmup",
+    "lr_warmup_steps",
+    "max_train_epochs",
+    "max_train_steps",
+    "network_args",
+    "noise_offset_type",
+    "sample_prompts",
+    "sdxl",
+    "sdxl_no_half_vae",
+    "text_encoder_lr",
+    "train_on_input",
+    "unet_lr",
+    "unit",
+    "xformers",
+}
+"""Fields that the functions below read."""
+
+_GUI_ONLY = {
+    "dynamo_mode",
+    "dynamo_use_dynamic",
+    "dynamo_use_fullgraph",
+    "extra_accelerate_launch_args",
+    "gpu_ids",
+    "main_process_port",
+    "model_list",
+    "multi_gpu",
+    "num_cpu_threads_per_process",
+    "num_machines",
+    "num_processes",
+    "save_as_bool",
+}
+"""Settings of the GUI or of ``accelerate launch``; training does not see them."""
+
+_ORIGINAL_NOISE = ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")
+_MULTIRES_NOISE = ("multires_noise_iterations", "multires_noise_discount")
+
+
+def convert_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Options that the GUI would pass on for a preset.
+
+    Args:
+        preset: The JSON object: GUI field names and values.
+
+    Returns:
+        Options that differ from their defaults, and what could not be carried over, in words.
+
+    Raises:
+        UserError: A field holds a value of the wrong type.
+    """
+    fields = {name: value for name, value in preset.items() if not _is_blank(value)}
+    warnings: list[str] = []
+    values = _plain_options(fields, warnings)
+    values |= _network(fields, warnings)
+    values |= _length(fields)
+    values |= _learning_rates(fields)
+    values |= _warmup(fields, warnings)
+    values |= _switches(fields, warnings)
+    _keep_chosen_noise(fields, values)
+    values |= _additional(str(fields.get("additional_parameters", "")), warnings)
+    if values.get("network_train_unet_only"):
+        warnings.append(
+            "the preset trains no text encoder: give a text_encoder_lr and remove "
+            "network_train_unet_only, or set mlm_loss_weight = 0"
+        )
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
+    }, warnings
+
+
+def run_convert_preset(argv: Sequence[str]) -> int:
+    """``mlm-plugin convert-preset in.json [-o out.toml]``; gives the exit code.
+
+    Raises:
+        UserError: Unreadable preset, or the target exists.
+    """
+    arguments = argparse.ArgumentParser(
+        prog="mlm-plugin convert-preset",
+        description="Turn a kohya_ss GUI preset (JSON) into a TOML for --config_file.",
+    )
+    arguments.add_argument("preset", help="the GUI's .json file")
+    arguments.add_argument("-o", "--output", help="the .toml to write (default: beside the preset)")
+    options = arguments.parse_args(argv)
+    values, warnings = convert_preset(_read_json(options.preset))
+    target = write_options(values, options.output or Path(options.preset).with_suffix(".toml"))
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"wrote {target}: {len(values)} options that differ from the defaults")
+    return 0
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        preset = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(preset, dict):
+        raise UserError(f"{path}: is no GUI preset: an object of fields is needed")
+    return preset
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _is_off(value: Any) -> bool:
+    """0, "0", 0.0, false, "" and None: the GUI's ways to say nothing."""
+    return _is_blank(value) or value in (0, "0", "0.0", "False", "none")
+
+
+def _number(fields: Mapping[str, Any], name: str) -> float:
+    value = fields.get(name, 0)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{_PLACE}: {name} = {value!r} is not allowed; it must be a number"
+        ) from error
+
+
+def _plain_options(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """Fields that are options under their own or another name."""
+    values: dict[str, Any] = {}
+    for field, value in fields.items():
+        name = _RENAMED.get(field, field)
+        if field in _HANDLED or field in _GUI_ONLY:
+            continue
+        if name in OPTIONS:
+            values |= _one_option(name, value)
+        elif name in REFUSED or name in NO_EFFECT:
+            entry = REFUSED.get(name) or NO_EFFECT[name]
+            if not _is_off(value) and value != entry.default:
+                warnings.append(f"{field} = {value!r} is left out: {entry.reason}")
+        elif not _is_off(value):
+            warnings.append(f"{field} = {value!r} is left out: no option of this trainer")
+    return values
+
+
+def _one_option(name: str, value: Any) -> dict[str, Any]:
+    entry = OPTIONS[name]
+    means_unset = entry.nullable or (entry.at_least or 0) > 0
+    if _is_off(value) and entry.kind is not bool and means_unset:
+        return {}
+    if entry.many and isinstance(value, str):
+        value = value.replace('"', "").split()
+    final = coerce(entry, value, place=_PLACE)
+    return {} if final == entry.default else {name: final}
+
+
+def _network(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    kind = str(fields.get("LoRA_type", "Standard"))
+    if kind in _LYCORIS_ALGO:
+        module, arguments = "lycoris.kohya", _lycoris_arguments(fields, _LYCORIS_ALGO[kind])
+    else:
+        if kind not in _KOHYA_MODULE:
+            warnings.append(f"LoRA_type = {kind!r} is unknown; networks.lora is used")
+        module = _KOHYA_MODULE.get(kind, "networks.lora")
+        names = list(_KOHYA_ARGS)
+        if kind in ("Kohya LoCon", "Kohya DyLoRA"):
+            names += ["conv_dim", "conv_alpha"]
+        if kind == "Kohya DyLoRA":
+            names += ["unit"]
+        arguments = [f"{name}={fields[name]}" for name in names if not _is_off(fields.get(name))]
+    given = str(fields.get("network_args", "")).replace('"', "").split()
+    found = {"network_args": tuple([*arguments, *given])} if arguments or given else {}
+    default = OPTIONS["network_module"].default
+    return found | ({"network_module": module} if module != default else {})
+
+
+def _lycoris_arguments(fields: Mapping[str, Any], algo: str) -> list[str]:
+    arguments = [f"algo={algo}", f"preset={fields.get('LyCORIS_preset', 'full')}"]
+    if algo != "full":
+        arguments += [
+            f"{name}={fields[name]}" for name in ("conv_dim", "conv_alpha") if name in fields
+        ]
+    if algo == "lokr" and fields.get("factor", -1) != -1:
+        arguments.append(f"factor={fields['factor']}")
+    if algo == "ia3" and "train_on_input" in fields:
+        arguments.append(f"train_on_input={fields['train_on_input']}")
+    if algo == "dylora":
+        arguments.append(f"block_size={fields.get('unit', 1)}")
+    return arguments + [
+        f"{name}={fields[name]}" for name in _LYCORIS_ARGS if not _is_off(fields.get(name))
+    ]
+
+
+def _length(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Epochs win over steps; without either the GUI computes steps from ``epoch``."""
+    given = {}
+    for name in ("max_train_epochs", "max_train_steps"):
+        if number := _number(fields, name):
+            given[name] = int(number)
+    if not given and "epoch" in fields:
+        given["max_train_epochs"] = int(_number(fields, "epoch"))
+    if not _is_blank(fields.get("lr_scheduler_num_cycles")):
+        given |= _one_option("lr_scheduler_num_cycles", fields["lr_scheduler_num_cycles"])
+    elif str(fields.get("lr_scheduler")) == "cosine_with_restarts" and "epoch" in fields:
+        given["lr_scheduler_num_cycles"] = int(_number(fields, "epoch"))
+    return given
+
+
+def _learning_rates(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A rate of 0 beside a positive one switches that part off, as in the GUI."""
+    text, unet, both = (
+        _number(fields, name) for name in ("text_encoder_lr", "unet_lr", "learning_rate")
+    )
+    values: dict[str, Any] = {"learning_rate": both} if both else {}
+    if unet:
+        values["unet_lr"] = unet
+    if text:
+        values["text_encoder_lr"] = (text,)
+    if unet and not text:
+        values["network_train_unet_only"] = True
+    if text and not unet:
+        values["network_train_text_encoder_only"] = True
+    return values
+
+
+def _warmup(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """``lr_warmup`` is a percentage of the run, ``lr_warmup_steps`` wins over it."""
+    steps, percent = _number(fields, "lr_warmup_steps"), _number(fields, "lr_warmup")
+    if not steps and not percent:
+        return {}
+    if str(fields.get("lr_scheduler", "constant")) == "constant":
+        warnings.append("lr_warmup is left out: the constant scheduler has none")
+        return {}
+    return {"lr_warmup_steps": int(steps) if steps else percent / 100}
+
+
+def _switches(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    attention = fields.get("xformers")
+    if attention in (True, "xformers", "sdpa"):
+        values["sdpa" if attention == "sdpa" else "xformers"] = True
+    if fields.get("sdxl") is True:
+        warnings.append("the preset is for SDXL, which this trainer does not load")
+        if fields.get("sdxl_no_half_vae") is True:
+            values["no_half_vae"] = True
+    if fields.get("LoRA_type") == "Flux1":
+        warnings.append("the preset is for FLUX, which this trainer does not load")
+    prompts = str(fields.get("sample_prompts", "")).strip()
+    if prompts.endswith((".txt", ".toml", ".json")) and "\n" not in prompts:
+        values["sample_prompts"] = prompts
+    elif prompts:
+        warnings.append(
+            "sample_prompts is left out: write the prompts into a .txt and give its name"
+        )
+    return values
+
+
+def _keep_chosen_noise(fields: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """The GUI passes on only the noise of the chosen type."""
+    unused = {"Original": _MULTIRES_NOISE, "Multires": _ORIGINAL_NOISE}
+    for name in unused.get(str(fields.get("noise_offset_type")), ()):
+        values.pop(name, None)
+
+
+def _additional(text: str, warnings: list[str]) -> dict[str, Any]:
+    """Flags from the GUI's free text box; they win over its fields."""
+    if not text:
+        return {}
+    known, unknown = parser().parse_known_args(shlex.split(text))
+    values: dict[str, Any] = {}
+    for name, raw in vars(known).items():
+        if name in OPTIONS:
+            values[name] = coerce(OPTIONS[name], raw, place="preset additional_parameters")
+        else:
+            reason = (REFUSED.get(name) or NO_EFFECT[name]).reason
+            warnings.append(f"additional_parameters --{name} is left out: {reason}")
+    if unknown:
+        warnings.append(f"additional_parameters {' '.join(unknown)!r} is left out: unknown")
+    return {name: value for name, value in values.items() if value is not None}
