@@ -1,0 +1,101 @@
+"""Names of modules and tensors in kohya's LoRA files, and the shapes they have there.
+
+A module's name in the file is a prefix and its path with dots as underscores. Two things differ
+between a file and the model in memory, and both are settled here:
+
+- transformers >= 5.6 builds ``CLIPTextModel`` without the inner ``text_model``; names in files keep it.
+- kohya loads SD 2 with convolutions as ``proj_in`` / ``proj_out`` where diffusers has linear layers,
+  so these tensors end in ``(1, 1)`` in the file.
+
+Knows nothing of LoRA itself, of models or of files.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+__all__ = [
+    "TEXT_ENCODER_PREFIX",
+    "UNET_PREFIX",
+    "canonical_name",
+    "in_file_shape",
+    "is_known_key",
+    "is_text_encoder_name",
+    "text_encoder_name",
+    "unet_name",
+]
+
+UNET_PREFIX = "lora_unet"
+TEXT_ENCODER_PREFIX = "lora_te"
+
+_FLAT_TEXT_ENCODER = re.compile(
+    rf"^{TEXT_ENCODER_PREFIX}_(?=encoder_|embeddings_|final_layer_norm)"
+)
+_PROJECTION = re.compile(r"_attentions_\d+_proj_(in|out)$")
+
+# Tensors whose shape follows the layer's own weight: networks.lora and LyCORIS (LoKr, full, DoRA, GLoRA).
+_LAYER_SHAPED = re.compile(r"(lora_(up|down)|[ab][12])\.weight|lokr_w2|diff|dora_scale")
+
+_BLOCK = r"(down_blocks_\d|mid_block|up_blocks_\d)"
+_TRANSFORMER = r"transformer_blocks_\d+_(attn[12]_to_([qkv]|out_0)|ff_net_(0_proj|2)|norm[123])"
+_UNET_MODULE = (
+    rf"{_BLOCK}_attentions_\d_(norm|proj_in|proj_out|{_TRANSFORMER})"
+    rf"|{_BLOCK}_resnets_\d_(norm[12]|conv[12]|conv_shortcut|time_emb_proj)"
+    r"|down_blocks_\d_downsamplers_0_conv|up_blocks_\d_upsamplers_0_conv"
+    r"|conv_in|conv_out|conv_norm_out|time_embedding_linear_[12]"
+)
+_TEXT_ENCODER_MODULE = (
+    r"text_model_(encoder_layers_\d+_(self_attn_([qkv]|out)_proj|mlp_fc[12]|layer_norm[12])"
+    r"|final_layer_norm)"
+)
+_TENSOR = (
+    r"alpha|scalar|dora_scale|lora_(up|down|mid)\.weight"
+    r"|hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t[12])|diff(_b)?|[wb]_norm"
+    r"|oft_(blocks|diag)|rescale|[ab][12]\.weight|bm\.weight|weight|on_input"
+)
+_KNOWN_KEY = re.compile(
+    rf"({UNET_PREFIX}_({_UNET_MODULE})|{TEXT_ENCODER_PREFIX}_({_TEXT_ENCODER_MODULE}))\.({_TENSOR})"
+)
+
+
+def unet_name(module_name: str) -> str:
+    """Name in the file of a U-Net module, e.g. ``mid_block.attentions.0.proj_in``."""
+    return f"{UNET_PREFIX}_{module_name}".replace(".", "_")
+
+
+def text_encoder_name(module_name: str) -> str:
+    """Name in the file of a CLIP module, nested or flat, always with ``text_model_``."""
+    return canonical_name(f"{TEXT_ENCODER_PREFIX}_{module_name}".replace(".", "_"))
+
+
+def canonical_name(name: str) -> str:
+    """A module or tensor name as kohya writes it: ``text_model_`` put in where it is missing."""
+    return _FLAT_TEXT_ENCODER.sub(f"{TEXT_ENCODER_PREFIX}_text_model_", name)
+
+
+def is_text_encoder_name(name: str) -> bool:
+    """Whether a module or tensor name belongs to a text encoder."""
+    return name.startswith(TEXT_ENCODER_PREFIX)
+
+
+def in_file_shape(key: str, tensor: Tensor) -> Tensor:
+    """A tensor as it lies in the file: those of linear ``proj_in`` / ``proj_out`` get ``(1, 1)``.
+
+    Source: sd-scripts ``library/model_util.py``, which builds the SD 2 U-Net without
+    ``use_linear_projection``.
+    """
+    name, _, part = key.partition(".")
+    if tensor.ndim == 2 and _PROJECTION.search(name) and _LAYER_SHAPED.fullmatch(part):
+        return tensor[..., None, None]
+    return tensor
+
+
+def is_known_key(key: str) -> bool:
+    """Whether WebUIs find the layer for this key of an SD 1 or SD 2 file.
+
+    Covers networks.lora and the LyCORIS algorithms. A1111, Forge and ComfyUI build the same names
+    from their own model; Forge refuses files with many others.
+    """
+    return _KNOWN_KEY.fullmatch(key) is not None
