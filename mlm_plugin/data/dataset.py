@@ -80,8 +80,6 @@ class TrainDataset(Dataset):
         prior_loss_weight: loss weight of regularisation images.
         masked_loss: whether masks from ``conditioning_data_dir`` are used; an alpha mask is asked
             for by the subset alone.
-        split: "train" or "validation" (``validation_split``; every picture once, no
-            regularisation images).
 
     Attributes:
         images: every picture in use.
@@ -100,7 +98,6 @@ class TrainDataset(Dataset):
         seed: int,
         prior_loss_weight: float = 1.0,
         masked_loss: bool = False,
-        split: str = "train",
     ):
         self.datasets = tuple(datasets)
         self.seed = seed
@@ -109,11 +106,11 @@ class TrainDataset(Dataset):
         self.images: list[ImageInfo] = []
         self.skipped: dict[Path, str] = {}
         for index, config in enumerate(self.datasets):
-            found = read_dataset(config, dataset_index=index, seed=seed, split=split)
+            found = read_dataset(config, dataset_index=index)
             self.images += found.images
             self.skipped |= found.skipped
         if not self.images:
-            raise UserError(_nothing_found(self.datasets, self.skipped, split))
+            raise UserError(_nothing_found(self.datasets, self.skipped))
         self.num_train_images = sum(i.repeats for i in self.images if not i.is_reg)
         self.num_reg_images = sum(i.repeats for i in self.images if i.is_reg)
         self._any_mask = any(info.has_mask for info in self.images)
@@ -360,10 +357,8 @@ def _check_subsets(subsets: Sequence[SubsetConfig], *, masked_loss: bool) -> Non
         )
 
 
-def _nothing_found(datasets: Sequence[DatasetConfig], skipped: dict[Path, str], split: str) -> str:
+def _nothing_found(datasets: Sequence[DatasetConfig], skipped: dict[Path, str]) -> str:
     places = ", ".join(str(_source(s)) for d in datasets for s in d.subsets) or "no folder at all"
-    if split == "validation":
-        return f"validation_split: no picture is left for validation in {places}; raise it"
     if skipped:
         path, reason = next(iter(skipped.items()))
         return f"no usable picture in {places}: {len(skipped)} are broken, first {path} ({reason})"

@@ -215,7 +215,7 @@ def color_augment(pixels: np.ndarray, *, rng: random.Random) -> np.ndarray:
 
 def image_tensor(pixels: np.ndarray) -> Tensor:
     """(H, W, C) uint8 to (C, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
 """From folders and metadata files to a list of whole, captioned pictures with their buckets.
 
 Everything that is decided once, before training: which files count, their captions and masks,
-repeats, regularisation images, the validation split, sizes. Knows no batches, epochs or latents.
+repeats, regularisation images, sizes. Knows no batches, epochs or latents.
 Sizes are (width, height).
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -96,9 +95,7 @@ class _Found(NamedTuple):
     caption_elsewhere: Path | None = None
 
 
-def read_dataset(
-    config: DatasetConfig, *, dataset_index: int = 0, seed: int = 0, split: str = "train"
-) -> Sources:
+def read_dataset(config: DatasetConfig, *, dataset_index: int = 0) -> Sources:
     """Read every picture of one data set.
 
     Regularisation images come last, repeated until there are as many as training images; those
@@ -107,8 +104,6 @@ def read_dataset(
     Args:
         config: the data set.
         dataset_index: its number, kept in the pictures.
-        seed: shuffles before the validation split when ``validation_seed`` is not set.
-        split: "train" or "validation".
 
     Raises:
         UserError: a folder or metadata file is missing, masks do not fit, sizes contradict.
@@ -119,10 +114,8 @@ def read_dataset(
     train: list[ImageInfo] = []
     regularisation: list[ImageInfo] = []
     skipped: dict[Path, str] = {}
-    for subset in _usable_subsets(config.subsets):
-        found = _find(subset)
-        found = _take_split(found, config, subset, seed=seed, split=split)
-        infos, broken = _inspect(found, subset, dataset_index, split)
+    for subset in config.subsets:
+        infos, broken = _inspect(_find(subset), subset, dataset_index)
         skipped |= broken
         skipped |= _place(infos, place, keep_size=_crops_at_full_size(config, subset))
         (regularisation if subset.is_reg else train).extend(i for i in infos if i.bucket != (0, 0))
@@ -155,19 +148,6 @@ def load_pixels(info: ImageInfo, *, rng: random.Random | None = None) -> np.ndar
         pixels = np.concatenate([pixels, mask], axis=2)
     pixels = images.resize_image(pixels, info.resized, interpolation=interpolation)
     return images.crop(pixels, info.bucket, rng=rng)
-
-
-def _usable_subsets(subsets: Iterable[SubsetConfig]) -> list[SubsetConfig]:
-    usable: dict[Any, SubsetConfig] = {}
-    for subset in subsets:
-        source = subset.metadata_file or subset.image_dir
-        if subset.num_repeats < 1:
-            logger.warning("ignoring %s: num_repeats is %d", source, subset.num_repeats)
-        elif source in usable:
-            logger.warning("ignoring the second entry of %s in the same data set", source)
-        else:
-            usable[source] = subset
-    return list(usable.values())
 
 
 def _find(subset: SubsetConfig) -> list[_Found]:
@@ -239,27 +219,8 @@ def _metadata_image(key: str, subset: SubsetConfig) -> Path:
     return next((candidate for candidate in sorted(named) if candidate.is_file()), path)
 
 
-def _take_split(
-    found: list[_Found], config: DatasetConfig, subset: SubsetConfig, *, seed: int, split: str
-) -> list[_Found]:
-    """Cut the shuffled list in two: the validation part is what training leaves over.
-
-    Source: sd-scripts library/train_util.py split_train_val, whose parts can share a picture
-    (rounding) or differ between the two calls (no ``validation_seed``).
-    """
-    assert split in ("train", "validation"), split
-    share = config.validation_split or 0.0
-    if subset.is_reg or share <= 0:
-        return found if split == "train" else []
-    chosen = config.validation_seed if config.validation_seed is not None else seed
-    found = list(found)
-    random.Random(chosen).shuffle(found)
-    num_train = math.ceil(len(found) * (1 - share))
-    return found[:num_train] if split == "train" else found[num_train:]
-
-
 def _inspect(
-    found: Sequence[_Found], subset: SubsetConfig, dataset_index: int, split: str
+    found: Sequence[_Found], subset: SubsetConfig, dataset_index: int
 ) -> tuple[list[ImageInfo], dict[Path, str]]:
     masks = _masks(subset, found)
     infos: list[ImageInfo] = []
@@ -280,7 +241,7 @@ def _inspect(
                 mask_path=masks.get(item.path),
                 subset=subset,
                 dataset_index=dataset_index,
-                repeats=subset.num_repeats if split == "train" else 1,
+                repeats=subset.num_repeats,
             )
         )
     _check_mask_shapes(infos)

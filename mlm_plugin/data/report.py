@@ -1,0 +1,236 @@
+"""What is in a data set, in plain words, before hours are spent on it.
+
+Looks at the pictures and captions a data set has already read. Knows no tokenizer: the number of
+tokens comes from a function of the caller.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.data.sources import ImageInfo
+
+__all__ = ["DatasetReport", "SubsetReport", "dataset_report"]
+
+MAX_UPSCALE = 2.0
+NUM_NAMED = 3
+"""Files named in a warning; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class SubsetReport:
+    """Counts of one folder or metadata file. Shares in captions are per picture."""
+
+    name: str
+    class_tokens: str | None
+    is_reg: bool
+    num_images: int
+    num_repeats: int  # pictures per epoch: images with their repeats
+    num_captions: int  # pictures with a caption of their own
+    num_with_concept: int | None  # captions that hold the concept; None without a concept
+    num_cut: int | None  # captions over the token limit; None without a tokenizer
+    captions_elsewhere: dict[str, int]  # extension that was not asked for -> files
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """Result of :func:`dataset_report`."""
+
+    subsets: list[SubsetReport]
+    buckets: dict[tuple[int, int], int]  # (width, height) -> pictures per epoch
+    num_batches: int
+    num_skipped: int
+    concept: str | None
+    max_tokens: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        """Different pictures in use."""
+        return sum(subset.num_images for subset in self.subsets)
+
+    def lines(self) -> list[str]:
+        """Text for a terminal, warnings last."""
+        return [
+            f"Data set: {self.num_images} images, {sum(s.num_repeats for s in self.subsets)} per "
+            f"epoch in {self.num_batches} batches, {self.num_skipped} skipped",
+            *(line for subset in self.subsets for line in self._subset_lines(subset)),
+            "  buckets: " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in self.buckets.items()),
+            *(f"  warning: {warning}" for warning in self.warnings),
+        ]
+
+    def _subset_lines(self, subset: SubsetReport) -> Iterator[str]:
+        kind = " (regularisation)" if subset.is_reg else ""
+        yield f"  {subset.name}{kind}: {subset.num_images} images, {subset.num_repeats} per epoch"
+        text = f"{_of(subset.num_captions, subset.num_images)} have captions"
+        if subset.num_captions < subset.num_images:
+            instead = repr(subset.class_tokens) if subset.class_tokens else "an empty caption"
+            text += f", the others {instead}"
+        yield f"    {text}"
+        if subset.num_with_concept is not None and not subset.is_reg:
+            share = _of(subset.num_with_concept, subset.num_images)
+            yield f"    {share} captions hold {self.concept!r}"
+        if subset.num_cut:
+            share = _of(subset.num_cut, subset.num_images)
+            yield f"    {share} captions are cut at {self.max_tokens} tokens"
+
+
+def dataset_report(
+    dataset: TrainDataset,
+    *,
+    concept: str | None,
+    count_tokens: Callable[[str], int] | None = None,
+    max_tokens: int = 75,
+) -> DatasetReport:
+    """Count what training will see, and name what is probably not meant.
+
+    Args:
+        dataset: the data set, read.
+        concept: the placeholder token; it is looked for as a whole word, with prefix and suffix.
+        count_tokens: tokens of a text, without begin and end.
+        max_tokens: tokens of a caption that the text encoder sees.
+    """
+    groups: dict[tuple, list[ImageInfo]] = {}
+    for info in dataset.images:
+        source = info.subset.metadata_file or info.subset.image_dir
+        groups.setdefault((info.dataset_index, source), []).append(info)
+    names = _names([key for key in groups], len(dataset.datasets))
+    subsets = [
+        _subset_report(names[key], infos, concept, count_tokens, max_tokens)
+        for key, infos in groups.items()
+    ]
+    buckets: Counter[tuple[int, int]] = Counter()
+    for (_, bucket), count in dataset.bucket_counts().items():
+        buckets[bucket] += count
+    return DatasetReport(
+        subsets=subsets,
+        buckets=dict(sorted(buckets.items())),
+        num_batches=len(dataset),
+        num_skipped=len(dataset.skipped),
+        concept=concept,
+        max_tokens=max_tokens,
+        warnings=[
+            *_skipped_warnings(dataset.skipped),
+            *(line for subset in subsets for line in _caption_warnings(subset, concept)),
+            *_picture_warnings(dataset.images),
+        ],
+    )
+
+
+def _subset_report(
+    name: str,
+    infos: Sequence[ImageInfo],
+    concept: str | None,
+    count_tokens: Callable[[str], int] | None,
+    max_tokens: int,
+) -> SubsetReport:
+    subset = infos[0].subset
+    texts = [_decorated(info) for info in infos]
+    own = [info.caption_source in ("file", "metadata") for info in infos]
+    elsewhere = Counter(i.caption_elsewhere.suffix for i in infos if i.caption_elsewhere)
+    return SubsetReport(
+        name=name,
+        class_tokens=subset.class_tokens,
+        is_reg=subset.is_reg,
+        num_images=len(infos),
+        num_repeats=sum(info.repeats for info in infos),
+        num_captions=sum(own),
+        num_with_concept=_count_with(concept, texts) if concept else None,
+        num_cut=(
+            sum(max(map(count_tokens, text.split("\n"))) > max_tokens for text in texts)
+            if count_tokens
+            else None
+        ),
+        captions_elsewhere=dict(elsewhere),
+    )
+
+
+def _caption_warnings(subset: SubsetReport, concept: str | None) -> Iterator[str]:
+    for extension, count in subset.captions_elsewhere.items():
+        yield (
+            f"{subset.name}: {_files(count, extension)} beside images without a caption are not "
+            f"read; set caption_extension = {extension!r} to use them"
+        )
+    if concept and not subset.is_reg and subset.num_with_concept < subset.num_images:
+        missing = subset.num_images - subset.num_with_concept
+        reason = ""
+        if subset.num_captions and subset.class_tokens and concept in subset.class_tokens:
+            reason = " (where a caption file exists, class_tokens are not used)"
+        yield (
+            f"{subset.name}: {_of(missing, subset.num_images)} captions lack {concept!r}{reason}; "
+            f"write it into them or set caption_prefix = {concept!r}"
+        )
+    if concept and subset.is_reg and subset.num_with_concept:
+        share = _of(subset.num_with_concept, subset.num_images)
+        yield f"{subset.name}: {share} regularisation captions hold {concept!r}, which unteaches it"
+    if subset.num_cut:
+        yield (
+            f"{subset.name}: {_of(subset.num_cut, subset.num_images)} captions are longer than the "
+            "text encoder reads; shorten them or set max_token_length = 150 or 225"
+        )
+
+
+def _picture_warnings(infos: Sequence[ImageInfo]) -> Iterator[str]:
+    small = [i.path for i in infos if i.resized[0] / i.size[0] > MAX_UPSCALE]
+    if small:
+        yield (
+            f"{_count(small, 'image')} enlarged more than {MAX_UPSCALE:g} times, which teaches "
+            f"blur: {_some(small)}"
+        )
+    still = [i.path for i in infos if i.facts.num_frames > 1]
+    if still:
+        yield f"{_count(still, 'animated file')} used with the first frame only: {_some(still)}"
+    same: dict[str, set[Path]] = {}
+    for info in infos:
+        same.setdefault(info.facts.digest, set()).add(info.path)
+    for paths in same.values():
+        if len(paths) > 1:
+            yield f"the same file {len(paths)} times: {_some(sorted(paths))}"
+    opaque = [i.path for i in infos if i.subset.alpha_mask and not i.facts.has_alpha]
+    if opaque:
+        yield f"alpha_mask: {_count(opaque, 'image')} without transparency: {_some(opaque)}"
+
+
+def _skipped_warnings(skipped: dict[Path, str]) -> Iterator[str]:
+    for path, reason in skipped.items():
+        yield f"skipped {path}: {reason}"
+
+
+def _decorated(info: ImageInfo) -> str:
+    subset = info.subset
+    lines = info.caption.split("\n")
+    parts = ([subset.caption_prefix, line, subset.caption_suffix] for line in lines)
+    return "\n".join(" ".join(part for part in line if part) for line in parts)
+
+
+def _count_with(concept: str, texts: Sequence[str]) -> int:
+    whole_word = re.compile(rf"(?<!\w){re.escape(concept)}(?!\w)", re.IGNORECASE)
+    return sum(all(whole_word.search(line) for line in text.split("\n")) for text in texts)
+
+
+def _names(keys: Sequence[tuple[int, Path]], num_datasets: int) -> dict[tuple[int, Path], str]:
+    """Folder names alone, with the number of their data set if there are several."""
+    several = num_datasets > 1
+    return {key: f"[{key[0] + 1}] {key[1].name}" if several else key[1].name for key in keys}
+
+
+def _of(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / whole:.0f}%)"
+
+
+def _count(items: Sequence[object], noun: str) -> str:
+    return f"{len(items)} {noun}" if len(items) == 1 else f"{len(items)} {noun}s"
+
+
+def _files(count: int, extension: str) -> str:
+    return f"{count} {extension} file{'' if count == 1 else 's'}"
+
+
+def _some(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - NUM_NAMED} more" if len(paths) > NUM_NAMED else ""
+    return ", ".join(path.name for path in paths[:NUM_NAMED]) + more
