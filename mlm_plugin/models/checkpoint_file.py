@@ -1,0 +1,258 @@
+"""Stable Diffusion 1.x / 2.x from one WebUI checkpoint file, without the network.
+
+The family is read off the tensors, the configurations are shipped in ``architectures/``. Every
+tensor of the model must be found and every tensor of its parts be used: a half-loaded model is an
+error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.ldm_names import (
+    CLIP_PREFIX,
+    OPEN_CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    LdmTensor,
+    clip_names,
+    open_clip_names,
+    unet_names,
+    vae_names,
+)
+from mlm_plugin.models.model_parts import (
+    SDXL,
+    ModelParts,
+    read_json,
+    refuse_gaps,
+    wrong_architecture,
+)
+from mlm_plugin.models.weights_files import read_weights
+
+__all__ = ["ARCHITECTURES", "load_file", "load_vae_file"]
+
+ARCHITECTURES = Path(__file__).parent / "architectures"
+SDXL_WIDTH = 2048
+OTHER_FILES = {
+    "conditioner.embedders.": SDXL,
+    "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
+    "model.diffusion_model.double_blocks.": "FLUX",
+    "double_blocks.": "FLUX",
+    "lora_unet_": "a LoRA (--network_weights loads it)",
+    "lora_te": "a LoRA (--network_weights loads it)",
+}
+# Tensors that checkpoints carry and these models do not use.
+UNUSED = re.compile(
+    r"cond_stage_model\..*position_ids"
+    r"|cond_stage_model\.model\.(?:logit_scale|text_projection|attn_mask)"
+    r"|cond_stage_model\.transformer\.text_projection\.weight"
+    r"|first_stage_model\.(?:loss|model_ema)\..*"
+)
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load_file(
+    path: Path, *, architecture: Path | None, dtype: torch.dtype, with_vae: bool
+) -> ModelParts:
+    """Load a checkpoint with LDM names (``.safetensors``, ``.ckpt``).
+
+    The U-Net's weights are taken, not their moving average (``model_ema.*``), as sd-scripts does.
+
+    Args:
+        path: the checkpoint.
+        architecture: folder of configurations in place of the shipped ones.
+        dtype: of U-Net and text encoder; the VAE stays float32.
+        with_vae: read the VAE too.
+
+    Raises:
+        UserError: unreadable or incomplete file, or no SD 1.x / 2.x checkpoint.
+
+    Source: sd-scripts ``library/model_util.py`` ``load_models_from_stable_diffusion_checkpoint``.
+    """
+    state = read_weights(path)
+    family = _family(state, path=path)
+    configs = architecture or ARCHITECTURES / family
+    unet = _unet_shell(configs)
+    _check_width(state, unet, path=path)
+    text_encoder = _text_encoder_shell(configs)
+    _fill(unet, unet_names, state, prefix=UNET_PREFIX, path=path, dtype=dtype)
+    if family == "sd_v1":
+        named = {_nested_clip_name(name): tensor for name, tensor in state.items()}
+        _fill(text_encoder, clip_names, named, prefix=CLIP_PREFIX, path=path, dtype=dtype)
+    else:
+        used = _without_last_layer(state, num_layers=text_encoder.config.num_hidden_layers)
+        _fill(text_encoder, open_clip_names, used, prefix=OPEN_CLIP_PREFIX, path=path, dtype=dtype)
+    return ModelParts(
+        family=family,
+        unet=unet,
+        text_encoder=text_encoder,
+        vae=_vae_from_ldm(state, configs=configs, path=path) if with_vae else None,
+        tokenizer=None,
+        scheduler={},
+    )
+
+
+def load_vae_file(path: Path, *, architecture: Path | None) -> nn.Module:
+    """Load a VAE in float32 from a file of its own, or from a full checkpoint.
+
+    Accepts LDM names, with or without ``first_stage_model.``, and diffusers names of any age.
+
+    Raises:
+        UserError: unreadable or incomplete file.
+    """
+    state = read_weights(path)
+    configs = architecture or ARCHITECTURES / "sd_v1"  # SD 2.x has the same autoencoder
+    if any(name.startswith("decoder.up_blocks.") for name in state):
+        return _vae_from_diffusers(state, configs=configs, path=path)
+    if not any(name.startswith(VAE_PREFIX) for name in state):
+        state = {VAE_PREFIX + name: tensor for name, tensor in state.items()}
+    return _vae_from_ldm(state, configs=configs, path=path)
+
+
+def _family(state: Mapping[str, Tensor], *, path: Path) -> str:
+    """``sd_v1`` or ``sd_v2``, by the text encoder that the checkpoint carries."""
+    for prefix, found in OTHER_FILES.items():
+        if _has(state, prefix):
+            raise wrong_architecture(path, found)
+    if not _has(state, UNET_PREFIX):
+        raise UserError(
+            f"{path} is no Stable Diffusion checkpoint: it holds no U-Net ({UNET_PREFIX}*)"
+        )
+    if _context_width(state) == SDXL_WIDTH:
+        raise wrong_architecture(path, SDXL)
+    conv_in = state.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    if conv_in is not None and conv_in.shape[1] != 4:
+        raise wrong_architecture(
+            path, f"a U-Net with {conv_in.shape[1]} input channels (inpainting or the like)"
+        )
+    if _has(state, OPEN_CLIP_PREFIX):
+        return "sd_v2"
+    if _has(state, CLIP_PREFIX):
+        return "sd_v1"
+    raise UserError(f"{path} holds no text encoder (cond_stage_model.*): use the full checkpoint")
+
+
+def _has(state: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in state)
+
+
+def _context_width(state: Mapping[str, Tensor]) -> int | None:
+    """Width of the text states that the U-Net attends to: 768, 1024 or 2048."""
+    for name, tensor in state.items():
+        if name.startswith(UNET_PREFIX) and name.endswith(".attn2.to_k.weight"):
+            return tensor.shape[1]
+    return None
+
+
+def _check_width(state: Mapping[str, Tensor], unet: nn.Module, *, path: Path) -> None:
+    width, expected = _context_width(state), unet.config.cross_attention_dim
+    if width not in (expected, None):
+        raise wrong_architecture(path, f"a U-Net with context width {width}, not {expected}")
+
+
+def _unet_shell(configs: Path) -> nn.Module:
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(read_json(configs / "unet" / "config.json"))
+
+
+def _vae_shell(configs: Path) -> nn.Module:
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(read_json(configs / "vae" / "config.json"))
+
+
+def _text_encoder_shell(configs: Path) -> nn.Module:
+    config = CLIPTextConfig(**read_json(configs / "text_encoder" / "config.json"))
+    # Its position ids are in no checkpoint, so it cannot start on the meta device.
+    with torch.random.fork_rng(devices=[]):
+        return CLIPTextModel(config)
+
+
+def _nested_clip_name(name: str) -> str:
+    """Some checkpoints lack the ``text_model.`` level."""
+    rest = name.removeprefix(CLIP_PREFIX)
+    if rest != name and rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
+        return f"{CLIP_PREFIX}text_model.{rest}"
+    return name
+
+
+def _without_last_layer(state: Mapping[str, Tensor], *, num_layers: int) -> dict[str, Tensor]:
+    """SD 2.x reads the state before OpenCLIP's last layer, which is therefore not part of it."""
+    last = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{num_layers}."
+    return {name: tensor for name, tensor in state.items() if not name.startswith(last)}
+
+
+def _vae_from_ldm(state: Mapping[str, Tensor], *, configs: Path, path: Path) -> nn.Module:
+    vae = _vae_shell(configs)
+    _fill(vae, vae_names, state, prefix=VAE_PREFIX, path=path)
+    return vae
+
+
+def _vae_from_diffusers(state: Mapping[str, Tensor], *, configs: Path, path: Path) -> nn.Module:
+    vae = _vae_shell(configs)
+    renamed = {_new_vae_name(name): tensor for name, tensor in state.items()}
+    _fill(vae, _same_names, renamed, prefix="", path=path)
+    return vae
+
+
+def _same_names(names: Iterable[str]) -> dict[str, LdmTensor]:
+    return {name: LdmTensor(name) for name in names}
+
+
+def _new_vae_name(name: str) -> str:
+    """Older versions of diffusers have other words for the attention's matrices."""
+    module, _, kind = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    return f"{parent}.{OLD_VAE_ATTENTION[leaf]}.{kind}" if leaf in OLD_VAE_ATTENTION else name
+
+
+def _fill(
+    module: nn.Module,
+    places_of: Callable[[Iterable[str]], dict[str, LdmTensor]],
+    state: Mapping[str, Tensor],
+    *,
+    prefix: str,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give a module all its weights from a checkpoint, as copies in ``dtype``.
+
+    Copies, because the file may be mapped from disk and change while the model lives.
+    """
+    wanted = module.state_dict()
+    places = places_of(wanted)
+    keys = {place.key for place in places.values()}
+    unexpected = (name for name in state if name.startswith(prefix) and name not in keys)
+    refuse_gaps(
+        path,
+        missing=keys.difference(state),
+        unexpected=(name for name in unexpected if not UNUSED.fullmatch(name)),
+    )
+    filled = {
+        name: _shaped(state, places[name], like=like, path=path).to(dtype, copy=True)
+        for name, like in wanted.items()
+    }
+    module.load_state_dict(filled, assign=True)
+
+
+def _shaped(state: Mapping[str, Tensor], place: LdmTensor, *, like: Tensor, path: Path) -> Tensor:
+    """The tensor at its place; a matrix may be stored as a 1x1 convolution and vice versa."""
+    tensor = state[place.key]
+    if place.third is not None:
+        tensor = tensor.chunk(3)[place.third]
+    if _matrix_shape(tensor) != _matrix_shape(like):
+        came, expected = tuple(tensor.shape), tuple(like.shape)
+        raise UserError(f"{path}: {place.key} has shape {came}, expected {expected}")
+    return tensor.reshape(like.shape).contiguous()
+
+
+def _matrix_shape(tensor: Tensor) -> list[int]:
+    shape = list(tensor.shape)
+    return shape[:2] if shape[2:] == [1, 1] else shape

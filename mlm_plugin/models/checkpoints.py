@@ -1,0 +1,175 @@
+"""Stable Diffusion 1.x / 2.x by name: a diffusers folder, a hub id or one checkpoint file.
+
+Puts the parts of a source together and settles what the options and the source say differently.
+Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.checkpoint_file import load_file, load_vae_file
+from mlm_plugin.models.diffusers_folder import find_folder, load_folder, load_vae_folder
+from mlm_plugin.models.model_parts import TITLES, ModelParts
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.tokenizers import find_tokenizer
+from mlm_plugin.models.weights_files import weights_file_facts
+
+__all__ = ["StableDiffusion", "load_stable_diffusion", "weights_file_facts"]
+
+logger = logging.getLogger(__name__)
+
+# The betas of all Stable Diffusion 1.x and 2.x models.
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@dataclass
+class StableDiffusion:
+    """The frozen parts of a Stable Diffusion model, in eval mode, on the CPU.
+
+    Attributes:
+        text_encoders: one, for SD 1.x and 2.x.
+        noise_scheduler: DDPM with the betas the model was trained with.
+        version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), as
+            kohya writes it into ``ss_base_model_version``.
+        prediction_type: ``epsilon`` or ``v_prediction``: what training must aim at. Read this, not
+            the option: a diffusers folder knows its own.
+        source: the model as given.
+    """
+
+    text_encoders: list[TextEncoder]
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+    version: str
+    prediction_type: str
+    source: str
+
+
+def load_stable_diffusion(
+    name_or_path: str | os.PathLike,
+    *,
+    v2: bool = False,
+    v_parameterization: bool = False,
+    vae: str | os.PathLike | None = None,
+    tokenizer_cache_dir: str | os.PathLike | None = None,
+    clip_skip: int | None = None,
+    max_token_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
+    architecture: str | os.PathLike | None = None,
+) -> StableDiffusion:
+    """Load a Stable Diffusion 1.x or 2.x model, frozen and in eval mode, on the CPU.
+
+    Args:
+        name_or_path: diffusers folder, hub id (network or local hub cache), or a ``.safetensors`` /
+            ``.ckpt`` checkpoint with WebUI names (no network).
+        v2: ``--v2``. The weights decide; saying SD 2.x of an SD 1.x model is an error.
+        v_parameterization: ``--v_parameterization``. A diffusers folder knows its prediction type,
+            and the option must not contradict it; for a checkpoint file the option decides.
+        vae: replacement: diffusers folder (of the VAE, or with one in ``vae``), hub id or file.
+        tokenizer_cache_dir: where to look for the tokenizer if the model has none.
+        clip_skip: see ``TextEncoder``.
+        max_token_length: see ``TextEncoder``.
+        dtype: of U-Net and text encoder.
+        vae_dtype: of the VAE.
+        architecture: folder of configurations for checkpoint files, laid out as a diffusers folder,
+            in place of the shipped ones (models of other sizes).
+
+    Raises:
+        UserError: nothing found, damaged or incomplete weights, another architecture than SD 1.x /
+            2.x, an option that contradicts the model, or no tokenizer.
+    """
+    path, configs = Path(name_or_path), None if architecture is None else Path(architecture)
+    parts = _load_parts(path, str(name_or_path), configs=configs, dtype=dtype, with_vae=vae is None)
+    if v2 and parts.family != "sd_v2":
+        raise UserError(
+            f"--v2 says {TITLES['sd_v2']}, but {name_or_path} is {TITLES[parts.family]}: drop --v2"
+        )
+    prediction_type = _prediction_type(
+        parts, source=str(name_or_path), v_parameterization=v_parameterization
+    )
+    tokenizer = parts.tokenizer or find_tokenizer(
+        sd2=parts.family == "sd_v2",
+        cache_dir=tokenizer_cache_dir,
+        near=path.parent if path.is_file() else None,
+    )
+    text_encoder = TextEncoder(
+        tokenizer,
+        _frozen(parts.text_encoder, dtype),
+        clip_skip=clip_skip,
+        max_token_length=max_token_length,
+    )
+    own_vae = parts.vae if vae is None else _load_vae(str(vae), configs=configs)
+    return StableDiffusion(
+        text_encoders=[text_encoder],
+        vae=_frozen(own_vae, vae_dtype),
+        unet=_frozen(parts.unet, dtype),
+        noise_scheduler=_noise_scheduler(parts.scheduler, prediction_type),
+        version=parts.family + ("_v" if prediction_type == "v_prediction" else ""),
+        prediction_type=prediction_type,
+        source=str(name_or_path),
+    )
+
+
+def _load_parts(
+    path: Path, source: str, *, configs: Path | None, dtype: torch.dtype, with_vae: bool
+) -> ModelParts:
+    if path.is_file():
+        return load_file(path, architecture=configs, dtype=dtype, with_vae=with_vae)
+    folder = find_folder(source, option="--pretrained_model_name_or_path")
+    return load_folder(folder, source=source, dtype=dtype, with_vae=with_vae)
+
+
+def _load_vae(source: str, *, configs: Path | None) -> nn.Module:
+    if Path(source).is_file():
+        return load_vae_file(Path(source), architecture=configs)
+    return load_vae_folder(find_folder(source, option="--vae"), source=f"--vae: {source}")
+
+
+def _frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def _prediction_type(parts: ModelParts, *, source: str, v_parameterization: bool) -> str:
+    if not parts.scheduler:
+        if parts.family == "sd_v2" and not v_parameterization:
+            logger.warning(
+                "%s is Stable Diffusion 2.x and does not say what it predicts: epsilon is assumed; "
+                "set --v_parameterization for 768-v models",
+                source,
+            )
+        return "v_prediction" if v_parameterization else "epsilon"
+    known = parts.scheduler.get("prediction_type", "epsilon")
+    if known not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{source}: its scheduler_config.json has prediction_type {known!r}; "
+            "this version trains epsilon and v_prediction"
+        )
+    if v_parameterization and known != "v_prediction":
+        raise UserError(
+            f"--v_parameterization says v_prediction, but the scheduler_config.json of {source} "
+            f"says {known}: drop the option, or correct prediction_type there"
+        )
+    return known
+
+
+def _noise_scheduler(config: Mapping, prediction_type: str) -> DDPMScheduler:
+    if config.get("rescale_betas_zero_snr"):
+        logger.warning("the model was made for zero terminal SNR: set --zero_terminal_snr")
+    own_betas = {key: config[key] for key in (*BETAS, "trained_betas") if key in config}
+    return DDPMScheduler(
+        num_train_timesteps=config.get("num_train_timesteps", 1000),
+        clip_sample=False,
+        prediction_type=prediction_type,
+        **BETAS | own_betas,
+    )

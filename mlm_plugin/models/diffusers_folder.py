@@ -1,0 +1,149 @@
+"""Stable Diffusion 1.x / 2.x from a diffusers folder, or from the hub as one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPTextModel
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.model_parts import ModelParts, read_json, refuse_gaps, wrong_architecture
+from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer
+
+__all__ = ["find_folder", "load_folder", "load_vae_folder"]
+
+FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS_NAME = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>(?!safetensors|bin)\w+))?"
+    r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+
+
+def find_folder(source: str, *, option: str) -> Path:
+    """The folder ``source`` names, or the snapshot of a hub id (downloaded, or from the cache).
+
+    Args:
+        source: folder or hub id.
+        option: the option it came from, for the error.
+
+    Raises:
+        UserError: neither exists, or the hub gave no weights.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if not HUB_ID.fullmatch(source):
+        raise UserError(
+            f"{option}: {source} does not exist (a file, a folder or a hub id org/name)"
+        )
+    reason = "it has no weights"
+    for variant in (None, "fp16"):
+        try:
+            folder = Path(_download(source, variant=variant))
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            continue
+        if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
+            return folder
+    raise UserError(f"{option}: {source} is no file or folder here, nor on the hub ({reason})")
+
+
+def load_folder(folder: Path, *, source: str, dtype: torch.dtype, with_vae: bool) -> ModelParts:
+    """Load a diffusers folder part by part; the safety checker is never read.
+
+    Args:
+        folder: holds ``unet``, ``text_encoder``, ``vae``, ``tokenizer`` and ``scheduler``.
+        source: what the user called it, for errors.
+        dtype: of the U-Net while it is read; the caller casts the rest.
+        with_vae: read the VAE too.
+
+    Raises:
+        UserError: a part is missing or damaged, or it is no SD 1.x / 2.x model.
+    """
+    family = _family(folder, source=source)
+    tokenizer = folder / "tokenizer"
+    return ModelParts(
+        family=family,
+        unet=_load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
+        text_encoder=_load(CLIPTextModel, folder / "text_encoder"),
+        vae=load_vae_folder(folder, source=source) if with_vae else None,
+        tokenizer=load_tokenizer(tokenizer) if is_tokenizer_folder(tokenizer) else None,
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
+    )
+
+
+def load_vae_folder(folder: Path, *, source: str) -> nn.Module:
+    """Load a VAE from its own folder or from ``vae`` inside a model's.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    for place in (folder / "vae", folder):
+        config = read_json(place / "config.json", optional=True)
+        if config.get("_class_name", "AutoencoderKL") == "AutoencoderKL" and config:
+            return _load(AutoencoderKL, place)
+    raise UserError(f"{source} holds no VAE (neither vae/config.json nor config.json of one)")
+
+
+def _download(hub_id: str, *, variant: str | None) -> str:
+    return DiffusionPipeline.download(
+        hub_id, variant=variant, safety_checker=None, feature_extractor=None
+    )
+
+
+def _family(folder: Path, *, source: str) -> str:
+    kind = read_json(folder / "model_index.json", optional=True).get("_class_name", "a pipeline")
+    for part in ("text_encoder_2", "transformer"):
+        if (folder / part).is_dir():
+            raise wrong_architecture(source, f"{kind} (with a {part})")
+    for part in ("unet", "text_encoder"):
+        if not (folder / part / "config.json").is_file():
+            raise UserError(
+                f"{source} is no diffusers model folder: {part}/config.json is missing "
+                "(give the folder that holds model_index.json, or a checkpoint file)"
+            )
+    unet = read_json(folder / "unet" / "config.json")
+    text_encoder = read_json(folder / "text_encoder" / "config.json")
+    channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim", 1280)
+    if channels != 4:
+        raise wrong_architecture(source, f"{kind} with {channels} input channels")
+    if width != text_encoder.get("hidden_size", 512):
+        raise wrong_architecture(source, f"{kind} with context width {width}")
+    openai_clip = text_encoder.get("hidden_act", "quick_gelu") == "quick_gelu"
+    return FAMILY_OF_WIDTH.get(width, "sd_v1" if openai_clip else "sd_v2")
+
+
+def _load(cls: type, folder: Path, **options) -> nn.Module:
+    """``from_pretrained`` from disk that refuses missing or left-over tensors."""
+    variant = _variant(folder)
+    try:
+        module, info = cls.from_pretrained(
+            str(folder),
+            variant=variant,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+    unexpected = [name for name in info["unexpected_keys"] if "position_ids" not in name]
+    refuse_gaps(folder, missing=info["missing_keys"], unexpected=unexpected)
+    return module
+
+
+def _variant(folder: Path) -> str | None:
+    """Which of a folder's sets of weights to load: the plain one, else fp16, else the first."""
+    matches = [WEIGHTS_NAME.fullmatch(path.name) for path in folder.glob("*")]
+    variants = {match["variant"] for match in matches if match}
+    if not variants:
+        raise UserError(f"{folder} holds no weights (*.safetensors or *.bin)")
+    if None in variants:
+        return None
+    return "fp16" if "fp16" in variants else min(variants)

@@ -1,0 +1,228 @@
+"""Where Stable Diffusion 1.x / 2.x weights lie in WebUI ("LDM") checkpoints, by library name.
+
+One table for both directions: a reader asks where a tensor lies in a checkpoint, a writer what to
+call it. The numbers of blocks and layers are read off the names, so toy models work as well. Knows
+no files and no model classes.
+
+LDM names: ``model.diffusion_model.*`` (U-Net), ``first_stage_model.*`` (VAE),
+``cond_stage_model.transformer.*`` (SD 1 CLIP) and ``cond_stage_model.model.*`` (SD 2 OpenCLIP).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CLIP_PREFIX",
+    "OPEN_CLIP_PREFIX",
+    "UNET_PREFIX",
+    "VAE_PREFIX",
+    "LdmTensor",
+    "clip_names",
+    "open_clip_names",
+    "to_ldm",
+    "unet_names",
+    "vae_names",
+]
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+CLIP_PREFIX = "cond_stage_model.transformer."
+OPEN_CLIP_PREFIX = "cond_stage_model.model."
+
+UNET_TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+OPEN_CLIP_TOP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+VAE_BLOCK = re.compile(
+    r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|(?:down|up)samplers)\.(\d+)\.(.+)"
+)
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+class LdmTensor(NamedTuple):
+    """Where a tensor lies in an LDM checkpoint.
+
+    Attributes:
+        key: name of the checkpoint's tensor.
+        third: ``None`` = all of it; 0, 1, 2 = the first, second or last third of its rows (OpenCLIP
+            keeps query, key and value in one tensor).
+    """
+
+    key: str
+    third: int | None = None
+
+
+def unet_names(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """LDM place of each diffusers U-Net weight.
+
+    With n layers per block, ``down_blocks.b`` holds the input blocks ``1 + b (n + 1)`` on and
+    ``up_blocks.b`` the output blocks ``b (n + 1)`` on; a sampler closes the block it belongs to.
+
+    Args:
+        names: all weight names of one ``UNet2DConditionModel``.
+
+    Raises:
+        ValueError: a name that SD 1.x / 2.x U-Nets do not have.
+
+    Source: huggingface/diffusers ``scripts/convert_diffusers_to_original_stable_diffusion.py``.
+    """
+    names = list(names)
+    per_block = 1 + _count(r"down_blocks\.0\.resnets\.(\d+)\.", names)
+    attentive = {m[1] for name in names if (m := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+    return {name: LdmTensor(UNET_PREFIX + _unet_name(name, per_block, attentive)) for name in names}
+
+
+def vae_names(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """LDM place of each diffusers VAE weight; LDM counts the decoder's blocks from the other end.
+
+    Raises:
+        ValueError: a name that SD 1.x / 2.x VAEs do not have.
+
+    Source: as ``unet_names``.
+    """
+    names = list(names)
+    num_ups = _count(r"decoder\.up_blocks\.(\d+)\.", names)
+    return {name: LdmTensor(VAE_PREFIX + _vae_name(name, num_ups)) for name in names}
+
+
+def clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """LDM place of each ``CLIPTextModel`` weight in an SD 1.x checkpoint.
+
+    ``names`` may be nested (``text_model.``, transformers < 5.6) or flat; LDM's are nested.
+    """
+    return {name: LdmTensor(f"{CLIP_PREFIX}text_model.{_flat(name)}") for name in names}
+
+
+def open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """OpenCLIP place of each ``CLIPTextModel`` weight in an SD 2.x checkpoint.
+
+    The checkpoint has one layer more than the text model: SD 2.x uses the state before the last.
+
+    Raises:
+        ValueError: a name that CLIP text models do not have.
+
+    Source: mlfoundations/open_clip ``src/open_clip/transformer.py`` ``ResidualAttentionBlock``.
+    """
+    return {name: _open_clip_place(_flat(name)) for name in names}
+
+
+def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[str, Tensor]:
+    """Rename a module's state dict to LDM names and shapes.
+
+    Query, key and value are joined where LDM keeps them in one tensor; the VAE's attention matrices
+    become 1x1 convolutions, as LDM has them.
+
+    Args:
+        state: weights under library names.
+        names: a place for each of them, from ``unet_names`` and its sisters.
+    """
+    joined: dict[str, list[Tensor | None]] = {}
+    for name, tensor in state.items():
+        key, third = names[name]
+        joined.setdefault(key, [None] * (1 if third is None else 3))[third or 0] = tensor
+    ldm = {key: torch.cat(parts) if len(parts) == 3 else parts[0] for key, parts in joined.items()}
+    for key, tensor in ldm.items():
+        if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key):
+            ldm[key] = tensor[:, :, None, None]
+    return ldm
+
+
+def _unet_name(name: str, per_block: int, attentive: set[str]) -> str:
+    module, _, kind = name.rpartition(".")
+    if module in UNET_TOP:
+        return f"{UNET_TOP[module]}.{kind}"
+    if m := re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
+        index = 2 * int(m[2]) + (m[1] == "attentions")
+        return f"middle_block.{index}.{_inner(m[1], m[3], UNET_RESNET)}"
+    if m := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
+        index = int(m[2]) * per_block + int(m[4])
+        side = f"input_blocks.{index + 1}" if m[1] == "down" else f"output_blocks.{index}"
+        return f"{side}.{int(m[3] == 'attentions')}.{_inner(m[3], m[5], UNET_RESNET)}"
+    if m := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
+        return f"input_blocks.{(int(m[1]) + 1) * per_block}.0.op.{m[2]}"
+    if m := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", name):
+        last = (int(m[1]) + 1) * per_block - 1
+        return f"output_blocks.{last}.{2 if m[1] in attentive else 1}.conv.{m[2]}"
+    raise ValueError(f"no LDM name for the U-Net weight {name}")
+
+
+def _vae_name(name: str, num_ups: int) -> str:
+    if re.match(r"(post_)?quant_conv\.|(en|de)coder\.conv_(in|out)\.", name):
+        return name
+    if m := re.match(r"(encoder|decoder)\.conv_norm_out\.(.+)", name):
+        return f"{m[1]}.norm_out.{m[2]}"
+    if m := re.match(r"(encoder|decoder)\.mid_block\.resnets\.(\d+)\.(.+)", name):
+        return f"{m[1]}.mid.block_{int(m[2]) + 1}.{_inner('resnets', m[3], VAE_RESNET)}"
+    if m := re.match(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name):
+        return f"{m[1]}.mid.attn_1.{VAE_ATTENTION[m[2]]}.{m[3]}"
+    m = VAE_BLOCK.match(name)
+    if m is None:
+        raise ValueError(f"no LDM name for the VAE weight {name}")
+    block = int(m[2]) if m[1] == "encoder.down" else num_ups - 1 - int(m[2])
+    if m[3] == "resnets":
+        return f"{m[1]}.{block}.block.{m[4]}.{_inner('resnets', m[5], VAE_RESNET)}"
+    return f"{m[1]}.{block}.{m[3].removesuffix('rs')}.{m[5]}"
+
+
+def _inner(kind: str, rest: str, resnet: Mapping[str, str]) -> str:
+    """Name inside a residual or attention block; the U-Net's attention blocks agree with LDM's."""
+    module, _, leaf = rest.rpartition(".")
+    return f"{resnet.get(module, module)}.{leaf}" if kind == "resnets" else rest
+
+
+def _open_clip_place(name: str) -> LdmTensor:
+    if name in OPEN_CLIP_TOP:
+        return LdmTensor(OPEN_CLIP_PREFIX + OPEN_CLIP_TOP[name])
+    m = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if m is None:
+        raise ValueError(f"no OpenCLIP name for the text encoder weight {name}")
+    layer = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{m[1]}"
+    if m[2].removeprefix("self_attn.") in QKV:
+        return LdmTensor(f"{layer}.attn.in_proj_{m[3]}", QKV.index(m[2].removeprefix("self_attn.")))
+    return LdmTensor(f"{layer}.{OPEN_CLIP_LAYER[m[2]]}.{m[3]}")
+
+
+def _flat(name: str) -> str:
+    return name.removeprefix("text_model.")
+
+
+def _count(pattern: str, names: Iterable[str]) -> int:
+    return 1 + max(int(m[1]) for name in names if (m := re.match(pattern, name)))

@@ -1,0 +1,93 @@
+"""Finding the CLIP tokenizer that a checkpoint file does not carry, without the network.
+
+Knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import CLIPTokenizer
+
+from mlm_plugin.errors import UserError
+
+__all__ = ["find_tokenizer", "is_tokenizer_folder", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+SD1_TOKENIZER = "openai/clip-vit-large-patch14"
+SD2_TOKENIZER = "stabilityai/stable-diffusion-2"
+FILES = ("vocab.json", "merges.txt")
+
+
+def find_tokenizer(
+    *, sd2: bool, cache_dir: str | os.PathLike | None = None, near: Path | None = None
+):
+    """Load the tokenizer of SD 1.x or 2.x from the first place that has it; no network.
+
+    Places, in order: ``cache_dir`` as sd-scripts fills it (``openai_clip-vit-large-patch14`` or
+    ``stabilityai_stable-diffusion-2``, with or without a ``tokenizer`` folder inside),
+    ``cache_dir`` itself, a ``tokenizer`` folder at ``near``, the local Hugging Face cache. SD 1.x
+    and 2.x share the vocabulary and differ in the padding, so either tokenizer serves both: the
+    padding is set here.
+
+    Args:
+        sd2: SD 2.x, which pads with ``!`` instead of the end token.
+        cache_dir: ``--tokenizer_cache_dir``.
+        near: folder of the checkpoint.
+
+    Raises:
+        UserError: none of the places has a tokenizer; the line lists them.
+
+    Source: sd-scripts ``library/strategy_base.py`` ``_load_tokenizer``, ``library/strategy_sd.py``.
+    """
+    for place in _places(sd2=sd2, cache_dir=cache_dir, near=near):
+        if is_tokenizer_folder(place):
+            logger.info("tokenizer: %s", place)
+            tokenizer = load_tokenizer(place)
+            tokenizer.pad_token = "!" if sd2 else tokenizer.eos_token
+            return tokenizer
+    hub_id = SD2_TOKENIZER if sd2 else SD1_TOKENIZER
+    looked = "".join(f"{place}, " for place in (cache_dir, near and near / "tokenizer") if place)
+    raise UserError(
+        f"no CLIP tokenizer found (a checkpoint file carries none; looked in {looked}the Hugging "
+        f"Face cache): set --tokenizer_cache_dir to a folder with {' and '.join(FILES)}, or "
+        f"download {hub_id} once"
+    )
+
+
+def is_tokenizer_folder(folder: Path) -> bool:
+    """Whether a folder holds a CLIP tokenizer."""
+    return all((folder / name).is_file() for name in FILES) or (folder / "tokenizer.json").is_file()
+
+
+def load_tokenizer(folder: Path):
+    """Read a CLIP tokenizer from its folder.
+
+    Raises:
+        UserError: damaged files.
+    """
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from error
+
+
+def _places(*, sd2: bool, cache_dir: str | os.PathLike | None, near: Path | None) -> Iterator[Path]:
+    hub_ids = (SD2_TOKENIZER, SD1_TOKENIZER) if sd2 else (SD1_TOKENIZER, SD2_TOKENIZER)
+    if cache_dir is not None:
+        for hub_id in hub_ids:
+            cached = Path(cache_dir) / hub_id.replace("/", "_")
+            yield from (cached, cached / "tokenizer")
+        yield Path(cache_dir)
+    if near is not None:
+        yield near / "tokenizer"
+    for hub_id in hub_ids:
+        for name in ("vocab.json", "tokenizer/vocab.json"):
+            found = try_to_load_from_cache(hub_id, name)
+            if isinstance(found, str):
+                yield Path(found).parent
