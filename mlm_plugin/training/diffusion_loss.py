@@ -98,7 +98,6 @@ class DiffusionLoss:
         *,
         loss_weights_B: Tensor,
         loss_masks: Tensor | None = None,
-        timestep: int | None = None,
     ) -> Tensor:
         """Noise the latents, predict, and weigh the distance to the target.
 
@@ -107,7 +106,6 @@ class DiffusionLoss:
             latents: Scaled VAE latents, ``(B, C, h, w)``.
             loss_weights_B: Weight per image: 1 or ``prior_loss_weight``.
             loss_masks: ``(B, 1, H, W)`` in [0, 1] at any size; 0 leaves a place out.
-            timestep: The same timestep for the whole batch instead of random ones (validation).
 
         Returns:
             0-d fp32 tensor.
@@ -115,7 +113,7 @@ class DiffusionLoss:
         Source: sd-scripts ``train_network.py`` ``process_batch`` and ``post_process_loss``.
         """
         options = self.options
-        noised = noise_latents(latents, self.noise_scheduler, options, timestep=timestep)
+        noised = noise_latents(latents, self.noise_scheduler, options)
         model_pred = predict(noised.noisy_latents, noised.timesteps)
         loss = elementwise_loss(
             model_pred.float(),
@@ -138,11 +136,7 @@ class DiffusionLoss:
 
 
 def noise_latents(
-    latents: Tensor,
-    noise_scheduler: DDPMScheduler,
-    options: LossOptions,
-    *,
-    timestep: int | None = None,
+    latents: Tensor, noise_scheduler: DDPMScheduler, options: LossOptions
 ) -> NoisedLatents:
     """Draw noise and timesteps, and mix: ``sqrt(alpha_bar) latents + sqrt(1 - alpha_bar) noise``.
 
@@ -152,8 +146,6 @@ def noise_latents(
     """
     noise = sample_noise(latents, options)
     low, high = timestep_range(options, noise_scheduler.config.num_train_timesteps)
-    if timestep is not None:
-        low = high = timestep
     timesteps = sample_timesteps(len(latents), low=low, high=high).to(latents.device)
     input_noise = noise
     if options.ip_noise_gamma:

@@ -14,7 +14,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens
 from mlm_plugin.data.prompts import BUILTIN, FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, subjects
 from mlm_plugin.errors import UserError
@@ -39,45 +40,13 @@ from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.regularizer import tokens_before_padding
 from mlm_plugin.training.interrupt import StopRequest
 
-__all__ = ["Corpus", "Interrupted", "PretrainOptions", "Scores", "pretrain", "read_caption_files"]
+__all__ = ["Corpus", "Interrupted", "Scores", "pretrain", "read_caption_files"]
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
 TAG_SHARE = 0.3
 CAPTION_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class PretrainOptions:
-    """Recipe of the pretraining.
-
-    Attributes:
-        max_train_steps: upper bound; it stops earlier when the held-out loss is flat.
-        batch_size: prompts per step.
-        learning_rate: peak of the schedule (AdamW; linear warm-up, cosine decay to a tenth).
-        warmup_steps: steps of the warm-up.
-        mlm_probability: share of words to hide; higher than in training a concept, because more
-            labels per prompt train faster (Wettig et al. 2022, section 3).
-        eval_every_n_steps: steps between two looks at the held-out prompts.
-        patience: looks without 1 % less loss after which it stops.
-        num_held_out: held-out prompts.
-        width: inner width of the contextualizer.
-        num_layers: its blocks.
-        seed: names every random draw.
-    """
-
-    max_train_steps: int = 3000
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    warmup_steps: int = 100
-    mlm_probability: float = 0.25
-    eval_every_n_steps: int = 250
-    patience: int = 3
-    num_held_out: int = 512
-    width: int = 512
-    num_layers: int = 4
-    seed: int = 0
 
 
 class Scores(NamedTuple):

@@ -7,7 +7,7 @@ Shapes: B images, L tokens, D text width, h and w latent sides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm_plugin.data.dataset import Batch, TrainDataset, make_loader
+from torch.utils.data import DataLoader
+
+from mlm_plugin.data.dataset import Batch
 from mlm_plugin.methods.base import Method
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
+from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.interrupt import StopRequest
 from mlm_plugin.training.optimizers import set_optimizer_mode
 from mlm_plugin.training.state import Progress, load_state, save_state
@@ -49,14 +52,12 @@ class TrainPlan:
         batches_per_epoch: batches of one epoch on this process.
         gradient_accumulation_steps: batches per optimizer step; an epoch's last step may have fewer.
         max_grad_norm: norm to which gradients are clipped; 0 = not at all.
-        num_workers: loader processes.
     """
 
     num_steps: int
     batches_per_epoch: int
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
-    num_workers: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,11 +110,10 @@ class Trainer:
             own forward.
         models: the base model on its device.
         method: what is trained.
-        dataset: batches by number.
+        loader: batches of this process in the order of its ``EpochOrder`` sampler.
         optimizer: prepared.
         scheduler: prepared.
-        diffusion_loss: ``(predict, latents, batch) -> loss`` where ``predict(noisy, timesteps)``
-            is the U-Net.
+        diffusion_loss: the denoising loss; it calls the U-Net through ``predict``.
         plan: length and rhythm.
         seed: seed of the run, kept in states.
         regularizer: the MLM term, or ``None``.
@@ -127,10 +127,10 @@ class Trainer:
         accelerator: Accelerator,
         models: StableDiffusion,
         method: Method,
-        dataset: TrainDataset,
+        loader: DataLoader,
         optimizer: torch.optim.Optimizer,
         scheduler,
-        diffusion_loss: Callable[[Callable, Tensor, Batch], Tensor],
+        diffusion_loss: DiffusionLoss,
         plan: TrainPlan,
         seed: int,
         regularizer: MLMRegularizer | None = None,
@@ -141,7 +141,7 @@ class Trainer:
         self.accelerator = accelerator
         self.models = models
         self.method = method
-        self.dataset = dataset
+        self.loader = loader
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.diffusion_loss = diffusion_loss
@@ -215,17 +215,12 @@ class Trainer:
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         """The batches of each optimizer step that this epoch still holds."""
-        accelerator, progress = self.accelerator, self.progress
-        self.dataset.set_epoch(progress.current_epoch)
-        # the first batches come twice where the processes cannot share them out evenly
-        total = self.plan.batches_per_epoch * accelerator.num_processes
-        shared = [number % len(self.dataset) for number in range(total)]
-        mine = shared[accelerator.process_index :: accelerator.num_processes]
-        mine = mine[progress.batches_in_epoch :]
-        loader = make_loader(self.dataset, indices=mine, num_workers=self.plan.num_workers)
-        step: list[Batch] = []
-        left = len(mine)
-        for batch in loader:
+        progress, step = self.progress, []
+        left = self.plan.batches_per_epoch - progress.batches_in_epoch
+        self.loader.sampler.start_epoch(
+            progress.current_epoch - 1, skip=progress.batches_in_epoch, step=progress.current_step
+        )
+        for batch in self.loader:
             step.append(batch)
             left -= 1
             if len(step) == self.plan.gradient_accumulation_steps or not left:
@@ -233,7 +228,6 @@ class Trainer:
                 step = []
 
     def _train_step(self, batches: list[Batch]) -> StepResult:
-        self.dataset.set_step(self.progress.current_step)
         first = self.progress.num_batches
         results = [self._backward(batch, first + i) for i, batch in enumerate(batches)]
         self._average_over_processes()
@@ -276,7 +270,12 @@ class Trainer:
                     noisy_latents.to(dtype), timesteps, encoder_hidden_states=states_BLD.to(dtype)
                 ).sample
 
-            diffusion = self.diffusion_loss(predict, latents, batch)
+            diffusion = self.diffusion_loss(
+                predict,
+                latents,
+                loss_weights_B=batch.loss_weights,
+                loss_masks=None if batch.loss_masks is None else batch.loss_masks.to(device),
+            )
         weight = self.mlm_schedule.weight_at(self.progress.current_step) if self.regularizer else 0.0
         if not weight:
             return diffusion, None, 0.0

@@ -9,10 +9,10 @@ import torch
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.contextualizer import load_contextualizer
+from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.training.pretrain import (
     Corpus,
     Interrupted,
-    PretrainOptions,
     learning_rate_share,
     pretrain,
     read_caption_files,

@@ -1,0 +1,102 @@
+"""The command `mlm-plugin`. Imports a room only when its command is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from mlm_plugin import __version__
+from mlm_plugin.errors import UserError
+
+__all__ = ["main", "run_command", "train_main"]
+
+USAGE = """\
+usage: mlm-plugin COMMAND [...]
+
+Keep prompts alive while a concept is learned (arXiv 2410.10058).
+
+commands:
+  train           train a LoRA with the MLM regularizer (kohya's options and TOML files)
+  pretrain        train a contextualizer by hand, on captions of your own
+  prompts         print or count the prompts of a prompt set
+  convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
+
+`mlm-plugin COMMAND --help` lists the options of a command.\
+"""
+
+
+def _train(argv: Sequence[str]) -> int:
+    from mlm_plugin.config.loading import parser
+
+    if "-h" in argv or "--help" in argv:  # before torch is imported
+        parser().print_help()
+        return 0
+    from mlm_plugin.hosts.standalone import train
+
+    return train(argv)
+
+
+def _pretrain(argv: Sequence[str]) -> int:
+    from mlm_plugin.config.pretraining import parse_pretrain
+
+    command = parse_pretrain(argv)
+    from mlm_plugin.hosts.pretraining import run_pretrain
+
+    return run_pretrain(command)
+
+
+def _prompts(argv: Sequence[str]) -> int:
+    from mlm_plugin.data.prompts_cli import run_prompts
+
+    return run_prompts(argv)
+
+
+def _convert_preset(argv: Sequence[str]) -> int:
+    from mlm_plugin.config.gui_presets import run_convert_preset
+
+    return run_convert_preset(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "pretrain": _pretrain,
+    "prompts": _prompts,
+    "convert-preset": _convert_preset,
+}
+
+
+def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return command(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `mlm-plugin prompts | head`
+        sys.stderr.close()
+        return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `mlm-plugin`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if name == "--version":
+        print(f"mlm-plugin {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"error: {name!r} is no command; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run_command(COMMANDS[name], arguments[1:])
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `train_network_mlm.py`."""
+    return run_command(_train, list(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Options of `mlm-plugin pretrain`, declared once. Knows no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlm_plugin.errors import UserError
+
+__all__ = ["PretrainCommand", "PretrainOptions", "parse_pretrain"]
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """Recipe of the pretraining."""
+
+    max_train_steps: int = _option(
+        3000, "Upper bound of the steps; it stops earlier when the held-out loss is flat."
+    )
+    batch_size: int = _option(128, "Prompts per step.")
+    learning_rate: float = _option(
+        5e-4, "Peak rate of AdamW; linear warm-up, cosine decay to a tenth."
+    )
+    warmup_steps: int = _option(100, "Steps of the warm-up.")
+    mlm_probability: float = _option(
+        0.25, "Share of words to hide; more labels per prompt than in training train faster."
+    )
+    eval_every_n_steps: int = _option(250, "Steps between two looks at the held-out prompts.")
+    patience: int = _option(3, "Looks without 1 % less held-out loss after which it stops.")
+    num_held_out: int = _option(512, "Held-out prompts.")
+    width: int = _option(512, "Inner width of the contextualizer.")
+    num_layers: int = _option(4, "Blocks of the contextualizer.")
+    seed: int = _option(0, "Names every random draw.")
+
+    def __post_init__(self):
+        for name in ("max_train_steps", "batch_size", "eval_every_n_steps", "patience",
+                     "num_held_out", "width", "num_layers"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 < self.mlm_probability <= 1:
+            raise UserError(f"--mlm_probability = {self.mlm_probability}: must be above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class PretrainCommand:
+    """What `mlm-plugin pretrain` was asked for."""
+
+    pretrained_model_name_or_path: str
+    output: str
+    captions: tuple[str, ...]
+    clip_skip: int | None
+    tokenizer_cache_dir: str | None
+    options: PretrainOptions
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see `mlm-plugin pretrain --help`")
+
+
+def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
+    """Read the command line of `mlm-plugin pretrain`.
+
+    Raises:
+        UserError: an unknown flag, a missing one, or a value out of range.
+    """
+    parser = _Parser(
+        prog="mlm-plugin pretrain",
+        allow_abbrev=False,
+        description="Train a contextualizer for a text encoder. Training does this by itself "
+        "(--mlm_contextualizer auto); run it by hand to use captions of your own.",
+    )
+    parser.add_argument("--pretrained_model_name_or_path", required=True, metavar="MODEL",
+                        help="Folder, hub id or file of the model, as in training.")  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="FILE",
+                        help="The .safetensors file to write.")  # fmt: skip
+    parser.add_argument("--captions", nargs="+", default=(), metavar="FILE",
+                        help="Text files with one caption per line; drawn half of the time.")  # fmt: skip
+    parser.add_argument("--clip_skip", type=int, metavar="N", help="As in the training to come.")
+    parser.add_argument("--tokenizer_cache_dir", metavar="DIR", help="As in training.")
+    for item in dataclasses.fields(PretrainOptions):
+        parser.add_argument(
+            f"--{item.name}",
+            type=type(item.default),
+            default=item.default,
+            metavar="X" if isinstance(item.default, float) else "N",
+            help=f"{item.metadata['help']} (default: %(default)s)",
+        )
+    given = vars(parser.parse_args(list(argv)))
+    if not given["output"].endswith(".safetensors"):
+        raise UserError(f"--output {given['output']}: the name must end in .safetensors")
+    options = PretrainOptions(
+        **{item.name: given.pop(item.name) for item in dataclasses.fields(PretrainOptions)}
+    )
+    return PretrainCommand(**{**given, "captions": tuple(given["captions"])}, options=options)

@@ -1,0 +1,199 @@
+"""From options to a regularizer: prompts, contextualizer, taps. Shared by the hosts."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.config.pretraining import PretrainOptions
+from mlm_plugin.data.masking import MaskingVocabulary
+from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
+from mlm_plugin.files import cache_dir
+from mlm_plugin.models.contextualizer import (
+    Contextualizer,
+    ContextualizerFacts,
+    load_contextualizer,
+)
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.regularizer import MLMRegularizer, MLMSchedule, TextTap
+from mlm_plugin.training.pretrain import pretrain
+
+__all__ = [
+    "auto_contextualizer_path",
+    "build_regularizer",
+    "contextualizer_for",
+    "mlm_schedule",
+    "pretrain_on_device",
+    "prompt_set_for",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def prompt_set_for(
+    options: MLMOptions, concept: Concept, *, captions: Iterable[str] = ()
+) -> PromptSet:
+    """The prompt set that ``mlm_prompt_set`` asks for; ``auto`` goes by the class word."""
+    if options.mlm_prompt_set == "captions":
+        return PromptSet.from_captions(captions, concept=concept_text(concept))
+    name = options.mlm_prompt_set
+    if name == "auto":
+        name = category_of(concept.class_token)
+        logger.info("mlm_prompt_set auto: %r is %s", concept.class_token, name)
+    return PromptSet.load(name, syntax=options.mlm_prompt_syntax)
+
+
+def concept_text(concept: Concept) -> str:
+    """The concept as prompts and captions name it: ``"sks dog"``."""
+    return f"{concept.placeholder_token} {concept.class_token}"
+
+
+def auto_contextualizer_path(text_encoder: TextEncoder) -> Path:
+    """Where the contextualizer of a text encoder is kept between runs."""
+    name = f"{text_encoder.fingerprint()}-{text_encoder.tokenizer_fingerprint()}.safetensors"
+    return cache_dir() / "contextualizers" / name
+
+
+def contextualizer_for(
+    text_encoder: TextEncoder,
+    setting: str,
+    *,
+    options: PretrainOptions | None = None,
+    show_progress: bool = True,
+) -> tuple[Contextualizer, ContextualizerFacts]:
+    """Load a contextualizer: the given file, or with ``auto`` the cached one, made if there is none.
+
+    Call it before anything is trained: pretraining needs the text encoder as it came.
+
+    Args:
+        text_encoder: the encoder it must be made for.
+        setting: ``mlm_contextualizer``.
+        options: recipe of a pretraining, the default one if not given.
+        show_progress: whether to show a progress bar.
+
+    Raises:
+        UserError: the file does not fit.
+        Interrupted: a signal stopped the pretraining.
+    """
+    if setting != "auto":
+        return load_contextualizer(setting, text_encoder)
+    path = auto_contextualizer_path(text_encoder)
+    if not path.is_file():
+        logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
+        pretrain_on_device(
+            text_encoder, path, options=options or PretrainOptions(), show_progress=show_progress
+        )
+    contextualizer, facts = load_contextualizer(path, text_encoder)
+    logger.info(
+        "contextualizer %s: names %.1f %% of hidden held-out words", path.name, 100 * facts.accuracy
+    )
+    return contextualizer, facts
+
+
+def pretrain_on_device(
+    text_encoder: TextEncoder,
+    path: Path,
+    *,
+    options: PretrainOptions,
+    captions: Sequence[str] = (),
+    show_progress: bool = True,
+):
+    """Pretrain where the text encoder lies; in bf16 where the GPU has it, else in fp32."""
+    weight = text_encoder.token_embedding.weight
+    dtype, device = weight.dtype, weight.device
+    if device.type == "cpu" and text_encoder.model.config.hidden_size >= 512:
+        logger.warning(
+            "pretraining the contextualizer of a full-size text encoder on a CPU takes hours; "
+            "a GPU takes minutes, and the file can be carried over (--mlm_contextualizer FILE)"
+        )
+    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    text_encoder.model.float()  # lossless for half weights, and undone below
+    try:
+        return pretrain(
+            text_encoder,
+            path,
+            options=options,
+            captions=captions,
+            autocast=lambda: torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext(),
+            show_progress=show_progress,
+        )
+    finally:
+        text_encoder.model.to(dtype)
+
+
+def build_regularizer(
+    text_encoders: Sequence[TextEncoder],
+    contextualizers: Sequence[Contextualizer],
+    options: MLMOptions,
+    *,
+    concept: Concept,
+    prompt_set: PromptSet,
+    seed: int | str,
+    dtype: torch.dtype = torch.float32,
+) -> MLMRegularizer:
+    """Join prompts, masks, text encoders and their contextualizers.
+
+    Args:
+        text_encoders: those whose states are regularized.
+        contextualizers: one for each, in the same order; moved to the encoder's device.
+        options: batch size, rate, replacement.
+        concept: what is never masked.
+        prompt_set: where prompts come from.
+        seed: names the stream; give each process its own.
+        dtype: precision of the contextualizer; its loss is fp32 in any case.
+    """
+    text = concept_text(concept)
+
+    def sample_prompt(rng: random.Random) -> str:
+        return prompt_set.sample(rng, text)
+
+    taps = [
+        _tap(text_encoder, contextualizer, concept, dtype)
+        for text_encoder, contextualizer in zip(text_encoders, contextualizers, strict=True)
+    ]
+    return MLMRegularizer(
+        taps,
+        sample_prompt,
+        batch_size=options.mlm_batch_size,
+        mlm_probability=options.mlm_probability,
+        replace=options.mlm_replace,
+        seed=seed,
+    )
+
+
+def mlm_schedule(options: MLMOptions) -> MLMSchedule:
+    """When and how strongly the term acts."""
+    return MLMSchedule(
+        options.mlm_loss_weight,
+        every_n_steps=options.mlm_every_n_steps,
+        start_step=options.mlm_start_step,
+        end_step=options.mlm_end_step,
+    )
+
+
+def _tap(
+    text_encoder: TextEncoder, contextualizer: Contextualizer, concept: Concept, dtype: torch.dtype
+) -> TextTap:
+    embedding = text_encoder.token_embedding
+    table = embedding.weight.detach()
+    if embedding.weight.requires_grad:  # the output table must not follow the training
+        table = table.clone()
+    return TextTap(
+        tokenize=text_encoder.tokenize_trimmed,
+        encode=text_encoder.encode,
+        embedding=embedding,
+        contextualizer=contextualizer.to(table.device, dtype),
+        vocabulary=MaskingVocabulary.from_tokenizer(
+            text_encoder.tokenizer,
+            protected=[concept.placeholder_token, concept.class_token],
+            low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
+        ),
+        token_table=table,
+    )

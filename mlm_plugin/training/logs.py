@@ -1,0 +1,70 @@
+"""Curves: kohya's tags, so that old dashboards work, and the two losses apart."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+
+__all__ = ["CurveLogger"]
+
+DRIFT_LOOKS = 50  # times per run that the text encoder's drift is measured
+
+
+class CurveLogger(Listener):
+    """Sends numbers to the accelerator's trackers after every optimizer step."""
+
+    def __init__(self):
+        self.recent: deque[float] = deque()
+        self.drift: TextDrift | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Keep the base encoder's states for the drift."""
+        self.recent = deque(maxlen=trainer.plan.steps_per_epoch)
+        self.drift = TextDrift(trainer.method)
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Losses, learning rates, norms, now and then the drift."""
+        self.recent.append(result.loss)
+        step = trainer.progress.current_step
+        values = {
+            "loss/current": result.loss,
+            "loss/average": sum(self.recent) / len(self.recent),
+            "loss/diffusion": result.diffusion,
+            **_learning_rates(trainer),
+            **(result.extras or {}),
+        }
+        if result.mlm is not None:
+            values["loss/mlm"] = result.mlm
+            values["loss/mlm_weighted"] = result.mlm_weight * result.mlm
+            values["mlm/accuracy"] = result.mlm_accuracy
+        if step % max(1, trainer.plan.num_steps // DRIFT_LOOKS) == 0:
+            values["te/drift_cos"] = self.drift()
+        trainer.accelerator.log(values, step=step)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Mean loss of the epoch, over epochs."""
+        values = {"loss/epoch_average": sum(self.recent) / max(1, len(self.recent))}
+        progress = trainer.progress
+        for tracker in trainer.accelerator.trackers:
+            # wandb drops values whose step lies in the past, so epochs cannot be its x axis
+            by_epoch = tracker.name == "tensorboard"
+            tracker.log(values, step=progress.current_epoch if by_epoch else progress.current_step)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Flush the trackers."""
+        trainer.accelerator.end_training()
+
+    on_stop = on_train_end
+
+
+def _learning_rates(trainer: Trainer) -> dict[str, float]:
+    rates = {}
+    for group, rate in zip(
+        trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True
+    ):
+        rates[f"lr/{group['name']}"] = float(rate)
+        if "d" in group:  # Prodigy and D-Adaptation find the real rate by themselves
+            rates[f"lr/d*lr/{group['name']}"] = float(group["d"] * group["lr"])
+    return rates
