@@ -3,9 +3,9 @@
 A module's name in the file is a prefix and its path with dots as underscores. Two things differ
 between a file and the model in memory, and both are settled here:
 
-- transformers >= 5.6 builds ``CLIPTextModel`` without the inner ``text_model``; names in files keep it.
-- kohya loads SD 2 with convolutions as ``proj_in`` / ``proj_out`` where diffusers has linear layers,
-  so these tensors end in ``(1, 1)`` in the file.
+- transformers >= 5.6 builds ``CLIPTextModel`` without the inner ``text_model``; files keep it.
+- kohya loads SD 2 with convolutions as ``proj_in`` / ``proj_out`` where diffusers has linear
+  layers, so these tensors end in ``(1, 1)`` in the file.
 
 Knows nothing of LoRA itself, of models or of files.
 """
@@ -35,7 +35,7 @@ _FLAT_TEXT_ENCODER = re.compile(
 )
 _PROJECTION = re.compile(r"_attentions_\d+_proj_(in|out)$")
 
-# Tensors whose shape follows the layer's own weight: networks.lora and LyCORIS (LoKr, full, DoRA, GLoRA).
+# Tensors shaped like the layer's own weight: LoRA, GLoRA, LoKr, full, DoRA.
 _LAYER_SHAPED = re.compile(r"(lora_(up|down)|[ab][12])\.weight|lokr_w2|diff|dora_scale")
 
 _BLOCK = r"(down_blocks_\d|mid_block|up_blocks_\d)"

@@ -1,4 +1,4 @@
-"""LoRA through peft on the layers that sd-scripts' ``networks.lora`` chooses, with its dropout kinds.
+"""LoRA through peft on the layers that sd-scripts' ``networks.lora`` chooses, with its dropouts.
 
 Layers are replaced in place, so whoever holds the model sees the LoRA. Knows the layers of Stable
 Diffusion's U-Net and of CLIP; knows nothing of learning rates, files or training.
@@ -62,7 +62,8 @@ class Dropouts:
 
     Args:
         dropout: probability of dropping a single value.
-        rank_dropout: probability of dropping a whole rank of a sample; the rest grows by 1 / (1 - p).
+        rank_dropout: probability of dropping a whole rank of a sample; the rest grows by
+            1 / (1 - p).
         module_dropout: probability that the layer's LoRA is left out of this call.
         training: off means that nothing is dropped. It is not the model's own mode, because models
             are switched for checkpointing and sampling, independently of the network.
@@ -82,7 +83,7 @@ class Dropouts:
         return any((self.dropout, self.rank_dropout, self.module_dropout))
 
     def __call__(self, ranks: Tensor) -> Tensor:
-        """Drop from the output of a down projection, ``(B, r)``, ``(B, L, r)`` or ``(B, r, H, W)``."""
+        """Drop from a down projection's output, ``(B, r)``, ``(B, L, r)`` or ``(B, r, H, W)``."""
         if not self.training:
             return ranks
         if self.module_dropout and torch.rand(1) < self.module_dropout:
@@ -152,7 +153,7 @@ class LoraModule:
         for (
             parameter,
             requires_grad,
-        ) in trained:  # peft decides it anew, learning rates decide it here
+        ) in trained:  # peft sets it anew, here learning rates do
             parameter.requires_grad_(requires_grad)
 
 
@@ -183,7 +184,7 @@ def unet_targets(
 
 
 def text_encoder_targets(text_encoder: nn.Module, *, rank: int, alpha: float) -> list[LoraTarget]:
-    """Layers of CLIP that ``networks.lora`` adapts: the linear ones of attention and MLP, 6 a block."""
+    """Layers of CLIP that ``networks.lora`` adapts: all linear ones, 6 in each block."""
     return [
         LoraTarget(name, text_encoder_name(name), rank, alpha)
         for name, _ in _layers_within(text_encoder, TEXT_ENCODER_CLASSES)
@@ -213,8 +214,8 @@ def inject_lora(
     """Put a LoRA on layers of a model, in place, and freeze the rest.
 
     LoRA weights are fp32 on the layer's device, whatever the model's precision. The down projection
-    starts as kaiming uniform with a = sqrt(5), drawn from the global torch stream; the up projection
-    starts as zero, so the model's output is unchanged.
+    starts as kaiming uniform with a = sqrt(5), drawn from the global torch stream; the up
+    projection starts as zero, so the model's output is unchanged.
 
     Source: sd-scripts ``networks/lora.py`` ``LoRAModule.__init__``.
     """
@@ -238,10 +239,9 @@ def inject_lora(
 
 @torch.no_grad()
 def limit_norms(modules: Iterable[LoraModule], max_norm: float) -> MaxNorm:
-    """Scale LoRAs down whose weight change ``alpha / r * up @ down`` has a Frobenius norm above a limit.
+    """Scale LoRAs down whose weight change ``alpha / r * up @ down`` is above a limit in norm.
 
-    Both matrices shrink by the root of ``max_norm / norm``. As in the source, norms below half the
-    limit count as half the limit for the ratio, which is then 1.
+    The norm is Frobenius'; both matrices shrink by the root of ``max_norm / norm``.
 
     Source: sd-scripts ``networks/lora.py`` ``apply_max_norm_regularization``.
     """
