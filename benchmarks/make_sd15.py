@@ -69,6 +69,8 @@ def build_models(
 
     Args:
         tiny: 32 channels and two text layers instead of the real sizes; names and depths stay.
+        seed: of the weights; the global random stream is left as it was.
+        dtype: of all weights.
     """
     configs = {part: _config(part, tiny=tiny) for part in ("unet", "vae", "text_encoder")}
     with torch.random.fork_rng(devices=[]):
@@ -78,7 +80,9 @@ def build_models(
             vae=AutoencoderKL.from_config(configs["vae"]),
             text_encoder=CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
         )
-    return Models(*(model.to(dtype).eval() for model in models))
+    if dtype != torch.float32:
+        models = Models(*(model.to(dtype) for model in models))
+    return Models(*(model.eval() for model in models))
 
 
 def save_diffusers(models: Models, folder: Path, *, tokenizer: Path) -> None:

@@ -1,22 +1,19 @@
 """Stable Diffusion 1.x / 2.x from one WebUI checkpoint file, without the network.
 
-The family is read off the tensors, the configurations are shipped in ``architectures/``. Every
-tensor of the model must be found and every tensor of its parts be used: a half-loaded model is an
-error.
+The family is read off the tensors, the configurations are shipped in ``architectures/``.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.filling import empty_text_encoder, fill_weights
 from mlm_plugin.models.ldm_names import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
@@ -32,7 +29,6 @@ from mlm_plugin.models.model_parts import (
     SDXL,
     ModelParts,
     read_json,
-    refuse_gaps,
     wrong_architecture,
 )
 from mlm_plugin.models.weights_files import read_weights
@@ -49,18 +45,15 @@ OTHER_FILES = {
     "lora_unet_": "a LoRA (--network_weights loads it)",
     "lora_te": "a LoRA (--network_weights loads it)",
 }
-# Tensors that checkpoints carry and these models do not use.
-UNUSED = re.compile(
-    r"cond_stage_model\..*position_ids"
-    r"|cond_stage_model\.model\.(?:logit_scale|text_projection|attn_mask)"
-    r"|cond_stage_model\.transformer\.text_projection\.weight"
-    r"|first_stage_model\.(?:loss|model_ema)\..*"
-)
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_file(
-    path: Path, *, architecture: Path | None, dtype: torch.dtype, with_vae: bool
+    path: Path,
+    *,
+    architecture: Path | None,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None,
 ) -> ModelParts:
     """Load a checkpoint with LDM names (``.safetensors``, ``.ckpt``).
 
@@ -69,8 +62,8 @@ def load_file(
     Args:
         path: the checkpoint.
         architecture: folder of configurations in place of the shipped ones.
-        dtype: of U-Net and text encoder; the VAE stays float32.
-        with_vae: read the VAE too.
+        dtype: of U-Net and text encoder.
+        vae_dtype: of the VAE; ``None`` = do not read it.
 
     Raises:
         UserError: unreadable or incomplete file, or no SD 1.x / 2.x checkpoint.
@@ -82,26 +75,28 @@ def load_file(
     configs = architecture or ARCHITECTURES / family
     unet = _unet_shell(configs)
     _check_width(state, unet, path=path)
-    text_encoder = _text_encoder_shell(configs)
-    _fill(unet, unet_names, state, prefix=UNET_PREFIX, path=path, dtype=dtype)
+    text_encoder = empty_text_encoder(configs / "text_encoder")
+    fill_weights(unet, unet_names, state, prefix=UNET_PREFIX, path=path, dtype=dtype)
     if family == "sd_v1":
         named = {_nested_clip_name(name): tensor for name, tensor in state.items()}
-        _fill(text_encoder, clip_names, named, prefix=CLIP_PREFIX, path=path, dtype=dtype)
+        fill_weights(text_encoder, clip_names, named, prefix=CLIP_PREFIX, path=path, dtype=dtype)
     else:
         used = _without_last_layer(state, num_layers=text_encoder.config.num_hidden_layers)
-        _fill(text_encoder, open_clip_names, used, prefix=OPEN_CLIP_PREFIX, path=path, dtype=dtype)
+        fill_weights(
+            text_encoder, open_clip_names, used, prefix=OPEN_CLIP_PREFIX, path=path, dtype=dtype
+        )
     return ModelParts(
         family=family,
         unet=unet,
         text_encoder=text_encoder,
-        vae=_vae_from_ldm(state, configs=configs, path=path) if with_vae else None,
+        vae=vae_dtype and _vae_from_ldm(state, configs=configs, path=path, dtype=vae_dtype),
         tokenizer=None,
         scheduler={},
     )
 
 
-def load_vae_file(path: Path, *, architecture: Path | None) -> nn.Module:
-    """Load a VAE in float32 from a file of its own, or from a full checkpoint.
+def load_vae_file(path: Path, *, architecture: Path | None, dtype: torch.dtype) -> nn.Module:
+    """Load a VAE from a file of its own, or from a full checkpoint.
 
     Accepts LDM names, with or without ``first_stage_model.``, and diffusers names of any age.
 
@@ -111,10 +106,10 @@ def load_vae_file(path: Path, *, architecture: Path | None) -> nn.Module:
     state = read_weights(path)
     configs = architecture or ARCHITECTURES / "sd_v1"  # SD 2.x has the same autoencoder
     if any(name.startswith("decoder.up_blocks.") for name in state):
-        return _vae_from_diffusers(state, configs=configs, path=path)
+        return _vae_from_diffusers(state, configs=configs, path=path, dtype=dtype)
     if not any(name.startswith(VAE_PREFIX) for name in state):
         state = {VAE_PREFIX + name: tensor for name, tensor in state.items()}
-    return _vae_from_ldm(state, configs=configs, path=path)
+    return _vae_from_ldm(state, configs=configs, path=path, dtype=dtype)
 
 
 def _family(state: Mapping[str, Tensor], *, path: Path) -> str:
@@ -168,13 +163,6 @@ def _vae_shell(configs: Path) -> nn.Module:
         return AutoencoderKL.from_config(read_json(configs / "vae" / "config.json"))
 
 
-def _text_encoder_shell(configs: Path) -> nn.Module:
-    config = CLIPTextConfig(**read_json(configs / "text_encoder" / "config.json"))
-    # Its position ids are in no checkpoint, so it cannot start on the meta device.
-    with torch.random.fork_rng(devices=[]):
-        return CLIPTextModel(config)
-
-
 def _nested_clip_name(name: str) -> str:
     """Some checkpoints lack the ``text_model.`` level."""
     rest = name.removeprefix(CLIP_PREFIX)
@@ -189,16 +177,20 @@ def _without_last_layer(state: Mapping[str, Tensor], *, num_layers: int) -> dict
     return {name: tensor for name, tensor in state.items() if not name.startswith(last)}
 
 
-def _vae_from_ldm(state: Mapping[str, Tensor], *, configs: Path, path: Path) -> nn.Module:
+def _vae_from_ldm(
+    state: Mapping[str, Tensor], *, configs: Path, path: Path, dtype: torch.dtype
+) -> nn.Module:
     vae = _vae_shell(configs)
-    _fill(vae, vae_names, state, prefix=VAE_PREFIX, path=path)
+    fill_weights(vae, vae_names, state, prefix=VAE_PREFIX, path=path, dtype=dtype)
     return vae
 
 
-def _vae_from_diffusers(state: Mapping[str, Tensor], *, configs: Path, path: Path) -> nn.Module:
+def _vae_from_diffusers(
+    state: Mapping[str, Tensor], *, configs: Path, path: Path, dtype: torch.dtype
+) -> nn.Module:
     vae = _vae_shell(configs)
     renamed = {_new_vae_name(name): tensor for name, tensor in state.items()}
-    _fill(vae, _same_names, renamed, prefix="", path=path)
+    fill_weights(vae, _same_names, renamed, prefix="", path=path, dtype=dtype)
     return vae
 
 
@@ -211,48 +203,3 @@ def _new_vae_name(name: str) -> str:
     module, _, kind = name.rpartition(".")
     parent, _, leaf = module.rpartition(".")
     return f"{parent}.{OLD_VAE_ATTENTION[leaf]}.{kind}" if leaf in OLD_VAE_ATTENTION else name
-
-
-def _fill(
-    module: nn.Module,
-    places_of: Callable[[Iterable[str]], dict[str, LdmTensor]],
-    state: Mapping[str, Tensor],
-    *,
-    prefix: str,
-    path: Path,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Give a module all its weights from a checkpoint, as copies in ``dtype``.
-
-    Copies, because the file may be mapped from disk and change while the model lives.
-    """
-    wanted = module.state_dict()
-    places = places_of(wanted)
-    keys = {place.key for place in places.values()}
-    unexpected = (name for name in state if name.startswith(prefix) and name not in keys)
-    refuse_gaps(
-        path,
-        missing=keys.difference(state),
-        unexpected=(name for name in unexpected if not UNUSED.fullmatch(name)),
-    )
-    filled = {
-        name: _shaped(state, places[name], like=like, path=path).to(dtype, copy=True)
-        for name, like in wanted.items()
-    }
-    module.load_state_dict(filled, assign=True)
-
-
-def _shaped(state: Mapping[str, Tensor], place: LdmTensor, *, like: Tensor, path: Path) -> Tensor:
-    """The tensor at its place; a matrix may be stored as a 1x1 convolution and vice versa."""
-    tensor = state[place.key]
-    if place.third is not None:
-        tensor = tensor.chunk(3)[place.third]
-    if _matrix_shape(tensor) != _matrix_shape(like):
-        came, expected = tuple(tensor.shape), tuple(like.shape)
-        raise UserError(f"{path}: {place.key} has shape {came}, expected {expected}")
-    return tensor.reshape(like.shape).contiguous()
-
-
-def _matrix_shape(tensor: Tensor) -> list[int]:
-    shape = list(tensor.shape)
-    return shape[:2] if shape[2:] == [1, 1] else shape

@@ -90,7 +90,12 @@ def load_stable_diffusion(
             2.x, an option that contradicts the model, or no tokenizer.
     """
     path, configs = Path(name_or_path), None if architecture is None else Path(architecture)
-    parts = _load_parts(path, str(name_or_path), configs=configs, dtype=dtype, with_vae=vae is None)
+    parts = _load_parts(
+        str(name_or_path),
+        configs=configs,
+        dtype=dtype,
+        vae_dtype=vae_dtype if vae is None else None,
+    )
     if v2 and parts.family != "sd_v2":
         raise UserError(
             f"--v2 says {TITLES['sd_v2']}, but {name_or_path} is {TITLES[parts.family]}: drop --v2"
@@ -109,10 +114,11 @@ def load_stable_diffusion(
         clip_skip=clip_skip,
         max_token_length=max_token_length,
     )
-    own_vae = parts.vae if vae is None else _load_vae(str(vae), configs=configs)
+    if vae is not None:
+        parts.vae = _load_vae(str(vae), configs=configs, dtype=vae_dtype)
     return StableDiffusion(
         text_encoders=[text_encoder],
-        vae=_frozen(own_vae, vae_dtype),
+        vae=_frozen(parts.vae, vae_dtype),
         unet=_frozen(parts.unet, dtype),
         noise_scheduler=_noise_scheduler(parts.scheduler, prediction_type),
         version=parts.family + ("_v" if prediction_type == "v_prediction" else ""),
@@ -122,22 +128,25 @@ def load_stable_diffusion(
 
 
 def _load_parts(
-    path: Path, source: str, *, configs: Path | None, dtype: torch.dtype, with_vae: bool
+    source: str, *, configs: Path | None, dtype: torch.dtype, vae_dtype: torch.dtype | None
 ) -> ModelParts:
-    if path.is_file():
-        return load_file(path, architecture=configs, dtype=dtype, with_vae=with_vae)
-    folder = find_folder(source, option="--pretrained_model_name_or_path")
-    return load_folder(folder, source=source, dtype=dtype, with_vae=with_vae)
-
-
-def _load_vae(source: str, *, configs: Path | None) -> nn.Module:
     if Path(source).is_file():
-        return load_vae_file(Path(source), architecture=configs)
-    return load_vae_folder(find_folder(source, option="--vae"), source=f"--vae: {source}")
+        return load_file(Path(source), architecture=configs, dtype=dtype, vae_dtype=vae_dtype)
+    folder = find_folder(source, option="--pretrained_model_name_or_path")
+    return load_folder(folder, source=source, dtype=dtype, vae_dtype=vae_dtype)
+
+
+def _load_vae(source: str, *, configs: Path | None, dtype: torch.dtype) -> nn.Module:
+    if Path(source).is_file():
+        return load_vae_file(Path(source), architecture=configs, dtype=dtype)
+    folder = find_folder(source, option="--vae")
+    return load_vae_folder(folder, source=f"--vae: {source}", dtype=dtype)
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return module.to(dtype).eval().requires_grad_(False)
+    if module.dtype != dtype:  # diffusers warns of any cast
+        module = module.to(dtype)
+    return module.eval().requires_grad_(False)
 
 
 def _prediction_type(parts: ModelParts, *, source: str, v_parameterization: bool) -> str:

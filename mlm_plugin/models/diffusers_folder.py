@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextModel
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.filling import empty_text_encoder, fill_weights
+from mlm_plugin.models.ldm_names import LdmTensor
 from mlm_plugin.models.model_parts import ModelParts, read_json, refuse_gaps, wrong_architecture
 from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer
+from mlm_plugin.models.weights_files import read_weights
 
 __all__ = ["find_folder", "load_folder", "load_vae_folder"]
 
@@ -53,14 +56,16 @@ def find_folder(source: str, *, option: str) -> Path:
     raise UserError(f"{option}: {source} is no file or folder here, nor on the hub ({reason})")
 
 
-def load_folder(folder: Path, *, source: str, dtype: torch.dtype, with_vae: bool) -> ModelParts:
+def load_folder(
+    folder: Path, *, source: str, dtype: torch.dtype, vae_dtype: torch.dtype | None
+) -> ModelParts:
     """Load a diffusers folder part by part; the safety checker is never read.
 
     Args:
         folder: holds ``unet``, ``text_encoder``, ``vae``, ``tokenizer`` and ``scheduler``.
         source: what the user called it, for errors.
-        dtype: of the U-Net while it is read; the caller casts the rest.
-        with_vae: read the VAE too.
+        dtype: of U-Net and text encoder.
+        vae_dtype: of the VAE; ``None`` = do not read it.
 
     Raises:
         UserError: a part is missing or damaged, or it is no SD 1.x / 2.x model.
@@ -70,14 +75,14 @@ def load_folder(folder: Path, *, source: str, dtype: torch.dtype, with_vae: bool
     return ModelParts(
         family=family,
         unet=_load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        text_encoder=_load(CLIPTextModel, folder / "text_encoder"),
-        vae=load_vae_folder(folder, source=source) if with_vae else None,
+        text_encoder=_load_text_encoder(folder / "text_encoder", dtype=dtype),
+        vae=_own_vae(folder, source=source, dtype=vae_dtype),
         tokenizer=load_tokenizer(tokenizer) if is_tokenizer_folder(tokenizer) else None,
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
     )
 
 
-def load_vae_folder(folder: Path, *, source: str) -> nn.Module:
+def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Module:
     """Load a VAE from its own folder or from ``vae`` inside a model's.
 
     Raises:
@@ -86,7 +91,7 @@ def load_vae_folder(folder: Path, *, source: str) -> nn.Module:
     for place in (folder / "vae", folder):
         config = read_json(place / "config.json", optional=True)
         if config.get("_class_name", "AutoencoderKL") == "AutoencoderKL" and config:
-            return _load(AutoencoderKL, place)
+            return _load(AutoencoderKL, place, torch_dtype=dtype)
     raise UserError(f"{source} holds no VAE (neither vae/config.json nor config.json of one)")
 
 
@@ -94,6 +99,10 @@ def _download(hub_id: str, *, variant: str | None) -> str:
     return DiffusionPipeline.download(
         hub_id, variant=variant, safety_checker=None, feature_extractor=None
     )
+
+
+def _own_vae(folder: Path, *, source: str, dtype: torch.dtype | None) -> nn.Module | None:
+    return None if dtype is None else load_vae_folder(folder, source=source, dtype=dtype)
 
 
 def _family(folder: Path, *, source: str) -> str:
@@ -136,6 +145,35 @@ def _load(cls: type, folder: Path, **options) -> nn.Module:
     unexpected = [name for name in info["unexpected_keys"] if "position_ids" not in name]
     refuse_gaps(folder, missing=info["missing_keys"], unexpected=unexpected)
     return module
+
+
+def _load_text_encoder(folder: Path, *, dtype: torch.dtype) -> nn.Module:
+    """Load a CLIP text model whichever version of transformers saved it.
+
+    Names begin with ``text_model.`` before transformers 5.6 and do not since; an older version's
+    ``from_pretrained`` would leave a flat file's model at its random start.
+    """
+    state = {}
+    for path in _weights_files(folder):
+        state |= {name.removeprefix("text_model."): t for name, t in read_weights(path).items()}
+    model = empty_text_encoder(folder)
+    fill_weights(model, _flat_places, state, prefix="", path=folder, dtype=dtype)
+    return model
+
+
+def _flat_places(names: Iterable[str]) -> dict[str, LdmTensor]:
+    return {name: LdmTensor(name.removeprefix("text_model.")) for name in names}
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The files of the chosen set of weights, safetensors where there are both kinds."""
+    variant = _variant(folder)
+    files = [
+        path
+        for path in sorted(folder.glob("*"))
+        if (match := WEIGHTS_NAME.fullmatch(path.name)) and match["variant"] == variant
+    ]
+    return [path for path in files if path.suffix == ".safetensors"] or files
 
 
 def _variant(folder: Path) -> str | None:

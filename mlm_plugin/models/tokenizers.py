@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from mlm_plugin.errors import UserError
 
@@ -62,7 +62,7 @@ def find_tokenizer(
 
 def is_tokenizer_folder(folder: Path) -> bool:
     """Whether a folder holds a CLIP tokenizer."""
-    return all((folder / name).is_file() for name in FILES) or (folder / "tokenizer.json").is_file()
+    return _has_vocabulary(folder) or (folder / "tokenizer.json").is_file()
 
 
 def load_tokenizer(folder: Path):
@@ -71,10 +71,16 @@ def load_tokenizer(folder: Path):
     Raises:
         UserError: damaged files.
     """
+    # transformers 5 writes tokenizer.json alone, which the slow tokenizer of version 4 cannot read.
+    cls = CLIPTokenizer if _has_vocabulary(folder) else CLIPTokenizerFast
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return cls.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder}: the tokenizer cannot be read ({error})") from error
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
 
 
 def _places(*, sd2: bool, cache_dir: str | os.PathLike | None, near: Path | None) -> Iterator[Path]:

@@ -1,0 +1,91 @@
+"""Giving a model its weights from a dict of tensors: all of them, or an error that names the gaps.
+
+Knows no file formats; names come from ``ldm_names`` or are the library's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.ldm_names import LdmTensor
+from mlm_plugin.models.model_parts import refuse_gaps
+
+__all__ = ["empty_text_encoder", "fill_weights"]
+
+# Tensors that checkpoints carry and these models do not use.
+UNUSED = re.compile(
+    r".*\bposition_ids"
+    r"|cond_stage_model\.model\.(?:logit_scale|text_projection|attn_mask)"
+    r"|cond_stage_model\.transformer\.text_projection\.weight"
+    r"|first_stage_model\.(?:loss|model_ema)\..*"
+)
+
+
+def empty_text_encoder(folder: Path) -> CLIPTextModel:
+    """A CLIP text model of the configuration in ``folder``, to be filled."""
+    config = CLIPTextConfig.from_pretrained(str(folder))
+    # Its position ids are in no checkpoint, so it cannot start on the meta device.
+    with torch.random.fork_rng(devices=[]):
+        return CLIPTextModel(config)
+
+
+def fill_weights(
+    module: nn.Module,
+    places_of: Callable[[Iterable[str]], dict[str, LdmTensor]],
+    state: Mapping[str, Tensor],
+    *,
+    prefix: str,
+    path: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Give a module all its weights, as copies in ``dtype``.
+
+    Copies, because the file may be mapped from disk and change while the model lives.
+
+    Args:
+        module: may be on the meta device, if all its buffers are in its state dict.
+        places_of: from the module's weight names to their places in ``state``.
+        state: tensors by name; a matrix may be stored as a 1x1 convolution and vice versa.
+        prefix: the part of ``state`` that must be used up.
+        path: where ``state`` came from, for errors.
+        dtype: of the filled weights.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape.
+    """
+    wanted = module.state_dict()
+    places = places_of(wanted)
+    keys = {place.key for place in places.values()}
+    unexpected = (name for name in state if name.startswith(prefix) and name not in keys)
+    refuse_gaps(
+        path,
+        missing=keys.difference(state),
+        unexpected=(name for name in unexpected if not UNUSED.fullmatch(name)),
+    )
+    filled = {
+        name: _shaped(state, places[name], like=like, path=path).to(dtype, copy=True)
+        for name, like in wanted.items()
+    }
+    module.load_state_dict(filled, assign=True)
+
+
+def _shaped(state: Mapping[str, Tensor], place: LdmTensor, *, like: Tensor, path: Path) -> Tensor:
+    tensor = state[place.key]
+    if place.third is not None:
+        tensor = tensor.chunk(3)[place.third]
+    if _matrix_shape(tensor) != _matrix_shape(like):
+        came, expected = tuple(tensor.shape), tuple(like.shape)
+        raise UserError(f"{path}: {place.key} has shape {came}, expected {expected}")
+    return tensor.reshape(like.shape).contiguous()
+
+
+def _matrix_shape(tensor: Tensor) -> list[int]:
+    shape = list(tensor.shape)
+    return shape[:2] if shape[2:] == [1, 1] else shape
