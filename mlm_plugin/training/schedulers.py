@@ -159,10 +159,10 @@ def _inverse_sqrt(optimizer, options, lengths, **settings):
 
 
 def _cosine_with_min_lr(optimizer, options, lengths, **settings):
-    if options.lr_scheduler_min_lr_ratio is None and not settings.keys() & {
-        "min_lr",
-        "min_lr_rate",
-    }:
+    ratio = options.lr_scheduler_min_lr_ratio
+    if ratio is not None:
+        settings = {"min_lr_rate": ratio, **settings}
+    if not settings.keys() & {"min_lr", "min_lr_rate"}:
         raise UserError(
             "lr_scheduler=cosine_with_min_lr needs lr_scheduler_min_lr_ratio, e.g. 0.1 to end at a "
             "tenth of the learning rate"

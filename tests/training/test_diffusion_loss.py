@@ -164,18 +164,6 @@ def test_timesteps_stay_in_their_range_and_reach_its_first_and_last():
     assert dl.sample_timesteps(3, low=5, high=5).tolist() == [5, 5, 5]
 
 
-def test_a_given_timestep_overrides_the_range():
-    seen = []
-
-    def record(noisy_latents, timesteps):
-        seen.append(timesteps.tolist())
-        return noisy_latents
-
-    latents, _ = latents_and_masks()
-    make_loss()(record, latents, loss_weights_B=torch.ones(2), timestep=250)
-    assert seen == [[250, 250]]
-
-
 def test_pyramid_noise_has_unit_variance_and_is_smoother_than_white_noise():
     seed_everything()
     white = torch.randn(2, 4, 32, 32)
