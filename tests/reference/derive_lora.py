@@ -1,0 +1,100 @@
+"""Derive the LoRA names and numbers in tests/models by running sd-scripts' networks.lora itself.
+
+Usage: ``SD_SCRIPTS_DIR=/path/to/sd-scripts python tests/reference/derive_lora.py``
+
+Needs transformers < 5.6 (sd-scripts fails with later ones) and the small requirements of sd-scripts;
+torchvision is only named and not used by what runs here. The stored values come from commit 48d368fa.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.machinery
+import os
+import sys
+import types
+
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+
+def main() -> None:
+    """Print name digests of SD 1.5 and 2, and the max-norm numbers."""
+    sys.path.insert(0, os.environ["SD_SCRIPTS_DIR"])
+    _stand_in_for_torchvision()
+    lora = importlib.import_module("networks.lora")
+    original_unet = importlib.import_module("library.original_unet")
+    model_util = importlib.import_module("library.model_util")
+    for v2 in (False, True):
+        for settings in ({}, {"conv_dim": "2", "conv_alpha": "0.5"}):
+            with torch.device("meta"):
+                config = model_util.create_unet_diffusers_config(v2, False)
+                unet = original_unet.UNet2DConditionModel(**config)
+                width, layers, heads = (1024, 23, 16) if v2 else (768, 12, 12)
+                clip = CLIPTextConfig(
+                    hidden_size=width,
+                    intermediate_size=4 * width,
+                    num_attention_heads=heads,
+                    num_hidden_layers=layers,
+                )
+                text_encoder = CLIPTextModel(clip)
+                lora.LoRANetwork.UNET_TARGET_REPLACE_MODULE = ["Transformer2DModel"]
+                network = lora.create_network(1.0, 4, 1.0, None, text_encoder, unet, **settings)
+                network.apply_to(text_encoder, unet, True, True)
+            shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+            lines = "\n".join(f"{key} {shapes[key]}" for key in sorted(shapes))
+            digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
+            print(f"    ({v2}, {settings}): ({len(shapes) // 3}, {digest!r}),")
+    _max_norm(lora)
+    _dropouts(lora)
+
+
+def _max_norm(lora) -> None:
+    network = lora.LoRANetwork.__new__(lora.LoRANetwork)
+    torch.nn.Module.__init__(network)
+    layers = {
+        "linear": torch.nn.Linear(6, 5),
+        "conv": torch.nn.Conv2d(3, 4, 3, padding=1),
+        "small": torch.nn.Conv2d(3, 4, 1),
+    }
+    for name, layer in layers.items():
+        module = lora.LoRAModule(name, layer, 1.0, 2, 1.0)
+        del module.org_module
+        for weight in (module.lora_down.weight, module.lora_up.weight):
+            values = torch.sin(torch.arange(1.0, weight.numel() + 1)).reshape(weight.shape)
+            weight.data = values * (0.01 if name == "small" else 1.0)
+        network.add_module(name, module)
+    print("MAX_NORM =", network.apply_max_norm_regularization(1.0, "cpu"))
+    state = {key: value for key, value in network.state_dict().items() if "lora" in key}
+    print("SUMS =", {key: round(value.abs().sum().item(), 5) for key, value in state.items()})
+
+
+def _dropouts(lora) -> None:
+    settings = {"dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}
+    module = lora.LoRAModule("x", torch.nn.Linear(3, 2), 1.0, 4, 2.0, **settings)
+    torch.nn.init.constant_(module.lora_down.weight, 1.0)
+    torch.nn.init.constant_(module.lora_up.weight, 1.0)
+    module.org_forward = lambda x: torch.zeros(*x.shape[:-1], 2)
+    results = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        results.append(
+            [round(v, 4) for v in module(torch.ones(2, 2, 3))[..., 0].flatten().tolist()]
+        )
+    print("DROPPED =", results)
+
+
+def _stand_in_for_torchvision() -> None:
+    package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
+    for name in ("Compose", "ToTensor", "Normalize"):
+        setattr(transforms, name, lambda *_: None)
+    package.transforms = transforms
+    package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+    sys.modules.update({"torchvision": package, "torchvision.transforms": transforms})
+    assert UNet2DConditionModel and CLIPTextModel  # real imports came before the stand-in
+
+
+if __name__ == "__main__":
+    main()
