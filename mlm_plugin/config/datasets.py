@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 BUCKET_STEP = 64
 """SD U-Nets halve the latents three times: image sides must be multiples of 8 * 2**3."""
 
+LATENT_STRIDE = 8
+"""Pixels per latent."""
+
 
 @dataclass(frozen=True)
 class SubsetConfig:
@@ -91,7 +94,7 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     """
     place, user = _user_config(config)
     general = user.get("general", {})
-    _check_table(general, place=f"{place} [general]", allowed=_names("general"))
+    _check_table(general, "general", place=f"{place} [general]")
     options = _option_values(config)
     datasets = tuple(
         _resolve_dataset(
@@ -175,6 +178,7 @@ _EXPECTED = {
 
 
 def _names(level: str, kind: str | None = None) -> set[str]:
+    """Keys of a level: ``general``, ``dataset`` or ``subset``; of both kinds if none is given."""
     return {
         name
         for name, key in _KEYS.items()
@@ -182,12 +186,12 @@ def _names(level: str, kind: str | None = None) -> set[str]:
     }
 
 
-def _check_table(table: Any, *, place: str, allowed: set[str]) -> None:
+def _check_table(table: Any, level: str, kind: str | None = None, *, place: str) -> None:
     if not isinstance(table, dict):
         raise UserError(f"{place}: must be a table of key = value")
     for name, value in table.items():
-        if name not in allowed:
-            raise UserError(f"{place}: {_misplaced(name, allowed)}")
+        if name not in _names(level, kind):
+            raise UserError(f"{place}: {_misplaced(name, level)}")
         if not _is_kind(_KEYS[name].kind, value):
             raise UserError(
                 f"{place}: {name} = {value!r} is not allowed; "
@@ -195,14 +199,15 @@ def _check_table(table: Any, *, place: str, allowed: set[str]) -> None:
             )
 
 
-def _misplaced(name: str, allowed: set[str]) -> str:
+def _misplaced(name: str, level: str) -> str:
     if name not in _KEYS:
-        return f"unknown key {name!r}{did_you_mean(name, allowed)}"
-    key = _KEYS[name]
-    if key.only == _IMAGES:
+        return f"unknown key {name!r}{did_you_mean(name, _names(level))}"
+    if name in _names(level):
         return f"{name} cannot go with metadata_file, which holds the captions; remove it"
-    levels = {"g": "[general]", "d": "[[datasets]]", "s": "[[datasets.subsets]]"}
-    return f"{name} does not belong here; it goes to " + " or ".join(levels[x] for x in key.levels)
+    places = {"g": "[general]", "d": "[[datasets]]", "s": "[[datasets.subsets]]"}
+    return f"{name} does not belong here; it goes to " + " or ".join(
+        places[letter] for letter in _KEYS[name].levels
+    )
 
 
 def _is_kind(kind: str, value: Any) -> bool:
@@ -348,18 +353,18 @@ def _resolve_dataset(
     if not isinstance(table, dict):
         raise UserError(f"{place}: must be a table of key = value")
     own = {name: value for name, value in table.items() if name != "subsets"}
-    _check_table(own, place=place, allowed=_names("dataset"))
+    _check_table(own, "dataset", place=place)
     tables = table.get("subsets")
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise UserError(f"{place}: holds no [[datasets.subsets]]")
     kind = _subset_kind(tables, place=place, masked_loss=config.dataset.masked_loss)
-    _check_table(own, place=place, allowed=_names("dataset", kind))
+    _check_table(own, "dataset", kind, place=place)
     values = options | general | own
     _note_unused(values, place=place)
     subsets = []
     for position, subset in enumerate(tables, start=1):
         where = f"{place} subset {position}"
-        _check_table(subset, place=where, allowed=_names("subset", kind))
+        _check_table(subset, "subset", kind, place=where)
         inherited = dict(values)
         if subset.get("is_reg") or kind == "metadata":  # masks of the option are for the concept
             inherited.pop("conditioning_data_dir", None)
@@ -460,13 +465,22 @@ def _resolution(values: Mapping[str, Any], *, place: str) -> tuple[int, int]:
     value = values.get("resolution")
     if value is None:
         raise UserError(f"{place}: resolution is missing; give e.g. --resolution 512")
-    width, height = value if isinstance(value, (list, tuple)) else (value, value)
-    if not values["enable_bucket"] and (width % 8 or height % 8):
-        raise UserError(
-            f"{place}: resolution = {width},{height}: without enable_bucket both sides must be "
-            "multiples of 8"
-        )
-    return int(width), int(height)
+    sides = value if isinstance(value, (list, tuple)) else (value, value)
+    width, height = (int(side) for side in sides)
+    if values["enable_bucket"] or not (width % LATENT_STRIDE or height % LATENT_STRIDE):
+        return width, height
+    used = (width - width % LATENT_STRIDE, height - height % LATENT_STRIDE)
+    if min(used) < 1:
+        raise UserError(f"{place}: resolution = {width},{height} is too small")
+    logger.warning(
+        "%s: resolution = %d,%d is rounded down to %d,%d, multiples of %d",
+        place,
+        width,
+        height,
+        *used,
+        LATENT_STRIDE,
+    )
+    return used
 
 
 def _with_valid_buckets(dataset: DatasetConfig, *, place: str) -> DatasetConfig:

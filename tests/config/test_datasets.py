@@ -1,0 +1,388 @@
+"""Data sets resolve by kohya's order; every mistake is named with file and place."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from mlm_plugin.config.datasets import Concept, concept_of, resolve_datasets
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def dataset_file(tmp_path):
+    def write(text, name="data.toml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def resolve(path, **options):
+    values = {"dataset_config": path, "resolution": "512", **options}
+    return resolve_datasets(TrainConfig().replace(**values))
+
+
+def folders(parent, *names):
+    for name in names:
+        (parent / name).mkdir(parents=True)
+    return str(parent)
+
+
+# --- order of resolution ---------------------------------------------------------------------
+
+LEVELS = ["subset", "dataset", "general", "option", "default"]
+
+
+@pytest.mark.parametrize("level", range(5))
+@pytest.mark.parametrize(
+    ("name", "option", "given", "default"),
+    [
+        ("keep_tokens", "keep_tokens", [5, 4, 3, 2], 0),
+        ("num_repeats", "dataset_repeats", [5, 4, 3, 2], 1),
+        ("shuffle_caption", "shuffle_caption", [True, True, True, True], False),
+        ("caption_extension", "caption_extension", [".a", ".b", ".c", ".d"], ".caption"),
+        ("caption_dropout_rate", "caption_dropout_rate", [0.4, 0.3, 0.2, 0.1], 0.0),
+        ("caption_separator", "caption_separator", [";", "|", "/", "+"], ","),
+        ("resize_interpolation", "resize_interpolation", ["area", "box", "cubic", "linear"], None),
+        ("secondary_separator", "secondary_separator", [";;", "||", "//", "++"], None),
+    ],
+)
+def test_the_nearest_level_wins(dataset_file, images, level, name, option, given, default):
+    """Levels nearer than ``level`` are left out: the value of ``level`` must come through."""
+    lines = [
+        "" if level > number else f"{name} = {json.dumps(value)}"
+        for number, value in enumerate(given[:3])
+    ]
+    path = dataset_file(
+        f"[general]\n{lines[2]}\n[[datasets]]\n{lines[1]}\n"
+        f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n{lines[0]}\n'
+    )
+    options = {option: given[3]} if level <= 3 else {}
+    (dataset,) = resolve(path, **options)
+    expected = [*given, default][level]
+    assert getattr(dataset.subsets[0], name) == expected, LEVELS[level]
+
+
+def test_false_in_a_subset_beats_true_outside(dataset_file, images):
+    path = dataset_file(
+        "[general]\nflip_aug = true\n[[datasets]]\n"
+        f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\nflip_aug = false\n'
+    )
+    assert resolve(path, flip_aug=True)[0].subsets[0].flip_aug is False
+
+
+def test_batch_size_and_resolution_come_from_the_options_last(dataset_file, images):
+    subset = f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    path = dataset_file(
+        f"[general]\nbatch_size = 3\n[[datasets]]\nresolution = 640\n{subset}"
+        f"[[datasets]]\nbatch_size = 2\nresolution = [512, 768]\n{subset}[[datasets]]\n{subset}"
+    )
+    found = resolve(path, resolution="256,320", train_batch_size=7)
+    assert [dataset.batch_size for dataset in found] == [3, 2, 3]
+    assert [dataset.resolution for dataset in found] == [(640, 640), (512, 768), (256, 320)]
+
+
+def test_subset_values_keep_their_shape(dataset_file, images):
+    path = dataset_file(
+        "[[datasets]]\ncustom_attributes = {mlm = 'a'}\n"
+        f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\nclass_tokens = "sks dog"\n'
+        "caption_extension = 'txt'\nface_crop_aug_range = [1, 3]\n"
+    )
+    (subset,) = resolve(path)[0].subsets
+    assert subset.image_dir == images
+    assert subset.custom_attributes == {"mlm": "a"}
+    assert subset.caption_extension == ".txt"
+    assert subset.face_crop_aug_range == (1.0, 3.0)
+    assert not subset.is_reg
+
+
+def test_json_says_the_same_as_toml(dataset_file, images):
+    subset = {"image_dir": str(images), "num_repeats": 4}
+    user = {"general": {"keep_tokens": 2}, "datasets": [{"batch_size": 2, "subsets": [subset]}]}
+    as_json = resolve(dataset_file(json.dumps(user), "data.json"))
+    as_toml = resolve(
+        dataset_file(
+            "[general]\nkeep_tokens = 2\n[[datasets]]\nbatch_size = 2\n"
+            f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\nnum_repeats = 4\n'
+        )
+    )
+    assert as_json == as_toml
+
+
+# --- mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("general", "dataset", "subset", "parts"),
+    [
+        ("", "", "num_repeat = 2", ["subset 1", "'num_repeat'", "num_repeats"]),
+        ("keep_token = 2", "", "", ["[general]", "keep_tokens"]),
+        ("", "batchsize = 2", "", ["[[datasets]] 1", "batch_size"]),
+        ("", "", "num_repeats = '2'", ["num_repeats", "'2'", "whole number"]),
+        ("", "", "shuffle_caption = 1", ["shuffle_caption", "true or false"]),
+        ("", "", "batch_size = 2", ["batch_size", "[[datasets]]"]),
+        ("is_reg = true", "", "", ["is_reg", "[[datasets.subsets]]"]),
+        ("", "resolution = [512]", "", ["resolution", "[width, height]"]),
+        ("", "resolution = 0", "", ["resolution"]),
+        ("", "", "caption_dropout_rate = 2", ["caption_dropout_rate", "0 to 1"]),
+        ("", "", "resize_interpolation = 'nice'", ["resize_interpolation", "lanczos"]),
+        ("", "", "face_crop_aug_range = [3.0, 1.0]", ["face_crop_aug_range"]),
+        ("", "", "custom_attributes = 1", ["custom_attributes"]),
+        ("", "validation_split = 0.1", "", ["validation_split"]),
+        ("", "", "is_reg = true", ["regularization"]),
+        ("", "", "conditioning_data_dir = '.'", ["masked_loss"]),
+        ("", "batch_size = 0", "", ["batch_size"]),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_place(
+    dataset_file, images, general, dataset, subset, parts
+):
+    path = dataset_file(
+        f"[general]\n{general}\n[[datasets]]\n{dataset}\n"
+        f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n{subset}\n'
+    )
+    with pytest.raises(UserError) as caught:
+        resolve(path)
+    message = str(caught.value)
+    assert message.startswith(path)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "[[datasets]]"),
+        ("[[datasets]]\nresolution = 512", "[[datasets.subsets]]"),
+        ("[[datasets]]\n[[datasets.subset]]\nimage_dir = '.'", "'subset'"),
+        ("[[dataset]]\nresolution = 512", "did you mean datasets"),
+        ("[[datasets]]\n[[datasets.subsets]]\nnum_repeats = 2", "image_dir is missing"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'gone'", "no such folder"),
+        ("[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'gone.json'", "no such file"),
+        ("[[datasets]\n", "line 1"),
+    ],
+)
+def test_an_unusable_file_says_what_is_missing(dataset_file, text, part):
+    with pytest.raises(UserError) as caught:
+        resolve(dataset_file(text))
+    assert part in str(caught.value)
+
+
+def test_a_missing_resolution_is_an_error(dataset_file, images):
+    path = dataset_file(f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n')
+    with pytest.raises(UserError, match="resolution is missing"):
+        resolve(path, resolution=None)
+    with pytest.raises(UserError, match="width,height"):
+        resolve(path, resolution="512x768")
+
+
+def test_repeated_and_unused_subsets_are_skipped_by_name(dataset_file, images, caplog):
+    subset = f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    path = dataset_file(f"[[datasets]]\n{subset}num_repeats = 2\n{subset}num_repeats = 9\n")
+    (dataset,) = resolve(path)
+    assert [subset.num_repeats for subset in dataset.subsets] == [2]
+    assert images.name in caplog.text
+    with pytest.raises(UserError, match="nothing to train on"):
+        resolve(dataset_file(f"[[datasets]]\n{subset}num_repeats = 0\n"))
+
+
+# --- kinds of subsets ------------------------------------------------------------------------
+
+
+def test_metadata_subsets_stand_alone_and_take_no_caption_files(dataset_file, images, tmp_path):
+    metadata = tmp_path / "meta.json"
+    metadata.write_text("{}")
+    head = f'[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "{metadata.as_posix()}"\n'
+    (dataset,) = resolve(dataset_file(head))
+    assert dataset.subsets[0].metadata_file == metadata
+    assert dataset.subsets[0].image_dir is None
+    with pytest.raises(UserError, match="caption_extension"):
+        resolve(dataset_file(head + "caption_extension = '.txt'"))
+    mixed = head + f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    with pytest.raises(UserError, match="metadata_file"):
+        resolve(dataset_file(mixed))
+
+
+def test_mask_folders_need_masked_loss_and_all_subsets(dataset_file, images, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    subset = f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    masked = subset + f'conditioning_data_dir = "{masks.as_posix()}"\n'
+    path = dataset_file("[[datasets]]\n" + masked)
+    assert resolve(path, masked_loss=True)[0].subsets[0].conditioning_data_dir == masks
+    with pytest.raises(UserError, match="masked_loss"):
+        resolve(path)
+    with pytest.raises(UserError, match="conditioning_data_dir"):
+        resolve(dataset_file("[[datasets]]\n" + masked + subset), masked_loss=True)
+
+
+def test_masked_loss_without_any_mask_is_an_error(dataset_file, images):
+    subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    with pytest.raises(UserError, match="alpha_mask"):
+        resolve(dataset_file(subset), masked_loss=True)
+    resolve(dataset_file(subset + "alpha_mask = true"), masked_loss=True)
+
+
+def test_caching_is_refused_where_a_subset_changes_its_images(dataset_file, images):
+    subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    path = dataset_file(subset + "random_crop = true")
+    resolve(path)
+    with pytest.raises(UserError, match="random_crop"):
+        resolve(path, cache_latents=True)
+
+
+# --- sizes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "used"), [(1, 64), (32, 64), (64, 64), (65, 128), (128, 128)])
+def test_bucket_steps_are_rounded_up_to_64_with_a_warning(
+    dataset_file, images, caplog, given, used
+):
+    subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    (dataset,) = resolve(dataset_file(subset), enable_bucket=True, bucket_reso_steps=given)
+    assert dataset.bucket_reso_steps == used
+    assert ("bucket_reso_steps" in caplog.text) == (given != used)
+
+
+def test_bucket_steps_do_not_matter_without_buckets(dataset_file, images, caplog):
+    subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    resolve(dataset_file(subset), bucket_reso_steps=1)
+    assert not caplog.records
+
+
+def test_a_size_that_latents_cannot_have_is_rounded_down(dataset_file, images, caplog):
+    path = dataset_file(f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n')
+    assert resolve(path, resolution="512,650")[0].resolution == (512, 648)
+    assert "512,648" in caplog.text
+    assert resolve(path, resolution="512,650", enable_bucket=True)[0].resolution == (512, 650)
+
+
+# --- folder convention -----------------------------------------------------------------------
+
+
+def from_folders(train, reg=None, **options):
+    values = {"train_data_dir": train, "reg_data_dir": reg, "resolution": "64", **options}
+    return resolve_datasets(TrainConfig().replace(**values))
+
+
+def test_folder_names_give_repeats_and_class_tokens(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    train = folders(tmp_path / "train", "10_sks dog", "3_a_b c", "2_", "plain", "x_y")
+    (tmp_path / "train" / "note.txt").write_text("")
+    reg = folders(tmp_path / "reg", "1_dog")
+    (dataset,) = from_folders(train, reg, dataset_repeats=9)
+    found = [(s.image_dir.name, s.num_repeats, s.class_tokens, s.is_reg) for s in dataset.subsets]
+    assert found == [
+        ("10_sks dog", 10, "sks dog", False),
+        ("2_", 2, None, False),
+        ("3_a_b c", 3, "a_b c", False),
+        ("1_dog", 1, "dog", True),
+    ]
+    warned = [record.getMessage() for record in caplog.records]
+    assert [name in text for name, text in zip(("plain", "x_y"), warned, strict=True)] == [True] * 2
+    assert "10_sks dog" in warned[0]
+
+
+@pytest.mark.parametrize("names", [[], ["dog"], ["0_sks dog"]])
+def test_a_folder_without_usable_folders_says_the_right_form(tmp_path, names):
+    train = folders(tmp_path / "train", "unused", *names)
+    with pytest.raises(UserError, match="10_sks dog"):
+        from_folders(train)
+
+
+def test_missing_folders_are_errors(tmp_path):
+    with pytest.raises(UserError, match="train_data_dir"):
+        from_folders(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="train_data_dir or dataset_config"):
+        from_folders(None)
+    train = folders(tmp_path / "train", "1_sks dog")
+    with pytest.raises(UserError, match="reg_data_dir"):
+        from_folders(train, str(tmp_path / "gone"))
+
+
+def test_the_mask_folder_option_serves_the_concept_only(tmp_path):
+    train = folders(tmp_path / "train", "1_sks dog")
+    reg = folders(tmp_path / "reg", "1_dog")
+    masks = folders(tmp_path / "masks")
+    Path(masks).mkdir(exist_ok=True)
+    (dataset,) = from_folders(train, reg, masked_loss=True, conditioning_data_dir=masks)
+    assert [subset.conditioning_data_dir for subset in dataset.subsets] == [Path(masks), None]
+
+
+def test_a_dataset_config_beats_the_folder_options_with_a_warning(dataset_file, images, caplog):
+    path = dataset_file(f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n')
+    (dataset,) = resolve(path, train_data_dir="elsewhere")
+    assert dataset.subsets[0].image_dir == images
+    assert "train_data_dir" in caplog.text
+
+
+# --- the concept -----------------------------------------------------------------------------
+
+
+def concept(tmp_path, names, **options):
+    config = TrainConfig().replace(
+        train_data_dir=folders(tmp_path / "train", *names), resolution="64", **options
+    )
+    return concept_of(config, resolve_datasets(config))
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("10_sks dog", Concept("sks", "dog")),
+        ("10_sks duck toy", Concept("sks", "duck toy")),
+        ("10_  sks  dog ", Concept("sks", "dog")),
+    ],
+)
+def test_the_concept_is_read_from_the_folder_name(tmp_path, folder, expected):
+    assert concept(tmp_path, [folder]) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"placeholder_token": "ohwx", "class_token": "cat"}, Concept("ohwx", "cat")),
+        ({"placeholder_token": "my pet"}, Concept("my pet", "dog")),
+        ({"class_token": "pet dog"}, Concept("my", "pet dog")),
+        ({"class_token": "dog"}, Concept("my pet", "dog")),
+    ],
+)
+def test_options_win_and_the_rest_is_read_around_them(tmp_path, options, expected):
+    assert concept(tmp_path, ["10_my pet dog"], **options) == expected
+
+
+def test_regularization_folders_do_not_name_the_concept(tmp_path):
+    reg = folders(tmp_path / "reg", "1_dog")
+    assert concept(tmp_path, ["10_sks dog"], reg_data_dir=reg) == Concept("sks", "dog")
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["10_sks"], ["'sks'", "--class_token", "10_sks dog"]),
+        (["10_"], ["--placeholder_token", "--class_token"]),
+        (["10_sks dog", "5_ohwx cat"], ["sks dog", "ohwx cat", "--placeholder_token"]),
+    ],
+)
+def test_an_unknown_concept_is_an_error_only_for_the_mlm_term(tmp_path, names, parts):
+    with pytest.raises(UserError) as caught:
+        concept(tmp_path, names)
+    for part in parts:
+        assert part in str(caught.value)
+    assert concept(tmp_path / "off", names, mlm_loss_weight=0.0).class_token is None
+
+
+def test_equal_names_in_several_folders_are_one_concept(tmp_path):
+    assert concept(tmp_path, ["10_sks dog", "5_sks dog"]) == Concept("sks", "dog")
