@@ -1,0 +1,122 @@
+"""The report before training: counts, and warnings about what is probably not meant."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.data.report import dataset_report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "5_sks dog"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def _report(*subsets, concept="sks", count_tokens=None, max_tokens=75, **settings):
+    config = DatasetConfig(batch_size=2, resolution=(64, 64), subsets=subsets, **settings)
+    dataset = TrainDataset([config], seed=0)
+    return dataset_report(
+        dataset, concept=concept, count_tokens=count_tokens, max_tokens=max_tokens
+    )
+
+
+def _subset(folder, **settings):
+    return SubsetConfig(
+        image_dir=folder,
+        **{"class_tokens": "sks dog", "num_repeats": 5, "caption_extension": ".txt"} | settings,
+    )
+
+
+def test_a_clean_data_set_has_counts_and_no_warnings(folder):
+    report = _report(_subset(folder))
+    assert report.warnings == []
+    assert report.lines() == [
+        "Data set: 4 images, 20 per epoch in 10 batches, 0 skipped",
+        "  5_sks dog: 4 images, 20 per epoch",
+        "    0 of 4 (0%) have captions, the others 'sks dog'",
+        "    4 of 4 (100%) captions hold 'sks'",
+        "  buckets: 64x64: 20",
+    ]
+
+
+def test_captions_without_the_concept_are_counted_and_explained(folder):
+    for i, text in enumerate(["a dog", "a Sks dog", "asksb"]):
+        (folder / f"{i}.txt").write_text(text)
+    report = _report(_subset(folder))
+    (subset,) = report.subsets
+    assert (subset.num_captions, subset.num_with_concept) == (3, 2)
+    (warning,) = report.warnings
+    assert "2 of 4 (50%) captions lack 'sks'" in warning
+    assert "class_tokens are not used" in warning
+    assert _report(_subset(folder, caption_prefix="sks")).warnings == []
+
+
+def test_with_wildcards_every_line_must_hold_the_concept(folder):
+    (folder / "0.txt").write_text("a sks dog\na dog")
+    assert _report(_subset(folder, enable_wildcard=True)).subsets[0].num_with_concept == 3
+
+
+def test_captions_over_the_token_limit_are_counted(folder):
+    (folder / "0.txt").write_text("sks " + "very " * 80 + "long")
+    report = _report(_subset(folder), count_tokens=lambda text: len(text.split()))
+    assert report.subsets[0].num_cut == 1
+    assert "    1 of 4 (25%) captions are cut at 75 tokens" in report.lines()
+    assert "max_token_length" in report.warnings[0]
+    assert _report(_subset(folder)).subsets[0].num_cut is None
+
+
+def test_captions_under_another_extension_are_named(folder):
+    (folder / "0.txt").write_text("a sks dog")
+    report = _report(_subset(folder, caption_extension=".caption"))
+    assert report.subsets[0].captions_elsewhere == {".txt": 1}
+    assert "caption_extension = '.txt'" in report.warnings[0]
+
+
+def test_small_double_animated_and_broken_files_are_named(folder):
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    Image.new("RGB", (20, 40), "red").save(folder / "tiny.png")
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:])
+    (folder / "broken.png").write_bytes(b"")
+    report = _report(_subset(folder))
+    assert report.num_skipped == 1
+    text = "\n".join(report.warnings)
+    assert len(report.warnings) == 4
+    assert "broken.png: " in text
+    assert "1 image enlarged more than 2 times, which teaches blur: tiny.png" in text
+    assert "1 animated file used with the first frame only: film.gif" in text
+    assert "the same file 2 times: 0.png, copy.png" in text
+
+
+def test_an_alpha_mask_without_transparency_is_named(folder):
+    report = _report(_subset(folder, alpha_mask=True))
+    assert "alpha_mask: 4 images without transparency: 0.png, 1.png, 2.png and 1 more" in (
+        report.warnings
+    )
+
+
+def test_regularisation_captions_should_not_hold_the_concept(folder, tmp_path):
+    other = tmp_path / "reg"
+    other.mkdir()
+    Image.new("RGB", (64, 64)).save(other / "r.png")
+    reg = _subset(other, is_reg=True, class_tokens="dog")
+    assert _report(_subset(folder), reg).warnings == []
+    (other / "r.txt").write_text("a sks dog")
+    assert (
+        "1 of 1 (100%) regularisation captions hold 'sks'"
+        in (_report(_subset(folder), reg).warnings[0])
+    )
+
+
+def test_without_a_concept_nothing_is_said_about_it(folder):
+    report = _report(_subset(folder), concept=None)
+    assert report.subsets[0].num_with_concept is None
+    assert not any("None" in line for line in report.lines())
