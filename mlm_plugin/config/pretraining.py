@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["PretrainCommand", "PretrainOptions", "parse_pretrain"]
+__all__ = ["SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "parse_pretrain"]
 
 
 def _option(default, text: str):
@@ -34,17 +34,21 @@ class PretrainOptions:
     eval_every_n_steps: int = _option(250, "Steps between two looks at the held-out prompts.")
     patience: int = _option(3, "Looks without 1 % less held-out loss after which it stops.")
     num_held_out: int = _option(512, "Held-out prompts.")
-    width: int = _option(512, "Inner width of the contextualizer.")
+    width: int = _option(0, "Inner width of the contextualizer; 0: by the text encoder, 64 to 512.")
     num_layers: int = _option(4, "Blocks of the contextualizer.")
     seed: int = _option(0, "Names every random draw.")
 
     def __post_init__(self):
         for name in ("max_train_steps", "batch_size", "eval_every_n_steps", "patience",
-                     "num_held_out", "width", "num_layers"):  # fmt: skip
+                     "num_held_out", "num_layers"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} = {getattr(self, name)}: must be at least 1")
         if not 0 < self.mlm_probability <= 1:
             raise UserError(f"--mlm_probability = {self.mlm_probability}: must be above 0, up to 1")
+
+
+SMALL_ENCODER = PretrainOptions(max_train_steps=600, batch_size=64, eval_every_n_steps=200)
+"""Enough for a text encoder far smaller than CLIP's, such as the built-in one."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions
-from mlm_plugin.config.pretraining import PretrainOptions
+from mlm_plugin.config.pretraining import SMALL_ENCODER, PretrainOptions
 from mlm_plugin.data.masking import MaskingVocabulary
 from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
 from mlm_plugin.files import cache_dir
@@ -87,14 +87,20 @@ def contextualizer_for(
     path = auto_contextualizer_path(text_encoder)
     if not path.is_file():
         logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
+        recipe = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
         pretrain_on_device(
-            text_encoder, path, options=options or PretrainOptions(), show_progress=show_progress
+            text_encoder, path, options=options or recipe, show_progress=show_progress
         )
     contextualizer, facts = load_contextualizer(path, text_encoder)
     logger.info(
         "contextualizer %s: names %.1f %% of hidden held-out words", path.name, 100 * facts.accuracy
     )
     return contextualizer, facts
+
+
+def is_small(text_encoder: TextEncoder) -> bool:
+    """Whether the encoder is far smaller than the ones Stable Diffusion has (768 and up)."""
+    return text_encoder.token_embedding.embedding_dim < 512
 
 
 def pretrain_on_device(
@@ -108,7 +114,7 @@ def pretrain_on_device(
     """Pretrain where the text encoder lies; in bf16 where the GPU has it, else in fp32."""
     weight = text_encoder.token_embedding.weight
     dtype, device = weight.dtype, weight.device
-    if device.type == "cpu" and text_encoder.model.config.hidden_size >= 512:
+    if device.type == "cpu" and not is_small(text_encoder):
         logger.warning(
             "pretraining the contextualizer of a full-size text encoder on a CPU takes hours; "
             "a GPU takes minutes, and the file can be carried over (--mlm_contextualizer FILE)"

@@ -293,7 +293,7 @@ class _Run:
         sizes = ContextualizerSizes(
             hidden_size=hidden_size,
             vocab_size=vocab_size,
-            width=self.options.width,
+            width=self.options.width or min(512, max(64, hidden_size)),
             num_layers=self.options.num_layers,
             max_length=self.text_encoder.window,
         )

@@ -1,0 +1,48 @@
+"""`mlm-plugin pretrain`: load a text encoder, train its contextualizer, say how good it is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mlm_plugin.config.options import LogOptions
+from mlm_plugin.config.pretraining import PretrainCommand
+from mlm_plugin.hosts.console import quiet_libraries, setup_console
+from mlm_plugin.hosts.mlm_setup import pretrain_on_device
+from mlm_plugin.hosts.toy_names import model_path
+from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.training.pretrain import Interrupted, Scores, read_caption_files
+
+__all__ = ["run_pretrain"]
+
+
+def run_pretrain(command: PretrainCommand) -> int:
+    """Run the command; returns the exit code."""
+    setup_console(LogOptions())
+    quiet_libraries()
+    captions = read_caption_files(command.captions)
+    models = load_stable_diffusion(
+        model_path(command.pretrained_model_name_or_path),
+        clip_skip=command.clip_skip,
+        tokenizer_cache_dir=command.tokenizer_cache_dir,
+    )
+    (text_encoder,) = models.text_encoders
+    del models  # the U-Net is not needed
+    text_encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        scores = pretrain_on_device(
+            text_encoder, Path(command.output), options=command.options, captions=captions
+        )
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    print(f"{command.output}: {_summary(scores)}")
+    for family, accuracy in scores.accuracy_per_family.items():
+        print(f"  {family:<24} {accuracy:6.1%}")
+    return 0
+
+
+def _summary(scores: Scores) -> str:
+    return f"names {scores.accuracy:.1%} of hidden held-out words, loss {scores.loss:.3f} nats"

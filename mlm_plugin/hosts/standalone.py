@@ -1,0 +1,416 @@
+"""The standalone trainer: options in, LoRA file out. It only composes the rooms.
+
+Reading order: :func:`train` is the whole program; every step of it is a function below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+
+from mlm_plugin.config.checks import check_config, mlm_obstacle
+from mlm_plugin.config.datasets import Concept, concept_of, resolve_datasets
+from mlm_plugin.config.loading import load_config, write_config
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
+from mlm_plugin.data.report import dataset_report
+from mlm_plugin.errors import UserError
+from mlm_plugin.hosts.console import quiet_libraries, setup_console
+from mlm_plugin.hosts.mlm_setup import (
+    build_regularizer,
+    concept_text,
+    contextualizer_for,
+    mlm_schedule,
+    prompt_set_for,
+)
+from mlm_plugin.hosts.sampling import SampleDrawer
+from mlm_plugin.hosts.saving import RunRecord, Saver
+from mlm_plugin.hosts.toy_names import data_path, model_path
+from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
+from mlm_plugin.methods import METHODS, Method
+from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.regularizer import MLMRegularizer
+from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.logs import CurveLogger
+from mlm_plugin.training.optimizers import create_optimizer
+from mlm_plugin.training.pretrain import Interrupted
+from mlm_plugin.training.schedulers import create_scheduler
+from mlm_plugin.training.state import read_progress
+from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped, Trainer, TrainPlan
+
+__all__ = ["train"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def train(argv: Sequence[str]) -> int:
+    """Run a training from its command line.
+
+    Returns:
+        Exit code: 0, 1 after a non-finite loss, 130 / 143 after SIGINT / SIGTERM.
+
+    Raises:
+        UserError: anything the user can repair, before time is spent where that is possible.
+    """
+    config = load_config(argv)
+    setup_console(config.logging)
+    quiet_libraries()
+    if config.run.output_config:
+        print(f"wrote {write_config(config)}")
+        return 0
+    check_config(config)
+    config = _with_toy_paths(config)
+    datasets = resolve_datasets(config)
+    concept = concept_of(config, datasets)
+    if config.run.check or config.dataset.debug_dataset:
+        dataset = _create_dataset(config, datasets, seed=config.schedule.seed or 0)
+        print("\n".join(dataset_report(dataset, concept=_name(concept)).lines()))
+        return 0
+    accelerator = create_accelerator(config)
+    seed = _shared_seed(config)
+    dataset = _create_dataset(config, datasets, seed=seed)
+    try:
+        trainer = build_trainer(
+            config, accelerator=accelerator, dataset=dataset, concept=concept, seed=seed
+        )
+        trainer.run()
+    except (Stopped, Interrupted) as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except NonFiniteLoss as error:
+        print(
+            f"error: {error}; the last good state is saved. Lower the learning rate, or set "
+            "no_half_vae or mixed_precision bf16",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def build_trainer(
+    config: TrainConfig,
+    *,
+    accelerator: Accelerator,
+    dataset: TrainDataset,
+    concept: Concept,
+    seed: int,
+) -> Trainer:
+    """Everything between checked options and the first step."""
+    resume = config.schedule.resume and Path(config.schedule.resume)
+    if resume:
+        read_progress(resume)  # refused before anything is loaded
+    models = load_models(config, accelerator.device)
+    (text_encoder,) = models.text_encoders
+    if accelerator.is_main_process:
+        _report(config, dataset, concept, models)
+    regularizer = create_regularizer(
+        config, models=models, concept=concept, dataset=dataset, accelerator=accelerator, seed=seed
+    )
+    set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
+    method = METHODS[config.schedule.method](models, config.network)
+    if regularizer and not method.trains_text_encoder:
+        raise UserError(
+            f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g}: this network trains nothing in the "
+            "text encoder, the MLM term would do nothing; set mlm_loss_weight = 0 or train it"
+        )
+    _prepare_models(config, models, method)
+    if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
+        _cache_latents(config, dataset, models, accelerator)
+    set_seed(seed + accelerator.process_index)  # noise differs between processes
+
+    order = EpochOrder(
+        dataset,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        batches_per_step=config.schedule.gradient_accumulation_steps,
+    )
+    plan = _plan(config, batches_per_epoch=len(order))
+    dataset.set_max_train_steps(plan.num_steps)
+    optimizer, scheduler = _create_optimizer(config, method, plan, accelerator)
+    record = RunRecord(
+        config, dataset=dataset, models=models, concept=concept, seed=seed, plan=plan
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        models=models,
+        method=method,
+        loader=make_loader(
+            order,
+            num_workers=min(
+                config.schedule.max_data_loader_n_workers, torch.multiprocessing.cpu_count()
+            ),
+            persistent_workers=config.schedule.persistent_data_loader_workers,
+        ),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        diffusion_loss=DiffusionLoss(
+            models.noise_scheduler,
+            config.loss,
+            prediction_type=models.prediction_type,
+            device=accelerator.device,
+        ),
+        plan=plan,
+        seed=seed,
+        regularizer=regularizer,
+        mlm_schedule=mlm_schedule(config.mlm) if regularizer else None,
+        listeners=_listeners(config, concept, record, accelerator),
+    )
+    if resume:
+        trainer.load_state(resume)
+        logger.info("going on from %s, step %d", resume, trainer.progress.current_step)
+    return trainer
+
+
+def create_accelerator(config: TrainConfig) -> Accelerator:
+    """Device, precision and trackers.
+
+    Raises:
+        UserError: the device does not have the precision, or a tracker is not installed.
+    """
+    check_trackers(config.logging)
+    precision = config.schedule.mixed_precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
+        log_with=tracker_kind(config.logging),
+        project_dir=log_folder(config.logging),
+    )
+    if config.schedule.full_fp16:
+        _unscale_half_gradients(accelerator)
+    return accelerator
+
+
+def _unscale_half_gradients(accelerator: Accelerator) -> None:
+    """Let the gradient scaler accept fp16 gradients, as sd-scripts does for ``full_fp16``."""
+    unscale = accelerator.scaler._unscale_grads_
+
+    def unscale_any(optimizer, inv_scale, found_inf, _allow_fp16):
+        return unscale(optimizer, inv_scale, found_inf, True)
+
+    accelerator.scaler._unscale_grads_ = unscale_any
+
+
+def load_models(config: TrainConfig, device: torch.device) -> StableDiffusion:
+    """The frozen base model on its device, in the precision of the run."""
+    options = config.model
+    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
+    models = load_stable_diffusion(
+        options.pretrained_model_name_or_path,
+        v2=options.v2,
+        v_parameterization=options.v_parameterization,
+        vae=options.vae,
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
+        clip_skip=options.clip_skip,
+        max_token_length=options.max_token_length,
+        dtype=dtype,
+        vae_dtype=torch.float32 if options.no_half_vae else dtype,
+    )
+    for module in (models.unet, models.vae, *(te.model for te in models.text_encoders)):
+        module.to(device)
+    return models
+
+
+def create_regularizer(
+    config: TrainConfig,
+    *,
+    models: StableDiffusion,
+    concept: Concept,
+    dataset: TrainDataset,
+    accelerator: Accelerator,
+    seed: int,
+) -> MLMRegularizer | None:
+    """The MLM term, or ``None`` where its weight is 0.
+
+    Raises:
+        UserError: no gradient of the term could reach anything.
+    """
+    options = config.mlm
+    if options.mlm_loss_weight == 0:
+        return None
+    if obstacle := mlm_obstacle(config):
+        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {obstacle}")
+    prompt_set = prompt_set_for(
+        options, concept, captions=[info.caption for info in dataset.images if not info.is_reg]
+    )
+    with accelerator.main_process_first():  # one process pretrains, the others find its file
+        contextualizers = [
+            contextualizer_for(
+                text_encoder,
+                options.mlm_contextualizer,
+                show_progress=accelerator.is_local_main_process,
+            )[0]
+            for text_encoder in models.text_encoders
+        ]
+    base_seed = seed if options.mlm_seed is None else options.mlm_seed
+    return build_regularizer(
+        models.text_encoders,
+        contextualizers,
+        options,
+        concept=concept,
+        prompt_set=prompt_set,
+        seed=f"{base_seed}/{accelerator.process_index}",
+        dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+    )
+
+
+def _with_toy_paths(config: TrainConfig) -> TrainConfig:
+    return config.replace(
+        pretrained_model_name_or_path=model_path(config.model.pretrained_model_name_or_path),
+        train_data_dir=data_path(config.dataset.train_data_dir),
+    )
+
+
+def _shared_seed(config: TrainConfig) -> int:
+    seed = config.schedule.seed
+    if seed is None:
+        drawn = [random.SystemRandom().randrange(2**32)]
+        seed = broadcast_object_list(drawn)[0]
+        logger.info("seed %d (give --seed %d to repeat this run)", seed, seed)
+    return seed
+
+
+def _create_dataset(config: TrainConfig, datasets, *, seed: int) -> TrainDataset:
+    return TrainDataset(
+        datasets,
+        seed=seed,
+        prior_loss_weight=config.dataset.prior_loss_weight,
+        masked_loss=config.dataset.masked_loss,
+    )
+
+
+def _name(concept: Concept) -> str | None:
+    return concept_text(concept) if concept.placeholder_token and concept.class_token else None
+
+
+def _report(
+    config: TrainConfig, dataset: TrainDataset, concept: Concept, models: StableDiffusion
+) -> None:
+    (text_encoder,) = models.text_encoders
+    report = dataset_report(
+        dataset,
+        concept=_name(concept),
+        count_tokens=text_encoder.count_tokens,
+        max_tokens=config.model.max_token_length or 75,
+    )
+    print("\n".join(report.lines()))
+    if concept.placeholder_token:
+        tokens = text_encoder.tokenizer.tokenize(concept.placeholder_token)
+        print(
+            f"Concept: {concept.placeholder_token!r} is a {concept.class_token or 'thing'}; "
+            f"the tokenizer reads it as {len(tokens)} token(s): {' '.join(tokens)}"
+        )
+
+
+def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
+    for parameter in method.parameters():
+        parameter.data = parameter.data.to(models.unet.device)
+        if config.schedule.full_fp16 or config.schedule.full_bf16:
+            parameter.data = parameter.data.to(models.unet.dtype)
+    if config.schedule.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        if method.trains_text_encoder:
+            for text_encoder in models.text_encoders:
+                text_encoder.model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
+    if config.model.xformers:
+        _use_xformers(models)
+    if config.model.torch_compile and config.model.dynamo_backend != "no":
+        models.unet.compile(backend=config.model.dynamo_backend)
+
+
+def _use_xformers(models: StableDiffusion) -> None:
+    try:
+        models.unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, RuntimeError) as error:
+        logger.warning("xformers is not usable (%s); PyTorch SDPA is used instead", error)
+
+
+def _cache_latents(
+    config: TrainConfig, dataset: TrainDataset, models: StableDiffusion, accelerator: Accelerator
+) -> None:
+    vae = models.vae
+
+    @torch.no_grad()
+    def encode(pixels):
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample().float().cpu()
+
+    with accelerator.main_process_first():
+        dataset.cache_latents(
+            encode,
+            vae_id=_vae_identity(vae),
+            to_disk=config.dataset.cache_latents_to_disk,
+            batch_size=config.dataset.vae_batch_size,
+            skip_check=config.dataset.skip_cache_check,
+        )
+    vae.to("cpu")
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _vae_identity(vae: torch.nn.Module) -> str:
+    """A name for the VAE's weights that holds in any precision."""
+    signs = [
+        (p.detach().flatten()[:: max(1, p.numel() // 64)] > 0).cpu() for p in vae.parameters()
+    ]
+    return hashlib.sha256(torch.cat(signs).numpy().tobytes()).hexdigest()[:16]
+
+
+def _plan(config: TrainConfig, *, batches_per_epoch: int) -> TrainPlan:
+    schedule = config.schedule
+    steps_per_epoch = math.ceil(batches_per_epoch / schedule.gradient_accumulation_steps)
+    num_steps = schedule.max_train_steps
+    if schedule.max_train_epochs is not None:
+        num_steps = schedule.max_train_epochs * steps_per_epoch
+    return TrainPlan(
+        num_steps=num_steps,
+        batches_per_epoch=batches_per_epoch,
+        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )
+
+
+def _create_optimizer(
+    config: TrainConfig, method: Method, plan: TrainPlan, accelerator: Accelerator
+):
+    options = config.optimizer
+    groups = method.parameter_groups(options)
+    optimizer = create_optimizer(
+        options.optimizer_type,
+        groups,
+        learning_rate=options.learning_rate,
+        optimizer_args=options.optimizer_args,
+    )
+    scheduler = create_scheduler(
+        optimizer,
+        options,
+        num_training_steps=plan.num_steps,
+        num_processes=accelerator.num_processes,
+    )
+    return accelerator.prepare(optimizer, scheduler)
+
+
+def _listeners(
+    config: TrainConfig, concept: Concept, record: RunRecord, accelerator: Accelerator
+) -> list[Listener]:
+    listeners: list[Listener] = []
+    if tracker_kind(config.logging):
+        start_trackers(config, accelerator)
+        listeners.append(CurveLogger())
+    if config.sampling.sample_prompts:
+        listeners.append(SampleDrawer(config, trigger=_name(concept)))
+    listeners.append(Saver(config, record=record))
+    return listeners

@@ -1,0 +1,62 @@
+"""Where curves go: TensorBoard and Weights & Biases through accelerate, in kohya's folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from mlm_plugin.config.loading import read_toml
+from mlm_plugin.config.options import LogOptions, TrainConfig
+from mlm_plugin.errors import UserError
+
+__all__ = ["check_trackers", "log_folder", "start_trackers", "tracker_kind"]
+
+TRACKER_NAME = "network_train"  # kohya's, so that old dashboards find the runs
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def tracker_kind(options: LogOptions) -> str | None:
+    """``log_with``, or TensorBoard where only ``logging_dir`` is given."""
+    return options.log_with or ("tensorboard" if options.logging_dir else None)
+
+
+def check_trackers(options: LogOptions) -> None:
+    """Refuse trackers that cannot work.
+
+    Raises:
+        UserError: a missing folder or package.
+    """
+    kind = tracker_kind(options)
+    if kind in ("tensorboard", "all") and not options.logging_dir:
+        raise UserError(f"log_with = {kind!r} needs logging_dir, the folder for the curves")
+    for name in PACKAGES if kind == "all" else filter(None, [kind]):
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise UserError(f"log_with = {kind!r}: {name} is not installed; pip install {name}")
+
+
+def log_folder(options: LogOptions) -> str | None:
+    """``{logging_dir}/{log_prefix}{time}``. Source: sd-scripts ``prepare_accelerator``."""
+    if options.logging_dir is None:
+        return None
+    stamp = time.strftime("%Y%m%d%H%M%S", time.localtime())
+    return str(Path(options.logging_dir) / f"{options.log_prefix or ''}{stamp}")
+
+
+def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Open the trackers; the options of the run go along where ``log_config`` asks for them."""
+    options = config.logging
+    if options.wandb_api_key:
+        os.environ["WANDB_API_KEY"] = options.wandb_api_key
+    settings = read_toml(options.log_tracker_config) if options.log_tracker_config else {}
+    if options.wandb_run_name:
+        settings.setdefault("wandb", {})["name"] = options.wandb_run_name
+    values = {name: str(v) for name, v in config.changed().items() if name != "wandb_api_key"}
+    accelerator.init_trackers(
+        options.log_tracker_name or TRACKER_NAME,
+        config=values if options.log_config else None,
+        init_kwargs=settings,
+    )
