@@ -122,7 +122,7 @@ def read_dataset(config: DatasetConfig, *, dataset_index: int = 0) -> Sources:
     for path, reason in skipped.items():
         logger.warning("skipping %s: %s", path, reason)
     if skipped:
-        logger.warning("%d pictures cannot be used and are skipped", len(skipped))
+        logger.warning("unusable files, skipped: %d", len(skipped))
     return Sources(train + _balance(regularisation, sum(i.repeats for i in train)), skipped)
 
 
@@ -265,7 +265,7 @@ def _masks(subset: SubsetConfig, found: Sequence[_Found]) -> dict[Path, Path]:
     missing = [item.path.name for item in found if item.path.stem not in by_stem]
     if missing:
         raise UserError(
-            f"conditioning_data_dir: {folder} has no mask for {len(missing)} pictures "
+            f"conditioning_data_dir: {folder} lacks masks for {len(missing)} of {len(found)} pictures "
             f"({', '.join(missing[:5])}); every picture needs a mask of the same name"
         )
     extra = sorted(set(by_stem) - {item.path.stem for item in found})

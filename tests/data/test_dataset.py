@@ -236,7 +236,7 @@ def test_a_broken_picture_is_named_counted_and_skipped(folder, caplog):
     assert len(dataset.images) == 5
     assert list(dataset.skipped) == [folder / "broken.jpg"]
     assert "broken.jpg" in caplog.text
-    assert "1 pictures cannot be used" in caplog.text
+    assert "unusable files, skipped: 1" in caplog.text
 
 
 def test_a_picture_too_small_for_a_bucket_is_skipped(folder, caplog):
@@ -368,7 +368,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="needs masked_loss"):
         _dataset(_config(subset))
     _pictures(pictures, "b.png")
-    with pytest.raises(UserError, match=r"no mask for 1 pictures \(b\.png\)"):
+    with pytest.raises(UserError, match=r"lacks masks for 1 of 2 pictures \(b\.png\)"):
         _dataset(_config(subset), masked_loss=True)
     _pictures(masks, "b.png", size=(SIZE, 2 * SIZE))
     with pytest.raises(UserError, match="does not have the shape of its picture"):
