@@ -6,8 +6,8 @@ prompts (schema below) and the draw; it knows no category, no tokenizer and no m
 
 Schema of a prompt set::
 
-    include = ["words.toml"]     # merged first; beside this file, else one that ships with the package
-    temperature = 4.0            # families are drawn with probability ~ weight * size ** (1 / temperature)
+    include = ["words.toml"]     # merged first; beside this file, else one of the package's
+    temperature = 4.0            # P(family) ~ weight * size ** (1 / temperature)
 
     [prefixes]                   # neutral frames for the families that are only phrases
     natural = ["{}", "a photo of {}"]
@@ -15,14 +15,13 @@ Schema of a prompt set::
 
     [lists]                      # a slot {thing} takes one entry of the list `thing`
     thing = ["chair", "lamp"]
-    spot = ["near {}"]           # an error: lists never hold the concept ...
-    where = ["near a {thing}"]   # ... but may hold other lists
+    where = ["next to a {thing}", "on mars"]   # lists may hold other lists, never the concept
 
     [families.relations]
     weight = 1.0                 # default 1
     prefix = true                # default true; false for texts that need no "a photo of"
-    natural = ["{} next to a {thing}"]     # {} is the concept, once in every template
-    tags = ["{}, next to a {thing}"]
+    natural = ["{} {where}"]     # {} is the concept, once in every template
+    tags = ["{}, {where}"]
 
 "a" and "an" are corrected from the word that follows, so templates simply say "a". In tag syntax
 every tag loses its leading article. Entries of the own file replace included ones of that name.
@@ -149,6 +148,7 @@ class PromptSet:
         Raises:
             UserError: if no caption is left.
         """
+        assert concept.strip(), "a concept without words"
         captions = list(captions)
         words = r"\s+".join(re.escape(word) for word in concept.split())
         pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
@@ -354,6 +354,7 @@ def _from_toml(path: Path, *, syntax: str) -> PromptSet:
 
 def _merged(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a prompt set and what it includes; the file itself wins over what it includes."""
+    path = path.resolve()
     if path in including:
         raise UserError(f"{path}: includes itself")
     own = _read_toml(path)
@@ -383,6 +384,8 @@ _FAMILY_KEYS = ("weight", "prefix", *SYNTAXES)
 
 def _check_schema(tables: Mapping[str, Any], *, where: str) -> None:
     _check_keys(tables, _KEYS, where=where)
+    for name in ("lists", "families"):
+        _check_table(tables.get(name, {}), where=f"{where}: [{name}]")
     _check_texts(tables.get("include", ["-"]), where=f"{where}: include")
     _check_positive(tables.get("temperature", 1), where=f"{where}: temperature")
     _check_keys(tables.get("prefixes", {}), SYNTAXES, where=f"{where}: [prefixes]")
@@ -404,14 +407,18 @@ def _check_schema(tables: Mapping[str, Any], *, where: str) -> None:
 
 
 def _check_keys(table: Any, allowed: Sequence[str], *, where: str) -> None:
-    if not isinstance(table, Mapping):
-        raise UserError(f"{where}: expected a table, got {table!r}")
+    _check_table(table, where=where)
     for key in table:
         if key not in allowed:
             raise UserError(
                 f"{where}: unknown key {key!r}; allowed: {', '.join(allowed)}"
                 f"{_nearest(key, allowed)}"
             )
+
+
+def _check_table(table: Any, *, where: str) -> None:
+    if not isinstance(table, Mapping):
+        raise UserError(f"{where}: expected a table, got {table!r}")
 
 
 def _check_positive(value: Any, *, where: str) -> None:
@@ -463,7 +470,7 @@ _SOUND_EXCEPTIONS = {
 
 def correct_articles(text: str) -> str:
     """Make every "a" or "an" fit the word that follows; before the slot it stays as written."""
-    return re.sub(r"\ban? (?=([\w-]+))", _fitting_article, text)
+    return re.sub(r"\ban? (?=(\w+))", _fitting_article, text)
 
 
 def _fitting_article(match: re.Match) -> str:
@@ -507,9 +514,7 @@ def dreambench_prompts(kind: str) -> tuple[str, ...]:
 
 @cache
 def _dreambench() -> dict[str, tuple[str, ...]]:
-    return {
-        kind: tuple(prompts) for kind, prompts in _read_toml(_DATA / "dreambench.toml").items()
-    }
+    return {kind: tuple(prompts) for kind, prompts in _read_toml(_DATA / "dreambench.toml").items()}
 
 
 @cache
@@ -535,7 +540,7 @@ def category_of(class_token: str) -> str:
     without a plural "s".
     """
     categories = _category_of_word()
-    words = class_token.lower().replace("_", " ").replace("-", " ").split()
+    words = class_token.lower().replace("_", " ").split()
     for candidate in (" ".join(words), *words[-1:]):
         for form in (candidate, candidate.removesuffix("s"), candidate.removesuffix("es")):
             if form in categories:
@@ -551,6 +556,9 @@ def _subject_table() -> dict[str, dict[str, list[str]]]:
 @cache
 def _category_of_word() -> dict[str, str]:
     tables = _subject_table()
-    known = {word: category for category, words in tables["subjects"].items() for word in words}
-    # the second table wins: it holds the last words and the exceptions ("rubber duck")
-    return known | {word: category for category, words in tables["classes"].items() for word in words}
+    return {
+        word: category
+        for table in ("subjects", "classes")  # the second wins: it holds the exceptions
+        for category, words in tables[table].items()
+        for word in words
+    }
