@@ -2,8 +2,8 @@
 
 Usage: ``SD_SCRIPTS_DIR=/path/to/sd-scripts python tests/reference/derive_lora.py``
 
-Needs transformers < 5.6 (sd-scripts fails with later ones) and the small requirements of sd-scripts;
-torchvision is only named and not used by what runs here. The stored values come from commit 48d368fa.
+Needs transformers < 5.6 (sd-scripts fails with later ones) and sd-scripts' small requirements;
+torchvision is only named, not used by what runs here. The stored values come from commit 48d368fa.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import types
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel
 
 
@@ -87,13 +87,13 @@ def _dropouts(lora) -> None:
 
 
 def _stand_in_for_torchvision() -> None:
+    """Name the modules that are asked for, after diffusers has looked for the real ones."""
     package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
     for name in ("Compose", "ToTensor", "Normalize"):
         setattr(transforms, name, lambda *_: None)
     package.transforms = transforms
     package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
     sys.modules.update({"torchvision": package, "torchvision.transforms": transforms})
-    assert UNet2DConditionModel and CLIPTextModel  # real imports came before the stand-in
 
 
 if __name__ == "__main__":

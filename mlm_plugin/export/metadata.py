@@ -1,0 +1,541 @@
+"""The metadata of a LoRA file: kohya's ``ss_*``, ModelSpec's ``modelspec.*`` and our ``ss_mlm_*``.
+
+All values are strings, as safetensors wants. Knows options and what a run found out about itself;
+knows nothing of tensors.
+
+Three decisions that go beyond kohya's trainer:
+
+- ``modelspec.trigger_phrase`` is the concept ("sks dog") where the user gives none.
+- ``ss_tag_frequency`` keeps kohya's true counts and has the trigger as one more tag in each folder,
+  with the number of captions that contain it, because WebUIs and trigger-word nodes read it there.
+- ``modelspec.implementation_version`` names this package, ``ss_sd_scripts_commit_hash`` is
+  "(unknown)": files can be told apart from those of sd-scripts.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import mimetypes
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlm_plugin import __version__
+from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.models.networks import parse_network_args
+
+if TYPE_CHECKING:
+    from mlm_plugin.data.sources import ImageInfo
+
+__all__ = [
+    "DatasetFacts",
+    "FileIdentity",
+    "RunFacts",
+    "dataset_facts",
+    "file_identity",
+    "lora_metadata",
+    "minimum_metadata",
+    "trigger_phrase",
+]
+
+logger = logging.getLogger(__name__)
+
+MINIMUM_KEYS = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
+NO_FILE, FOLDER = "NOFILE", "IsADirectory"
+
+SAME_NAME = (
+    "learning_rate",
+    "unet_lr",
+    "output_name",
+    "gradient_checkpointing",
+    "gradient_accumulation_steps",
+    "lr_warmup_steps",
+    "lr_scheduler",
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "network_dropout",
+    "mixed_precision",
+    "full_fp16",
+    "clip_skip",
+    "max_token_length",
+    "cache_latents",
+    "seed",
+    "lowram",
+    "noise_offset",
+    "multires_noise_iterations",
+    "multires_noise_discount",
+    "adaptive_noise_scale",
+    "zero_terminal_snr",
+    "training_comment",
+    "max_grad_norm",
+    "caption_dropout_rate",
+    "caption_dropout_every_n_epochs",
+    "caption_tag_dropout_rate",
+    "face_crop_aug_range",
+    "prior_loss_weight",
+    "min_snr_gamma",
+    "scale_weight_norms",
+    "ip_noise_gamma",
+    "noise_offset_random_strength",
+    "ip_noise_gamma_random_strength",
+    "loss_type",
+    "huber_schedule",
+    "huber_scale",
+    "huber_c",
+    "fp8_base",
+    "fp8_base_unet",
+    "validation_seed",
+    "validation_split",
+    "max_validation_steps",
+    "validate_every_n_epochs",
+    "validate_every_n_steps",
+    "resize_interpolation",
+)
+"""Options that kohya stores as they are, as ``ss_<name>``."""
+
+SAME_NAME_IN_FOLDER_MODE = (
+    "color_aug",
+    "flip_aug",
+    "random_crop",
+    "shuffle_caption",
+    "keep_tokens",
+)
+"""The same for runs without ``--dataset_config``."""
+
+MLM_OPTIONS = (
+    "mlm_loss_weight",
+    "mlm_batch_size",
+    "mlm_probability",
+    "mlm_replace",
+    "mlm_every_n_steps",
+    "mlm_start_step",
+    "mlm_end_step",
+    "mlm_prompt_syntax",
+)
+MODELSPEC_EXTRAS = ("usage_hint", "merged_from", "preprocessor", "is_negative_embedding")
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """How kohya names a model file in metadata."""
+
+    name: str
+    hash: str | None = None  # 8 digits of the old WebUI hash
+    new_hash: str | None = None  # SHA-256
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """One data set as it was found on disk."""
+
+    config: DatasetConfig
+    img_counts: tuple[int, ...]  # one per subset, without repeats
+    num_train_images: int  # with repeats
+    num_reg_images: int  # with repeats
+    tag_frequency: Mapping[str, Mapping[str, int]]  # folder -> tag -> captions
+    bucket_info: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run knows about itself and the options do not say.
+
+    ``steps``, ``epoch`` and ``finished_at`` change from save to save: ``dataclasses.replace``.
+    """
+
+    session_id: int
+    started_at: float  # Unix time, seconds
+    datasets: tuple[DatasetFacts, ...]
+    num_batches_per_epoch: int
+    num_epochs: int
+    max_train_steps: int
+    base_model_version: str  # sd_v1, sd_v2, sd_v2_v
+    prediction_type: str  # epsilon, v_prediction
+    optimizer: str  # module.Class(name=value,...)
+    model: FileIdentity
+    vae: FileIdentity | None = None
+    num_processes: int = 1
+    finished_at: float | None = None
+    steps: int | None = None
+    epoch: int | None = None
+    placeholder_token: str | None = None
+    class_token: str | None = None
+    mlm_prompt_set: str | None = None
+    mlm_contextualizer: str | None = None  # fingerprint
+    mlm_seed: int | None = None
+
+
+def lora_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
+    """Everything that is written into the file's header, without the two hashes.
+
+    With ``--no_metadata`` only what WebUIs need to file the LoRA under the right base model.
+
+    Source: sd-scripts ``train_network.py`` (``metadata = {...}``), ``library/sai_model_spec.py``.
+    """
+    training = _training_metadata(config, facts)
+    if config.output.no_metadata:
+        return minimum_metadata(training) | _modelspec(config, facts)
+    return training | _mlm_metadata(config, facts) | _modelspec(config, facts)
+
+
+def minimum_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries that kohya keeps with ``--no_metadata``."""
+    return {key: metadata[key] for key in MINIMUM_KEYS if key in metadata}
+
+
+def trigger_phrase(placeholder_token: str | None, class_token: str | None) -> str:
+    """The words that call the concept in a prompt, e.g. ``sks dog``."""
+    return " ".join(word for word in (placeholder_token, class_token) if word)
+
+
+def file_identity(path: str | os.PathLike) -> FileIdentity:
+    """Name and hashes of a model; reads the whole file, so ask once per run.
+
+    A folder has no hashes, a hub id only its name.
+
+    Source: sd-scripts ``library/train_util.py`` ``model_hash``, ``calculate_sha256``.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return FileIdentity(path.resolve().name, FOLDER, FOLDER)
+    if not path.exists():
+        return FileIdentity(str(path))
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(LEGACY_OFFSET)
+        old = hashlib.sha256(file.read(LEGACY_LENGTH)).hexdigest()[:8]
+        file.seek(0)
+        while chunk := file.read(LEGACY_OFFSET):
+            digest.update(chunk)
+    return FileIdentity(path.name, old, digest.hexdigest())
+
+
+def dataset_facts(
+    datasets: Sequence[DatasetConfig], images: Iterable[ImageInfo], *, trigger: str | None = None
+) -> tuple[DatasetFacts, ...]:
+    """Count images, tags and buckets of each data set.
+
+    Args:
+        datasets: the configured data sets.
+        images: all pictures of the training, each with its ``dataset_index`` and bucket.
+        trigger: phrase that is counted as one more tag.
+    """
+    images = list(images)
+    return tuple(
+        _facts_of(dataset, [i for i in images if i.dataset_index == index], trigger=trigger)
+        for index, dataset in enumerate(datasets)
+    )
+
+
+def _facts_of(
+    dataset: DatasetConfig, images: list[ImageInfo], *, trigger: str | None
+) -> DatasetFacts:
+    by_subset = [[i for i in images if i.subset == subset] for subset in dataset.subsets]
+    frequency: dict[str, Counter[str]] = {}
+    for subset, members in zip(dataset.subsets, by_subset, strict=True):
+        counts = frequency.setdefault(_folder(subset), Counter())
+        counts.update(_count_tags((image.caption for image in members), trigger=trigger))
+    return DatasetFacts(
+        config=dataset,
+        img_counts=tuple(map(len, by_subset)),
+        num_train_images=sum(image.repeats for image in images if not image.is_reg),
+        num_reg_images=sum(image.subset.num_repeats for image in images if image.is_reg),
+        tag_frequency=frequency,
+        bucket_info=_bucket_info(images) if dataset.enable_bucket else None,
+    )
+
+
+def _folder(subset: SubsetConfig) -> str:
+    return Path(subset.metadata_file or subset.image_dir).name
+
+
+def _count_tags(captions: Iterable[str], *, trigger: str | None) -> Counter[str]:
+    """Tags between commas, lower case, per caption; and captions with the trigger in them."""
+    counts: Counter[str] = Counter()
+    trigger = (trigger or "").lower()
+    pattern = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+    num_with_trigger = 0
+    for caption in captions:
+        counts.update(tag.strip().lower() for tag in caption.split(",") if tag.strip())
+        num_with_trigger += bool(trigger and pattern.search(caption.lower()))
+    if num_with_trigger and trigger not in counts:
+        counts[trigger] = num_with_trigger
+    return counts
+
+
+def _bucket_info(images: Sequence[ImageInfo]) -> dict[str, Any]:
+    """Images with repeats per bucket, and the mean change of the aspect ratio by cropping."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for image in images:
+        counts[tuple(image.bucket)] += image.repeats
+    errors = [
+        abs(image.bucket[0] / image.bucket[1] - image.size[0] / image.size[1]) for image in images
+    ]
+    buckets = {
+        index: {"resolution": bucket, "count": counts[bucket]}
+        for index, bucket in enumerate(sorted(counts))
+    }
+    return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors) if errors else 0}
+
+
+def _training_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
+    options = config.to_flat()
+    metadata: dict[str, Any] = {f"ss_{name}": options[name] for name in SAME_NAME}
+    metadata |= {
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_text_encoder_lr": _first(options["text_encoder_lr"]),
+        "ss_num_train_images": sum(d.num_train_images for d in facts.datasets),
+        "ss_num_validation_images": 0,
+        "ss_num_reg_images": sum(d.num_reg_images for d in facts.datasets),
+        "ss_num_batches_per_epoch": facts.num_batches_per_epoch,
+        "ss_num_epochs": facts.num_epochs,
+        "ss_max_train_steps": facts.max_train_steps,
+        "ss_v2": _is_v2(facts),
+        "ss_base_model_version": facts.base_model_version,
+        "ss_sd_scripts_commit_hash": "(unknown)",
+        "ss_optimizer": facts.optimizer,
+        "ss_debiased_estimation": options["debiased_estimation_loss"],
+    }
+    if options["dataset_config"] is None:
+        metadata |= _folder_metadata(options, facts)
+    else:
+        metadata |= _dataset_config_metadata(facts.datasets)
+    if options["network_args"]:
+        metadata["ss_network_args"] = json.dumps(_stored_network_args(options))
+    metadata |= _file_metadata("sd_model", facts.model) | _file_metadata("vae", facts.vae)
+    for key, value in (
+        ("ss_training_finished_at", facts.finished_at),
+        ("ss_steps", facts.steps),
+        ("ss_epoch", facts.epoch),
+    ):
+        if value is not None:
+            metadata[key] = value
+    return {key: str(value) for key, value in metadata.items()}
+
+
+def _stored_network_args(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What kohya passes to the network module, to which it adds ``dropout`` by itself."""
+    args = parse_network_args(options["network_args"])
+    if options["dim_from_weights"]:
+        return args
+    return {"dropout": options["network_dropout"], **args}
+
+
+def _folder_metadata(options: Mapping[str, Any], facts: RunFacts) -> dict[str, Any]:
+    """What kohya writes for a run without ``--dataset_config``, which has one data set."""
+    (dataset,) = facts.datasets
+    folders: dict[bool, dict[str, dict[str, int]]] = {True: {}, False: {}}
+    for subset, img_count in zip(dataset.config.subsets, dataset.img_counts, strict=True):
+        entry = {"n_repeats": subset.num_repeats, "img_count": img_count}
+        folders[subset.is_reg][_folder(subset)] = entry
+    batch_size = options["train_batch_size"]
+    return {
+        **{f"ss_{name}": options[name] for name in SAME_NAME_IN_FOLDER_MODE},
+        "ss_batch_size_per_device": batch_size,
+        "ss_total_batch_size": (
+            batch_size * facts.num_processes * options["gradient_accumulation_steps"]
+        ),
+        "ss_resolution": _resolution(options["resolution"]),
+        "ss_enable_bucket": dataset.config.enable_bucket,
+        "ss_bucket_no_upscale": dataset.config.bucket_no_upscale,
+        "ss_min_bucket_reso": dataset.config.min_bucket_reso,
+        "ss_max_bucket_reso": dataset.config.max_bucket_reso,
+        "ss_dataset_dirs": json.dumps(folders[False]),
+        "ss_reg_dataset_dirs": json.dumps(folders[True]),
+        "ss_tag_frequency": json.dumps(dataset.tag_frequency),
+        "ss_bucket_info": json.dumps(dataset.bucket_info),
+    }
+
+
+def _dataset_config_metadata(datasets: Sequence[DatasetFacts]) -> dict[str, str]:
+    tag_frequency: dict[str, Mapping[str, int]] = {}
+    folders: dict[str, dict[str, int]] = {}
+    for dataset in datasets:
+        for subset, img_count in zip(dataset.config.subsets, dataset.img_counts, strict=True):
+            if not subset.is_reg:
+                name = _unused_name(_folder(subset), folders)
+                folders[name] = {"n_repeats": subset.num_repeats, "img_count": img_count}
+        for folder, counts in dataset.tag_frequency.items():
+            tag_frequency.setdefault(folder, counts)
+    return {
+        "ss_datasets": json.dumps([_dataset_entry(dataset) for dataset in datasets]),
+        "ss_tag_frequency": json.dumps(tag_frequency),
+        "ss_dataset_dirs": json.dumps(folders),
+    }
+
+
+def _unused_name(name: str, taken: Mapping[str, Any]) -> str:
+    candidate, number = name, 2
+    while candidate in taken:
+        candidate, number = f"{name} ({number})", number + 1
+    return candidate
+
+
+def _dataset_entry(dataset: DatasetFacts) -> dict[str, Any]:
+    config = dataset.config
+    interpolations = {subset.resize_interpolation for subset in config.subsets}
+    return {
+        "is_dreambooth": all(subset.metadata_file is None for subset in config.subsets),
+        "batch_size_per_device": config.batch_size,
+        "num_train_images": dataset.num_train_images,
+        "num_reg_images": dataset.num_reg_images,
+        "resolution": config.resolution,
+        "enable_bucket": config.enable_bucket,
+        "min_bucket_reso": config.min_bucket_reso,
+        "max_bucket_reso": config.max_bucket_reso,
+        "tag_frequency": dataset.tag_frequency,
+        "bucket_info": dataset.bucket_info,
+        "resize_interpolation": interpolations.pop() if len(interpolations) == 1 else None,
+        "subsets": [
+            _subset_entry(subset, img_count)
+            for subset, img_count in zip(config.subsets, dataset.img_counts, strict=True)
+        ],
+    }
+
+
+def _subset_entry(subset: SubsetConfig, img_count: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "img_count": img_count,
+        "num_repeats": subset.num_repeats,
+        "color_aug": subset.color_aug,
+        "flip_aug": subset.flip_aug,
+        "random_crop": subset.random_crop,
+        "shuffle_caption": subset.shuffle_caption,
+        "keep_tokens": subset.keep_tokens,
+        "keep_tokens_separator": subset.keep_tokens_separator,
+        "secondary_separator": subset.secondary_separator,
+        "enable_wildcard": subset.enable_wildcard,
+        "caption_prefix": subset.caption_prefix,
+        "caption_suffix": subset.caption_suffix,
+        "resize_interpolation": subset.resize_interpolation,
+    }
+    if subset.image_dir is not None:
+        entry["image_dir"] = Path(subset.image_dir).name
+    if subset.metadata_file is not None:
+        entry["metadata_file"] = Path(subset.metadata_file).name
+    else:
+        entry |= {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+    return entry
+
+
+def _file_metadata(kind: str, file: FileIdentity | None) -> dict[str, str]:
+    if file is None:
+        return {}
+    metadata = {f"ss_{kind}_name": file.name}
+    if file.hash is not None:
+        metadata |= {f"ss_{kind}_hash": file.hash, f"ss_new_{kind}_hash": file.new_hash}
+    return metadata
+
+
+def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
+    options = config.to_flat()
+    if options["mlm_loss_weight"] == 0:
+        metadata: dict[str, Any] = {"ss_mlm_loss_weight": options["mlm_loss_weight"]}
+    else:
+        metadata = {f"ss_{name}": options[name] for name in MLM_OPTIONS} | {
+            "ss_mlm_prompt_set": facts.mlm_prompt_set,
+            "ss_mlm_contextualizer": facts.mlm_contextualizer,
+            "ss_mlm_seed": facts.mlm_seed,
+        }
+    metadata |= {
+        "ss_mlm_version": __version__,
+        "ss_mlm_placeholder_token": facts.placeholder_token,
+        "ss_mlm_class_token": facts.class_token,
+    }
+    return {key: str(value) for key, value in metadata.items()}
+
+
+def _modelspec(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
+    """ModelSpec 1.0.1. Source: sd-scripts ``library/sai_model_spec.py`` ``build_metadata``."""
+    output, loss = config.output, config.loss
+    timestamp = facts.started_at if facts.finished_at is None else facts.finished_at
+    fields: dict[str, Any] = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{_architecture(facts)}/lora",
+        "implementation": "diffusers",
+        "title": output.metadata_title or output.output_name or f"LoRA@{timestamp}",
+        "resolution": "{}x{}".format(*_modelspec_resolution(config, facts)),
+        "date": datetime.fromtimestamp(int(timestamp)).isoformat(),
+        "implementation_version": f"mlm-plugin/{__version__}",
+        "prediction_type": "v" if facts.prediction_type == "v_prediction" else "epsilon",
+        "encoder_layer": config.model.clip_skip,
+        "author": output.metadata_author,
+        "description": output.metadata_description,
+        "license": output.metadata_license,
+        "tags": output.metadata_tags,
+        "thumbnail": _thumbnail(output.metadata_thumbnail),
+        "trigger_phrase": output.metadata_trigger_phrase or _default_trigger(config, facts),
+    }
+    fields |= {name: getattr(output, f"metadata_{name}") for name in MODELSPEC_EXTRAS}
+    if loss.min_timestep is not None or loss.max_timestep is not None:
+        last = 1000 if loss.max_timestep is None else loss.max_timestep
+        fields["timestep_range"] = f"{loss.min_timestep or 0},{last}"
+    return {f"modelspec.{key}": str(value) for key, value in fields.items() if value is not None}
+
+
+def _architecture(facts: RunFacts) -> str:
+    if not _is_v2(facts):
+        return "stable-diffusion-v1"
+    is_v = facts.prediction_type == "v_prediction"
+    return "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"
+
+
+def _modelspec_resolution(config: TrainConfig, facts: RunFacts) -> tuple[int, int]:
+    given = _resolution(config.dataset.resolution)
+    if given is not None:
+        return given
+    side = 768 if _is_v2(facts) and facts.prediction_type == "v_prediction" else 512
+    return side, side
+
+
+def _default_trigger(config: TrainConfig, facts: RunFacts) -> str | None:
+    if config.output.no_metadata:
+        return None
+    return trigger_phrase(facts.placeholder_token, facts.class_token) or None
+
+
+def _thumbnail(value: str | None) -> str | None:
+    """A picture as data URL; a file that is gone costs the thumbnail, not the training."""
+    if value is None or value.startswith("data:"):
+        return value
+    try:
+        content = Path(value).read_bytes()
+    except OSError as error:
+        logger.warning("metadata_thumbnail: %s is left out: %s", value, error)
+        return None
+    kind = mimetypes.guess_type(value)[0] or "application/octet-stream"
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _is_v2(facts: RunFacts) -> bool:
+    return facts.base_model_version.startswith("sd_v2")
+
+
+def _resolution(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = [int(side) for side in str(text).split(",")]
+    return sides[0], sides[-1]
+
+
+def _first(values: Sequence[float] | None) -> float | None:
+    return values[0] if values else None

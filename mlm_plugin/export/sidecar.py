@@ -1,0 +1,87 @@
+"""Files beside a LoRA that A1111 and Forge show: ``<name>.json`` and the preview ``<name>.png``.
+
+A file that is there already belongs to the user and is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlm_plugin.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["write_preview", "write_sidecar"]
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+
+
+def write_sidecar(
+    lora_path: str | os.PathLike,
+    *,
+    base_model_version: str,
+    activation_text: str,
+    description: str = "",
+    preferred_weight: float = 0.0,
+    negative_text: str = "",
+    notes: str = "",
+) -> Path | None:
+    """Write the JSON that A1111's user metadata editor reads.
+
+    Args:
+        lora_path: the LoRA file.
+        base_model_version: ``ss_base_model_version``, e.g. ``sd_v1``.
+        activation_text: the words that a click on the LoRA puts into the prompt.
+        description: shown on the card.
+        preferred_weight: 0 lets the WebUI choose.
+        negative_text: put into the negative prompt.
+        notes: free text.
+
+    Returns:
+        The file, or ``None`` where one was there already.
+
+    Source: stable-diffusion-webui ``extensions-builtin/Lora/ui_edit_user_metadata.py``.
+    """
+    path = Path(lora_path).with_suffix(".json")
+    if path.exists():
+        logger.info("%s is there already and stays as it is", path)
+        return None
+    content = {
+        "description": description,
+        "sd version": "SD2" if base_model_version.startswith("sd_v2") else "SD1",
+        "activation text": activation_text,
+        "preferred weight": preferred_weight,
+        "negative text": negative_text,
+        "notes": notes,
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def write_preview(lora_path: str | os.PathLike, image: Image) -> Path | None:
+    """Write the picture that WebUIs show for a LoRA, ``<name>.png``.
+
+    Returns:
+        The file, or ``None`` where the LoRA has a preview already, of whatever kind.
+    """
+    lora_path = Path(lora_path)
+    for suffix in PREVIEW_SUFFIXES:
+        for candidate in (
+            lora_path.with_suffix(suffix),
+            lora_path.with_suffix(f".preview{suffix}"),
+        ):
+            if candidate.exists():
+                logger.info("%s is there already and stays as it is", candidate)
+                return None
+    path = lora_path.with_suffix(".png")
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+    return path
