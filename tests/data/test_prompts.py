@@ -443,6 +443,27 @@ def test_the_command_refuses_what_it_cannot_use(tmp_path):
         run_prompts(["--tokenizer", str(tmp_path)])
 
 
+def test_a_tokenizer_makes_the_lengths_exact(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(f"{one}</w>" for one in letters),
+        "do",
+    ]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines(tmp_path / "merges.txt", "#version: 0.2", "d o")
+    path = lines(tmp_path / "mine.txt", "{} dog")
+    argv = ["--prompt_set", str(path), "--stats", "--tokenizer", str(tmp_path)]
+    run_prompts([*argv, "--placeholder_token", "dog" * 25])
+    assert "longest prompt: 52 tokens (exact)" in capsys.readouterr().out
+    run_prompts([*argv, "--placeholder_token", "sks" * 25])
+    assert "1 prompts have over 75 tokens, the longest 77:" in capsys.readouterr().err
+
+
 def test_the_estimate_counts_letters_digits_and_marks():
     assert estimated_tokens("dog") == 1
     assert estimated_tokens("watercolor") == 4
