@@ -1,0 +1,482 @@
+"""Sample pictures while training, from a prompt file in kohya's format.
+
+Reads prompts, says when samples are due, and draws them with the live models, leaving no trace in
+them: modes, devices and random streams are afterwards what they were. Knows nothing of LoRA: the
+U-Net and the encoder it is given are the trained ones.
+
+The denoising loop is that of diffusers' ``StableDiffusionPipeline`` (a test compares the two). The
+pipeline itself is not used because it rewrites the configuration of the models it is built from
+and wants them all on one device. Two deviations from sd-scripts: predicted pictures are not clipped
+to [-1, 1] (its DDIM is, which greys them), and starting noise is drawn on the CPU, so that a seed
+gives the same picture on every machine. Weighted prompts, ``(word:1.3)``, are not supported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from mlm_plugin.config.loading import read_toml
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
+
+__all__ = [
+    "SAMPLERS",
+    "TRIGGER",
+    "SamplePrompt",
+    "create_sampler",
+    "denoise",
+    "generate_samples",
+    "parse_sample_prompts",
+    "sample_due",
+    "sample_file_name",
+]
+
+logger = logging.getLogger(__name__)
+
+TRIGGER = "[trigger]"  # stands for the concept's words in a prompt file
+LATENT_SCALE = 8  # pixels per latent pixel
+SMALLEST_SIDE = 64
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """One picture to draw."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    seed: int | None = None  # None = another picture each time
+    sample_steps: int = 30
+    scale: float = 7.5  # classifier-free guidance; 1 = without
+    sample_sampler: str | None = None  # None = the run's sampler
+
+
+class Sampler(NamedTuple):
+    """A scheduler of diffusers and the settings that make it the sampler of that name."""
+
+    class_name: str
+    settings: Mapping[str, Any] = {}
+
+
+def parse_sample_prompts(path: str | Path, *, trigger: str | None = None) -> list[SamplePrompt]:
+    """Read a prompt file.
+
+    ``.txt``: one prompt per line with options ``--n`` negative prompt, ``--w``, ``--h``, ``--d``
+    seed, ``--s`` steps, ``--l`` guidance scale, ``--ss`` sampler; ``#`` in column 0 = comment.
+    ``.toml``: defaults in ``[prompt]``, one ``[[prompt.subset]]`` per picture. ``.json``: a list of
+    such lines or of dicts.
+
+    Args:
+        path: The file.
+        trigger: Text that takes the place of ``[trigger]``.
+
+    Raises:
+        UserError: The file cannot be read or a prompt holds something unknown; names file and line.
+
+    Source: sd-scripts ``library/train_util.py`` ``line_to_prompt_dict`` and ``load_prompts``; there
+    the prompt's own text is also searched for options and mistakes are passed over.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"sample_prompts={path}: expected a .txt, .toml or .json file")
+    prompts = [
+        _to_prompt(values, place=place, trigger=trigger)
+        for place, values in readers[path.suffix.lower()](path)
+    ]
+    if not prompts:
+        raise UserError(f"sample_prompts={path}: the file has no prompt")
+    return prompts
+
+
+def sample_due(
+    step: int,
+    *,
+    epoch: int | None = None,
+    every_n_steps: int | None = None,
+    every_n_epochs: int | None = None,
+    at_first: bool = False,
+) -> bool:
+    """Whether to draw now. ``every_n_epochs`` switches ``every_n_steps`` off.
+
+    Args:
+        step: Optimizer steps done; 0 = before the first.
+        epoch: Epochs done if one has just ended, else None.
+        every_n_steps: None = not by steps.
+        every_n_epochs: None = not by epochs.
+        at_first: Draw at step 0, which the other two never do.
+
+    Source: sd-scripts ``library/train_util.py`` ``sample_images_common``.
+    """
+    if step == 0:
+        return at_first
+    if every_n_epochs is not None:
+        return epoch is not None and epoch % every_n_epochs == 0
+    return every_n_steps is not None and epoch is None and step % every_n_steps == 0
+
+
+def sample_file_name(
+    index: int, *, name: str | None, step: int, epoch: int | None, seed: int | None
+) -> str:
+    """``{name}_{e000001 or 000100}_{index}_{time}_{seed}.png``, as sd-scripts names samples."""
+    when = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
+    parts = [name, when, f"{index:02d}", time.strftime("%Y%m%d%H%M%S"), seed]
+    return "_".join(str(part) for part in parts if part is not None) + ".png"
+
+
+@torch.no_grad()
+def generate_samples(
+    prompts: Sequence[SamplePrompt],
+    *,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    encode_captions: Callable[[Sequence[str]], Tensor],
+    noise_scheduler: DDPMScheduler,
+    prediction_type: str,
+    output_dir: str | Path,
+    step: int,
+    epoch: int | None = None,
+    name: str | None = None,
+    sampler: str = "ddim",
+    eval_modules: Iterable[nn.Module] = (),
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> list[Path]:
+    """Draw all prompts into ``output_dir/sample``.
+
+    Args:
+        prompts: From ``parse_sample_prompts``.
+        unet: On the device where to draw.
+        vae: On any device; is moved to the U-Net's and back.
+        encode_captions: ``TextEncoder.encode_captions``, so that clip skip and long prompts hold.
+        noise_scheduler: Its betas are used.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+        output_dir: The run's output folder.
+        step: Optimizer steps done, for the file names.
+        epoch: Epochs done if one has just ended, for the file names.
+        name: The run's output name.
+        sampler: For prompts without their own.
+        eval_modules: Besides U-Net and VAE, what has to be in eval mode: text encoder, network.
+        autocast: Mixed precision of the run.
+
+    Returns:
+        The files, in the order of the prompts.
+
+    Raises:
+        UserError: An unknown sampler, or one whose package is missing.
+    """
+    device = next(unet.parameters()).device
+    vae_device = next(vae.parameters()).device
+    paths = []
+    with _random_state_kept(device), _eval_mode((unet, vae, *eval_modules)):
+        try:
+            vae.to(device)
+            for index, prompt in enumerate(prompts):
+                scheduler = create_sampler(
+                    prompt.sample_sampler or sampler,
+                    noise_scheduler,
+                    prediction_type=prediction_type,
+                )
+                with autocast():
+                    latents = denoise(
+                        unet,
+                        encode_captions([prompt.negative_prompt, prompt.prompt]).to(device),
+                        scheduler,
+                        size=(_rounded(prompt.height), _rounded(prompt.width)),
+                        num_steps=prompt.sample_steps,
+                        scale=prompt.scale,
+                        generator=_generator(prompt.seed),
+                    )
+                file_name = sample_file_name(
+                    index, name=name, step=step, epoch=epoch, seed=prompt.seed
+                )
+                paths.append(Path(output_dir) / "sample" / file_name)
+                with atomic_path(paths[-1]) as temporary:
+                    _decode(vae, latents).save(temporary)
+        finally:
+            vae.to(vae_device)
+    return paths
+
+
+def create_sampler(
+    name: str, noise_scheduler: DDPMScheduler, *, prediction_type: str
+) -> SchedulerMixin:
+    """The diffusers scheduler of kohya's name, with the betas of the trained model.
+
+    Raises:
+        UserError: An unknown name, or a missing package (``lms`` needs scipy).
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"sampler {name!r} is not known; expected one of {', '.join(SAMPLERS)}")
+    class_name, settings = SAMPLERS[name]
+    config = noise_scheduler.config
+    try:
+        return getattr(diffusers, class_name)(
+            num_train_timesteps=config.num_train_timesteps,
+            beta_start=config.beta_start,
+            beta_end=config.beta_end,
+            beta_schedule=config.beta_schedule,
+            trained_betas=config.trained_betas,
+            prediction_type=prediction_type,
+            **settings,
+        )
+    except ImportError as error:
+        raise UserError(
+            f"sampler {name} needs a package: {' '.join(str(error).split())}"
+        ) from error
+
+
+def denoise(
+    unet: UNet2DConditionModel,
+    prompt_states: Tensor,
+    scheduler: SchedulerMixin,
+    *,
+    size: tuple[int, int],
+    num_steps: int,
+    scale: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """From noise to latents with classifier-free guidance: ``uncond + scale (cond - uncond)``.
+
+    Args:
+        unet: The model.
+        prompt_states: Conditioning of the negative and of the positive prompt, ``(2, L, D)``.
+        scheduler: The sampler.
+        size: Height and width in pixels, multiples of 8.
+        num_steps: Steps of the sampler.
+        scale: Guidance; 1 and less = none.
+        generator: On the CPU; all noise comes from it.
+
+    Returns:
+        fp32 latents, ``(1, C, height / 8, width / 8)``.
+    """
+    weight = next(unet.parameters())
+    scheduler.set_timesteps(num_steps, device=weight.device)
+    shape = (1, unet.config.in_channels, size[0] // LATENT_SCALE, size[1] // LATENT_SCALE)
+    latents = torch.randn(shape, generator=generator).to(weight.device)
+    latents = latents * scheduler.init_noise_sigma
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    noise_source = {"generator": generator} if takes_generator else {}
+    for timestep in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+        model_pred = unet(
+            model_input.to(weight.dtype),
+            timestep,
+            encoder_hidden_states=prompt_states.to(weight.dtype),
+        ).sample
+        unconditional, conditional = model_pred.float().chunk(2)
+        guided = unconditional + max(scale, 1.0) * (conditional - unconditional)
+        latents = scheduler.step(guided, timestep, latents, **noise_source).prev_sample
+    return latents
+
+
+def _decode(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
+    weight = next(vae.parameters())
+    pixels = vae.decode((latents / vae.config.scaling_factor).to(weight.dtype)).sample[0].float()
+    if not pixels.isfinite().all():
+        logger.warning("a sample overflowed in %s and is black; set no_half_vae", weight.dtype)
+        pixels = torch.full_like(pixels, -1.0)
+    pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def _rounded(length: int) -> int:
+    return max(SMALLEST_SIDE, length - length % LATENT_SCALE)
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed)
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    python_state = random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+
+
+@contextmanager
+def _eval_mode(models: Iterable[nn.Module]) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _read_txt(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if line.strip() and not line.startswith("#"):
+            place = f"{path}, line {number}"
+            yield place, _split_line(line, place=place)
+
+
+def _read_toml(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    table = read_toml(path).get("prompt")
+    if not isinstance(table, dict) or not isinstance(table.get("subset"), list):
+        raise UserError(f"{path}: expected [prompt] with at least one [[prompt.subset]]")
+    defaults = {key: value for key, value in table.items() if key != "subset"}
+    for number, subset in enumerate(table["subset"], start=1):
+        yield f"{path}, prompt {number}", {**defaults, **subset}
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        entries = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: expected a list of prompts")
+    for number, entry in enumerate(entries, start=1):
+        place = f"{path}, prompt {number}"
+        if isinstance(entry, str):
+            entry = _split_line(entry, place=place)
+        if not isinstance(entry, dict):
+            raise UserError(f"{place}: expected a text or an object, got {entry!r}")
+        yield place, entry
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"sample_prompts={path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"sample_prompts={path}: is not UTF-8 text") from error
+
+
+def _split_line(line: str, *, place: str) -> dict[str, Any]:
+    prompt, *options = line.strip().split(" --")
+    values: dict[str, Any] = {"prompt": prompt.strip()}
+    for option in options:
+        flag, _, value = option.strip().partition(" ")
+        if flag.lower() not in FLAGS:
+            raise UserError(
+                f"{place}: unknown option --{flag}; expected one of "
+                f"{', '.join(f'--{known}' for known in FLAGS)}"
+            )
+        values[FLAGS[flag.lower()]] = value.strip()
+    return values
+
+
+def _to_prompt(values: Mapping[str, Any], *, place: str, trigger: str | None) -> SamplePrompt:
+    known = {}
+    for key, value in values.items():
+        if key in OTHER_MODELS:
+            logger.warning("%s: %s has no effect for Stable Diffusion 1 and 2", place, key)
+        elif key not in FIELD_TYPES:
+            raise UserError(
+                f"{place}: unknown key {key!r}; expected one of {', '.join(FIELD_TYPES)}"
+            )
+        else:
+            known[key] = _converted(key, value, place=place)
+    for key in ("prompt", "negative_prompt"):
+        if TRIGGER in known.get(key, ""):
+            if trigger is None:
+                raise UserError(f"{place}: {TRIGGER} stands for the concept, but none is named")
+            known[key] = known[key].replace(TRIGGER, trigger)
+    if "sample_steps" in known:
+        known["sample_steps"] = max(1, min(1000, known["sample_steps"]))
+    sampler = known.get("sample_sampler", "ddim")
+    if sampler not in SAMPLERS:
+        raise UserError(
+            f"{place}: unknown sampler {sampler!r}; expected one of {', '.join(SAMPLERS)}"
+        )
+    return SamplePrompt(**known)
+
+
+def _converted(key: str, value: Any, *, place: str) -> Any:
+    wanted = FIELD_TYPES[key]
+    try:
+        if isinstance(value, bool) or (wanted is str and not isinstance(value, str)):
+            raise ValueError
+        if isinstance(value, float) and wanted is int and value != int(value):
+            raise ValueError
+        return wanted(value)
+    except (TypeError, ValueError) as error:
+        kind = {int: "a whole number", float: "a number", str: "a text"}[wanted]
+        raise UserError(f"{place}: {key}={value!r}: expected {kind}") from error
+
+
+FIELD_TYPES: dict[str, type] = {
+    "prompt": str,
+    "negative_prompt": str,
+    "width": int,
+    "height": int,
+    "seed": int,
+    "sample_steps": int,
+    "scale": float,
+    "sample_sampler": str,
+}
+OTHER_MODELS = (
+    "guidance_scale",
+    "controlnet_image",
+    "cfg_trunc_ratio",
+    "renorm_cfg",
+    "flow_shift",
+)
+FLAGS = {
+    "n": "negative_prompt",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "sample_steps",
+    "l": "scale",
+    "ss": "sample_sampler",
+    "g": "guidance_scale",
+    "cn": "controlnet_image",
+    "ctr": "cfg_trunc_ratio",
+    "rcfg": "renorm_cfg",
+    "fs": "flow_shift",
+}
+# Offsets and ends of DDIM and PNDM as in the scheduler configuration of Stable Diffusion 1.5.
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(
+        "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    ),
+    "pndm": Sampler(
+        "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+    ),
+    "lms": Sampler("LMSDiscreteScheduler"),
+    "k_lms": Sampler("LMSDiscreteScheduler"),
+    "euler": Sampler("EulerDiscreteScheduler"),
+    "k_euler": Sampler("EulerDiscreteScheduler"),
+    "euler_a": Sampler("EulerAncestralDiscreteScheduler"),
+    "k_euler_a": Sampler("EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("HeunDiscreteScheduler"),
+    "dpm_2": Sampler("KDPM2DiscreteScheduler"),
+    "k_dpm_2": Sampler("KDPM2DiscreteScheduler"),
+    "dpm_2_a": Sampler("KDPM2AncestralDiscreteScheduler"),
+    "k_dpm_2_a": Sampler("KDPM2AncestralDiscreteScheduler"),
+    "dpmsolver": Sampler(
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpmsolver++": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": Sampler("DPMSolverSinglestepScheduler"),
+}
