@@ -100,7 +100,7 @@ def verify_lora(path: str | os.PathLike) -> LoraCounts:
     if unknown:
         raise UserError(
             f"{path}: WebUIs will not use {len(unknown)} of {len(state)} tensors, "
-            f"e.g. {unknown[0]}; set network_args so that only layers of the U-Net and the text encoder are adapted"
+            f"e.g. {unknown[0]}; leave those layers out in network_args (preset, algo)"
         )
     broken = sorted(key for key, tensor in state.items() if not torch.isfinite(tensor).all())
     if broken:

@@ -249,8 +249,8 @@ def limit_norms(modules: Iterable[LoraModule], max_norm: float) -> MaxNorm:
     for module in modules:
         norm = (module.up.flatten(1) @ module.down.flatten(1)).norm() * module.scale
         ratio = (max_norm / norm.clamp(min=max_norm / 2)).clamp(max=1)
-        module.up *= ratio.sqrt()
-        module.down *= ratio.sqrt()
+        module.up.mul_(ratio.sqrt())
+        module.down.mul_(ratio.sqrt())
         norms.append(norm * ratio)
         ratios.append(ratio)
     norms, ratios = torch.stack(norms), torch.stack(ratios)

@@ -531,15 +531,43 @@ def _create_lycoris(plan: _Plan) -> LycorisNetwork:
         ) from error
     _check_lycoris_args(plan.args, lycoris)
     models = (plan.text_encoder, plan.unet)
-    if plan.dims_from is None:
-        arguments = {"dropout": plan.dropout, **plan.args}
-        network = lycoris.create_network(1.0, plan.dim, plan.alpha, None, *models, **arguments)
-    else:
-        state = _named_as_in_memory(plan.dims_from, *models)
-        network, _ = lycoris.create_network_from_weights(1.0, None, None, *models, weights_sd=state)
+    with _each_layer_once(lycoris, plan.args.get("preset", "full")):
+        if plan.dims_from is None:
+            arguments = {"dropout": plan.dropout, "warn_on_unmatched": False, **plan.args}
+            network = lycoris.create_network(1.0, plan.dim, plan.alpha, None, *models, **arguments)
+        else:
+            network, _ = lycoris.create_network_from_weights(
+                1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.dims_from, *models)
+            )
     network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
     network.to(next(plan.unet.parameters()).device)
     return LycorisNetwork(network, loraplus=LoraPlus.from_args(plan.args))
+
+
+@contextmanager
+def _each_layer_once(lycoris, preset_name: str) -> Iterator[None]:
+    """Within the block LyCORIS' preset names no layer twice.
+
+    LyCORIS 4.1 lists the class ``TimestepEmbedding`` beside the two layers in it and then stops at
+    the duplicate for every SD U-Net. Its own lists are put back at the end.
+    """
+    network_class, presets = lycoris.LycorisNetworkKohya, lycoris.PRESET
+    class_targets = network_class.UNET_TARGET_REPLACE_MODULE
+    network_class.UNET_TARGET_REPLACE_MODULE = _without_time_embedding(class_targets)
+    preset = presets.get(preset_name)
+    if preset is not None and "unet_target_module" in preset:
+        targets = _without_time_embedding(preset["unet_target_module"])
+        presets[preset_name] = {**preset, "unet_target_module": targets}
+    try:
+        yield
+    finally:
+        network_class.UNET_TARGET_REPLACE_MODULE = class_targets
+        if preset is not None:
+            presets[preset_name] = preset
+
+
+def _without_time_embedding(class_names: Sequence[str]) -> list[str]:
+    return [name for name in class_names if name != "TimestepEmbedding"]
 
 
 NETWORK_MODULES: dict[str, Callable[..., Network]] = {
