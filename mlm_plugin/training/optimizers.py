@@ -12,8 +12,10 @@ import importlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import torch
 from torch import optim
 
 from mlm_plugin.errors import UserError
@@ -31,6 +33,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+BITSANDBYTES_WITH_CPU = (0, 50)  # earlier versions create an optimizer and fail at its first step
 ONE_RATE_FAMILIES = ("dadaptation", "prodigyopt")  # they estimate the rate themselves
 
 
@@ -64,6 +67,7 @@ def create_optimizer(
         UserError: An unknown name, a missing package, or settings that the class refuses.
     """
     optimizer_class = _resolve(name)
+    _check_device(name, optimizer_class)
     settings = _settings(name, optimizer_args)
     _check_settings(name, optimizer_class, settings)
     groups = [dict(group) for group in parameter_groups]
@@ -204,6 +208,17 @@ def _settings(name: str, optimizer_args: Sequence[str]) -> dict[str, Any]:
 def _fixed(name: str) -> Mapping[str, Any]:
     named = _named(name)
     return named.fixed if named else {}
+
+
+def _check_device(name: str, optimizer_class: type) -> None:
+    if optimizer_class.__module__.split(".")[0] != "bitsandbytes" or torch.cuda.is_available():
+        return
+    installed = version("bitsandbytes")
+    if tuple(int(part) for part in installed.split(".")[:2]) < BITSANDBYTES_WITH_CPU:
+        raise UserError(
+            f"optimizer_type={name}: bitsandbytes {installed} needs a GPU: pip install -U "
+            "'bitsandbytes>=0.50', or use optimizer_type=AdamW"
+        )
 
 
 def _check_settings(name: str, optimizer_class: type, settings: Mapping[str, Any]) -> None:

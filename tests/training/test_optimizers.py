@@ -194,6 +194,14 @@ def test_a_missing_bitsandbytes_points_to_adamw(monkeypatch):
         make("AdamW8bit")
 
 
+@pytest.mark.skipif(not installed("AdamW8bit"), reason="bitsandbytes is not installed")
+def test_a_bitsandbytes_that_cannot_step_on_the_cpu_is_refused_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("mlm_plugin.training.optimizers.version", lambda _: "0.49.2")
+    with pytest.raises(UserError, match="bitsandbytes 0.49.2 needs a GPU"):
+        make("AdamW8bit")
+
+
 @pytest.mark.parametrize(
     ("name", "argument", "named"),
     [
