@@ -79,8 +79,7 @@ class DiffusionLoss:
         device: torch.device | str = "cpu",
     ):
         assert prediction_type in ("epsilon", "v_prediction"), prediction_type
-        num_timesteps = noise_scheduler.config.num_train_timesteps
-        check_loss_options(options, prediction_type=prediction_type, num_timesteps=num_timesteps)
+        check_loss_options(options, prediction_type=prediction_type)
         self.options = options
         self.prediction_type = prediction_type
         # kohya tabulates the SNR before it rescales the betas: the weights keep the old one.
@@ -123,7 +122,7 @@ class DiffusionLoss:
         )
         if loss_masks is not None:
             loss = masked(loss, loss_masks)
-        loss_B = loss.mean(dim=(1, 2, 3)) * loss_weights_B.to(loss.device)
+        loss_B = loss.mean(dim=(1, 2, 3)) * loss_weights_B.to(loss.device, non_blocking=True)
         snr_B = self.snr_T[noised.timesteps]
         weight_B = timestep_weight(snr_B, options, prediction_type=self.prediction_type)
         return (loss_B * weight_B).mean()
@@ -146,7 +145,8 @@ def noise_latents(
     """
     noise = sample_noise(latents, options)
     low, high = timestep_range(options, noise_scheduler.config.num_train_timesteps)
-    timesteps = sample_timesteps(len(latents), low=low, high=high).to(latents.device)
+    timesteps = sample_timesteps(len(latents), low=low, high=high)
+    timesteps = timesteps.to(latents.device, non_blocking=True)
     input_noise = noise
     if options.ip_noise_gamma:
         strength = options.ip_noise_gamma
@@ -208,7 +208,7 @@ def add_pyramid_noise(noise: Tensor, *, iterations: int, discount: float) -> Ten
     for level in range(iterations):
         shrink = (random.random() * 2 + 2) ** level
         size = max(1, int(height / shrink)), max(1, int(width / shrink))
-        coarse = torch.randn(batch_size, channels, *size).to(noise.device)
+        coarse = torch.randn(batch_size, channels, *size).to(noise.device, non_blocking=True)
         noise = noise + F.interpolate(coarse, (height, width), mode="bilinear") * discount**level
         if 1 in size:
             break
@@ -287,7 +287,7 @@ def masked(loss: Tensor, loss_masks: Tensor) -> Tensor:
 
     Source: sd-scripts ``library/custom_train_functions.py`` ``apply_masked_loss``.
     """
-    masks = loss_masks.to(loss.device, loss.dtype)
+    masks = loss_masks.to(loss.device, loss.dtype, non_blocking=True)
     return loss * F.interpolate(masks, size=loss.shape[2:], mode="area")
 
 
@@ -339,60 +339,26 @@ def debiased_weight(snr: Tensor, *, v_prediction: bool = False) -> Tensor:
     return 1 / (snr + 1) if v_prediction else 1 / snr.sqrt()
 
 
-def check_loss_options(
-    options: LossOptions, *, prediction_type: str, num_timesteps: int = 1000
-) -> None:
-    """Refuse contradictions and warn by name of settings without effect.
+def check_loss_options(options: LossOptions, *, prediction_type: str) -> None:
+    """What only the model or the formula can refuse; ``config.checks`` has seen the rest.
 
     Raises:
-        UserError: A contradiction.
+        UserError: A weight that contradicts the prediction type, or an impossible huber_c.
     """
     v_prediction = prediction_type == "v_prediction"
-    if options.adaptive_noise_scale is not None and not options.noise_offset:
-        raise UserError(
-            f"adaptive_noise_scale={options.adaptive_noise_scale} scales noise_offset, which is "
-            "not set: give noise_offset or leave adaptive_noise_scale out"
-        )
     if options.scale_v_pred_loss_like_noise_pred and not v_prediction:
         raise UserError(
-            "scale_v_pred_loss_like_noise_pred is for models that predict v: give "
-            "v_parameterization or leave it out"
+            "scale_v_pred_loss_like_noise_pred is for models that predict v, and this one predicts "
+            "noise: leave it out"
         )
     if options.v_pred_like_loss and v_prediction:
         raise UserError(
-            f"v_pred_like_loss={options.v_pred_like_loss} is for models that predict noise: leave "
-            "it or v_parameterization out"
+            f"v_pred_like_loss={options.v_pred_like_loss} is for models that predict noise, and "
+            "this one predicts v: leave it out"
         )
-    _check_timesteps(options, num_timesteps)
-    if options.loss_type in ("huber", "smooth_l1") and options.huber_c <= 0:
+    if options.loss_type not in ("huber", "smooth_l1"):
+        return
+    if options.huber_c <= 0:
         raise UserError(f"huber_c={options.huber_c}: expected a number above 0")
-    _warn_of_no_effect(options, v_prediction=v_prediction)
-
-
-def _check_timesteps(options: LossOptions, num_timesteps: int) -> None:
-    low, high = timestep_range(options, num_timesteps)
-    last = num_timesteps - 1 if low == high else num_timesteps  # equal ones are the timestep itself
-    if not 0 <= low <= high <= last:
-        raise UserError(
-            f"min_timestep={low}, max_timestep={high}: expected 0 <= min_timestep <= max_timestep "
-            f"<= {last}"
-        )
-
-
-def _warn_of_no_effect(options: LossOptions, *, v_prediction: bool) -> None:
-    if options.zero_terminal_snr and not v_prediction:
-        logger.warning(
-            "zero_terminal_snr without v_parameterization: the last timestep is pure noise, which "
-            "a model that predicts noise learns nothing from"
-        )
-    random_strengths = {
-        "noise_offset_random_strength": options.noise_offset,
-        "ip_noise_gamma_random_strength": options.ip_noise_gamma,
-    }
-    for name, strength in random_strengths.items():
-        if getattr(options, name) and not strength:
-            base = name.removesuffix("_random_strength")
-            logger.warning("%s has no effect without %s", name, base)
-    huber = options.loss_type in ("huber", "smooth_l1")
-    if huber and options.huber_schedule == "snr" and options.huber_scale != 1.0:
+    if options.huber_schedule == "snr" and options.huber_scale != 1.0:
         logger.warning("huber_scale has no effect with huber_schedule=snr")
