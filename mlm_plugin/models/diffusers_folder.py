@@ -90,7 +90,7 @@ def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Modu
     """
     for place in (folder / "vae", folder):
         config = read_json(place / "config.json", optional=True)
-        if config.get("_class_name", "AutoencoderKL") == "AutoencoderKL" and config:
+        if config.get("_class_name") == "AutoencoderKL":
             return _load(AutoencoderKL, place, torch_dtype=dtype)
     raise UserError(f"{source} holds no VAE (neither vae/config.json nor config.json of one)")
 

@@ -160,7 +160,7 @@ def test_a_single_file_computes_what_the_diffusers_folder_computes(made):
             image = model.vae.decode(latents).sample
         outputs.append((states, sample, image))
     for ours, theirs in zip(*outputs, strict=True):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs)  # weights mapped from disk are aligned otherwise
         assert torch.isfinite(ours).all()
         assert ours.std() > 0.01
 
@@ -326,7 +326,7 @@ def test_a_file_without_a_part_is_refused(made, tmp_path, prefix, message):
 def test_a_missing_or_unknown_tensor_is_an_error_that_names_it(made, tmp_path, name):
     path = tmp_path / "gap.safetensors"
     state = dict(made.state)
-    tensor = state.pop(name)
+    tensor = state.pop(name).clone()
     save_file(state, path)
     assert f"lacks 1 tensors ({name})" in error_of(made.load, path)
     save_file(made.state | {f"{name}.more": tensor}, path)
@@ -548,11 +548,9 @@ def test_a_part_without_weights_or_with_damaged_ones_is_refused(folder, part):
     assert f"{folder / part} holds no weights" in error_of(load_stable_diffusion, folder)
 
 
-def test_a_folder_that_is_no_model_says_what_is_missing(folder, tmp_path):
+def test_a_folder_that_is_no_model_says_what_is_missing(folder):
     shutil.rmtree(folder / "unet")
     assert "unet/config.json is missing" in error_of(load_stable_diffusion, folder)
-    shutil.rmtree(folder / "vae")
-    (folder / "unet").mkdir()
 
 
 def test_an_sdxl_folder_is_named(folder):
@@ -673,8 +671,7 @@ def test_a_checkpoint_without_a_vae_loads_with_a_replacement(made, other_vae, tm
     state = {k: v for k, v in made.state.items() if not k.startswith("first_stage_model.")}
     save_file(state, tmp_path / "no_vae.safetensors")
     other_vae.save_pretrained(tmp_path / "vae")
-    message = error_of(made.load, tmp_path / "no_vae.safetensors")
-    assert "lacks 136 tensors" in message or "first_stage_model" in message
+    assert "first_stage_model.decoder" in error_of(made.load, tmp_path / "no_vae.safetensors")
     assert_same(made.load(tmp_path / "no_vae.safetensors", vae=tmp_path / "vae").vae, other_vae)
 
 
