@@ -21,6 +21,7 @@ from mlm_plugin.models.weights_files import read_weights
 __all__ = ["find_folder", "load_folder", "load_vae_folder"]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
+MAX_REASON = 200  # characters of a library's own story in an error
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS_NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>(?!safetensors|bin)\w+))?"
@@ -49,7 +50,7 @@ def find_folder(source: str, *, option: str) -> Path:
         try:
             folder = Path(_download(source, variant=variant))
         except (OSError, ValueError) as error:
-            reason = str(error).split("\n")[0]
+            reason = str(error).split("\n")[0][:MAX_REASON]
             continue
         if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
             return folder
@@ -141,7 +142,7 @@ def _load(cls: type, folder: Path, **options) -> nn.Module:
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder}: {' '.join(str(error).split())[:MAX_REASON]}") from error
     unexpected = [name for name in info["unexpected_keys"] if "position_ids" not in name]
     refuse_gaps(folder, missing=info["missing_keys"], unexpected=unexpected)
     return module
