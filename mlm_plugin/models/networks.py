@@ -421,6 +421,11 @@ def create_network(
         dims_from=state if dim_from_weights else None,
     )
     network = NETWORK_MODULES[module](plan)
+    if network.num_text_encoder_modules + network.num_unet_modules == 0:
+        raise UserError(
+            f"network_module: {module} finds no layer to adapt; change preset in network_args, or "
+            "name a network_weights file of this model"
+        )
     if state is not None:
         network.load_kohya_state_dict(state)
     logger.info(
@@ -531,7 +536,7 @@ def _create_lycoris(plan: _Plan) -> LycorisNetwork:
         ) from error
     _check_lycoris_args(plan.args, lycoris)
     models = (plan.text_encoder, plan.unet)
-    with _each_layer_once(lycoris, plan.args.get("preset", "full")):
+    with _preset_for_diffusers(lycoris, plan.args.get("preset", "full")):
         if plan.dims_from is None:
             arguments = {"dropout": plan.dropout, "warn_on_unmatched": False, **plan.args}
             network = lycoris.create_network(1.0, plan.dim, plan.alpha, None, *models, **arguments)
@@ -545,29 +550,43 @@ def _create_lycoris(plan: _Plan) -> LycorisNetwork:
 
 
 @contextmanager
-def _each_layer_once(lycoris, preset_name: str) -> Iterator[None]:
-    """Within the block LyCORIS' preset names no layer twice.
+def _preset_for_diffusers(lycoris, name: str) -> Iterator[None]:
+    """Within the block LyCORIS' preset chooses in a diffusers U-Net what it means to choose.
 
-    LyCORIS 4.1 lists the class ``TimestepEmbedding`` beside the two layers in it and then stops at
-    the duplicate for every SD U-Net. Its own lists are put back at the end.
+    LyCORIS names the classes of sd-scripts' own U-Net, where attention is ``CrossAttention``; and
+    4.1 lists ``TimestepEmbedding`` beside the two layers in it, then stops at the duplicate. Its
+    own lists are put back at the end.
     """
     network_class, presets = lycoris.LycorisNetworkKohya, lycoris.PRESET
-    class_targets = network_class.UNET_TARGET_REPLACE_MODULE
-    network_class.UNET_TARGET_REPLACE_MODULE = _without_time_embedding(class_targets)
-    preset = presets.get(preset_name)
-    if preset is not None and "unet_target_module" in preset:
-        targets = _without_time_embedding(preset["unet_target_module"])
-        presets[preset_name] = {**preset, "unet_target_module": targets}
+    original, class_targets = presets.get(name), network_class.UNET_TARGET_REPLACE_MODULE
+    preset = lycoris.read_preset(name) if original is None else original
+    if preset is None:
+        raise UserError(f"network_args: preset: {name} cannot be read as a LyCORIS preset in TOML")
+    presets[name] = _with_diffusers_classes(preset)
+    network_class.UNET_TARGET_REPLACE_MODULE = _diffusers_classes(class_targets)
     try:
         yield
     finally:
         network_class.UNET_TARGET_REPLACE_MODULE = class_targets
-        if preset is not None:
-            presets[preset_name] = preset
+        if original is None:
+            del presets[name]
+        else:
+            presets[name] = original
 
 
-def _without_time_embedding(class_names: Sequence[str]) -> list[str]:
-    return [name for name in class_names if name != "TimestepEmbedding"]
+def _with_diffusers_classes(preset: Mapping[str, Any]) -> dict[str, Any]:
+    adapted = dict(preset)
+    if "unet_target_module" in adapted:
+        adapted["unet_target_module"] = _diffusers_classes(adapted["unet_target_module"])
+    algos = adapted.get("module_algo_map") or {}
+    if "CrossAttention" in algos:
+        adapted["module_algo_map"] = {"Attention": algos["CrossAttention"], **algos}
+    return adapted
+
+
+def _diffusers_classes(names: Sequence[str]) -> list[str]:
+    classes = [name for name in names if name != "TimestepEmbedding"]
+    return [*classes, "Attention"] if "CrossAttention" in classes else classes
 
 
 NETWORK_MODULES: dict[str, Callable[..., Network]] = {

@@ -1,6 +1,8 @@
 """Networks on full-size (meta) and toy models: names, groups, loading, disabling."""
 
+import copy
 import hashlib
+import importlib
 import importlib.util
 import logging
 import sys
@@ -465,6 +467,37 @@ def test_a_lycoris_locon_of_attention_saves_the_keys_of_networks_lora():
 @needs_lycoris
 def test_lycoris_presets_without_text_encoder_have_no_modules_there():
     assert lycoris_network(None, "preset=unet-only").num_text_encoder_modules == 0
+
+
+@needs_lycoris
+def test_lycoris_presets_that_name_kohyas_attention_class_find_diffusers_one(tmp_path):
+    attention = ("attn1_to_q", "attn2_to_out_0")
+    (tmp_path / "p.toml").write_text(
+        'unet_target_module = ["CrossAttention"]\nenable_conv = false\n'
+    )
+    for preset in ("attn-only", tmp_path / "p.toml"):
+        network = lycoris_network(None, f"preset={preset}")
+        keys = network.kohya_state_dict()
+        prefix = "lora_unet_mid_block_attentions_0_transformer_blocks_0"
+        assert all(f"{prefix}_{name}.alpha" in keys for name in attention)
+        assert f"{prefix}_ff_net_2.alpha" not in keys
+
+
+@needs_lycoris
+def test_presets_of_lycoris_are_as_before_afterwards():
+    presets = importlib.import_module("lycoris.kohya").PRESET
+    before = copy.deepcopy(presets)
+    lycoris_network(None, "preset=full")
+    assert presets == before
+
+
+@needs_lycoris
+def test_a_preset_without_any_layer_is_refused(tmp_path):
+    (tmp_path / "p.toml").write_text(
+        "unet_target_module = []\nunet_target_name = []\ntext_encoder_target_module = []\n"
+    )
+    with pytest.raises(UserError, match="no layer"):
+        lycoris_network(None, f"preset={tmp_path / 'p.toml'}")
 
 
 @needs_lycoris
