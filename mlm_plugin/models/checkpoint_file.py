@@ -9,17 +9,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.filling import empty_text_encoder, fill_weights
+from mlm_plugin.models.filling import (
+    empty_text_encoder,
+    empty_unet,
+    empty_vae,
+    fill_weights,
+    plain_name,
+    plain_places,
+)
 from mlm_plugin.models.ldm_names import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
-    LdmTensor,
     clip_names,
     open_clip_names,
     unet_names,
@@ -28,7 +33,6 @@ from mlm_plugin.models.ldm_names import (
 from mlm_plugin.models.model_parts import (
     SDXL,
     ModelParts,
-    read_json,
     wrong_architecture,
 )
 from mlm_plugin.models.weights_files import read_weights
@@ -45,7 +49,6 @@ OTHER_FILES = {
     "lora_unet_": "a LoRA (--network_weights loads it)",
     "lora_te": "a LoRA (--network_weights loads it)",
 }
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_file(
@@ -73,7 +76,7 @@ def load_file(
     state = read_weights(path)
     family = _family(state, path=path)
     configs = architecture or ARCHITECTURES / family
-    unet = _unet_shell(configs)
+    unet = empty_unet(configs / "unet")
     _check_width(state, unet, path=path)
     text_encoder = empty_text_encoder(configs / "text_encoder")
     fill_weights(unet, unet_names, state, prefix=UNET_PREFIX, path=path, dtype=dtype)
@@ -153,16 +156,6 @@ def _check_width(state: Mapping[str, Tensor], unet: nn.Module, *, path: Path) ->
         raise wrong_architecture(path, f"a U-Net with context width {width}, not {expected}")
 
 
-def _unet_shell(configs: Path) -> nn.Module:
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(read_json(configs / "unet" / "config.json"))
-
-
-def _vae_shell(configs: Path) -> nn.Module:
-    with torch.device("meta"):
-        return AutoencoderKL.from_config(read_json(configs / "vae" / "config.json"))
-
-
 def _nested_clip_name(name: str) -> str:
     """Some checkpoints lack the ``text_model.`` level."""
     rest = name.removeprefix(CLIP_PREFIX)
@@ -180,7 +173,7 @@ def _without_last_layer(state: Mapping[str, Tensor], *, num_layers: int) -> dict
 def _vae_from_ldm(
     state: Mapping[str, Tensor], *, configs: Path, path: Path, dtype: torch.dtype
 ) -> nn.Module:
-    vae = _vae_shell(configs)
+    vae = empty_vae(configs / "vae")
     fill_weights(vae, vae_names, state, prefix=VAE_PREFIX, path=path, dtype=dtype)
     return vae
 
@@ -188,18 +181,7 @@ def _vae_from_ldm(
 def _vae_from_diffusers(
     state: Mapping[str, Tensor], *, configs: Path, path: Path, dtype: torch.dtype
 ) -> nn.Module:
-    vae = _vae_shell(configs)
-    renamed = {_new_vae_name(name): tensor for name, tensor in state.items()}
-    fill_weights(vae, _same_names, renamed, prefix="", path=path, dtype=dtype)
+    vae = empty_vae(configs / "vae")
+    state = {plain_name(name): tensor for name, tensor in state.items()}
+    fill_weights(vae, plain_places, state, prefix="", path=path, dtype=dtype)
     return vae
-
-
-def _same_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    return {name: LdmTensor(name) for name in names}
-
-
-def _new_vae_name(name: str) -> str:
-    """Older versions of diffusers have other words for the attention's matrices."""
-    module, _, kind = name.rpartition(".")
-    parent, _, leaf = module.rpartition(".")
-    return f"{parent}.{OLD_VAE_ATTENTION[leaf]}.{kind}" if leaf in OLD_VAE_ATTENTION else name

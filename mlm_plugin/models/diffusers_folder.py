@@ -7,14 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.filling import empty_text_encoder, fill_weights
-from mlm_plugin.models.ldm_names import LdmTensor
-from mlm_plugin.models.model_parts import ModelParts, read_json, refuse_gaps, wrong_architecture
+from mlm_plugin.models.filling import (
+    empty_text_encoder,
+    empty_unet,
+    empty_vae,
+    fill_weights,
+    plain_name,
+    plain_places,
+)
+from mlm_plugin.models.model_parts import ModelParts, read_json, wrong_architecture
 from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer
 from mlm_plugin.models.weights_files import read_weights
 
@@ -75,8 +80,10 @@ def load_folder(
     tokenizer = folder / "tokenizer"
     return ModelParts(
         family=family,
-        unet=_load(UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        text_encoder=_load_text_encoder(folder / "text_encoder", dtype=dtype),
+        unet=_load(folder / "unet", empty_unet(folder / "unet"), dtype=dtype),
+        text_encoder=_load(
+            folder / "text_encoder", empty_text_encoder(folder / "text_encoder"), dtype=dtype
+        ),
         vae=_own_vae(folder, source=source, dtype=vae_dtype),
         tokenizer=load_tokenizer(tokenizer) if is_tokenizer_folder(tokenizer) else None,
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
@@ -92,7 +99,7 @@ def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Modu
     for place in (folder / "vae", folder):
         config = read_json(place / "config.json", optional=True)
         if config.get("_class_name") == "AutoencoderKL":
-            return _load(AutoencoderKL, place, torch_dtype=dtype)
+            return _load(place, empty_vae(place), dtype=dtype)
     raise UserError(f"{source} holds no VAE (neither vae/config.json nor config.json of one)")
 
 
@@ -128,42 +135,17 @@ def _family(folder: Path, *, source: str) -> str:
     return FAMILY_OF_WIDTH.get(width, "sd_v1" if openai_clip else "sd_v2")
 
 
-def _load(cls: type, folder: Path, **options) -> nn.Module:
-    """``from_pretrained`` from disk that refuses missing or left-over tensors."""
-    variant = _variant(folder)
-    try:
-        module, info = cls.from_pretrained(
-            str(folder),
-            variant=variant,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())[:MAX_REASON]}") from error
-    unexpected = [name for name in info["unexpected_keys"] if "position_ids" not in name]
-    refuse_gaps(folder, missing=info["missing_keys"], unexpected=unexpected)
-    return module
+def _load(folder: Path, model: nn.Module, *, dtype: torch.dtype) -> nn.Module:
+    """Fill a part from its own folder.
 
-
-def _load_text_encoder(folder: Path, *, dtype: torch.dtype) -> nn.Module:
-    """Load a CLIP text model whichever version of transformers saved it.
-
-    Names begin with ``text_model.`` before transformers 5.6 and do not since; an older version's
-    ``from_pretrained`` would leave a flat file's model at its random start.
+    Not by ``from_pretrained``: its versions differ in which names they know (``text_model.`` is gone
+    since transformers 5.6) and in what they do about missing tensors, random weights included.
     """
     state = {}
     for path in _weights_files(folder):
-        state |= {name.removeprefix("text_model."): t for name, t in read_weights(path).items()}
-    model = empty_text_encoder(folder)
-    fill_weights(model, _flat_places, state, prefix="", path=folder, dtype=dtype)
+        state |= {plain_name(name): tensor for name, tensor in read_weights(path).items()}
+    fill_weights(model, plain_places, state, prefix="", path=folder, dtype=dtype)
     return model
-
-
-def _flat_places(names: Iterable[str]) -> dict[str, LdmTensor]:
-    return {name: LdmTensor(name.removeprefix("text_model.")) for name in names}
 
 
 def _weights_files(folder: Path) -> list[Path]:

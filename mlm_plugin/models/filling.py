@@ -10,14 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.ldm_names import LdmTensor
-from mlm_plugin.models.model_parts import refuse_gaps
+from mlm_plugin.models.model_parts import read_json, refuse_gaps
 
-__all__ = ["empty_text_encoder", "fill_weights"]
+__all__ = [
+    "empty_text_encoder",
+    "empty_unet",
+    "empty_vae",
+    "fill_weights",
+    "plain_name",
+    "plain_places",
+]
 
 # Tensors that checkpoints carry and these models do not use.
 UNUSED = re.compile(
@@ -26,6 +34,19 @@ UNUSED = re.compile(
     r"|cond_stage_model\.transformer\.text_projection\.weight"
     r"|first_stage_model\.(?:loss|model_ema)\..*"
 )
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def empty_unet(folder: Path) -> UNet2DConditionModel:
+    """A U-Net of the configuration in ``folder``, on the meta device, to be filled."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(read_json(folder / "config.json"))
+
+
+def empty_vae(folder: Path) -> AutoencoderKL:
+    """A VAE of the configuration in ``folder``, on the meta device, to be filled."""
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(read_json(folder / "config.json"))
 
 
 def empty_text_encoder(folder: Path) -> CLIPTextModel:
@@ -34,6 +55,23 @@ def empty_text_encoder(folder: Path) -> CLIPTextModel:
     # Its position ids are in no checkpoint, so it cannot start on the meta device.
     with torch.random.fork_rng(devices=[]):
         return CLIPTextModel(config)
+
+
+def plain_name(name: str) -> str:
+    """A library's name without what its versions differ in.
+
+    CLIP's names begin with ``text_model.`` before transformers 5.6 and do not since; the matrices of
+    the VAE's attention have other names in files of older versions of diffusers.
+    """
+    name = name.removeprefix("text_model.")
+    module, _, kind = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    return f"{parent}.{OLD_VAE_ATTENTION[leaf]}.{kind}" if leaf in OLD_VAE_ATTENTION else name
+
+
+def plain_places(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """Places of weights in a state dict with plain names."""
+    return {name: LdmTensor(plain_name(name)) for name in names}
 
 
 def fill_weights(
