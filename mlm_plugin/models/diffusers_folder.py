@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -138,8 +137,8 @@ def _family(folder: Path, *, source: str) -> str:
 def _load(folder: Path, model: nn.Module, *, dtype: torch.dtype) -> nn.Module:
     """Fill a part from its own folder.
 
-    Not by ``from_pretrained``: its versions differ in which names they know (``text_model.`` is gone
-    since transformers 5.6) and in what they do about missing tensors, random weights included.
+    Not by ``from_pretrained``: its versions differ in which names they know (``text_model.`` is
+    gone since transformers 5.6) and in what they do about missing tensors, up to random weights.
     """
     state = {}
     for path in _weights_files(folder):

@@ -60,8 +60,8 @@ def empty_text_encoder(folder: Path) -> CLIPTextModel:
 def plain_name(name: str) -> str:
     """A library's name without what its versions differ in.
 
-    CLIP's names begin with ``text_model.`` before transformers 5.6 and do not since; the matrices of
-    the VAE's attention have other names in files of older versions of diffusers.
+    CLIP's names begin with ``text_model.`` before transformers 5.6 and do not since; the matrices
+    of the VAE's attention have other names in files of older versions of diffusers.
     """
     name = name.removeprefix("text_model.")
     module, _, kind = name.rpartition(".")
