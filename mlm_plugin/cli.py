@@ -46,7 +46,7 @@ def _pretrain(argv: Sequence[str]) -> int:
 
 
 def _prompts(argv: Sequence[str]) -> int:
-    from mlm_plugin.data.prompts_cli import run_prompts
+    from mlm_plugin.hosts.prompts import run_prompts
 
     return run_prompts(argv)
 

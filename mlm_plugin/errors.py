@@ -4,7 +4,7 @@ __all__ = ["UserError"]
 
 
 class UserError(ValueError):
-    """Input that cannot be used, in one line: option or file, what came, what is allowed, what to do.
+    """Unusable input, in one line: option or file, what came, what is allowed, what to do.
 
     The command line prints the line and exits with code 2.
     """

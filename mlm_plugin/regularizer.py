@@ -150,6 +150,6 @@ class MLMRegularizer:
 
 
 def tokens_before_padding(ids_BL: Tensor, eos_token_id: int) -> Tensor:
-    """True for BOS, words and the first EOS; false behind it (SD 1 pads with EOS, SD 2 with "!")."""
+    """True up to the first EOS, false behind it (SD 1 pads with EOS, SD 2 with "!")."""
     num_eos_before = (ids_BL == eos_token_id).cumsum(dim=1) - (ids_BL == eos_token_id).long()
     return num_eos_before == 0

@@ -24,7 +24,9 @@ TOY_VERSION = 1  # part of the cache folder's name: raise it when the recipe cha
 TOY_SUBJECT = "sks dog"
 TOY_RARE_WORDS = ("sks", "zwx", "ohwx")
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
-WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD_PATTERN = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 
 
 def toy_model() -> Path:
@@ -65,6 +67,7 @@ def build_toy_model(folder: Path, *, seed: int = 0) -> None:
             layers_per_block=2,
             cross_attention_dim=32,
             attention_head_dim=2,
+            norm_num_groups=8,  # a group norm over one value has no answer
         )
         vae = AutoencoderKL(
             in_channels=3,
@@ -116,7 +119,12 @@ def build_toy_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int 
     tokenizer.train_from_iterator(corpus, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(f"{char}</w>" for char in alphabet), *map("".join, merges), *SPECIAL_TOKENS]
+    tokens = [
+        *alphabet,
+        *(f"{char}</w>" for char in alphabet),
+        *map("".join, merges),
+        *SPECIAL_TOKENS,
+    ]
     tokens = list(dict.fromkeys(tokens))
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +164,9 @@ def build_toy_data(folder: Path) -> None:
         x, y, fur = 34 + rng.randint(-8, 8), 46 + rng.randint(-3, 3), _rgb(0.07, 0.6, 0.75)
         draw.ellipse((x, y, x + 34, y + 20), fill=fur)  # body
         draw.ellipse((x + 24, y - 12, x + 44, y + 8), fill=fur)  # head
-        draw.polygon([(x + 27, y - 8), (x + 30, y - 20), (x + 35, y - 10)], fill=_rgb(0.06, 0.7, 0.45))
+        draw.polygon(
+            [(x + 27, y - 8), (x + 30, y - 20), (x + 35, y - 10)], fill=_rgb(0.06, 0.7, 0.45)
+        )
         draw.ellipse((x + 36, y - 6, x + 39, y - 3), fill=(20, 20, 20))
         for leg in (4, 12, 22, 29):
             draw.rectangle((x + leg, y + 14, x + leg + 4, y + 28), fill=fur)

@@ -1,4 +1,4 @@
-"""Imports point one way, heavy ones stay out of the command line, nothing is imported by wildcard."""
+"""Imports point one way, heavy ones stay out of the command line, no wildcards."""
 
 import ast
 import subprocess
@@ -66,7 +66,9 @@ def test_every_room_is_in_the_table():
 
 @pytest.mark.parametrize("module", ["mlm_plugin", "mlm_plugin.cli", "mlm_plugin.config.loading"])
 def test_importing_the_command_line_loads_nothing_heavy(module):
-    code = f"import {module}, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        f"import {module}, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     ).stdout

@@ -22,7 +22,7 @@ def make_tap(text_encoder, **changes):
     contextualizer = Contextualizer(
         ContextualizerSizes(hidden_size=32, vocab_size=len(table), width=64, num_layers=2)
     )
-    contextualizer.start_mask_vector(table)
+    contextualizer.start_from(table, torch.ones(len(table)))
     parts = {
         "tokenize": text_encoder.tokenize_trimmed,
         "encode": text_encoder.encode,
@@ -61,7 +61,7 @@ def test_the_gradient_reaches_the_text_encoder_and_never_the_contextualizer(toy_
 
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_the_gradient_reaches_the_concept_for_masks_on_either_side(toy_text_encoder, side):
-    """CLIP is causal: without a bidirectional head, words before the concept would teach nothing."""
+    """CLIP is causal: without a bidirectional head, words before it would teach nothing."""
     tap = make_tap(toy_text_encoder)
     ids_BL = toy_text_encoder.tokenize_trimmed(["a painting of sks dog on a beach"])
     words = tap.vocabulary.split_words(ids_BL[0].tolist())

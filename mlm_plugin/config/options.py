@@ -284,15 +284,6 @@ class ScheduleOptions:
         False, "Keep the loader processes between epochs."
     )
     resume: str | None = option(None, "State folder (`...-state`) to go on from.", path=True)
-    initial_epoch: int | None = option(
-        None, "Epoch to start counting from, 1 is the first.", at_least=1
-    )
-    initial_step: int | None = option(
-        None, "Step to start counting from, in batches over all devices.", at_least=0
-    )
-    skip_until_initial_step: bool = option(
-        False, "With initial_step or initial_epoch: pass over the data before it."
-    )
 
 
 @dataclass(frozen=True)
@@ -686,6 +677,7 @@ _CACHED_TEXT = (
     "it belongs to SDXL and freezes the text encoder, which the MLM term must train; leave it out"
 )
 
+_INITIAL = "resume finds the exact batch by itself; give the state folder as resume instead"
 _LORAPLUS = "give it as key=value in network_args instead, e.g. loraplus_lr_ratio=16"
 
 REFUSED: dict[str, Declined] = {
@@ -724,6 +716,9 @@ REFUSED: dict[str, Declined] = {
     "resume_from_huggingface": Declined(
         False, "downloading a state is not supported; download the folder and give it as resume"
     ),
+    "initial_epoch": Declined(None, _INITIAL),
+    "initial_step": Declined(None, _INITIAL),
+    "skip_until_initial_step": Declined(False, _INITIAL),
     "loraplus_lr_ratio": Declined(0.0, _LORAPLUS),
     "loraplus_unet_lr_ratio": Declined(0.0, _LORAPLUS),
     "loraplus_text_encoder_lr_ratio": Declined(0.0, _LORAPLUS),

@@ -47,7 +47,9 @@ class PretrainOptions:
             raise UserError(f"--mlm_probability = {self.mlm_probability}: must be above 0, up to 1")
 
 
-SMALL_ENCODER = PretrainOptions(max_train_steps=600, batch_size=64, eval_every_n_steps=200)
+SMALL_ENCODER = PretrainOptions(
+    max_train_steps=300, batch_size=64, learning_rate=2e-3, eval_every_n_steps=100, num_layers=2
+)
 """Enough for a text encoder far smaller than CLIP's, such as the built-in one."""
 
 
@@ -85,7 +87,7 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     parser.add_argument("--output", required=True, metavar="FILE",
                         help="The .safetensors file to write.")  # fmt: skip
     parser.add_argument("--captions", nargs="+", default=(), metavar="FILE",
-                        help="Text files with one caption per line; drawn half of the time.")  # fmt: skip
+                        help="Text files, one caption per line; drawn half of the time.")  # fmt: skip
     parser.add_argument("--clip_skip", type=int, metavar="N", help="As in the training to come.")
     parser.add_argument("--tokenizer_cache_dir", metavar="DIR", help="As in training.")
     for item in dataclasses.fields(PretrainOptions):

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = ["IGNORE_INDEX", "MASK_ID", "MaskedTokens", "MaskingVocabulary", "mask_tokens"]
 
 MASK_ID = -1
-"""Stands for [MASK] in the ids. No vocabulary holds it: a hook on the embedding layer resolves it."""
+"""Stands for [MASK] in the ids. No vocabulary holds it: a hook on the embedding resolves it."""
 
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers."""
@@ -82,7 +82,9 @@ class MaskingVocabulary:
             encoded = tokenizer(texts, add_special_tokens=False).input_ids
             return frozenset(tuple(ids[s:e]) for ids in encoded for s, e in bare.split_words(ids))
 
-        return cls(**{**bare.__dict__, "protected": words(protected), "low_priority": words(low_priority)})
+        return cls(
+            **{**bare.__dict__, "protected": words(protected), "low_priority": words(low_priority)}
+        )
 
     def split_words(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Spans ``(start, end)`` of the words between BOS and the first EOS."""
@@ -129,7 +131,7 @@ def mask_tokens(
     Raises:
         ValueError: if ``mlm_probability`` or ``replace`` is out of range.
 
-    Source: Devlin et al. 2018, section 3.1; no concept token is masked: methods of arXiv 2410.10058.
+    Source: Devlin et al. 2018, section 3.1. That concept tokens stay visible: arXiv 2410.10058.
     """
     if not 0 < mlm_probability <= 1:
         raise ValueError(f"mlm_probability must be in (0, 1], got {mlm_probability}")
@@ -148,7 +150,9 @@ def _choose_words(
     ids: list[int], vocabulary: MaskingVocabulary, mlm_probability: float, rng: random.Random
 ) -> list[tuple[int, int]]:
     maskable = [
-        span for span in vocabulary.split_words(ids) if tuple(ids[slice(*span)]) not in vocabulary.protected
+        span
+        for span in vocabulary.split_words(ids)
+        if tuple(ids[slice(*span)]) not in vocabulary.protected
     ]
     if not maskable:
         return []

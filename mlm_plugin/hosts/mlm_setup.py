@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,11 +16,7 @@ from mlm_plugin.config.pretraining import SMALL_ENCODER, PretrainOptions
 from mlm_plugin.data.masking import MaskingVocabulary
 from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
 from mlm_plugin.files import cache_dir
-from mlm_plugin.models.contextualizer import (
-    Contextualizer,
-    ContextualizerFacts,
-    load_contextualizer,
-)
+from mlm_plugin.models.contextualizer import Contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.regularizer import MLMRegularizer, MLMSchedule, TextTap
 from mlm_plugin.training.pretrain import pretrain
@@ -28,10 +24,12 @@ from mlm_plugin.training.pretrain import pretrain
 __all__ = [
     "auto_contextualizer_path",
     "build_regularizer",
-    "contextualizer_for",
+    "concept_text",
+    "contextualizer_path",
     "mlm_schedule",
     "pretrain_on_device",
     "prompt_set_for",
+    "prompt_set_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -41,13 +39,18 @@ def prompt_set_for(
     options: MLMOptions, concept: Concept, *, captions: Iterable[str] = ()
 ) -> PromptSet:
     """The prompt set that ``mlm_prompt_set`` asks for; ``auto`` goes by the class word."""
-    if options.mlm_prompt_set == "captions":
+    name = prompt_set_name(options, concept)
+    if name == "captions":
         return PromptSet.from_captions(captions, concept=concept_text(concept))
-    name = options.mlm_prompt_set
-    if name == "auto":
-        name = category_of(concept.class_token)
-        logger.info("mlm_prompt_set auto: %r is %s", concept.class_token, name)
+    logger.info("prompt set: %s", name)
     return PromptSet.load(name, syntax=options.mlm_prompt_syntax)
+
+
+def prompt_set_name(options: MLMOptions, concept: Concept) -> str:
+    """``mlm_prompt_set``, with ``auto`` replaced by the category of the class word."""
+    if options.mlm_prompt_set != "auto":
+        return options.mlm_prompt_set
+    return category_of(concept.class_token)
 
 
 def concept_text(concept: Concept) -> str:
@@ -61,41 +64,24 @@ def auto_contextualizer_path(text_encoder: TextEncoder) -> Path:
     return cache_dir() / "contextualizers" / name
 
 
-def contextualizer_for(
-    text_encoder: TextEncoder,
-    setting: str,
-    *,
-    options: PretrainOptions | None = None,
-    show_progress: bool = True,
-) -> tuple[Contextualizer, ContextualizerFacts]:
-    """Load a contextualizer: the given file, or with ``auto`` the cached one, made if there is none.
+def contextualizer_path(
+    text_encoder: TextEncoder, setting: str, *, show_progress: bool = True
+) -> Path:
+    """The file of a contextualizer: the given one; with ``auto`` the cached one, made if missing.
 
     Call it before anything is trained: pretraining needs the text encoder as it came.
 
-    Args:
-        text_encoder: the encoder it must be made for.
-        setting: ``mlm_contextualizer``.
-        options: recipe of a pretraining, the default one if not given.
-        show_progress: whether to show a progress bar.
-
     Raises:
-        UserError: the file does not fit.
         Interrupted: a signal stopped the pretraining.
     """
     if setting != "auto":
-        return load_contextualizer(setting, text_encoder)
+        return Path(setting)
     path = auto_contextualizer_path(text_encoder)
     if not path.is_file():
         logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
-        recipe = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
-        pretrain_on_device(
-            text_encoder, path, options=options or recipe, show_progress=show_progress
-        )
-    contextualizer, facts = load_contextualizer(path, text_encoder)
-    logger.info(
-        "contextualizer %s: names %.1f %% of hidden held-out words", path.name, 100 * facts.accuracy
-    )
-    return contextualizer, facts
+        options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
+        pretrain_on_device(text_encoder, path, options=options, show_progress=show_progress)
+    return path
 
 
 def is_small(text_encoder: TextEncoder) -> bool:

@@ -28,7 +28,7 @@ from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import (
     build_regularizer,
     concept_text,
-    contextualizer_for,
+    contextualizer_path,
     mlm_schedule,
     prompt_set_for,
 )
@@ -38,6 +38,7 @@ from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.contextualizer import load_contextualizer
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.logs import CurveLogger
@@ -138,9 +139,7 @@ def build_trainer(
     plan = _plan(config, batches_per_epoch=len(order))
     dataset.set_max_train_steps(plan.num_steps)
     optimizer, scheduler = _create_optimizer(config, method, plan, accelerator)
-    record = RunRecord(
-        config, dataset=dataset, models=models, concept=concept, seed=seed, plan=plan
-    )
+    record = RunRecord(config, dataset=dataset, models=models, concept=concept, seed=seed)
     trainer = Trainer(
         accelerator=accelerator,
         models=models,
@@ -245,15 +244,13 @@ def create_regularizer(
     prompt_set = prompt_set_for(
         options, concept, captions=[info.caption for info in dataset.images if not info.is_reg]
     )
-    with accelerator.main_process_first():  # one process pretrains, the others find its file
-        contextualizers = [
-            contextualizer_for(
-                text_encoder,
-                options.mlm_contextualizer,
-                show_progress=accelerator.is_local_main_process,
-            )[0]
-            for text_encoder in models.text_encoders
-        ]
+    contextualizers = []
+    for text_encoder in models.text_encoders:
+        with accelerator.main_process_first():  # one process pretrains, the others find its file
+            path = contextualizer_path(text_encoder, options.mlm_contextualizer)
+        contextualizer, facts = load_contextualizer(path, text_encoder)
+        logger.info("%s names %.0f %% of hidden held-out words", path.name, 100 * facts.accuracy)
+        contextualizers.append(contextualizer)
     base_seed = seed if options.mlm_seed is None else options.mlm_seed
     return build_regularizer(
         models.text_encoders,
@@ -363,9 +360,7 @@ def _cache_latents(
 
 def _vae_identity(vae: torch.nn.Module) -> str:
     """A name for the VAE's weights that holds in any precision."""
-    signs = [
-        (p.detach().flatten()[:: max(1, p.numel() // 64)] > 0).cpu() for p in vae.parameters()
-    ]
+    signs = [(p.detach().flatten()[:: max(1, p.numel() // 64)] > 0).cpu() for p in vae.parameters()]
     return hashlib.sha256(torch.cat(signs).numpy().tobytes()).hexdigest()[:16]
 
 
@@ -411,6 +406,7 @@ def _listeners(
         start_trackers(config, accelerator)
         listeners.append(CurveLogger())
     if config.sampling.sample_prompts:
-        listeners.append(SampleDrawer(config, trigger=_name(concept)))
-    listeners.append(Saver(config, record=record))
-    return listeners
+        drawer = SampleDrawer(config, trigger=_name(concept))
+        listeners.append(drawer)
+        return [*listeners, Saver(config, record=record, newest_sample=lambda: drawer.newest)]
+    return [*listeners, Saver(config, record=record)]

@@ -115,6 +115,7 @@ class Contextualizer(nn.Module):
             nn.GELU(),
             nn.LayerNorm(sizes.hidden_size),
         )
+        self.output_scale = nn.Parameter(torch.ones(()))
         self.output_bias = nn.Parameter(torch.zeros(sizes.vocab_size))
         self.mask_vector = nn.Parameter(torch.full((sizes.hidden_size,), float("nan")))
 
@@ -137,13 +138,25 @@ class Contextualizer(nn.Module):
         x_BLW = x_BLW + self.position[: hidden_BLD.shape[1]]
         for block in self.blocks:
             x_BLW = block(x_BLW, is_token_BL)
-        vectors_ND = self.head(x_BLW[selected_BL])
+        vectors_ND = self.head(x_BLW[selected_BL]) * self.output_scale
         return F.linear(vectors_ND, token_table_VD.to(vectors_ND.dtype)) + self.output_bias
 
-    def start_mask_vector(self, token_table_VD: Tensor) -> None:
-        """Begin [MASK] as the mean token, a vector that the text encoder knows how to read."""
+    def start_from(self, token_table_VD: Tensor, token_counts_V: Tensor) -> None:
+        """Fit a new network to the table it will read and to how often tokens occur.
+
+        [MASK] begins as the mean token, a vector the text encoder knows how to read; the output
+        scale makes logits of about unit size, whatever the length of the rows (0.4 in CLIP); the
+        bias begins at the logarithm of the frequencies, which gradients would take long to find.
+
+        Args:
+            token_table_VD: the text encoder's token embeddings.
+            token_counts_V: occurrences in the text to train on.
+        """
+        counts_V = token_counts_V.float() + 0.1
         with torch.no_grad():
             self.mask_vector.copy_(token_table_VD.float().mean(dim=0))
+            self.output_scale.copy_(1 / token_table_VD.float().norm(dim=-1).mean())
+            self.output_bias.copy_((counts_V / counts_V.sum()).log())
 
     def require_trained(self) -> None:
         """Refuse work with a mask vector that nobody has set.
@@ -153,7 +166,8 @@ class Contextualizer(nn.Module):
         """
         if not torch.isfinite(self.mask_vector).all():
             raise UserError(
-                "mlm_contextualizer: its mask vector was never trained; make one with `mlm-plugin pretrain`"
+                "mlm_contextualizer: its mask vector was never trained; "
+                "make one with `mlm-plugin pretrain`"
             )
 
 
@@ -199,7 +213,9 @@ def save_contextualizer(
 ) -> None:
     """Write weights, mask vector, sizes and facts into one safetensors file, atomically."""
     contextualizer.require_trained()
-    tensors = {k: v.detach().float().cpu().contiguous() for k, v in contextualizer.state_dict().items()}
+    tensors = {
+        k: v.detach().float().cpu().contiguous() for k, v in contextualizer.state_dict().items()
+    }
     metadata = {
         "format": FORMAT,
         "sizes": json.dumps(asdict(contextualizer.sizes)),
@@ -221,14 +237,17 @@ def load_contextualizer(
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"mlm_contextualizer: no such file: {path}; give a file made by `mlm-plugin pretrain` or 'auto'"
+            f"mlm_contextualizer: no such file: {path}; "
+            "give a file made by `mlm-plugin pretrain`, or 'auto'"
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
-        raise UserError(f"mlm_contextualizer: {path} is not a safetensors file ({error})") from error
+        raise UserError(
+            f"mlm_contextualizer: {path} is not a safetensors file ({error})"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"mlm_contextualizer: {path} is no contextualizer (format {metadata.get('format')!r}, "

@@ -23,8 +23,8 @@ class TextEncoder:
     Args:
         tokenizer: CLIP tokenizer (BPE, words end in ``</w>``).
         model: ``CLIPTextModel``; nested (transformers < 5.6) or flat (>= 5.6).
-        clip_skip: ``None`` or 1 = last layer; k = the k-th state from the end, followed by the final
-            layer norm. Source: sd-scripts ``library/strategy_sd.py``.
+        clip_skip: ``None`` or 1 = last layer; k = the k-th state from the end, followed by the
+            final layer norm. Source: sd-scripts ``library/strategy_sd.py``.
         max_token_length: ``None`` or 75 = one window of 77; 150 / 225 = two / three windows.
     """
 
@@ -91,7 +91,7 @@ class TextEncoder:
         ).input_ids
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
-        """Conditioning states of one window, ``(B, L) -> (B, L, D)``, L <= 77, clip skip applied."""
+        """States of one window, ``(B, L) -> (B, L, D)``, L <= 77, clip skip applied."""
         input_ids_BL = input_ids_BL.to(self.token_embedding.weight.device)
         if self.clip_skip is None:
             return self.model(input_ids=input_ids_BL, return_dict=True).last_hidden_state
@@ -117,7 +117,7 @@ class TextEncoder:
         return len(self.tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
 
     def fingerprint(self) -> str:
-        """Identity of the states this encoder gives: weights and clip skip, 16 hex digits and a suffix.
+        """Identity of the states this encoder gives: 16 hex digits for the weights, and clip skip.
 
         Made of the signs of a sample of weights, so that the same checkpoint has the same
         fingerprint in fp32, bf16 and fp16.

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
 TAG_SHARE = 0.3
 CAPTION_SHARE = 0.5
+NUM_COUNTED = 4096  # prompts that tell how often tokens occur
 
 
 class Scores(NamedTuple):
@@ -107,7 +108,9 @@ def read_caption_files(paths: Iterable[str | Path]) -> list[str]:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--captions: cannot read {path} ({error}); give UTF-8 text files") from error
+            raise UserError(
+                f"--captions: cannot read {path} ({error}); give UTF-8 text files"
+            ) from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise UserError(f"--captions: {path} holds no caption; write one per line")
@@ -151,7 +154,9 @@ def pretrain(
                 if run.step % options.eval_every_n_steps == 0 or run.finished:
                     run.evaluate()
                     run.save_state()
-                    bar.set_postfix(loss=f"{loss.item():.2f}", held_out=f"{run.scores.accuracy:.1%}")
+                    bar.set_postfix(
+                        loss=f"{loss.item():.2f}", held_out=f"{run.scores.accuracy:.1%}"
+                    )
                 if stop:
                     run.save_state()
                     raise Interrupted(stop.exit_code, run.state_path)
@@ -194,9 +199,7 @@ class _Run:
 
     def train_step(self) -> Tensor:
         rng = random.Random(f"pretrain/{self.options.seed}/{self.step}")
-        texts = [
-            self.corpus.draw(rng, held_out=False)[0] for _ in range(self.options.batch_size)
-        ]
+        texts = [self.corpus.draw(rng, held_out=False)[0] for _ in range(self.options.batch_size)]
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * learning_rate_share(self.step, self.options)
         loss = self._loss(texts, rng).loss
@@ -216,7 +219,9 @@ class _Run:
             for start in range(0, len(texts), self.options.batch_size):
                 part = self._loss(texts[start : start + self.options.batch_size], rng)
                 masked = int(part.num_masked)
-                for i, value in enumerate((float(part.loss) * masked, int(part.num_correct), masked)):
+                for i, value in enumerate(
+                    (float(part.loss) * masked, int(part.num_correct), masked)
+                ):
                     totals[family][i] += value
         self.network.train()
         nats, correct, masked = (sum(column) for column in zip(*totals.values(), strict=True))
@@ -279,7 +284,10 @@ class _Run:
             ids_BL, self.vocabulary, mlm_probability=self.options.mlm_probability, rng=rng
         )
         device = self.table.device
-        with self.autocast(), mask_embedding(self.text_encoder.token_embedding, self.network.mask_vector):
+        with (
+            self.autocast(),
+            mask_embedding(self.text_encoder.token_embedding, self.network.mask_vector),
+        ):
             return masked_word_loss(
                 self.network,
                 self.text_encoder.encode(masked.input_ids.to(device)),
@@ -300,8 +308,15 @@ class _Run:
         with torch.random.fork_rng(devices=[]):  # the caller's stream stays as it was
             torch.manual_seed(self.options.seed)
             network = Contextualizer(sizes)
-        network.start_mask_vector(self.table)
+        network.start_from(self.table, self._count_tokens().to(self.table.device))
         return network
+
+    def _count_tokens(self) -> Tensor:
+        rng = random.Random(f"counts/{self.options.seed}")
+        texts = [self.corpus.draw(rng, held_out=False)[0] for _ in range(NUM_COUNTED)]
+        ids = self.text_encoder.tokenizer(texts, add_special_tokens=False).input_ids
+        flat = torch.tensor([id for prompt in ids for id in prompt])
+        return torch.bincount(flat, minlength=len(self.table))
 
     def _draw_held_out(self) -> dict[str, list[str]]:
         rng = random.Random(f"held-out/{self.options.seed}")
@@ -323,7 +338,9 @@ def learning_rate_share(step: int, options: PretrainOptions) -> float:
     """Linear warm-up to 1, then cosine down to 0.1 at ``max_train_steps``."""
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, options.max_train_steps - options.warmup_steps)
+    progress = (step - options.warmup_steps) / max(
+        1, options.max_train_steps - options.warmup_steps
+    )
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

@@ -89,9 +89,7 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**{field.name: values[field.name] for field in fields(Progress)})
 
 
-def load_state(
-    folder: Path, *, accelerator: Accelerator, method: Method, seed: int
-) -> Progress:
+def load_state(folder: Path, *, accelerator: Accelerator, method: Method, seed: int) -> Progress:
     """Take over weights, optimizer, scheduler and random states; returns where the run stood.
 
     Raises:

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
-
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.methods.base import Method
@@ -50,7 +49,7 @@ class TrainPlan:
     Attributes:
         num_steps: optimizer steps.
         batches_per_epoch: batches of one epoch on this process.
-        gradient_accumulation_steps: batches per optimizer step; an epoch's last step may have fewer.
+        gradient_accumulation_steps: batches per optimizer step; an epoch's last may have fewer.
         max_grad_norm: norm to which gradients are clipped; 0 = not at all.
     """
 
@@ -276,7 +275,9 @@ class Trainer:
                 loss_weights_B=batch.loss_weights,
                 loss_masks=None if batch.loss_masks is None else batch.loss_masks.to(device),
             )
-        weight = self.mlm_schedule.weight_at(self.progress.current_step) if self.regularizer else 0.0
+        weight = (
+            self.mlm_schedule.weight_at(self.progress.current_step) if self.regularizer else 0.0
+        )
         if not weight:
             return diffusion, None, 0.0
         # dropout of the adapters draws here too: the diffusion noise must not depend on it

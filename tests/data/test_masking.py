@@ -18,7 +18,9 @@ PROMPTS = [
 @pytest.fixture
 def vocabulary(toy_text_encoder):
     return MaskingVocabulary.from_tokenizer(
-        toy_text_encoder.tokenizer, protected=["sks", "dog"], low_priority=["a", "of", "photo", "the"]
+        toy_text_encoder.tokenizer,
+        protected=["sks", "dog"],
+        low_priority=["a", "of", "photo", "the"],
     )
 
 

@@ -25,8 +25,8 @@ from mlm_plugin.data.prompts import (
     normal_form,
     subjects,
 )
-from mlm_plugin.data.prompts_cli import estimated_tokens, run_prompts
 from mlm_plugin.errors import UserError
+from mlm_plugin.hosts.prompts import estimated_tokens, run_prompts
 
 SETS = Path(prompts.__file__).parent / "prompt_sets"
 

@@ -24,7 +24,7 @@ SIZES = ContextualizerSizes(hidden_size=32, vocab_size=50, width=64, num_layers=
 @pytest.fixture
 def network():
     network = Contextualizer(SIZES)
-    network.start_mask_vector(torch.randn(50, 32))
+    network.start_from(torch.randn(50, 32), torch.ones(50))
     return network
 
 

@@ -1,4 +1,4 @@
-"""Pretraining: it learns, its split is clean, it resumes to the same file, it frees nothing it froze."""
+"""Pretraining: it learns, its split is clean, it resumes to the same file."""
 
 import dataclasses
 import os
@@ -7,9 +7,9 @@ import signal
 import pytest
 import torch
 
+from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.contextualizer import load_contextualizer
-from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.training.pretrain import (
     Corpus,
     Interrupted,

@@ -1,0 +1,68 @@
+"""When samples are drawn while training, and in which state of the models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.training.samples import generate_samples, parse_sample_prompts, sample_due
+from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+
+__all__ = ["SampleDrawer"]
+
+
+class SampleDrawer(Listener):
+    """Draws the prompts of ``sample_prompts`` into ``{output_dir}/sample``.
+
+    Args:
+        config: intervals, prompts, sampler.
+        trigger: text that takes the place of ``[trigger]``.
+    """
+
+    def __init__(self, config: TrainConfig, *, trigger: str | None):
+        self.options = config.sampling
+        self.prompts = parse_sample_prompts(self.options.sample_prompts, trigger=trigger)
+        self.folder = Path(config.output.output_dir)
+        self.name = config.output.output_name
+        self.newest: Path | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """``sample_at_first``."""
+        if trainer.progress.current_step == 0:
+            self._draw_if_due(trainer, epoch=None)
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """``sample_every_n_steps``."""
+        self._draw_if_due(trainer, epoch=None)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """``sample_every_n_epochs``."""
+        self._draw_if_due(trainer, epoch=trainer.progress.current_epoch)
+
+    def _draw_if_due(self, trainer: Trainer, *, epoch: int | None) -> None:
+        options, accelerator = self.options, trainer.accelerator
+        if not accelerator.is_main_process or not sample_due(
+            trainer.progress.current_step,
+            epoch=epoch,
+            every_n_steps=options.sample_every_n_steps,
+            every_n_epochs=options.sample_every_n_epochs,
+            at_first=options.sample_at_first,
+        ):
+            return
+        models = trainer.models
+        with trainer.evaluating():
+            paths = generate_samples(
+                self.prompts,
+                unet=models.unet,
+                vae=models.vae,
+                encode_captions=trainer.method.encode,
+                noise_scheduler=models.noise_scheduler,
+                prediction_type=models.prediction_type,
+                output_dir=self.folder,
+                step=trainer.progress.current_step,
+                epoch=epoch,
+                name=self.name,
+                sampler=options.sample_sampler,
+                autocast=accelerator.autocast,
+            )
+        self.newest = paths[0] if paths else self.newest

@@ -1,0 +1,238 @@
+"""When the LoRA and the training state are written, under kohya's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import OutputOptions, TrainConfig
+from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.export.lora import SAVE_DTYPES, save_lora, verify_lora
+from mlm_plugin.export.metadata import (
+    RunFacts,
+    dataset_facts,
+    file_identity,
+    lora_metadata,
+    trigger_phrase,
+)
+from mlm_plugin.export.sidecar import write_preview, write_sidecar
+from mlm_plugin.hosts.mlm_setup import auto_contextualizer_path, prompt_set_name
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.training.optimizers import optimizer_description
+from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+
+__all__ = ["RunRecord", "Saver", "removed_epoch", "removed_step"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecord:
+    """What the metadata of every file of a run says about it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        dataset: TrainDataset,
+        models: StableDiffusion,
+        concept: Concept,
+        seed: int,
+    ):
+        self.config = config.replace(seed=seed)
+        self.dataset, self.models, self.concept = dataset, models, concept
+        self.started_at = time.time()
+        self._facts: RunFacts | None = None
+
+    def metadata(self, trainer: Trainer, *, epoch: int) -> dict[str, str]:
+        """The header of a file that is written now."""
+        if self._facts is None:
+            self._facts = self._gather(trainer)
+        facts = dataclasses.replace(
+            self._facts,
+            steps=trainer.progress.current_step,
+            epoch=epoch,
+            finished_at=time.time(),
+        )
+        return lora_metadata(self.config, facts)
+
+    def _gather(self, trainer: Trainer) -> RunFacts:
+        config, concept, models = self.config, self.concept, self.models
+        trigger = trigger_phrase(concept.placeholder_token, concept.class_token)
+        mlm = {}
+        if trainer.regularizer:
+            mlm = {
+                "mlm_prompt_set": prompt_set_name(config.mlm, concept),
+                "mlm_contextualizer": self._contextualizer_hash(),
+                "mlm_seed": config.schedule.seed
+                if config.mlm.mlm_seed is None
+                else config.mlm.mlm_seed,
+            }
+        return RunFacts(
+            session_id=random.SystemRandom().randrange(2**32),
+            started_at=self.started_at,
+            datasets=dataset_facts(self.dataset.datasets, self.dataset.images, trigger=trigger),
+            num_batches_per_epoch=trainer.plan.batches_per_epoch,
+            num_epochs=trainer.plan.num_epochs,
+            max_train_steps=trainer.plan.num_steps,
+            base_model_version=models.version,
+            prediction_type=models.prediction_type,
+            optimizer=optimizer_description(
+                config.optimizer.optimizer_type, config.optimizer.optimizer_args
+            ),
+            model=file_identity(models.source),
+            vae=file_identity(config.model.vae) if config.model.vae else None,
+            num_processes=trainer.accelerator.num_processes,
+            placeholder_token=concept.placeholder_token,
+            class_token=concept.class_token,
+            **mlm,
+        )
+
+    def _contextualizer_hash(self) -> str:
+        setting = self.config.mlm.mlm_contextualizer
+        (text_encoder,) = self.models.text_encoders
+        path = auto_contextualizer_path(text_encoder) if setting == "auto" else Path(setting)
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+class Saver(Listener):
+    """Writes files and states when they are due, and removes those that are too old.
+
+    Args:
+        config: names, intervals, precision.
+        record: metadata of the run.
+        newest_sample: the last picture drawn, for the preview.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        record: RunRecord,
+        newest_sample: Callable[[], Path | None] = lambda: None,
+    ):
+        self.options: OutputOptions = config.output
+        self.folder = Path(self.options.output_dir)
+        self.name = self.options.output_name or "last"
+        self.record = record
+        self.newest_sample = newest_sample
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Save every n steps."""
+        every, step = self.options.save_every_n_steps, trainer.progress.current_step
+        if not every or step % every or step >= trainer.plan.num_steps:
+            return
+        self._save(trainer, self._step_name(step), epoch=trainer.progress.current_epoch)
+        old = removed_step(step, every=every, last=self.options.save_last_n_steps)
+        self._remove(old and self._step_name(old))
+        last = self.options.save_last_n_steps_state or self.options.save_last_n_steps
+        old = removed_step(step, every=every, last=last)
+        self._remove_state(old and self._step_name(old))
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Save every n epochs, but not the last one, which is the final file."""
+        every, epoch = self._epochs_between(trainer), trainer.progress.current_epoch
+        if not every or epoch % every or epoch >= trainer.plan.num_epochs:
+            return
+        self._save(trainer, self._epoch_name(epoch), epoch=epoch)
+        old = removed_epoch(epoch, every=every, last=self.options.save_last_n_epochs)
+        self._remove(old and self._epoch_name(old))
+        last = self.options.save_last_n_epochs_state or self.options.save_last_n_epochs
+        old = removed_epoch(epoch, every=every, last=last)
+        self._remove_state(old and self._epoch_name(old))
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Save the final file, its sidecar and preview."""
+        path = self._save(
+            trainer, self.name, epoch=trainer.plan.num_epochs, state=self._wants_final_state
+        )
+        if not trainer.accelerator.is_main_process:
+            return
+        counts = verify_lora(path)
+        concept = self.record.concept
+        write_sidecar(
+            path,
+            base_model_version=self.record.models.version,
+            activation_text=trigger_phrase(concept.placeholder_token, concept.class_token),
+            description=self.options.metadata_description or "",
+        )
+        if picture := self.newest_sample():
+            from PIL import Image
+
+            with Image.open(picture) as image:
+                write_preview(path, image)
+        print(f"wrote {path} ({counts.text_encoder} text encoder + {counts.unet} U-Net modules)")
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Save the state, so that nothing is lost."""
+        folder = self._state_folder(self._step_name(trainer.progress.current_step))
+        trainer.save_state(folder)
+        if trainer.accelerator.is_main_process:
+            logger.warning("state saved; go on with --resume %s", folder)
+
+    @property
+    def _wants_final_state(self) -> bool:
+        return self.options.save_state or self.options.save_state_on_train_end
+
+    def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
+        path = self.folder / f"{name}.{self.options.save_model_as}"
+        if trainer.accelerator.is_main_process:
+            with trainer.evaluating():
+                save_lora(
+                    path,
+                    trainer.method.state_dict(),
+                    metadata=self.record.metadata(trainer, epoch=epoch),
+                    dtype=SAVE_DTYPES[self.options.save_precision],
+                )
+        if self.options.save_state if state is None else state:
+            trainer.save_state(self._state_folder(name))
+        return path
+
+    def _epochs_between(self, trainer: Trainer) -> int | None:
+        if ratio := self.options.save_n_epoch_ratio:
+            return max(1, trainer.plan.num_epochs // ratio)
+        return self.options.save_every_n_epochs
+
+    def _epoch_name(self, epoch: int) -> str:
+        return f"{self.name}-{epoch:06d}"
+
+    def _step_name(self, step: int) -> str:
+        return f"{self.name}-step{step:08d}"
+
+    def _state_folder(self, name: str) -> Path:
+        return self.folder / f"{name}-state"
+
+    def _remove(self, name: str | None) -> None:
+        if name:
+            (self.folder / f"{name}.{self.options.save_model_as}").unlink(missing_ok=True)
+
+    def _remove_state(self, name: str | None) -> None:
+        if name and self.options.save_state:
+            shutil.rmtree(self._state_folder(name), ignore_errors=True)
+
+
+def removed_epoch(epoch: int, *, every: int, last: int | None) -> int | None:
+    """The epoch whose file is too old once ``epoch`` is saved; ``last`` counts files.
+
+    Source: sd-scripts ``library/train_util.py`` ``get_remove_epoch_no``.
+    """
+    old = epoch - every * last if last else 0
+    return old if old > 0 else None
+
+
+def removed_step(step: int, *, every: int, last: int | None) -> int | None:
+    """The step whose file is too old once ``step`` is saved; ``last`` counts steps.
+
+    Source: sd-scripts ``library/train_util.py`` ``get_remove_step_no``.
+    """
+    if not last:
+        return None
+    old = step - last - 1
+    old -= old % every
+    return old if old > 0 else None
