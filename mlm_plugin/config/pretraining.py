@@ -87,7 +87,7 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     parser.add_argument("--output", required=True, metavar="FILE",
                         help="The .safetensors file to write.")  # fmt: skip
     parser.add_argument("--captions", nargs="+", default=(), metavar="FILE",
-                        help="Text files, one caption per line; drawn half of the time.")  # fmt: skip
+                        help="Text files, one caption per line; used half the time.")  # fmt: skip
     parser.add_argument("--clip_skip", type=int, metavar="N", help="As in the training to come.")
     parser.add_argument("--tokenizer_cache_dir", metavar="DIR", help="As in training.")
     for item in dataclasses.fields(PretrainOptions):

@@ -265,8 +265,8 @@ def _masks(subset: SubsetConfig, found: Sequence[_Found]) -> dict[Path, Path]:
     missing = [item.path.name for item in found if item.path.stem not in by_stem]
     if missing:
         raise UserError(
-            f"conditioning_data_dir: {folder} lacks masks for {len(missing)} of {len(found)} pictures "
-            f"({', '.join(missing[:5])}); every picture needs a mask of the same name"
+            f"conditioning_data_dir: {folder} lacks masks for {len(missing)} of {len(found)} "
+            f"pictures ({', '.join(missing[:5])}); every picture needs a mask of the same name"
         )
     extra = sorted(set(by_stem) - {item.path.stem for item in found})
     if extra:

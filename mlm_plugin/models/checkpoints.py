@@ -22,9 +22,8 @@ from mlm_plugin.models.diffusers_folder import find_folder, load_folder, load_va
 from mlm_plugin.models.model_parts import TITLES, ModelParts
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import find_tokenizer
-from mlm_plugin.models.weights_files import weights_file_facts
 
-__all__ = ["StableDiffusion", "load_stable_diffusion", "weights_file_facts"]
+__all__ = ["StableDiffusion", "load_stable_diffusion"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,10 @@
-"""Weights files on disk: reading them without running code, and what kohya records of them.
+"""Weights files on disk: reading them without running code.
 
 Knows no model and no names inside a file.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["PICKLE_SUFFIXES", "WEIGHTS_SUFFIXES", "read_weights", "weights_file_facts"]
+__all__ = ["PICKLE_SUFFIXES", "WEIGHTS_SUFFIXES", "read_weights"]
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -50,33 +49,6 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     return _read_pickle(path)
-
-
-def weights_file_facts(source: str | os.PathLike, *, part: str = "sd_model") -> dict[str, str]:
-    """Name and hashes of a model as kohya writes them into LoRA metadata.
-
-    The old hash is of 64 KiB at 1 MiB, the new one of the whole file (SHA-256, hex). A folder has
-    the word ``IsADirectory`` in place of both; a hub id has only its name.
-
-    Args:
-        source: checkpoint file, diffusers folder or hub id, as the user gave it.
-        part: ``sd_model`` or ``vae``: the middle of the names.
-
-    Returns:
-        ``ss_sd_model_name``, ``ss_sd_model_hash`` (8 hex digits) and ``ss_new_sd_model_hash``; with
-        ``part="vae"`` ``ss_vae_name``, ``ss_vae_hash`` and ``ss_new_vae_hash``.
-
-    Source: sd-scripts ``library/train_util.py`` ``model_hash``, ``calculate_sha256`` and
-    ``train_network.py``.
-    """
-    assert part in ("sd_model", "vae"), part
-    path = Path(source)
-    if not path.exists():
-        return {f"ss_{part}_name": str(source)}
-    old = new = "IsADirectory"
-    if path.is_file():
-        old, new = _old_webui_hash(path), _sha256(path)
-    return {f"ss_{part}_name": path.name, f"ss_{part}_hash": old, f"ss_new_{part}_hash": new}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -118,17 +90,3 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 def _one_line(error: Exception, *, limit: int = 160) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _old_webui_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(0x100000)
-        return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

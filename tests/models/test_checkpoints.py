@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import pickle
@@ -20,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from mlm_plugin.errors import UserError
 from mlm_plugin.models import diffusers_folder
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
-from mlm_plugin.models.checkpoints import load_stable_diffusion, weights_file_facts
+from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.ldm_names import (
     clip_names,
     open_clip_names,
@@ -736,29 +735,6 @@ def test_a_damaged_tokenizer_is_one_line(folder):
     for path in (folder / "tokenizer").glob("*"):
         path.write_text("not json")
     assert "tokenizer" in error_of(load_stable_diffusion, folder)
-
-
-# --- what kohya records ---
-
-
-def test_file_facts_are_kohyas_hashes(tmp_path):
-    path = tmp_path / "model.safetensors"
-    content = bytes(range(256)) * 8192  # 2 MiB
-    path.write_bytes(content)
-    assert weights_file_facts(path) == {
-        "ss_sd_model_name": "model.safetensors",
-        "ss_sd_model_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-        "ss_new_sd_model_hash": hashlib.sha256(content).hexdigest(),
-    }
-
-
-def test_facts_of_folders_and_hub_ids_hold_no_hash(made):
-    assert weights_file_facts(made.folder, part="vae") == {
-        "ss_vae_name": "diffusers",
-        "ss_vae_hash": "IsADirectory",
-        "ss_new_vae_hash": "IsADirectory",
-    }
-    assert weights_file_facts("org/model") == {"ss_sd_model_name": "org/model"}
 
 
 # --- full size ---

@@ -1,0 +1,300 @@
+"""The loop: weight 0 is a plain run, resume is exact, a bad loss loses nothing."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
+from mlm_plugin.config.options import LossOptions, MLMOptions, NetworkOptions, OptimizerOptions
+from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
+from mlm_plugin.data.prompts import PromptSet
+from mlm_plugin.hosts.mlm_setup import build_regularizer
+from mlm_plugin.methods import METHODS
+from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
+from mlm_plugin.regularizer import MLMSchedule
+from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.optimizers import create_optimizer
+from mlm_plugin.training.schedulers import create_scheduler
+from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped, Trainer, TrainPlan
+
+SEED = 7
+RATES = OptimizerOptions(unet_lr=1e-3, text_encoder_lr=(1e-3,))
+
+
+class Curve(Listener):
+    """Remembers every step."""
+
+    def __init__(self):
+        self.results = []
+
+    def on_step_end(self, trainer, result):
+        self.results.append(result)
+
+
+class StopAfter(Listener):
+    """Behaves like Ctrl-C after a number of steps, and keeps the state."""
+
+    def __init__(self, step, folder):
+        self.step, self.folder = step, folder
+
+    def on_step_end(self, trainer, result):
+        if trainer.progress.current_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_stop(self, trainer):
+        trainer.save_state(self.folder)
+
+
+@pytest.fixture
+def dataset(toy_pictures):
+    subset = SubsetConfig(
+        image_dir=toy_pictures / "10_sks dog",
+        class_tokens="sks dog",
+        caption_extension=".txt",
+        flip_aug=True,
+    )
+    config = DatasetConfig(batch_size=2, resolution=(64, 64), subsets=(subset,))
+    return TrainDataset([config], seed=SEED)
+
+
+def make_trainer(
+    toy_folder,
+    dataset,
+    *,
+    num_steps=6,
+    mlm_weight=None,
+    accumulation=1,
+    listeners=(),
+    schedule=None,
+    dropout=None,
+    optimizer_type="AdamW",
+    checkpointing=False,
+):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    models = load_stable_diffusion(toy_folder)
+    regularizer = None
+    if mlm_weight is not None:
+        regularizer = make_regularizer(models)
+        schedule = schedule or MLMSchedule(mlm_weight)
+    set_seed(SEED)
+    method = METHODS["lora"](models, NetworkOptions(network_dim=4, network_dropout=dropout))
+    if checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        models.text_encoders[0].model.gradient_checkpointing_enable({"use_reentrant": False})
+    order = EpochOrder(dataset, batches_per_step=accumulation)
+    optimizer = create_optimizer(
+        optimizer_type, method.parameter_groups(RATES), learning_rate=RATES.learning_rate
+    )
+    scheduler = create_scheduler(optimizer, RATES, num_training_steps=num_steps)
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    set_seed(SEED)
+    return Trainer(
+        accelerator=accelerator,
+        models=models,
+        method=method,
+        loader=make_loader(order),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        diffusion_loss=DiffusionLoss(
+            models.noise_scheduler, LossOptions(), prediction_type=models.prediction_type
+        ),
+        plan=TrainPlan(num_steps, len(order), gradient_accumulation_steps=accumulation),
+        seed=SEED,
+        regularizer=regularizer,
+        mlm_schedule=schedule,
+        listeners=listeners,
+    )
+
+
+def make_regularizer(models):
+    (text_encoder,) = models.text_encoders
+    table = text_encoder.token_embedding.weight.detach()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        contextualizer = Contextualizer(
+            ContextualizerSizes(
+                hidden_size=table.shape[1], vocab_size=len(table), width=64, num_layers=1
+            )
+        )
+    contextualizer.start_from(table, torch.ones(len(table)))
+    return build_regularizer(
+        models.text_encoders,
+        [contextualizer],
+        MLMOptions(mlm_batch_size=3),
+        concept=Concept("sks", "dog"),
+        prompt_set=PromptSet.load("living"),
+        seed=SEED,
+    )
+
+
+def run(*args, **settings):
+    curve = Curve()
+    trainer = make_trainer(*args, listeners=[curve], **settings)
+    trainer.run()
+    return trainer.method.state_dict(), curve.results
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_weight_0_is_bit_identical_to_a_run_without_the_plug_in(toy_folder, dataset):
+    plain, plain_curve = run(toy_folder, dataset, dropout=0.1)
+    zero, zero_curve = run(toy_folder, dataset, mlm_weight=0.0, dropout=0.1)
+    assert_same(plain, zero)
+    assert [r.loss for r in plain_curve] == [r.loss for r in zero_curve]
+
+
+def test_the_term_changes_the_text_encoder_and_not_the_noise(toy_folder, dataset):
+    plain, plain_curve = run(toy_folder, dataset, num_steps=2, dropout=0.1)
+    mlm, mlm_curve = run(toy_folder, dataset, num_steps=2, mlm_weight=1.0, dropout=0.1)
+    assert mlm_curve[0].diffusion == plain_curve[0].diffusion  # the same data and noise
+    changed = {name for name in plain if not torch.equal(plain[name], mlm[name])}
+    assert any(name.startswith("lora_te_") for name in changed)
+    assert mlm_curve[0].loss == pytest.approx(mlm_curve[0].diffusion + mlm_curve[0].mlm, rel=1e-6)
+    assert plain_curve[0].mlm is None
+
+
+def test_the_term_alone_moves_only_the_text_encoder(toy_folder, dataset):
+    trainer = make_trainer(toy_folder, dataset, mlm_weight=1.0)
+    trainer.regularizer(0).loss.backward()
+    for name, parameter in trainer.models.unet.named_parameters():
+        assert parameter.grad is None, name
+    encoder = trainer.models.text_encoders[0].model
+    for name, parameter in encoder.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("stop_at", [3, 4])
+def test_an_interrupted_run_ends_bit_identical_to_a_straight_one(
+    toy_folder, dataset, tmp_path, accumulation, stop_at
+):
+    settings = {"mlm_weight": 0.1, "accumulation": accumulation, "dropout": 0.1}
+    straight, straight_curve = run(toy_folder, dataset, **settings)
+
+    stopper = StopAfter(stop_at, tmp_path / "a-state")
+    with pytest.raises(Stopped) as stopped:
+        make_trainer(toy_folder, dataset, listeners=[stopper], **settings).run()
+    assert stopped.value.exit_code == 130
+
+    curve = Curve()
+    trainer = make_trainer(toy_folder, dataset, listeners=[curve], **settings)
+    torch.rand(5)  # whatever the new process drew before
+    trainer.load_state(tmp_path / "a-state")
+    trainer.run()
+    assert_same(straight, trainer.method.state_dict())
+    assert [r.loss for r in curve.results] == [r.loss for r in straight_curve[stop_at:]]
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(toy_folder, dataset):
+    plain, _ = run(toy_folder, dataset, num_steps=2, mlm_weight=0.1)
+    checkpointed, _ = run(toy_folder, dataset, num_steps=2, mlm_weight=0.1, checkpointing=True)
+    for name in plain:
+        torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-3, atol=1e-5)
+
+
+def test_accumulated_batches_make_one_step_of_their_mean(toy_folder, dataset):
+    _, single = run(toy_folder, dataset, num_steps=3)
+    state, double = run(toy_folder, dataset, num_steps=1, accumulation=3)
+    # with a learning rate the weights differ from the second batch on; the first batch is the same
+    assert len(double) == 1
+    assert double[0].diffusion == pytest.approx(sum(r.diffusion for r in single) / 3, rel=0.02)
+    assert any((tensor != 0).any() for name, tensor in state.items() if "lora_up" in name)
+
+
+def test_the_term_acts_on_its_steps_only(toy_folder, dataset):
+    schedule = MLMSchedule(0.1, every_n_steps=2, start_step=1, end_step=4)
+    _, curve = run(toy_folder, dataset, mlm_weight=0.1, schedule=schedule)
+    assert [r.mlm is not None for r in curve] == [False, True, False, True, False, False]
+    assert curve[1].mlm_weight == pytest.approx(0.2)
+
+
+def test_a_non_finite_loss_stops_with_the_last_good_weights(toy_folder, dataset):
+    class Poison(Listener):
+        def on_step_end(self, trainer, result):
+            self.state = trainer.method.state_dict()
+            if trainer.progress.current_step == 2:
+                trainer.diffusion_loss = lambda *_args, **_more: torch.tensor(
+                    math.nan, requires_grad=True
+                )
+
+        def on_stop(self, trainer):
+            self.stopped = trainer.method.state_dict()
+
+    poison = Poison()
+    trainer = make_trainer(toy_folder, dataset, listeners=[poison])
+    with pytest.raises(NonFiniteLoss, match="step 3"):
+        trainer.run()
+    assert_same(poison.state, poison.stopped)
+    assert all(torch.isfinite(tensor).all() for tensor in poison.stopped.values())
+    assert trainer.progress.current_step == 2
+
+
+def test_an_epoch_ends_with_its_last_batch_and_listeners_hear_of_it(toy_folder, dataset):
+    events = []
+
+    class Notes(Listener):
+        def on_train_start(self, trainer):
+            events.append("start")
+
+        def on_step_end(self, trainer, result):
+            events.append(trainer.progress.current_step)
+
+        def on_epoch_end(self, trainer):
+            events.append(f"epoch {trainer.progress.current_epoch}")
+
+        def on_train_end(self, trainer):
+            events.append("end")
+
+    assert len(dataset) == 3  # five pictures in batches of two
+    make_trainer(toy_folder, dataset, num_steps=5, accumulation=2, listeners=[Notes()]).run()
+    assert events == ["start", 1, 2, "epoch 1", 3, 4, "epoch 2", 5, "end"]
+
+
+def test_a_state_of_another_seed_or_trainer_is_refused(toy_folder, dataset, tmp_path):
+    trainer = make_trainer(toy_folder, dataset, num_steps=1)
+    trainer.run()
+    trainer.save_state(tmp_path / "a-state")
+    other = make_trainer(toy_folder, dataset)
+    other.progress.seed = 8
+    with pytest.raises(ValueError, match="seed 7, now it is 8"):
+        other.load_state(tmp_path / "a-state")
+    (tmp_path / "a-state" / "train_state.json").write_text('{"current_epoch": 1}')
+    with pytest.raises(ValueError, match="network_weights"):
+        trainer.load_state(tmp_path / "a-state")
+    with pytest.raises(ValueError, match="no training state"):
+        trainer.load_state(tmp_path / "absent-state")
+
+
+def test_a_state_folder_is_complete_or_absent(toy_folder, dataset, tmp_path, monkeypatch):
+    from mlm_plugin.training import state
+
+    trainer = make_trainer(toy_folder, dataset, num_steps=1)
+
+    def fail(*_args, **_more):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(state, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save_state(tmp_path / "a-state")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_over_an_old_state_replaces_it(toy_folder, dataset, tmp_path):
+    trainer = make_trainer(toy_folder, dataset, num_steps=1)
+    (tmp_path / "a-state").mkdir()
+    (tmp_path / "a-state" / "stale").touch()
+    trainer.save_state(tmp_path / "a-state")
+    assert [path.name for path in tmp_path.iterdir()] == ["a-state"]
+    assert not (tmp_path / "a-state" / "stale").exists()
+    names = {path.name for path in (tmp_path / "a-state").iterdir()}
+    assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "train_state.json"} <= names
