@@ -31,6 +31,9 @@ def _train(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:  # before torch is imported
         parser().print_help()
         return 0
+    from mlm_plugin.hosts.console import quiet_imports
+
+    quiet_imports()
     from mlm_plugin.hosts.standalone import train
 
     return train(argv)
@@ -40,6 +43,9 @@ def _pretrain(argv: Sequence[str]) -> int:
     from mlm_plugin.config.pretraining import parse_pretrain
 
     command = parse_pretrain(argv)
+    from mlm_plugin.hosts.console import quiet_imports
+
+    quiet_imports()
     from mlm_plugin.hosts.pretraining import run_pretrain
 
     return run_pretrain(command)

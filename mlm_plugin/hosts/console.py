@@ -8,7 +8,7 @@ import sys
 
 from mlm_plugin.config.options import LogOptions
 
-__all__ = ["setup_console"]
+__all__ = ["quiet_imports", "quiet_libraries", "setup_console"]
 
 LOUD_LIBRARIES = ("bitsandbytes", "httpx", "PIL", "transformers.tokenization_utils_base")
 
@@ -31,6 +31,10 @@ def setup_console(options: LogOptions) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
+
+
+def quiet_imports() -> None:
+    """Silence what libraries say while they are imported; call it before."""
     for name in LOUD_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
 

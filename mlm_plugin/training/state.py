@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
 from mlm_plugin.errors import UserError
@@ -49,23 +50,41 @@ class Progress:
 def save_state(
     folder: Path, *, accelerator: Accelerator, method: Method, progress: Progress
 ) -> None:
-    """Write a state folder; it has its final name only when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """Write a state folder; it has its final name only when it is complete.
+
+    Every process must call it: each adds its random state.
+    """
+    unfinished = _shared_temporary_folder(folder, accelerator)
     try:
         accelerator.save_state(str(unfinished))
-        save_file(method.state_dict(), unfinished / WEIGHTS_FILE)
-        (unfinished / PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2))
-        unfinished.chmod(0o755)
-        if folder.exists():  # a folder cannot be replaced in one move: the old one steps aside
-            old = unfinished.with_name(f"{unfinished.name}.old")
-            folder.rename(old)
-            unfinished.rename(folder)
-            shutil.rmtree(old)
-        else:
-            unfinished.rename(folder)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_file(method.state_dict(), unfinished / WEIGHTS_FILE)
+            (unfinished / PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2))
+            _move_into_place(unfinished, folder)
+        accelerator.wait_for_everyone()
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _shared_temporary_folder(folder: Path, accelerator: Accelerator) -> Path:
+    name = None
+    if accelerator.is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        name = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    return Path(broadcast_object_list([name])[0])
+
+
+def _move_into_place(unfinished: Path, folder: Path) -> None:
+    unfinished.chmod(0o755)
+    if not folder.exists():
+        unfinished.rename(folder)
+        return
+    old = unfinished.with_name(f"{unfinished.name}.old")  # a folder cannot be replaced in one move
+    folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old)
 
 
 def read_progress(folder: Path) -> Progress:

@@ -175,11 +175,7 @@ class Trainer:
 
     def save_state(self, folder: Path) -> None:
         """Write everything needed to go on from here."""
-        if self.accelerator.is_main_process:
-            save_state(
-                folder, accelerator=self.accelerator, method=self.method, progress=self.progress
-            )
-        self.accelerator.wait_for_everyone()
+        save_state(folder, accelerator=self.accelerator, method=self.method, progress=self.progress)
 
     def load_state(self, folder: Path) -> None:
         """Go on from a state folder."""

@@ -238,10 +238,9 @@ def test_common_settings_train_to_finite_weights(arguments, tmp_path, flags):
 def test_weight_0_needs_no_contextualizer_and_no_concept(arguments, tmp_path):
     flags = ["--mlm_loss_weight", "0", "--mlm_contextualizer", "absent.safetensors"]
     assert train_main([*arguments, *flags]) == 0
-    assert not any(
-        key.startswith("ss_mlm") and key != "ss_mlm_loss_weight"
-        for key in metadata_of(tmp_path / "out" / "dog.safetensors")
-    )
+    metadata = metadata_of(tmp_path / "out" / "dog.safetensors")
+    assert metadata["ss_mlm_loss_weight"] == "0.0"
+    assert "ss_mlm_prompt_set" not in metadata
 
 
 @pytest.mark.parametrize(
