@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,8 +33,10 @@ class TextDrift:
     that have nothing to do with it.
     """
 
-    def __init__(self, method: Method):
-        self.method = method
+    def __init__(
+        self, method: Method, *, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ):
+        self.method, self.autocast = method, autocast
         with method.base_model():
             self.base_BLD = self._states()
 
@@ -43,6 +48,7 @@ class TextDrift:
     @torch.no_grad()
     def _states(self) -> Tensor:
         self.method.train(False)
-        states = self.method.encode(PROBES).float()
+        with self.autocast():
+            states = self.method.encode(PROBES).float()
         self.method.train(True)
         return states

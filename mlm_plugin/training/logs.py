@@ -22,7 +22,7 @@ class CurveLogger(Listener):
     def on_train_start(self, trainer: Trainer) -> None:
         """Keep the base encoder's states for the drift."""
         self.recent = deque(maxlen=trainer.plan.steps_per_epoch)
-        self.drift = TextDrift(trainer.method)
+        self.drift = TextDrift(trainer.method, autocast=trainer.accelerator.autocast)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Losses, learning rates, norms, now and then the drift."""
