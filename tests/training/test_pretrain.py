@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import random
 import signal
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from mlm_plugin.training.pretrain import (
     pretrain,
     read_caption_files,
 )
+
+pretrain_module = sys.modules[pretrain.__module__]
 
 SMALL = PretrainOptions(
     max_train_steps=20,
@@ -62,20 +66,23 @@ def test_the_file_fits_the_text_encoder_and_says_how_good_it_is(toy_text_encoder
     assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
 
 
+def interrupt_at(step, number, monkeypatch):
+    """Send this process a signal while a pretraining is in ``step``."""
+    train_step = pretrain_module._Run.train_step
+
+    def train_and_interrupt(self):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return train_step(self)
+
+    monkeypatch.setattr(pretrain_module._Run, "train_step", train_and_interrupt)
+
+
 def test_an_interrupted_pretraining_ends_like_a_straight_one(
     toy_text_encoder, tmp_path, monkeypatch
 ):
     run(toy_text_encoder, tmp_path / "straight.safetensors")
-    draw, count = Corpus.draw, []
-
-    def draw_and_interrupt(self, rng, *, held_out):
-        if not held_out:
-            count.append(1)
-            if len(count) == 7 * SMALL.batch_size:
-                os.kill(os.getpid(), signal.SIGINT)
-        return draw(self, rng, held_out=held_out)
-
-    monkeypatch.setattr(Corpus, "draw", draw_and_interrupt)
+    interrupt_at(7, signal.SIGINT, monkeypatch)
     with pytest.raises(Interrupted) as stopped:
         run(toy_text_encoder, tmp_path / "broken.safetensors")
     assert stopped.value.exit_code == 130
@@ -90,15 +97,7 @@ def test_an_interrupted_pretraining_ends_like_a_straight_one(
 
 def test_a_state_of_other_settings_is_not_continued(toy_text_encoder, tmp_path, monkeypatch):
     path = tmp_path / "c.safetensors"
-    draw, count = Corpus.draw, []
-
-    def draw_and_interrupt(self, rng, *, held_out):
-        count.append(1)
-        if len(count) == SMALL.num_held_out + 5 * SMALL.batch_size:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(self, rng, held_out=held_out)
-
-    monkeypatch.setattr(Corpus, "draw", draw_and_interrupt)
+    interrupt_at(5, signal.SIGTERM, monkeypatch)
     with pytest.raises(Interrupted) as stopped:
         run(toy_text_encoder, path)
     assert stopped.value.exit_code == 143
@@ -119,8 +118,6 @@ def test_it_stops_when_the_held_out_loss_is_flat(toy_text_encoder, tmp_path):
 
 
 def test_training_and_held_out_text_never_meet():
-    import random
-
     corpus = Corpus(["my own caption number one", "another caption of mine"] * 3)
     rng = random.Random(0)
     trained = {corpus.draw(rng, held_out=False)[0] for _ in range(2000)}
