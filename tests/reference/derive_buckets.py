@@ -4,19 +4,16 @@ Usage: ``SD_SCRIPTS_DIR=/path/to/sd-scripts python tests/reference/derive_bucket
 
 sd-scripts must be a checkout of kohya-ss/sd-scripts (the stored numbers come from commit
 48d368fa), with its small requirements installed (imagesize, voluptuous, einops, toml,
-opencv-python-headless, ftfy). torchvision is only named by its modules and not used by what runs
-here, so an empty stand-in is enough where it is missing.
+opencv-python-headless, ftfy). torchvision is not needed.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import os
 import random
-import sys
-import types
 from types import SimpleNamespace
+
+from sd_scripts import enable_imports
 
 BUCKET_CASES = [  # (resolution, min, max, steps)
     ((512, 512), 256, 1024, 64),
@@ -75,11 +72,7 @@ CAPTIONS = [  # (caption, settings, step, epoch)
 
 def main() -> None:
     """Print the tables, ready to be pasted."""
-    sys.path.insert(0, os.environ["SD_SCRIPTS_DIR"])
-    try:
-        importlib.import_module("torchvision.transforms")
-    except (ImportError, RuntimeError):
-        _stand_in_for_torchvision()
+    enable_imports()
     model_util = importlib.import_module("library.model_util")
     train_util = importlib.import_module("library.train_util")
 
@@ -135,17 +128,6 @@ def _caption(train_util, caption, settings, step, epoch, seed):
     dataset.current_epoch, dataset.current_step, dataset.max_train_steps = epoch, step, 100
     random.seed(seed)
     return dataset.process_caption(subset, caption)
-
-
-def _stand_in_for_torchvision() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
-    for name in ("Compose", "ToTensor", "Normalize"):
-        setattr(transforms, name, lambda *_: None)
-    package.transforms = transforms
-    package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
-    sys.modules.update({"torchvision": package, "torchvision.transforms": transforms})
 
 
 if __name__ == "__main__":

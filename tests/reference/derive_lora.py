@@ -2,28 +2,24 @@
 
 Usage: ``SD_SCRIPTS_DIR=/path/to/sd-scripts python tests/reference/derive_lora.py``
 
-Needs transformers < 5.6 (sd-scripts fails with later ones) and sd-scripts' small requirements;
-torchvision is only named, not used by what runs here. The stored values come from commit 48d368fa.
+Needs transformers < 5.6 (sd-scripts fails with later ones) and sd-scripts' small requirements, but
+not torchvision. The stored values come from commit 48d368fa.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.machinery
-import os
-import sys
-import types
 
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler  # noqa: F401
+from sd_scripts import enable_imports
 from transformers import CLIPTextConfig, CLIPTextModel
 
 
 def main() -> None:
     """Print name digests of SD 1.5 and 2, and the max-norm numbers."""
-    sys.path.insert(0, os.environ["SD_SCRIPTS_DIR"])
-    _stand_in_for_torchvision()
+    enable_imports()
     lora = importlib.import_module("networks.lora")
     original_unet = importlib.import_module("library.original_unet")
     model_util = importlib.import_module("library.model_util")
@@ -84,16 +80,6 @@ def _dropouts(lora) -> None:
             [round(v, 4) for v in module(torch.ones(2, 2, 3))[..., 0].flatten().tolist()]
         )
     print("DROPPED =", results)
-
-
-def _stand_in_for_torchvision() -> None:
-    """Name the modules that are asked for, after diffusers has looked for the real ones."""
-    package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
-    for name in ("Compose", "ToTensor", "Normalize"):
-        setattr(transforms, name, lambda *_: None)
-    package.transforms = transforms
-    package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
-    sys.modules.update({"torchvision": package, "torchvision.transforms": transforms})
 
 
 if __name__ == "__main__":

@@ -4,21 +4,17 @@ Usage: ``SD_SCRIPTS_DIR=/path/to/sd-scripts python tests/reference/derive_losses
 
 sd-scripts must be a checkout of kohya-ss/sd-scripts (the stored numbers come from commit
 48d368fa), with its small requirements installed (imagesize, voluptuous, einops, toml, rich,
-opencv-python-headless, ftfy). torchvision is only named by its modules and not used by what runs
-here, so an empty stand-in takes its place.
+opencv-python-headless, ftfy). torchvision is not needed.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.machinery
-import os
 import random
-import sys
-import types
 from types import SimpleNamespace
 
 import torch
+from sd_scripts import enable_imports
 
 LOSS_DEFAULTS = {
     "noise_offset": None,
@@ -145,8 +141,7 @@ PROMPT_LINES = [
 
 def main() -> None:
     """Print Python literals to paste into the tests."""
-    sys.path.insert(0, os.environ["SD_SCRIPTS_DIR"])
-    _stand_in_for_torchvision()
+    enable_imports()
     train_util = importlib.import_module("library.train_util")
     trainer = importlib.import_module("train_network").NetworkTrainer()
     print("LOSSES = [")
@@ -230,15 +225,6 @@ class _no_autocast:  # noqa: N801 - a context manager
 
     def __exit__(self, *_):
         return False
-
-
-def _stand_in_for_torchvision() -> None:
-    package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
-    for name in ("Compose", "ToTensor", "Normalize"):
-        setattr(transforms, name, lambda *_: None)
-    package.transforms = transforms
-    package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
-    sys.modules.update({"torchvision": package, "torchvision.transforms": transforms})
 
 
 if __name__ == "__main__":
