@@ -1,0 +1,203 @@
+"""The documents say what is there: paths, functions, commands, options, links."""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlm_plugin.cli import COMMANDS
+from mlm_plugin.config.loading import load_config, options_markdown
+from mlm_plugin.config.options import OPTIONS, MLMOptions
+from mlm_plugin.config.pretraining import parse_pretrain
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+METHOD = ROOT / "docs" / "method.md"
+OPTIONS_PAGE = ROOT / "docs" / "options.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAIN = "python train_network_mlm.py"
+
+
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
+def fences(path):
+    """Contents of the code blocks of a page, indented ones too."""
+    return re.findall(r"^ *```\w*\n(.*?)^ *```$", text_of(path), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(path):
+    """Single commands of the code blocks; ``a && b`` are two."""
+    lines = (line.strip() for block in fences(path) for line in block.splitlines())
+    return [part.strip() for line in lines for part in line.split(" && ")]
+
+
+def train_commands():
+    found = {
+        command for page in PAGES for command in commands(page) if command.startswith(f"{TRAIN} ")
+    }
+    return sorted(found)
+
+
+def file_tree():
+    """Paths of README's file tree and the phrase of each."""
+    (block,) = [block for block in fences(README) if "regularizer.py" in block]
+    entries, folders = {}, []
+    for line in block.splitlines():
+        name, _, phrase = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name]
+        entries["".join(folders)] = phrase.strip()
+    return entries
+
+
+# --- README's file tree ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", file_tree())
+def test_a_path_of_the_file_tree_exists(path):
+    assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file()
+
+
+def test_every_entry_of_the_file_tree_has_its_phrase():
+    assert [path for path, phrase in file_tree().items() if not phrase] == []
+
+
+def test_every_module_is_in_the_file_tree():
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "mlm_plugin").rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert modules - set(file_tree()) == set()
+
+
+def test_every_preset_is_in_the_file_tree_and_its_command_stands_in_the_preset():
+    presets = {f"presets/{path.name}" for path in (ROOT / "presets").glob("*.toml")}
+    assert presets - set(file_tree()) == set()
+    for preset in presets:
+        assert preset in text_of(ROOT / preset)
+
+
+# --- commands -------------------------------------------------------------------------------
+
+
+def test_readme_gives_both_first_commands_in_one_line_each():
+    lines = [line for block in fences(README) for line in block.splitlines()]
+    assert f"pip install -e . && {TRAIN} --config_file presets/quickstart.toml" in lines
+    assert 'pip install -e ".[test]" && pytest' in lines
+
+
+@pytest.mark.parametrize("command", train_commands())
+def test_a_training_command_parses(command):
+    arguments = shlex.split(command)[2:]
+    if "--help" in arguments:
+        return
+    config_file = arguments[arguments.index("--config_file") + 1]
+    if not config_file.startswith("presets/"):  # a file of the reader's own
+        arguments[arguments.index("--config_file") + 1] = "presets/quickstart.toml"
+    arguments = [str(ROOT / part) if part.startswith("presets/") else part for part in arguments]
+    assert load_config(arguments).model.pretrained_model_name_or_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_subcommand_named_in_a_page_exists(page):
+    named = re.findall(r"(?:`|^ *)mlm-plugin ([a-z-]+)", text_of(page), flags=re.MULTILINE)
+    assert set(named) <= set(COMMANDS)
+
+
+def test_readme_names_every_subcommand_but_train_which_has_its_own_script():
+    named = re.findall(r"mlm-plugin ([a-z-]+)", text_of(README))
+    assert set(COMMANDS) - {"train"} <= set(named)
+
+
+def test_the_pretraining_command_parses():
+    found = [c for c in commands(README) if c.startswith("mlm-plugin pretrain ")]
+    assert found
+    for command in found:
+        assert parse_pretrain(shlex.split(command)[2:]).captions
+
+
+# --- options --------------------------------------------------------------------------------
+
+
+def test_the_options_page_is_what_the_declarations_give():
+    head, line, tables = text_of(OPTIONS_PAGE).partition("<!-- generated -->\n")
+    assert line, "the mark before the generated part is gone"
+    assert tables == "\n" + options_markdown(), "run the command at the top of docs/options.md"
+
+
+def test_the_command_on_the_options_page_makes_the_page(tmp_path):
+    (command,) = commands(OPTIONS_PAGE)
+    page = tmp_path / "docs" / "options.md"
+    page.parent.mkdir()
+    shutil.copy(OPTIONS_PAGE, page)
+    page.write_text(text_of(page).split("**model**")[0], encoding="utf-8")
+    _, *arguments = shlex.split(command)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=env, check=True)
+    assert text_of(page) == text_of(OPTIONS_PAGE)
+
+
+def option_rows():
+    rows = re.findall(r"^\| (`[^|]*) \| ([^|]*) \| .* \|$", text_of(README), flags=re.MULTILINE)
+    for names, defaults in rows:
+        yield from zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=False)
+
+
+def test_readme_lists_every_option_of_the_mlm_term():
+    named = set(re.findall(r"`(\w+)`", text_of(README)))
+    assert set(MLMOptions.__dataclass_fields__) <= named
+
+
+def test_defaults_in_readme_are_those_of_the_options():
+    checked = 0
+    for name, written in option_rows():
+        default = OPTIONS[name].default if name in OPTIONS else None
+        if isinstance(default, bool):
+            assert written == ("on" if default else "off"), name
+        elif isinstance(default, float):
+            assert float(written) == default, name
+        elif default is not None:
+            assert written.strip("`") == str(default), name
+        checked += default is not None
+    assert checked >= 10
+
+
+# --- references -----------------------------------------------------------------------------
+
+
+def equation_rows():
+    rows = re.findall(r"^\|.*\| `([\w.]+)` \| `([\w/]+)\.py` \|$", text_of(METHOD), re.MULTILINE)
+    return [(name, path.replace("/", ".")) for name, path in rows]
+
+
+@pytest.mark.parametrize(("name", "module"), equation_rows())
+def test_a_function_beside_an_equation_exists(name, module):
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert callable(found)
+
+
+def test_the_equation_table_is_found():
+    assert len(equation_rows()) >= 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text_of(page))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_in_running_text_exist(page):
+    named = re.findall(r"`((?:docs|presets|tests|benchmarks|mlm_plugin)/[\w./]*)`", text_of(page))
+    assert [path for path in named if not (ROOT / path).exists()] == []
