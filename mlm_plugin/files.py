@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path", "cache_dir"]
+from mlm_plugin.errors import UserError
+
+__all__ = ["atomic_path", "cache_dir", "require_writable"]
 
 
 @contextmanager
@@ -32,6 +34,22 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_writable(folder: str | os.PathLike, option: str) -> None:
+    """Create a folder and try to write there, before hours depend on it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option} = {str(folder)!r}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 def cache_dir() -> Path:

@@ -24,6 +24,7 @@ from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.report import dataset_report
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import require_writable
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import (
     build_regularizer,
@@ -78,6 +79,7 @@ def train(argv: Sequence[str]) -> int:
         dataset = _create_dataset(config, datasets, seed=config.schedule.seed or 0)
         print("\n".join(dataset_report(dataset, concept=_name(concept)).lines()))
         return 0
+    require_writable(config.output.output_dir, "output_dir")
     accelerator = create_accelerator(config)
     seed = _shared_seed(config)
     dataset = _create_dataset(config, datasets, seed=seed)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from mlm_plugin.config.loading import read_toml
 from mlm_plugin.config.options import LogOptions, TrainConfig
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import require_writable
 
 __all__ = ["check_trackers", "log_folder", "start_trackers", "tracker_kind"]
 
@@ -33,6 +34,8 @@ def check_trackers(options: LogOptions) -> None:
     kind = tracker_kind(options)
     if kind in ("tensorboard", "all") and not options.logging_dir:
         raise UserError(f"log_with = {kind!r} needs logging_dir, the folder for the curves")
+    if options.logging_dir:
+        require_writable(options.logging_dir, "logging_dir")
     for name in PACKAGES if kind == "all" else filter(None, [kind]):
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise UserError(f"log_with = {kind!r}: {name} is not installed; pip install {name}")

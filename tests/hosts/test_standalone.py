@@ -259,6 +259,7 @@ def test_weight_0_needs_no_contextualizer_and_no_concept(arguments, tmp_path):
         (["--sample_prompts", "nowhere.txt", "--sample_every_n_steps", "1"], "nowhere.txt"),
         (["--max_train_stepz", "1"], "max_train_steps"),
         (["--log_with", "wandb"], "wandb"),
+        (["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
         (["--cache_text_encoder_outputs"], "cache_text_encoder_outputs"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

@@ -1,0 +1,221 @@
+"""``lycoris.kohya``: the adapters of the LyCORIS package (LoKr, LoHa, LoCon, ...) as a network.
+
+Knows where LyCORIS expects sd-scripts' own models and makes it work on diffusers'. The package is
+imported when such a network is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.kohya_names import canonical_name
+from mlm_plugin.models.lora import MaxNorm
+from mlm_plugin.models.network_args import COMMON_ARGS, LoraPlus, describe_unknown
+from mlm_plugin.models.network_base import (
+    AdapterNetwork,
+    NetworkPlan,
+    as_in_file,
+    check_keys,
+    fit_shape,
+)
+
+__all__ = ["LycorisNetwork", "create_lycoris"]
+
+logger = logging.getLogger(__name__)
+
+LYCORIS_ARGS = (
+    *COMMON_ARGS,
+    "algo",
+    "preset",
+    "dropout",
+    "use_tucker",
+    "use_cp",
+    "use_conv_cp",
+    "disable_conv_cp",
+    "use_scalar",
+    "block_size",
+    "train_norm",
+    "constraint",
+    "constrain",
+    "rescaled",
+    "dora_wd",
+    "wd_on_output",
+    "full_matrix",
+    "bypass_mode",
+    "rs_lora",
+    "unbalanced_factorization",
+    "decompose_both",
+    "factor",
+    "warn_on_unmatched",
+)
+
+
+class LycorisNetwork(AdapterNetwork):
+    """A network of the LyCORIS package.
+
+    Presets like ``unet-only`` leave the text encoder without modules.
+
+    Args:
+        network: LyCORIS' own network, applied to the models.
+        loraplus: learning-rate ratios of the up projections.
+    """
+
+    def __init__(self, network: nn.Module, *, loraplus: LoraPlus):
+        super().__init__(network.text_encoder_loras, network.unet_loras, loraplus=loraplus)
+        self.network = network
+
+    def to(self, device: torch.device | str) -> None:
+        """See ``Network``."""
+        self.network.to(device)
+
+    def train(self, mode: bool) -> None:
+        """See ``Network``."""
+        self.network.train(mode)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """See ``AdapterNetwork``."""
+        for module in self.modules:
+            if enabled:
+                module.apply_to()
+            else:
+                module.restore()
+
+    def kohya_state_dict(self) -> dict[str, Tensor]:
+        """See ``Network``."""
+        named = ((canonical_name(key), value) for key, value in self.network.state_dict().items())
+        return {key: as_in_file(key, value) for key, value in named}
+
+    def load_kohya_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See ``Network``. The file's alphas must be the configured ones, LyCORIS keeps them."""
+        state = self.of_trained_parts(state)
+        own = {
+            canonical_name(key): (key, value) for key, value in self.network.state_dict().items()
+        }
+        check_keys(state, known=own.keys())
+        loaded = {}
+        for key, tensor in state.items():
+            own_key, value = own[key]
+            if key.endswith(".alpha") and not math.isclose(tensor, value, rel_tol=1e-2):
+                raise UserError(
+                    f"network_weights: {key} is {float(tensor):g}, this network has "
+                    f"{float(value):g}; set network_alpha (conv_alpha) as the file was trained"
+                )
+            loaded[own_key] = fit_shape(key, tensor, value.shape)
+        self.network.load_state_dict(loaded, strict=False)
+
+    def apply_max_norm(self, max_norm: float) -> MaxNorm:
+        """See ``Network``. LyCORIS has its own definition, and none for some algorithms."""
+        device = next(self.network.parameters()).device
+        scaled, mean, largest = self.network.apply_max_norm_regularization(max_norm, device)
+        return MaxNorm(int(scaled), float(mean), float(largest))
+
+
+def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
+    """Put LyCORIS adapters on the models, in place.
+
+    Raises:
+        UserError: If the package is missing, or for an algo or preset that it does not have.
+    """
+    try:
+        lycoris = importlib.import_module("lycoris.kohya")
+    except ImportError as error:
+        raise UserError(
+            "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
+        ) from error
+    _check_args(plan.args, lycoris)
+    models = (plan.text_encoder, plan.unet)
+    with _preset_for_diffusers(lycoris, plan.args.get("preset", "full")):
+        if plan.dims_from is None:
+            arguments = {"dropout": plan.dropout, "warn_on_unmatched": False, **plan.args}
+            network = lycoris.create_network(1.0, plan.dim, plan.alpha, None, *models, **arguments)
+        else:
+            network, _ = lycoris.create_network_from_weights(
+                1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.dims_from, *models)
+            )
+    network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
+    network.to(next(plan.unet.parameters()).device)
+    return LycorisNetwork(network, loraplus=LoraPlus.from_args(plan.args))
+
+
+def _check_args(args: Mapping[str, str], lycoris) -> None:
+    for key in args:
+        if key not in LYCORIS_ARGS:  # a newer LyCORIS may know it
+            unknown = describe_unknown(key, LYCORIS_ARGS)
+            logger.warning("network_args: %s; passed on to LyCORIS", unknown)
+    algo, preset = args.get("algo", "lora").lower(), args.get("preset", "full")
+    if algo not in lycoris.network_module_dict:
+        known = lycoris.network_module_dict
+        raise UserError(f"network_args: algo: {describe_unknown(algo, known)}")
+    if preset not in lycoris.PRESET and not Path(preset).is_file():
+        unknown = describe_unknown(preset, lycoris.PRESET)
+        raise UserError(f"network_args: preset: {unknown}, or a TOML file")
+
+
+@contextmanager
+def _preset_for_diffusers(lycoris, name: str) -> Iterator[None]:
+    """Within the block LyCORIS' preset chooses in a diffusers U-Net what it means to choose.
+
+    LyCORIS names the classes of sd-scripts' own U-Net, where attention is ``CrossAttention``; and
+    4.1 lists ``TimestepEmbedding`` beside the two layers in it, then stops at the duplicate. Its
+    own lists are put back at the end.
+    """
+    network_class, presets = lycoris.LycorisNetworkKohya, lycoris.PRESET
+    original, class_targets = presets.get(name), network_class.UNET_TARGET_REPLACE_MODULE
+    preset = lycoris.read_preset(name) if original is None else original
+    if preset is None:
+        raise UserError(f"network_args: preset: {name} cannot be read as a LyCORIS preset in TOML")
+    presets[name] = _with_diffusers_classes(preset)
+    network_class.UNET_TARGET_REPLACE_MODULE = _diffusers_classes(class_targets)
+    try:
+        yield
+    finally:
+        network_class.UNET_TARGET_REPLACE_MODULE = class_targets
+        if original is None:
+            del presets[name]
+        else:
+            presets[name] = original
+
+
+def _with_diffusers_classes(preset: Mapping[str, Any]) -> dict[str, Any]:
+    adapted = dict(preset)
+    if "unet_target_module" in adapted:
+        adapted["unet_target_module"] = _diffusers_classes(adapted["unet_target_module"])
+    algos = adapted.get("module_algo_map") or {}
+    if "CrossAttention" in algos:
+        adapted["module_algo_map"] = {"Attention": algos["CrossAttention"], **algos}
+    return adapted
+
+
+def _diffusers_classes(names: Sequence[str]) -> list[str]:
+    classes = [name for name in names if name != "TimestepEmbedding"]
+    return [*classes, "Attention"] if "CrossAttention" in classes else classes
+
+
+def _named_as_in_memory(
+    state: Mapping[str, Tensor], text_encoder: nn.Module, unet: nn.Module
+) -> dict[str, Tensor]:
+    """Names and shapes that LyCORIS finds by the modules' own paths."""
+    layers = {
+        f"{prefix}_{name}".replace(".", "_"): module
+        for prefix, model in (("lora_te", text_encoder), ("lora_unet", unet))
+        for name, module in model.named_modules()
+    }
+    own_names = {canonical_name(name): name for name in layers}
+    renamed = {}
+    for key, tensor in state.items():
+        name, _, part = key.partition(".")
+        own_name = own_names.get(name, name)
+        if isinstance(layers.get(own_name), nn.Linear) and tensor.ndim == 4:
+            tensor = tensor[..., 0, 0]
+        renamed[f"{own_name}.{part}"] = tensor
+    return renamed

@@ -1,0 +1,108 @@
+"""``network_args``: the ``key=value`` settings of a network module, and checks of their values.
+
+Knows which settings the network modules share. What a single one knows besides stands in its file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mlm_plugin.errors import UserError
+
+__all__ = [
+    "COMMON_ARGS",
+    "LoraPlus",
+    "describe_unknown",
+    "number",
+    "parse_network_args",
+    "probability",
+]
+
+COMMON_ARGS = (
+    "conv_dim",
+    "conv_alpha",
+    "rank_dropout",
+    "module_dropout",
+    "loraplus_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+)
+
+
+class LoraPlus(NamedTuple):
+    """LoRA+ ratios: the learning rate of up projections is that of down projections times these."""
+
+    unet: float | None = None
+    text_encoder: float | None = None
+
+    @classmethod
+    def from_args(cls, args: Mapping[str, str]) -> LoraPlus:
+        """Read from network_args; the part's own ratio wins over the common one."""
+        common = number(args, "loraplus_lr_ratio")
+        return cls(
+            unet=number(args, "loraplus_unet_lr_ratio") or common,
+            text_encoder=number(args, "loraplus_text_encoder_lr_ratio") or common,
+        )
+
+
+def parse_network_args(network_args: Sequence[str]) -> dict[str, str]:
+    """``["conv_dim=4", ...]`` as a dict of strings.
+
+    Raises:
+        UserError: For an entry without ``=``.
+    """
+    parsed = {}
+    for entry in network_args:
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise UserError(f"network_args: got {entry!r}, expected key=value, e.g. conv_dim=4")
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def number(
+    args: Mapping[str, Any],
+    key: str,
+    *,
+    kind: type = float,
+    default: float | None = None,
+    at_least: float = 0,
+) -> Any:
+    """The value of a numeric setting, ``default`` where it is not given.
+
+    Raises:
+        UserError: For what is no finite number of this kind or below the limit.
+    """
+    value = args.get(key)
+    if value is None:
+        return default
+    try:
+        result = kind(value)
+    except ValueError:
+        result = None
+    if result is None or not at_least <= result < float("inf"):
+        noun = "a whole number" if kind is int else "a number"
+        raise UserError(f"network_args: {key}={value}: expected {noun} of at least {at_least}")
+    return result
+
+
+def probability(args: Mapping[str, Any], key: str) -> float | None:
+    """The value of a setting from 0 to below 1, ``None`` where it is not given.
+
+    Raises:
+        UserError: For any other value.
+    """
+    value = number(args, key)
+    if value is not None and value >= 1:
+        raise UserError(f"{key}: got {value:g}, expected a probability of at least 0 and below 1")
+    return value
+
+
+def describe_unknown(name: str, known: Iterable[str]) -> str:
+    """What an error says of a name that is not known: the nearest one and all that are allowed."""
+    known = sorted(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"{name!r} is not known, {hint}allowed are {', '.join(known)}"
