@@ -16,12 +16,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.networks import (
-    BLOCK_ARGS,
     NETWORK_MODULES,
     create_network,
     parse_network_args,
     read_weights,
 )
+from mlm_plugin.models.peft_network import BLOCK_ARGS
 
 needs_lycoris = pytest.mark.skipif(
     importlib.util.find_spec("lycoris") is None, reason="the LyCORIS package is not installed"
@@ -118,7 +118,8 @@ def test_keys_and_shapes_are_those_that_sd_scripts_saves(v2, network_args, monke
         alpha=1.0,
         network_args=network_args,
     )
-    monkeypatch.setattr("mlm_plugin.models.networks._copy", lambda tensor: tensor)  # meta tensors
+    base = "mlm_plugin.models.network_base"
+    monkeypatch.setattr(f"{base}._copy", lambda tensor: tensor)  # meta tensors
     shapes = {key: tuple(value.shape) for key, value in network.kohya_state_dict().items()}
     digest = hashlib.sha256("\n".join(f"{k} {shapes[k]}" for k in sorted(shapes)).encode())
     assert (len(shapes) // 3, digest.hexdigest()[:16]) == KOHYA_KEYS[v2, network_args]
