@@ -29,7 +29,7 @@ def _train(argv: Sequence[str]) -> int:
     from mlm_plugin.config.loading import parser
 
     if "-h" in argv or "--help" in argv:  # before torch is imported
-        parser().print_help()
+        parser(prog="train_network_mlm.py").print_help()
         return 0
     from mlm_plugin.hosts.console import quiet_imports
 

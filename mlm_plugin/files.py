@@ -48,7 +48,7 @@ def require_writable(folder: str | os.PathLike, option: str) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{option} = {str(folder)!r}: cannot be written ({error.strerror}); choose another folder"
+            f"{option} = {str(folder)!r}: cannot be written ({error.strerror}); choose another"
         ) from error
 
 

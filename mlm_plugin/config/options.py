@@ -265,7 +265,7 @@ class ScheduleOptions:
         1, "Batches whose gradients are averaged into one optimizer step.", at_least=1
     )
     gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: less memory, about a quarter slower."
+        False, "Recompute activations in the backward pass: less memory, slower steps."
     )
     mixed_precision: str = option(
         "no",
@@ -532,7 +532,8 @@ class SamplingOptions:
     sample_at_first: bool = option(False, "Draw samples before the first step too.")
     sample_prompts: str | None = option(
         None,
-        "Prompts in a .txt (one per line, `--n --w --h --d --s --l`), .toml or .json.",
+        "Prompts in a .txt (one per line, `--n --w --h --d --s --l --ss`), .toml or .json; "
+        "`[trigger]` stands for the concept.",
         path=True,
     )
     sample_sampler: str = option(
@@ -572,13 +573,15 @@ class MLMOptions:
     mlm_loss_weight: float = option(
         1e-3, "Weight of the MLM loss beside the diffusion loss; 0 turns the term off.", at_least=0
     )
-    mlm_batch_size: int = option(8, "Prompts per step for the MLM term.", at_least=1)
+    mlm_batch_size: int = option(
+        8, "Prompts of the MLM term, beside every batch of images.", at_least=1
+    )
     mlm_probability: float = option(
-        0.15, "Share of the maskable tokens that is masked, above 0 up to 1."
+        0.15, "Share of the context words that is masked, above 0 up to 1; whole words."
     )
     mlm_replace: str = option(
         "mask",
-        "`mask`: every chosen token becomes the mask vector; "
+        "`mask`: every chosen word becomes the mask vector; "
         "`bert`: 80 % mask, 10 % random, 10 % kept.",
         choices=("mask", "bert"),
     )

@@ -96,7 +96,7 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
             type=type(item.default),
             default=item.default,
             metavar="X" if isinstance(item.default, float) else "N",
-            help=f"{item.metadata['help']} (default: %(default)s)",
+            help=item.metadata["help"].replace("%", "%%") + " (default: %(default)s)",
         )
     given = vars(parser.parse_args(list(argv)))
     if not given["output"].endswith(".safetensors"):

@@ -39,7 +39,7 @@ from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
-from mlm_plugin.models.contextualizer import load_contextualizer
+from mlm_plugin.models.contextualizer import ContextualizerFacts, load_contextualizer
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.logs import CurveLogger
@@ -53,6 +53,7 @@ __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
+POOR_ACCURACY = 0.05  # of a contextualizer: not far from always naming a frequent word
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -251,7 +252,7 @@ def create_regularizer(
         with accelerator.main_process_first():  # one process pretrains, the others find its file
             path = contextualizer_path(text_encoder, options.mlm_contextualizer)
         contextualizer, facts = load_contextualizer(path, text_encoder)
-        logger.info("%s names %.0f %% of hidden held-out words", path.name, 100 * facts.accuracy)
+        _judge(path, facts)
         contextualizers.append(contextualizer)
     base_seed = seed if options.mlm_seed is None else options.mlm_seed
     return build_regularizer(
@@ -265,6 +266,14 @@ def create_regularizer(
     )
 
 
+def _judge(path: Path, facts: ContextualizerFacts) -> None:
+    share = f"{path.name} names {facts.accuracy:.0%} of hidden held-out words"
+    if facts.accuracy < POOR_ACCURACY:
+        logger.warning("%s: it can teach little; pretrain it for longer", share)
+    else:
+        logger.info("%s", share)
+
+
 def _with_toy_paths(config: TrainConfig) -> TrainConfig:
     return config.replace(
         pretrained_model_name_or_path=model_path(config.model.pretrained_model_name_or_path),
@@ -274,6 +283,8 @@ def _with_toy_paths(config: TrainConfig) -> TrainConfig:
 
 def _shared_seed(config: TrainConfig) -> int:
     seed = config.schedule.seed
+    if seed is None and config.schedule.resume:
+        return read_progress(Path(config.schedule.resume)).seed
     if seed is None:
         drawn = [random.SystemRandom().randrange(2**32)]
         seed = broadcast_object_list(drawn)[0]

@@ -7,11 +7,10 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from mlm_plugin.data import prompts
+from mlm_plugin.data import english, grammar
 from mlm_plugin.data.prompts import (
     BUILTIN,
     FUNCTION_WORDS,
@@ -27,8 +26,6 @@ from mlm_plugin.data.prompts import (
 )
 from mlm_plugin.errors import UserError
 from mlm_plugin.hosts.prompts import estimated_tokens, run_prompts
-
-SETS = Path(prompts.__file__).parent / "prompt_sets"
 
 
 @pytest.fixture(scope="module", params=[(n, s) for n in BUILTIN for s in SYNTAXES], ids="-".join)
@@ -162,13 +159,13 @@ def test_drawing_leaves_the_global_random_stream_alone():
 def test_every_shipped_list_and_file_is_used():
     used = {f"{name}.toml" for name in BUILTIN}
     slots, names = set(), set()
-    for path in SETS.glob("*.toml"):
-        tables = prompts._read_toml(path)
-        prompts._check_schema(tables, where=path.name)
+    for path in grammar.SETS.glob("*.toml"):
+        tables = grammar.read_toml(path)
+        grammar.check_schema(tables, where=path.name)
         used.update(tables.get("include", ()))
         names.update(tables.get("lists", ()))
         slots.update(re.findall(r"\{(\w+)\}", path.read_text(encoding="utf-8")))
-    assert used == {path.name for path in SETS.glob("*.toml")}
+    assert used == {path.name for path in grammar.SETS.glob("*.toml")}
     assert names == slots
 
 
@@ -397,7 +394,7 @@ def test_subjects_are_many_and_find_their_own_category():
 
 
 def test_no_class_word_stands_in_two_categories():
-    classes = prompts._subject_table()["classes"]
+    classes = english._subject_table()["classes"]
     assert set(classes) == set(BUILTIN)
     words = Counter(word for known in classes.values() for word in known)
     assert [word for word, times in words.items() if times > 1] == []

@@ -336,6 +336,17 @@ def test_sigterm_saves_a_state_from_which_the_run_ends_as_a_straight_one(argumen
     assert_same_weights(out / "dog.safetensors", out / "straight.safetensors")
 
 
+def test_a_run_whose_seed_was_drawn_can_be_resumed(arguments, tmp_path, capsys):
+    at = arguments.index("--seed")
+    unseeded = arguments[:at] + arguments[at + 2 :]
+    assert train_main([*unseeded, "--save_state", "--max_train_steps", "2"]) == 0
+    state = tmp_path / "out" / "dog-state"
+    assert train_main([*unseeded, "--resume", str(state)]) == 0
+    metadata = metadata_of(tmp_path / "out" / "dog.safetensors")
+    assert metadata["ss_steps"] == "4"
+    assert metadata["ss_seed"] == str(json.loads((state / "train_state.json").read_text())["seed"])
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_a_kill_leaves_no_half_file_under_a_final_name(arguments, tmp_path):
     out = tmp_path / "out"
