@@ -7,9 +7,11 @@ off; so whatever else the machine does falls on both alike.
 
 Three figures for time: ``ratio_time`` is the ratio of the medians, ``ratio_time_paired`` the median
 of the ratios of neighbouring steps, ``ratio_cpu_time`` the ratio of the medians of the processor
-time of this process: on a busy machine, with ``OMP_NUM_THREADS=1``, the one to read. Memory is what the run would hold: weights of the base model
-(without the VAE: latents are cached), adapters, optimizer, and for "on" the contextualizer, then
-the highest level of a step above that. How it was measured stands in ``memory_method``.
+time of this process: the one to read on a busy machine, with ``OMP_NUM_THREADS=1``.
+
+Memory is what the run would hold: weights of the base model (without the VAE: latents are cached),
+adapters, optimizer, and for "on" the contextualizer, then the highest level of a step above that.
+How it was measured stands in ``memory_method``.
 """
 
 from __future__ import annotations
