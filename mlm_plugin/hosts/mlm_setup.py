@@ -179,7 +179,7 @@ def _tap(
         table = table.clone()
     return TextTap(
         tokenize=text_encoder.tokenize_trimmed,
-        encode=text_encoder.encode,
+        encode=text_encoder.encode_storing,
         embedding=embedding,
         contextualizer=contextualizer.to(table.device, dtype),
         vocabulary=MaskingVocabulary.from_tokenizer(

@@ -91,3 +91,21 @@ def test_added_tokens_do_not_change_the_tokenizers_fingerprint(toy_text_encoder)
     fingerprint = toy_text_encoder.tokenizer_fingerprint()
     toy_text_encoder.tokenizer.add_tokens(["<concept>"])
     assert toy_text_encoder.tokenizer_fingerprint() == fingerprint
+
+
+def test_storing_activations_gives_the_same_states_and_leaves_checkpointing_on(toy_text_encoder):
+    model = toy_text_encoder.model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = toy_text_encoder.tokenize_trimmed(["a photo of a dog"])
+    runs = []
+    layer = toy_text_encoder.body.encoder.layers[0]
+    layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
+    for encode, num_forwards in (
+        (toy_text_encoder.encode_storing, 1),
+        (toy_text_encoder.encode, 2),
+    ):
+        runs.clear()
+        states = encode(ids)
+        states.sum().backward()
+        assert len(runs) == num_forwards  # checkpointing computes the layer once more
+    torch.testing.assert_close(toy_text_encoder.encode_storing(ids), toy_text_encoder.encode(ids))
