@@ -49,7 +49,11 @@ from mlm_plugin.files import atomic_path
 from mlm_plugin.hosts.mlm_setup import build_regularizer, prompt_set_for
 from mlm_plugin.methods import LoRAMethod
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
+from mlm_plugin.models.contextualizer import (
+    Contextualizer,
+    ContextualizerSizes,
+    default_width,
+)
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
@@ -308,7 +312,7 @@ def untrained_contextualizer(text_encoder: TextEncoder, args: argparse.Namespace
     sizes = ContextualizerSizes(
         hidden_size=hidden_size,
         vocab_size=vocab_size,
-        width=args.contextualizer_width or min(512, max(64, hidden_size)),
+        width=args.contextualizer_width or default_width(hidden_size),
         num_layers=args.contextualizer_layers,
     )
     contextualizer = Contextualizer(sizes)

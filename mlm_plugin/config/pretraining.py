@@ -34,7 +34,7 @@ class PretrainOptions:
     eval_every_n_steps: int = _option(250, "Steps between two looks at the held-out prompts.")
     patience: int = _option(3, "Looks without 1 % less held-out loss after which it stops.")
     num_held_out: int = _option(512, "Held-out prompts.")
-    width: int = _option(0, "Inner width of the contextualizer; 0: by the text encoder, 64 to 512.")
+    width: int = _option(0, "Inner width of the contextualizer; 0: by the text encoder, 64 to 384.")
     num_layers: int = _option(4, "Blocks of the contextualizer.")
     seed: int = _option(0, "Names every random draw.")
 

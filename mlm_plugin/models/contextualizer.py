@@ -29,6 +29,7 @@ __all__ = [
     "ContextualizerFacts",
     "ContextualizerSizes",
     "MaskedWordLoss",
+    "default_width",
     "load_contextualizer",
     "masked_word_loss",
     "save_contextualizer",
@@ -52,9 +53,17 @@ class ContextualizerSizes:
 
     hidden_size: int
     vocab_size: int
-    width: int = 512
+    width: int = 384
     num_layers: int = 4
     max_length: int = 77
+
+
+def default_width(hidden_size: int) -> int:
+    """Inner width for a text encoder: its own, between 64 and 384.
+
+    384 keeps the network under 2 % of the memory of an SD 1.5 run (``docs/performance.md``).
+    """
+    return min(384, max(64, hidden_size))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from mlm_plugin.models.contextualizer import (
     ContextualizerFacts,
     ContextualizerSizes,
     MaskedWordLoss,
+    default_width,
     masked_word_loss,
     save_contextualizer,
 )
@@ -301,7 +302,7 @@ class _Run:
         sizes = ContextualizerSizes(
             hidden_size=hidden_size,
             vocab_size=vocab_size,
-            width=self.options.width or min(512, max(64, hidden_size)),
+            width=self.options.width or default_width(hidden_size),
             num_layers=self.options.num_layers,
             max_length=self.text_encoder.window,
         )
