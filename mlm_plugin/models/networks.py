@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.models import weights_files
 from mlm_plugin.models.kohya_names import canonical_name
 from mlm_plugin.models.lora import MaxNorm
 from mlm_plugin.models.lycoris_network import create_lycoris
@@ -169,19 +168,15 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a LoRA file on the CPU, under kohya's names with ``text_model_``.
 
     Raises:
-        UserError: If the file is missing or unreadable.
+        UserError: If the file is missing or unreadable; see ``weights_files.read_weights``.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f"network_weights: there is no file {path}")
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise UserError(f"network_weights: {path} cannot be read as LoRA file: {error}") from error
-    return {canonical_name(key): value for key, value in state.items() if isinstance(value, Tensor)}
+        state = weights_files.read_weights(path)
+    except UserError as error:
+        raise UserError(f"network_weights: {error}") from error
+    return {canonical_name(key): value for key, value in state.items()}
 
 
 NETWORK_MODULES: dict[str, Callable[..., Network]] = {

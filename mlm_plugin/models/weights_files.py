@@ -21,9 +21,8 @@ __all__ = ["PICKLE_SUFFIXES", "WEIGHTS_SUFFIXES", "read_weights"]
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-POINTER_START = (
-    b"version https://git-lfs"  # what a clone without git-lfs has instead of the weights
-)
+# What a clone without git-lfs has instead of the weights.
+POINTER_START = b"version https://git-lfs"
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -64,9 +63,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(
-            r"GLOBAL ([\w.]+)", str(error)
-        )  # torch's own text advises to run the code
+        # Only the name is taken over: torch's own text advises to run the code.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
             raise UserError(
                 f"{path} is not a PyTorch weights file: is the download complete?"
@@ -75,14 +73,14 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} holds {found[1]} besides tensors and is not loaded, because such a file can "
             "run code: convert it to .safetensors first"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged pickle fails with whatever its bytes lead to
         raise UserError(
             f"{path} cannot be read as PyTorch weights ({_one_line(error)}): "
             "is the download complete?"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights by name")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 

@@ -4,8 +4,10 @@ import copy
 import hashlib
 import importlib
 import importlib.util
+import io
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -327,11 +329,37 @@ def test_network_weights_are_loaded_from_safetensors_and_from_pickles(tmp_path):
         assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
-def test_unreadable_files_are_user_errors(tmp_path):
-    (tmp_path / "bad.safetensors").write_bytes(b"no")
-    for path in ("bad.safetensors", "missing.safetensors"):
-        with pytest.raises(UserError, match=path):
-            read_weights(tmp_path / path)
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+def pickled(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.safetensors", None, "there is no file"),
+        ("x.safetensors", b"no", "cannot be read as safetensors"),
+        ("x.safetensors", POINTER, "git lfs pull"),
+        ("x.pt", POINTER, "git lfs pull"),
+        ("x.pt", b"no", "is the download complete"),
+        ("x.pt", pickled({"a": torch.ones(64)})[:-100], "is the download complete"),
+        ("x.pt", pickled({"a": Path("x")}), "run code"),
+        ("x.pt", pickled([torch.ones(1)]), "holds a list"),
+        ("x.pt", pickled({0: torch.ones(1)}), "weights by name"),
+        ("x.zip", b"no", "unknown kind of weights file"),
+    ],
+)
+def test_unreadable_weights_are_one_line_with_option_and_file(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"network_weights: .*{name}.*") as caught:
+        read_weights(tmp_path / name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- off ------------------------------------------------------------------------------------
