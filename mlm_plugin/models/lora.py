@@ -150,10 +150,8 @@ class LoraModule:
         """Let the LoRA act, or give the bare layer's own output, bit by bit."""
         trained = [(parameter, parameter.requires_grad) for _, parameter in self.named_parameters()]
         self.layer.enable_adapters(enabled)
-        for (
-            parameter,
-            requires_grad,
-        ) in trained:  # peft sets it anew, here learning rates do
+        # peft has set it anew; here learning rates decide.
+        for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
 
