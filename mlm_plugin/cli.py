@@ -78,6 +78,9 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `mlm-plugin prompts | head`
         sys.stderr.close()
         return 0

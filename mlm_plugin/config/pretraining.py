@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "parse_pretrain"]
+__all__ = ["RECIPE", "SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "parse_pretrain"]
+
+
+RECIPE = 1
+"""Raise it when masks, prompts or the network change: kept contextualizers are then made anew."""
 
 
 def _option(default, text: str):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -299,8 +300,14 @@ def make_loader(
         sampler=order,
         num_workers=num_workers,
         persistent_workers=persistent_workers and num_workers > 0,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator().manual_seed(order.dataset.seed),
     )
+
+
+def _ignore_interrupts(_worker_id: int) -> None:
+    """Ctrl-C reaches every process; only the main one decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _draw_pixels(

@@ -44,6 +44,7 @@ class MaskingVocabulary:
         ends_word: ids that close a word (CLIP's BPE marks them with ``</w>``).
         bos_token_id: id of the first token.
         eos_token_id: id that ends the prompt; everything from the first one on is padding.
+        punctuation: ids without a letter or digit; they are never masked, as they teach nothing.
         protected: words that are never masked: placeholder tokens and the class word.
         low_priority: function words and words of neutral prefixes ("a photo of").
         replacements: ids that 80/10/10 masking may put in a word's place.
@@ -52,6 +53,7 @@ class MaskingVocabulary:
     ends_word: frozenset[int]
     bos_token_id: int
     eos_token_id: int
+    punctuation: frozenset[int]
     protected: frozenset[Word]
     low_priority: frozenset[Word]
     replacements: Sequence[int]
@@ -66,13 +68,19 @@ class MaskingVocabulary:
         special = set(tokenizer.all_special_ids)
         ends = {id for token, id in vocabulary.items() if token.endswith("</w>")}
         ends |= added - special
+        punctuation = {
+            id
+            for token, id in vocabulary.items()
+            if id not in added and _is_punctuation(token.removesuffix("</w>"), id, tokenizer)
+        }
         bare = cls(
             ends_word=frozenset(ends),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            punctuation=frozenset(punctuation),
             protected=frozenset(),
             low_priority=frozenset(),
-            replacements=sorted(ends - added - special),
+            replacements=sorted(ends - added - special - punctuation),
         )
 
         def words(texts: Iterable[str]) -> frozenset[Word]:
@@ -113,9 +121,9 @@ def mask_tokens(
     """Hide random context words of each prompt.
 
     Per prompt ``max(1, round(mlm_probability * words))`` words are drawn without replacement among
-    those that are not protected (rounded at random, so that the rate holds on average); content
-    words are drawn ten times as readily as function words. A prompt without such a word gets no
-    label.
+    those that are neither protected nor punctuation (rounded at random, so that the rate holds on
+    average); content words are drawn ten times as readily as function words. A prompt without such
+    a word gets no label.
 
     Args:
         input_ids_BL: token ids, shape ``(B, L)``, long, on the CPU.
@@ -146,6 +154,15 @@ def mask_tokens(
     return MaskedTokens(masked_BL, labels_BL)
 
 
+def _is_punctuation(piece: str, id: int, tokenizer) -> bool:  # noqa: A002 - a token id
+    if any(char.isascii() and char.isalnum() for char in piece):
+        return False
+    if piece.isascii():
+        return True
+    text = tokenizer.decode([id])  # pieces write bytes beyond ASCII as other letters
+    return not any(char.isalnum() or char == "\ufffd" for char in text)  # half a letter counts
+
+
 def _choose_words(
     ids: list[int], vocabulary: MaskingVocabulary, mlm_probability: float, rng: random.Random
 ) -> list[tuple[int, int]]:
@@ -153,6 +170,7 @@ def _choose_words(
         span
         for span in vocabulary.split_words(ids)
         if tuple(ids[slice(*span)]) not in vocabulary.protected
+        and not vocabulary.punctuation.issuperset(ids[slice(*span)])
     ]
     if not maskable:
         return []

@@ -18,6 +18,9 @@ def setup_console(options: LogOptions) -> None:
 
     Processes other than the first only report warnings.
     """
+    for stream in (sys.stdout, sys.stderr):  # a console of few letters must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     level = options.console_log_level or ("INFO" if is_first else "WARNING")
     if options.console_log_file:

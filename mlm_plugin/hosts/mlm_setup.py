@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions
-from mlm_plugin.config.pretraining import SMALL_ENCODER, PretrainOptions
+from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
 from mlm_plugin.data.masking import MaskingVocabulary
 from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
+from mlm_plugin.errors import UserError
 from mlm_plugin.files import cache_dir
-from mlm_plugin.models.contextualizer import Contextualizer
+from mlm_plugin.models.contextualizer import (
+    Contextualizer,
+    ContextualizerFacts,
+    load_contextualizer,
+)
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.regularizer import MLMRegularizer, MLMSchedule, TextTap
 from mlm_plugin.training.pretrain import pretrain
 
 __all__ = [
+    "LoadedContextualizer",
     "auto_contextualizer_path",
     "build_regularizer",
     "concept_text",
-    "contextualizer_path",
+    "find_contextualizer",
     "mlm_schedule",
     "pretrain_on_device",
     "prompt_set_for",
@@ -33,6 +41,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+POOR_ACCURACY = 0.05  # of a contextualizer: not far from always naming a frequent word
 
 
 def prompt_set_for(
@@ -60,28 +70,52 @@ def concept_text(concept: Concept) -> str:
 
 def auto_contextualizer_path(text_encoder: TextEncoder) -> Path:
     """Where the contextualizer of a text encoder is kept between runs."""
-    name = f"{text_encoder.fingerprint()}-{text_encoder.tokenizer_fingerprint()}.safetensors"
-    return cache_dir() / "contextualizers" / name
+    made_for = f"{text_encoder.fingerprint()}-{text_encoder.tokenizer_fingerprint()}"
+    return cache_dir() / "contextualizers" / f"{made_for}-r{RECIPE}.safetensors"
 
 
-def contextualizer_path(
+class LoadedContextualizer(NamedTuple):
+    """A contextualizer and where it comes from."""
+
+    network: Contextualizer
+    facts: ContextualizerFacts
+    digest: str  # of its file, 16 hex digits
+
+
+def find_contextualizer(
     text_encoder: TextEncoder, setting: str, *, show_progress: bool = True
-) -> Path:
-    """The file of a contextualizer: the given one; with ``auto`` the cached one, made if missing.
+) -> LoadedContextualizer:
+    """The given file, or with ``auto`` the cached one: made if it is missing or damaged.
 
     Call it before anything is trained: pretraining needs the text encoder as it came.
 
     Raises:
+        UserError: the given file does not fit the text encoder.
         Interrupted: a signal stopped the pretraining.
     """
     if setting != "auto":
-        return Path(setting)
+        return _load(Path(setting), text_encoder)
     path = auto_contextualizer_path(text_encoder)
-    if not path.is_file():
-        logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
-        options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
-        pretrain_on_device(text_encoder, path, options=options, show_progress=show_progress)
-    return path
+    if path.is_file():
+        try:
+            return _load(path, text_encoder)
+        except UserError as error:
+            logger.warning("%s; making it anew", error)
+    logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
+    options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
+    pretrain_on_device(text_encoder, path, options=options, show_progress=show_progress)
+    return _load(path, text_encoder)
+
+
+def _load(path: Path, text_encoder: TextEncoder) -> LoadedContextualizer:
+    network, facts = load_contextualizer(path, text_encoder)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    share = f"{path.name} names {facts.accuracy:.0%} of hidden held-out words"
+    if facts.accuracy < POOR_ACCURACY:
+        logger.warning("%s: it can teach little; pretrain it for longer", share)
+    else:
+        logger.info("%s", share)
+    return LoadedContextualizer(network, facts, digest)
 
 
 def is_small(text_encoder: TextEncoder) -> bool:

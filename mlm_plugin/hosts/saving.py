@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mlm_plugin.config.datasets import Concept
@@ -23,7 +22,7 @@ from mlm_plugin.export.metadata import (
     trigger_phrase,
 )
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
-from mlm_plugin.hosts.mlm_setup import auto_contextualizer_path, prompt_set_name
+from mlm_plugin.hosts.mlm_setup import LoadedContextualizer, prompt_set_name
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.training.optimizers import optimizer_description
 from mlm_plugin.training.trainer import Listener, StepResult, Trainer
@@ -44,7 +43,9 @@ class RunRecord:
         models: StableDiffusion,
         concept: Concept,
         seed: int,
+        contextualizers: Sequence[LoadedContextualizer] = (),
     ):
+        self.contextualizers = "+".join(item.digest for item in contextualizers)
         self.config = config.replace(seed=seed)
         self.dataset, self.models, self.concept = dataset, models, concept
         self.started_at = time.time()
@@ -69,7 +70,7 @@ class RunRecord:
         if trainer.regularizer:
             mlm = {
                 "mlm_prompt_set": prompt_set_name(config.mlm, concept),
-                "mlm_contextualizer": self._contextualizer_hash(),
+                "mlm_contextualizer": self.contextualizers,
                 "mlm_seed": config.schedule.seed
                 if config.mlm.mlm_seed is None
                 else config.mlm.mlm_seed,
@@ -93,12 +94,6 @@ class RunRecord:
             class_token=concept.class_token,
             **mlm,
         )
-
-    def _contextualizer_hash(self) -> str:
-        setting = self.config.mlm.mlm_contextualizer
-        (text_encoder,) = self.models.text_encoders
-        path = auto_contextualizer_path(text_encoder) if setting == "auto" else Path(setting)
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 class Saver(Listener):
@@ -128,7 +123,7 @@ class Saver(Listener):
         every, step = self.options.save_every_n_steps, trainer.progress.current_step
         if not every or step % every or step >= trainer.plan.num_steps:
             return
-        self._save(trainer, self._step_name(step), epoch=trainer.progress.current_epoch)
+        self._try_to_save(trainer, self._step_name(step), epoch=trainer.progress.current_epoch)
         old = removed_step(step, every=every, last=self.options.save_last_n_steps)
         self._remove(old and self._step_name(old))
         last = self.options.save_last_n_steps_state or self.options.save_last_n_steps
@@ -140,7 +135,7 @@ class Saver(Listener):
         every, epoch = self._epochs_between(trainer), trainer.progress.current_epoch
         if not every or epoch % every or epoch >= trainer.plan.num_epochs:
             return
-        self._save(trainer, self._epoch_name(epoch), epoch=epoch)
+        self._try_to_save(trainer, self._epoch_name(epoch), epoch=epoch)
         old = removed_epoch(epoch, every=every, last=self.options.save_last_n_epochs)
         self._remove(old and self._epoch_name(old))
         last = self.options.save_last_n_epochs_state or self.options.save_last_n_epochs
@@ -179,6 +174,15 @@ class Saver(Listener):
     @property
     def _wants_final_state(self) -> bool:
         return self.options.save_state or self.options.save_state_on_train_end
+
+    def _try_to_save(self, trainer: Trainer, name: str, *, epoch: int) -> None:
+        """Save on the way; a full disk then does not end a run that may find room later."""
+        try:
+            self._save(trainer, name, epoch=epoch)
+        except OSError as error:
+            if trainer.accelerator.num_processes > 1:
+                raise  # the others wait for this process
+            logger.error("%s could not be saved (%s); training goes on", name, error)
 
     def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
         path = self.folder / f"{name}.{self.options.save_model_as}"

@@ -11,11 +11,12 @@ import math
 import random
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from mlm_plugin.config.checks import check_config, mlm_obstacle
 from mlm_plugin.config.datasets import Concept, concept_of, resolve_datasets
@@ -27,9 +28,10 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import (
+    LoadedContextualizer,
     build_regularizer,
     concept_text,
-    contextualizer_path,
+    find_contextualizer,
     mlm_schedule,
     prompt_set_for,
 )
@@ -39,7 +41,6 @@ from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
-from mlm_plugin.models.contextualizer import ContextualizerFacts, load_contextualizer
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.logs import CurveLogger
@@ -53,7 +54,6 @@ __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
-POOR_ACCURACY = 0.05  # of a contextualizer: not far from always naming a frequent word
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -94,8 +94,9 @@ def train(argv: Sequence[str]) -> int:
         return stopped.exit_code
     except NonFiniteLoss as error:
         print(
-            f"error: {error}; the last good state is saved. Lower the learning rate, or set "
-            "no_half_vae or mixed_precision bf16",
+            f"error: {error}; the last good state is saved. Start again from its LoRA "
+            "(--network_weights) with a lower learning rate, or try no_half_vae or mixed_precision "
+            "bf16",
             file=sys.stderr,
         )
         return 1
@@ -118,8 +119,15 @@ def build_trainer(
     (text_encoder,) = models.text_encoders
     if accelerator.is_main_process:
         _report(config, dataset, concept, models)
+    contextualizers = find_contextualizers(config, models, accelerator)
     regularizer = create_regularizer(
-        config, models=models, concept=concept, dataset=dataset, accelerator=accelerator, seed=seed
+        config,
+        contextualizers,
+        models=models,
+        concept=concept,
+        dataset=dataset,
+        accelerator=accelerator,
+        seed=seed,
     )
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
     method = METHODS[config.schedule.method](models, config.network)
@@ -142,7 +150,19 @@ def build_trainer(
     plan = _plan(config, batches_per_epoch=len(order))
     dataset.set_max_train_steps(plan.num_steps)
     optimizer, scheduler = _create_optimizer(config, method, plan, accelerator)
-    record = RunRecord(config, dataset=dataset, models=models, concept=concept, seed=seed)
+    if regularizer and config.mlm.mlm_start_step >= plan.num_steps:
+        raise UserError(
+            f"mlm_start_step = {config.mlm.mlm_start_step}: the run ends after {plan.num_steps} "
+            "steps, the MLM term would never act; start it earlier"
+        )
+    record = RunRecord(
+        config,
+        dataset=dataset,
+        models=models,
+        concept=concept,
+        seed=seed,
+        contextualizers=contextualizers,
+    )
     trainer = Trainer(
         accelerator=accelerator,
         models=models,
@@ -189,6 +209,8 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
         log_with=tracker_kind(config.logging),
         project_dir=log_folder(config.logging),
+        # others wait while one process pretrains, caches latents or draws samples
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
@@ -225,8 +247,35 @@ def load_models(config: TrainConfig, device: torch.device) -> StableDiffusion:
     return models
 
 
+def find_contextualizers(
+    config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
+) -> list[LoadedContextualizer]:
+    """One for each text encoder; none where the MLM term is off.
+
+    Raises:
+        UserError: no gradient of the term could reach anything, or a file does not fit.
+    """
+    options = config.mlm
+    if options.mlm_loss_weight == 0:
+        return []
+    if obstacle := mlm_obstacle(config):
+        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {obstacle}")
+    found = []
+    for text_encoder in models.text_encoders:
+        with accelerator.main_process_first():  # one process pretrains, the others find its file
+            found.append(
+                find_contextualizer(
+                    text_encoder,
+                    options.mlm_contextualizer,
+                    show_progress=accelerator.is_local_main_process,
+                )
+            )
+    return found
+
+
 def create_regularizer(
     config: TrainConfig,
+    contextualizers: Sequence[LoadedContextualizer],
     *,
     models: StableDiffusion,
     concept: Concept,
@@ -234,44 +283,23 @@ def create_regularizer(
     accelerator: Accelerator,
     seed: int,
 ) -> MLMRegularizer | None:
-    """The MLM term, or ``None`` where its weight is 0.
-
-    Raises:
-        UserError: no gradient of the term could reach anything.
-    """
+    """The MLM term, or ``None`` without contextualizers."""
     options = config.mlm
-    if options.mlm_loss_weight == 0:
+    if not contextualizers:
         return None
-    if obstacle := mlm_obstacle(config):
-        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {obstacle}")
     prompt_set = prompt_set_for(
         options, concept, captions=[info.caption for info in dataset.images if not info.is_reg]
     )
-    contextualizers = []
-    for text_encoder in models.text_encoders:
-        with accelerator.main_process_first():  # one process pretrains, the others find its file
-            path = contextualizer_path(text_encoder, options.mlm_contextualizer)
-        contextualizer, facts = load_contextualizer(path, text_encoder)
-        _judge(path, facts)
-        contextualizers.append(contextualizer)
     base_seed = seed if options.mlm_seed is None else options.mlm_seed
     return build_regularizer(
         models.text_encoders,
-        contextualizers,
+        [contextualizer.network for contextualizer in contextualizers],
         options,
         concept=concept,
         prompt_set=prompt_set,
         seed=f"{base_seed}/{accelerator.process_index}",
         dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
     )
-
-
-def _judge(path: Path, facts: ContextualizerFacts) -> None:
-    share = f"{path.name} names {facts.accuracy:.0%} of hidden held-out words"
-    if facts.accuracy < POOR_ACCURACY:
-        logger.warning("%s: it can teach little; pretrain it for longer", share)
-    else:
-        logger.info("%s", share)
 
 
 def _with_toy_paths(config: TrainConfig) -> TrainConfig:

@@ -140,15 +140,17 @@ class Contextualizer(nn.Module):
             token_table_VD: the text encoder's token embeddings.
 
         Returns:
-            logits of shape ``(N, V)`` in the dtype of the head.
+            logits of shape ``(N, V)``, fp32.
         """
         dtype = self.input.weight.dtype
         x_BLW = self.input(self.input_norm(hidden_BLD.to(dtype)))
         x_BLW = x_BLW + self.position[: hidden_BLD.shape[1]]
         for block in self.blocks:
             x_BLW = block(x_BLW, is_token_BL)
-        vectors_ND = self.head(x_BLW[selected_BL]) * self.output_scale
-        return F.linear(vectors_ND, token_table_VD.to(vectors_ND.dtype)) + self.output_bias
+        vectors_ND = self.head(x_BLW[selected_BL])
+        # the few vectors follow the table's precision, not the large table theirs
+        logits_NV = F.linear(vectors_ND.to(token_table_VD.dtype), token_table_VD).float()
+        return logits_NV * self.output_scale.float() + self.output_bias.float()
 
     def start_from(self, token_table_VD: Tensor, token_counts_V: Tensor) -> None:
         """Fit a new network to the table it will read and to how often tokens occur.
@@ -208,7 +210,7 @@ def masked_word_loss(
     Source: arXiv 2410.10058 as summarised in public reviews; the loss of Devlin et al. 2018.
     """
     selected_BL = labels_BL != IGNORE_INDEX
-    logits_NV = contextualizer(hidden_BLD, is_token_BL, selected_BL, token_table_VD).float()
+    logits_NV = contextualizer(hidden_BLD, is_token_BL, selected_BL, token_table_VD)
     labels_N = labels_BL[selected_BL]
     num_masked = selected_BL.sum()
     # a sum, not a mean: without a label the loss is a zero that still belongs to the graph

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm_plugin.config.pretraining import PretrainOptions
+from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
 from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens
 from mlm_plugin.data.prompts import BUILTIN, FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, subjects
 from mlm_plugin.errors import UserError
@@ -232,8 +232,10 @@ class _Run:
             accuracy_per_family={f: c / m for f, (_, c, m) in sorted(totals.items()) if m},
         )
         gained = self.scores.loss < 0.99 * self.best_loss
-        self.looks_without_gain = 0 if gained else self.looks_without_gain + 1
-        self.best_loss = min(self.best_loss, self.scores.loss)
+        if gained:  # small gains add up until they count
+            self.best_loss, self.looks_without_gain = self.scores.loss, 0
+        else:
+            self.looks_without_gain += 1
 
     def save_state(self) -> None:
         state = {
@@ -330,6 +332,7 @@ class _Run:
     def _made_for(self) -> dict:
         return {
             **asdict(self.options),
+            "recipe": RECIPE,
             "text_encoder": self.text_encoder.fingerprint(),
             "captions": zlib.crc32("\n".join(self.corpus.captions).encode()),
         }

@@ -199,3 +199,36 @@ def test_the_real_clip_vocabulary_is_split_into_words(clip_vocabulary):
     words = [tokenizer.decode(ids[start:end]) for start, end in vocabulary.split_words(ids)]
     assert [word.strip() for word in words] == text.split()
     assert vocabulary.protected == {(48136,), (1929,)}
+
+
+@pytest.mark.parametrize("syntax", ["natural", "tags"])
+def test_punctuation_is_never_a_target(toy_text_encoder, syntax):
+    from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet
+
+    tokenizer = toy_text_encoder.tokenizer
+    vocabulary = MaskingVocabulary.from_tokenizer(
+        tokenizer, protected=["sks", "dog"], low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
+    )
+    prompt_set, rng = PromptSet.load("living", syntax=syntax), random.Random(0)
+    ids_BL = toy_text_encoder.tokenize_trimmed(
+        [prompt_set.sample(rng, "sks dog") for _ in range(200)]
+    )
+    masked, labels = mask_tokens(ids_BL, vocabulary, mlm_probability=0.3, rng=rng, replace="bert")
+    hidden = tokenizer.convert_ids_to_tokens(labels[labels != IGNORE_INDEX].tolist())
+    assert len(hidden) > 200
+    assert not {",</w>", "-</w>", ".</w>", "'</w>"} & set(hidden)
+
+
+def test_a_real_word_is_not_taken_for_punctuation(clip_vocabulary):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(clip_vocabulary)
+    vocabulary = MaskingVocabulary.from_tokenizer(tokenizer, protected=[], low_priority=[])
+    ids = tokenizer("zürich, 1900s - c'est l'été! 日本", add_special_tokens=False).input_ids
+    words = vocabulary.split_words(ids)
+    silent = [
+        tokenizer.decode(ids[start:end])
+        for start, end in words
+        if vocabulary.punctuation.issuperset(ids[start:end])
+    ]
+    assert {text.strip() for text in silent} <= {",", "-", "!", "'"}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
 from mlm_plugin.config.pretraining import PretrainOptions
-from mlm_plugin.hosts.mlm_setup import auto_contextualizer_path, contextualizer_path
+from mlm_plugin.hosts.mlm_setup import auto_contextualizer_path, find_contextualizer
 from mlm_plugin.training.pretrain import pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -291,13 +291,42 @@ def test_the_auto_contextualizer_is_made_once_and_found_again(toy_text_encoder, 
     from mlm_plugin.hosts import mlm_setup
 
     monkeypatch.setattr(mlm_setup, "SMALL_ENCODER", QUICK)
-    made = contextualizer_path(toy_text_encoder, "auto", show_progress=False)
-    assert made == auto_contextualizer_path(toy_text_encoder)
-    before = made.stat().st_mtime_ns
-    assert contextualizer_path(toy_text_encoder, "auto", show_progress=False) == made
-    assert made.stat().st_mtime_ns == before
+    path = auto_contextualizer_path(toy_text_encoder)
+    path.unlink(missing_ok=True)
+    made = find_contextualizer(toy_text_encoder, "auto", show_progress=False)
+    before = path.stat().st_mtime_ns
+    found = find_contextualizer(toy_text_encoder, "auto", show_progress=False)
+    assert found.digest == made.digest
+    assert path.stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:1000])  # a damaged file is made anew
+    assert find_contextualizer(toy_text_encoder, "auto", show_progress=False).facts == made.facts
     toy_text_encoder.clip_skip = 2
-    assert auto_contextualizer_path(toy_text_encoder) != made
+    assert auto_contextualizer_path(toy_text_encoder) != path
+
+
+def test_a_term_that_would_start_after_the_end_is_refused(arguments, capsys):
+    flags = ["--train_batch_size", "25", "--max_train_epochs", "1", "--mlm_start_step", "9"]
+    assert train_main([*arguments, *flags]) == 2
+    assert "ends after 2 steps" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_saved_on_the_way_does_not_end_the_run(
+    arguments, tmp_path, monkeypatch
+):
+    from mlm_plugin.hosts import saving
+
+    save_lora, names = saving.save_lora, []
+
+    def fail_once(path, *values, **more):
+        names.append(path.name)
+        if len(names) == 1:
+            raise OSError(28, "No space left on device")
+        save_lora(path, *values, **more)
+
+    monkeypatch.setattr(saving, "save_lora", fail_once)
+    assert train_main([*arguments, "--save_every_n_steps", "2"]) == 0
+    assert names == ["dog-step00000002.safetensors", "dog.safetensors"]
+    assert names_in(tmp_path / "out") == ["dog.json", "dog.safetensors"]
 
 
 def start(arguments):
