@@ -6,6 +6,7 @@ Shapes: B images, L tokens, D text width, h and w latent sides.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,13 +26,21 @@ from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.interrupt import StopRequest
 from mlm_plugin.training.optimizers import set_optimizer_mode
+from mlm_plugin.training.rollback import StepBefore
 from mlm_plugin.training.state import Progress, load_state, save_state
 
 __all__ = ["Listener", "NonFiniteLoss", "StepResult", "Stopped", "TrainPlan", "Trainer"]
 
+logger = logging.getLogger(__name__)
+
 
 class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite; weights are those of the last good step."""
+    """The loss or its gradient became NaN or infinite; the trainer has gone back one step.
+
+    Weights, optimizer, scheduler and progress are those of before the last optimizer step, because
+    the weights that this step made are the ones that failed. Where nothing is kept (the first step
+    of a run, or networks above ``rollback.LIMIT``), they are those that failed.
+    """
 
 
 class Stopped(Exception):
@@ -149,13 +158,14 @@ class Trainer:
         self.mlm_schedule = mlm_schedule
         self.listeners = list(listeners)
         self.progress = Progress(seed=seed, num_processes=accelerator.num_processes)
+        self._step_before = StepBefore(method.parameters(), optimizer, scheduler)
 
     def run(self) -> None:
         """Train to the end of the plan.
 
         Raises:
             Stopped: after SIGINT or SIGTERM; listeners have been told.
-            NonFiniteLoss: the last good weights are in place; listeners have been told.
+            NonFiniteLoss: the state of the step before is in place; listeners have been told.
         """
         self._tell("on_train_start")
         bar = tqdm(
@@ -168,7 +178,11 @@ class Trainer:
             try:
                 while self.progress.current_step < self.plan.num_steps:
                     self._run_epoch(bar, stop)
-            except (NonFiniteLoss, Stopped):
+            except NonFiniteLoss:
+                self._go_back()
+                self._tell("on_stop")
+                raise
+            except Stopped:
                 self._tell("on_stop")
                 raise
         self._tell("on_train_end")
@@ -226,8 +240,8 @@ class Trainer:
         first = self.progress.num_batches
         results = [self._backward(batch, first + i) for i, batch in enumerate(batches)]
         self._average_over_processes()
-        if self.plan.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.method.parameters(), self.plan.max_grad_norm)
+        self._clip_gradients()
+        self._step_before.remember(self.progress)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -236,6 +250,26 @@ class Trainer:
         result = _mean(results)
         result.extras = self.method.after_step()
         return result
+
+    def _clip_gradients(self) -> None:
+        limit = self.plan.max_grad_norm or math.inf  # inf: measures only
+        norm = self.accelerator.clip_grad_norm_(self.method.parameters(), limit)
+        if self.accelerator.scaler is not None:
+            return  # fp16: the scaler skips steps with infinite gradients, and starts with some
+        if not math.isfinite(norm):  # averaged before, so the same on every process
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(
+                f"the norm of the gradient is {float(norm)} at step "
+                f"{self.progress.current_step + 1}"
+            )
+
+    def _go_back(self) -> None:
+        """Take back the step that made the weights whose loss is not finite."""
+        progress = self._step_before.restore()
+        if progress is not None:
+            self.progress = progress
+        elif self.progress.current_step:
+            logger.warning("no copy of the step before: the weights are those that failed")
 
     def _backward(self, batch: Batch, number: int) -> StepResult:
         """Forward and backward of one batch; gradients add up until the optimizer steps."""

@@ -1,5 +1,6 @@
 """The loop: weight 0 is a plain run, resume is exact, a bad loss loses nothing."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.regularizer import MLMSchedule
+from mlm_plugin.training import rollback
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.schedulers import create_scheduler
@@ -218,25 +220,85 @@ def test_the_term_acts_on_its_steps_only(toy_folder, dataset):
     assert curve[1].mlm_weight == pytest.approx(0.2)
 
 
-def test_a_non_finite_loss_stops_with_the_last_good_weights(toy_folder, dataset):
-    class Poison(Listener):
-        def on_step_end(self, trainer, result):
-            self.state = trainer.method.state_dict()
-            if trainer.progress.current_step == 2:
-                trainer.diffusion_loss = lambda *_args, **_more: torch.tensor(
-                    math.nan, requires_grad=True
-                )
+class Poison(Listener):
+    """Replaces the diffusion loss after two steps and remembers what each step left."""
 
-        def on_stop(self, trainer):
-            self.stopped = trainer.method.state_dict()
+    def __init__(self, loss, folder=None):
+        self.loss, self.folder, self.states, self.rates = loss, folder, [], []
 
-    poison = Poison()
-    trainer = make_trainer(toy_folder, dataset, listeners=[poison])
-    with pytest.raises(NonFiniteLoss, match="step 3"):
+    def on_step_end(self, trainer, result):
+        self.states.append(trainer.method.state_dict())
+        self.rates.append(trainer.scheduler.get_last_lr())
+        if trainer.progress.current_step == 2:
+            trainer.diffusion_loss = self.loss
+
+    def on_stop(self, trainer):
+        self.stopped = trainer.method.state_dict()
+        if self.folder:
+            trainer.save_state(self.folder)
+
+
+def nan_loss(*_args, **_more):
+    return torch.tensor(math.nan, requires_grad=True)
+
+
+@pytest.mark.parametrize("optimizer_type", ["AdamW", "AdamWScheduleFree"])
+def test_a_non_finite_loss_goes_back_to_the_step_before(
+    toy_folder, dataset, tmp_path, optimizer_type
+):
+    if "ScheduleFree" in optimizer_type:
+        pytest.importorskip("schedulefree")
+    settings = {"optimizer_type": optimizer_type}
+    poison = Poison(nan_loss, tmp_path / "a-state")
+    trainer = make_trainer(toy_folder, dataset, listeners=[poison], **settings)
+    with pytest.raises(NonFiniteLoss, match="loss is nan at step 3"):
         trainer.run()
-    assert_same(poison.state, poison.stopped)
-    assert all(torch.isfinite(tensor).all() for tensor in poison.stopped.values())
+    assert_same(poison.stopped, poison.states[0])  # step 2 made the weights that failed
+    assert trainer.progress.current_step == trainer.progress.num_batches == 1
+    assert trainer.scheduler.get_last_lr() == poison.rates[0]
+
+    straight = make_trainer(toy_folder, dataset, num_steps=1, **settings)
+    straight.run()
+    for parameter, other in zip(
+        trainer.method.parameters(), straight.method.parameters(), strict=True
+    ):
+        state, expected = trainer.optimizer.state[parameter], straight.optimizer.state[other]
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(torch.as_tensor(state[name]), torch.as_tensor(value)), name
+
+    resumed = make_trainer(toy_folder, dataset, num_steps=3, **settings)
+    resumed.load_state(tmp_path / "a-state")
+    resumed.run()
+    assert resumed.progress.current_step == 3
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_an_infinite_gradient_stops_before_it_reaches_the_weights(
+    toy_folder, dataset, max_grad_norm
+):
+    poison = Poison(None)
+    trainer = make_trainer(toy_folder, dataset, listeners=[poison])
+    trainer.plan = dataclasses.replace(trainer.plan, max_grad_norm=max_grad_norm)
+    parameter = trainer.method.parameters()[0]
+    poison.loss = lambda *_args, **_more: (parameter - parameter.detach()).abs().sqrt().sum()
+    with pytest.raises(NonFiniteLoss, match="gradient is (nan|inf) at step 3"):
+        trainer.run()
+    assert_same(poison.stopped, poison.states[0])
+    assert all(p.isfinite().all() for p in trainer.method.parameters())
+
+
+def test_a_network_too_large_for_a_copy_keeps_its_last_weights(
+    toy_folder, dataset, monkeypatch, caplog
+):
+    monkeypatch.setattr(rollback, "LIMIT", 1000)
+    poison = Poison(nan_loss)
+    trainer = make_trainer(toy_folder, dataset, listeners=[poison])
+    with pytest.raises(NonFiniteLoss):
+        trainer.run()
+    assert_same(poison.stopped, poison.states[1])
     assert trainer.progress.current_step == 2
+    assert "no copy of the step before" in caplog.text
 
 
 def test_an_epoch_ends_with_its_last_batch_and_listeners_hear_of_it(toy_folder, dataset):
