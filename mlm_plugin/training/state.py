@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods.base import Method
 
-__all__ = ["Progress", "load_state", "save_state"]
+__all__ = ["Progress", "check_settings", "load_state", "read_progress", "save_state"]
 
 PROGRESS_FILE = "train_state.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -48,11 +49,17 @@ class Progress:
 
 
 def save_state(
-    folder: Path, *, accelerator: Accelerator, method: Method, progress: Progress
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    method: Method,
+    progress: Progress,
+    settings: Mapping[str, str],
 ) -> None:
     """Write a state folder; it has its final name only when it is complete.
 
-    Every process must call it: each adds its random state.
+    Every process must call it: each adds its random state. ``settings`` are the options on which
+    the state depends, by name, for :func:`check_settings`.
     """
     unfinished = _shared_temporary_folder(folder, accelerator)
     try:
@@ -60,7 +67,9 @@ def save_state(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             save_file(method.state_dict(), unfinished / WEIGHTS_FILE)
-            (unfinished / PROGRESS_FILE).write_text(json.dumps(asdict(progress), indent=2))
+            (unfinished / PROGRESS_FILE).write_text(
+                json.dumps({**asdict(progress), "settings": dict(settings)}, indent=2)
+            )
             _move_into_place(unfinished, folder)
         accelerator.wait_for_everyone()
     finally:
@@ -93,12 +102,7 @@ def read_progress(folder: Path) -> Progress:
     Raises:
         UserError: if the folder is no state of this trainer.
     """
-    try:
-        values = json.loads((folder / PROGRESS_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"resume: {folder} is no training state ({error}); give a folder that ends in -state"
-        ) from error
+    values = _read_values(folder)
     missing = {field.name for field in fields(Progress)} - values.keys()
     if missing:
         raise UserError(
@@ -108,11 +112,44 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**{field.name: values[field.name] for field in fields(Progress)})
 
 
-def load_state(folder: Path, *, accelerator: Accelerator, method: Method, seed: int) -> Progress:
+def check_settings(folder: Path, settings: Mapping[str, str]) -> None:
+    """Refuse a state whose run had other settings: its optimizer would bring the old ones.
+
+    A state without settings (of an earlier version), or a caller without any, is not compared.
+
+    Raises:
+        UserError: names every setting that differs, then and now.
+    """
+    before = _read_values(folder).get("settings")
+    if not before or not settings:
+        return
+    names = sorted(before.keys() | settings.keys())
+    changes = [
+        f"{name} {before.get(name, 'not set')} (now {settings.get(name, 'not set')})"
+        for name in names
+        if before.get(name) != settings.get(name)
+    ]
+    if changes:
+        old = "the old value" if len(changes) == 1 else "the old values"
+        raise UserError(
+            f"resume: {folder} was trained with {', '.join(changes)}; give {old}, or start from "
+            "its LoRA with network_weights"
+        )
+
+
+def load_state(
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    method: Method,
+    seed: int,
+    settings: Mapping[str, str],
+) -> Progress:
     """Take over weights, optimizer, scheduler and random states; returns where the run stood.
 
     Raises:
-        UserError: if the folder is no state, or belongs to another seed or number of processes.
+        UserError: if the folder is no state, or belongs to another seed, number of processes,
+            optimizer or other settings.
     """
     progress = read_progress(folder)
     if progress.seed != seed:
@@ -122,6 +159,22 @@ def load_state(folder: Path, *, accelerator: Accelerator, method: Method, seed: 
             f"resume: {folder} was trained with {progress.num_processes} processes, now there are "
             f"{accelerator.num_processes}; start as many as before"
         )
+    check_settings(folder, settings)
     method.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    accelerator.load_state(str(folder))
+    try:
+        accelerator.load_state(str(folder))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"resume: {folder} does not fit this optimizer or its parts ({error}); give the old "
+            "optimizer and learning rates, or start from its LoRA with network_weights"
+        ) from error
     return progress
+
+
+def _read_values(folder: Path) -> dict:
+    try:
+        return json.loads((folder / PROGRESS_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"resume: {folder} is no training state ({error}); give a folder that ends in -state"
+        ) from error

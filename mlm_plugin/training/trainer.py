@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +106,7 @@ class Listener:
         """After the last step."""
 
     def on_stop(self, trainer: Trainer) -> None:
-        """A signal or a non-finite loss ends the run early."""
+        """A signal, a non-finite loss or another error ends the run early."""
 
 
 class Trainer:
@@ -127,6 +127,8 @@ class Trainer:
         regularizer: the MLM term, or ``None``.
         mlm_schedule: its weight by step.
         listeners: told of steps and epochs, in this order.
+        settings: options on which a state depends, by name; states keep them, and one with other
+            settings is refused.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class Trainer:
         regularizer: MLMRegularizer | None = None,
         mlm_schedule: MLMSchedule | None = None,
         listeners: Sequence[Listener] = (),
+        settings: Mapping[str, str] | None = None,
     ):
         assert (regularizer is None) == (mlm_schedule is None), "a regularizer needs its schedule"
         self.accelerator = accelerator
@@ -157,6 +160,7 @@ class Trainer:
         self.regularizer = regularizer
         self.mlm_schedule = mlm_schedule
         self.listeners = list(listeners)
+        self.settings = dict(settings or {})
         self.progress = Progress(seed=seed, num_processes=accelerator.num_processes)
         self._step_before = StepBefore(method.parameters(), optimizer, scheduler)
 
@@ -166,7 +170,10 @@ class Trainer:
         Raises:
             Stopped: after SIGINT or SIGTERM; listeners have been told.
             NonFiniteLoss: the state of the step before is in place; listeners have been told.
+            Exception: whatever else went wrong, unchanged; listeners have been told if this is the
+                only process (others would wait for it) and has steps to lose.
         """
+        first_step = self.progress.current_step
         self._tell("on_train_start")
         bar = tqdm(
             total=self.plan.num_steps,
@@ -185,11 +192,21 @@ class Trainer:
             except Stopped:
                 self._tell("on_stop")
                 raise
+            except Exception:
+                if self.accelerator.num_processes == 1 and self.progress.current_step > first_step:
+                    self._rescue()
+                raise
         self._tell("on_train_end")
 
     def save_state(self, folder: Path) -> None:
         """Write everything needed to go on from here."""
-        save_state(folder, accelerator=self.accelerator, method=self.method, progress=self.progress)
+        save_state(
+            folder,
+            accelerator=self.accelerator,
+            method=self.method,
+            progress=self.progress,
+            settings=self.settings,
+        )
 
     def load_state(self, folder: Path) -> None:
         """Go on from a state folder."""
@@ -198,6 +215,7 @@ class Trainer:
             accelerator=self.accelerator,
             method=self.method,
             seed=self.progress.seed,
+            settings=self.settings,
         )
 
     def evaluating(self) -> AbstractContextManager:
@@ -262,6 +280,15 @@ class Trainer:
                 f"the norm of the gradient is {float(norm)} at step "
                 f"{self.progress.current_step + 1}"
             )
+
+    def _rescue(self) -> None:
+        """Tell every listener of the end, whatever fails; the error that led here counts."""
+        self.optimizer.zero_grad(set_to_none=True)  # half a step's, and memory if that ran out
+        for listener in self.listeners:
+            try:
+                listener.on_stop(self)
+            except Exception:
+                logger.exception("saving after an error failed too")
 
     def _go_back(self) -> None:
         """Take back the step that made the weights whose loss is not finite."""

@@ -1,6 +1,7 @@
 """The loop: weight 0 is a plain run, resume is exact, a bad loss loses nothing."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import LossOptions, MLMOptions, NetworkOptions, OptimizerOptions
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.prompts import PromptSet
+from mlm_plugin.errors import UserError
 from mlm_plugin.hosts.mlm_setup import build_regularizer
 from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import load_stable_diffusion
@@ -77,6 +79,8 @@ def make_trainer(
     dropout=None,
     optimizer_type="AdamW",
     checkpointing=False,
+    rates=RATES,
+    options=None,
 ):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     models = load_stable_diffusion(toy_folder)
@@ -91,7 +95,7 @@ def make_trainer(
         models.text_encoders[0].model.gradient_checkpointing_enable({"use_reentrant": False})
     order = EpochOrder(dataset, batches_per_step=accumulation)
     optimizer = create_optimizer(
-        optimizer_type, method.parameter_groups(RATES), learning_rate=RATES.learning_rate
+        optimizer_type, method.parameter_groups(rates), learning_rate=RATES.learning_rate
     )
     scheduler = create_scheduler(optimizer, RATES, num_training_steps=num_steps)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
@@ -111,6 +115,7 @@ def make_trainer(
         regularizer=regularizer,
         mlm_schedule=schedule,
         listeners=listeners,
+        settings=options,
     )
 
 
@@ -335,6 +340,79 @@ def test_a_state_of_another_seed_or_trainer_is_refused(toy_folder, dataset, tmp_
         trainer.load_state(tmp_path / "a-state")
     with pytest.raises(ValueError, match="no training state"):
         trainer.load_state(tmp_path / "absent-state")
+
+
+def test_a_state_of_other_settings_is_refused_by_name(toy_folder, dataset, tmp_path):
+    options = {"unet_lr": "0.001", "optimizer_type": "AdamW", "train_batch_size": "2"}
+    trainer = make_trainer(toy_folder, dataset, options=options)
+    trainer.save_state(tmp_path / "a-state")
+    trainer.load_state(tmp_path / "a-state")
+    trainer.settings = {"unet_lr": "1e-06", "optimizer_type": "AdamW", "network_dim": "4"}
+    with pytest.raises(UserError) as refused:
+        trainer.load_state(tmp_path / "a-state")
+    for text in (
+        "network_dim not set (now 4), train_batch_size 2 (now not set), unet_lr 0.001 (now 1e-06)",
+        "give the old values",
+        "network_weights",
+    ):
+        assert text in str(refused.value)
+    assert "optimizer_type" not in str(refused.value)
+
+    file = tmp_path / "a-state" / "train_state.json"
+    values = json.loads(file.read_text())
+    del values["settings"]
+    file.write_text(json.dumps(values))
+    trainer.load_state(tmp_path / "a-state")  # of a version that kept none
+
+
+def test_a_state_of_other_optimizer_groups_is_refused(toy_folder, dataset, tmp_path):
+    trainer = make_trainer(toy_folder, dataset, num_steps=1)
+    trainer.run()
+    trainer.save_state(tmp_path / "a-state")
+    rates = OptimizerOptions(unet_lr=1e-3, text_encoder_lr=(0.0,))
+    other = make_trainer(toy_folder, dataset, rates=rates)
+    with pytest.raises(UserError, match="parameter group.*network_weights"):
+        other.load_state(tmp_path / "a-state")
+
+
+def test_any_error_saves_the_steps_done_and_stays_the_error(toy_folder, dataset, tmp_path, caplog):
+    class Unwell(Listener):
+        def on_stop(self, trainer):
+            raise OSError("disk full")
+
+    class Save(Listener):
+        def on_stop(self, trainer):
+            trainer.save_state(tmp_path / "a-state")
+
+    def vanish(*_args, **_more):
+        raise FileNotFoundError("a picture is gone")
+
+    poison = Poison(vanish)
+    trainer = make_trainer(toy_folder, dataset, num_steps=4, listeners=[poison, Unwell(), Save()])
+    with pytest.raises(FileNotFoundError, match="a picture is gone"):
+        trainer.run()
+    assert "disk full" in caplog.text
+    resumed = make_trainer(toy_folder, dataset, num_steps=4)
+    resumed.load_state(tmp_path / "a-state")
+    assert resumed.progress.current_step == 2
+    assert_same(resumed.method.state_dict(), poison.states[1])
+
+
+def test_an_error_before_the_first_step_saves_nothing(toy_folder, dataset):
+    stops = []
+
+    class Save(Listener):
+        def on_stop(self, trainer):
+            stops.append(trainer)
+
+    def vanish(*_args, **_more):
+        raise FileNotFoundError("a picture is gone")
+
+    trainer = make_trainer(toy_folder, dataset, listeners=[Save()])
+    trainer.diffusion_loss = vanish
+    with pytest.raises(FileNotFoundError):
+        trainer.run()
+    assert not stops
 
 
 def test_a_state_folder_is_complete_or_absent(toy_folder, dataset, tmp_path, monkeypatch):
