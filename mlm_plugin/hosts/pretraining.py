@@ -39,8 +39,8 @@ def run_pretrain(command: PretrainCommand) -> int:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
     print(f"{command.output}: {_summary(scores)}")
-    for family, accuracy in scores.accuracy_per_family.items():
-        print(f"  {family:<24} {accuracy:6.1%}")
+    for name, family in scores.families.items():
+        print(f"  {name:<24} {family.accuracy:6.1%}   {family.loss:6.3f} nats")
     return 0
 
 

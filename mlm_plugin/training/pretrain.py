@@ -41,7 +41,7 @@ from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.regularizer import tokens_before_padding
 from mlm_plugin.training.interrupt import StopRequest
 
-__all__ = ["Corpus", "Interrupted", "Scores", "pretrain", "read_caption_files"]
+__all__ = ["Corpus", "FamilyScores", "Interrupted", "Scores", "pretrain", "read_caption_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,19 @@ CAPTION_SHARE = 0.5
 NUM_COUNTED = 4096  # prompts that tell how often tokens occur
 
 
-class Scores(NamedTuple):
-    """Held-out result: overall, and accuracy per family of contexts."""
+class FamilyScores(NamedTuple):
+    """Held-out result of one family of contexts."""
 
     loss: float  # nats per hidden token
     accuracy: float  # share of hidden tokens named rightly
-    accuracy_per_family: dict[str, float]
+
+
+class Scores(NamedTuple):
+    """Held-out result: overall and per family of contexts."""
+
+    loss: float
+    accuracy: float
+    families: dict[str, FamilyScores]
 
 
 class Interrupted(Exception):
@@ -229,7 +236,11 @@ class _Run:
         self.scores = Scores(
             loss=nats / max(1, masked),
             accuracy=correct / max(1, masked),
-            accuracy_per_family={f: c / m for f, (_, c, m) in sorted(totals.items()) if m},
+            families={
+                family: FamilyScores(loss=nats / masked, accuracy=correct / masked)
+                for family, (nats, correct, masked) in sorted(totals.items())
+                if masked
+            },
         )
         gained = self.scores.loss < 0.99 * self.best_loss
         if gained:  # small gains add up until they count
@@ -274,7 +285,7 @@ class _Run:
             training={
                 **asdict(self.options),
                 "num_captions": len(self.corpus.captions),
-                "accuracy_per_family": self.scores.accuracy_per_family,
+                "families": {f: s._asdict() for f, s in self.scores.families.items()},
             },
         )
         save_contextualizer(self.output, self.network, facts)

@@ -45,8 +45,10 @@ def test_it_learns_to_name_hidden_words_far_better_than_chance(toy_text_encoder,
     chance = torch.log(torch.tensor(float(len(toy_text_encoder.tokenizer)))).item()
     assert scores.loss < chance - 1.5
     assert scores.accuracy > 0.1  # a guess is right once in about 1,500
-    assert scores.accuracy_per_family
-    assert all(0 <= accuracy <= 1 for accuracy in scores.accuracy_per_family.values())
+    assert len(scores.families) > 5
+    assert all(0 <= family.accuracy <= 1 for family in scores.families.values())
+    assert min(family.loss for family in scores.families.values()) <= scores.loss
+    assert max(family.loss for family in scores.families.values()) >= scores.loss
 
 
 def test_the_file_fits_the_text_encoder_and_says_how_good_it_is(toy_text_encoder, tmp_path):
