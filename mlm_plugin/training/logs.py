@@ -45,7 +45,9 @@ class CurveLogger(Listener):
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Mean loss of the epoch, over epochs."""
-        values = {"loss/epoch_average": sum(self.recent) / max(1, len(self.recent))}
+        if not self.recent:  # resumed where only the end of the epoch was left
+            return
+        values = {"loss/epoch_average": sum(self.recent) / len(self.recent)}
         progress = trainer.progress
         for tracker in trainer.accelerator.trackers:
             # wandb drops values whose step lies in the past, so epochs cannot be its x axis
@@ -54,7 +56,9 @@ class CurveLogger(Listener):
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Flush the trackers."""
-        trainer.accelerator.end_training()
+        # not accelerator.end_training(): other listeners still need the process group it destroys
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
 
     on_stop = on_train_end
 

@@ -219,7 +219,10 @@ class Trainer:
         )
 
     def evaluating(self) -> AbstractContextManager:
-        """Models and optimizer in evaluation mode while the block runs (schedule-free weights)."""
+        """Models and optimizer in evaluation mode while the block runs (schedule-free weights).
+
+        The training goes on with exactly the weights it had, so one process may enter alone.
+        """
         return _Evaluating(self)
 
     def _run_epoch(self, bar: tqdm, stop: StopRequest) -> None:
@@ -376,14 +379,25 @@ class Trainer:
 class _Evaluating:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        self.trained: list[Tensor] = []
 
     def __enter__(self) -> None:
         self.trainer.method.train(False)
+        if _has_modes(self.trainer.optimizer):  # the way there and back rounds the weights
+            self.trained = [p.detach().clone() for p in self.trainer.method.parameters()]
         set_optimizer_mode(self.trainer.optimizer, training=False)
 
+    @torch.no_grad()
     def __exit__(self, *_exception: object) -> None:
         self.trainer.method.train(True)
         set_optimizer_mode(self.trainer.optimizer, training=True)
+        if self.trained:
+            torch._foreach_copy_(self.trainer.method.parameters(), self.trained)
+
+
+def _has_modes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether evaluation changes the weights; accelerate's wrapper has the methods in any case."""
+    return callable(getattr(getattr(optimizer, "optimizer", optimizer), "eval", None))
 
 
 def _mean(results: list[StepResult]) -> StepResult:

@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import set_seed
 
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
@@ -23,6 +24,7 @@ from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.regularizer import MLMSchedule
 from mlm_plugin.training import rollback
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.schedulers import create_scheduler
 from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped, Trainer, TrainPlan
@@ -304,6 +306,80 @@ def test_a_network_too_large_for_a_copy_keeps_its_last_weights(
     assert_same(poison.stopped, poison.states[1])
     assert trainer.progress.current_step == 2
     assert "no copy of the step before" in caplog.text
+
+
+def test_saving_every_step_changes_nothing_for_a_schedule_free_optimizer(toy_folder, dataset):
+    pytest.importorskip("schedulefree")
+
+    class SaveEveryStep(Listener):
+        def __init__(self):
+            self.moved = False
+
+        def on_step_end(self, trainer, result):
+            trained = trainer.method.state_dict()
+            with trainer.evaluating():
+                saved = trainer.method.state_dict()
+            self.moved |= any((saved[name] != trained[name]).any() for name in saved)
+
+    settings = {"optimizer_type": "AdamWScheduleFree"}
+    plain, _ = run(toy_folder, dataset, **settings)
+    saver = SaveEveryStep()
+    trainer = make_trainer(toy_folder, dataset, listeners=[saver], **settings)
+    trainer.run()
+    assert saver.moved  # the saved weights are the averaged ones
+    assert_same(plain, trainer.method.state_dict())
+
+
+class MemoryTracker(GeneralTracker):
+    """Keeps what is logged."""
+
+    name, requires_logging_directory = "memory", False
+
+    def __init__(self):
+        super().__init__(_blank=True)
+        self.logged, self.finished = [], False
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def log(self, values, step=None, **_more):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset, tmp_path):
+    class Exchange(Listener):
+        def on_train_end(self, trainer):
+            torch.distributed.barrier()  # as saving a state does
+
+    trainer = make_trainer(toy_folder, dataset, num_steps=1, listeners=[CurveLogger(), Exchange()])
+    tracker = MemoryTracker()
+    trainer.accelerator.trackers = [tracker]
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        trainer.run()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert tracker.finished
+    assert any("loss/current" in values for values in tracker.logged)
+
+
+def test_an_epoch_without_steps_of_its_own_has_no_average(toy_folder, dataset):
+    trainer = make_trainer(toy_folder, dataset, num_steps=4, listeners=[CurveLogger()])
+    tracker = MemoryTracker()
+    trainer.accelerator.trackers = [tracker]
+    trainer.progress = dataclasses.replace(
+        trainer.progress, current_step=3, batches_in_epoch=3, num_batches=3
+    )  # the state of an epoch's last step
+    trainer.run()
+    assert trainer.progress.current_step == 4
+    assert not any("loss/epoch_average" in values for values in tracker.logged)
 
 
 def test_an_epoch_ends_with_its_last_batch_and_listeners_hear_of_it(toy_folder, dataset):
