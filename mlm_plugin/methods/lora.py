@@ -13,8 +13,6 @@ from mlm_plugin.models.networks import create_network
 
 __all__ = ["LoRAMethod"]
 
-DEFAULT_DIM = 4  # kohya's, where network_dim is not given
-
 
 class LoRAMethod:
     """Adapters through a network module, ``networks.lora`` or ``lycoris.kohya``.
@@ -30,7 +28,7 @@ class LoRAMethod:
         self.network = create_network(
             options.network_module,
             models=models,
-            dim=options.network_dim or DEFAULT_DIM,
+            dim=options.network_dim,
             alpha=options.network_alpha,
             dropout=options.network_dropout,
             network_args=options.network_args,

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.kohya_names import canonical_name
 from mlm_plugin.models.lora import MaxNorm
-from mlm_plugin.models.network_args import COMMON_ARGS, LoraPlus, describe_unknown
+from mlm_plugin.models.network_args import (
+    COMMON_ARGS,
+    LoraPlus,
+    describe_unknown,
+    probability,
+)
 from mlm_plugin.models.network_base import (
     AdapterNetwork,
     NetworkPlan,
@@ -133,12 +138,14 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
             "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
         ) from error
     _check_args(plan.args, lycoris)
+    dropout = _dropout(plan)
     models = (plan.text_encoder, plan.unet)
     with _preset_for_diffusers(lycoris, plan.args.get("preset", "full")):
         if plan.dims_from is None:
-            arguments = {"dropout": plan.dropout, "warn_on_unmatched": False, **plan.args}
+            arguments = {"warn_on_unmatched": False, **plan.args, "dropout": dropout}
             network = lycoris.create_network(1.0, plan.dim, plan.alpha, None, *models, **arguments)
         else:
+            _warn_of_settings(plan)
             network, _ = lycoris.create_network_from_weights(
                 1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.dims_from, *models)
             )
@@ -159,6 +166,29 @@ def _check_args(args: Mapping[str, str], lycoris) -> None:
     if preset not in lycoris.PRESET and not Path(preset).is_file():
         unknown = describe_unknown(preset, lycoris.PRESET)
         raise UserError(f"network_args: preset: {unknown}, or a TOML file")
+
+
+def _dropout(plan: NetworkPlan) -> float | None:
+    """The value of network_dropout, which LyCORIS users also write into network_args."""
+    common = probability(plan.dropout, name="network_dropout")
+    own = probability(plan.args.get("dropout"), name="network_args: dropout")
+    if None not in (common, own) and common != own:
+        raise UserError(
+            f"network_dropout={common:g} and network_args: dropout={own:g} are the same setting; "
+            "give it once"
+        )
+    return common if own is None else own
+
+
+def _warn_of_settings(plan: NetworkPlan) -> None:
+    """Name what LyCORIS does not ask for when it makes layers from weights."""
+    names = ["network_dropout"] if plan.dropout is not None else []
+    names += [f"network_args: {key}" for key in plan.args if not key.startswith("loraplus_")]
+    for name in names:
+        logger.warning(
+            "%s has no effect: with dim_from_weights LyCORIS makes its layers from the file alone",
+            name,
+        )
 
 
 @contextmanager

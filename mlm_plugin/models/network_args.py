@@ -78,26 +78,39 @@ def number(
     value = args.get(key)
     if value is None:
         return default
-    try:
-        result = kind(value)
-    except ValueError:
-        result = None
-    if result is None or not at_least <= result < float("inf"):
-        noun = "a whole number" if kind is int else "a number"
-        raise UserError(f"network_args: {key}={value}: expected {noun} of at least {at_least}")
-    return result
+    return _checked(value, name=f"network_args: {key}", kind=kind, at_least=at_least)
 
 
-def probability(args: Mapping[str, Any], key: str) -> float | None:
-    """The value of a setting from 0 to below 1, ``None`` where it is not given.
+def probability(value: str | float | None, *, name: str) -> float | None:
+    """A setting from 0 to below 1; ``None``, for not given, stays.
+
+    Args:
+        value: as given.
+        name: what errors call it.
 
     Raises:
         UserError: For any other value.
     """
-    value = number(args, key)
-    if value is not None and value >= 1:
-        raise UserError(f"{key}: got {value:g}, expected a probability of at least 0 and below 1")
-    return value
+    return None if value is None else _checked(value, name=name, below=1)
+
+
+def _checked(
+    value: Any,
+    *,
+    name: str,
+    kind: type = float,
+    at_least: float = 0,
+    below: float = float("inf"),
+) -> Any:
+    try:
+        result = kind(value)
+    except ValueError:
+        result = None
+    if result is None or not at_least <= result < below:
+        noun = "a whole number" if kind is int else "a number"
+        limit = "" if below == float("inf") else f" and below {below}"
+        raise UserError(f"{name}={value}: expected {noun} of at least {at_least}{limit}")
+    return result
 
 
 def describe_unknown(name: str, known: Iterable[str]) -> str:

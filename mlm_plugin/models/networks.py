@@ -40,7 +40,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Those of networks.lora.
 DEFAULT_RANK = 4
+DEFAULT_ALPHA = 1.0
 
 
 class Network(Protocol):
@@ -134,15 +136,15 @@ def create_network(
     text_encoder.requires_grad_(False)
     unet.requires_grad_(False)
     state = None if weights is None else read_weights(weights)
-    if dim_from_weights and dim is not None:
-        logger.warning("network_dim has no effect: dim_from_weights takes the ranks of the file")
+    if dim_from_weights:
+        _warn_of_ranks(dim, alpha)
     plan = NetworkPlan(
         text_encoder=text_encoder,
         unet=unet,
         train_text_encoder=train_text_encoder,
         train_unet=train_unet,
         dim=DEFAULT_RANK if dim is None else dim,
-        alpha=1.0 if alpha is None else alpha,
+        alpha=DEFAULT_ALPHA if alpha is None else alpha,
         dropout=dropout,
         args=parse_network_args(network_args),
         dims_from=state if dim_from_weights else None,
@@ -162,6 +164,14 @@ def create_network(
         network.num_unet_modules,
     )
     return network
+
+
+def _warn_of_ranks(dim: int | None, alpha: float | None) -> None:
+    if dim is not None:
+        logger.warning("network_dim has no effect: dim_from_weights takes the ranks of the file")
+    # Options say the default where nobody gave an alpha.
+    if alpha not in (None, DEFAULT_ALPHA):
+        logger.warning("network_alpha has no effect: dim_from_weights takes the alphas of the file")
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -133,9 +133,11 @@ def create_lora(plan: NetworkPlan) -> PeftLoRANetwork:
     """
     _check_args(plan.args)
     dropouts = Dropouts(
-        dropout=probability({"network_dropout": plan.dropout}, "network_dropout"),
-        rank_dropout=probability(plan.args, "rank_dropout"),
-        module_dropout=probability(plan.args, "module_dropout"),
+        dropout=probability(plan.dropout, name="network_dropout"),
+        rank_dropout=probability(plan.args.get("rank_dropout"), name="network_args: rank_dropout"),
+        module_dropout=probability(
+            plan.args.get("module_dropout"), name="network_args: module_dropout"
+        ),
     )
     text_encoder, unet = _text_encoder_targets(plan), _unet_targets(plan)
     return PeftLoRANetwork(
@@ -172,8 +174,9 @@ def _unet_targets(plan: NetworkPlan) -> list[LoraTarget]:
     conv_rank = number(plan.args, "conv_dim", kind=int, at_least=1)
     conv_alpha = number(plan.args, "conv_alpha", default=1.0)
     if plan.dims_from is not None:
-        if conv_rank is not None:
-            logger.warning("conv_dim has no effect: dim_from_weights takes the ranks of the file")
+        for key in ("conv_dim", "conv_alpha"):
+            if key in plan.args:
+                logger.warning("%s has no effect: dim_from_weights takes it from the file", key)
         conv_rank = plan.dim  # every layer is a candidate
     if not plan.train_unet:
         return []

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 import logging
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,6 +319,29 @@ def test_ranks_and_alphas_come_from_the_file(tmp_path):
     assert torch.equal(encode(models), encode(fresh_models))
 
 
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"dim": 8}, {"network_dim"}),
+        ({"alpha": 2.0}, {"network_alpha"}),
+        ({"network_args": ["conv_dim=2", "conv_alpha=1"]}, {"conv_dim", "conv_alpha"}),
+        ({"alpha": 1.0, "dropout": 0.1, "network_args": ["rank_dropout=0.1"]}, set()),
+    ],
+)
+def test_settings_that_the_file_decides_are_named(tmp_path, caplog, settings, names):
+    save_file(toy_network(alpha=1.0).kohya_state_dict(), tmp_path / "x.safetensors")
+    settings = {"dim": None, "alpha": None, **settings}
+    with caplog.at_level(logging.WARNING):
+        toy_network(weights=tmp_path / "x.safetensors", dim_from_weights=True, **settings)
+    assert named_without_effect(caplog) == names
+
+
+def named_without_effect(caplog):
+    messages = [record.getMessage().partition(" no effect") for record in caplog.records]
+    words = {word for names, found, _ in messages if found for word in re.findall(r"\w+", names)}
+    return words - {"network_args", "has"}
+
+
 def test_network_weights_are_loaded_from_safetensors_and_from_pickles(tmp_path):
     trained = toy_network()
     randomize(trained)
@@ -418,7 +442,9 @@ def test_max_norm_holds_for_every_module():
         ({"network_args": ["conv_dim=0"]}, "at least 1"),
         ({"network_args": ["conv_alpha=1"]}, "conv_dim"),
         ({"network_args": ["rank_dropout=1"]}, "below 1"),
-        ({"dropout": 1.5}, "network_dropout"),
+        ({"dropout": 1.5}, "^network_dropout=1.5"),
+        ({"dropout": -0.1}, "^network_dropout=-0.1"),
+        ({"network_args": ["module_dropout=-1"]}, "^network_args: module_dropout=-1"),
         ({"dim_from_weights": True}, "network_weights"),
         ({"train_unet": False, "train_text_encoder": False}, "nothing to train"),
         *(({"network_args": [f"{key}=1"]}, key) for key in BLOCK_ARGS),
@@ -480,6 +506,38 @@ def test_lycoris_ranks_come_from_the_file(tmp_path, linear):
     )
     torch.testing.assert_close(encode(fresh_models), encode(models))
     torch.testing.assert_close(predict(fresh_models), predict(models))
+
+
+@needs_lycoris
+def test_settings_that_the_file_decides_in_lycoris_are_named(tmp_path, caplog):
+    save_file(lycoris_network(None, alpha=1.0).kohya_state_dict(), tmp_path / "x.safetensors")
+    given = ("algo=lokr", "conv_dim=2", "dropout=0.1", "preset=attn-only", "loraplus_lr_ratio=2")
+    with caplog.at_level(logging.WARNING):
+        network = lycoris_network(
+            None,
+            *given,
+            dim=None,
+            alpha=None,
+            dropout=0.1,
+            weights=tmp_path / "x.safetensors",
+            dim_from_weights=True,
+        )
+    assert network.loraplus.unet == 2
+    assert named_without_effect(caplog) == {
+        "network_dropout", "algo", "conv_dim", "dropout", "preset",
+    }  # fmt: skip
+
+
+@needs_lycoris
+def test_lycoris_dropout_has_one_value_under_its_two_names():
+    for settings in ({"dropout": 0.1}, {"args": ["dropout=0.1"]}):
+        network = lycoris_network(None, *settings.pop("args", ()), **settings)
+        assert {module.dropout.p for module in network.modules} == {0.1}
+    lycoris_network(None, "dropout=0.1", dropout=0.1)
+    with pytest.raises(UserError, match="network_dropout=0.2 .* dropout=0.1"):
+        lycoris_network(None, "dropout=0.1", dropout=0.2)
+    with pytest.raises(UserError, match="network_args: dropout=x"):
+        lycoris_network(None, "dropout=x")
 
 
 @needs_lycoris
