@@ -7,7 +7,8 @@ one optimizer (Adafactor, Prodigy) live with the optimizers, rules about subsets
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from mlm_plugin.config.options import OPTIONS, TrainConfig
 from mlm_plugin.errors import UserError
@@ -17,6 +18,7 @@ __all__ = ["check_config", "mlm_obstacle", "text_encoder_lr_of"]
 logger = logging.getLogger(__name__)
 
 NUM_TRAIN_TIMESTEPS = 1000
+MAX_SEED = 2**32 - 1  # numpy takes no larger one
 
 
 def check_config(config: TrainConfig) -> None:
@@ -89,6 +91,8 @@ def _learning(config: TrainConfig) -> Iterator[str]:
             yield f"{name} = {value:g}: a learning rate must not be negative"
     if unet_lr == 0 and text_encoder_lr_of(config) == 0:
         yield "unet_lr and text_encoder_lr are both 0: nothing would be trained"
+    if schedule.seed is not None and not 0 <= schedule.seed <= MAX_SEED:
+        yield f"seed = {schedule.seed}: must be from 0 to {MAX_SEED}"
     yield from _warmup(config)
     for name, flag, precision in (
         ("full_fp16", schedule.full_fp16, "fp16"),
@@ -99,9 +103,21 @@ def _learning(config: TrainConfig) -> Iterator[str]:
 
 
 def _warmup(config: TrainConfig) -> Iterator[str]:
-    optimizer = config.optimizer
+    optimizer, schedule = config.optimizer, config.schedule
     kind = optimizer.optimizer_type.lower()
-    if optimizer.lr_warmup_steps == 0 or "schedulefree" in kind or kind == "adafactor":
+    if optimizer.lr_scheduler_type.rpartition(".")[2] == "ReduceLROnPlateau":
+        yield (
+            f"lr_scheduler_type = {optimizer.lr_scheduler_type!r} waits for a validation loss, "
+            "which this trainer has not; use lr_scheduler = 'cosine'"
+        )
+    if optimizer.lr_warmup_steps == 0 or "schedulefree" in kind:
+        return
+    if schedule.max_train_epochs is None and optimizer.lr_warmup_steps > schedule.max_train_steps:
+        yield (
+            f"lr_warmup_steps = {optimizer.lr_warmup_steps:g} is longer than the run "
+            f"(max_train_steps = {schedule.max_train_steps}); shorten it or give a ratio like 10%"
+        )
+    if kind == "adafactor":
         return
     if optimizer.lr_scheduler_type:
         yield (
@@ -200,30 +216,133 @@ def _warnings(config: TrainConfig) -> Iterator[str]:
 
 
 def _unread_partners(config: TrainConfig) -> Iterator[str]:
-    """Options that are read only together with another one, which is off."""
-    flat = config.to_flat()
-    for name, partner in _READ_WITH.items():
-        if flat[name] != OPTIONS[name].default and not flat[partner]:
-            yield f"{name} has no effect without {partner}"
-    if flat["loss_type"] in ("l1", "l2"):
-        for name in ("huber_schedule", "huber_c", "huber_scale"):
-            if flat[name] != OPTIONS[name].default:
-                yield f"{name} has no effect with loss_type = {flat['loss_type']!r}"
-    intervals = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
-    if flat["sample_prompts"] and not any(flat[name] for name in intervals):
-        yield "sample_prompts has no effect without sample_every_n_epochs or sample_every_n_steps"
+    """Options that were changed although the others leave them unread; one line per reason."""
+    flat, changed = config.to_flat(), config.changed()
+    for rule in _READ_WITH:
+        names = [name for name in rule.options if name in changed]
+        if names and not rule.is_read(flat):
+            verb = "has" if len(names) == 1 else "have"
+            yield f"{', '.join(names)} {verb} no effect {rule.otherwise.format_map(flat)}"
 
 
 _CHECKS = (_required, _network, _learning, _loss, _data, _output, _mlm)
 
-_READ_WITH = {
-    "noise_offset_random_strength": "noise_offset",
-    "ip_noise_gamma_random_strength": "ip_noise_gamma",
-    "multires_noise_discount": "multires_noise_iterations",
-    "skip_cache_check": "cache_latents_to_disk",
-    "bucket_no_upscale": "enable_bucket",
-    "persistent_data_loader_workers": "max_data_loader_n_workers",
-    "save_last_n_epochs": "save_every_n_epochs",
-    "save_last_n_steps": "save_every_n_steps",
-}
-"""option -> the option without which it is never read."""
+
+class _Rule(NamedTuple):
+    """Options that are read only where ``is_read`` says so of the flat options."""
+
+    options: tuple[str, ...]
+    otherwise: str  # ends "has no effect ..."; {name} is the value of an option
+    is_read: Callable[[Mapping[str, Any]], Any]
+
+
+def _without(options: str, *partners: str) -> _Rule:
+    """``options`` (names between spaces) are read if one of ``partners`` is on."""
+    return _Rule(
+        tuple(options.split()),
+        f"without {' or '.join(partners)}",
+        lambda flat: any(flat[partner] for partner in partners),
+    )
+
+
+def _with_scheduler(name: str, *schedulers: str) -> _Rule:
+    """Option ``name`` is read by these schedulers of kohya's names only."""
+    return _Rule(
+        (name,),
+        f"without lr_scheduler = {' or '.join(schedulers)}",
+        lambda flat: not flat["lr_scheduler_type"] and flat["lr_scheduler"] in schedulers,
+    )
+
+
+def _reads_syntax(flat: Mapping[str, Any]) -> bool:
+    """Whether prompts have a syntax to choose; at weight 0 another rule speaks."""
+    prompt_set = flat["mlm_prompt_set"]
+    return not flat["mlm_loss_weight"] or not (
+        prompt_set == "captions" or prompt_set.endswith(".txt")
+    )
+
+
+_MLM_DETAILS = tuple(
+    name for name in OPTIONS if name.startswith("mlm_") and name != "mlm_loss_weight"
+)
+
+_READ_WITH = (
+    _without("noise_offset_random_strength", "noise_offset"),
+    _without("ip_noise_gamma_random_strength", "ip_noise_gamma"),
+    _without("multires_noise_discount", "multires_noise_iterations"),
+    _Rule(
+        ("huber_schedule", "huber_c", "huber_scale"),
+        "with loss_type = {loss_type}",
+        lambda flat: flat["loss_type"] not in ("l1", "l2"),
+    ),
+    _with_scheduler("lr_scheduler_power", "polynomial"),
+    _with_scheduler("lr_scheduler_timescale", "inverse_sqrt"),
+    _with_scheduler("lr_decay_steps", "warmup_stable_decay"),
+    _with_scheduler("lr_scheduler_min_lr_ratio", "cosine_with_min_lr", "warmup_stable_decay"),
+    _with_scheduler(
+        "lr_scheduler_num_cycles",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ),
+    _Rule(
+        ("lr_scheduler",),
+        "with lr_scheduler_type = {lr_scheduler_type}",
+        lambda flat: not flat["lr_scheduler_type"],
+    ),
+    _Rule(
+        ("unet_lr",),
+        "with network_train_text_encoder_only",
+        lambda flat: not flat["network_train_text_encoder_only"] or not flat["unet_lr"],
+    ),
+    # A rate of 0 says the same as the switch.
+    _Rule(
+        ("text_encoder_lr",),
+        "with network_train_unet_only",
+        lambda flat: not flat["network_train_unet_only"] or not any(flat["text_encoder_lr"]),
+    ),
+    _Rule(
+        ("dynamo_backend",),
+        "without torch_compile",
+        lambda flat: flat["torch_compile"] or flat["dynamo_backend"] == "no",
+    ),
+    _without("persistent_data_loader_workers", "max_data_loader_n_workers"),
+    _without("vae_batch_size", "cache_latents", "cache_latents_to_disk"),
+    _without("skip_cache_check", "cache_latents_to_disk"),
+    # A dataset_config may turn buckets on, or hold the regularization images.
+    _without(
+        "min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale",
+        "enable_bucket",
+        "dataset_config",
+    ),
+    _without("dataset_repeats", "dataset_config"),
+    _without("prior_loss_weight", "reg_data_dir", "dataset_config"),
+    _without("save_last_n_steps save_last_n_steps_state", "save_every_n_steps"),
+    _without(
+        "save_last_n_epochs save_last_n_epochs_state", "save_every_n_epochs", "save_n_epoch_ratio"
+    ),
+    _without("save_last_n_steps_state save_last_n_epochs_state", "save_state"),
+    _Rule(
+        ("save_every_n_epochs",),
+        "with save_n_epoch_ratio = {save_n_epoch_ratio}, which wins",
+        lambda flat: flat["save_n_epoch_ratio"] is None,
+    ),
+    _without("log_prefix", "logging_dir"),
+    _without("log_tracker_name log_tracker_config log_config", "logging_dir", "log_with"),
+    _Rule(
+        ("wandb_run_name", "wandb_api_key"),
+        "without log_with = wandb or all",
+        lambda flat: flat["log_with"] in ("wandb", "all"),
+    ),
+    _without("sample_sampler", "sample_prompts"),
+    _Rule(
+        ("sample_prompts",),
+        "without sample_every_n_epochs, sample_every_n_steps or sample_at_first",
+        lambda flat: (
+            flat["sample_every_n_epochs"] or flat["sample_every_n_steps"] or flat["sample_at_first"]
+        ),
+    ),
+    _without(" ".join(_MLM_DETAILS), "mlm_loss_weight"),
+    _Rule(("mlm_prompt_syntax",), "with mlm_prompt_set = {mlm_prompt_set}", _reads_syntax),
+)
+"""What reads an option, as the rooms that do it are written."""

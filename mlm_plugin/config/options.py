@@ -88,6 +88,11 @@ def _join_numbers(value: Any) -> Any:
     return value
 
 
+def _batch_size(value: Any) -> Any:
+    """0 is 1: GUIs write 0 for an empty box. Source: kohya_ss vae_batch_size."""
+    return 1 if str(value).strip() in ("0", "0.0") else value
+
+
 def _window_length(value: Any) -> Any:
     """75 is one CLIP window, which kohya spells None."""
     return None if value in (75, "75", 75.0) else value
@@ -172,7 +177,9 @@ class NetworkOptions:
     )
     network_dim: int | None = option(None, "Rank of the LoRA matrices; 4 if not given.", at_least=1)
     network_alpha: float = option(
-        1.0, "Scales the LoRA output by network_alpha / network_dim. Equal to network_dim: scale 1."
+        1.0,
+        "Scales the LoRA output by network_alpha / network_dim. Equal to network_dim: scale 1.",
+        at_least=0,
     )
     network_dropout: float | None = option(
         None, "Probability of dropping a value after the down projection while training."
@@ -193,7 +200,11 @@ class NetworkOptions:
     )
     network_train_text_encoder_only: bool = option(False, "Train no U-Net modules.")
     scale_weight_norms: float | None = option(
-        None, "After every step scale down each module whose weight norm exceeds this; 1 is usual."
+        None,
+        "After every step scale down each module whose weight norm exceeds this; 1 is usual, "
+        "0 turns it off.",
+        at_least=0,
+        zero_is_off=True,
     )
 
 
@@ -274,7 +285,11 @@ class ScheduleOptions:
     )
     full_fp16: bool = option(False, "Hold trained weights and gradients in fp16 too (needs fp16).")
     full_bf16: bool = option(False, "Hold trained weights and gradients in bf16 too (needs bf16).")
-    seed: int | None = option(None, "Seed of everything random; drawn and logged if not given.")
+    seed: int | None = option(
+        None,
+        "Seed of everything random, from 0 to 2^32 - 1; drawn and logged if not given.",
+        at_least=0,
+    )
     max_data_loader_n_workers: int = option(
         8,
         "Processes that load images, at most the number of cores; 0 loads in the main one.",
@@ -320,7 +335,9 @@ class DatasetOptions:
     cache_latents_to_disk: bool = option(
         False, "Keep the latents beside the images as .npz for the next run."
     )
-    vae_batch_size: int = option(1, "Images encoded at once while latents are cached.", at_least=1)
+    vae_batch_size: int = option(
+        1, "Images encoded at once while latents are cached.", at_least=1, convert=_batch_size
+    )
     skip_cache_check: bool = option(
         False, "Trust latent files on disk without opening them; a stale file then spoils the run."
     )
@@ -385,7 +402,7 @@ class LossOptions:
     """Noise, timesteps and weights of the diffusion loss."""
 
     noise_offset: float | None = option(
-        None, "Shift the noise per image and channel by this times N(0,1)."
+        None, "Shift the noise per image and channel by this times N(0,1).", at_least=0
     )
     noise_offset_random_strength: bool = option(
         False, "Draw the offset between 0 and noise_offset."
@@ -397,10 +414,10 @@ class LossOptions:
         None, "Levels of pyramid noise; 6 to 10 are usual.", at_least=0
     )
     multires_noise_discount: float = option(
-        0.3, "Strength of a pyramid level relative to the one before."
+        0.3, "Strength of a pyramid level relative to the one before.", at_least=0
     )
     ip_noise_gamma: float | None = option(
-        None, "Noise added to the model's input but not to its target; 0.1 is usual."
+        None, "Noise added to the model's input but not to its target; 0.1 is usual.", at_least=0
     )
     ip_noise_gamma_random_strength: bool = option(False, "Draw it between 0 and ip_noise_gamma.")
     min_snr_gamma: float | None = option(

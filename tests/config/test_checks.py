@@ -1,13 +1,16 @@
 """Contradictions end the run before a model is opened; settings without effect are named."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from mlm_plugin.config.checks import check_config, mlm_obstacle, text_encoder_lr_of
+from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 
+PRESETS = sorted((Path(__file__).parents[2] / "presets").glob("*.toml"))
 USABLE = TrainConfig().replace(
     pretrained_model_name_or_path="model", output_dir="out", network_alpha=4.0, network_dim=4
 )
@@ -37,6 +40,17 @@ def test_a_plain_run_passes_without_a_word(caplog):
             {"lr_warmup_steps": 0.1, "lr_scheduler_type": "CosineAnnealingLR"},
             ["lr_scheduler_type", "lr_warmup_steps = 0"],
         ),
+        (
+            {"lr_warmup_steps": 50, "lr_scheduler": "cosine", "max_train_steps": 3},
+            ["lr_warmup_steps = 50", "max_train_steps = 3"],
+        ),
+        ({"lr_scheduler_type": "ReduceLROnPlateau"}, ["ReduceLROnPlateau", "validation loss"]),
+        (
+            {"lr_scheduler_type": "torch.optim.lr_scheduler.ReduceLROnPlateau"},
+            ["ReduceLROnPlateau", "validation loss"],
+        ),
+        ({"seed": -1}, ["seed = -1", "4294967295"]),
+        ({"seed": 2**32}, ["seed = 4294967296"]),
         ({"full_fp16": True}, ["full_fp16", "mixed_precision"]),
         ({"full_bf16": True, "mixed_precision": "fp16"}, ["full_bf16", "'bf16'"]),
         ({"adaptive_noise_scale": 0.1}, ["adaptive_noise_scale", "noise_offset"]),
@@ -104,6 +118,45 @@ def test_text_encoder_lr_falls_back_to_learning_rate():
         ({"huber_c": 0.5}, "huber_c"),
         ({"sample_prompts": "prompts.txt"}, "sample_prompts"),
         ({"save_last_n_epochs": 2}, "save_last_n_epochs"),
+        ({"lr_scheduler_power": 2.0}, "lr_scheduler_power"),
+        ({"lr_scheduler_timescale": 100}, "inverse_sqrt"),
+        ({"lr_scheduler_min_lr_ratio": 0.1, "lr_scheduler": "cosine"}, "cosine_with_min_lr"),
+        ({"lr_decay_steps": 100}, "warmup_stable_decay"),
+        ({"lr_scheduler_num_cycles": 3, "lr_scheduler": "cosine"}, "cosine_with_restarts"),
+        ({"lr_scheduler": "cosine", "lr_scheduler_type": "ConstantLR"}, "lr_scheduler_type"),
+        ({"unet_lr": 1e-4, "network_train_text_encoder_only": True}, "unet_lr"),
+        (
+            {
+                "text_encoder_lr": (1e-4,),
+                "network_train_unet_only": True,
+                "mlm_loss_weight": 0.0,
+            },
+            "text_encoder_lr",
+        ),
+        ({"dynamo_backend": "eager"}, "torch_compile"),
+        ({"persistent_data_loader_workers": True, "max_data_loader_n_workers": 0}, "n_workers"),
+        ({"vae_batch_size": 4}, "cache_latents"),
+        ({"skip_cache_check": True, "cache_latents": True}, "cache_latents_to_disk"),
+        (
+            {"max_bucket_reso": 2048, "bucket_no_upscale": True},
+            "max_bucket_reso, bucket_no_upscale have no effect without enable_bucket",
+        ),
+        ({"dataset_repeats": 2}, "dataset_config"),
+        ({"prior_loss_weight": 0.5}, "reg_data_dir"),
+        ({"save_last_n_steps": 2}, "save_every_n_steps"),
+        ({"save_last_n_steps_state": 2, "save_every_n_steps": 9}, "without save_state"),
+        ({"save_last_n_epochs_state": 2, "save_state": True}, "save_every_n_epochs"),
+        ({"save_every_n_epochs": 1, "save_n_epoch_ratio": 3}, "save_every_n_epochs"),
+        ({"log_prefix": "a", "log_with": "wandb"}, "logging_dir"),
+        ({"log_tracker_name": "a", "log_config": True}, "log_tracker_name, log_config have"),
+        ({"wandb_run_name": "a", "logging_dir": "logs"}, "wandb"),
+        ({"sample_sampler": "euler_a"}, "sample_prompts"),
+        (
+            {"mlm_loss_weight": 0.0, "mlm_batch_size": 4, "mlm_prompt_syntax": "tags"},
+            "mlm_batch_size, mlm_prompt_syntax have no effect without mlm_loss_weight",
+        ),
+        ({"mlm_prompt_syntax": "tags", "mlm_prompt_set": "captions"}, "captions"),
+        ({"mlm_prompt_syntax": "tags", "mlm_prompt_set": "a/{b}.txt"}, "a/{b}.txt"),
     ],
 )
 def test_a_doubtful_setting_is_named_once(changes, named, caplog):
@@ -111,6 +164,38 @@ def test_a_doubtful_setting_is_named_once(changes, named, caplog):
     check_config(USABLE.replace(**changes))
     assert len(caplog.records) == 1
     assert named in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_scheduler": "polynomial", "lr_scheduler_power": 2.0},
+        {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3},
+        {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 0.1},
+        {"lr_scheduler_type": "ConstantLR"},
+        {"text_encoder_lr": (0.0,), "network_train_unet_only": True, "mlm_loss_weight": 0.0},
+        {"dynamo_backend": "no"},
+        {"vae_batch_size": 4, "cache_latents_to_disk": True},
+        {"max_bucket_reso": 2048, "dataset_config": "data.toml"},
+        {"prior_loss_weight": 0.5, "reg_data_dir": "reg"},
+        {"save_last_n_epochs": 2, "save_n_epoch_ratio": 3},
+        {"save_last_n_steps_state": 2, "save_every_n_steps": 9, "save_state": True},
+        {"log_prefix": "a", "logging_dir": "logs"},
+        {"wandb_run_name": "a", "log_with": "wandb", "log_config": True},
+        {"mlm_prompt_syntax": "tags", "mlm_prompt_set": "living"},
+        {"seed": 2**32 - 1},
+        {"lr_warmup_steps": 50, "lr_scheduler": "cosine", "max_train_steps": 50},
+        {
+            "lr_warmup_steps": 50,
+            "lr_scheduler": "cosine",
+            "max_train_steps": 3,
+            "max_train_epochs": 9,
+        },
+    ],
+)
+def test_a_setting_that_is_read_is_not_complained_of(changes, caplog):
+    check_config(USABLE.replace(**changes))
+    assert not caplog.records
 
 
 def test_warmup_is_fine_where_the_scheduler_or_the_optimizer_handles_it():
@@ -122,3 +207,10 @@ def test_warmup_is_fine_where_the_scheduler_or_the_optimizer_handles_it():
 def test_looking_at_the_data_needs_no_output_folder():
     check_config(USABLE.replace(output_dir=None, debug_dataset=True))
     check_config(USABLE.replace(output_dir=None, check=True))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
+def test_no_line_of_a_shipped_preset_is_without_effect(path, caplog):
+    config = load_config(["--config_file", str(path)])
+    check_config(config.replace(pretrained_model_name_or_path="model", output_dir="out"))
+    assert "no effect" not in caplog.text

@@ -275,9 +275,9 @@ def test_a_refused_option_is_an_error_only_when_it_asks_for_something(name):
 
 
 def test_lists_and_negative_numbers_come_through_the_command_line():
-    config = load_config(["--text_encoder_lr", "0", "1e-5", "--noise_offset", "-0.1"])
+    config = load_config(["--text_encoder_lr", "0", "1e-5", "--adaptive_noise_scale", "-0.1"])
     assert config.optimizer.text_encoder_lr == (0.0, 1e-5)
-    assert config.loss.noise_offset == -0.1
+    assert config.loss.adaptive_noise_scale == -0.1
 
 
 def test_written_options_load_again_and_hold_no_secret(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlm_plugin.config.loading import coerce
 from mlm_plugin.config.options import (
     ALIASES,
     GROUPS,
@@ -15,6 +16,7 @@ from mlm_plugin.config.options import (
     TrainConfig,
     known_names,
 )
+from mlm_plugin.errors import UserError
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference" / "kohya_args.json"
 
@@ -129,3 +131,27 @@ def test_groups_are_the_attributes_of_the_config():
     assert {group: type(getattr(config, group)) for group in GROUPS} == GROUPS
     with pytest.raises(AttributeError):
         config.mlm.mlm_seed = 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scale_weight_norms",
+        "network_alpha",
+        "noise_offset",
+        "ip_noise_gamma",
+        "multires_noise_discount",
+        "seed",
+    ],
+)
+def test_a_negative_number_is_refused_where_it_has_no_meaning(name):
+    with pytest.raises(UserError, match=f"{name} = -1 .*at least 0"):
+        coerce(OPTIONS[name], -1, place="test")
+
+
+def test_the_zero_of_a_gui_is_read_as_it_means():
+    assert coerce(OPTIONS["scale_weight_norms"], 0, place="test") is None
+    for zero in (0, "0"):
+        assert coerce(OPTIONS["vae_batch_size"], zero, place="test") == 1
+    with pytest.raises(UserError, match="vae_batch_size"):
+        coerce(OPTIONS["vae_batch_size"], -1, place="test")
