@@ -62,6 +62,7 @@ SETS = Path(__file__).parent / "prompt_sets"  # the package's own
 
 _KEYS = ("include", "temperature", "prefixes", "lists", "families")
 _FAMILY_KEYS = ("weight", "prefix", *SYNTAXES)
+_SLOT = re.compile(r"\{(\w+)\}")
 
 
 class Template:
@@ -135,7 +136,7 @@ class WordLists:
         Raises:
             UserError: For a list that is not there or contains itself.
         """
-        parts = re.split(r"\{(\w+)\}", text)
+        parts = _SLOT.split(text)
         return Template(
             self._list(part) if place % 2 else part for place, part in enumerate(parts) if part
         )
@@ -207,7 +208,7 @@ def check_schema(tables: Mapping[str, Any], *, where: str) -> None:
     _check_positive(tables.get("temperature", 1), where=f"{where}: temperature")
     _check_keys(tables.get("prefixes", {}), SYNTAXES, where=f"{where}: [prefixes]")
     for name, texts in tables.get("prefixes", {}).items():
-        _check_texts(texts, where=f"{where}: prefixes.{name}", slots=1)
+        _check_texts(texts, where=f"{where}: prefixes.{name}", slots=1, takes_lists=False)
     for name, texts in tables.get("lists", {}).items():
         _check_texts(texts, where=f"{where}: lists.{name}", slots=0)
     for name, family in tables.get("families", {}).items():
@@ -239,11 +240,14 @@ def _check_table(table: Any, *, where: str) -> None:
 
 
 def _check_positive(value: Any, *, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise UserError(f"{where}: {value!r} is not a number above 0")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 < value < float("inf")):
+        raise UserError(f"{where}: {value!r} is not a finite number above 0")
 
 
-def _check_texts(texts: Any, *, where: str, slots: int | None = None) -> None:
+def _check_texts(
+    texts: Any, *, where: str, slots: int | None = None, takes_lists: bool = True
+) -> None:
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         raise UserError(f"{where}: expected a list of texts, got {texts!r}")
     seen: set[str] = set()
@@ -251,9 +255,18 @@ def _check_texts(texts: Any, *, where: str, slots: int | None = None) -> None:
         if text in seen:
             raise UserError(f"{where}: {text!r} is there twice; prompts would be counted twice")
         seen.add(text)
-        if slots is not None and text.count("{}") != slots:
-            rule = "exactly once" if slots else "in templates only, not in lists"
-            raise UserError(f"{where}: {text!r}: write {{}} (the concept) {rule}")
+        if slots is not None:
+            _check_slots(text, where=f"{where}: {text!r}", slots=slots, takes_lists=takes_lists)
+
+
+def _check_slots(text: str, *, where: str, slots: int, takes_lists: bool) -> None:
+    if text.count("{}") != slots:
+        rule = "exactly once" if slots else "in templates only, not in lists"
+        raise UserError(f"{where}: write {{}} (the concept) {rule}")
+    if not takes_lists and _SLOT.search(text):
+        raise UserError(f"{where}: a prefix takes no lists, only {{}}")
+    if re.search(r"[{}]", _SLOT.sub("", text).replace("{}", "")):
+        raise UserError(f"{where}: a slot is {{name}} with letters, digits and _ in the name")
 
 
 def read_text(path: Path) -> str:

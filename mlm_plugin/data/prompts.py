@@ -11,6 +11,7 @@ every tag loses its leading article.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,8 +99,7 @@ class PromptSet:
         self.syntax = syntax
         self._families = tuple(families)
         self._verbatim = verbatim
-        shares = [family.weight * family.size ** (1 / temperature) for family in families]
-        self._cumulative_shares = tuple(accumulate(shares))
+        self._cumulative_shares = tuple(accumulate(_shares(families, temperature)))
 
     @classmethod
     def load(cls, name_or_path: str | Path, *, syntax: str = "natural") -> PromptSet:
@@ -215,6 +215,12 @@ class PromptSet:
             for text in map(family.text, range(family.size)):
                 if self._verbatim or not is_dreambench(text):
                     yield Context(text, family.name)
+
+
+def _shares(families: Sequence[Family], temperature: float) -> list[float]:
+    """Relative shares of the families; the largest is 1, so that none leaves a float's range."""
+    logs = [math.log(family.weight) + math.log(family.size) / temperature for family in families]
+    return [math.exp(log - max(logs)) for log in logs]
 
 
 def _from_text(path: Path) -> PromptSet:

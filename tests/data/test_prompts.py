@@ -301,6 +301,17 @@ def test_a_users_toml_may_include_shipped_words_and_replace_them(tmp_path):
     assert PromptSet.load(path, syntax="tags").counts() == {"painted": 1}
 
 
+@pytest.mark.parametrize("settings", ["weight = 1e308", "weight = 1e-308"])
+@pytest.mark.parametrize("temperature", [1e-3, 1e300])
+def test_extreme_shares_can_be_drawn(tmp_path, settings, temperature):
+    head = f"temperature = {temperature}\n[lists]\nn = ['1', '2', '3']\n"
+    families = (f"[families.f{i}]\n{settings}\nnatural = ['{{}} {i}{{n}}{{n}}']" for i in range(3))
+    prompt_set = PromptSet.load(lines(tmp_path / "own.toml", head, *families))
+    assert sum(prompt_set.shares().values()) == pytest.approx(1)
+    rng = random.Random(0)
+    assert {prompt_set.draw(rng).family for _ in range(100)} == {"f0", "f1", "f2"}
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -318,12 +329,19 @@ def test_a_users_toml_may_include_shipped_words_and_replace_them(tmp_path):
         ),
         ("[families.x]\nnatural = ['{} {a}']\n[lists]\na = ['b', 'b']", "'b' is there twice"),
         ("[families.x]\nnatural = ['{} {a}']\n[lists]\na = []", "expected a list of texts"),
+        ("[families.x]\nnatural = ['{} {my list}']", r"\[families.x\] natural: .*a slot is"),
+        ("[families.x]\nnatural = ['{} {a']", "a slot is"),
+        ("[families.x]\nnatural = ['{} {a}']\n[lists]\na = ['b {c-d}']", "lists.a: .*a slot is"),
+        ("[families.x]\nnatural = ['{}']\n[prefixes]\nnatural = ['a {b} {}']", "takes no lists"),
         ("[families.x]\nweight = 0\nnatural = ['{}']", "number above 0"),
+        ("[families.x]\nweight = inf\nnatural = ['{}']", r"\[families.x\] weight: .*above 0"),
+        ("[families.x]\nweight = nan\nnatural = ['{}']", "number above 0"),
         ("[families.x]\nprefix = 1\nnatural = ['{}']", "neither true nor false"),
         ("[families.x]\nweight = 1", "no templates"),
         ("[families.x]\ntags = ['{}, red']", "no family has natural templates"),
         ("lists = 3", "expected a table"),
         ("temperature = -1", "number above 0"),
+        ("temperature = inf", "number above 0"),
         ("include = ['own.toml']", "includes itself"),
         ("include = ['wrds.toml']", "neither beside it nor one of"),
         ("[[", "not valid TOML"),
