@@ -1,4 +1,4 @@
-"""Where files go and how they get there: atomic writes and the user's cache folder."""
+"""Files of any kind: atomic writes, texts that people wrote, the user's cache folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["atomic_path", "cache_dir", "require_writable"]
+__all__ = ["atomic_path", "cache_dir", "read_text", "require_writable"]
 
 
 @contextmanager
@@ -50,6 +50,20 @@ def require_writable(folder: str | os.PathLike, option: str) -> None:
         raise UserError(
             f"{option} = {str(folder)!r}: cannot be written ({error.strerror}); choose another"
         ) from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A UTF-8 file, with or without byte order mark.
+
+    Raises:
+        UserError: it is missing or in another encoding.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
 
 
 def cache_dir() -> Path:

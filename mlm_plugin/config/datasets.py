@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm_plugin.config.loading import did_you_mean, read_toml
+from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import OPTIONS, TrainConfig
+from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 
 __all__ = ["Concept", "DatasetConfig", "SubsetConfig", "concept_of", "resolve_datasets"]

@@ -8,14 +8,13 @@ This module does not know which options go together (``checks``) and opens no im
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import (
     ALIASES,
     GROUPS,
@@ -28,22 +27,16 @@ from mlm_plugin.config.options import (
     TrainConfig,
     known_names,
 )
+from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "coerce",
     "config_from_values",
-    "did_you_mean",
     "load_config",
     "options_markdown",
     "parser",
-    "read_toml",
     "write_config",
     "write_options",
 ]
@@ -95,27 +88,6 @@ def config_from_values(values: Mapping[str, Any], *, place: str) -> TrainConfig:
     return TrainConfig.from_flat(_read_values(values, place=place, lenient=False))
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parse a TOML file.
-
-    Raises:
-        UserError: The file is missing, not UTF-8 or not TOML; names the file and the line.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = f"{path}: is not valid TOML: {error}"
-        if "\\" in text:
-            message += "; write Windows paths with / or in single quotes"
-        raise UserError(message) from error
-
-
 def write_config(config: TrainConfig, path: str | Path | None = None) -> Path:
     """Write the options that differ from the defaults as TOML, one section per group.
 
@@ -152,13 +124,6 @@ def write_options(values: Mapping[str, Any], path: str | Path) -> Path:
     with atomic_path(target) as temporary:
         temporary.write_text(tomli_w.dumps(sections), encoding="utf-8")
     return target
-
-
-def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
-    """``"; did you mean x?"`` with the nearest of the names, or an empty text."""
-    spelling = name.replace("-", "_").lower()
-    close = difflib.get_close_matches(spelling, sorted(names), n=1, cutoff=0.6)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 # --- values ---------------------------------------------------------------------------------

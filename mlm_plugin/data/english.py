@@ -10,7 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from mlm_plugin.data.grammar import read_toml
+from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 
 __all__ = [

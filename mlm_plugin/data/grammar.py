@@ -27,21 +27,16 @@ Entries of the own file replace included ones of that name.
 
 from __future__ import annotations
 
-import difflib
 import re
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from mlm_plugin.config.nearest import did_you_mean
+from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "SETS",
@@ -52,9 +47,6 @@ __all__ = [
     "WordLists",
     "check_schema",
     "merged_tables",
-    "nearest",
-    "read_text",
-    "read_toml",
 ]
 
 SYNTAXES: tuple[str, ...] = ("natural", "tags")
@@ -146,7 +138,7 @@ class WordLists:
             raise UserError(f"{self._where}: list {name!r} contains itself")
         if name not in self._entries:
             raise UserError(
-                f"{self._where}: there is no list {name!r}{nearest(name, self._entries)}"
+                f"{self._where}: there is no list {name!r}{did_you_mean(name, self._entries)}"
             )
         if name not in self._compiled:
             self._open.append(name)
@@ -230,7 +222,7 @@ def _check_keys(table: Any, allowed: Sequence[str], *, where: str) -> None:
         if key not in allowed:
             raise UserError(
                 f"{where}: unknown key {key!r}; allowed: {', '.join(allowed)}"
-                f"{nearest(key, allowed)}"
+                f"{did_you_mean(key, allowed)}"
             )
 
 
@@ -267,33 +259,3 @@ def _check_slots(text: str, *, where: str, slots: int, takes_lists: bool) -> Non
         raise UserError(f"{where}: a prefix takes no lists, only {{}}")
     if re.search(r"[{}]", _SLOT.sub("", text).replace("{}", "")):
         raise UserError(f"{where}: a slot is {{name}} with letters, digits and _ in the name")
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file.
-
-    Raises:
-        UserError: If it is in another encoding.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a UTF-8 text file; save it as UTF-8") from None
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Raises:
-        UserError: If it is not valid TOML.
-    """
-    try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """The end of an error line that names the choice most like a word, if there is one."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

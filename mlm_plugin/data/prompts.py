@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.data.english import (
     FUNCTION_WORDS,
     NEUTRAL_WORDS,
@@ -38,10 +39,9 @@ from mlm_plugin.data.grammar import (
     Template,
     WordLists,
     merged_tables,
-    nearest,
-    read_text,
 )
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import read_text
 
 __all__ = [
     "BUILTIN",
@@ -122,7 +122,7 @@ class PromptSet:
         if path.suffix not in (".toml", ".txt"):
             raise UserError(
                 f"mlm_prompt_set: {str(name_or_path)!r} is neither a built-in set "
-                f"({', '.join(BUILTIN)}) nor a .toml or .txt file{nearest(path.name, BUILTIN)}"
+                f"({', '.join(BUILTIN)}) nor a .toml or .txt file{did_you_mean(path.name, BUILTIN)}"
             )
         if not path.is_file():
             raise UserError(f"mlm_prompt_set: there is no file {path}")

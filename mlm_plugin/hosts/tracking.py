@@ -9,8 +9,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mlm_plugin.config.loading import read_toml
 from mlm_plugin.config.options import LogOptions, TrainConfig
+from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
 

@@ -158,14 +158,14 @@ def _check_args(args: Mapping[str, str], lycoris) -> None:
     for key in args:
         if key not in LYCORIS_ARGS:  # a newer LyCORIS may know it
             unknown = describe_unknown(key, LYCORIS_ARGS)
-            logger.warning("network_args: %s; passed on to LyCORIS", unknown)
+            logger.warning("network_args, passed on to LyCORIS: %s", unknown)
     algo, preset = args.get("algo", "lora").lower(), args.get("preset", "full")
     if algo not in lycoris.network_module_dict:
         known = lycoris.network_module_dict
         raise UserError(f"network_args: algo: {describe_unknown(algo, known)}")
     if preset not in lycoris.PRESET and not Path(preset).is_file():
         unknown = describe_unknown(preset, lycoris.PRESET)
-        raise UserError(f"network_args: preset: {unknown}, or a TOML file")
+        raise UserError(f"network_args: preset, a name or a TOML file: {unknown}")
 
 
 def _dropout(plan: NetworkPlan) -> float | None:

@@ -5,10 +5,10 @@ Knows which settings the network modules share. What a single one knows besides 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.errors import UserError
 
 __all__ = [
@@ -114,8 +114,6 @@ def _checked(
 
 
 def describe_unknown(name: str, known: Iterable[str]) -> str:
-    """What an error says of a name that is not known: the nearest one and all that are allowed."""
+    """What an error says of a name that is not known: all that are allowed and the nearest one."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"{name!r} is not known, {hint}allowed are {', '.join(known)}"
+    return f"{name!r} is not known, allowed are {', '.join(known)}{did_you_mean(name, known)}"

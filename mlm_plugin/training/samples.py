@@ -30,7 +30,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DCondit
 from PIL import Image
 from torch import Tensor, nn
 
-from mlm_plugin.config.loading import read_toml
+from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 

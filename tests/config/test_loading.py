@@ -8,14 +8,13 @@ import time
 import pytest
 
 from mlm_plugin.config.loading import (
-    did_you_mean,
     load_config,
     options_markdown,
     parser,
-    read_toml,
     write_config,
 )
 from mlm_plugin.config.options import NO_EFFECT, OPTIONS, REFUSED, TrainConfig
+from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 
 # What kohya_ss v26 writes for an SD 1.5 LoRA (config_lora-<time>.toml).
@@ -341,11 +340,6 @@ def test_the_readme_table_lists_every_option_once():
         assert text.count(f"| `{name}` |") == 1
     assert "| `mlm_loss_weight` | `0.001` |" in text
     assert "| `network_alpha` | `1` |" in text
-
-
-def test_nearest_name_is_offered_only_if_near():
-    assert did_you_mean("lerning_rate", OPTIONS) == "; did you mean learning_rate?"
-    assert did_you_mean("zzzzzz", OPTIONS) == ""
 
 
 def test_no_arguments_give_the_defaults():

@@ -1,0 +1,22 @@
+"""A hint for misspelt names: the nearest one that exists."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["did_you_mean"]
+
+
+def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """``"; did you mean x?"`` with the nearest of the names, or an empty text.
+
+    Case, and dash or underscore, do not count. It is the end of an error line.
+    """
+    spellings = {_spelling(known): known for known in sorted(names)}
+    close = difflib.get_close_matches(_spelling(name), spellings, n=1)
+    return f"; did you mean {prefix}{spellings[close[0]]}?" if close else ""
+
+
+def _spelling(name: str) -> str:
+    return name.replace("-", "_").lower()

@@ -1,0 +1,33 @@
+"""TOML files that people write: parsed, or refused with one clear line. Knows no keys."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import read_text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["read_toml"]
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file.
+
+    Raises:
+        UserError: The file is missing, not UTF-8 or not TOML; names the file and the line.
+    """
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = f"{path}: is not valid TOML: {error}"
+        if "\\" in text:
+            message += "; write Windows paths with / or in single quotes"
+        raise UserError(message) from error
