@@ -47,13 +47,32 @@ from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.pretrain import Interrupted
 from mlm_plugin.training.schedulers import create_scheduler
-from mlm_plugin.training.state import read_progress
+from mlm_plugin.training.state import check_settings, read_progress
 from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped, Trainer, TrainPlan
 
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
 
+RESUME_SETTINGS = (
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "network_args",
+    "network_train_unet_only",
+    "network_train_text_encoder_only",
+    "learning_rate",
+    "unet_lr",
+    "text_encoder_lr",
+    "optimizer_type",
+    "optimizer_args",
+    "lr_scheduler",
+    "lr_scheduler_type",
+    "lr_scheduler_args",
+    "lr_warmup_steps",
+)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -113,8 +132,10 @@ def build_trainer(
 ) -> Trainer:
     """Everything between checked options and the first step."""
     resume = config.schedule.resume and Path(config.schedule.resume)
-    if resume:
-        read_progress(resume)  # refused before anything is loaded
+    settings = _settings_of(config, dataset)
+    if resume:  # refused before anything is loaded
+        read_progress(resume)
+        check_settings(resume, settings)
     models = load_models(config, accelerator.device)
     (text_encoder,) = models.text_encoders
     if accelerator.is_main_process:
@@ -187,11 +208,20 @@ def build_trainer(
         regularizer=regularizer,
         mlm_schedule=mlm_schedule(config.mlm) if regularizer else None,
         listeners=_listeners(config, concept, record, accelerator),
+        settings=settings,
     )
     if resume:
         trainer.load_state(resume)
         logger.info("going on from %s, step %d", resume, trainer.progress.current_step)
     return trainer
+
+
+def _settings_of(config: TrainConfig, dataset: TrainDataset) -> dict[str, str]:
+    """What must be the same when a run is resumed: it is in the state, or names positions in it."""
+    options = config.to_flat()
+    pictures = "".join(f"{i.path.name}/{i.repeats}/{i.bucket}" for i in dataset.images)
+    digest = hashlib.sha256(pictures.encode()).hexdigest()[:16]
+    return {name: str(options[name]) for name in RESUME_SETTINGS} | {"pictures": digest}
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:

@@ -329,6 +329,18 @@ def test_a_file_that_cannot_be_saved_on_the_way_does_not_end_the_run(
     assert names_in(tmp_path / "out") == ["dog.json", "dog.safetensors"]
 
 
+def test_resuming_with_other_settings_is_refused_by_name(arguments, tmp_path, capsys):
+    assert train_main([*arguments, "--save_state", "--max_train_steps", "2"]) == 0
+    state = str(tmp_path / "out" / "dog-state")
+    flags = ["--resume", state, "--unet_lr", "1e-6", "--optimizer_type", "Lion"]
+    assert train_main([*arguments, *flags]) == 2
+    error = capsys.readouterr().err
+    assert "unet_lr" in error
+    assert "optimizer_type" in error
+    longer = ["--resume", state, "--max_train_steps", "6", "--mlm_loss_weight", "0.01"]
+    assert train_main([*arguments, *longer]) == 0  # length and the MLM term may change
+
+
 def start(arguments):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train_network_mlm.py"), *arguments],
