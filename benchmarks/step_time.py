@@ -326,9 +326,7 @@ def enable_checkpointing(models: StableDiffusion, enabled: bool) -> None:
         return
     models.unet.enable_gradient_checkpointing()
     for text_encoder in models.text_encoders:
-        text_encoder.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        text_encoder.enable_gradient_checkpointing()
 
 
 def mean_tokens(regularizer: MLMRegularizer, *, num_calls: int) -> float:

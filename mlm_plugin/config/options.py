@@ -667,7 +667,7 @@ NO_EFFECT: dict[str, Declined] = {
     "disable_mmap_load_safetensors": Declined(False, "files are read by safetensors' own rule"),
     "cpu_offload_checkpointing": Declined(False, "checkpointed activations stay on the device"),
     "cache_info": Declined(False, "image sizes are read from the file headers at every start"),
-    "ddp_timeout": Declined(None, "accelerate's own timeout is used"),
+    "ddp_timeout": Declined(None, "processes wait for each other up to a day"),
     "ddp_gradient_as_bucket_view": Declined(False, _DDP),
     "ddp_static_graph": Declined(False, _DDP),
     "epoch": Declined(

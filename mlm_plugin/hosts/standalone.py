@@ -391,9 +391,7 @@ def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method
         models.unet.enable_gradient_checkpointing()
         if method.trains_text_encoder:
             for text_encoder in models.text_encoders:
-                text_encoder.model.gradient_checkpointing_enable(
-                    gradient_checkpointing_kwargs={"use_reentrant": False}
-                )
+                text_encoder.enable_gradient_checkpointing()
     if config.model.xformers:
         _use_xformers(models)
     if config.model.torch_compile and config.model.dynamo_backend != "no":

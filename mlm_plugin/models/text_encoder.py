@@ -98,6 +98,13 @@ class TextEncoder:
         states = self.model(input_ids=input_ids_BL, output_hidden_states=True, return_dict=True)
         return self.body.final_layer_norm(states.hidden_states[-self.clip_skip])
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass, while the model is in training mode."""
+        model = self.model
+        name = "activation_checkpointing_enable"  # transformers >= 5; the old name warns there
+        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     def encode_storing(self, input_ids_BL: Tensor) -> Tensor:
         """:meth:`encode` with its activations kept, also where gradient checkpointing is on.
 

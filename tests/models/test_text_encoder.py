@@ -94,8 +94,8 @@ def test_added_tokens_do_not_change_the_tokenizers_fingerprint(toy_text_encoder)
 
 
 def test_storing_activations_gives_the_same_states_and_leaves_checkpointing_on(toy_text_encoder):
-    model = toy_text_encoder.model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    toy_text_encoder.model.train()
+    toy_text_encoder.enable_gradient_checkpointing()
     ids = toy_text_encoder.tokenize_trimmed(["a photo of a dog"])
     runs = []
     layer = toy_text_encoder.body.encoder.layers[0]
