@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from pathlib import Path
@@ -24,6 +25,16 @@ def _one_thread():
 def _own_cache(tmp_path_factory):
     """Tests neither read nor fill the user's cache folder."""
     os.environ["MLM_PLUGIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_console():
+    """A trainer sets up the console of its process; the next test finds it as it was."""
+    ours = logging.getLogger("mlm_plugin")
+    before = ours.level, ours.propagate, list(ours.handlers)
+    yield
+    ours.setLevel(before[0])
+    ours.propagate, ours.handlers[:] = before[1], before[2]
 
 
 @pytest.fixture(autouse=True)
