@@ -38,7 +38,8 @@ class TextTap:
     """Where the regularizer touches one text encoder of a host.
 
     Attributes:
-        tokenize: prompts to ids ``(B, L)``, padded to the longest, on the CPU.
+        tokenize: prompts to ids ``(B, L)``, padded to the longest, on the CPU. The random stream is
+            for encoders with several readings of a prompt (XTI); B may then be a multiple.
         encode: ids ``(B, L)`` to the very states the U-Net is conditioned on, ``(B, L, D)``.
         embedding: the encoder's token embedding layer (takes the mask vector by hook).
         contextualizer: made for this encoder; frozen here.
@@ -46,7 +47,7 @@ class TextTap:
         token_table: ``(V, D)``, frozen output table; a copy where the host trains the embeddings.
     """
 
-    tokenize: Callable[[list[str]], Tensor]
+    tokenize: Callable[[list[str], random.Random], Tensor]
     encode: Callable[[Tensor], Tensor]
     embedding: nn.Embedding
     contextualizer: Contextualizer
@@ -129,7 +130,7 @@ class MLMRegularizer:
         )
 
     def _loss_of(self, tap: TextTap, prompts: list[str], rng: random.Random) -> MaskedWordLoss:
-        ids_BL = tap.tokenize(prompts)
+        ids_BL = tap.tokenize(prompts, rng)
         masked = mask_tokens(
             ids_BL,
             tap.vocabulary,

@@ -10,10 +10,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from mlm_plugin.config.options import OPTIONS, TrainConfig
+from mlm_plugin.config.options import (
+    NETWORK_METHODS,
+    OPTIONS,
+    TOKEN_METHODS,
+    TrainConfig,
+)
 from mlm_plugin.errors import UserError
 
-__all__ = ["check_config", "mlm_obstacle", "text_encoder_lr_of"]
+__all__ = ["check_config", "mlm_obstacle"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +41,30 @@ def check_config(config: TrainConfig) -> None:
         logger.warning("%s", message)
 
 
-def text_encoder_lr_of(config: TrainConfig) -> float:
-    """Learning rate of the text encoder: ``text_encoder_lr``, else ``learning_rate``."""
-    rates = config.optimizer.text_encoder_lr
-    return config.optimizer.learning_rate if rates is None else rates[0]
-
-
 def mlm_obstacle(config: TrainConfig) -> str | None:
     """Why the MLM term could have no gradient, in the words of the options; None if it can."""
+    method = config.schedule.method
+    if method in TOKEN_METHODS:
+        rates = dict(_rates(config))
+        return None if rates.pop("embedding_lr") else "embedding_lr = 0 leaves the rows untrained"
+    if method == "dreambooth":
+        return _frozen_encoder(config)
+    return _network_without_text(config)
+
+
+def _frozen_encoder(config: TrainConfig) -> str | None:
+    if config.finetune.no_train_text_encoder:
+        return "no_train_text_encoder leaves the text encoder untrained"
+    if dict(_rates(config))["learning_rate_te"] == 0:
+        return "learning_rate_te = 0 leaves the text encoder untrained"
+    return None
+
+
+def _network_without_text(config: TrainConfig) -> str | None:
     network = config.network
     if network.network_train_unet_only:
         return "network_train_unet_only trains no text encoder"
-    if text_encoder_lr_of(config) == 0:
+    if dict(_rates(config))["text_encoder_lr"] == 0:
         name = "learning_rate" if config.optimizer.text_encoder_lr is None else "text_encoder_lr"
         return f"{name} = 0 leaves the text encoder untrained"
     if network.network_module.startswith("lycoris"):
@@ -55,6 +72,24 @@ def mlm_obstacle(config: TrainConfig) -> str | None:
         if presets:
             return f"network_args {presets[0]} trains no text encoder"
     return None
+
+
+def _rates(config: TrainConfig) -> Iterator[tuple[str, float]]:
+    """The learning rates that the method reads, by the option that sets each."""
+    optimizer, method = config.optimizer, config.schedule.method
+    base = optimizer.learning_rate
+    if method in NETWORK_METHODS:
+        yield "unet_lr", base if optimizer.unet_lr is None else optimizer.unet_lr
+        yield "text_encoder_lr", (optimizer.text_encoder_lr or (base,))[0]
+    if method in ("dreambooth", "custom_diffusion"):
+        yield "learning_rate", base
+    if method == "dreambooth" and not config.finetune.no_train_text_encoder:
+        yield (
+            "learning_rate_te",
+            (base if optimizer.learning_rate_te is None else optimizer.learning_rate_te),
+        )
+    if method in TOKEN_METHODS:
+        yield "embedding_lr", base if optimizer.embedding_lr is None else optimizer.embedding_lr
 
 
 def _required(config: TrainConfig) -> Iterator[str]:
@@ -84,13 +119,14 @@ def _network(config: TrainConfig) -> Iterator[str]:
 
 
 def _learning(config: TrainConfig) -> Iterator[str]:
-    optimizer, schedule = config.optimizer, config.schedule
-    unet_lr = optimizer.learning_rate if optimizer.unet_lr is None else optimizer.unet_lr
-    for name, value in (("unet_lr", unet_lr), ("text_encoder_lr", text_encoder_lr_of(config))):
+    schedule = config.schedule
+    rates = dict(_rates(config))
+    for name, value in rates.items():
         if value < 0:
             yield f"{name} = {value:g}: a learning rate must not be negative"
-    if unet_lr == 0 and text_encoder_lr_of(config) == 0:
-        yield "unet_lr and text_encoder_lr are both 0: nothing would be trained"
+    if not any(rates.values()):
+        names, verb = " and ".join(rates), "are all" if len(rates) > 1 else "is"
+        yield f"{names} {verb} 0: nothing would be trained"
     if schedule.seed is not None and not 0 <= schedule.seed <= MAX_SEED:
         yield f"seed = {schedule.seed}: must be from 0 to {MAX_SEED}"
     yield from _warmup(config)
@@ -100,6 +136,23 @@ def _learning(config: TrainConfig) -> Iterator[str]:
     ):
         if flag and schedule.mixed_precision != precision:
             yield f"{name} needs mixed_precision = {precision!r}, not {schedule.mixed_precision!r}"
+
+
+def _embedding(config: TrainConfig) -> Iterator[str]:
+    embedding = config.embedding
+    if embedding.use_object_template and embedding.use_style_template:
+        yield "use_object_template and use_style_template exclude each other; keep one"
+    if embedding.weights and embedding.init_word:
+        yield "weights and init_word both say where the rows start; keep one"
+
+
+def _finetune(config: TrainConfig) -> Iterator[str]:
+    finetune, data = config.finetune, config.dataset
+    if finetune.generate_class_images and data.dataset_config is not None:
+        yield (
+            "generate_class_images fills reg_data_dir, which dataset_config replaces; give "
+            "train_data_dir, or name a folder of images with is_reg = true in the dataset_config"
+        )
 
 
 def _warmup(config: TrainConfig) -> Iterator[str]:
@@ -150,8 +203,8 @@ def _loss(config: TrainConfig) -> Iterator[str]:
 def _data(config: TrainConfig) -> Iterator[str]:
     data = config.dataset
     if data.cache_latents or data.cache_latents_to_disk:
-        for name, flag in (("color_aug", data.color_aug), ("random_crop", data.random_crop)):
-            if flag:
+        for name in ("color_aug", "random_crop", "scale_aug"):
+            if getattr(data, name):
                 yield f"cache_latents cannot go with {name}, which changes images at every use"
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
         if getattr(data, name) > 1:
@@ -185,6 +238,8 @@ def _mlm(config: TrainConfig) -> Iterator[str]:
         yield (
             f"mlm_end_step = {mlm.mlm_end_step} must be above mlm_start_step = {mlm.mlm_start_step}"
         )
+    if not 0 <= mlm.mlm_joint_share <= 1:
+        yield f"mlm_joint_share = {mlm.mlm_joint_share:g}: must be from 0 to 1"
     if mlm.mlm_loss_weight == 0:
         return
     if obstacle := mlm_obstacle(config):
@@ -202,7 +257,12 @@ def _mlm(config: TrainConfig) -> Iterator[str]:
 def _warnings(config: TrainConfig) -> Iterator[str]:
     yield from _unread_partners(config)
     network, loss = config.network, config.loss
-    if (network.network_dim or 1) > 1 and network.network_alpha == OPTIONS["network_alpha"].default:
+    uses_network = config.schedule.method in NETWORK_METHODS
+    if (
+        uses_network
+        and (network.network_dim or 1) > 1
+        and network.network_alpha == OPTIONS["network_alpha"].default
+    ):
         yield (
             f"network_alpha is 1 with network_dim = {network.network_dim}: the LoRA is scaled by "
             f"1/{network.network_dim}; give network_alpha = {network.network_dim} for scale 1"
@@ -225,7 +285,7 @@ def _unread_partners(config: TrainConfig) -> Iterator[str]:
             yield f"{', '.join(names)} {verb} no effect {rule.otherwise.format_map(flat)}"
 
 
-_CHECKS = (_required, _network, _learning, _loss, _data, _output, _mlm)
+_CHECKS = (_required, _network, _embedding, _finetune, _learning, _loss, _data, _output, _mlm)
 
 
 class _Rule(NamedTuple):
@@ -242,6 +302,15 @@ def _without(options: str, *partners: str) -> _Rule:
         tuple(options.split()),
         f"without {' or '.join(partners)}",
         lambda flat: any(flat[partner] for partner in partners),
+    )
+
+
+def _of_methods(options: str, *methods: str) -> _Rule:
+    """``options`` (names between spaces) are read by these methods only."""
+    return _Rule(
+        tuple(options.split()),
+        "with method = {method}",
+        lambda flat: flat["method"] in methods,
     )
 
 
@@ -266,7 +335,27 @@ _MLM_DETAILS = tuple(
     name for name in OPTIONS if name.startswith("mlm_") and name != "mlm_loss_weight"
 )
 
+_NETWORK_OPTIONS = " ".join(name for name, entry in OPTIONS.items() if entry.group == "network")
+
 _READ_WITH = (
+    _of_methods(f"{_NETWORK_OPTIONS} unet_lr text_encoder_lr", *NETWORK_METHODS),
+    _of_methods(
+        "num_vectors_per_token init_word weights use_object_template use_style_template "
+        "embedding_lr stop_embedding_training",
+        *TOKEN_METHODS,
+    ),
+    _of_methods("stop_text_encoder_training", "lora", "pivotal", "dreambooth"),
+    _of_methods("stop_unet_training", "lora", "pivotal", "dreambooth", "custom_diffusion"),
+    _of_methods("no_train_text_encoder learning_rate_te save_diffusers_folder", "dreambooth"),
+    _of_methods("delta_lora_rank", "custom_diffusion"),
+    _of_methods("bundle_embedding", "pivotal"),
+    _of_methods("xti_mlm_layers", "xti"),
+    _without("class_prompt", "generate_class_images"),
+    _Rule(
+        ("learning_rate_te", "stop_text_encoder_training"),
+        "with no_train_text_encoder",
+        lambda flat: not flat["no_train_text_encoder"] or flat["method"] != "dreambooth",
+    ),
     _without("noise_offset_random_strength", "noise_offset"),
     _without("ip_noise_gamma_random_strength", "ip_noise_gamma"),
     _without("multires_noise_discount", "multires_noise_iterations"),
@@ -316,7 +405,7 @@ _READ_WITH = (
         "dataset_config",
     ),
     _without("dataset_repeats", "dataset_config"),
-    _without("prior_loss_weight", "reg_data_dir", "dataset_config"),
+    _without("prior_loss_weight", "reg_data_dir", "generate_class_images", "dataset_config"),
     _without("save_last_n_steps save_last_n_steps_state", "save_every_n_steps"),
     _without(
         "save_last_n_epochs save_last_n_epochs_state", "save_every_n_epochs", "save_n_epoch_ratio"

@@ -22,7 +22,7 @@ from mlm_plugin.config.options import OPTIONS, TrainConfig
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 
-__all__ = ["Concept", "DatasetConfig", "SubsetConfig", "concept_of", "resolve_datasets"]
+__all__ = ["Concept", "DatasetConfig", "SubsetConfig", "concepts_of", "resolve_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class SubsetConfig:
     token_warmup_step: float = 0.0
     color_aug: bool = False
     flip_aug: bool = False
+    scale_aug: bool = False
     random_crop: bool = False
     face_crop_aug_range: tuple[float, float] | None = None
     alpha_mask: bool = False
@@ -85,6 +86,11 @@ class Concept(NamedTuple):
 
     placeholder_token: str | None
     class_token: str | None
+
+    @property
+    def text(self) -> str:
+        """The concept as prompts and captions name it: ``"sks dog"``."""
+        return f"{self.placeholder_token} {self.class_token}"
 
 
 def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
@@ -150,6 +156,7 @@ _KEYS: dict[str, _Key] = {
     "token_warmup_step": _Key("float", "gds"),
     "color_aug": _Key("bool", "gds"),
     "flip_aug": _Key("bool", "gds"),
+    "scale_aug": _Key("bool", "gds"),
     "random_crop": _Key("bool", "gds"),
     "face_crop_aug_range": _Key("range", "gds"),
     "resize_interpolation": _Key("interpolation", "gds"),
@@ -369,6 +376,13 @@ def _resolve_dataset(
         inherited = dict(values)
         if subset.get("is_reg") or kind == "metadata":  # masks of the option are for the concept
             inherited.pop("conditioning_data_dir", None)
+        if subset.get("is_reg"):
+            if subset.get("scale_aug"):
+                raise UserError(
+                    f"{where}: scale_aug = true has no effect on regularization images, which stay "
+                    "as they are; remove it"
+                )
+            inherited.pop("scale_aug", None)
         subsets.append(_make_subset(inherited | subset, where, is_cached=_is_cached(config)))
     dataset = DatasetConfig(
         batch_size=int(values["batch_size"]),
@@ -422,7 +436,7 @@ def _make_subset(values: Mapping[str, Any], place: str, *, is_cached: bool) -> S
         )
     elif "image_dir" not in chosen:
         raise UserError(f"{place}: image_dir is missing")
-    for name in ("color_aug", "random_crop"):
+    for name in ("color_aug", "random_crop", "scale_aug"):
         if is_cached and chosen.get(name):
             raise UserError(
                 f"{place}: {name} changes images at every use and cannot go with cache_latents"
@@ -498,26 +512,43 @@ def _with_valid_buckets(dataset: DatasetConfig, *, place: str) -> DatasetConfig:
     return dataclasses.replace(dataset, bucket_reso_steps=steps)
 
 
-# --- the concept ----------------------------------------------------------------------------
+# --- the concepts ---------------------------------------------------------------------------
 
 
-def concept_of(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> Concept:
-    """Name and class of what is learned, from the options or the subsets' ``class_tokens``.
+def concepts_of(
+    config: TrainConfig, datasets: Sequence[DatasetConfig], *, required: bool
+) -> tuple[Concept, ...]:
+    """Name and class of everything that is learned, from the options or from ``class_tokens``.
 
-    ``"sks duck toy"`` means placeholder ``sks`` and class ``duck toy``. Without the MLM term
-    unknown parts are None.
+    ``"sks duck toy"`` means placeholder ``sks`` and class ``duck toy``. Subsets that name different
+    placeholders are as many concepts.
+
+    Args:
+        config: may name placeholders, classes or both.
+        datasets: their subsets may name concepts by ``class_tokens``.
+        required: whether the run needs to know them; else what is unknown is left out.
 
     Raises:
-        UserError: The MLM term is on and a part is unknown or ambiguous.
+        UserError: A concept is unknown, ambiguous or named twice.
     """
-    placeholder, class_token = config.mlm.placeholder_token, config.mlm.class_token
-    if placeholder is None or class_token is None:
-        found = _class_tokens(datasets)
-        if len(found) == 1:
-            placeholder, class_token = _split(found[0], placeholder, class_token)
-    if config.mlm.mlm_loss_weight > 0 and (placeholder is None or class_token is None):
-        raise UserError(_how_to_name(_class_tokens(datasets), placeholder))
-    return Concept(placeholder, class_token)
+    placeholders, classes = config.mlm.placeholder_token, config.mlm.class_token
+    found = _class_tokens(datasets)
+    if placeholders and classes:
+        if len(placeholders) != len(classes):
+            raise UserError(
+                f"placeholder_token names {len(placeholders)} concepts, class_token "
+                f"{len(classes)}; give one class for each (words that belong together in quotes)"
+            )
+        concepts = [Concept(*pair) for pair in zip(placeholders, classes, strict=True)]
+    elif placeholders:
+        concepts = [_by_placeholder(placeholder, found) for placeholder in placeholders]
+    elif classes:
+        concepts = [_by_class(class_token, found) for class_token in classes]
+    else:
+        concepts = [_by_first_word(text) for text in found]
+    if required:
+        _require_names(concepts, found)
+    return tuple(concept for concept in concepts if all(concept))
 
 
 def _class_tokens(datasets: Sequence[DatasetConfig]) -> list[str]:
@@ -530,27 +561,42 @@ def _class_tokens(datasets: Sequence[DatasetConfig]) -> list[str]:
     return list(dict.fromkeys(text for text in tokens if text))
 
 
-def _split(
-    text: str, placeholder: str | None, class_token: str | None
-) -> tuple[str | None, str | None]:
-    """Fill in what is None from the class tokens; a given part must be in them."""
-    if placeholder is not None:
-        rest = text.removeprefix(placeholder + " ")
-        return placeholder, rest if rest != text else None
-    if class_token is not None:
-        rest = text.removesuffix(" " + class_token)
-        return (rest if rest != text else None), class_token
+def _by_placeholder(placeholder: str, found: Sequence[str]) -> Concept:
+    rests = [text.removeprefix(placeholder + " ") for text in found]
+    matches = [rest for rest, text in zip(rests, found, strict=True) if rest != text]
+    return Concept(placeholder, matches[0] if len(matches) == 1 else None)
+
+
+def _by_class(class_token: str, found: Sequence[str]) -> Concept:
+    rests = [text.removesuffix(" " + class_token) for text in found]
+    matches = [rest for rest, text in zip(rests, found, strict=True) if rest != text]
+    return Concept(matches[0] if len(matches) == 1 else None, class_token)
+
+
+def _by_first_word(text: str) -> Concept:
     first, _, rest = text.partition(" ")
-    return first, rest or None
+    return Concept(first, rest or None)
 
 
-def _how_to_name(found: Sequence[str], placeholder: str | None) -> str:
+def _require_names(concepts: Sequence[Concept], found: Sequence[str]) -> None:
     ask = "give --placeholder_token (its name, e.g. sks) and --class_token (what it is, e.g. dog)"
-    if len(found) > 1:
-        return "the subsets name several concepts (" + ", ".join(found) + f"); {ask}"
-    if found and placeholder == found[0]:
-        return (
-            f"class_tokens {found[0]!r} name the concept but not what it is; give --class_token, "
-            f"e.g. dog, or name the folder like '10_{found[0]} dog'"
+    placeholders = [concept.placeholder_token for concept in concepts]
+    if len(found) > 1 and len(set(placeholders)) < len(placeholders):
+        raise UserError(
+            "the subsets name one placeholder with several classes ("
+            + ", ".join(found)
+            + f"); {ask}"
         )
-    return f"the MLM term needs to know the concept; {ask}"
+    if len(set(placeholders)) < len(placeholders):
+        raise UserError(f"placeholder_token {' '.join(map(str, placeholders))}: one is named twice")
+    if not concepts:
+        raise UserError(f"the run needs to know the concept; {ask}")
+    for concept in concepts:
+        if concept.class_token is None and concept.placeholder_token in found:
+            raise UserError(
+                f"class_tokens {concept.placeholder_token!r} name the concept but not what it is; "
+                f"give --class_token, e.g. dog, or name the folder like "
+                f"'10_{concept.placeholder_token} dog'"
+            )
+        if not all(concept):
+            raise UserError(f"the run needs to know the concept; {ask}")

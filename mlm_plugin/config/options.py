@@ -20,12 +20,17 @@ from typing import Any, NamedTuple
 __all__ = [
     "ALIASES",
     "GROUPS",
+    "METHOD_NAMES",
+    "NETWORK_METHODS",
     "NO_EFFECT",
     "OPTIONS",
     "REFUSED",
     "SWITCH_ALIASES",
+    "TOKEN_METHODS",
     "DatasetOptions",
     "Declined",
+    "EmbeddingOptions",
+    "FinetuneOptions",
     "LogOptions",
     "LossOptions",
     "MLMOptions",
@@ -40,6 +45,22 @@ __all__ = [
     "TrainConfig",
     "known_names",
 ]
+
+METHOD_NAMES = (
+    "lora",
+    "dreambooth",
+    "textual_inversion",
+    "xti",
+    "custom_diffusion",
+    "pivotal",
+)
+"""What ``method`` may be; ``methods.METHODS`` has an entry for each."""
+
+NETWORK_METHODS = ("lora", "pivotal")
+"""Methods that train a network on top of the model."""
+
+TOKEN_METHODS = ("textual_inversion", "xti", "custom_diffusion", "pivotal")
+"""Methods that train token rows for the placeholder; their runs must know the concept."""
 
 
 def option(
@@ -108,6 +129,11 @@ def _steps_or_ratio(value: Any) -> Any:
             raise ValueError("a whole number of steps, a ratio below 1 or a percentage like 10%")
         return int(value) if value >= 1 else value
     return value
+
+
+def _stop_step(value: Any) -> Any:
+    """As ``_steps_or_ratio``; 0 means never, as GUIs write it for an empty box."""
+    return None if value in (None, "") else _steps_or_ratio(value) or None
 
 
 @dataclass(frozen=True)
@@ -209,6 +235,66 @@ class NetworkOptions:
 
 
 @dataclass(frozen=True)
+class EmbeddingOptions:
+    """Learned token rows: methods textual_inversion, xti, custom_diffusion and pivotal."""
+
+    num_vectors_per_token: int = option(
+        1, "Rows per placeholder; more hold more detail and take more of the prompt.", at_least=1
+    )
+    init_word: tuple[str, ...] | None = option(
+        None,
+        "Word whose rows the learned ones start from, one per concept, or `id:42170` for a token "
+        "by number; the class word if not given.",
+    )
+    weights: tuple[str, ...] | None = option(
+        None,
+        "Embedding files whose rows the training starts from, one per concept (.safetensors, .pt, "
+        ".bin).",
+        path=True,
+    )
+    use_object_template: bool = option(
+        False, "Captions from neutral templates for objects instead of those of the data."
+    )
+    use_style_template: bool = option(
+        False, "Captions from neutral templates for styles instead of those of the data."
+    )
+    xti_mlm_layers: str = option(
+        "sample",
+        "MLM term of xti: `sample` reads each prompt with the rows of one random layer, `all` with "
+        "those of every layer in turn (as many times the cost).",
+        choices=("sample", "all"),
+    )
+    bundle_embedding: bool = option(
+        False, "Put the rows into the LoRA file too, as A1111's bundled embedding (pivotal)."
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Trained model weights: methods dreambooth and custom_diffusion."""
+
+    no_train_text_encoder: bool = option(
+        False, "Leave the text encoder as it is (dreambooth); the MLM term is then refused."
+    )
+    class_prompt: str | None = option(
+        None, "Prompt of generate_class_images; `a photo of a <class_token>` if not given."
+    )
+    generate_class_images: int | None = option(
+        None,
+        "Let the base model draw regularization images before training, until reg_data_dir holds "
+        "this many per class; 200 is usual.",
+        at_least=1,
+        zero_is_off=True,
+    )
+    delta_lora_rank: int | None = option(
+        None,
+        "Also write the change of custom_diffusion as a LoRA of this rank, which WebUIs load.",
+        at_least=1,
+        zero_is_off=True,
+    )
+
+
+@dataclass(frozen=True)
 class OptimizerOptions:
     """Learning rates, optimizer and scheduler."""
 
@@ -218,6 +304,28 @@ class OptimizerOptions:
     unet_lr: float | None = option(None, "Learning rate of the U-Net modules.")
     text_encoder_lr: tuple[float, ...] | None = option(
         None, "Learning rate of the text-encoder modules; 0 leaves them untrained."
+    )
+    learning_rate_te: float | None = option(
+        None, "Learning rate of the whole text encoder (dreambooth); learning_rate if not given."
+    )
+    embedding_lr: float | None = option(
+        None, "Learning rate of learned token rows; learning_rate if not given."
+    )
+    stop_text_encoder_training: int | float | None = option(
+        None,
+        "Freeze the text encoder (its weights or its LoRA) from this optimizer step on, or from "
+        "this share of the run (0.6 or `60%`).",
+        convert=_stop_step,
+    )
+    stop_embedding_training: int | float | None = option(
+        None,
+        "Freeze learned token rows from this optimizer step on, or from this share of the run.",
+        convert=_stop_step,
+    )
+    stop_unet_training: int | float | None = option(
+        None,
+        "Freeze the U-Net's part from this optimizer step on, or from this share of the run.",
+        convert=_stop_step,
     )
     optimizer_type: str = option(
         "",
@@ -266,7 +374,7 @@ class OptimizerOptions:
 class ScheduleOptions:
     """Length, batch, precision and repeatability of the run."""
 
-    method: str = option("lora", "What is trained.", choices=("lora",))
+    method: str = option("lora", "What is trained.", choices=METHOD_NAMES)
     max_train_steps: int = option(1600, "Length of the run in optimizer steps.", at_least=1)
     max_train_epochs: int | None = option(
         None, "Length in epochs; wins over max_train_steps.", at_least=1, zero_is_off=True
@@ -373,6 +481,11 @@ class DatasetOptions:
     )
     color_aug: bool = option(False, "Vary hue and gamma a little; excludes latent caching.")
     flip_aug: bool = option(False, "Mirror half of the images.")
+    scale_aug: bool = option(
+        False,
+        "Draw images smaller or larger at random, say so in the caption, and learn only where the "
+        "image is (Custom Diffusion); excludes latent caching.",
+    )
     face_crop_aug_range: str | None = option(
         None,
         "Crop around the face given in the file name, face size as `min,max` ratio of the image.",
@@ -462,6 +575,9 @@ class OutputOptions:
     )
     save_model_as: str = option(
         "safetensors", "File format.", choices=("safetensors", "ckpt", "pt")
+    )
+    save_diffusers_folder: bool = option(
+        False, "Beside the checkpoint file write a diffusers folder of the same name (dreambooth)."
     )
     save_every_n_epochs: int | None = option(
         None, "Save every n epochs.", at_least=1, zero_is_off=True
@@ -581,11 +697,15 @@ class SamplingOptions:
 class MLMOptions:
     """The MLM term: predict masked words of prompts that contain the concept."""
 
-    placeholder_token: str | None = option(
-        None, "Word or words that name the concept; from class_tokens of the data if not given."
+    placeholder_token: tuple[str, ...] | None = option(
+        None,
+        "Word or words that name the concept, or a list for several concepts; from class_tokens of "
+        "the data if not given.",
     )
-    class_token: str | None = option(
-        None, "What the concept is, e.g. `dog`; from class_tokens of the data if not given."
+    class_token: tuple[str, ...] | None = option(
+        None,
+        "What the concept is, e.g. `dog`, one per placeholder_token; from class_tokens of the data "
+        "if not given.",
     )
     mlm_loss_weight: float = option(
         1e-3, "Weight of the MLM loss beside the diffusion loss; 0 turns the term off.", at_least=0
@@ -623,6 +743,9 @@ class MLMOptions:
         "Pretrained contextualizer (.safetensors); "
         "`auto` finds or pretrains the one for this text encoder.",
         path=True,
+    )
+    mlm_joint_share: float = option(
+        0.5, "Share of the prompts that hold two concepts at once, where there are several."
     )
     mlm_seed: int | None = option(
         None, "Seed of prompts and masks; derived from seed if not given."
@@ -675,9 +798,6 @@ NO_EFFECT: dict[str, Declined] = {
     ),
     "noise_offset_type": Declined(
         None, "a field of the GUI; noise_offset and multires_noise_iterations decide"
-    ),
-    "stop_text_encoder_training": Declined(
-        0, "kohya's train_network.py ignores it too; text_encoder_lr sets how much is learned"
     ),
     "validation_seed": Declined(None, "there is no validation split"),
     "huggingface_repo_type": Declined(None, "nothing is uploaded"),
@@ -746,7 +866,10 @@ REFUSED: dict[str, Declined] = {
     "cache_text_encoder_outputs_to_disk": Declined(False, _CACHED_TEXT),
 }
 
-ALIASES: dict[str, str] = {"caption_extention": "caption_extension"}
+ALIASES: dict[str, str] = {
+    "caption_extention": "caption_extension",
+    "token_string": "placeholder_token",
+}
 """Old spellings of kohya options."""
 
 SWITCH_ALIASES: dict[str, tuple[str, str]] = {
@@ -762,6 +885,8 @@ class TrainConfig:
 
     model: ModelOptions = ModelOptions()
     network: NetworkOptions = NetworkOptions()
+    embedding: EmbeddingOptions = EmbeddingOptions()
+    finetune: FinetuneOptions = FinetuneOptions()
     optimizer: OptimizerOptions = OptimizerOptions()
     schedule: ScheduleOptions = ScheduleOptions()
     dataset: DatasetOptions = DatasetOptions()
@@ -855,6 +980,8 @@ def _read_field(group: str, item: dataclasses.Field, hint: Any) -> Option:
 GROUPS: dict[str, type] = {
     "model": ModelOptions,
     "network": NetworkOptions,
+    "embedding": EmbeddingOptions,
+    "finetune": FinetuneOptions,
     "optimizer": OptimizerOptions,
     "schedule": ScheduleOptions,
     "dataset": DatasetOptions,

@@ -26,7 +26,9 @@ from mlm_plugin.data.buckets import crop_top_left
 from mlm_plugin.data.captions import ineffective_settings, process_caption
 from mlm_plugin.data.images import RESIZE_INTERPOLATIONS, color_augment, image_tensor
 from mlm_plugin.data.latents import CachedLatents, cache_latents, read_latents
+from mlm_plugin.data.scale_augmentation import MIN_SIDE, Scaling, draw_scaling, unscaled
 from mlm_plugin.data.sources import ImageInfo, load_pixels, read_dataset
+from mlm_plugin.data.templates import fill_template
 from mlm_plugin.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Batch:
     pixel_values: Tensor | None  # (B, 3, H, W) in [-1, 1]
     latents: Tensor | None  # (B, 4, H/8, W/8), a sample of the VAE, not scaled
     loss_masks: Tensor | None  # (B, 1, H, W) in [0, 1], 1 = learn
+    valid_masks: Tensor | None  # (B, 1, H, W) of 0 and 1, 1 = the picture is there, not blank
     loss_weights: Tensor  # (B,), prior_loss_weight for regularisation images, else 1
     captions: list[str]
     original_sizes: list[Size]  # (h, w)
@@ -68,6 +71,7 @@ class _Sample(NamedTuple):
     pixel_values: Tensor | None
     latents: Tensor | None
     loss_mask: Tensor | None  # (1, H, W)
+    scaling: Scaling
     caption: str
     flipped: bool
 
@@ -81,6 +85,10 @@ class TrainDataset(Dataset):
         prior_loss_weight: loss weight of regularisation images.
         masked_loss: whether masks from ``conditioning_data_dir`` are used; an alpha mask is asked
             for by the subset alone.
+        templates: if given, one of them, drawn anew each time, takes the place of a picture's
+            caption, with the subset's ``class_tokens`` or else ``concept`` in its slot.
+            Regularisation images keep their captions.
+        concept: what is learned, as captions name it.
 
     Attributes:
         images: every picture in use.
@@ -99,11 +107,17 @@ class TrainDataset(Dataset):
         seed: int,
         prior_loss_weight: float = 1.0,
         masked_loss: bool = False,
+        templates: Sequence[str] = (),
+        concept: str | None = None,
     ):
         self.datasets = tuple(datasets)
         self.seed = seed
         self.prior_loss_weight = prior_loss_weight
-        _check_subsets([s for d in self.datasets for s in d.subsets], masked_loss=masked_loss)
+        self.templates, self.concept = tuple(templates), concept
+        subsets = [s for d in self.datasets for s in d.subsets]
+        _check_subsets(subsets, masked_loss=masked_loss)
+        if templates:
+            _check_concepts(subsets, concept)
         self.images: list[ImageInfo] = []
         self.skipped: dict[Path, str] = {}
         for index, config in enumerate(self.datasets):
@@ -115,6 +129,8 @@ class TrainDataset(Dataset):
         self.num_train_images = sum(i.repeats for i in self.images if not i.is_reg)
         self.num_reg_images = sum(i.repeats for i in self.images if i.is_reg)
         self._any_mask = any(info.has_mask for info in self.images)
+        self._any_scaled = any(info.is_scaled for info in self.images)
+        _check_canvases([info for info in self.images if info.is_scaled])
         self._cache: list[CachedLatents | Path] | None = None
         self._epoch, self._step, self._max_train_steps = 0, 0, None
         self._groups = self._group_by_bucket()
@@ -151,7 +167,7 @@ class TrainDataset(Dataset):
             UserError: a subset changes its pictures from draw to draw.
         """
         for subset in {id(i.subset): i.subset for i in self.images}.values():
-            for name in ("color_aug", "random_crop"):
+            for name in ("color_aug", "random_crop", "scale_aug"):
                 if getattr(subset, name):
                     raise UserError(
                         f"cache_latents: impossible with {name} ({_source(subset)}); "
@@ -169,6 +185,13 @@ class TrainDataset(Dataset):
     def bucket_counts(self) -> Counter[tuple[int, Size]]:
         """Count pictures with repeats per (data set, bucket)."""
         return Counter({key: len(members) for key, members in self._groups.items()})
+
+    def captions_of(self, info: ImageInfo) -> list[str]:
+        """What a picture may be captioned: filled templates, else the lines of its own caption."""
+        if not self._takes_template(info):
+            return info.caption.split("\n")
+        concept = " ".join((info.subset.class_tokens or self.concept).split())
+        return [fill_template(template, concept) for template in self.templates]
 
     def __len__(self) -> int:
         return self._length
@@ -203,19 +226,24 @@ class TrainDataset(Dataset):
         info = self.images[i]
         subset = info.subset
         flipped = bool(subset.flip_aug and rng.random() < 0.5)
+        scaling = draw_scaling(rng, info.bucket) if info.is_scaled else unscaled(info.bucket)
         if self._cache is None:
-            content = _draw_pixels(info, flipped, rng)
+            content = _draw_pixels(info, flipped, scaling, rng)
         else:
             content = _draw_latents(self._cache[i], info, flipped)
+        takes_template = self._takes_template(info)
         caption = process_caption(
-            info.caption,
+            rng.choice(self.captions_of(info)) if takes_template else info.caption,
             subset,
             rng=rng,
             epoch=key.epoch + 1,
             step=key.step,
             max_step=self._max_train_steps,
         )
-        return _Sample(*content, caption=caption, flipped=flipped)
+        return _Sample(*content, scaling=scaling, caption=scaling.caption(caption), flipped=flipped)
+
+    def _takes_template(self, info: ImageInfo) -> bool:
+        return bool(self.templates) and not info.is_reg
 
     def _collate(self, members: list[int], samples: list[_Sample]) -> Batch:
         infos = [self.images[i] for i in members]
@@ -227,6 +255,9 @@ class TrainDataset(Dataset):
             pixel_values=_stack([s.pixel_values for s in samples]),
             latents=_stack([s.latents for s in samples]),
             loss_masks=torch.stack(masks) if self._any_mask else None,
+            valid_masks=(
+                torch.stack([s.scaling.valid_mask() for s in samples]) if self._any_scaled else None
+            ),
             loss_weights=torch.tensor(weights),
             captions=[s.caption for s in samples],
             original_sizes=[(info.size[1], info.size[0]) for info in infos],
@@ -311,9 +342,9 @@ def _ignore_interrupts(_worker_id: int) -> None:
 
 
 def _draw_pixels(
-    info: ImageInfo, flipped: bool, rng: random.Random
+    info: ImageInfo, flipped: bool, scaling: Scaling, rng: random.Random
 ) -> tuple[Tensor, None, Tensor | None]:
-    pixels = load_pixels(info, rng=rng if info.subset.random_crop else None)
+    pixels = load_pixels(info, rng=rng if info.subset.random_crop else None, size=scaling.size)
     if flipped:
         pixels = pixels[:, ::-1]
     rgb = pixels[:, :, :3]
@@ -321,8 +352,8 @@ def _draw_pixels(
         rgb = color_augment(rgb, rng=rng)
     mask = None
     if info.has_mask:
-        mask = image_tensor(pixels[:, :, 3:]) / 2 + 0.5
-    return image_tensor(rgb), None, mask
+        mask = scaling.place(image_tensor(pixels[:, :, 3:]) / 2 + 0.5)
+    return scaling.place(image_tensor(rgb)), None, mask
 
 
 def _draw_latents(
@@ -362,6 +393,24 @@ def _check_subsets(subsets: Sequence[SubsetConfig], *, masked_loss: bool) -> Non
             "masked_loss: no data has a mask; set alpha_mask (pictures with transparency) or "
             "conditioning_data_dir (black and white masks)"
         )
+
+
+def _check_concepts(subsets: Sequence[SubsetConfig], concept: str | None) -> None:
+    for subset in subsets:
+        if not (subset.is_reg or (subset.class_tokens or "").strip() or (concept or "").strip()):
+            raise UserError(
+                f"templates: nothing says what {_source(subset)} shows; give class_tokens to the "
+                "subset, or name its folder like '10_sks dog'"
+            )
+
+
+def _check_canvases(infos: Sequence[ImageInfo]) -> None:
+    for info in infos:
+        if min(info.bucket) < MIN_SIDE:
+            raise UserError(
+                f"scale_aug: {info.path} is trained at {info.bucket[0]}x{info.bucket[1]}; needed "
+                f"are at least {MIN_SIDE} pixels a side, so raise the resolution"
+            )
 
 
 def _nothing_found(datasets: Sequence[DatasetConfig], skipped: dict[Path, str]) -> str:

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -98,6 +98,7 @@ class PromptSet:
         self.name = name
         self.syntax = syntax
         self._families = tuple(families)
+        self._temperature = temperature
         self._verbatim = verbatim
         self._cumulative_shares = tuple(accumulate(_shares(families, temperature)))
 
@@ -129,21 +130,28 @@ class PromptSet:
         return _from_toml(path, syntax=syntax) if path.suffix == ".toml" else _from_text(path)
 
     @classmethod
-    def from_captions(cls, captions: Iterable[str], *, concept: str) -> PromptSet:
+    def from_captions(
+        cls, captions: Iterable[str], *, concept: str, others: Sequence[str] = ()
+    ) -> PromptSet:
         """Make contexts of the captions that hold ``concept`` and at least one word more.
 
         The concept is found as whole words, in any case. If a caption holds it twice, the first is
         the slot and the other stays as text. Captions that cannot be used are skipped; a warning
         says how many.
 
+        Args:
+            captions: of the pictures of all concepts.
+            concept: what becomes the slot.
+            others: the other concepts of the run: captions that hold one of them instead belong
+                to its set and are no reason for a warning.
+
         Raises:
             UserError: if no caption is left.
         """
-        assert concept.strip(), "a concept without words"
+        pattern = _whole_words(concept)
+        foreign = [_whole_words(other) for other in others]
         captions = list(captions)
-        words = r"\s+".join(re.escape(word) for word in concept.split())
-        pattern = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
-        usable = (caption for caption in captions if pattern.search(caption))
+        usable = [caption for caption in captions if pattern.search(caption)]
         texts = [pattern.sub("{}", " ".join(caption.split()), count=1) for caption in usable]
         texts = [text for text in texts if text.count("{}") == 1 and re.search(r"\w", text)]
         if not texts:
@@ -151,7 +159,9 @@ class PromptSet:
                 f"mlm_prompt_set: none of the {len(captions)} captions holds {concept!r} and other "
                 "words; write it into the captions or choose another prompt set"
             )
-        if skipped := len(captions) - len(texts):
+        rest = (caption for caption in captions if not pattern.search(caption))
+        elsewhere = sum(any(other.search(caption) for other in foreign) for caption in rest)
+        if skipped := len(captions) - elsewhere - len(texts):
             logger.warning(
                 "%d of %d captions do not hold %r and other words: not used as prompts",
                 skipped,
@@ -194,6 +204,19 @@ class PromptSet:
         """Draw a context and put ``concept`` into it."""
         return self.draw(rng).fill(concept)
 
+    def only(self, families: Collection[str]) -> PromptSet:
+        """The set with these families alone; the set itself if it has none of them."""
+        chosen = [family for family in self._families if family.name in families]
+        if not chosen:
+            return self
+        return PromptSet(
+            self.name,
+            chosen,
+            syntax=self.syntax,
+            temperature=self._temperature,
+            verbatim=self._verbatim,
+        )
+
     def counts(self) -> dict[str, int]:
         """Prompts per family, neutral prefixes not counted.
 
@@ -215,6 +238,12 @@ class PromptSet:
             for text in map(family.text, range(family.size)):
                 if self._verbatim or not is_dreambench(text):
                     yield Context(text, family.name)
+
+
+def _whole_words(concept: str) -> re.Pattern:
+    assert concept.strip(), "a concept without words"
+    words = r"\s+".join(re.escape(word) for word in concept.split())
+    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
 
 
 def _shares(families: Sequence[Family], temperature: float) -> list[float]:

@@ -35,6 +35,7 @@ class SubsetReport:
     num_with_concept: int | None  # captions that hold the concept; None without a concept
     num_cut: int | None  # captions over the token limit; None without a tokenizer
     captions_elsewhere: dict[str, int]  # extension that was not asked for -> files
+    num_templates: int = 0  # that take the place of captions
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class DatasetReport:
         kind = " (regularisation)" if subset.is_reg else ""
         yield f"  {subset.name}{kind}: {subset.num_images} images, {subset.num_repeats} per epoch"
         text = f"{_of(subset.num_captions, subset.num_images)} have captions"
-        if subset.num_captions < subset.num_images:
+        if subset.num_templates:
+            text = f"captions are drawn from {subset.num_templates} templates"
+        elif subset.num_captions < subset.num_images:
             instead = repr(subset.class_tokens) if subset.class_tokens else "an empty caption"
             text += f", the others {instead}"
         yield f"    {text}"
@@ -101,7 +104,7 @@ def dataset_report(
         groups.setdefault((info.dataset_index, source), []).append(info)
     names = _names([key for key in groups], len(dataset.datasets))
     subsets = [
-        _subset_report(names[key], infos, concept, count_tokens, max_tokens)
+        _subset_report(names[key], infos, dataset, concept, count_tokens, max_tokens)
         for key, infos in groups.items()
     ]
     buckets: Counter[tuple[int, int]] = Counter()
@@ -125,12 +128,14 @@ def dataset_report(
 def _subset_report(
     name: str,
     infos: Sequence[ImageInfo],
+    dataset: TrainDataset,
     concept: str | None,
     count_tokens: Callable[[str], int] | None,
     max_tokens: int,
 ) -> SubsetReport:
     subset = infos[0].subset
-    texts = [_decorated(info) for info in infos]
+    texts = [_decorated(info, dataset) for info in infos]
+    num_templates = 0 if subset.is_reg else len(dataset.templates)
     own = [info.caption_source in ("file", "metadata") for info in infos]
     elsewhere = Counter(i.caption_elsewhere.suffix for i in infos if i.caption_elsewhere)
     return SubsetReport(
@@ -146,7 +151,8 @@ def _subset_report(
             if count_tokens
             else None
         ),
-        captions_elsewhere=dict(elsewhere),
+        captions_elsewhere={} if num_templates else dict(elsewhere),
+        num_templates=num_templates,
     )
 
 
@@ -159,7 +165,8 @@ def _caption_warnings(subset: SubsetReport, concept: str | None) -> Iterator[str
     if concept and not subset.is_reg and subset.num_with_concept < subset.num_images:
         missing = subset.num_images - subset.num_with_concept
         reason = ""
-        if subset.num_captions and subset.class_tokens and concept in subset.class_tokens:
+        reads_files = subset.num_captions and not subset.num_templates
+        if reads_files and subset.class_tokens and concept in subset.class_tokens:
             reason = " (where a caption file exists, class_tokens are not used)"
         yield (
             f"{subset.name}: {_of(missing, subset.num_images)} captions lack {concept!r}{reason}; "
@@ -201,9 +208,9 @@ def _skipped_warnings(skipped: dict[Path, str]) -> Iterator[str]:
         yield f"skipped {path}: {reason}"
 
 
-def _decorated(info: ImageInfo) -> str:
+def _decorated(info: ImageInfo, dataset: TrainDataset) -> str:
     subset = info.subset
-    lines = info.caption.split("\n")
+    lines = dataset.captions_of(info)
     parts = ([subset.caption_prefix, line, subset.caption_suffix] for line in lines)
     return "\n".join(" ".join(part for part in line if part) for line in parts)
 

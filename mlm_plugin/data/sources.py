@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -80,6 +81,11 @@ class ImageInfo:
         """Whether the loss of this picture is masked."""
         return self.subset.alpha_mask or self.mask_path is not None
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether it is drawn at random scales; regularisation images never are."""
+        return self.subset.scale_aug and not self.is_reg
+
 
 class Sources(NamedTuple):
     """Result of :func:`read_dataset`."""
@@ -126,8 +132,15 @@ def read_dataset(config: DatasetConfig, *, dataset_index: int = 0) -> Sources:
     return Sources(train + _balance(regularisation, sum(i.repeats for i in train)), skipped)
 
 
-def load_pixels(info: ImageInfo, *, rng: random.Random | None = None) -> np.ndarray:
+def load_pixels(
+    info: ImageInfo, *, rng: random.Random | None = None, size: Size | None = None
+) -> np.ndarray:
     """Read a picture, scale it and cut it to its bucket; ``rng`` makes the cut a random one.
+
+    Args:
+        info: the picture.
+        rng: source of the cut's place.
+        size: the same view at another size than the bucket's.
 
     Returns:
         (H, W, 3) uint8, or (H, W, 4) with the loss mask as the last channel.
@@ -146,8 +159,15 @@ def load_pixels(info: ImageInfo, *, rng: random.Random | None = None) -> np.ndar
     if mask is not None:
         mask = images.resize_image(mask, info.size, interpolation=interpolation)
         pixels = np.concatenate([pixels, mask], axis=2)
-    pixels = images.resize_image(pixels, info.resized, interpolation=interpolation)
-    return images.crop(pixels, info.bucket, rng=rng)
+    size = size or info.bucket
+    pixels = images.resize_image(pixels, _covering(info, size), interpolation=interpolation)
+    return images.crop(pixels, size, rng=rng)
+
+
+def _covering(info: ImageInfo, size: Size) -> Size:
+    """The size of the whole picture when its bucket has this size."""
+    sides = zip(info.resized, info.bucket, size, strict=True)
+    return tuple(math.ceil(resized * side / bucket) for resized, bucket, side in sides)
 
 
 def _find(subset: SubsetConfig) -> list[_Found]:

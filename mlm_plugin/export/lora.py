@@ -19,7 +19,14 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.kohya_names import is_known_key, is_text_encoder_name
 
-__all__ = ["SAVE_DTYPES", "LoraCounts", "kohya_hashes", "save_lora", "verify_lora"]
+__all__ = [
+    "SAVE_DTYPES",
+    "LoraCounts",
+    "bundled_embeddings",
+    "kohya_hashes",
+    "save_lora",
+    "verify_lora",
+]
 
 SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
     None: None,
@@ -29,6 +36,7 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
 }
 """``save_precision`` and the dtype it stands for; None keeps what was trained."""
 
+BUNDLE_PREFIX = "bundle_emb."
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
 
 
@@ -66,6 +74,17 @@ def save_lora(
             torch.save(tensors, temporary)
 
 
+def bundled_embeddings(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Embeddings ``(N, D)`` by their word as A1111 reads them out of a LoRA file.
+
+    Source: stable-diffusion-webui ``extensions-builtin/Lora/networks.py`` (``bundle_emb``).
+    """
+    return {
+        f"{BUNDLE_PREFIX}{word.replace('.', '_')}.string_to_param.*": rows_ND.detach().cpu()
+        for word, rows_ND in rows.items()
+    }
+
+
 def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """``sshs_model_hash`` and ``sshs_legacy_hash`` of a file.
 
@@ -96,7 +115,8 @@ def verify_lora(path: str | os.PathLike) -> LoraCounts:
         state = load_file(path)
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    unknown = sorted(key for key in state if not is_known_key(key))
+    adapters = {key for key in state if not key.startswith(BUNDLE_PREFIX)}
+    unknown = sorted(key for key in adapters if not is_known_key(key))
     if unknown:
         raise UserError(
             f"{path}: WebUIs will not use {len(unknown)} of {len(state)} tensors, "
@@ -108,7 +128,7 @@ def verify_lora(path: str | os.PathLike) -> LoraCounts:
             f"{path}: {len(broken)} of {len(state)} tensors hold NaN or infinity, "
             f"e.g. {broken[0]}; use an earlier save and train again with a lower learning rate"
         )
-    names = {key.partition(".")[0] for key in state}
+    names = {key.partition(".")[0] for key in adapters}
     num_text_encoder = sum(map(is_text_encoder_name, names))
     return LoraCounts(text_encoder=num_text_encoder, unet=len(names) - num_text_encoder)
 

@@ -1,4 +1,4 @@
-"""The metadata of a LoRA file: kohya's ``ss_*``, ModelSpec's ``modelspec.*`` and our ``ss_mlm_*``.
+"""Metadata of trained files: kohya's ``ss_*``, ModelSpec's ``modelspec.*``, our ``ss_mlm_*``.
 
 All values are strings, as safetensors wants. Knows options and what a run found out about itself;
 knows nothing of tensors.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_plugin import __version__
-from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.models.networks import parse_network_args
 
@@ -42,9 +42,8 @@ __all__ = [
     "RunFacts",
     "dataset_facts",
     "file_identity",
-    "lora_metadata",
+    "file_metadata",
     "minimum_metadata",
-    "trigger_phrase",
 ]
 
 logger = logging.getLogger(__name__)
@@ -58,6 +57,12 @@ MINIMUM_KEYS = (
     "ss_network_args",
 )
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
+TITLES = {
+    "lora": "LoRA",
+    "textual-inversion": "TextualInversion",
+    "custom-diffusion": "CustomDiffusion",
+    "checkpoint": "Checkpoint",
+}
 NO_FILE, FOLDER = "NOFILE", "IsADirectory"
 
 SAME_NAME = (
@@ -176,34 +181,36 @@ class RunFacts:
     finished_at: float | None = None
     steps: int | None = None
     epoch: int | None = None
-    placeholder_token: str | None = None
-    class_token: str | None = None
+    concepts: tuple[Concept, ...] = ()
     mlm_prompt_set: str | None = None
     mlm_contextualizer: str | None = None  # fingerprint
     mlm_seed: int | None = None
 
 
-def lora_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
-    """Everything that is written into the file's header, without the two hashes.
+def file_metadata(config: TrainConfig, facts: RunFacts, *, kind: str) -> dict[str, str]:
+    """Everything that is written into a file's header, without the two hashes of a LoRA.
 
-    With ``--no_metadata`` only what WebUIs need to file the LoRA under the right base model.
+    With ``--no_metadata`` only what WebUIs need to file it under the right base model.
+
+    Args:
+        config: options of the run.
+        facts: what the run found out.
+        kind: ``lora``, ``textual-inversion``, ``custom-diffusion`` or ``checkpoint``; ModelSpec's
+            name of the architecture ends in it, but for a checkpoint.
 
     Source: sd-scripts ``train_network.py`` (``metadata = {...}``), ``library/sai_model_spec.py``.
     """
     training = _training_metadata(config, facts)
+    if kind != "lora":
+        training = {k: v for k, v in training.items() if not k.startswith("ss_network_")}
     if config.output.no_metadata:
-        return minimum_metadata(training) | _modelspec(config, facts)
-    return training | _mlm_metadata(config, facts) | _modelspec(config, facts)
+        return minimum_metadata(training) | _modelspec(config, facts, kind=kind)
+    return training | _mlm_metadata(config, facts) | _modelspec(config, facts, kind=kind)
 
 
 def minimum_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """The entries that kohya keeps with ``--no_metadata``."""
     return {key: metadata[key] for key in MINIMUM_KEYS if key in metadata}
-
-
-def trigger_phrase(placeholder_token: str | None, class_token: str | None) -> str:
-    """The words that call the concept in a prompt, e.g. ``sks dog``."""
-    return " ".join(word for word in (placeholder_token, class_token) if word)
 
 
 def file_identity(path: str | os.PathLike) -> FileIdentity:
@@ -458,21 +465,26 @@ def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
         }
     metadata |= {
         "ss_mlm_version": __version__,
-        "ss_mlm_placeholder_token": facts.placeholder_token,
-        "ss_mlm_class_token": facts.class_token,
+        "ss_mlm_method": options["method"],
+        "ss_mlm_placeholder_token": _joined(c.placeholder_token for c in facts.concepts),
+        "ss_mlm_class_token": _joined(c.class_token for c in facts.concepts),
     }
     return {key: str(value) for key, value in metadata.items()}
 
 
-def _modelspec(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
+def _joined(words: Iterable[str]) -> str | None:
+    return ", ".join(words) or None
+
+
+def _modelspec(config: TrainConfig, facts: RunFacts, *, kind: str) -> dict[str, str]:
     """ModelSpec 1.0.1. Source: sd-scripts ``library/sai_model_spec.py`` ``build_metadata``."""
     output, loss = config.output, config.loss
     timestamp = facts.started_at if facts.finished_at is None else facts.finished_at
     fields: dict[str, Any] = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{_architecture(facts)}/lora",
+        "architecture": _architecture(facts) + ("" if kind == "checkpoint" else f"/{kind}"),
         "implementation": "diffusers",
-        "title": output.metadata_title or output.output_name or f"LoRA@{timestamp}",
+        "title": output.metadata_title or output.output_name or f"{TITLES[kind]}@{timestamp}",
         "resolution": "{}x{}".format(*_modelspec_resolution(config, facts)),
         "date": datetime.fromtimestamp(int(timestamp)).isoformat(),
         "implementation_version": f"mlm-plugin/{__version__}",
@@ -510,7 +522,7 @@ def _modelspec_resolution(config: TrainConfig, facts: RunFacts) -> tuple[int, in
 def _default_trigger(config: TrainConfig, facts: RunFacts) -> str | None:
     if config.output.no_metadata:
         return None
-    return trigger_phrase(facts.placeholder_token, facts.class_token) or None
+    return _joined(concept.text for concept in facts.concepts)
 
 
 def _thumbnail(value: str | None) -> str | None:

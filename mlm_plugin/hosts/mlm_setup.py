@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
+from mlm_plugin.data.joint_prompts import JointPrompts
 from mlm_plugin.data.masking import MaskingVocabulary
 from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import cache_dir
+from mlm_plugin.methods import Method
 from mlm_plugin.models.contextualizer import (
     Contextualizer,
     ContextualizerFacts,
@@ -32,12 +35,12 @@ __all__ = [
     "LoadedContextualizer",
     "auto_contextualizer_path",
     "build_regularizer",
-    "concept_text",
     "find_contextualizer",
     "mlm_schedule",
     "pretrain_on_device",
-    "prompt_set_for",
-    "prompt_set_name",
+    "prompt_set_names",
+    "prompts_for",
+    "trigger_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -45,27 +48,39 @@ logger = logging.getLogger(__name__)
 POOR_ACCURACY = 0.02  # of a contextualizer; about what naming the most frequent word gives
 
 
-def prompt_set_for(
-    options: MLMOptions, concept: Concept, *, captions: Iterable[str] = ()
-) -> PromptSet:
-    """The prompt set that ``mlm_prompt_set`` asks for; ``auto`` goes by the class word."""
-    name = prompt_set_name(options, concept)
-    if name == "captions":
-        return PromptSet.from_captions(captions, concept=concept_text(concept))
-    logger.info("prompt set: %s", name)
-    return PromptSet.load(name, syntax=options.mlm_prompt_syntax)
+def prompts_for(
+    options: MLMOptions, concepts: Sequence[Concept], *, captions: Iterable[str] = ()
+) -> JointPrompts:
+    """The prompts that ``mlm_prompt_set`` asks for; ``auto`` goes by each class word."""
+    captions, texts = list(captions), [concept.text for concept in concepts]
+    members = []
+    for concept, text in zip(concepts, texts, strict=True):
+        name = _prompt_set_name(options, concept)
+        if name == "captions":
+            others = [other for other in texts if other != text]
+            prompt_set = PromptSet.from_captions(captions, concept=text, others=others)
+        else:
+            logger.info("prompt set: %s", name)
+            prompt_set = PromptSet.load(name, syntax=options.mlm_prompt_syntax)
+        members.append((prompt_set, text))
+    return JointPrompts(members, joint_share=options.mlm_joint_share)
 
 
-def prompt_set_name(options: MLMOptions, concept: Concept) -> str:
+def prompt_set_names(options: MLMOptions, concepts: Sequence[Concept]) -> str:
+    """Names of the prompt sets in use, for metadata."""
+    return "+".join(dict.fromkeys(_prompt_set_name(options, concept) for concept in concepts))
+
+
+def _prompt_set_name(options: MLMOptions, concept: Concept) -> str:
     """``mlm_prompt_set``, with ``auto`` replaced by the category of the class word."""
     if options.mlm_prompt_set != "auto":
         return options.mlm_prompt_set
     return category_of(concept.class_token)
 
 
-def concept_text(concept: Concept) -> str:
-    """The concept as prompts and captions name it: ``"sks dog"``."""
-    return f"{concept.placeholder_token} {concept.class_token}"
+def trigger_of(concepts: Sequence[Concept]) -> str | None:
+    """The words that call what is learned: ``"sks dog"``, several between commas."""
+    return ", ".join(concept.text for concept in concepts) or None
 
 
 def auto_contextualizer_path(text_encoder: TextEncoder) -> Path:
@@ -155,38 +170,35 @@ def pretrain_on_device(
 
 
 def build_regularizer(
-    text_encoders: Sequence[TextEncoder],
+    method: Method,
     contextualizers: Sequence[Contextualizer],
     options: MLMOptions,
     *,
-    concept: Concept,
-    prompt_set: PromptSet,
+    concepts: Sequence[Concept],
+    prompts: JointPrompts,
     seed: int | str,
     dtype: torch.dtype = torch.float32,
 ) -> MLMRegularizer:
-    """Join prompts, masks, text encoders and their contextualizers.
+    """Join prompts, masks, the method's text encoders and their contextualizers.
 
     Args:
-        text_encoders: those whose states are regularized.
+        method: what is trained; the states of its text encoders are regularized.
         contextualizers: one for each, in the same order; moved to the encoder's device.
         options: batch size, rate, replacement.
-        concept: what is never masked.
-        prompt_set: where prompts come from.
+        concepts: what is never masked.
+        prompts: where prompts come from.
         seed: names the stream; give each process its own.
         dtype: precision of the contextualizer; its loss is fp32 in any case.
     """
-    text = concept_text(concept)
-
-    def sample_prompt(rng: random.Random) -> str:
-        return prompt_set.sample(rng, text)
-
     taps = [
-        _tap(text_encoder, contextualizer, concept, dtype)
-        for text_encoder, contextualizer in zip(text_encoders, contextualizers, strict=True)
+        _tap(method, text_encoder, contextualizer, concepts, dtype)
+        for text_encoder, contextualizer in zip(
+            method.models.text_encoders, contextualizers, strict=True
+        )
     ]
     return MLMRegularizer(
         taps,
-        sample_prompt,
+        prompts.sample,
         batch_size=options.mlm_batch_size,
         mlm_probability=options.mlm_probability,
         replace=options.mlm_replace,
@@ -205,20 +217,33 @@ def mlm_schedule(options: MLMOptions) -> MLMSchedule:
 
 
 def _tap(
-    text_encoder: TextEncoder, contextualizer: Contextualizer, concept: Concept, dtype: torch.dtype
+    method: Method,
+    text_encoder: TextEncoder,
+    contextualizer: Contextualizer,
+    concepts: Sequence[Concept],
+    dtype: torch.dtype,
 ) -> TextTap:
+    rows = text_encoder.token_rows  # no vocabulary holds their tokens, so they are no target
+    protected = [
+        *(word for concept in concepts for word in concept),
+        *(rows.tokens if rows else ()),
+    ]
     embedding = text_encoder.token_embedding
     table = embedding.weight.detach()
     if embedding.weight.requires_grad:  # the output table must not follow the training
         table = table.clone()
+
+    def tokenize(prompts: Sequence[str], rng: random.Random) -> Tensor:
+        return method.mlm_ids(text_encoder, prompts, rng)
+
     return TextTap(
-        tokenize=text_encoder.tokenize_trimmed,
+        tokenize=tokenize,
         encode=text_encoder.encode_storing,
         embedding=embedding,
         contextualizer=contextualizer.to(table.device, dtype),
         vocabulary=MaskingVocabulary.from_tokenizer(
             text_encoder.tokenizer,
-            protected=[concept.placeholder_token, concept.class_token],
+            protected=protected,
             low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
         ),
         token_table=table,

@@ -1,4 +1,4 @@
-"""When the LoRA and the training state are written, under kohya's names."""
+"""When trained files and training states are written, under kohya's names."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ from pathlib import Path
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OutputOptions, TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
-from mlm_plugin.export.lora import SAVE_DTYPES, save_lora, verify_lora
-from mlm_plugin.export.metadata import (
-    RunFacts,
-    dataset_facts,
-    file_identity,
-    lora_metadata,
-    trigger_phrase,
-)
+from mlm_plugin.export.lora import SAVE_DTYPES
+from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
-from mlm_plugin.hosts.mlm_setup import LoadedContextualizer, prompt_set_name
+from mlm_plugin.hosts.mlm_setup import LoadedContextualizer, prompt_set_names, trigger_of
+from mlm_plugin.methods import Export
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.training.optimizers import optimizer_description
 from mlm_plugin.training.trainer import Listener, StepResult, Trainer
@@ -41,18 +36,23 @@ class RunRecord:
         *,
         dataset: TrainDataset,
         models: StableDiffusion,
-        concept: Concept,
+        concepts: Sequence[Concept],
         seed: int,
         contextualizers: Sequence[LoadedContextualizer] = (),
     ):
         self.contextualizers = "+".join(item.digest for item in contextualizers)
         self.config = config.replace(seed=seed)
-        self.dataset, self.models, self.concept = dataset, models, concept
+        self.dataset, self.models, self.concepts = dataset, models, tuple(concepts)
         self.started_at = time.time()
         self._facts: RunFacts | None = None
 
-    def metadata(self, trainer: Trainer, *, epoch: int) -> dict[str, str]:
-        """The header of a file that is written now."""
+    @property
+    def trigger(self) -> str:
+        """The words that call what is learned."""
+        return trigger_of(self.concepts) or ""
+
+    def metadata(self, trainer: Trainer, kind: str, *, epoch: int) -> dict[str, str]:
+        """The header of a file of this kind that is written now."""
         if self._facts is None:
             self._facts = self._gather(trainer)
         facts = dataclasses.replace(
@@ -61,15 +61,14 @@ class RunRecord:
             epoch=epoch,
             finished_at=time.time(),
         )
-        return lora_metadata(self.config, facts)
+        return file_metadata(self.config, facts, kind=kind)
 
     def _gather(self, trainer: Trainer) -> RunFacts:
-        config, concept, models = self.config, self.concept, self.models
-        trigger = trigger_phrase(concept.placeholder_token, concept.class_token)
+        config, models = self.config, self.models
         mlm = {}
         if trainer.regularizer:
             mlm = {
-                "mlm_prompt_set": prompt_set_name(config.mlm, concept),
+                "mlm_prompt_set": prompt_set_names(config.mlm, self.concepts),
                 "mlm_contextualizer": self.contextualizers,
                 "mlm_seed": config.schedule.seed
                 if config.mlm.mlm_seed is None
@@ -78,7 +77,9 @@ class RunRecord:
         return RunFacts(
             session_id=random.SystemRandom().randrange(2**32),
             started_at=self.started_at,
-            datasets=dataset_facts(self.dataset.datasets, self.dataset.images, trigger=trigger),
+            datasets=dataset_facts(
+                self.dataset.datasets, self.dataset.images, trigger=self.trigger
+            ),
             num_batches_per_epoch=trainer.plan.batches_per_epoch,
             num_epochs=trainer.plan.num_epochs,
             max_train_steps=trainer.plan.num_steps,
@@ -90,8 +91,7 @@ class RunRecord:
             model=file_identity(models.source),
             vae=file_identity(config.model.vae) if config.model.vae else None,
             num_processes=trainer.accelerator.num_processes,
-            placeholder_token=concept.placeholder_token,
-            class_token=concept.class_token,
+            concepts=self.concepts,
             **mlm,
         )
 
@@ -125,7 +125,7 @@ class Saver(Listener):
             return
         self._try_to_save(trainer, self._step_name(step), epoch=trainer.progress.current_epoch)
         old = removed_step(step, every=every, last=self.options.save_last_n_steps)
-        self._remove(old and self._step_name(old))
+        self._remove(trainer, old and self._step_name(old))
         last = self.options.save_last_n_steps_state or self.options.save_last_n_steps
         old = removed_step(step, every=every, last=last)
         self._remove_state(old and self._step_name(old))
@@ -137,7 +137,7 @@ class Saver(Listener):
             return
         self._try_to_save(trainer, self._epoch_name(epoch), epoch=epoch)
         old = removed_epoch(epoch, every=every, last=self.options.save_last_n_epochs)
-        self._remove(old and self._epoch_name(old))
+        self._remove(trainer, old and self._epoch_name(old))
         last = self.options.save_last_n_epochs_state or self.options.save_last_n_epochs
         old = removed_epoch(epoch, every=every, last=last)
         self._remove_state(old and self._epoch_name(old))
@@ -149,12 +149,11 @@ class Saver(Listener):
         )
         if not trainer.accelerator.is_main_process:
             return
-        counts = verify_lora(path)
-        concept = self.record.concept
+        found = trainer.method.verify(path)
         write_sidecar(
             path,
             base_model_version=self.record.models.version,
-            activation_text=trigger_phrase(concept.placeholder_token, concept.class_token),
+            activation_text=self.record.trigger,
             description=self.options.metadata_description or "",
         )
         if picture := self.newest_sample():
@@ -162,7 +161,7 @@ class Saver(Listener):
 
             with Image.open(picture) as image:
                 write_preview(path, image)
-        print(f"wrote {path} ({counts.text_encoder} text encoder + {counts.unet} U-Net modules)")
+        print(f"wrote {path} ({found})")
 
     def on_stop(self, trainer: Trainer) -> None:
         """Save the state, so that nothing is lost."""
@@ -185,14 +184,15 @@ class Saver(Listener):
             logger.error("%s could not be saved (%s); training goes on", name, error)
 
     def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
-        path = self.folder / f"{name}.{self.options.save_model_as}"
+        path = self._path(name)
         if trainer.accelerator.is_main_process:
             with trainer.evaluating():
-                save_lora(
-                    path,
-                    trainer.method.state_dict(),
-                    metadata=self.record.metadata(trainer, epoch=epoch),
-                    dtype=SAVE_DTYPES[self.options.save_precision],
+                trainer.method.export(
+                    Export(
+                        path,
+                        metadata=lambda kind: self.record.metadata(trainer, kind, epoch=epoch),
+                        dtype=SAVE_DTYPES[self.options.save_precision],
+                    )
                 )
         if self.options.save_state if state is None else state:
             trainer.save_state(self._state_folder(name))
@@ -212,9 +212,15 @@ class Saver(Listener):
     def _state_folder(self, name: str) -> Path:
         return self.folder / f"{name}-state"
 
-    def _remove(self, name: str | None) -> None:
-        if name:
-            (self.folder / f"{name}.{self.options.save_model_as}").unlink(missing_ok=True)
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.{self.options.save_model_as}"
+
+    def _remove(self, trainer: Trainer, name: str | None) -> None:
+        for path in trainer.method.files(self._path(name)) if name else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _remove_state(self, name: str | None) -> None:
         if name and self.options.save_state:

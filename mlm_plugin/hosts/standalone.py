@@ -1,4 +1,4 @@
-"""The standalone trainer: options in, LoRA file out. It only composes the rooms.
+"""The standalone trainer: options in, trained files out. It only composes the rooms.
 
 Reading order: :func:`train` is the whole program; every step of it is a function below.
 """
@@ -19,30 +19,33 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from mlm_plugin.config.checks import check_config, mlm_obstacle
-from mlm_plugin.config.datasets import Concept, concept_of, resolve_datasets
+from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
-from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.report import dataset_report
+from mlm_plugin.data.templates import load_templates
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
+from mlm_plugin.hosts.class_images import prepare_class_images
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import (
     LoadedContextualizer,
     build_regularizer,
-    concept_text,
     find_contextualizer,
     mlm_schedule,
-    prompt_set_for,
+    prompts_for,
+    trigger_of,
 )
 from mlm_plugin.hosts.sampling import SampleDrawer
 from mlm_plugin.hosts.saving import RunRecord, Saver
 from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
-from mlm_plugin.methods import METHODS, Method
+from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.pretrain import Interrupted
@@ -55,6 +58,7 @@ __all__ = ["train"]
 logger = logging.getLogger(__name__)
 
 RESUME_SETTINGS = (
+    "method",
     "train_batch_size",
     "gradient_accumulation_steps",
     "network_module",
@@ -63,9 +67,17 @@ RESUME_SETTINGS = (
     "network_args",
     "network_train_unet_only",
     "network_train_text_encoder_only",
+    "placeholder_token",
+    "num_vectors_per_token",
+    "no_train_text_encoder",
     "learning_rate",
     "unet_lr",
     "text_encoder_lr",
+    "learning_rate_te",
+    "embedding_lr",
+    "stop_unet_training",
+    "stop_text_encoder_training",
+    "stop_embedding_training",
     "optimizer_type",
     "optimizer_args",
     "lr_scheduler",
@@ -73,7 +85,11 @@ RESUME_SETTINGS = (
     "lr_scheduler_args",
     "lr_warmup_steps",
 )
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STOP_OPTIONS = {
+    "unet": "stop_unet_training",
+    "textencoder": "stop_text_encoder_training",
+    "embedding": "stop_embedding_training",
+}
 
 
 def train(argv: Sequence[str]) -> int:
@@ -94,18 +110,23 @@ def train(argv: Sequence[str]) -> int:
     check_config(config)
     config = _with_toy_paths(config)
     datasets = resolve_datasets(config)
-    concept = concept_of(config, datasets)
+    concepts = _concepts(config, datasets)
     if config.run.check or config.dataset.debug_dataset:
-        dataset = _create_dataset(config, datasets, seed=config.schedule.seed or 0)
-        print("\n".join(dataset_report(dataset, concept=_name(concept)).lines()))
+        dataset = _create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
+        print("\n".join(dataset_report(dataset, concept=trigger_of(concepts)).lines()))
         return 0
     require_writable(config.output.output_dir, "output_dir")
     accelerator = create_accelerator(config)
     seed = _shared_seed(config)
-    dataset = _create_dataset(config, datasets, seed=seed)
     try:
+        if config.finetune.generate_class_images:
+            config = prepare_class_images(
+                config, concepts, models=lambda: load_models(config), accelerator=accelerator
+            )
+            datasets = resolve_datasets(config)
+        dataset = _create_dataset(config, datasets, concepts, seed=seed)
         trainer = build_trainer(
-            config, accelerator=accelerator, dataset=dataset, concept=concept, seed=seed
+            config, accelerator=accelerator, dataset=dataset, concepts=concepts, seed=seed
         )
         trainer.run()
     except (Stopped, Interrupted) as stopped:
@@ -113,9 +134,8 @@ def train(argv: Sequence[str]) -> int:
         return stopped.exit_code
     except NonFiniteLoss as error:
         print(
-            f"error: {error}; the last good state is saved. Start again from its LoRA "
-            "(--network_weights) with a lower learning rate, or try no_half_vae or mixed_precision "
-            "bf16",
+            f"error: {error}; the last good state is saved. Start again with a lower learning "
+            "rate, or try no_half_vae or mixed_precision bf16",
             file=sys.stderr,
         )
         return 1
@@ -127,7 +147,7 @@ def build_trainer(
     *,
     accelerator: Accelerator,
     dataset: TrainDataset,
-    concept: Concept,
+    concepts: Sequence[Concept],
     seed: int,
 ) -> Trainer:
     """Everything between checked options and the first step."""
@@ -136,27 +156,28 @@ def build_trainer(
     if resume:  # refused before anything is loaded
         read_progress(resume)
         check_settings(resume, settings)
-    models = load_models(config, accelerator.device)
-    (text_encoder,) = models.text_encoders
+    models = load_models(config)
+    _place_models(config, models, accelerator.device)
     if accelerator.is_main_process:
-        _report(config, dataset, concept, models)
+        _report(config, dataset, concepts, models)
     contextualizers = find_contextualizers(config, models, accelerator)
-    regularizer = create_regularizer(
-        config,
-        contextualizers,
-        models=models,
-        concept=concept,
-        dataset=dataset,
-        accelerator=accelerator,
-        seed=seed,
-    )
+    curves = _curve_logger(config, models, accelerator)
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
-    method = METHODS[config.schedule.method](models, config.network)
-    if regularizer and not method.trains_text_encoder:
+    method = METHODS[config.schedule.method].prepare(models, config, concepts)
+    if contextualizers and not method.trains_text_side:
         raise UserError(
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g}: this network trains nothing in the "
             "text encoder, the MLM term would do nothing; set mlm_loss_weight = 0 or train it"
         )
+    regularizer = create_regularizer(
+        config,
+        contextualizers,
+        method=method,
+        concepts=concepts,
+        dataset=dataset,
+        accelerator=accelerator,
+        seed=seed,
+    )
     _prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
         _cache_latents(config, dataset, models, accelerator)
@@ -180,7 +201,7 @@ def build_trainer(
         config,
         dataset=dataset,
         models=models,
-        concept=concept,
+        concepts=concepts,
         seed=seed,
         contextualizers=contextualizers,
     )
@@ -207,8 +228,9 @@ def build_trainer(
         seed=seed,
         regularizer=regularizer,
         mlm_schedule=mlm_schedule(config.mlm) if regularizer else None,
-        listeners=_listeners(config, concept, record, accelerator),
+        listeners=[*curves, *_listeners(config, concepts, record)],
         settings=settings,
+        freeze_at=_freeze_steps(config, method, num_steps=plan.num_steps),
     )
     if resume:
         trainer.load_state(resume)
@@ -257,11 +279,12 @@ def _unscale_half_gradients(accelerator: Accelerator) -> None:
     accelerator.scaler._unscale_grads_ = unscale_any
 
 
-def load_models(config: TrainConfig, device: torch.device) -> StableDiffusion:
-    """The frozen base model on its device, in the precision of the run."""
+def load_models(config: TrainConfig) -> StableDiffusion:
+    """The frozen base model on the CPU, in the precision that the method needs."""
     options = config.model
     dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
-    models = load_stable_diffusion(
+    in_fp32 = METHODS[config.schedule.method].trains_base_weights
+    return load_stable_diffusion(
         options.pretrained_model_name_or_path,
         v2=options.v2,
         v_parameterization=options.v_parameterization,
@@ -269,12 +292,16 @@ def load_models(config: TrainConfig, device: torch.device) -> StableDiffusion:
         tokenizer_cache_dir=options.tokenizer_cache_dir,
         clip_skip=options.clip_skip,
         max_token_length=options.max_token_length,
-        dtype=dtype,
+        dtype=torch.float32 if in_fp32 else dtype,
         vae_dtype=torch.float32 if options.no_half_vae else dtype,
     )
+
+
+def _place_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
     for module in (models.unet, models.vae, *(te.model for te in models.text_encoders)):
         module.to(device)
-    return models
+    if config.model.xformers:  # before methods put processors of their own in front
+        _use_xformers(models)
 
 
 def find_contextualizers(
@@ -307,8 +334,8 @@ def create_regularizer(
     config: TrainConfig,
     contextualizers: Sequence[LoadedContextualizer],
     *,
-    models: StableDiffusion,
-    concept: Concept,
+    method: Method,
+    concepts: Sequence[Concept],
     dataset: TrainDataset,
     accelerator: Accelerator,
     seed: int,
@@ -317,19 +344,27 @@ def create_regularizer(
     options = config.mlm
     if not contextualizers:
         return None
-    prompt_set = prompt_set_for(
-        options, concept, captions=[info.caption for info in dataset.images if not info.is_reg]
+    pictures = (info for info in dataset.images if not info.is_reg)
+    prompts = prompts_for(
+        options,
+        concepts,
+        captions=[caption for info in pictures for caption in dataset.captions_of(info)],
     )
     base_seed = seed if options.mlm_seed is None else options.mlm_seed
     return build_regularizer(
-        models.text_encoders,
+        method,
         [contextualizer.network for contextualizer in contextualizers],
         options,
-        concept=concept,
-        prompt_set=prompt_set,
+        concepts=concepts,
+        prompts=prompts,
         seed=f"{base_seed}/{accelerator.process_index}",
         dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
     )
+
+
+def _concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tuple[Concept, ...]:
+    trains_tokens = config.schedule.method in TOKEN_METHODS
+    return concepts_of(config, datasets, required=trains_tokens or config.mlm.mlm_loss_weight > 0)
 
 
 def _with_toy_paths(config: TrainConfig) -> TrainConfig:
@@ -350,36 +385,44 @@ def _shared_seed(config: TrainConfig) -> int:
     return seed
 
 
-def _create_dataset(config: TrainConfig, datasets, *, seed: int) -> TrainDataset:
+def _create_dataset(
+    config: TrainConfig, datasets, concepts: Sequence[Concept], *, seed: int
+) -> TrainDataset:
+    embedding = config.embedding
+    kind = "object" if embedding.use_object_template else "style"
+    uses_templates = embedding.use_object_template or embedding.use_style_template
     return TrainDataset(
         datasets,
         seed=seed,
         prior_loss_weight=config.dataset.prior_loss_weight,
         masked_loss=config.dataset.masked_loss,
+        templates=load_templates(kind) if uses_templates else (),
+        concept=concepts[0].text if len(concepts) == 1 else None,
     )
 
 
-def _name(concept: Concept) -> str | None:
-    return concept_text(concept) if concept.placeholder_token and concept.class_token else None
-
-
 def _report(
-    config: TrainConfig, dataset: TrainDataset, concept: Concept, models: StableDiffusion
+    config: TrainConfig,
+    dataset: TrainDataset,
+    concepts: Sequence[Concept],
+    models: StableDiffusion,
 ) -> None:
     (text_encoder,) = models.text_encoders
     report = dataset_report(
         dataset,
-        concept=_name(concept),
+        concept=concepts[0].text if len(concepts) == 1 else None,
         count_tokens=text_encoder.count_tokens,
         max_tokens=config.model.max_token_length or 75,
     )
     print("\n".join(report.lines()))
-    if concept.placeholder_token:
-        tokens = text_encoder.tokenizer.tokenize(concept.placeholder_token)
-        print(
-            f"Concept: {concept.placeholder_token!r} is a {concept.class_token or 'thing'}; "
-            f"the tokenizer reads it as {len(tokens)} token(s): {' '.join(tokens)}"
-        )
+    for concept in concepts:
+        name, learned = concept.placeholder_token, config.schedule.method in TOKEN_METHODS
+        if learned:
+            read = f"learned as {config.embedding.num_vectors_per_token} vector(s)"
+        else:
+            tokens = text_encoder.tokenizer.tokenize(name)
+            read = f"the tokenizer reads it as {len(tokens)} token(s): {' '.join(tokens)}"
+        print(f"Concept: {name!r} is a {concept.class_token}; {read}")
 
 
 def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
@@ -389,11 +432,9 @@ def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method
             parameter.data = parameter.data.to(models.unet.dtype)
     if config.schedule.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
-        if method.trains_text_encoder:
+        if method.trains_text_side:
             for text_encoder in models.text_encoders:
                 text_encoder.enable_gradient_checkpointing()
-    if config.model.xformers:
-        _use_xformers(models)
     if config.model.torch_compile and config.model.dynamo_backend != "no":
         models.unet.compile(backend=config.model.dynamo_backend)
 
@@ -467,15 +508,38 @@ def _create_optimizer(
     return accelerator.prepare(optimizer, scheduler)
 
 
-def _listeners(
-    config: TrainConfig, concept: Concept, record: RunRecord, accelerator: Accelerator
+def _freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict[str, int]:
+    """From which step a part is trained no more; shares are of the whole run."""
+    steps = {}
+    for part, option in STOP_OPTIONS.items():
+        stop = getattr(config.optimizer, option)
+        if stop is not None and part in method.parts():
+            steps[part] = stop if stop >= 1 else round(stop * num_steps)
+    if steps.keys() >= {part for part, members in method.parts().items() if members}:
+        first_idle = max(steps.values())
+        if first_idle < num_steps:
+            raise UserError(
+                f"{', '.join(STOP_OPTIONS[part] for part in steps)}: nothing is trained from step "
+                f"{first_idle} of {num_steps} on; let one part go on, or shorten the run"
+            )
+    return steps
+
+
+def _curve_logger(
+    config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
 ) -> list[Listener]:
-    listeners: list[Listener] = []
-    if tracker_kind(config.logging):
-        start_trackers(config, accelerator)
-        listeners.append(CurveLogger())
-    if config.sampling.sample_prompts:
-        drawer = SampleDrawer(config, trigger=_name(concept))
-        listeners.append(drawer)
-        return [*listeners, Saver(config, record=record, newest_sample=lambda: drawer.newest)]
-    return [*listeners, Saver(config, record=record)]
+    """Made before the method, whose training the drift is measured from."""
+    if not tracker_kind(config.logging):
+        return []
+    start_trackers(config, accelerator)
+    (text_encoder,) = models.text_encoders
+    return [CurveLogger(TextDrift(text_encoder, autocast=accelerator.autocast))]
+
+
+def _listeners(
+    config: TrainConfig, concepts: Sequence[Concept], record: RunRecord
+) -> list[Listener]:
+    if not config.sampling.sample_prompts:
+        return [Saver(config, record=record)]
+    drawer = SampleDrawer(config, trigger=trigger_of(concepts))
+    return [drawer, Saver(config, record=record, newest_sample=lambda: drawer.newest)]

@@ -1,41 +1,170 @@
-"""What the trainer needs of a method: four verbs, whatever is trained."""
+"""What a method is: what is trained, how text is encoded, what is written.
+
+The trainer and the savers know methods only by the verbs of :class:`Method`. Knows no loop and no
+command line; the options come in once, in :meth:`Method.prepare`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from mlm_plugin.config.options import OptimizerOptions
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["Method"]
+__all__ = ["WEIGHT_DTYPES", "Export", "Method", "Part", "group_of"]
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""``mixed_precision`` and the precision of frozen weights under it."""
+
+Part = str
+"""What is frozen together: ``unet``, ``textencoder`` (kohya's names) or ``embedding``."""
 
 
-class Method(Protocol):
-    """A way to teach a model a concept: what is trained, how text is encoded, what is saved."""
+class Export(NamedTuple):
+    """What the writing of files needs besides the trained tensors.
 
-    def parameter_groups(self, options: OptimizerOptions) -> list[dict]:
+    Attributes:
+        path: the main file; others are named after it.
+        metadata: header entries by kind of file: ``lora``, ``textual-inversion``, ``checkpoint`` or
+            ``custom-diffusion``.
+        dtype: of the files; ``None`` keeps what was trained.
+    """
+
+    path: Path
+    metadata: Callable[[str], Mapping[str, str]]
+    dtype: torch.dtype | None = None
+
+
+class Method(ABC):
+    """A way to teach a model a concept.
+
+    A method is made by :meth:`prepare`, which puts into the models what it trains and freezes the
+    rest. The defaults here suit a method that conditions the U-Net on plain encoded captions.
+
+    Attributes:
+        trains_base_weights: weights of the model itself are trained: load it in fp32.
+    """
+
+    trains_base_weights = False
+
+    def __init__(self, models: StableDiffusion):
+        self.models = models
+        models.unet.requires_grad_(False)
+        for text_encoder in models.text_encoders:
+            text_encoder.model.requires_grad_(False)
+
+    @classmethod
+    @abstractmethod
+    def prepare(
+        cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
+    ) -> Method:
+        """The method as the options ask for it, on models that lie on their device.
+
+        Raises:
+            UserError: options or files that do not fit the model or the concepts.
+        """
+
+    @abstractmethod
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """Everything that may be trained, by what is frozen together."""
+
+    @abstractmethod
+    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Optimizer groups with ``params``, ``lr`` and ``name``; parts with rate 0 have none."""
 
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a training state holds: everything that is trained, exactly."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            UserError: names or shapes that this method does not have.
+        """
+
+    @abstractmethod
+    def export(self, to: Export) -> None:
+        """Write the files that other programs load."""
+
+    @abstractmethod
+    def files(self, path: Path) -> list[Path]:
+        """What :meth:`export` writes for a main file ``path``; it comes first."""
+
+    @abstractmethod
+    def verify(self, path: Path) -> str:
+        """Read the written files back; says in a few words what is in them.
+
+        Raises:
+            UserError: a value is not finite, or a name is unknown to other programs.
+        """
+
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained, for clipping and averaging over processes."""
+        """Everything that is trained now, for clipping and averaging over processes."""
+        return [p for members in self.parts().values() for p in members if p.requires_grad]
+
+    @property
+    def trains_text_side(self) -> bool:
+        """Whether anything before the text encoder's output is trained now."""
+        parts = self.parts()
+        text_side = [*parts.get("textencoder", ()), *parts.get("embedding", ())]
+        return any(parameter.requires_grad for parameter in text_side)
+
+    def freeze(self, part: Part) -> None:
+        """Train a part no further; its optimizer state is left alone."""
+        for parameter in self.parts()[part]:
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Conditioning of the U-Net, ``(B, L, D)``."""
+        """Conditioning of the U-Net, ``(B, L, D)``; joined layers make L longer (XTI)."""
+        (text_encoder,) = self.models.text_encoders
+        return text_encoder.encode_captions(captions)
+
+    def mlm_ids(
+        self, text_encoder: TextEncoder, prompts: Sequence[str], rng: random.Random
+    ) -> Tensor:
+        """Ids of MLM prompts, ``(B, L)`` on the CPU, padded to the longest.
+
+        ``rng`` is for methods with more than one reading of a prompt.
+        """
+        return text_encoder.tokenize_trimmed(prompts)
 
     def train(self, mode: bool = True) -> None:
         """Training mode (dropout, gradient checkpointing) on or off."""
+        self.models.unet.train(mode)
+        for text_encoder in self.models.text_encoders:
+            text_encoder.model.train(mode)
 
     def after_step(self) -> dict[str, float]:
         """What follows an optimizer step; numbers worth logging."""
+        return {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What is saved: names and shapes of the file, values as they are trained."""
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+def group_of(
+    name: Part, parameters: Sequence[nn.Parameter], rate: float | None, otherwise: float
+) -> list[dict[str, Any]]:
+    """One optimizer group, or none where the rate is 0; such parameters are frozen.
 
-    def base_model(self) -> AbstractContextManager:
-        """The model as it was before training, while the block runs."""
+    Args:
+        name: of the part.
+        parameters: of the group.
+        rate: learning rate; ``None`` = ``otherwise``.
+        otherwise: ``learning_rate``.
+    """
+    lr = otherwise if rate is None else rate
+    for parameter in parameters:
+        parameter.requires_grad_(lr != 0)
+    if lr == 0 or not parameters:
+        return []
+    return [{"params": list(parameters), "lr": lr, "name": name}]

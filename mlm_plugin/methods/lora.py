@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from mlm_plugin.config.options import NetworkOptions, OptimizerOptions
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
+from mlm_plugin.export.lora import save_lora, verify_lora
+from mlm_plugin.methods.base import Export, Method, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.networks import create_network
 
 __all__ = ["LoRAMethod"]
 
 
-class LoRAMethod:
+class LoRAMethod(Method):
     """Adapters through a network module, ``networks.lora`` or ``lycoris.kohya``.
 
     Args:
@@ -23,7 +27,7 @@ class LoRAMethod:
     """
 
     def __init__(self, models: StableDiffusion, options: NetworkOptions):
-        self.models = models
+        super().__init__(models)
         self.max_norm = options.scale_weight_norms
         self.network = create_network(
             options.network_module,
@@ -38,31 +42,26 @@ class LoRAMethod:
             dim_from_weights=options.dim_from_weights,
         )
 
-    @property
-    def trains_text_encoder(self) -> bool:
-        """Whether any adapter lies before the text encoder's output."""
-        return self.network.num_text_encoder_modules > 0
+    @classmethod
+    def prepare(
+        cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
+    ) -> LoRAMethod:
+        """Adapters as the network options ask for them; see ``Method.prepare``."""
+        return cls(models, config.network)
 
-    def parameter_groups(self, options: OptimizerOptions) -> list[dict]:
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """Adapter weights of text encoder and U-Net."""
+        return self.network.parts()
+
+    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Groups by part; ``unet_lr`` and ``text_encoder_lr`` fall back to ``learning_rate``."""
         unet_lr = options.learning_rate if options.unet_lr is None else options.unet_lr
         text_encoder_lrs = options.text_encoder_lr or (options.learning_rate,)
         return self.network.parameter_groups(unet_lr=unet_lr, text_encoder_lrs=text_encoder_lrs)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Adapter weights that are trained."""
-        return [p for p in self.network.parameters() if p.requires_grad]
-
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Conditioning of the U-Net, ``(B, L, D)``."""
-        (text_encoder,) = self.models.text_encoders
-        return text_encoder.encode_captions(captions)
-
     def train(self, mode: bool = True) -> None:
         """Put U-Net, text encoder and adapters into training mode or out of it."""
-        self.models.unet.train(mode)
-        for text_encoder in self.models.text_encoders:
-            text_encoder.model.train(mode)
+        super().train(mode)
         self.network.train(mode)
 
     def after_step(self) -> dict[str, float]:
@@ -80,10 +79,20 @@ class LoRAMethod:
         """Adapter weights in kohya's names and shapes."""
         return self.network.kohya_state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over adapter weights in kohya's names."""
         self.network.load_kohya_state_dict(state)
 
-    def base_model(self) -> AbstractContextManager:
-        """Switch the adapters off while the block runs."""
-        return self.network.disabled()
+    def files(self, path: Path) -> list[Path]:
+        """The LoRA."""
+        return [path]
+
+    def export(self, to: Export) -> None:
+        """The LoRA in kohya's format."""
+        state = self.network.kohya_state_dict()
+        save_lora(to.path, state, metadata=to.metadata("lora"), dtype=to.dtype)
+
+    def verify(self, path: Path) -> str:
+        """Count the adapted modules."""
+        counts = verify_lora(path)
+        return f"{counts.text_encoder} text encoder + {counts.unet} U-Net modules"

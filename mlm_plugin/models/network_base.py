@@ -100,10 +100,18 @@ class AdapterNetwork(ABC):
                     groups.append({"params": parameters, "lr": group_lr, "name": group_name})
         return groups
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """See ``Network``."""
+        parts = {"textencoder": self.text_encoder_modules, "unet": self.unet_modules}
+        return {
+            name: [parameter for module in modules for _, parameter in module.named_parameters()]
+            for name, modules in parts.items()
+        }
+
     def parameters(self) -> list[nn.Parameter]:
         """See ``Network``."""
-        named = (parameter for module in self.modules for _, parameter in module.named_parameters())
-        return [parameter for parameter in named if parameter.requires_grad]
+        members = [parameter for part in self.parts().values() for parameter in part]
+        return [parameter for parameter in members if parameter.requires_grad]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

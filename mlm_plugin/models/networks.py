@@ -60,6 +60,9 @@ class Network(Protocol):
         with learning rate 0 gets no group and no gradient, but stays in the file.
         """
 
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Its own weights by model: ``textencoder`` and ``unet``."""
+
     def parameters(self) -> list[nn.Parameter]:
         """The weights that are trained."""
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mlm_plugin.models.token_rows import TokenRows
 
 __all__ = ["TextEncoder"]
 
@@ -26,6 +30,9 @@ class TextEncoder:
         clip_skip: ``None`` or 1 = last layer; k = the k-th state from the end, followed by the
             final layer norm. Source: sd-scripts ``library/strategy_sd.py``.
         max_token_length: ``None`` or 75 = one window of 77; 150 / 225 = two / three windows.
+
+    Attributes:
+        token_rows: placeholders that stand for learned vectors; ``TokenRows`` puts itself here.
     """
 
     def __init__(
@@ -40,6 +47,7 @@ class TextEncoder:
         self.model = model
         self.clip_skip = clip_skip
         self.max_token_length = max_token_length
+        self.token_rows: TokenRows | None = None
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -67,7 +75,7 @@ class TextEncoder:
         body_length = self.window - 2
         num_windows = max(1, (self.max_token_length or body_length) // body_length)
         ids_BL = self.tokenizer(
-            list(captions),
+            [self.expand(caption) for caption in captions],
             padding="max_length",
             truncation=True,
             max_length=num_windows * body_length + 2,
@@ -83,12 +91,16 @@ class TextEncoder:
         A causal encoder gives the same states for them as for a full window.
         """
         return self.tokenizer(
-            list(captions),
+            [self.expand(caption) for caption in captions],
             padding="longest",
             truncation=True,
             max_length=self.window,
             return_tensors="pt",
         ).input_ids
+
+    def expand(self, caption: str) -> str:
+        """The caption with its placeholders as the tokenizer knows them."""
+        return caption if self.token_rows is None else self.token_rows.expand(caption)
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
         """States of one window, ``(B, L) -> (B, L, D)``, L <= 77, clip skip applied."""
@@ -140,7 +152,8 @@ class TextEncoder:
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of a caption without BOS and EOS, before any cut."""
-        return len(self.tokenizer(caption, add_special_tokens=False, verbose=False).input_ids)
+        text = self.expand(caption)
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def fingerprint(self) -> str:
         """Identity of the states this encoder gives: 16 hex digits for the weights, and clip skip.

@@ -35,6 +35,7 @@ __all__ = [
     "elementwise_loss",
     "huber_delta",
     "masked",
+    "mean_where",
     "min_snr_weight",
     "noise_latents",
     "sample_noise",
@@ -97,6 +98,7 @@ class DiffusionLoss:
         *,
         loss_weights_B: Tensor,
         loss_masks: Tensor | None = None,
+        valid_masks: Tensor | None = None,
     ) -> Tensor:
         """Noise the latents, predict, and weigh the distance to the target.
 
@@ -105,11 +107,14 @@ class DiffusionLoss:
             latents: Scaled VAE latents, ``(B, C, h, w)``.
             loss_weights_B: Weight per image: 1 or ``prior_loss_weight``.
             loss_masks: ``(B, 1, H, W)`` in [0, 1] at any size; 0 leaves a place out.
+            valid_masks: the same shape, 1 where the picture is: an image's loss is the mean over
+                these places, so that a small picture counts as much as a large one.
 
         Returns:
             0-d fp32 tensor.
 
-        Source: sd-scripts ``train_network.py`` ``process_batch`` and ``post_process_loss``.
+        Source: sd-scripts ``train_network.py`` ``process_batch`` and ``post_process_loss``;
+        ``valid_masks``: Kumari et al. 2022, arXiv 2212.04488 (the loss of a scaled picture).
         """
         options = self.options
         noised = noise_latents(latents, self.noise_scheduler, options)
@@ -122,7 +127,8 @@ class DiffusionLoss:
         )
         if loss_masks is not None:
             loss = masked(loss, loss_masks)
-        loss_B = loss.mean(dim=(1, 2, 3)) * loss_weights_B.to(loss.device, non_blocking=True)
+        loss_B = loss.mean(dim=(1, 2, 3)) if valid_masks is None else mean_where(loss, valid_masks)
+        loss_B = loss_B * loss_weights_B.to(loss.device, non_blocking=True)
         snr_B = self.snr_T[noised.timesteps]
         weight_B = timestep_weight(snr_B, options, prediction_type=self.prediction_type)
         return (loss_B * weight_B).mean()
@@ -289,6 +295,16 @@ def masked(loss: Tensor, loss_masks: Tensor) -> Tensor:
     """
     masks = loss_masks.to(loss.device, loss.dtype, non_blocking=True)
     return loss * F.interpolate(masks, size=loss.shape[2:], mode="area")
+
+
+def mean_where(loss: Tensor, valid_masks: Tensor) -> Tensor:
+    """Each image's mean over the places where its mask is not 0, ``(B, C, h, w) -> (B,)``.
+
+    A mask weighs by area where it is finer than the latents; one of zeros gives 0.
+    """
+    masks = valid_masks.to(loss.device, loss.dtype, non_blocking=True)
+    masks = F.interpolate(masks, size=loss.shape[2:], mode="area").expand_as(loss)
+    return (loss * masks).sum(dim=(1, 2, 3)) / masks.sum(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
 def signal_to_noise(alphas_cumprod_T: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm_plugin.methods.base import Method
+from mlm_plugin.models.text_encoder import TextEncoder
 
 __all__ = ["TextDrift"]
 
@@ -31,24 +31,30 @@ class TextDrift:
 
     1 = the encoder still says the same about the world; lower = the concept has leaked into words
     that have nothing to do with it.
+
+    Args:
+        text_encoder: as it is before the training.
+        autocast: mixed precision of the run.
     """
 
     def __init__(
-        self, method: Method, *, autocast: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        text_encoder: TextEncoder,
+        *,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.method, self.autocast = method, autocast
-        with method.base_model():
-            self.base_BLD = self._states()
+        self.text_encoder, self.autocast = text_encoder, autocast
+        self.base_BLD = self._states()
 
-    @torch.no_grad()
     def __call__(self) -> float:
         """Cosine in [-1, 1], averaged over prompts and positions."""
         return F.cosine_similarity(self._states(), self.base_BLD, dim=-1).mean().item()
 
     @torch.no_grad()
     def _states(self) -> Tensor:
-        self.method.train(False)
+        training = self.text_encoder.model.training
+        self.text_encoder.model.eval()
         with self.autocast():
-            states = self.method.encode(PROBES).float()
-        self.method.train(True)
+            states = self.text_encoder.encode_captions(PROBES).float()
+        self.text_encoder.model.train(training)
         return states

@@ -13,16 +13,19 @@ DRIFT_LOOKS = 50  # times per run that the text encoder's drift is measured
 
 
 class CurveLogger(Listener):
-    """Sends numbers to the accelerator's trackers after every optimizer step."""
+    """Sends numbers to the accelerator's trackers after every optimizer step.
 
-    def __init__(self):
+    Args:
+        drift: measures the text encoder, made before anything was trained.
+    """
+
+    def __init__(self, drift: TextDrift):
         self.recent: deque[float] = deque()
-        self.drift: TextDrift | None = None
+        self.drift = drift
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Keep the base encoder's states for the drift."""
+        """Average losses over an epoch."""
         self.recent = deque(maxlen=trainer.plan.steps_per_epoch)
-        self.drift = TextDrift(trainer.method, autocast=trainer.accelerator.autocast)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Losses, learning rates, norms, now and then the drift."""

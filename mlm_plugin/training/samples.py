@@ -39,9 +39,11 @@ __all__ = [
     "TRIGGER",
     "SamplePrompt",
     "create_sampler",
+    "decode_latents",
     "denoise",
     "generate_samples",
     "parse_sample_prompts",
+    "random_state_kept",
     "sample_due",
     "sample_file_name",
 ]
@@ -183,7 +185,7 @@ def generate_samples(
     device = next(unet.parameters()).device
     vae_device = next(vae.parameters()).device
     paths = []
-    with _random_state_kept(device), _eval_mode((unet, vae, *eval_modules)):
+    with random_state_kept(device), _eval_mode((unet, vae, *eval_modules)):
         try:
             vae.to(device)
             for index, prompt in enumerate(prompts):
@@ -207,7 +209,7 @@ def generate_samples(
                 )
                 paths.append(Path(output_dir) / "sample" / file_name)
                 with atomic_path(paths[-1]) as temporary:
-                    _decode(vae, latents).save(temporary)
+                    decode_latents(vae, latents).save(temporary)
         finally:
             vae.to(vae_device)
     return paths
@@ -285,7 +287,8 @@ def denoise(
     return latents
 
 
-def _decode(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
+    """The picture of latents ``(1, C, h, w)``; black, with a warning, where the VAE overflows."""
     weight = next(vae.parameters())
     pixels = vae.decode((latents / vae.config.scaling_factor).to(weight.dtype)).sample[0].float()
     if not pixels.isfinite().all():
@@ -308,7 +311,8 @@ def _generator(seed: int | None) -> torch.Generator:
 
 
 @contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Put the random states of Python, of the CPU and of ``device`` back at the end."""
     python_state = random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

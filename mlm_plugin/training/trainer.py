@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mlm_plugin.data.dataset import Batch
-from mlm_plugin.methods.base import Method
+from mlm_plugin.methods.base import Method, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
@@ -129,6 +129,7 @@ class Trainer:
         listeners: told of steps and epochs, in this order.
         settings: options on which a state depends, by name; states keep them, and one with other
             settings is refused.
+        freeze_at: the optimizer step, from 0, from which a part of the method is trained no more.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Trainer:
         mlm_schedule: MLMSchedule | None = None,
         listeners: Sequence[Listener] = (),
         settings: Mapping[str, str] | None = None,
+        freeze_at: Mapping[Part, int] | None = None,
     ):
         assert (regularizer is None) == (mlm_schedule is None), "a regularizer needs its schedule"
         self.accelerator = accelerator
@@ -161,6 +163,7 @@ class Trainer:
         self.mlm_schedule = mlm_schedule
         self.listeners = list(listeners)
         self.settings = dict(settings or {})
+        self.freeze_at = dict(freeze_at or {})
         self.progress = Progress(seed=seed, num_processes=accelerator.num_processes)
         self._step_before = StepBefore(method.parameters(), optimizer, scheduler)
 
@@ -258,6 +261,7 @@ class Trainer:
                 step = []
 
     def _train_step(self, batches: list[Batch]) -> StepResult:
+        self._freeze_due_parts()
         first = self.progress.num_batches
         results = [self._backward(batch, first + i) for i, batch in enumerate(batches)]
         self._average_over_processes()
@@ -271,6 +275,13 @@ class Trainer:
         result = _mean(results)
         result.extras = self.method.after_step()
         return result
+
+    def _freeze_due_parts(self) -> None:
+        for part, step in list(self.freeze_at.items()):
+            if self.progress.current_step >= step:
+                self.method.freeze(part)
+                del self.freeze_at[part]
+                logger.info("step %d: %s is trained no further", step, part)
 
     def _clip_gradients(self) -> None:
         limit = self.plan.max_grad_norm or math.inf  # inf: measures only
@@ -334,10 +345,11 @@ class Trainer:
                 latents,
                 loss_weights_B=batch.loss_weights,
                 loss_masks=None if batch.loss_masks is None else batch.loss_masks.to(device),
+                valid_masks=None if batch.valid_masks is None else batch.valid_masks.to(device),
             )
-        weight = (
-            self.mlm_schedule.weight_at(self.progress.current_step) if self.regularizer else 0.0
-        )
+        weight = 0.0
+        if self.regularizer and self.method.trains_text_side:
+            weight = self.mlm_schedule.weight_at(self.progress.current_step)
         if not weight:
             return diffusion, None, 0.0
         # dropout of the adapters draws here too: the diffusion noise must not depend on it

@@ -237,10 +237,24 @@ def test_masked_loss_without_any_mask_is_an_error(dataset_file, images):
 
 def test_caching_is_refused_where_a_subset_changes_its_images(dataset_file, images):
     subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
-    path = dataset_file(subset + "random_crop = true")
-    resolve(path)
-    with pytest.raises(UserError, match="random_crop"):
-        resolve(path, cache_latents=True)
+    for name in ("random_crop", "color_aug", "scale_aug"):
+        path = dataset_file(subset + f"{name} = true")
+        resolve(path)
+        with pytest.raises(UserError, match=name):
+            resolve(path, cache_latents=True)
+
+
+def test_scales_are_for_training_images_alone(dataset_file, images):
+    reg = images.parent / "reg"
+    reg.mkdir()
+    train = f'[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    regular = f'[[datasets.subsets]]\nimage_dir = "{reg.as_posix()}"\nis_reg = true\n'
+    path = dataset_file("[[datasets]]\nscale_aug = true\n" + train + regular)
+    (dataset,) = resolve(path)
+    assert [subset.scale_aug for subset in dataset.subsets] == [True, False]
+    path = dataset_file("[[datasets]]\n" + train + regular + "scale_aug = true\n")
+    with pytest.raises(UserError, match="subset 2: scale_aug = true has no effect"):
+        resolve(path)
 
 
 # --- sizes -----------------------------------------------------------------------------------

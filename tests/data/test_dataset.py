@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.data.captions import process_caption
 from mlm_plugin.data.dataset import BatchKey, EpochOrder, TrainDataset, make_loader
+from mlm_plugin.data.images import image_tensor, open_image
 from mlm_plugin.errors import UserError
 
 SIZE = 64
@@ -360,6 +363,168 @@ def test_alpha_masks_need_no_switch_and_others_count_fully(tmp_path):
         for path, mask in zip(batch.image_paths, batch.loss_masks, strict=True)
     }
     assert shares == {"o.png": 1.0, "a.png": 0.25}
+
+
+def _scaled_dataset(folder, *more, seed=0, batch_size=3, **settings):
+    subset = SubsetConfig(
+        image_dir=folder,
+        class_tokens="a photo of sks dog",
+        num_repeats=8,
+        scale_aug=True,
+        **settings,
+    )
+    config = _config(subset, *more, batch_size=batch_size, enable_bucket=True, min_bucket_reso=64)
+    return _dataset(config, seed=seed, masked_loss="conditioning_data_dir" in settings)
+
+
+SCALE_WORDS = ("a far away", "very small", "zoomed in", "close up")
+
+
+def test_scaled_pictures_tell_their_scale_and_where_they_are(tmp_path):
+    square = _pictures(tmp_path / "a", "a.png", "b.png")
+    _pictures(square, "wide.png", size=(192, 96))
+    dataset = _scaled_dataset(square, flip_aug=True)
+    seen = Counter()
+    for batch in _epoch(dataset, 0) + _epoch(dataset, 1):
+        assert batch.loss_masks is None
+        assert batch.valid_masks.shape == (len(batch.captions), 1, *batch.pixel_values.shape[2:])
+        for pixels, mask, caption in zip(
+            batch.pixel_values, batch.valid_masks, batch.captions, strict=True
+        ):
+            words = caption.removesuffix(" photo of sks dog")
+            seen[words] += 1
+            blank = (pixels == 0).all(0)
+            assert bool(blank.any()) == (words in SCALE_WORDS[:2]) == (not mask.all())
+            assert not (blank & mask[0].bool()).any()
+            assert mask.sum() > 0
+    assert set(seen) == {*SCALE_WORDS, "a"}
+
+
+def test_scaled_batches_are_the_same_for_equal_seed_epoch_and_number(tmp_path):
+    folder = _pictures(tmp_path / "a", "a.png", "b.png")
+    one, other = _scaled_dataset(folder, color_aug=True), _scaled_dataset(folder, color_aug=True)
+    for index in reversed(range(len(one))):
+        key = BatchKey(2, index)
+        assert _same(one[key], other[key])
+        assert torch.equal(one[key].valid_masks, other[key].valid_masks)
+    assert _epoch(one, 0)[0].captions != _epoch(_scaled_dataset(folder, seed=1), 0)[0].captions
+
+
+def test_regularisation_images_are_never_scaled(tmp_path):
+    folder = _pictures(tmp_path / "a", "a.png", "b.png")
+    reg = _pictures(tmp_path / "reg", "r.png")
+    reg_subset = SubsetConfig(image_dir=reg, class_tokens="a dog", is_reg=True, scale_aug=True)
+    plain = _dataset(_config(SubsetConfig(image_dir=reg)))[0].pixel_values[0]
+    count = 0
+    for batch in _epoch(_scaled_dataset(folder, reg_subset), 0):
+        for i, is_reg in enumerate(batch.is_reg):
+            if is_reg:
+                count += 1
+                assert batch.captions[i] == "a dog"
+                assert batch.valid_masks[i].all()
+                assert torch.equal(batch.pixel_values[i], plain)
+    assert count == 16
+
+
+def test_an_unscaled_subset_takes_nothing_from_the_stream_for_scales(folder):
+    subset = SubsetConfig(image_dir=folder, class_tokens="a, b, c, d, e", shuffle_caption=True)
+    dataset = _dataset(_config(subset, batch_size=1), seed=7)
+    for index, batch in enumerate(_epoch(dataset, 2)):
+        rng = random.Random(f"7/2/{index}")
+        assert batch.captions == [
+            process_caption("a, b, c, d, e", subset, rng=rng, epoch=3, step=0)
+        ]
+        assert batch.valid_masks is None
+
+
+def test_loss_masks_are_scaled_with_their_picture(tmp_path):
+    pictures, masks = _masked_folder(tmp_path)
+    dataset = _scaled_dataset(
+        pictures, conditioning_data_dir=masks, flip_aug=True, random_crop=True, batch_size=8
+    )
+    middle = image_tensor(open_image(pictures / "a.png"))[0].mean()
+    for epoch in range(4):
+        (batch,) = _epoch(dataset, epoch)
+        for pixels, mask, valid in zip(
+            batch.pixel_values, batch.loss_masks, batch.valid_masks, strict=True
+        ):
+            assert mask[:, (pixels == 0).all(0)].sum() == 0
+            inside = valid[0].bool()
+            bright = pixels[0][inside] > middle
+            assert (bright != (mask[0][inside] > 0.5)).float().mean() < 0.05
+
+
+def test_a_dropped_caption_stays_empty_at_every_scale(tmp_path):
+    folder = _pictures(tmp_path / "a", "a.png")
+    batches = _epoch(_scaled_dataset(folder, caption_dropout_rate=1.0), 0)
+    assert {caption for batch in batches for caption in batch.captions} == {""}
+
+
+def test_enlarged_pictures_are_cut_from_the_file_not_from_the_small_picture(tmp_path):
+    fine = np.zeros((512, 512, 3), np.uint8)
+    fine[:, ::8] = 255  # lines that a picture of 64 pixels cannot hold
+    (tmp_path / "a").mkdir()
+    Image.fromarray(fine).save(tmp_path / "a" / "a.png")
+    contrasts = [
+        float(pixels[0, 10:-10, 10:-10].std())
+        for batch in _epoch(_scaled_dataset(tmp_path / "a"), 0)
+        for pixels, caption in zip(batch.pixel_values, batch.captions, strict=True)
+        if caption.startswith(SCALE_WORDS[2:])
+    ]
+    assert min(contrasts) > 0.05
+
+
+def test_a_picture_too_small_for_scales_is_refused(tmp_path):
+    folder = _pictures(tmp_path / "a", "a.png")
+    subset = SubsetConfig(image_dir=folder, scale_aug=True)
+    with pytest.raises(UserError, match=r"scale_aug: .*a\.png is trained at 32x32.*at least 40"):
+        _dataset(DatasetConfig(batch_size=1, resolution=(32, 32), subsets=(subset,)))
+
+
+TEMPLATES = ("a photo of a {}", "a picture of {}", "an image of {}")
+
+
+def test_templates_take_the_place_of_captions_but_not_of_regularisation_captions(tmp_path):
+    (tmp_path / "a").mkdir()
+    folder = _pictures(tmp_path / "a", "a.png", "b.png")
+    (folder / "a.caption").write_text("a dog in the garden")
+    reg = _pictures(tmp_path / "reg", "r.png")
+    other = _pictures(tmp_path / "b", "c.png")
+    config = _config(
+        SubsetConfig(image_dir=folder, class_tokens="sks  dog", num_repeats=10),
+        SubsetConfig(image_dir=other, num_repeats=20),
+        SubsetConfig(image_dir=reg, class_tokens="a dog", is_reg=True),
+    )
+    dataset = _dataset(config, templates=TEMPLATES, concept="zwx cat")
+    captions = {"a": set(), "b": set(), "reg": set()}
+    for batch in _epoch(dataset, 0):
+        for path, caption in zip(batch.image_paths, batch.captions, strict=True):
+            captions[Path(path).parent.name].add(caption)
+    assert captions["a"] == {t.replace("{}", "sks dog") for t in TEMPLATES}
+    assert captions["b"] == {t.replace("{}", "zwx cat") for t in TEMPLATES}
+    assert captions["reg"] == {"a dog"}
+    again = _dataset(config, templates=TEMPLATES, concept="zwx cat")
+    assert all(
+        _same(one, two) for one, two in zip(_epoch(dataset, 1), _epoch(again, 1), strict=True)
+    )
+
+
+def test_templates_without_a_concept_are_refused(folder):
+    config = _config(SubsetConfig(image_dir=folder))
+    with pytest.raises(UserError, match=r"templates: nothing says what .*sks dog shows"):
+        _dataset(config, templates=TEMPLATES)
+    assert _dataset(config, templates=TEMPLATES, concept="sks dog")[0].captions
+
+
+def test_a_template_is_prefixed_and_dropped_like_a_caption(folder):
+    subset = SubsetConfig(
+        image_dir=folder, class_tokens="x", caption_prefix="p", caption_dropout_every_n_epochs=2
+    )
+    dataset = _dataset(_config(subset), templates=("a photo of {}",))
+    assert [set(b.captions) for b in (dataset[BatchKey(0, 0)], dataset[BatchKey(1, 0)])] == [
+        {"p a photo of x"},
+        {""},
+    ]
 
 
 def test_masks_that_do_not_fit_are_refused(tmp_path):

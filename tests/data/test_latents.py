@@ -185,9 +185,9 @@ def test_masks_are_cached_with_their_latents(folder, tmp_path, to_disk):
         assert _cache(_dataset(subset, masked_loss=True)) == 2
 
 
-@pytest.mark.parametrize("setting", ["color_aug", "random_crop"])
+@pytest.mark.parametrize("setting", ["color_aug", "random_crop", "scale_aug"])
 def test_pictures_that_change_cannot_be_cached(folder, setting):
-    dataset = _dataset(SubsetConfig(image_dir=folder, **{setting: True}))
+    dataset = _dataset(SubsetConfig(image_dir=folder, **{setting: True}), bucketed=False)
     with pytest.raises(UserError, match=f"impossible with {setting}"):
         _cache(dataset)
 

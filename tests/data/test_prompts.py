@@ -384,6 +384,29 @@ def test_captions_without_the_concept_are_an_error():
         PromptSet.from_captions(["a dog", "sks dog"], concept="sks dog")
 
 
+def test_captions_of_the_other_concepts_are_no_reason_for_a_warning(caplog):
+    captions = ["a photo of sks dog", "zwx cat at home", "sks dog next to zwx cat", "a bird"]
+    with caplog.at_level(logging.WARNING):
+        prompt_set = PromptSet.from_captions(captions, concept="sks dog", others=["zwx cat"])
+    assert [c.text for c in prompt_set.all()] == ["a photo of {}", "{} next to zwx cat"]
+    assert "1 of 4 captions" in caplog.text
+    caplog.clear()
+    PromptSet.from_captions(captions[:3], concept="zwx cat", others=["sks dog"])
+    assert caplog.text == ""
+    with pytest.raises(UserError, match="none of the 4 captions holds 'ohw vase'"):
+        PromptSet.from_captions(captions, concept="ohw vase", others=["sks dog", "zwx cat"])
+
+
+def test_a_set_can_be_narrowed_to_some_families():
+    whole = PromptSet.load("living")
+    some = whole.only(["places", "weather", "surfaces"])
+    assert some.counts() == {name: whole.counts()[name] for name in ("places", "weather")}
+    shares, parts = some.shares(), whole.shares()
+    ratio = parts["places"] / parts["weather"]
+    assert shares["places"] / shares["weather"] == pytest.approx(ratio)
+    assert whole.only(["surfaces"]) is whole
+
+
 # --- Categories and subjects
 
 

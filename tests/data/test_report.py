@@ -47,6 +47,22 @@ def test_a_clean_data_set_has_counts_and_no_warnings(folder):
     ]
 
 
+def test_templates_take_the_place_of_captions_in_the_counts(folder):
+    (folder / "0.txt").write_text("a dog")
+    config = DatasetConfig(batch_size=2, resolution=(64, 64), subsets=(_subset(folder),))
+    dataset = TrainDataset([config], seed=0, templates=("a photo of {}", "a picture of {}"))
+    report = dataset_report(dataset, concept="sks")
+    assert report.warnings == []
+    assert "    captions are drawn from 2 templates" in report.lines()
+    assert "    4 of 4 (100%) captions hold 'sks'" in report.lines()
+    cut = dataset_report(
+        dataset, concept="zwx", count_tokens=lambda t: len(t.split()), max_tokens=4
+    )
+    assert "4 of 4 (100%) captions lack 'zwx'" in cut.warnings[0]
+    assert "class_tokens are not used" not in cut.warnings[0]
+    assert cut.subsets[0].num_cut == 4
+
+
 def test_captions_without_the_concept_are_counted_and_explained(folder):
     for i, text in enumerate(["a dog", "a Sks dog", "asksb"]):
         (folder / f"{i}.txt").write_text(text)

@@ -1,0 +1,325 @@
+"""Writes a whole Stable Diffusion 1.x / 2.x model: one WebUI checkpoint, or a diffusers folder.
+
+Knows names, shapes and files of plain modules; nothing of adapters, of training or of what the
+metadata means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.export.tensor_file import write_tensors
+from mlm_plugin.models.ldm_names import (
+    OPEN_CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    clip_names,
+    open_clip_names,
+    to_ldm,
+    unet_names,
+    vae_names,
+)
+
+__all__ = [
+    "CheckpointCounts",
+    "ldm_tensors",
+    "require_replaceable",
+    "save_checkpoint",
+    "save_diffusers_folder",
+    "verify_checkpoint",
+]
+
+TEXT_NAMES = {"sd_v1": clip_names, "sd_v2": open_clip_names}
+TEXT_PREFIX = "cond_stage_model."  # of CLIP and OpenCLIP alike
+MAX_LOGIT_SCALE = math.log(100)  # where CLIP's own training caps it
+PYTORCH_FORMAT = {"format": "pt"}  # metadata that transformers insists on
+PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+INDEX = "model_index.json"
+
+
+class CheckpointCounts(NamedTuple):
+    """How many tensors of each part a checkpoint holds."""
+
+    unet: int
+    text_encoder: int
+    vae: int
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    *,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    vae: nn.Module,
+    family: str,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model as one ``.safetensors`` file with LDM names, all of it or nothing.
+
+    The modules stay as they are; beyond them, no more than one tensor is in memory at a time
+    (SD 2.x: also the text encoder's joined queries, keys and values).
+
+    Args:
+        path: final name.
+        unet: diffusers ``UNet2DConditionModel``.
+        text_encoder: transformers ``CLIPTextModel``, with the vocabulary it came with.
+        vae: diffusers ``AutoencoderKL``.
+        family: ``sd_v1`` or ``sd_v2``.
+        metadata: strings, written as given.
+        dtype: of every tensor in the file; ``None`` keeps each one's.
+
+    Raises:
+        ValueError: a module has a weight that the family does not have.
+    """
+    tensors = ldm_tensors(unet=unet, text_encoder=text_encoder, vae=vae, family=family)
+    write_tensors(path, tensors, metadata=metadata, dtype=dtype)
+
+
+def ldm_tensors(
+    *, unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, family: str
+) -> dict[str, Tensor]:
+    """A model's weights under LDM names and in LDM shapes; views of the modules' where possible.
+
+    The names are those of an sd-scripts checkpoint made without a base file: without the buffers
+    that older checkpoints carry (``alphas_cumprod``, ``position_ids``), which no reader needs.
+
+    Raises:
+        ValueError: a module has a weight that the family does not have.
+
+    Source: sd-scripts ``library/model_util.py`` ``save_stable_diffusion_checkpoint``.
+    """
+    return {
+        **_projections(_renamed(unet, unet_names), convolutions=family == "sd_v1"),
+        **_text_tensors(text_encoder, family=family),
+        **_renamed(vae, vae_names),
+    }
+
+
+def save_diffusers_folder(
+    folder: str | os.PathLike,
+    *,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    vae: nn.Module,
+    tokenizer,
+    noise_scheduler,
+    prediction_type: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model as a diffusers folder (``StableDiffusionPipeline``), all of it or nothing.
+
+    A folder written before is replaced once the new one is complete. There is no safety checker.
+
+    Args:
+        folder: final name.
+        unet: diffusers ``UNet2DConditionModel``.
+        text_encoder: transformers ``CLIPTextModel``.
+        vae: diffusers ``AutoencoderKL``.
+        tokenizer: its ``CLIPTokenizer``.
+        noise_scheduler: diffusers scheduler with the betas of the model.
+        prediction_type: ``epsilon`` or ``v_prediction``: what the U-Net was trained to predict.
+        dtype: of every tensor; ``None`` keeps each one's.
+
+    Raises:
+        UserError: see ``require_replaceable``.
+    """
+    with _whole_folder(Path(folder)) as temporary:
+        for part, model in (("unet", unet), ("vae", vae)):
+            model.save_config(temporary / part)
+            _write_part(temporary / part / "diffusion_pytorch_model.safetensors", model, dtype)
+        _write_text_encoder(temporary / "text_encoder", text_encoder, dtype)
+        _write_tokenizer(temporary / "tokenizer", tokenizer)
+        # Stable Diffusion's samplers start one step later; diffusers warns of folders without it.
+        scheduler = type(noise_scheduler).from_config(
+            noise_scheduler.config, prediction_type=prediction_type, steps_offset=1
+        )
+        scheduler.save_pretrained(temporary / "scheduler")
+        index = _model_index(type(noise_scheduler).__name__)
+        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def require_replaceable(folder: str | os.PathLike) -> None:
+    """Refuse a folder that holds other things than a model as saved here; ask before training.
+
+    Raises:
+        UserError: it is a file, or replacing it would lose what did not come from here.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        entries = sorted(path.name for path in folder.iterdir())
+        foreign = [name for name in entries if name not in (INDEX, *PARTS)]
+        if not entries or (INDEX in entries and not foreign):
+            return
+        found = foreign[0] if foreign else f"{entries[0]} without {INDEX}"
+        raise UserError(
+            f"{folder} holds {found} and is not replaced by a diffusers folder: "
+            "choose another output_name, or move it away"
+        )
+    if folder.exists():
+        raise UserError(f"{folder} is a file, not a diffusers folder: choose another output_name")
+
+
+def verify_checkpoint(path: str | os.PathLike) -> CheckpointCounts:
+    """Read a saved checkpoint back, one tensor at a time, and check what WebUIs need.
+
+    Raises:
+        UserError: If a value is not finite.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        broken = sorted(name for name in names if not torch.isfinite(file.get_tensor(name)).all())
+    if broken:
+        raise UserError(
+            f"{path}: {len(broken)} of {len(names)} tensors hold NaN or infinity, "
+            f"e.g. {broken[0]}; use an earlier save and train again with a lower learning rate"
+        )
+    prefixes = CheckpointCounts(unet=UNET_PREFIX, text_encoder=TEXT_PREFIX, vae=VAE_PREFIX)
+    return CheckpointCounts(*(sum(name.startswith(p) for name in names) for p in prefixes))
+
+
+# --- tensors of a checkpoint ---
+
+
+def _renamed(module: nn.Module, names) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return to_ldm(state, names(state))
+
+
+def _projections(unet: Mapping[str, Tensor], *, convolutions: bool) -> dict[str, Tensor]:
+    """Matrices around a transformer block as the family's U-Net has them: SD 1 as 1x1 convolutions.
+
+    Diffusers models of either family may have either kind.
+    """
+    end = (1, 1) if convolutions else ()
+    return {
+        name: tensor.reshape(*tensor.shape[:2], *end)
+        if name.endswith((".proj_in.weight", ".proj_out.weight"))
+        else tensor
+        for name, tensor in unet.items()
+    }
+
+
+def _text_tensors(text_encoder: nn.Module, *, family: str) -> dict[str, Tensor]:
+    tensors = _renamed(text_encoder, TEXT_NAMES[family])
+    return tensors | _unused_open_clip_tensors(tensors) if family == "sd_v2" else tensors
+
+
+def _unused_open_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What readers of SD 2.x expect of OpenCLIP and never compute with.
+
+    A layer after the last one that is used, here a copy of it; the projection into the space of
+    images, here the identity; and the scale of the logits.
+    """
+    layer = re.compile(rf"{re.escape(OPEN_CLIP_PREFIX)}transformer\.resblocks\.(\d+)\.(.+)")
+    last = max(int(m[1]) for name in tensors if (m := layer.fullmatch(name)))
+    like = tensors[f"{OPEN_CLIP_PREFIX}ln_final.weight"]
+    unused = {
+        f"{OPEN_CLIP_PREFIX}transformer.resblocks.{last + 1}.{m[2]}": tensor
+        for name, tensor in tensors.items()
+        if (m := layer.fullmatch(name)) and int(m[1]) == last
+    }
+    unused[f"{OPEN_CLIP_PREFIX}text_projection"] = torch.eye(len(like), dtype=like.dtype)
+    unused[f"{OPEN_CLIP_PREFIX}logit_scale"] = torch.tensor(MAX_LOGIT_SCALE, dtype=like.dtype)
+    return unused
+
+
+# --- parts of a diffusers folder ---
+
+
+def _write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> None:
+    write_tensors(path, module.state_dict(), metadata=PYTORCH_FORMAT, dtype=dtype)
+
+
+def _write_text_encoder(folder: Path, text_encoder: nn.Module, dtype: torch.dtype | None) -> None:
+    """Nested names and ``torch_dtype``, which every version of transformers reads."""
+    folder.mkdir()
+    config = json.loads(text_encoder.config.to_json_string())
+    config.pop("dtype", None)
+    config["architectures"] = [type(text_encoder).__name__]
+    config["torch_dtype"] = str(dtype or text_encoder.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    state = {
+        f"text_model.{name.removeprefix('text_model.')}": tensor
+        for name, tensor in text_encoder.state_dict().items()
+    }
+    write_tensors(folder / "model.safetensors", state, metadata=PYTORCH_FORMAT, dtype=dtype)
+
+
+def _write_tokenizer(folder: Path, tokenizer) -> None:
+    """In both forms: transformers 5 writes ``tokenizer.json`` alone, version 4 reads the others."""
+    tokenizer.save_pretrained(folder)
+    if (folder / "vocab.json").is_file():
+        return
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    lines = ["#version: 0.2", *map(_merge_line, model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _merge_line(merge: str | Iterable[str]) -> str:
+    return merge if isinstance(merge, str) else " ".join(merge)
+
+
+def _model_index(scheduler: str) -> dict:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder`` that replaces it when the block ends well.
+
+    A kill while writing leaves the old folder; one in the instant between the two renames leaves
+    old and new complete under their hidden names.
+    """
+    require_replaceable(folder)
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _replace(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    require_replaceable(folder)
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = new.with_suffix(".old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,239 @@
+"""Files of learned token embeddings: one for all layers (Textual Inversion) or one each (XTI).
+
+Knows keys and shapes inside the files; knows nothing of models or of what the metadata means.
+Shapes: K cross-attention layers, N vectors, D width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
+from mlm_plugin.models.weights_files import PICKLE_SUFFIXES, read_weights
+
+__all__ = [
+    "EMBEDDING_KEY",
+    "SD_LAYER_CODES",
+    "layer_average",
+    "read_embedding",
+    "read_xti",
+    "save_embedding",
+    "save_xti",
+    "verify_embedding",
+]
+
+EMBEDDING_KEY = "emb_params"
+"""Key of the rows of models with one text encoder; SDXL has ``clip_l`` and ``clip_g``."""
+
+SDXL_KEYS = {"clip_l", "clip_g"}
+
+SD_LAYER_CODES = (
+    *("IN01", "IN02", "IN04", "IN05", "IN07", "IN08"),
+    "MID",
+    *("OUT03", "OUT04", "OUT05", "OUT06", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11"),
+)
+"""Keys of an XTI file of SD 1.x and 2.x in the order in which the layers run.
+
+Source: sd-scripts ``train_textual_inversion_XTI.py``.
+"""
+
+
+# --- one embedding for all layers ---------------------------------------------------------------
+
+
+def save_embedding(
+    path: str | os.PathLike,
+    rows: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a Textual Inversion file, all of it or nothing.
+
+    A1111, Forge, ComfyUI, diffusers and kohya's scripts read it; the WebUIs take the file name as
+    the word for the prompt.
+
+    Args:
+        path: final name; ``.safetensors``, or ``.pt`` / ``.bin`` for a pickle without metadata.
+        rows: ``(N, D)`` for each text encoder; ``{EMBEDDING_KEY: rows}`` where there is only one.
+        metadata: strings.
+        dtype: every tensor is cast to it; ``None`` keeps the dtypes.
+
+    Source: sd-scripts ``train_textual_inversion.py`` and ``sdxl_train_textual_inversion.py``
+    ``save_weights``.
+    """
+    assert all(rows_ND.ndim == 2 for rows_ND in rows.values())
+    path = Path(path)
+    tensors = {key: _for_file(rows_ND, dtype) for key, rows_ND in rows.items()}
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file(tensors, temporary, dict(metadata))
+        else:
+            torch.save(tensors, temporary)
+
+
+def read_embedding(path: str | os.PathLike) -> Tensor:
+    """Rows ``(N, D)`` of an embedding for SD 1.x or 2.x, in float32.
+
+    Reads what trainers of the ecosystem write: kohya's ``emb_params``, A1111's
+    ``string_to_param``, diffusers' ``{token: row or rows}``, as ``.safetensors`` or as a pickle.
+    Code in a pickle is refused, not run.
+
+    Raises:
+        UserError: damaged or missing, no embedding, or one for another architecture.
+
+    Source: sd-scripts ``train_textual_inversion.py`` ``load_weights``; diffusers
+    ``loaders/textual_inversion.py``.
+    """
+    tensors = _read(path)
+    if tensors.keys() == SDXL_KEYS:
+        raise UserError(
+            f"{path} is an embedding for SDXL ({', '.join(sorted(tensors))}): "
+            "use one for SD 1.x or 2.x"
+        )
+    if len(tensors) != 1:
+        raise UserError(
+            f"{path} holds {len(tensors)} tensors{_some(tensors)}, a Textual Inversion embedding "
+            "holds one: use such a file"
+        )
+    ((key, rows),) = tensors.items()
+    return _checked_rows(path, key, rows)
+
+
+def verify_embedding(path: str | os.PathLike) -> int:
+    """Read a saved file back, with one embedding or one for each layer.
+
+    Returns:
+        the number of vectors N.
+
+    Raises:
+        UserError: a value is not finite, a shape is not ``(N, D)``, or N differs inside the file.
+    """
+    counts = {len(_checked_rows(path, key, rows)) for key, rows in _read(path).items()}
+    if len(counts) != 1:
+        raise UserError(f"{path} holds embeddings of {sorted(counts)} vectors, not of one number")
+    return counts.pop()
+
+
+# --- one embedding for each layer ---------------------------------------------------------------
+
+
+def save_xti(
+    path: str | os.PathLike,
+    rows_KND: Tensor,
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    codes: Sequence[str] = SD_LAYER_CODES,
+) -> None:
+    """Write an XTI file: one key for each cross-attention layer, with ``(N, D)`` under it.
+
+    kohya's generation scripts read it; WebUIs do not, and get :func:`layer_average`.
+
+    Args:
+        path: final name, as for :func:`save_embedding`.
+        rows_KND: the layers' rows in the order in which the layers run.
+        metadata: strings.
+        dtype: every tensor is cast to it; ``None`` keeps the dtype.
+        codes: a key for each layer, ``layer_codes`` of the U-Net.
+
+    Source: sd-scripts ``train_textual_inversion_XTI.py`` ``save_weights``.
+    """
+    rows = dict(zip(codes, rows_KND, strict=True))
+    save_embedding(path, rows, metadata=metadata, dtype=dtype)
+
+
+def read_xti(path: str | os.PathLike, *, codes: Sequence[str] = SD_LAYER_CODES) -> Tensor:
+    """Rows ``(K, N, D)`` of an XTI file in the order of ``codes``, in float32.
+
+    Args:
+        path: ``.safetensors``, or a pickle as kohya writes it.
+        codes: the layers of the U-Net that the rows are for, ``layer_codes`` of it.
+
+    Raises:
+        UserError: damaged or missing, or the file's layers are not those of the U-Net.
+
+    Source: sd-scripts ``gen_img_diffusers.py``, option ``--XTI_embeddings``.
+    """
+    tensors = _read(path)
+    if tensors.keys() != set(codes):
+        raise UserError(
+            f"{path} holds {len(tensors)} tensors{_some(tensors)}, an XTI file for this U-Net has "
+            f"one for each of its {len(codes)} cross-attention layers ({', '.join(codes)}): "
+            "use such a file"
+        )
+    rows = [_checked_rows(path, code, tensors[code]) for code in codes]
+    if len({rows_ND.shape for rows_ND in rows}) != 1:
+        raise UserError(f"{path}: its layers differ in shape: is the file complete?")
+    return torch.stack(rows)
+
+
+def layer_average(rows_KND: Tensor) -> Tensor:
+    """One embedding for all layers, ``(K, N, D) -> (N, D)``: what WebUIs can use of XTI."""
+    return rows_KND.mean(dim=0)
+
+
+# --- tensors of any of these files --------------------------------------------------------------
+
+
+def _read(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Tensors by key; those of A1111's files by the token that stands for them."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the path of an embedding file")
+    with _parameter_dicts_allowed():
+        tensors = read_weights(path)
+        if not tensors and path.suffix.lower() in PICKLE_SUFFIXES:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = _string_to_param(content)
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: use an embedding file")
+    return tensors
+
+
+def _parameter_dicts_allowed():
+    """Embeddings of 2022 keep their rows in a ``ParameterDict``, which runs no code when read."""
+    safe_globals = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5
+    return safe_globals([nn.ParameterDict]) if safe_globals else nullcontext()
+
+
+def _string_to_param(content: Mapping) -> dict[str, Tensor]:
+    rows = content.get("string_to_param")
+    if isinstance(rows, nn.ParameterDict):
+        # Not items(): those written by old versions of PyTorch lack the list of keys.
+        rows = dict(rows.named_parameters(recurse=False))
+    if not isinstance(rows, dict):
+        return {}
+    return {str(key): value for key, value in rows.items() if isinstance(value, Tensor)}
+
+
+def _checked_rows(path: str | os.PathLike, key: str, rows: Tensor) -> Tensor:
+    if rows.ndim not in (1, 2) or not rows.numel() or not rows.is_floating_point():
+        raise UserError(
+            f"{path}: {key} has shape {tuple(rows.shape)} and dtype {rows.dtype}, an embedding has "
+            "(vectors, width) and floating point values: use an embedding file"
+        )
+    if not torch.isfinite(rows).all():
+        raise UserError(
+            f"{path}: {key} holds NaN or infinity; "
+            "use an earlier save and train again with a lower learning rate"
+        )
+    return torch.atleast_2d(rows.detach()).float()
+
+
+def _some(tensors: Mapping[str, Tensor], *, limit: int = 3) -> str:
+    names = ", ".join(list(tensors)[:limit])
+    return f" ({names}{', ...' if len(tensors) > limit else ''})" if tensors else ""
+
+
+def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy: tensors that share memory cannot be saved, and a pickle would keep all of it."""
+    return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()

@@ -1,0 +1,180 @@
+"""Custom Diffusion: keys and values of the cross-attention, and a token row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.export.custom_diffusion import delta_to_lora, save_delta, verify_delta
+from mlm_plugin.export.lora import save_lora
+from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method, Part, group_of
+from mlm_plugin.methods.token_rows import (
+    create_rows,
+    embedding_files,
+    load_rows,
+    rows_state,
+    save_embeddings,
+    verify_embeddings,
+)
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.cross_attention import cross_attention_names
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.token_rows import TokenRows
+
+__all__ = ["CustomDiffusion"]
+
+logger = logging.getLogger(__name__)
+
+RARE_TOKENS = (42170, 47629, 43514)
+"""Where the rows of the first concepts start: tokens that captions hardly ever hold.
+
+Source: adobe-research/custom-diffusion; two of them are inner pieces of words, which no text gives.
+"""
+
+EMBEDDING, LORA = "_embedding", "_lora"
+
+
+class CustomDiffusion(Method):
+    """Trains ``to_k`` and ``to_v`` of every cross-attention layer, and the placeholders' rows.
+
+    The MLM term reaches the rows only. Keys and values at the first token (BOS) get no gradient:
+    they are the same for every prompt and would carry whatever all pictures share.
+
+    Args:
+        models: the base, in fp32.
+        rows: on the text encoder.
+        dtype: precision of what is frozen.
+        lora_rank: also export the change as a LoRA of this rank.
+
+    Source: Kumari et al. 2022, arXiv 2212.04488, section 3.2; diffusers
+    ``examples/custom_diffusion``.
+    """
+
+    trains_base_weights = True
+
+    def __init__(
+        self,
+        models: StableDiffusion,
+        rows: TokenRows,
+        *,
+        dtype: torch.dtype = torch.float32,
+        lora_rank: int | None = None,
+    ):
+        super().__init__(models)
+        self.rows, self.lora_rank = rows, lora_rank
+        names = cross_attention_names(models.unet)
+        layers = {
+            f"{name}.{matrix}": models.unet.get_submodule(f"{name}.{matrix}")
+            for name in names
+            for matrix in ("to_k", "to_v")
+        }
+        self.base = {f"{k}.weight": v.weight.detach().cpu().clone() for k, v in layers.items()}
+        for module in (models.unet, *(te.model for te in models.text_encoders)):
+            nn.Module.to(module, dtype)  # diffusers' own warns of any cast
+        self.weights: dict[str, nn.Parameter] = {}
+        for name, layer in layers.items():
+            master = self.base[f"{name}.weight"].to(layer.weight.device, copy=True)
+            layer.weight = nn.Parameter(master)
+            layer.register_forward_hook(_detach_first_token)
+            self.weights[f"{name}.weight"] = layer.weight
+
+    @classmethod
+    def prepare(
+        cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
+    ) -> CustomDiffusion:
+        """Keys and values as they are, rows at rare tokens; see ``Method.prepare``."""
+        (text_encoder,) = models.text_encoders
+        rows = create_rows(
+            text_encoder,
+            config.embedding,
+            concepts,
+            init_words=_rare_words(text_encoder, len(concepts)),
+        )
+        return cls(
+            models,
+            rows,
+            dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+            lora_rank=config.finetune.delta_lora_rank,
+        )
+
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """Keys and values, and the rows."""
+        return {"unet": list(self.weights.values()), "embedding": list(self.rows.rows.values())}
+
+    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
+        """Keys and values with ``learning_rate``, rows with ``embedding_lr`` or the same."""
+        parts, rate = self.parts(), options.learning_rate
+        return [
+            *group_of("unet", parts["unet"], None, rate),
+            *group_of("embedding", parts["embedding"], options.embedding_lr, rate),
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Keys and values by module name, rows by placeholder."""
+        weights = {k: v.detach().to("cpu", copy=True) for k, v in self.weights.items()}
+        return weights | rows_state(self.rows)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over keys, values and rows."""
+        load_rows(self.rows, state)
+        for name, weight in self.weights.items():
+            weight.copy_(state[name])
+
+    def files(self, path: Path) -> list[Path]:
+        """Keys and values, embeddings, and the LoRA where one is asked for."""
+        return [path, *self._embeddings(path), *self._loras(path)]
+
+    def export(self, to: Export) -> None:
+        """The delta that diffusers loads: keys and values, embeddings, and a LoRA of the change."""
+        save_delta(
+            to.path,
+            self.weights,
+            unet=self.models.unet,
+            metadata=to.metadata("custom-diffusion"),
+            dtype=to.dtype,
+        )
+        rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
+        save_embeddings(to, self._embeddings(to.path), rows)
+        for path in self._loras(to.path):
+            trained = {k: v.detach().cpu() for k, v in self.weights.items()}
+            lora = delta_to_lora(self.base, trained, rank=self.lora_rank)
+            logger.info(
+                "%s: rank %d keeps %.1f %% of the change", path, self.lora_rank, 100 * lora.energy
+            )
+            metadata = {**to.metadata("lora"), "ss_mlm_energy_kept": f"{lora.energy:.4f}"}
+            save_lora(path, lora.state, metadata=metadata, dtype=to.dtype)
+
+    def verify(self, path: Path) -> str:
+        """Count layers and vectors."""
+        found = f"keys and values of {verify_delta(path)} layers"
+        return f"{found}, {verify_embeddings(self._embeddings(path))}"
+
+    def _embeddings(self, path: Path) -> list[Path]:
+        return embedding_files(_beside(path, EMBEDDING), self.rows.placeholders)
+
+    def _loras(self, path: Path) -> list[Path]:
+        return [_beside(path, LORA)] if self.lora_rank else []
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.stem}{ending}{path.suffix}")
+
+
+def _detach_first_token(_layer: nn.Module, _args: tuple, output_BLD: Tensor) -> Tensor:
+    """The same values, without gradient at BOS."""
+    return torch.cat([output_BLD[:, :1].detach(), output_BLD[:, 1:]], dim=1)
+
+
+def _rare_words(text_encoder: TextEncoder, num_concepts: int) -> list[str]:
+    """Rare tokens of CLIP's vocabulary, one per concept; none where there are too few of them."""
+    if text_encoder.model.config.vocab_size <= max(RARE_TOKENS) or num_concepts > len(RARE_TOKENS):
+        return []
+    return [f"id:{token}" for token in RARE_TOKENS[:num_concepts]]

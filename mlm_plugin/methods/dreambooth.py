@@ -1,0 +1,130 @@
+"""DreamBooth: the whole U-Net is trained, and the text encoder with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.export.checkpoint import (
+    require_replaceable,
+    save_checkpoint,
+    save_diffusers_folder,
+    verify_checkpoint,
+)
+from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method, Part, group_of
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.filling import plain_name
+
+__all__ = ["DreamBooth"]
+
+
+class DreamBooth(Method):
+    """Trains all weights of U-Net and text encoder; the VAE stays as it is.
+
+    Args:
+        models: the base, in fp32.
+        train_text_encoder: else the text encoder is frozen, and the MLM term has no gradient.
+        frozen_dtype: precision of a frozen text encoder.
+        diffusers_folder: also export a diffusers folder.
+
+    Source: Ruiz et al. 2022, arXiv 2208.12242; sd-scripts ``train_db.py``.
+    """
+
+    trains_base_weights = True
+
+    def __init__(
+        self,
+        models: StableDiffusion,
+        *,
+        train_text_encoder: bool = True,
+        frozen_dtype: torch.dtype = torch.float32,
+        diffusers_folder: bool = False,
+    ):
+        super().__init__(models)
+        self.diffusers_folder = diffusers_folder
+        (text_encoder,) = models.text_encoders
+        self.trained: dict[Part, nn.Module] = {"unet": models.unet}
+        if train_text_encoder:
+            self.trained["textencoder"] = text_encoder.model
+        else:
+            text_encoder.model.to(frozen_dtype)
+        for module in self.trained.values():
+            module.requires_grad_(True)
+
+    @classmethod
+    def prepare(
+        cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
+    ) -> DreamBooth:
+        """All weights, or those of the U-Net; see ``Method.prepare``."""
+        folder = config.output.save_diffusers_folder
+        if folder and config.output.output_name:
+            require_replaceable(Path(config.output.output_dir) / config.output.output_name)
+        return cls(
+            models,
+            train_text_encoder=not config.finetune.no_train_text_encoder,
+            frozen_dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+            diffusers_folder=folder,
+        )
+
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """Weights of U-Net and text encoder."""
+        return {part: list(module.parameters()) for part, module in self.trained.items()}
+
+    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
+        """U-Net with ``learning_rate``, text encoder with ``learning_rate_te`` or the same."""
+        rates = {"textencoder": options.learning_rate_te}
+        groups = []
+        for part, parameters in self.parts().items():
+            groups += group_of(part, parameters, rates.get(part), options.learning_rate)
+        return groups
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All trained weights as they lie on the CPU, without a copy where they lie there."""
+        return {
+            f"{part}.{plain_name(name)}": parameter.detach().cpu()
+            for part, module in self.trained.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over all trained weights."""
+        for part, module in self.trained.items():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(state[f"{part}.{plain_name(name)}"])
+
+    def files(self, path: Path) -> list[Path]:
+        """The checkpoint, and the folder where one is asked for."""
+        return [path, *([path.with_suffix("")] if self.diffusers_folder else [])]
+
+    def export(self, to: Export) -> None:
+        """One file in the original Stable Diffusion layout; a diffusers folder beside it."""
+        models = self.models
+        (text_encoder,) = models.text_encoders
+        parts = {"unet": models.unet, "text_encoder": text_encoder.model, "vae": models.vae}
+        family = models.version.removesuffix("_v")
+        save_checkpoint(
+            to.path, **parts, family=family, metadata=to.metadata("checkpoint"), dtype=to.dtype
+        )
+        for folder in self.files(to.path)[1:]:
+            save_diffusers_folder(
+                folder,
+                **parts,
+                tokenizer=text_encoder.tokenizer,
+                noise_scheduler=models.noise_scheduler,
+                prediction_type=models.prediction_type,
+                dtype=to.dtype,
+            )
+
+    def verify(self, path: Path) -> str:
+        """Count the tensors."""
+        counts = verify_checkpoint(path)
+        return (
+            f"{counts.unet} U-Net + {counts.text_encoder} text encoder + {counts.vae} VAE tensors"
+        )

@@ -1,0 +1,110 @@
+"""Pivotal tuning: token rows and a LoRA together, each at its own rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
+from mlm_plugin.export.lora import bundled_embeddings, save_lora
+from mlm_plugin.methods.base import Export, Part, group_of
+from mlm_plugin.methods.lora import LoRAMethod
+from mlm_plugin.methods.token_rows import (
+    STATE_PREFIX,
+    create_rows,
+    embedding_files,
+    load_rows,
+    rows_state,
+    save_embeddings,
+    verify_embeddings,
+)
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.token_rows import TokenRows
+
+__all__ = ["Pivotal"]
+
+EMBEDDING = "_embedding"
+
+
+class Pivotal(LoRAMethod):
+    """The rows learn what the thing is, the LoRA how to draw it.
+
+    ``stop_embedding_training`` and its sisters freeze a part after a share of the run: rows first
+    and then the LoRA alone is the classical recipe.
+
+    Args:
+        models: the frozen base.
+        options: of the LoRA.
+        rows: on the text encoder.
+        bundle: whether the LoRA file holds the rows too.
+
+    Source: Roich et al. 2021, arXiv 2106.05744 (the idea); cloneofsimo/lora and diffusers'
+    ``train_dreambooth_lora_sdxl_advanced.py`` (with LoRA).
+    """
+
+    def __init__(
+        self,
+        models: StableDiffusion,
+        options: NetworkOptions,
+        rows: TokenRows,
+        *,
+        bundle: bool = False,
+    ):
+        super().__init__(models, options)
+        self.rows, self.bundle = rows, bundle
+
+    @classmethod
+    def prepare(
+        cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
+    ) -> Pivotal:
+        """Rows and adapters as the options say; see ``Method.prepare``."""
+        (text_encoder,) = models.text_encoders
+        rows = create_rows(text_encoder, config.embedding, concepts)
+        return cls(models, config.network, rows, bundle=config.embedding.bundle_embedding)
+
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """Adapters and rows."""
+        return {**super().parts(), "embedding": list(self.rows.rows.values())}
+
+    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
+        """The LoRA's groups, and the rows with ``embedding_lr``, else ``learning_rate``."""
+        rows = self.parts()["embedding"]
+        return [
+            *super().parameter_groups(options),
+            *group_of("embedding", rows, options.embedding_lr, options.learning_rate),
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Adapters in kohya's names, rows by placeholder."""
+        return super().state_dict() | rows_state(self.rows)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over adapters and rows."""
+        load_rows(self.rows, state)
+        network = {k: v for k, v in state.items() if not k.startswith(STATE_PREFIX)}
+        super().load_state_dict(network)
+
+    def files(self, path: Path) -> list[Path]:
+        """The LoRA, then one embedding per placeholder."""
+        return [path, *self._embeddings(path)]
+
+    def export(self, to: Export) -> None:
+        """The LoRA in kohya's format and embeddings beside it."""
+        rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
+        state = self.network.kohya_state_dict()
+        if self.bundle:
+            state |= bundled_embeddings(rows)
+        save_lora(to.path, state, metadata=to.metadata("lora"), dtype=to.dtype)
+        save_embeddings(to, self._embeddings(to.path), rows)
+
+    def verify(self, path: Path) -> str:
+        """Count modules and vectors."""
+        return f"{super().verify(path)}, {verify_embeddings(self._embeddings(path))}"
+
+    def _embeddings(self, path: Path) -> list[Path]:
+        beside = path.with_name(f"{path.stem}{EMBEDDING}{path.suffix}")
+        return embedding_files(beside, self.rows.placeholders)

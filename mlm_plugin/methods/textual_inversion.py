@@ -1,0 +1,78 @@
+"""Textual Inversion: a few token rows are learned, the model stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.methods.base import Export, Method, Part, group_of
+from mlm_plugin.methods.token_rows import (
+    create_rows,
+    embedding_files,
+    load_rows,
+    rows_state,
+    save_embeddings,
+    verify_embeddings,
+)
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.token_rows import TokenRows
+
+__all__ = ["TextualInversion"]
+
+
+class TextualInversion(Method):
+    """Only the placeholders' rows are parameters: no optimizer state for the vocabulary.
+
+    Args:
+        models: the frozen base.
+        rows: on its text encoder.
+
+    Source: Gal et al. 2022, arXiv 2208.01618; sd-scripts ``train_textual_inversion.py``.
+    """
+
+    def __init__(self, models: StableDiffusion, rows: TokenRows):
+        super().__init__(models)
+        self.rows = rows
+
+    @classmethod
+    def prepare(
+        cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
+    ) -> TextualInversion:
+        """Rows as ``init_word`` or ``weights`` say; see ``Method.prepare``."""
+        (text_encoder,) = models.text_encoders
+        return cls(models, create_rows(text_encoder, config.embedding, concepts))
+
+    def parts(self) -> dict[Part, list[nn.Parameter]]:
+        """The rows."""
+        return {"embedding": list(self.rows.rows.values())}
+
+    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
+        """One group with ``embedding_lr``, else ``learning_rate``."""
+        rows = self.parts()["embedding"]
+        return group_of("embedding", rows, options.embedding_lr, options.learning_rate)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows, ``(K, N, D)``."""
+        return rows_state(self.rows)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the rows."""
+        load_rows(self.rows, state)
+
+    def files(self, path: Path) -> list[Path]:
+        """One embedding per placeholder."""
+        return embedding_files(path, self.rows.placeholders)
+
+    def export(self, to: Export) -> None:
+        """Embeddings in the format of kohya, A1111, ComfyUI and diffusers."""
+        rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
+        save_embeddings(to, self.files(to.path), rows)
+
+    def verify(self, path: Path) -> str:
+        """Count the vectors."""
+        return verify_embeddings(self.files(path))

@@ -1,0 +1,130 @@
+"""Extended Textual Inversion (XTI, P+): rows of their own for every cross-attention layer.
+
+A caption is encoded once per layer, all in one batch, and every layer of the U-Net attends to its
+own encoding. Shapes: K layers, B captions, N windows, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.errors import UserError
+from mlm_plugin.export.embeddings import layer_average, read_embedding, read_xti, save_xti
+from mlm_plugin.methods.base import Export
+from mlm_plugin.methods.textual_inversion import TextualInversion
+from mlm_plugin.methods.token_rows import (
+    create_rows,
+    embedding_files,
+    save_embeddings,
+    verify_embeddings,
+)
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.cross_attention import (
+    cross_attention_names,
+    layer_codes,
+    per_layer_conditioning,
+)
+from mlm_plugin.models.per_layer_text import encode_per_layer
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.token_rows import TokenRows
+
+__all__ = ["XTI"]
+
+AVERAGE = "_average"
+
+
+class XTI(TextualInversion):
+    """Textual Inversion with one set of rows per layer.
+
+    Args:
+        models: the frozen base; its attention layers learn to take their own text states.
+        rows: K variants of each placeholder, one per cross-attention layer.
+        all_layers: whether the MLM term reads every prompt with every layer's rows; else each
+            prompt is read with those of one random layer, which gives the same gradient on average.
+
+    Source: Voynov et al. 2023, arXiv 2303.09522; sd-scripts ``train_textual_inversion_XTI.py``.
+    """
+
+    def __init__(self, models: StableDiffusion, rows: TokenRows, *, all_layers: bool = False):
+        super().__init__(models, rows)
+        self.all_layers = all_layers
+        self.conditioning = per_layer_conditioning(models.unet)
+
+    @classmethod
+    def prepare(
+        cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
+    ) -> XTI:
+        """Rows alike in all layers, or those of an XTI file; see ``Method.prepare``."""
+        (text_encoder,) = models.text_encoders
+        codes = layer_codes(models.unet)
+
+        def read(path: str) -> Tensor:
+            return _read_either(path, codes)
+
+        rows = create_rows(
+            text_encoder,
+            config.embedding,
+            concepts,
+            num_variants=len(cross_attention_names(models.unet)),
+            read=read,
+        )
+        return cls(models, rows, all_layers=config.embedding.xti_mlm_layers == "all")
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Conditioning of all layers, joined: ``(B, K L, D)``."""
+        (text_encoder,) = self.models.text_encoders
+        return encode_per_layer(text_encoder, captions)
+
+    def mlm_ids(
+        self, text_encoder: TextEncoder, prompts: Sequence[str], rng: random.Random
+    ) -> Tensor:
+        """Ids of each prompt for one random layer ``(B, L)``, or for every layer ``(K B, L)``."""
+        ids_BL = text_encoder.tokenize_trimmed(prompts)
+        layers = range(self.rows.num_variants)
+        if self.all_layers:
+            return torch.cat([self.rows.variant(ids_BL, k) for k in layers])
+        drawn_B1 = torch.tensor([[rng.choice(layers)] for _ in prompts])
+        return self.rows.variant(ids_BL, drawn_B1)
+
+    def files(self, path: Path) -> list[Path]:
+        """Per placeholder the full file, then the averages for WebUIs."""
+        return [*self._full_files(path), *self._average_files(path)]
+
+    def export(self, to: Export) -> None:
+        """sd-scripts' XTI format, and the layers' average as an ordinary embedding."""
+        codes, rows = layer_codes(self.models.unet), self.rows.rows
+        for file, tensor in zip(self._full_files(to.path), rows.values(), strict=True):
+            metadata = to.metadata("textual-inversion")
+            save_xti(file, tensor, metadata=metadata, dtype=to.dtype, codes=codes)
+        averages = {name: layer_average(tensor) for name, tensor in rows.items()}
+        save_embeddings(to, self._average_files(to.path), averages)
+
+    def verify(self, path: Path) -> str:
+        """Count the vectors."""
+        verify_embeddings(self.files(path))
+        (average, *_) = self._average_files(path)
+        return (
+            f"{self.rows.num_variants} layers; WebUIs cannot use them apart: {average.name} is "
+            "their average, less faithful to the concept"
+        )
+
+    def _full_files(self, path: Path) -> list[Path]:
+        return embedding_files(path, self.rows.placeholders)
+
+    def _average_files(self, path: Path) -> list[Path]:
+        return [p.with_name(f"{p.stem}{AVERAGE}{p.suffix}") for p in self._full_files(path)]
+
+
+def _read_either(path: str, codes: Sequence[str]) -> Tensor:
+    """Rows of an XTI file ``(K, N, D)``, or of an ordinary embedding ``(N, D)``."""
+    try:
+        return read_xti(path, codes=codes)
+    except UserError:
+        return read_embedding(path)

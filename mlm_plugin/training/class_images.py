@@ -1,0 +1,251 @@
+"""Pictures of the plain class, drawn by the base model: DreamBooth's prior preservation.
+
+A folder of them is an ordinary regularisation folder, with a caption beside each picture. Every
+picture has a seed of its own, so the set is the same however often its drawing was interrupted, and
+what is there is not drawn again. Knows nothing of data sets and of what the pictures are for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlm_plugin.data.images import list_images
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path, read_text, require_writable
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.training.samples import create_sampler, decode_latents, denoise, random_state_kept
+
+__all__ = ["SETTINGS_FILE", "draw_class_images", "missing_class_images"]
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "class_images.json"
+ALWAYS_CHECKED = ("prompt", "model")  # a whole set may differ in the other settings
+_CLASS_IMAGE = re.compile(r"class_(\d{6,})\.png")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What decides how the pictures look; ``size`` is height and width."""
+
+    prompt: str
+    model: str
+    seed: int
+    size: list[int]
+    sampler: str
+    num_steps: int
+    scale: float
+
+
+def missing_class_images(folder: str | os.PathLike, num_images: int) -> list[int]:
+    """Numbers of the pictures that a folder lacks, ascending; nothing is opened.
+
+    Every other picture in the folder, the user's own, takes the place of the highest numbers.
+    """
+    pictures = _pictures(Path(folder))
+    drawn = _drawn(pictures)
+    num_own = len(pictures) - len(drawn)
+    return [index for index in range(num_images - num_own) if index not in drawn]
+
+
+@torch.no_grad()
+def draw_class_images(
+    folder: str | os.PathLike,
+    *,
+    prompt: str,
+    num_images: int,
+    model: str,
+    load: Callable[[], StableDiffusion],
+    device: torch.device,
+    size: tuple[int, int],
+    seed: int,
+    caption_extension: str,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    sampler: str = "ddim",
+    num_steps: int = 50,
+    scale: float = 7.5,
+    show_progress: bool = True,
+) -> list[Path]:
+    """Fill a folder up to ``num_images`` pictures: ``class_000000.png`` and so on, with captions.
+
+    Interrupted at any moment it leaves whole files only, and the next call goes on.
+
+    Args:
+        folder: pictures that are there count, the user's own too.
+        prompt: e.g. ``a photo of a dog``; also the caption.
+        num_images: how many pictures the folder shall hold.
+        model: name of the model, which the pictures are held to.
+        load: gives that model, untrained and in eval mode; called only if a picture is missing.
+        device: where to draw.
+        size: height and width in pixels, multiples of 8.
+        seed: picture i gets its noise from (seed, i).
+        caption_extension: of the caption files.
+        autocast: mixed precision of the run.
+        sampler: kohya's name, see ``SAMPLERS``.
+        num_steps: of the sampler.
+        scale: classifier-free guidance.
+        show_progress: whether to show a bar.
+
+    Returns:
+        The pictures drawn by this call.
+
+    Raises:
+        UserError: the folder was drawn with another prompt or model (with any other setting, if
+            pictures are missing), cannot be written, or the VAE overflowed.
+
+    Source: DreamBooth (arXiv 2208.12242) section 3.3; steps and scale as in diffusers'
+    ``train_dreambooth.py``, whose pictures are nameless, uncaptioned and taken from any prompt.
+    """
+    folder = Path(folder)
+    settings = _Settings(prompt, model, seed, list(size), sampler, num_steps, float(scale))
+    missing = missing_class_images(folder, num_images)
+    drawn = _drawn(_pictures(folder))
+    known = _read_settings(folder) if drawn else None
+    if known is not None:
+        _refuse_others(folder, known, settings, keys=None if missing else ALWAYS_CHECKED)
+        for index in drawn:
+            _write_caption(_path(folder, index), prompt, caption_extension)
+    if not missing:
+        return []
+    require_writable(folder, "folder of class images")
+    models = load()
+    _write_settings(folder, settings)
+    bar = tqdm(
+        total=num_images,
+        initial=num_images - len(missing),
+        desc="class images",
+        disable=not show_progress,
+    )
+    with bar, _on_device(models, device), random_state_kept(device):
+        with autocast():
+            states = models.text_encoders[0].encode_captions(["", prompt])
+        for index in missing:
+            path = _path(folder, index)
+            # First, so that no picture is ever without.
+            _write_caption(path, prompt, caption_extension)
+            _draw(path, states, index, settings, models=models, autocast=autocast)
+            bar.update()
+    return [_path(folder, index) for index in missing]
+
+
+def _draw(
+    path: Path,
+    states: Tensor,
+    index: int,
+    settings: _Settings,
+    *,
+    models: StableDiffusion,
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    scheduler = create_sampler(
+        settings.sampler, models.noise_scheduler, prediction_type=models.prediction_type
+    )
+    with autocast():
+        latents = denoise(
+            models.unet,
+            states,
+            scheduler,
+            size=tuple(settings.size),
+            num_steps=settings.num_steps,
+            scale=settings.scale,
+            generator=_generator(settings.seed, index),
+        )
+    picture = decode_latents(models.vae, latents)
+    if picture.getbbox() is None:  # black all over: it would be trained on from now on
+        raise UserError(
+            f"{path}: the picture is black, the VAE overflowed in {models.vae.dtype}; "
+            "set no_half_vae"
+        )
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    """Noise of one picture; a mere sum would give seed 1 all but one picture of seed 0."""
+    number = random.Random(f"class images/{seed}/{index}").getrandbits(63)
+    return torch.Generator().manual_seed(number)
+
+
+@contextmanager
+def _on_device(models: StableDiffusion, device: torch.device) -> Iterator[None]:
+    modules = [models.text_encoders[0].model, models.unet, models.vae]
+    homes = [next(module.parameters()).device for module in modules]
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return list_images(folder) if folder.is_dir() else []
+
+
+def _drawn(pictures: list[Path]) -> set[int]:
+    found = (_CLASS_IMAGE.fullmatch(path.name) for path in pictures)
+    return {int(match[1]) for match in found if match}
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"class_{index:06d}.png"
+
+
+def _write_caption(picture: Path, prompt: str, extension: str) -> None:
+    path = picture.with_suffix(extension if extension.startswith(".") else f".{extension}")
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(f"{prompt}\n", encoding="utf-8")
+
+
+def _write_settings(folder: Path, settings: _Settings) -> None:
+    text = json.dumps(asdict(settings), indent=2, ensure_ascii=False)
+    with atomic_path(folder / SETTINGS_FILE) as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """What the pictures of a folder were drawn with; None if the folder does not say."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        known = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); delete it") from error
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: expected a table of settings; delete it")
+    return known
+
+
+def _refuse_others(
+    folder: Path, known: dict[str, Any], wanted: _Settings, *, keys: tuple[str, ...] | None
+) -> None:
+    """Raise if a setting of ``keys`` (None = all) differs; say so if another one does."""
+    for key, value in asdict(wanted).items():
+        if known.get(key) == value:
+            continue
+        difference = (
+            f"{folder}: its pictures were drawn with {key} {known.get(key)!r}, not {value!r}"
+        )
+        if keys is not None and key not in keys:
+            logger.info("%s; they are used as they are", difference)
+            continue
+        raise UserError(
+            f"{difference}; choose another folder, delete this one to draw anew, or delete its "
+            f"{SETTINGS_FILE} to keep the pictures and only fill up"
+        )
