@@ -59,9 +59,7 @@ def toy_pictures(_own_cache) -> Path:
     return toy_data()
 
 
-@pytest.fixture
-def toy_text_encoder(toy_folder):
-    """The toy model's text encoder; a fresh copy for each test."""
+def _toy_text_encoder(toy_folder):
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from mlm_plugin.models.text_encoder import TextEncoder
@@ -70,6 +68,33 @@ def toy_text_encoder(toy_folder):
         CLIPTokenizer.from_pretrained(toy_folder / "tokenizer"),
         CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval(),
     )
+
+
+@pytest.fixture
+def toy_text_encoder(toy_folder):
+    """The toy model's text encoder; a fresh copy for each test."""
+    return _toy_text_encoder(toy_folder)
+
+
+@pytest.fixture(scope="session")
+def toy_contextualizer(toy_folder, tmp_path_factory) -> Path:
+    """A contextualizer of the toy model that has seen three steps: wiring, not quality."""
+    from mlm_plugin.config.pretraining import PretrainOptions
+    from mlm_plugin.training.pretrain import pretrain
+
+    path = tmp_path_factory.mktemp("contextualizer") / "toy.safetensors"
+    options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
+    pretrain(_toy_text_encoder(toy_folder), path, options=options, show_progress=False)
+    return path
+
+
+@pytest.fixture
+def _fresh_accelerator():
+    """A process trains once; tests train many times, with other precisions."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,20 +5,29 @@ from pathlib import Path
 
 import pytest
 
-from mlm_plugin.config.checks import check_config, mlm_obstacle, text_encoder_lr_of
+from mlm_plugin.config.checks import check_config, mlm_obstacle
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.config.options import METHOD_NAMES, OPTIONS, TOKEN_METHODS, TrainConfig
 from mlm_plugin.errors import UserError
 
 PRESETS = sorted((Path(__file__).parents[2] / "presets").glob("*.toml"))
 USABLE = TrainConfig().replace(
     pretrained_model_name_or_path="model", output_dir="out", network_alpha=4.0, network_dim=4
 )
+NO_NETWORK = TrainConfig().replace(pretrained_model_name_or_path="model", output_dir="out")
 
 
 def test_a_plain_run_passes_without_a_word(caplog):
     check_config(USABLE)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, caplog):
+    config = NO_NETWORK.replace(method=method)
+    check_config(config)
+    assert not caplog.records
+    assert mlm_obstacle(config) is None
 
 
 @pytest.mark.parametrize(
@@ -34,7 +43,10 @@ def test_a_plain_run_passes_without_a_word(caplog):
         ({"network_dropout": 1.0}, ["network_dropout"]),
         ({"network_args": ("conv_dim",)}, ["network_args", "key=value"]),
         ({"unet_lr": -1.0}, ["unet_lr"]),
-        ({"unet_lr": 0.0, "text_encoder_lr": (0.0,)}, ["nothing would be trained"]),
+        (
+            {"unet_lr": 0.0, "text_encoder_lr": (0.0,)},
+            ["unet_lr and text_encoder_lr are all 0", "nothing would be trained"],
+        ),
         ({"lr_warmup_steps": 100}, ["lr_warmup_steps", "constant_with_warmup"]),
         (
             {"lr_warmup_steps": 0.1, "lr_scheduler_type": "CosineAnnealingLR"},
@@ -60,6 +72,7 @@ def test_a_plain_run_passes_without_a_word(caplog):
         ({"max_timestep": 1001}, ["max_timestep", "1000"]),
         ({"cache_latents": True, "color_aug": True}, ["cache_latents", "color_aug"]),
         ({"cache_latents_to_disk": True, "random_crop": True}, ["random_crop"]),
+        ({"cache_latents": True, "scale_aug": True}, ["cache_latents", "scale_aug"]),
         ({"caption_dropout_rate": 1.5}, ["caption_dropout_rate"]),
         ({"conditioning_data_dir": "masks"}, ["masked_loss"]),
         ({"save_model_as": "ckpt"}, ["save_model_as", "safetensors"]),
@@ -71,6 +84,24 @@ def test_a_plain_run_passes_without_a_word(caplog):
         ({"mlm_probability": 1.5}, ["mlm_probability"]),
         ({"mlm_start_step": 50, "mlm_end_step": 50}, ["mlm_start_step", "mlm_end_step"]),
         ({"mlm_start_step": 2000}, ["mlm_start_step", "max_train_steps"]),
+        ({"mlm_joint_share": 1.5}, ["mlm_joint_share = 1.5", "0 to 1"]),
+        ({"mlm_joint_share": -0.1}, ["mlm_joint_share = -0.1"]),
+        (
+            {
+                "method": "textual_inversion",
+                "use_object_template": True,
+                "use_style_template": True,
+            },
+            ["use_object_template", "use_style_template", "keep one"],
+        ),
+        (
+            {"method": "pivotal", "weights": ("sks.pt",), "init_word": ("dog",)},
+            ["weights", "init_word", "keep one"],
+        ),
+        (
+            {"generate_class_images": 200, "dataset_config": "data.toml"},
+            ["generate_class_images", "dataset_config", "is_reg = true"],
+        ),
     ],
 )
 def test_a_contradiction_names_its_options(changes, parts):
@@ -81,13 +112,89 @@ def test_a_contradiction_names_its_options(changes, parts):
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "lora", "learning_rate": 0.0}, "unet_lr and text_encoder_lr are all 0"),
+        ({"method": "dreambooth", "learning_rate": 0.0}, "learning_rate and learning_rate_te are"),
+        (
+            {"method": "dreambooth", "learning_rate": 0.0, "no_train_text_encoder": True},
+            "learning_rate is 0",
+        ),
+        ({"method": "textual_inversion", "embedding_lr": 0.0}, "embedding_lr is 0"),
+        ({"method": "xti", "learning_rate": 0.0}, "embedding_lr is 0"),
+        (
+            {"method": "custom_diffusion", "learning_rate": 0.0},
+            "learning_rate and embedding_lr are all 0",
+        ),
+        (
+            {
+                "method": "pivotal",
+                "unet_lr": 0.0,
+                "text_encoder_lr": (0.0,),
+                "embedding_lr": 0.0,
+            },
+            "unet_lr and text_encoder_lr and embedding_lr are all 0",
+        ),
+    ],
+)
+def test_a_run_whose_rates_are_all_0_is_refused_by_their_names(changes, said):
+    with pytest.raises(UserError, match="nothing would be trained") as caught:
+        check_config(NO_NETWORK.replace(**changes))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "untrained"),
+    [
+        ("lora", {"unet_lr": 1e-4}, {}),
+        ("lora", {"text_encoder_lr": (1e-4,)}, {"embedding_lr": 1e-4, "learning_rate_te": 1e-4}),
+        ("dreambooth", {"learning_rate_te": 1e-6}, {"unet_lr": 1e-4, "embedding_lr": 1e-4}),
+        ("textual_inversion", {"embedding_lr": 5e-4}, {"unet_lr": 1e-4, "learning_rate_te": 1e-4}),
+        ("xti", {"embedding_lr": 5e-4}, {"text_encoder_lr": (1e-4,)}),
+        ("custom_diffusion", {"embedding_lr": 5e-4}, {"unet_lr": 1e-4}),
+        ("pivotal", {"embedding_lr": 5e-4}, {"learning_rate_te": 1e-4}),
+    ],
+)
+def test_a_method_is_trained_by_its_own_rates_alone(method, trained, untrained):
+    config = NO_NETWORK.replace(method=method, learning_rate=0.0, mlm_loss_weight=0.0)
+    check_config(config.replace(**trained))
+    with pytest.raises(UserError, match="nothing would be trained"):
+        check_config(config.replace(**untrained))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "named"),
+    [
+        ("lora", {"unet_lr": -1.0}, "unet_lr = -1"),
+        ("dreambooth", {"learning_rate_te": -1.0}, "learning_rate_te = -1"),
+        ("custom_diffusion", {"learning_rate": -1.0, "embedding_lr": 1.0}, "learning_rate = -1"),
+        ("xti", {"embedding_lr": -1.0}, "embedding_lr = -1"),
+    ],
+)
+def test_a_negative_rate_is_refused_by_its_name(method, changes, named):
+    with pytest.raises(UserError, match=named):
+        check_config(NO_NETWORK.replace(method=method, **changes))
+
+
 WITHOUT_GRADIENT = [
     ({"network_train_unet_only": True}, "network_train_unet_only"),
-    ({"text_encoder_lr": (0.0,)}, "text_encoder_lr"),
-    ({"learning_rate": 0.0, "unet_lr": 1e-4}, "learning_rate"),
+    ({"text_encoder_lr": (0.0,)}, "text_encoder_lr = 0"),
+    ({"learning_rate": 0.0, "unet_lr": 1e-4}, "learning_rate = 0"),
     (
         {"network_module": "lycoris.kohya", "network_args": ("preset=unet-transformer-only",)},
         "preset=unet-transformer-only",
+    ),
+    ({"method": "dreambooth", "no_train_text_encoder": True}, "no_train_text_encoder"),
+    ({"method": "dreambooth", "learning_rate_te": 0.0}, "learning_rate_te = 0"),
+    ({"method": "custom_diffusion", "embedding_lr": 0.0}, "embedding_lr = 0"),
+    (
+        {"method": "pivotal", "embedding_lr": 0.0, "text_encoder_lr": (0.0,), "unet_lr": 1e-4},
+        "embedding_lr = 0",
+    ),
+    (
+        {"method": "pivotal", "embedding_lr": 0.0, "network_train_unet_only": True},
+        "embedding_lr = 0",
     ),
 ]
 
@@ -95,6 +202,7 @@ WITHOUT_GRADIENT = [
 @pytest.mark.parametrize(("changes", "named"), WITHOUT_GRADIENT)
 def test_mlm_without_a_gradient_is_refused_with_the_reason(changes, named):
     config = USABLE.replace(**changes)
+    assert named in mlm_obstacle(config)
     with pytest.raises(UserError, match=named) as caught:
         check_config(config)
     assert "mlm_loss_weight = 0" in str(caught.value)
@@ -102,9 +210,105 @@ def test_mlm_without_a_gradient_is_refused_with_the_reason(changes, named):
     assert mlm_obstacle(USABLE) is None
 
 
-def test_text_encoder_lr_falls_back_to_learning_rate():
-    assert text_encoder_lr_of(USABLE.replace(learning_rate=3e-4)) == 3e-4
-    assert text_encoder_lr_of(USABLE.replace(text_encoder_lr=(5e-5,))) == 5e-5
+@pytest.mark.parametrize("method", TOKEN_METHODS)
+def test_rows_give_the_mlm_term_its_gradient_whatever_else_is_off(method):
+    config = NO_NETWORK.replace(method=method, learning_rate=0.0, embedding_lr=1e-3)
+    assert mlm_obstacle(config) is None
+    assert mlm_obstacle(config.replace(text_encoder_lr=(0.0,), unet_lr=0.0)) is None
+    assert mlm_obstacle(config.replace(network_train_unet_only=True)) is None
+    assert mlm_obstacle(config.replace(no_train_text_encoder=True, learning_rate_te=0.0)) is None
+
+
+def test_a_method_minds_only_its_own_obstacles():
+    dreambooth = NO_NETWORK.replace(method="dreambooth")
+    assert mlm_obstacle(dreambooth.replace(network_train_unet_only=True)) is None
+    assert mlm_obstacle(dreambooth.replace(text_encoder_lr=(0.0,), embedding_lr=0.0)) is None
+    assert mlm_obstacle(dreambooth.replace(learning_rate=0.0, learning_rate_te=1e-6)) is None
+    assert "learning_rate_te" in mlm_obstacle(dreambooth.replace(learning_rate=0.0))
+    assert mlm_obstacle(USABLE.replace(no_train_text_encoder=True, learning_rate_te=0.0)) is None
+    assert mlm_obstacle(USABLE.replace(embedding_lr=0.0)) is None
+
+
+def test_the_text_encoder_rate_of_a_lora_falls_back_to_learning_rate():
+    frozen = USABLE.replace(learning_rate=0.0, unet_lr=1e-4)
+    assert mlm_obstacle(frozen).startswith("learning_rate = 0")
+    assert mlm_obstacle(frozen.replace(text_encoder_lr=(5e-5,))) is None
+    assert mlm_obstacle(USABLE.replace(text_encoder_lr=(0.0, 1e-4))).startswith("text_encoder_lr")
+
+
+READERS = {
+    **{name: {"lora", "pivotal"} for name, entry in OPTIONS.items() if entry.group == "network"},
+    "unet_lr": {"lora", "pivotal"},
+    "text_encoder_lr": {"lora", "pivotal"},
+    "num_vectors_per_token": set(TOKEN_METHODS),
+    "init_word": set(TOKEN_METHODS),
+    "weights": set(TOKEN_METHODS),
+    "use_object_template": set(TOKEN_METHODS),
+    "use_style_template": set(TOKEN_METHODS),
+    "embedding_lr": set(TOKEN_METHODS),
+    "stop_embedding_training": set(TOKEN_METHODS),
+    "xti_mlm_layers": {"xti"},
+    "bundle_embedding": {"pivotal"},
+    "delta_lora_rank": {"custom_diffusion"},
+    "no_train_text_encoder": {"dreambooth"},
+    "learning_rate_te": {"dreambooth"},
+    "save_diffusers_folder": {"dreambooth"},
+    "stop_text_encoder_training": {"lora", "pivotal", "dreambooth"},
+    "stop_unet_training": {"lora", "pivotal", "dreambooth", "custom_diffusion"},
+}
+"""Which methods read an option; those that are not here are read by all."""
+
+VALUES = {
+    "network_module": "lycoris.kohya",
+    "network_args": ("conv_dim=4",),
+    "network_weights": "a.safetensors",
+    "network_dropout": 0.1,
+    "unet_lr": 1e-4,
+    "text_encoder_lr": (1e-4,),
+    "init_word": ("dog",),
+    "weights": ("a.pt",),
+    "embedding_lr": 1e-4,
+    "stop_embedding_training": 5,
+    "xti_mlm_layers": "all",
+    "learning_rate_te": 1e-6,
+    "stop_text_encoder_training": 0.5,
+    "stop_unet_training": 5,
+}
+"""A value that is not the default, where True and 4 are no values."""
+
+
+def changed_value(name):
+    return VALUES.get(name, True if OPTIONS[name].kind is bool else 4)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("name", READERS)
+def test_an_option_is_named_where_the_method_does_not_read_it(name, method, caplog):
+    config = NO_NETWORK.replace(method=method, mlm_loss_weight=0.0, network_alpha=4.0)
+    more = {"network_weights": "a.safetensors"} if name == "dim_from_weights" else {}
+    if method not in ("lora", "pivotal"):
+        config, more = config.replace(network_alpha=1.0), {}
+        if name == "dim_from_weights":
+            pytest.skip("it is refused without network_weights, which then has no effect either")
+    check_config(config.replace(**{name: changed_value(name)}, **more))
+    said = f"{name} has no effect with method = {method}"
+    assert (said in caplog.text) == (method not in READERS[name])
+    assert len(caplog.records) == (method not in READERS[name])
+
+
+def test_options_of_another_method_are_named_together(caplog):
+    check_config(NO_NETWORK.replace(method="xti", network_dim=8, unet_lr=1e-4, network_alpha=8.0))
+    check_config(NO_NETWORK.replace(method="dreambooth", init_word=("dog",), embedding_lr=1e-3))
+    assert [record.getMessage() for record in caplog.records] == [
+        "network_dim, network_alpha, unet_lr have no effect with method = xti",
+        "init_word, embedding_lr have no effect with method = dreambooth",
+    ]
+
+
+def test_every_option_of_the_new_groups_says_which_methods_read_it():
+    of_data = {"class_prompt", "generate_class_images"}  # regularization images suit all methods
+    names = {n for n, entry in OPTIONS.items() if entry.group in ("embedding", "finetune")}
+    assert names - of_data <= READERS.keys()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +361,11 @@ def test_text_encoder_lr_falls_back_to_learning_rate():
         ),
         ({"mlm_prompt_syntax": "tags", "mlm_prompt_set": "captions"}, "captions"),
         ({"mlm_prompt_syntax": "tags", "mlm_prompt_set": "a/{b}.txt"}, "a/{b}.txt"),
+        ({"class_prompt": "a dog"}, "class_prompt has no effect without generate_class_images"),
+        (
+            {"mlm_loss_weight": 0.0, "mlm_joint_share": 0.1},
+            "mlm_joint_share has no effect without mlm_loss_weight",
+        ),
     ],
 )
 def test_a_doubtful_setting_is_named_once(changes, named, caplog):
@@ -178,6 +387,10 @@ def test_a_doubtful_setting_is_named_once(changes, named, caplog):
         {"vae_batch_size": 4, "cache_latents_to_disk": True},
         {"max_bucket_reso": 2048, "dataset_config": "data.toml"},
         {"prior_loss_weight": 0.5, "reg_data_dir": "reg"},
+        {"prior_loss_weight": 0.5, "generate_class_images": 200},
+        {"class_prompt": "a dog", "generate_class_images": 200},
+        {"generate_class_images": 200, "train_data_dir": "data", "reg_data_dir": "reg"},
+        {"stop_text_encoder_training": 0.6, "stop_unet_training": 100},
         {"save_last_n_epochs": 2, "save_n_epoch_ratio": 3},
         {"save_last_n_steps_state": 2, "save_every_n_steps": 9, "save_state": True},
         {"log_prefix": "a", "logging_dir": "logs"},
@@ -196,6 +409,24 @@ def test_a_doubtful_setting_is_named_once(changes, named, caplog):
 def test_a_setting_that_is_read_is_not_complained_of(changes, caplog):
     check_config(USABLE.replace(**changes))
     assert not caplog.records
+
+
+def test_what_a_frozen_text_encoder_leaves_unread_is_named(caplog):
+    config = NO_NETWORK.replace(method="dreambooth", no_train_text_encoder=True)
+    config = config.replace(mlm_loss_weight=0.0, save_diffusers_folder=True)
+    check_config(config)
+    assert not caplog.records
+    check_config(config.replace(learning_rate_te=1e-6, stop_text_encoder_training=0.5))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "learning_rate_te, stop_text_encoder_training have no effect with no_train_text_encoder"
+    )
+
+
+@pytest.mark.parametrize("method", set(METHOD_NAMES) - {"lora", "pivotal"})
+def test_the_scale_of_a_network_is_no_matter_where_none_is_trained(method, caplog):
+    check_config(NO_NETWORK.replace(method=method, network_dim=32))
+    assert "network_alpha is 1" not in caplog.text
 
 
 def test_warmup_is_fine_where_the_scheduler_or_the_optimizer_handles_it():
