@@ -46,7 +46,7 @@ from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.files import atomic_path
-from mlm_plugin.hosts.mlm_setup import build_regularizer, prompt_set_for
+from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for
 from mlm_plugin.methods import LoRAMethod
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.contextualizer import (
@@ -89,8 +89,9 @@ class OneBatch:
             pixel_values=None,
             latents=torch.randn(1, 4, latent, latent),
             loss_masks=None,
+            valid_masks=None,
             loss_weights=torch.ones(1),
-            captions=[f"a photo of {CONCEPT.placeholder_token} {CONCEPT.class_token}"],
+            captions=[f"a photo of {CONCEPT.text}"],
             original_sizes=[size],
             crop_top_lefts=[(0, 0)],
             target_sizes=[size],
@@ -226,17 +227,16 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     models = random_models(args, tokenizer_folder, device=device, dtype=dtype)
     (text_encoder,) = models.text_encoders
     contextualizer = untrained_contextualizer(text_encoder, args)
-    prompt_set = prompt_set_for(config.mlm, CONCEPT)
+    method = LoRAMethod.prepare(models, config, [CONCEPT])
     regularizer = build_regularizer(
-        [text_encoder],
+        method,
         [contextualizer],
         config.mlm,
-        concept=CONCEPT,
-        prompt_set=prompt_set,
+        concepts=[CONCEPT],
+        prompts=prompts_for(config.mlm, [CONCEPT]),
         seed=0,
         dtype=dtype,
     )
-    method = LoRAMethod(models, config.network)
     enable_checkpointing(models, args.gradient_checkpointing)
     num_steps = 2 * (args.num_warmup + args.num_pairs + args.num_memory_pairs)
     optimizer = create_optimizer(
@@ -278,8 +278,8 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
             "learning_rate": 1e-4,
             "optimizer_type": args.optimizer_type,
             "mlm_batch_size": args.mlm_batch_size,
-            "placeholder_token": CONCEPT.placeholder_token,
-            "class_token": CONCEPT.class_token,
+            "placeholder_token": (CONCEPT.placeholder_token,),
+            "class_token": (CONCEPT.class_token,),
         }
     )
 
@@ -336,7 +336,7 @@ def mean_tokens(regularizer: MLMRegularizer, *, num_calls: int) -> float:
         [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
         for _ in range(num_calls)
     ]
-    return statistics.mean(tap.tokenize(prompts).shape[1] for prompts in batches)
+    return statistics.mean(tap.tokenize(prompts, rng).shape[1] for prompts in batches)
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:

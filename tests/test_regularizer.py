@@ -24,7 +24,7 @@ def make_tap(text_encoder, **changes):
     )
     contextualizer.start_from(table, torch.ones(len(table)))
     parts = {
-        "tokenize": text_encoder.tokenize_trimmed,
+        "tokenize": lambda prompts, _rng: text_encoder.tokenize_trimmed(prompts),
         "encode": text_encoder.encode,
         "embedding": text_encoder.token_embedding,
         "contextualizer": contextualizer,
@@ -111,7 +111,7 @@ def test_several_text_encoders_see_the_same_prompts_and_their_losses_are_average
 ):
     seen = []
 
-    def tokenize(prompts):
+    def tokenize(prompts, _rng):
         seen.append(list(prompts))
         return toy_text_encoder.tokenize_trimmed(prompts)
 
@@ -121,6 +121,33 @@ def test_several_text_encoders_see_the_same_prompts_and_their_losses_are_average
     assert seen[1] == seen[2] == seen[0]
     assert double.num_masked >= single.num_masked + 4
     assert torch.isfinite(double.loss)
+
+
+def test_a_tap_reads_prompts_with_the_stream_of_the_call(toy_text_encoder):
+    draws = []
+
+    def tokenize(prompts, rng):
+        draws.append(rng.random())
+        return toy_text_encoder.tokenize_trimmed(prompts)
+
+    regularizer = make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize))
+    for call in (0, 1, 1):
+        regularizer(call)
+    assert draws[0] != draws[1] == draws[2]
+    make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize), seed=1)(1)
+    assert draws[3] != draws[1]
+
+
+def test_a_tap_may_read_each_prompt_several_times(toy_text_encoder):
+    """As XTI does with the rows of every layer in turn."""
+
+    def tokenize_twice(prompts, _rng):
+        return toy_text_encoder.tokenize_trimmed(prompts).repeat(2, 1)
+
+    single = make_regularizer(make_tap(toy_text_encoder))(0)
+    double = make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize_twice))(0)
+    assert torch.isfinite(double.loss)
+    assert double.num_masked > single.num_masked
 
 
 def test_prompts_without_context_give_zero_and_not_nan(toy_text_encoder):

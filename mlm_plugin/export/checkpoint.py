@@ -23,7 +23,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.export.tensor_file import write_tensors
 from mlm_plugin.models.ldm_names import (
     OPEN_CLIP_PREFIX,
     UNET_PREFIX,
@@ -34,6 +33,7 @@ from mlm_plugin.models.ldm_names import (
     unet_names,
     vae_names,
 )
+from mlm_plugin.models.weights_files import for_file, write_weights
 
 __all__ = [
     "CheckpointCounts",
@@ -72,8 +72,7 @@ def save_checkpoint(
 ) -> None:
     """Write a model as one ``.safetensors`` file with LDM names, all of it or nothing.
 
-    The modules stay as they are; beyond them, no more than one tensor is in memory at a time
-    (SD 2.x: also the text encoder's joined queries, keys and values).
+    The modules stay as they are; tensors are copied only where dtype or device differ.
 
     Args:
         path: final name.
@@ -88,7 +87,7 @@ def save_checkpoint(
         ValueError: a module has a weight that the family does not have.
     """
     tensors = ldm_tensors(unet=unet, text_encoder=text_encoder, vae=vae, family=family)
-    write_tensors(path, tensors, metadata=metadata, dtype=dtype)
+    _write(Path(path), tensors, metadata=metadata, dtype=dtype)
 
 
 def ldm_tensors(
@@ -230,7 +229,7 @@ def _unused_open_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     last = max(int(m[1]) for name in tensors if (m := layer.fullmatch(name)))
     like = tensors[f"{OPEN_CLIP_PREFIX}ln_final.weight"]
     unused = {
-        f"{OPEN_CLIP_PREFIX}transformer.resblocks.{last + 1}.{m[2]}": tensor
+        f"{OPEN_CLIP_PREFIX}transformer.resblocks.{last + 1}.{m[2]}": tensor.clone()
         for name, tensor in tensors.items()
         if (m := layer.fullmatch(name)) and int(m[1]) == last
     }
@@ -239,11 +238,22 @@ def _unused_open_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return unused
 
 
+def _write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None,
+) -> None:
+    stored = {name: for_file(tensor, dtype) for name, tensor in tensors.items()}
+    write_weights(path, stored, metadata=metadata)
+
+
 # --- parts of a diffusers folder ---
 
 
 def _write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> None:
-    write_tensors(path, module.state_dict(), metadata=PYTORCH_FORMAT, dtype=dtype)
+    _write(path, module.state_dict(), metadata=PYTORCH_FORMAT, dtype=dtype)
 
 
 def _write_text_encoder(folder: Path, text_encoder: nn.Module, dtype: torch.dtype | None) -> None:
@@ -258,7 +268,7 @@ def _write_text_encoder(folder: Path, text_encoder: nn.Module, dtype: torch.dtyp
         f"text_model.{name.removeprefix('text_model.')}": tensor
         for name, tensor in text_encoder.state_dict().items()
     }
-    write_tensors(folder / "model.safetensors", state, metadata=PYTORCH_FORMAT, dtype=dtype)
+    _write(folder / "model.safetensors", state, metadata=PYTORCH_FORMAT, dtype=dtype)
 
 
 def _write_tokenizer(folder: Path, tokenizer) -> None:

@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
 from mlm_plugin.models.kohya_names import unet_name
-from mlm_plugin.models.weights_files import read_weights
+from mlm_plugin.models.weights_files import for_file, read_weights, write_weights
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -106,9 +104,8 @@ def save_delta(
     for name, tensor in weights.items():
         layer, matrix, _ = name.rsplit(".", 2)
         key = f"{layer}{PROCESSOR}.{matrix}_custom_diffusion.weight"
-        tensors[key] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **metadata})
+        tensors[key] = for_file(tensor, dtype)
+    write_weights(path, tensors, metadata={"format": "pt", **metadata})
 
 
 def read_delta(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -12,12 +12,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
-from mlm_plugin.models.weights_files import PICKLE_SUFFIXES, read_weights
+from mlm_plugin.models.weights_files import (
+    PICKLE_SUFFIXES,
+    for_file,
+    read_weights,
+    write_weights,
+)
 
 __all__ = [
     "EMBEDDING_KEY",
@@ -62,7 +65,7 @@ def save_embedding(
     the word for the prompt.
 
     Args:
-        path: final name; ``.safetensors``, or ``.pt`` / ``.bin`` for a pickle without metadata.
+        path: final name, ``.safetensors``.
         rows: ``(N, D)`` for each text encoder; ``{EMBEDDING_KEY: rows}`` where there is only one.
         metadata: strings.
         dtype: every tensor is cast to it; ``None`` keeps the dtypes.
@@ -71,13 +74,9 @@ def save_embedding(
     ``save_weights``.
     """
     assert all(rows_ND.ndim == 2 for rows_ND in rows.values())
-    path = Path(path)
-    tensors = {key: _for_file(rows_ND, dtype) for key, rows_ND in rows.items()}
-    with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, dict(metadata))
-        else:
-            torch.save(tensors, temporary)
+    # Cloned: rows that are a part of a larger tensor would share its memory.
+    tensors = {key: for_file(rows_ND, dtype).clone() for key, rows_ND in rows.items()}
+    write_weights(path, tensors, metadata=metadata)
 
 
 def read_embedding(path: str | os.PathLike) -> Tensor:
@@ -232,8 +231,3 @@ def _checked_rows(path: str | os.PathLike, key: str, rows: Tensor) -> Tensor:
 def _some(tensors: Mapping[str, Tensor], *, limit: int = 3) -> str:
     names = ", ".join(list(tensors)[:limit])
     return f" ({names}{', ...' if len(tensors) > limit else ''})" if tensors else ""
-
-
-def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy: tensors that share memory cannot be saved, and a pickle would keep all of it."""
-    return tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.kohya_names import is_known_key, is_text_encoder_name
+from mlm_plugin.models.weights_files import for_file, write_weights
 
 __all__ = [
     "SAVE_DTYPES",
@@ -66,12 +67,13 @@ def save_lora(
     the ones WebUIs compute for themselves, and not LyCORIS' own.
     """
     path = Path(path)
-    tensors = {key: _for_file(tensor, dtype) for key, tensor in state.items()}
+    tensors = {key: for_file(tensor, dtype) for key, tensor in state.items()}
+    if path.suffix == ".safetensors":
+        hashes = kohya_hashes(tensors, metadata)
+        write_weights(path, tensors, metadata={**metadata, **hashes})
+        return
     with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_file(tensors, temporary, {**metadata, **kohya_hashes(tensors, metadata)})
-        else:
-            torch.save(tensors, temporary)
+        torch.save(tensors, temporary)
 
 
 def bundled_embeddings(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,7 +133,3 @@ def verify_lora(path: str | os.PathLike) -> LoraCounts:
     names = {key.partition(".")[0] for key in adapters}
     num_text_encoder = sum(map(is_text_encoder_name, names))
     return LoraCounts(text_encoder=num_text_encoder, unet=len(names) - num_text_encoder)
-
-
-def _for_file(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()

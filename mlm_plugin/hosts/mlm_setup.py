@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,6 @@ from mlm_plugin.data.masking import MaskingVocabulary
 from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import cache_dir
-from mlm_plugin.methods import Method
 from mlm_plugin.models.contextualizer import (
     Contextualizer,
     ContextualizerFacts,
@@ -40,6 +39,7 @@ __all__ = [
     "pretrain_on_device",
     "prompt_set_names",
     "prompts_for",
+    "text_tap",
     "trigger_of",
 ]
 
@@ -170,32 +170,16 @@ def pretrain_on_device(
 
 
 def build_regularizer(
-    method: Method,
-    contextualizers: Sequence[Contextualizer],
-    options: MLMOptions,
-    *,
-    concepts: Sequence[Concept],
-    prompts: JointPrompts,
-    seed: int | str,
-    dtype: torch.dtype = torch.float32,
+    taps: Sequence[TextTap], options: MLMOptions, *, prompts: JointPrompts, seed: int | str
 ) -> MLMRegularizer:
-    """Join prompts, masks, the method's text encoders and their contextualizers.
+    """Join prompts, masks and the tapped text encoders.
 
     Args:
-        method: what is trained; the states of its text encoders are regularized.
-        contextualizers: one for each, in the same order; moved to the encoder's device.
+        taps: one for each text encoder, from :func:`text_tap`.
         options: batch size, rate, replacement.
-        concepts: what is never masked.
         prompts: where prompts come from.
         seed: names the stream; give each process its own.
-        dtype: precision of the contextualizer; its loss is fp32 in any case.
     """
-    taps = [
-        _tap(method, text_encoder, contextualizer, concepts, dtype)
-        for text_encoder, contextualizer in zip(
-            method.models.text_encoders, contextualizers, strict=True
-        )
-    ]
     return MLMRegularizer(
         taps,
         prompts.sample,
@@ -206,23 +190,23 @@ def build_regularizer(
     )
 
 
-def mlm_schedule(options: MLMOptions) -> MLMSchedule:
-    """When and how strongly the term acts."""
-    return MLMSchedule(
-        options.mlm_loss_weight,
-        every_n_steps=options.mlm_every_n_steps,
-        start_step=options.mlm_start_step,
-        end_step=options.mlm_end_step,
-    )
-
-
-def _tap(
-    method: Method,
+def text_tap(
     text_encoder: TextEncoder,
     contextualizer: Contextualizer,
     concepts: Sequence[Concept],
-    dtype: torch.dtype,
+    *,
+    tokenize: Callable[[list[str], random.Random], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> TextTap:
+    """Where the regularizer touches a text encoder.
+
+    Args:
+        text_encoder: with everything in place that is trained in it.
+        contextualizer: made for it; moved to its device.
+        concepts: what is never masked.
+        tokenize: prompts to ids, if the method has its own way.
+        dtype: precision of the contextualizer; its loss is fp32 in any case.
+    """
     rows = text_encoder.token_rows  # no vocabulary holds their tokens, so they are no target
     protected = [
         *(word for concept in concepts for word in concept),
@@ -232,12 +216,8 @@ def _tap(
     table = embedding.weight.detach()
     if embedding.weight.requires_grad:  # the output table must not follow the training
         table = table.clone()
-
-    def tokenize(prompts: Sequence[str], rng: random.Random) -> Tensor:
-        return method.mlm_ids(text_encoder, prompts, rng)
-
     return TextTap(
-        tokenize=tokenize,
+        tokenize=tokenize or (lambda prompts, _rng: text_encoder.tokenize_trimmed(prompts)),
         encode=text_encoder.encode_storing,
         embedding=embedding,
         contextualizer=contextualizer.to(table.device, dtype),
@@ -247,4 +227,14 @@ def _tap(
             low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
         ),
         token_table=table,
+    )
+
+
+def mlm_schedule(options: MLMOptions) -> MLMSchedule:
+    """When and how strongly the term acts."""
+    return MLMSchedule(
+        options.mlm_loss_weight,
+        every_n_steps=options.mlm_every_n_steps,
+        start_step=options.mlm_start_step,
+        end_step=options.mlm_end_step,
     )

@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from mlm_plugin.hosts.mlm_setup import (
     find_contextualizer,
     mlm_schedule,
     prompts_for,
+    text_tap,
     trigger_of,
 )
 from mlm_plugin.hosts.sampling import SampleDrawer
@@ -351,14 +353,20 @@ def create_regularizer(
         captions=[caption for info in pictures for caption in dataset.captions_of(info)],
     )
     base_seed = seed if options.mlm_seed is None else options.mlm_seed
+    taps = [
+        text_tap(
+            text_encoder,
+            contextualizer.network,
+            concepts,
+            tokenize=partial(method.mlm_ids, text_encoder),
+            dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+        )
+        for text_encoder, contextualizer in zip(
+            method.models.text_encoders, contextualizers, strict=True
+        )
+    ]
     return build_regularizer(
-        method,
-        [contextualizer.network for contextualizer in contextualizers],
-        options,
-        concepts=concepts,
-        prompts=prompts,
-        seed=f"{base_seed}/{accelerator.process_index}",
-        dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+        taps, options, prompts=prompts, seed=f"{base_seed}/{accelerator.process_index}"
     )
 
 

@@ -16,13 +16,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mlm_plugin.data.masking import IGNORE_INDEX
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.weights_files import for_file, write_weights
 
 __all__ = [
     "Contextualizer",
@@ -224,16 +223,13 @@ def save_contextualizer(
 ) -> None:
     """Write weights, mask vector, sizes and facts into one safetensors file, atomically."""
     contextualizer.require_trained()
-    tensors = {
-        k: v.detach().float().cpu().contiguous() for k, v in contextualizer.state_dict().items()
-    }
+    tensors = {k: for_file(v, torch.float32) for k, v in contextualizer.state_dict().items()}
     metadata = {
         "format": FORMAT,
         "sizes": json.dumps(asdict(contextualizer.sizes)),
         "facts": json.dumps(asdict(facts)),
     }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_weights(path, tensors, metadata=metadata)
 
 
 def load_contextualizer(

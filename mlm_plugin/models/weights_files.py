@@ -1,4 +1,4 @@
-"""Weights files on disk: reading them without running code.
+"""Weights files on disk: written whole or not at all, read without running code.
 
 Knows no model and no names inside a file.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
 
-__all__ = ["PICKLE_SUFFIXES", "WEIGHTS_SUFFIXES", "read_weights"]
+__all__ = ["PICKLE_SUFFIXES", "WEIGHTS_SUFFIXES", "for_file", "read_weights", "write_weights"]
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -48,6 +50,31 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     return _read_pickle(path)
+
+
+def for_file(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as a file wants it: on the CPU, in row-major order, in ``dtype`` if one is given."""
+    return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+
+def write_weights(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]
+) -> None:
+    """Write a ``.safetensors`` file, all of it or nothing.
+
+    Args:
+        path: final name.
+        tensors: as :func:`for_file` gives them; no two may share memory.
+        metadata: strings.
+
+    Raises:
+        OSError: the disk is full or cannot be written, as for any other file.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:  # the library's name for what the disk answered
+            raise OSError(f"{path}: {_one_line(error)}") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

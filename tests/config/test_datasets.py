@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_plugin.config.datasets import Concept, concept_of, resolve_datasets
+from mlm_plugin.config.datasets import Concept, concepts_of, resolve_datasets
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 
@@ -342,14 +342,16 @@ def test_a_dataset_config_beats_the_folder_options_with_a_warning(dataset_file, 
     assert "train_data_dir" in caplog.text
 
 
-# --- the concept -----------------------------------------------------------------------------
+# --- the concepts ----------------------------------------------------------------------------
+
+SKS, OHWX = Concept("sks", "dog"), Concept("ohwx", "cat")
 
 
-def concept(tmp_path, names, **options):
+def concepts(tmp_path, names, *, required=True, **options):
     config = TrainConfig().replace(
         train_data_dir=folders(tmp_path / "train", *names), resolution="64", **options
     )
-    return concept_of(config, resolve_datasets(config))
+    return concepts_of(config, resolve_datasets(config), required=required)
 
 
 @pytest.mark.parametrize(
@@ -361,25 +363,25 @@ def concept(tmp_path, names, **options):
     ],
 )
 def test_the_concept_is_read_from_the_folder_name(tmp_path, folder, expected):
-    assert concept(tmp_path, [folder]) == expected
+    assert concepts(tmp_path, [folder]) == (expected,)
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"placeholder_token": "ohwx", "class_token": "cat"}, Concept("ohwx", "cat")),
-        ({"placeholder_token": "my pet"}, Concept("my pet", "dog")),
-        ({"class_token": "pet dog"}, Concept("my", "pet dog")),
-        ({"class_token": "dog"}, Concept("my pet", "dog")),
+        ({"placeholder_token": ("ohwx",), "class_token": ("cat",)}, Concept("ohwx", "cat")),
+        ({"placeholder_token": ("my pet",)}, Concept("my pet", "dog")),
+        ({"class_token": ("pet dog",)}, Concept("my", "pet dog")),
+        ({"class_token": ("dog",)}, Concept("my pet", "dog")),
     ],
 )
 def test_options_win_and_the_rest_is_read_around_them(tmp_path, options, expected):
-    assert concept(tmp_path, ["10_my pet dog"], **options) == expected
+    assert concepts(tmp_path, ["10_my pet dog"], **options) == (expected,)
 
 
 def test_regularization_folders_do_not_name_the_concept(tmp_path):
     reg = folders(tmp_path / "reg", "1_dog")
-    assert concept(tmp_path, ["10_sks dog"], reg_data_dir=reg) == Concept("sks", "dog")
+    assert concepts(tmp_path, ["10_sks dog"], reg_data_dir=reg) == (SKS,)
 
 
 @pytest.mark.parametrize(
@@ -387,16 +389,102 @@ def test_regularization_folders_do_not_name_the_concept(tmp_path):
     [
         (["10_sks"], ["'sks'", "--class_token", "10_sks dog"]),
         (["10_"], ["--placeholder_token", "--class_token"]),
-        (["10_sks dog", "5_ohwx cat"], ["sks dog", "ohwx cat", "--placeholder_token"]),
     ],
 )
-def test_an_unknown_concept_is_an_error_only_for_the_mlm_term(tmp_path, names, parts):
+def test_an_unknown_concept_is_an_error_only_where_it_is_required(tmp_path, names, parts):
     with pytest.raises(UserError) as caught:
-        concept(tmp_path, names)
+        concepts(tmp_path, names)
+    assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
-    assert concept(tmp_path / "off", names, mlm_loss_weight=0.0).class_token is None
+    assert concepts(tmp_path / "off", names, required=False) == ()
 
 
 def test_equal_names_in_several_folders_are_one_concept(tmp_path):
-    assert concept(tmp_path, ["10_sks dog", "5_sks dog"]) == Concept("sks", "dog")
+    assert concepts(tmp_path, ["10_sks dog", "5_sks dog"]) == (SKS,)
+
+
+def test_folders_with_two_placeholders_are_two_concepts_in_their_order(tmp_path):
+    assert concepts(tmp_path, ["10_sks dog", "5_ohwx cat"]) == (SKS, OHWX)
+    assert concepts(tmp_path / "b", ["5_ohwx cat", "6_sks dog"]) == (OHWX, SKS)
+    assert concepts(tmp_path / "c", ["10_sks dog", "5_ohwx dog"]) == (SKS, Concept("ohwx", "dog"))
+
+
+def test_several_data_sets_name_concepts_together(dataset_file, tmp_path):
+    subsets = [
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{(tmp_path / text).as_posix()}'\n"
+        f"class_tokens = '{text}'\n"
+        for text in ("sks dog", "ohwx cat")
+    ]
+    folders(tmp_path, "sks dog", "ohwx cat")
+    path = dataset_file("".join(subsets))
+    config = TrainConfig().replace(dataset_config=path, resolution="64")
+    assert concepts_of(config, resolve_datasets(config), required=True) == (SKS, OHWX)
+
+
+def test_lists_name_several_concepts_pair_by_pair(tmp_path):
+    options = {"placeholder_token": ("sks", "zwx"), "class_token": ("dog", "duck toy")}
+    found = concepts(tmp_path, ["10_"], **options)
+    assert found == (SKS, Concept("zwx", "duck toy"))
+    assert [concept.text for concept in found] == ["sks dog", "zwx duck toy"]
+
+
+def test_a_list_of_one_kind_takes_the_rest_from_the_folders(tmp_path):
+    names = ["10_sks dog", "5_ohwx cat"]
+    assert concepts(tmp_path, names, placeholder_token=("ohwx", "sks")) == (OHWX, SKS)
+    assert concepts(tmp_path / "b", names, class_token=("cat", "dog")) == (OHWX, SKS)
+    assert concepts(tmp_path / "c", names, placeholder_token=("sks",)) == (SKS,)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "parts"),
+    [
+        (
+            ["10_sks dog", "5_sks cat"],
+            {},
+            ["one placeholder with several classes (sks dog, sks cat)", "--placeholder_token"],
+        ),
+        (
+            ["10_sks dog"],
+            {"placeholder_token": ("sks", "ohwx"), "class_token": ("dog",)},
+            ["placeholder_token names 2 concepts, class_token 1", "in quotes"],
+        ),
+        (
+            ["10_sks dog"],
+            {"placeholder_token": ("sks",), "class_token": ("duck", "toy")},
+            ["placeholder_token names 1 concepts, class_token 2", "in quotes"],
+        ),
+        (
+            ["10_"],
+            {"placeholder_token": ("sks", "sks"), "class_token": ("dog", "cat")},
+            ["placeholder_token sks sks", "named twice"],
+        ),
+        (
+            ["10_sks dog"],
+            {"placeholder_token": ("sks", "ohwx")},
+            ["needs to know the concept", "--class_token"],
+        ),
+        (
+            ["10_sks dog", "5_sks cat"],
+            {"placeholder_token": ("sks",)},
+            ["needs to know the concept", "--class_token"],
+        ),
+        (["10_sks dog", "5_ohwx"], {}, ["'ohwx'", "--class_token", "10_ohwx dog"]),
+    ],
+)
+def test_concepts_that_cannot_be_told_apart_are_refused(tmp_path, names, options, parts):
+    with pytest.raises(UserError) as caught:
+        concepts(tmp_path, names, **options)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_unequal_lists_are_refused_even_where_no_concept_is_required(tmp_path):
+    options = {"placeholder_token": ("sks", "ohwx"), "class_token": ("dog",)}
+    with pytest.raises(UserError, match="names 2 concepts"):
+        concepts(tmp_path, ["10_"], required=False, **options)
+
+
+def test_known_concepts_stay_where_others_are_not_required(tmp_path):
+    assert concepts(tmp_path, ["10_sks dog", "5_ohwx"], required=False) == (SKS,)

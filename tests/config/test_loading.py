@@ -152,6 +152,32 @@ def test_extension_is_added_and_sections_are_flattened(toml, tmp_path):
         ("face_crop_aug_range = [1.0, 3.0]", "face_crop_aug_range", "1.0,3.0"),
         ("output_name = 12", "output_name", "12"),
         ('caption_extention = ".txt"', "caption_extension", ".txt"),
+        ('token_string = "sks"', "placeholder_token", ("sks",)),
+        ('token_string = ["sks", "ohwx"]', "placeholder_token", ("sks", "ohwx")),
+        ('placeholder_token = "sks"', "placeholder_token", ("sks",)),
+        ('placeholder_token = "my pet"', "placeholder_token", ("my pet",)),
+        ('placeholder_token = ""', "placeholder_token", None),
+        ("placeholder_token = []", "placeholder_token", None),
+        ('class_token = "duck toy"', "class_token", ("duck toy",)),
+        ('class_token = ["dog", "duck toy"]', "class_token", ("dog", "duck toy")),
+        ('init_word = "duck toy"', "init_word", ("duck toy",)),
+        ('init_word = ["dog", "id:42170"]', "init_word", ("dog", "id:42170")),
+        ("weights = 'C:\\rows\\my rows.pt'", "weights", ("C:\\rows\\my rows.pt",)),
+        ("embedding_lr = 0", "embedding_lr", 0.0),
+        ("learning_rate_te = 0", "learning_rate_te", 0.0),
+        ("generate_class_images = 0", "generate_class_images", None),
+        ("delta_lora_rank = 0", "delta_lora_rank", None),
+        ("stop_text_encoder_training = 0", "stop_text_encoder_training", None),
+        ("stop_text_encoder_training = 0.0", "stop_text_encoder_training", None),
+        ('stop_text_encoder_training = "0"', "stop_text_encoder_training", None),
+        ('stop_text_encoder_training = ""', "stop_text_encoder_training", None),
+        ("stop_text_encoder_training = 300", "stop_text_encoder_training", 300),
+        ("stop_text_encoder_training = 300.0", "stop_text_encoder_training", 300),
+        ("stop_text_encoder_training = 0.6", "stop_text_encoder_training", 0.6),
+        ('stop_text_encoder_training = "60%"', "stop_text_encoder_training", 0.6),
+        ('stop_embedding_training = "50%"', "stop_embedding_training", 0.5),
+        ('stop_embedding_training = "0%"', "stop_embedding_training", None),
+        ("stop_unet_training = 1", "stop_unet_training", 1),
         ("use_8bit_adam = true", "optimizer_type", "AdamW8bit"),
         ("use_lion_optimizer = true", "optimizer_type", "Lion"),
         ("use_8bit_adam = false", "optimizer_type", ""),
@@ -178,6 +204,14 @@ def test_toml_values_reach_the_declared_type(toml, line, name, expected):
         ('mixed_precision = "fp8"', ["mixed_precision", "'fp8'", "no, fp16, bf16"]),
         ("max_token_length = 77", ["max_token_length", "75, 150, 225"]),
         ("lr_warmup_steps = 1.5", ["lr_warmup_steps", "ratio"]),
+        ("stop_unet_training = 1.5", ["stop_unet_training", "1.5", "ratio below 1"]),
+        ("stop_unet_training = -1", ["stop_unet_training", "-1", "ratio below 1"]),
+        ('stop_unet_training = "late"', ["stop_unet_training", "'late'", "percentage"]),
+        ("stop_unet_training = true", ["stop_unet_training", "True"]),
+        ('method = "ti"', ["method", "'ti'", "lora, dreambooth, textual_inversion, xti"]),
+        ("num_vectors_per_token = 0", ["num_vectors_per_token", "at least 1"]),
+        ('token_string = "sks"\nplaceholder_token = "ohwx"', ["token_string", "placeholder_token"]),
+        ("class_token = [1, [2]]", ["class_token", "a list; each item text"]),
         ("optimizer_args = [[1]]", ["optimizer_args", "list"]),
         ("[network.deep]\nnetwork_dim = 4", ["'deep'"]),
         ("[[datasets]]\nresolution = 512", ["--dataset_config"]),
@@ -277,6 +311,47 @@ def test_lists_and_negative_numbers_come_through_the_command_line():
     config = load_config(["--text_encoder_lr", "0", "1e-5", "--adaptive_noise_scale", "-0.1"])
     assert config.optimizer.text_encoder_lr == (0.0, 1e-5)
     assert config.loss.adaptive_noise_scale == -0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "expected"),
+    [
+        (["--token_string", "sks"], "placeholder_token", ("sks",)),
+        (["--token_string", "my pet"], "placeholder_token", ("my pet",)),
+        (["--placeholder_token", "sks"], "placeholder_token", ("sks",)),
+        (["--placeholder_token", "sks", "ohwx"], "placeholder_token", ("sks", "ohwx")),
+        (["--class_token", "duck toy"], "class_token", ("duck toy",)),
+        (["--class_token", "dog", "duck toy"], "class_token", ("dog", "duck toy")),
+        (["--class_token=duck toy"], "class_token", ("duck toy",)),
+        (["--class_token", "duck", "toy"], "class_token", ("duck", "toy")),
+        (["--init_word", "duck toy", "id:42170"], "init_word", ("duck toy", "id:42170")),
+        (["--stop_text_encoder_training", "60%"], "stop_text_encoder_training", 0.6),
+        (["--stop_text_encoder_training", "300"], "stop_text_encoder_training", 300),
+        (["--stop_text_encoder_training", "0"], "stop_text_encoder_training", None),
+    ],
+)
+def test_words_in_quotes_stay_together_on_the_command_line(flags, name, expected):
+    value = load_config(flags).to_flat()[name]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_an_old_spelling_on_the_command_line_wins_over_the_toml(toml):
+    config = load(toml('placeholder_token = ["sks", "ohwx"]'), "--token_string", "zwx")
+    assert config.mlm.placeholder_token == ("zwx",)
+    message = error_of("--token_string", "sks", "--placeholder_token", "ohwx")
+    assert "keep placeholder_token only" in message
+
+
+def test_lists_of_words_are_written_and_read_again(tmp_path):
+    pytest.importorskip("tomli_w")
+    argv = ["--placeholder_token", "sks", "ohwx", "--class_token", "dog", "duck toy"]
+    argv += ["--method", "pivotal", "--stop_embedding_training", "60%", "--init_word", "dog", "toy"]
+    config = load_config(argv)
+    again = load_config(["--config_file", str(write_config(config, tmp_path / "out.toml"))])
+    changed = {n: v for n, v in again.changed().items() if OPTIONS[n].group != "run"}
+    assert changed == config.changed()
+    assert changed["class_token"] == ("dog", "duck toy")
 
 
 def test_written_options_load_again_and_hold_no_secret(tmp_path):

@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from mlm_plugin import __version__
-from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.export.metadata import (
     FileIdentity,
     RunFacts,
     dataset_facts,
     file_identity,
-    lora_metadata,
-    trigger_phrase,
+    file_metadata,
 )
 
 # Every key that train_network.py writes for SD (kohya.md 5.2), with a run that saved a file.
@@ -101,8 +100,7 @@ def facts(*, enable_bucket=True, num_datasets=1, **changes):
         model=FileIdentity("sd15.safetensors", "cc6cb27103", "abc"),
         steps=20,
         epoch=2,
-        placeholder_token="sks",
-        class_token="dog",
+        concepts=(Concept("sks", "dog"),),
         mlm_prompt_set="living",
         mlm_contextualizer="0123",
         mlm_seed=5,
@@ -114,8 +112,8 @@ def config(**values):
     return TrainConfig.from_flat({"output_name": "dog", "resolution": "512,512", **values})
 
 
-def metadata(*, run=None, **values):
-    return lora_metadata(config(**values), run or facts())
+def metadata(*, run=None, kind="lora", **values):
+    return file_metadata(config(**values), run or facts(), kind=kind)
 
 
 def test_a_folder_run_has_exactly_kohyas_keys_and_ours():
@@ -315,16 +313,93 @@ def test_the_mlm_term_is_on_record():
         "ss_mlm_contextualizer": "0123",
         "ss_mlm_seed": "5",
         "ss_mlm_version": __version__,
+        "ss_mlm_method": "lora",
         "ss_mlm_placeholder_token": "sks",
         "ss_mlm_class_token": "dog",
     }
     assert "ss_mlm_probability" not in metadata(mlm_loss_weight=0.0)
 
 
-def test_a_trigger_is_made_of_what_is_known():
-    assert trigger_phrase("sks", "dog") == "sks dog"
-    assert trigger_phrase("sks", None) == "sks"
-    assert trigger_phrase(None, None) == ""
+# --- kinds of files and concepts ------------------------------------------------------------
+
+KINDS = ("textual-inversion", "custom-diffusion", "checkpoint")
+METHODS = {
+    "lora": "pivotal",
+    "textual-inversion": "textual_inversion",
+    "custom-diffusion": "custom_diffusion",
+    "checkpoint": "dreambooth",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_a_lora_says_what_network_it_is(kind):
+    options = {"network_args": ("conv_dim=4",), "network_dim": 8}
+    lora, other = metadata(**options), metadata(kind=kind, **options)
+    network = {key for key in lora if key.startswith("ss_network_")}
+    assert {"ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"} <= network
+    assert other.keys() == lora.keys() - network
+    differing = {key for key in other if other[key] != lora[key]}
+    assert differing == {"modelspec.architecture"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_metadata_a_file_still_says_its_base_model_and_kind(kind):
+    written = metadata(kind=kind, no_metadata=True, network_args=("conv_dim=4",))
+    assert {key for key in written if key.startswith("ss_")} == {"ss_v2", "ss_base_model_version"}
+    assert "modelspec.architecture" in written
+    assert "modelspec.trigger_phrase" not in written
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("lora", "stable-diffusion-v1/lora"),
+        ("textual-inversion", "stable-diffusion-v1/textual-inversion"),
+        ("custom-diffusion", "stable-diffusion-v1/custom-diffusion"),
+        ("checkpoint", "stable-diffusion-v1"),
+    ],
+)
+def test_modelspec_names_the_kind_of_file(kind, expected):
+    assert metadata(kind=kind)["modelspec.architecture"] == expected
+    v2 = facts(base_model_version="sd_v2_v", prediction_type="v_prediction")
+    found = metadata(kind=kind, run=v2)["modelspec.architecture"]
+    assert found == expected.replace("-v1", "-v2-768-v")
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [
+        ("lora", "LoRA@2000.75"),
+        ("textual-inversion", "TextualInversion@2000.75"),
+        ("custom-diffusion", "CustomDiffusion@2000.75"),
+        ("checkpoint", "Checkpoint@2000.75"),
+    ],
+)
+def test_a_file_without_a_name_is_titled_by_its_kind(kind, title):
+    assert metadata(kind=kind, output_name=None)["modelspec.title"] == title
+    assert metadata(kind=kind)["modelspec.title"] == "dog"
+    assert metadata(kind=kind, metadata_title="Mine")["modelspec.title"] == "Mine"
+
+
+@pytest.mark.parametrize(("kind", "method"), METHODS.items())
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_the_method_is_on_record_with_the_mlm_term_and_without(kind, method, weight):
+    written = metadata(kind=kind, method=method, mlm_loss_weight=weight)
+    assert written["ss_mlm_method"] == method
+
+
+def test_two_concepts_are_both_on_record():
+    run = facts(concepts=(Concept("sks", "dog"), Concept("zwx", "duck toy")))
+    written = metadata(run=run)
+    assert written["ss_mlm_placeholder_token"] == "sks, zwx"
+    assert written["ss_mlm_class_token"] == "dog, duck toy"
+    assert written["modelspec.trigger_phrase"] == "sks dog, zwx duck toy"
+
+
+def test_a_run_without_a_known_concept_has_no_trigger():
+    written = metadata(run=facts(concepts=()), mlm_loss_weight=0.0)
+    assert "modelspec.trigger_phrase" not in written
+    assert written["ss_mlm_placeholder_token"] == written["ss_mlm_class_token"] == "None"
 
 
 def test_models_are_identified_by_name_and_hashes(tmp_path):

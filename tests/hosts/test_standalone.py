@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
+from mlm_plugin.config.options import TOKEN_METHODS
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.hosts.mlm_setup import auto_contextualizer_path, find_contextualizer
 from mlm_plugin.training.pretrain import pretrain
@@ -313,9 +314,9 @@ def test_a_term_that_would_start_after_the_end_is_refused(arguments, capsys):
 def test_a_file_that_cannot_be_saved_on_the_way_does_not_end_the_run(
     arguments, tmp_path, monkeypatch
 ):
-    from mlm_plugin.hosts import saving
+    from mlm_plugin.methods import lora
 
-    save_lora, names = saving.save_lora, []
+    save_lora, names = lora.save_lora, []
 
     def fail_once(path, *values, **more):
         names.append(path.name)
@@ -323,10 +324,24 @@ def test_a_file_that_cannot_be_saved_on_the_way_does_not_end_the_run(
             raise OSError(28, "No space left on device")
         save_lora(path, *values, **more)
 
-    monkeypatch.setattr(saving, "save_lora", fail_once)
+    monkeypatch.setattr(lora, "save_lora", fail_once)
     assert train_main([*arguments, "--save_every_n_steps", "2"]) == 0
     assert names == ["dog-step00000002.safetensors", "dog.safetensors"]
     assert names_in(tmp_path / "out") == ["dog.json", "dog.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dreambooth", *TOKEN_METHODS])
+def test_token_methods_ask_for_the_concept_even_without_the_mlm_term(
+    arguments, tmp_path, capsys, method
+):
+    (tmp_path / "data" / "10_").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "10_" / "a.png")
+    flags = ["--train_data_dir", str(tmp_path / "data"), "--mlm_loss_weight", "0", "--check"]
+    asks = method in TOKEN_METHODS
+    assert train_main([*arguments, *flags, "--method", method]) == (2 if asks else 0)
+    assert ("the run needs to know the concept" in capsys.readouterr().err) == asks
+    flags += ["--placeholder_token", "sks", "--class_token", "duck toy"]
+    assert train_main([*arguments, *flags, "--method", method]) == 0
 
 
 def test_resuming_with_other_settings_is_refused_by_name(arguments, tmp_path, capsys):

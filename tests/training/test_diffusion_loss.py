@@ -225,6 +225,102 @@ def test_a_mask_of_ones_changes_nothing_and_zeros_hide_an_error():
     torch.testing.assert_close(hidden[:, :, 8:], loss[:, :, 8:])
 
 
+# --- where the picture is -------------------------------------------------------------------
+
+
+def test_the_mean_over_everywhere_is_the_plain_mean():
+    loss = torch.rand(2, 4, 16, 12)
+    masks = torch.ones(2, 1, 128, 96)
+    torch.testing.assert_close(dl.mean_where(loss, masks), loss.mean(dim=(1, 2, 3)))
+
+
+def test_the_mean_ignores_what_lies_outside():
+    loss = torch.rand(2, 4, 16, 12)
+    masks = torch.zeros(2, 1, 128, 96)
+    masks[0, :, :64, :48] = 1
+    masks[1, :, 32:, 24:] = 1
+    expected = torch.stack([loss[0, :, :8, :6].mean(), loss[1, :, 4:, 3:].mean()])
+    torch.testing.assert_close(dl.mean_where(loss, masks), expected)
+    outside = loss.clone()
+    outside[0, :, 8:], outside[0, :, :, 6:] = 1e3, 1e3
+    assert torch.equal(dl.mean_where(outside, masks)[0], dl.mean_where(loss, masks)[0])
+
+
+def test_a_small_picture_counts_as_much_as_a_large_one():
+    loss = torch.full((2, 4, 16, 12), 0.3)
+    masks = torch.ones(2, 1, 128, 96)
+    masks[1, :, 8:] = 0
+    torch.testing.assert_close(dl.mean_where(loss, masks), torch.tensor([0.3, 0.3]))
+
+
+def test_a_latent_that_is_half_covered_weighs_half():
+    loss = torch.tensor([1.0, 5.0]).view(1, 1, 1, 2)
+    masks = torch.ones(1, 1, 8, 16)
+    masks[..., 12:] = 0
+    torch.testing.assert_close(dl.mean_where(loss, masks), torch.tensor([(1 + 0.5 * 5) / 1.5]))
+
+
+def test_a_mask_of_zeros_gives_no_loss_and_no_nan():
+    loss = torch.rand(2, 4, 16, 12, requires_grad=True)
+    masks = torch.ones(2, 1, 16, 12)
+    masks[1] = 0
+    loss_B = dl.mean_where(loss, masks)
+    assert loss_B[1] == 0
+    loss_B.sum().backward()
+    assert loss.grad.isfinite().all()
+    assert loss.grad[1].abs().max() == 0
+
+
+def loss_of(predictor=predict, case=None, **more):
+    latents, _ = latents_and_masks()
+    seed_everything()
+    return make_loss(case)(predictor, latents, **{"loss_weights_B": torch.ones(2), **more})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"loss_type": "huber"}, {"min_snr_gamma": 5.0, "v_parameterization": True}],
+    ids=str,
+)
+def test_valid_masks_of_ones_leave_the_loss_as_it_is(case):
+    plain = loss_of(case=case)
+    torch.testing.assert_close(
+        loss_of(case=case, valid_masks=torch.ones(2, 1, 128, 96)), plain, rtol=1e-6, atol=0
+    )
+
+
+def test_no_gradient_comes_from_where_no_picture_is():
+    offset = torch.zeros(2, 4, 16, 12, requires_grad=True)
+    masks = torch.ones(2, 1, 128, 96)
+    masks[0, :, 64:] = 0
+    loss_of(lambda noisy, steps: predict(noisy, steps) + offset, valid_masks=masks).backward()
+    assert offset.grad[0, :, 8:].abs().max() == 0
+    assert (offset.grad[0, :, :8] != 0).all()
+    assert (offset.grad[1] != 0).all()
+
+
+def test_valid_masks_count_per_image_before_its_weight():
+    masks = torch.ones(2, 1, 128, 96)
+    masks[0, :, 16:] = 0
+    both = loss_of(valid_masks=masks, loss_weights_B=torch.tensor([1.0, 0.5]))
+    first = loss_of(valid_masks=masks, loss_weights_B=torch.tensor([1.0, 0.0]))
+    second = loss_of(valid_masks=masks, loss_weights_B=torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(both, first + 0.5 * second)
+    unmasked = loss_of(loss_weights_B=torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(second, unmasked, rtol=1e-6, atol=0)
+    assert not torch.isclose(first, loss_of(loss_weights_B=torch.tensor([1.0, 0.0])))
+
+
+def test_what_a_loss_mask_hides_still_counts_as_picture():
+    """As without valid masks: an image of which half is learned has half the loss."""
+    loss_masks, valid_masks = torch.ones(2, 1, 128, 96), torch.ones(2, 1, 128, 96)
+    loss_masks[:, :, :64] = 0
+    valid_masks[..., 48:] = 0
+    both = loss_of(loss_masks=loss_masks, valid_masks=valid_masks)
+    learned = loss_of(valid_masks=loss_masks * valid_masks)
+    torch.testing.assert_close(both, learned / 2)
+
+
 def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_weights_and_the_callers_schedule():
     original = noise_scheduler()
     before = original.alphas_cumprod.clone()

@@ -1,6 +1,7 @@
 """The loop: weight 0 is a plain run, resume is exact, a bad loss loses nothing."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -13,17 +14,17 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import set_seed
 
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
-from mlm_plugin.config.options import LossOptions, MLMOptions, NetworkOptions, OptimizerOptions
+from mlm_plugin.config.options import LossOptions, MLMOptions, OptimizerOptions, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
-from mlm_plugin.data.prompts import PromptSet
 from mlm_plugin.errors import UserError
-from mlm_plugin.hosts.mlm_setup import build_regularizer
+from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for
 from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.regularizer import MLMSchedule
 from mlm_plugin.training import rollback
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.schedulers import create_scheduler
@@ -31,6 +32,7 @@ from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped, Traine
 
 SEED = 7
 RATES = OptimizerOptions(unet_lr=1e-3, text_encoder_lr=(1e-3,))
+CONCEPTS = (Concept("sks", "dog"),)
 
 
 class Curve(Listener):
@@ -83,21 +85,28 @@ def make_trainer(
     checkpointing=False,
     rates=RATES,
     options=None,
+    freeze_at=None,
+    method_name="lora",
+    optimizer_args=(),
 ):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     models = load_stable_diffusion(toy_folder)
+    set_seed(SEED)
+    config = TrainConfig().replace(network_dim=4, network_dropout=dropout, method=method_name)
+    method = METHODS[method_name].prepare(models, config, CONCEPTS)
     regularizer = None
     if mlm_weight is not None:
-        regularizer = make_regularizer(models)
+        regularizer = make_regularizer(method)
         schedule = schedule or MLMSchedule(mlm_weight)
-    set_seed(SEED)
-    method = METHODS["lora"](models, NetworkOptions(network_dim=4, network_dropout=dropout))
     if checkpointing:
         models.unet.enable_gradient_checkpointing()
         models.text_encoders[0].model.gradient_checkpointing_enable({"use_reentrant": False})
     order = EpochOrder(dataset, batches_per_step=accumulation)
     optimizer = create_optimizer(
-        optimizer_type, method.parameter_groups(rates), learning_rate=RATES.learning_rate
+        optimizer_type,
+        method.parameter_groups(rates),
+        learning_rate=RATES.learning_rate,
+        optimizer_args=optimizer_args,
     )
     scheduler = create_scheduler(optimizer, RATES, num_training_steps=num_steps)
     optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
@@ -118,11 +127,12 @@ def make_trainer(
         mlm_schedule=schedule,
         listeners=listeners,
         settings=options,
+        freeze_at=freeze_at,
     )
 
 
-def make_regularizer(models):
-    (text_encoder,) = models.text_encoders
+def make_regularizer(method):
+    (text_encoder,) = method.models.text_encoders
     table = text_encoder.token_embedding.weight.detach()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -132,12 +142,13 @@ def make_regularizer(models):
             )
         )
     contextualizer.start_from(table, torch.ones(len(table)))
+    options = MLMOptions(mlm_batch_size=3, mlm_prompt_set="living")
     return build_regularizer(
-        models.text_encoders,
+        method,
         [contextualizer],
-        MLMOptions(mlm_batch_size=3),
-        concept=Concept("sks", "dog"),
-        prompt_set=PromptSet.load("living"),
+        options,
+        concepts=CONCEPTS,
+        prompts=prompts_for(options, CONCEPTS),
         seed=SEED,
     )
 
@@ -225,6 +236,162 @@ def test_the_term_acts_on_its_steps_only(toy_folder, dataset):
     _, curve = run(toy_folder, dataset, mlm_weight=0.1, schedule=schedule)
     assert [r.mlm is not None for r in curve] == [False, True, False, True, False, False]
     assert curve[1].mlm_weight == pytest.approx(0.2)
+
+
+# --- parts that are trained no further ------------------------------------------------------
+
+OF_PART = {"textencoder": "lora_te_", "unet": "lora_unet_", "embedding": "embedding."}
+
+
+class History(Listener):
+    """Keeps the trained tensors, as they are after every step, and what the steps gave."""
+
+    def __init__(self):
+        self.states, self.results = [], []
+
+    def on_step_end(self, trainer, result):
+        state = trainer.method.state_dict()
+        self.states.append({name: tensor.clone() for name, tensor in state.items()})
+        self.results.append(result)
+
+    def changed_in_step(self, part):
+        """For each step after the first: whether any tensor of the part is another one."""
+        names = [name for name in self.states[0] if name.startswith(OF_PART[part])]
+        assert names
+        return [
+            any(not torch.equal(before[name], after[name]) for name in names)
+            for before, after in itertools.pairwise(self.states)
+        ]
+
+
+def run_with_history(*args, **settings):
+    history = History()
+    trainer = make_trainer(*args, listeners=[history], **settings)
+    trainer.run()
+    return trainer, history
+
+
+@pytest.mark.parametrize(
+    ("optimizer_type", "optimizer_args"),
+    [
+        ("AdamW", ("weight_decay=0.5",)),  # decay and momentum would go on without gradients
+        ("SGDNesterov", ("momentum=0.9", "weight_decay=0.5")),
+    ],
+)
+@pytest.mark.parametrize(("part", "other"), [("textencoder", "unet"), ("unet", "textencoder")])
+def test_a_frozen_part_stays_bit_identical_and_the_other_goes_on(
+    toy_folder, dataset, part, other, optimizer_type, optimizer_args
+):
+    settings = {"optimizer_type": optimizer_type, "optimizer_args": optimizer_args}
+    trainer, history = run_with_history(toy_folder, dataset, freeze_at={part: 3}, **settings)
+    assert history.changed_in_step(part) == [True, True, False, False, False]
+    assert history.changed_in_step(other) == [True] * 5
+    for parameter in trainer.method.parts()[part]:
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+    assert set(trainer.method.parameters()) == set(trainer.method.parts()[other])
+
+
+def test_a_run_is_the_same_until_a_part_is_frozen(toy_folder, dataset):
+    settings = {"num_steps": 4, "mlm_weight": 0.1, "dropout": 0.1}
+    _, plain = run_with_history(toy_folder, dataset, **settings)
+    _, frozen = run_with_history(toy_folder, dataset, freeze_at={"textencoder": 2}, **settings)
+    for before, after in zip(plain.states[:2], frozen.states[:2], strict=True):
+        assert_same(before, after)
+    assert frozen.states[2].keys() == plain.states[2].keys()
+    assert any(not torch.equal(plain.states[2][n], frozen.states[2][n]) for n in plain.states[2])
+
+
+def test_a_part_frozen_at_step_0_keeps_its_first_weights(toy_folder, dataset):
+    first = make_trainer(toy_folder, dataset).method.state_dict()
+    trainer, history = run_with_history(
+        toy_folder, dataset, num_steps=2, freeze_at={"textencoder": 0}
+    )
+    for name, tensor in trainer.method.state_dict().items():
+        if name.startswith("lora_te_"):
+            assert torch.equal(tensor, first[name]), name
+    assert history.changed_in_step("unet") == [True]
+
+
+def test_the_term_ends_once_nothing_on_the_text_side_is_trained(toy_folder, dataset):
+    calls = []
+    trainer = make_trainer(toy_folder, dataset, mlm_weight=0.1, freeze_at={"textencoder": 4})
+    regularizer = trainer.regularizer
+    trainer.regularizer = lambda number: calls.append(number) or regularizer(number)
+    curve = Curve()
+    trainer.listeners = [curve]
+    trainer.run()
+    assert calls == [0, 1, 2, 3]
+    assert [r.mlm is not None for r in curve.results] == [True] * 4 + [False] * 2
+    assert [r.mlm_weight for r in curve.results] == [0.1] * 4 + [0.0] * 2
+    assert curve.results[-1].loss == curve.results[-1].diffusion
+
+
+def test_the_term_stays_while_the_u_net_is_frozen(toy_folder, dataset):
+    _, history = run_with_history(
+        toy_folder, dataset, num_steps=4, mlm_weight=0.1, freeze_at={"unet": 2}
+    )
+    assert all(r.mlm is not None for r in history.results)
+    assert history.changed_in_step("textencoder") == [True] * 3
+
+
+def test_the_term_ends_with_the_last_part_of_the_text_side(toy_folder, dataset):
+    """Pivotal tuning: rows and the text encoder's LoRA both lie before the states."""
+    rates = dataclasses.replace(RATES, embedding_lr=1e-3)
+    freeze_at = {"embedding": 2, "textencoder": 4}
+    _, history = run_with_history(
+        toy_folder,
+        dataset,
+        mlm_weight=0.1,
+        rates=rates,
+        method_name="pivotal",
+        freeze_at=freeze_at,
+    )
+    assert history.changed_in_step("embedding") == [True, False, False, False, False]
+    assert history.changed_in_step("textencoder") == [True, True, True, False, False]
+    assert history.changed_in_step("unet") == [True] * 5
+    assert [r.mlm is not None for r in history.results] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4], ids=["before", "at", "after"])
+def test_a_resumed_run_freezes_as_the_straight_one(toy_folder, dataset, tmp_path, stop_at):
+    settings = {
+        "mlm_weight": 0.1,
+        "dropout": 0.1,
+        "optimizer_args": ("weight_decay=0.5",),
+        "freeze_at": {"textencoder": 3},
+    }
+    straight, straight_history = run_with_history(toy_folder, dataset, **settings)
+    stopper = StopAfter(stop_at, tmp_path / "a-state")
+    with pytest.raises(Stopped):
+        make_trainer(toy_folder, dataset, listeners=[stopper], **settings).run()
+
+    history = History()
+    resumed = make_trainer(toy_folder, dataset, listeners=[history], **settings)
+    resumed.load_state(tmp_path / "a-state")
+    resumed.run()
+    assert_same(straight.method.state_dict(), resumed.method.state_dict())
+    expected = straight_history.results[stop_at:]
+    assert [r.loss for r in history.results] == [r.loss for r in expected]
+    assert [r.mlm is None for r in history.results] == [r.mlm is None for r in expected]
+
+
+def test_accumulated_gradients_of_a_frozen_part_are_none_of_its_steps(toy_folder, dataset):
+    _, history = run_with_history(
+        toy_folder, dataset, num_steps=3, accumulation=2, freeze_at={"textencoder": 2}
+    )
+    assert history.changed_in_step("textencoder") == [True, False]
+    assert history.changed_in_step("unet") == [True, True]
+
+
+def test_a_bad_loss_after_freezing_goes_back_and_leaves_the_frozen_part(toy_folder, dataset):
+    poison = Poison(nan_loss)
+    trainer = make_trainer(toy_folder, dataset, listeners=[poison], freeze_at={"textencoder": 1})
+    with pytest.raises(NonFiniteLoss):
+        trainer.run()
+    assert_same(poison.stopped, poison.states[0])
+    assert trainer.progress.current_step == 1
+    assert all(not parameter.requires_grad for parameter in trainer.method.parts()["textencoder"])
 
 
 class Poison(Listener):
@@ -350,12 +517,18 @@ class MemoryTracker(GeneralTracker):
         self.finished = True
 
 
+def curve_logger(trainer):
+    (text_encoder,) = trainer.models.text_encoders  # a fresh LoRA leaves its states as they were
+    return CurveLogger(TextDrift(text_encoder))
+
+
 def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset, tmp_path):
     class Exchange(Listener):
         def on_train_end(self, trainer):
             torch.distributed.barrier()  # as saving a state does
 
-    trainer = make_trainer(toy_folder, dataset, num_steps=1, listeners=[CurveLogger(), Exchange()])
+    trainer = make_trainer(toy_folder, dataset, num_steps=1)
+    trainer.listeners = [curve_logger(trainer), Exchange()]
     tracker = MemoryTracker()
     trainer.accelerator.trackers = [tracker]
     torch.distributed.init_process_group(
@@ -371,7 +544,8 @@ def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset
 
 
 def test_an_epoch_without_steps_of_its_own_has_no_average(toy_folder, dataset):
-    trainer = make_trainer(toy_folder, dataset, num_steps=4, listeners=[CurveLogger()])
+    trainer = make_trainer(toy_folder, dataset, num_steps=4)
+    trainer.listeners = [curve_logger(trainer)]
     tracker = MemoryTracker()
     trainer.accelerator.trackers = [tracker]
     trainer.progress = dataclasses.replace(
