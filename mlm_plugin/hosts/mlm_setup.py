@@ -207,11 +207,9 @@ def text_tap(
         tokenize: prompts to ids, if the method has its own way.
         dtype: precision of the contextualizer; its loss is fp32 in any case.
     """
-    rows = text_encoder.token_rows  # no vocabulary holds their tokens, so they are no target
-    protected = [
-        *(word for concept in concepts for word in concept),
-        *(rows.tokens if rows else ()),
-    ]
+    protected = [word for concept in concepts for word in concept]
+    if text_encoder.token_rows is not None:  # no vocabulary holds their tokens: never a target
+        protected += text_encoder.token_rows.tokens
     embedding = text_encoder.token_embedding
     table = embedding.weight.detach()
     if embedding.weight.requires_grad:  # the output table must not follow the training
