@@ -10,13 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from mlm_plugin.config.checks import check_config
-from mlm_plugin.config.datasets import concepts_of, resolve_datasets
-from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import METHOD_NAMES
-from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.export.xti_pipeline import load_xti
-from mlm_plugin.hosts.standalone import build_trainer, create_accelerator
 from mlm_plugin.methods import METHODS, Export
 from mlm_plugin.training.samples import create_sampler, denoise
 
@@ -31,53 +26,6 @@ CHANGED = {  # of the base model; everything else stays bit for bit
     "custom_diffusion": ("unet.attn2.to_k", "unet.attn2.to_v"),
     "dreambooth": ("unet.", "text_encoder."),
 }
-
-
-@pytest.fixture(autouse=True)
-def _reset(_fresh_accelerator):
-    pass
-
-
-def make_trainer(method, toy_folder, toy_pictures, toy_contextualizer, *, steps=4, **options):
-    flat = {
-        "pretrained_model_name_or_path": str(toy_folder),
-        "train_data_dir": str(toy_pictures),
-        "output_dir": "unused",
-        "caption_extension": ".txt",
-        "resolution": "64",
-        "network_dim": 4,
-        "network_alpha": 4,
-        "learning_rate": 2e-3,
-        "max_train_steps": steps,
-        "train_batch_size": 2,
-        "max_data_loader_n_workers": 0,
-        "seed": 1,
-        "mlm_contextualizer": str(toy_contextualizer),
-        "mlm_batch_size": 2,
-        **options,
-    }
-    argv = [part for name, value in flat.items() for part in (f"--{name}", str(value))]
-    config = load_config(["--method", method, *argv])
-    check_config(config)
-    datasets = resolve_datasets(config)
-    concepts = concepts_of(config, datasets, required=True)
-    trainer = build_trainer(
-        config,
-        accelerator=create_accelerator(config),
-        dataset=TrainDataset(datasets, seed=1),
-        concepts=concepts,
-        seed=1,
-    )
-    trainer.listeners = []  # nothing is saved by itself
-    return trainer
-
-
-@pytest.fixture
-def trainer_of(toy_folder, toy_pictures, toy_contextualizer):
-    def make(method, **options):
-        return make_trainer(method, toy_folder, toy_pictures, toy_contextualizer, **options)
-
-    return make
 
 
 def base_weights(models):

@@ -1,0 +1,262 @@
+"""What is special about each method that learns rows or weights."""
+
+import logging
+import random
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from mlm_plugin.data.masking import MASK_ID, mask_tokens
+from mlm_plugin.errors import UserError
+from mlm_plugin.export.embeddings import layer_average
+from mlm_plugin.methods import Export
+from mlm_plugin.methods.custom_diffusion import _rare_words
+from mlm_plugin.models.cross_attention import split_layers
+from mlm_plugin.models.text_encoder import TextEncoder
+
+
+def export(trainer, path, **settings):
+    trainer.method.export(Export(path, metadata=lambda kind: {"kind": kind}, **settings))
+    return trainer.method.files(path)
+
+
+def rows(trainer):
+    return {name: tensor.detach().clone() for name, tensor in trainer.method.rows.rows.items()}
+
+
+def table(trainer):
+    return trainer.models.text_encoders[0].token_embedding.weight.detach()
+
+
+def token_id(trainer, word):
+    (found,) = trainer.models.text_encoders[0].tokenizer(word, add_special_tokens=False).input_ids
+    return found
+
+
+# --- where rows start ---
+
+
+def test_rows_start_at_the_class_word_or_at_the_word_that_is_given(trainer_of):
+    plain = trainer_of("textual_inversion")
+    assert torch.equal(rows(plain)["sks"][0], table(plain)[[token_id(plain, "dog")]])
+    given = trainer_of("textual_inversion", init_word="cat", num_vectors_per_token=3)
+    assert torch.equal(rows(given)["sks"][0], table(given)[[token_id(given, "cat")] * 3])
+
+
+def test_a_class_of_two_words_starts_at_its_head(trainer_of):
+    trainer = trainer_of("textual_inversion", placeholder_token="sks", class_token="dog house")
+    assert torch.equal(rows(trainer)["sks"][0], table(trainer)[[token_id(trainer, "house")]])
+
+
+def test_an_embedding_is_gone_on_with(trainer_of, tmp_path):
+    first = trainer_of("textual_inversion", num_vectors_per_token=2)
+    first.run()
+    (path,) = export(first, tmp_path / "x.safetensors")
+    second = trainer_of("textual_inversion", num_vectors_per_token=2, weights=path)
+    assert torch.equal(rows(second)["sks"], rows(first)["sks"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1, 7), {}, "width 7, this text encoder has 32"),
+        ((2, 32), {}, "2 vectors, num_vectors_per_token is 1; set it to 2"),
+        ((1, 32), {"placeholder_token": ["sks", "zwx"], "class_token": ["dog", "cat"]}, "1 given"),
+    ],
+)
+def test_an_embedding_that_does_not_fit_is_refused(trainer_of, tmp_path, shape, options, message):
+    save_file({"emb_params": torch.ones(shape)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message):
+        trainer_of("textual_inversion", weights=tmp_path / "x.safetensors", **options)
+
+
+# --- XTI ---
+
+
+def test_every_layer_is_conditioned_on_the_rows_of_that_layer(trainer_of):
+    trainer = trainer_of("xti")
+    trainer.run()
+    method, (text_encoder,) = trainer.method, trainer.models.text_encoders
+    captions = ["a photo of sks dog", "a dog"]
+    with torch.no_grad():
+        states_KBLD = split_layers(method.encode(captions), 16)
+        ids_BL = text_encoder.tokenize(captions)[:, 0]
+        for k in range(16):
+            expected = text_encoder.encode(method.rows.variant(ids_BL, k))
+            torch.testing.assert_close(states_KBLD[k], expected)
+    assert not torch.equal(states_KBLD[0, 0], states_KBLD[1, 0])
+    torch.testing.assert_close(states_KBLD[0, 1], states_KBLD[1, 1])  # it holds no row
+
+
+def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of):
+    trainer, prompts = trainer_of("xti"), ["a sks dog at sea", "sks dog"]
+    method, (text_encoder,) = trainer.method, trainer.models.text_encoders
+    plain_BL = text_encoder.tokenize_trimmed(prompts)
+    every = torch.stack([method.rows.variant(plain_BL, k) for k in range(16)])
+    rng, seen = random.Random(0), set()
+    for _ in range(100):
+        ids_BL = method.mlm_ids(text_encoder, prompts, rng)
+        layers = [(every[:, b] == ids_BL[b]).all(dim=-1).nonzero().item() for b in range(2)]
+        seen.add(tuple(layers))
+    assert {layer for pair in seen for layer in pair} == set(range(16))
+    assert len(seen) > 50, "layers are drawn for each prompt"
+    trainer.method.all_layers = True
+    assert torch.equal(method.mlm_ids(text_encoder, prompts, rng), every.flatten(0, 1))
+
+
+def test_xti_goes_on_with_rows_of_its_own_and_with_those_of_textual_inversion(trainer_of, tmp_path):
+    first = trainer_of("xti")
+    first.run()
+    full, average = export(first, tmp_path / "x.safetensors")
+    assert len(load_file(full)) == 16
+    assert torch.equal(load_file(average)["emb_params"], layer_average(rows(first)["sks"]))
+    assert torch.equal(rows(trainer_of("xti", weights=full))["sks"], rows(first)["sks"])
+    spread = rows(trainer_of("xti", weights=average))["sks"]
+    assert torch.equal(spread, layer_average(rows(first)["sks"]).expand(16, 1, 32))
+
+
+# --- Custom Diffusion ---
+
+
+def test_keys_and_values_get_no_gradient_from_the_first_token(trainer_of):
+    trainer = trainer_of("custom_diffusion")
+    layer = trainer.models.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    states_BLD = torch.randn(2, 5, 32)
+    output = layer(states_BLD)
+    torch.testing.assert_close(output, states_BLD @ layer.weight.T)
+    (gradient,) = torch.autograd.grad(output.sum(), layer.weight)
+    (expected,) = torch.autograd.grad((states_BLD[:, 1:] @ layer.weight.T).sum(), layer.weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_only_keys_and_values_are_held_in_fp32(trainer_of):
+    trainer = trainer_of("custom_diffusion", mixed_precision="bf16")
+    attention = trainer.models.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    assert attention.to_k.weight.dtype == attention.to_v.weight.dtype == torch.float32
+    assert attention.to_q.weight.dtype == torch.bfloat16
+    trainer.run()
+
+
+def test_rows_start_at_rare_tokens_of_clips_vocabulary(toy_text_encoder):
+    config = CLIPTextConfig(
+        vocab_size=49408, hidden_size=8, intermediate_size=8, num_attention_heads=1,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    real = TextEncoder(toy_text_encoder.tokenizer, CLIPTextModel(config))
+    assert _rare_words(real, 2) == ["id:42170", "id:47629"]
+    assert _rare_words(real, 4) == []
+    assert _rare_words(toy_text_encoder, 1) == []
+
+
+def test_the_change_as_a_lora_says_how_much_it_keeps(trainer_of, tmp_path, caplog):
+    trainer = trainer_of("custom_diffusion", delta_lora_rank=2)
+    trainer.run()
+    with caplog.at_level(logging.INFO):
+        *_, lora = export(trainer, tmp_path / "x.safetensors")
+    (message,) = [m for m in caplog.messages if "of the change" in m]
+    with safe_open(lora, framework="pt") as file:
+        kept = float(file.metadata()["ss_mlm_energy_kept"])
+    assert 0 < kept < 1
+    assert f"keeps {100 * kept:.1f} %" in message
+    assert {key.split(".")[0][-5:] for key in load_file(lora)} == {"_to_k", "_to_v"}
+
+
+# --- DreamBooth ---
+
+
+def test_a_frozen_text_encoder_stays_and_the_term_is_refused(trainer_of):
+    trainer = trainer_of("dreambooth", no_train_text_encoder=True, mlm_loss_weight=0)
+    text_encoder = trainer.models.text_encoders[0].model
+    before = {name: tensor.clone() for name, tensor in text_encoder.state_dict().items()}
+    trainer.run()
+    assert all(torch.equal(before[k], v) for k, v in text_encoder.state_dict().items())
+    assert not trainer.method.trains_text_side
+    with pytest.raises(UserError, match="no_train_text_encoder"):
+        trainer_of("dreambooth", no_train_text_encoder=True)
+
+
+def test_the_term_compares_with_the_table_as_it_was(trainer_of):
+    trainer = trainer_of("dreambooth", mlm_loss_weight=1)
+    (tap,) = trainer.regularizer.taps
+    before = tap.token_table.clone()
+    trainer.run()
+    assert torch.equal(tap.token_table, before)
+    assert not torch.equal(table(trainer), before)
+
+
+def test_a_diffusers_folder_is_the_same_model(trainer_of, tmp_path):
+    trainer = trainer_of("dreambooth", save_diffusers_folder=True)
+    trainer.run()
+    path, folder = export(trainer, tmp_path / "x.safetensors")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    for name, tensor in trainer.models.unet.state_dict().items():
+        assert torch.equal(pipeline.unet.state_dict()[name], tensor)
+    assert path.is_file()
+
+
+# --- pivotal ---
+
+
+def test_rows_lie_beside_the_lora_and_in_it_on_request(trainer_of, tmp_path):
+    trainer = trainer_of("pivotal", bundle_embedding=True)
+    trainer.run()
+    lora, embedding = export(trainer, tmp_path / "x.safetensors")
+    bundled = load_file(lora)["bundle_emb.sks.string_to_param.*"]
+    assert torch.equal(bundled, load_file(embedding)["emb_params"])
+    assert "12 text encoder + 192 U-Net modules" in trainer.method.verify(lora)
+    plain = trainer_of("pivotal")
+    lora, _ = export(plain, tmp_path / "y.safetensors")
+    assert not any(key.startswith("bundle_emb") for key in load_file(lora))
+
+
+# --- several concepts ---
+
+
+@pytest.fixture
+def two_concepts(toy_pictures, tmp_path):
+    (source,) = toy_pictures.iterdir()
+    for name in ("2_sks dog", "2_zwx cat"):
+        folder = shutil.copytree(source, tmp_path / "train" / name)
+        for caption in folder.glob("*.txt"):
+            caption.write_text(caption.read_text().replace("sks dog", name[2:]))
+    return tmp_path / "train"
+
+
+@pytest.mark.parametrize("method", ["textual_inversion", "xti", "custom_diffusion", "pivotal"])
+def test_two_concepts_learn_rows_of_their_own(trainer_of, two_concepts, tmp_path, method):
+    trainer = trainer_of(method, train_data_dir=two_concepts, mlm_loss_weight=1)
+    before = rows(trainer)
+    assert list(before) == ["sks", "zwx"]
+    trainer.run()
+    after = rows(trainer)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    names = {path.name for path in export(trainer, tmp_path / "x.safetensors")}
+    assert any(name.endswith("_sks.safetensors") for name in names)
+    assert any(name.endswith("_zwx.safetensors") for name in names)
+
+
+def test_prompts_of_the_term_hold_one_or_both_concepts(trainer_of, two_concepts):
+    trainer = trainer_of("lora", train_data_dir=two_concepts)
+    rng = random.Random(0)
+    prompts = [trainer.regularizer.sample_prompt(rng) for _ in range(200)]
+    has_dog = [("sks dog" in prompt, "zwx cat" in prompt) for prompt in prompts]
+    both = sum(dog and cat for dog, cat in has_dog)
+    assert all(dog or cat for dog, cat in has_dog)
+    assert 60 < both < 140
+    assert (True, False) in has_dog
+    assert (False, True) in has_dog
+
+
+def test_no_concept_word_of_either_is_hidden(trainer_of, two_concepts):
+    trainer = trainer_of("textual_inversion", train_data_dir=two_concepts, mlm_probability=1)
+    (tap,) = trainer.regularizer.taps
+    ids = tap.tokenize(["sks dog next to zwx cat on a hill"], random.Random(0))
+    masked = mask_tokens(ids, tap.vocabulary, mlm_probability=1.0, rng=random.Random(0))
+    kept = ids[masked.input_ids != MASK_ID].tolist()
+    tokens = trainer.models.text_encoders[0].tokenizer.convert_ids_to_tokens(kept)
+    assert tokens[1:-1] == ["<|row_0_0|>", "dog</w>", "<|row_1_0|>", "cat</w>"]
