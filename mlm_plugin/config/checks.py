@@ -44,12 +44,13 @@ def check_config(config: TrainConfig) -> None:
 def mlm_obstacle(config: TrainConfig) -> str | None:
     """Why the MLM term could have no gradient, in the words of the options; None if it can."""
     method = config.schedule.method
-    if method in TOKEN_METHODS:
-        rates = dict(_rates(config))
-        return None if rates.pop("embedding_lr") else "embedding_lr = 0 leaves the rows untrained"
+    if dict(_rates(config)).get("embedding_lr"):
+        return None
+    if method in NETWORK_METHODS:
+        return _network_without_text(config)
     if method == "dreambooth":
         return _frozen_encoder(config)
-    return _network_without_text(config)
+    return "embedding_lr = 0 leaves the rows untrained"
 
 
 def _frozen_encoder(config: TrainConfig) -> str | None:

@@ -135,6 +135,17 @@ MLM_OPTIONS = (
     "mlm_end_step",
     "mlm_prompt_syntax",
 )
+METHOD_OPTIONS = (
+    "learning_rate_te",
+    "embedding_lr",
+    "num_vectors_per_token",
+    "init_word",
+    "stop_unet_training",
+    "stop_text_encoder_training",
+    "stop_embedding_training",
+)
+"""Stored where they were given; kohya's trainers have no names for most of them."""
+
 MODELSPEC_EXTRAS = ("usage_hint", "merged_from", "preprocessor", "is_negative_embedding")
 
 
@@ -463,6 +474,8 @@ def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
             "ss_mlm_contextualizer": facts.mlm_contextualizer,
             "ss_mlm_seed": facts.mlm_seed,
         }
+    changed = config.changed()
+    metadata |= {f"ss_mlm_{name}": changed[name] for name in METHOD_OPTIONS if name in changed}
     metadata |= {
         "ss_mlm_version": __version__,
         "ss_mlm_method": options["method"],

@@ -45,6 +45,7 @@ from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.token_rows import placeholder_pattern
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
@@ -180,6 +181,8 @@ def build_trainer(
         accelerator=accelerator,
         seed=seed,
     )
+    if config.schedule.method in TOKEN_METHODS:
+        _require_placeholders(dataset, concepts)
     _prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
         _cache_latents(config, dataset, models, accelerator)
@@ -409,6 +412,24 @@ def _create_dataset(
     )
 
 
+def _require_placeholders(dataset: TrainDataset, concepts: Sequence[Concept]) -> None:
+    """Rows that no caption holds would learn nothing from the pictures."""
+    captions = [
+        caption
+        for info in dataset.images
+        if not info.is_reg
+        for caption in dataset.captions_of(info)
+    ]
+    for concept in concepts:
+        pattern = placeholder_pattern([concept.placeholder_token])
+        if not any(map(pattern.search, captions)):
+            raise UserError(
+                f"placeholder_token = {concept.placeholder_token!r}: none of the {len(captions)} "
+                f"captions holds it (the first is {captions[0]!r}), so nothing would be learned; "
+                "write it into the captions, or set placeholder_token to the word they hold"
+            )
+
+
 def _report(
     config: TrainConfig,
     dataset: TrainDataset,
@@ -437,7 +458,7 @@ def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method
     for parameter in method.parameters():
         parameter.data = parameter.data.to(models.unet.device)
         if config.schedule.full_fp16 or config.schedule.full_bf16:
-            parameter.data = parameter.data.to(models.unet.dtype)
+            parameter.data = parameter.data.to(WEIGHT_DTYPES[config.schedule.mixed_precision])
     if config.schedule.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
         if method.trains_text_side:

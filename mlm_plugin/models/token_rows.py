@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["TokenRows", "initial_rows"]
+__all__ = ["TokenRows", "initial_rows", "placeholder_pattern"]
 
 TOKEN_ID = re.compile(r"id:(\d+)")
 
@@ -88,7 +88,7 @@ class TokenRows(nn.Module):
         self._stride = torch.tensor(
             [tensor.shape[1] for tensor in rows.values() for _ in range(tensor[..., 0].numel())]
         )
-        self._pattern = _any_of(self.placeholders)
+        self._pattern = placeholder_pattern(self.placeholders)
         self._hidden_ids: list[Tensor] = []
         embedding = text_encoder.token_embedding
         self._handles = [
@@ -161,7 +161,7 @@ def _key(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _any_of(placeholders: Sequence[str]) -> re.Pattern[str]:
+def placeholder_pattern(placeholders: Sequence[str]) -> re.Pattern[str]:
     """Matches any placeholder as whole words, in any case, the longest first."""
     longest_first = sorted(placeholders, key=len, reverse=True)
     words = (r"\s+".join(map(re.escape, placeholder.split())) for placeholder in longest_first)

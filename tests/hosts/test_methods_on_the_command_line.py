@@ -1,0 +1,122 @@
+"""The other methods as a user runs them: files, old saves, class images, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mlm_plugin.cli import train_main
+from mlm_plugin.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def arguments(toy_folder, toy_pictures, toy_contextualizer, tmp_path, _fresh_accelerator):
+    """Flags of a short run of the quickstart preset; later flags win over these."""
+    return [
+        *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
+        *("--pretrained_model_name_or_path", str(toy_folder)),
+        *("--train_data_dir", str(toy_pictures)),
+        *("--mlm_contextualizer", str(toy_contextualizer)),
+        *("--max_train_steps", "2"),
+        *("--output_dir", str(tmp_path / "out")),
+        *("--output_name", "x"),
+    ]
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def metadata_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+def test_the_quickstart_runs_with_every_method(arguments, method, tmp_path, capsys):
+    assert train_main([*arguments, "--method", method]) == 0
+    path = tmp_path / "out" / "x.safetensors"
+    assert f"wrote {path} (" in capsys.readouterr().out
+    metadata = metadata_of(path)
+    assert metadata["ss_mlm_method"] == method
+    assert metadata["modelspec.trigger_phrase"] == "sks dog"
+    assert ("ss_network_dim" in metadata) == (method == "pivotal")
+    assert json.loads(path.with_suffix(".json").read_text())["activation text"] == "sks dog"
+
+
+def test_old_saves_are_removed_with_everything_that_belongs_to_them(arguments, tmp_path):
+    keep = ["--save_every_n_steps", "1", "--save_last_n_steps", "1", "--max_train_steps", "4"]
+    assert train_main([*arguments, "--method", "xti", *keep]) == 0
+    saved = [name for name in names_in(tmp_path / "out") if "step" in name]
+    assert saved == [
+        f"x-step0000000{step}{ending}.safetensors" for step in (2, 3) for ending in ("", "_average")
+    ]
+
+
+def test_class_images_are_drawn_once_and_learned_from(arguments, tmp_path, capsys):
+    flags = ["--method", "dreambooth", "--generate_class_images", "2", "--prior_loss_weight", "0.5"]
+    assert train_main([*arguments, *flags]) == 0
+    folder = tmp_path / "out" / "class_images" / "1_dog"
+    drawn = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert set(drawn) == {
+        *(f"class_{i:06d}{suffix}" for i in range(2) for suffix in (".png", ".txt")),
+        "class_images.json",
+    }
+    assert (folder / "class_000000.txt").read_text() == "a photo of a dog\n"
+    assert "1_dog" in capsys.readouterr().out
+    assert metadata_of(tmp_path / "out" / "x.safetensors")["ss_num_reg_images"] == "2"
+    assert train_main([*arguments, *flags]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
+
+
+def test_class_images_of_another_prompt_are_refused(arguments, capsys):
+    flags = ["--method", "dreambooth", "--generate_class_images", "1"]
+    assert train_main([*arguments, *flags]) == 0
+    assert train_main([*arguments, *flags, "--class_prompt", "a drawing of a dog"]) == 2
+    assert "a drawing of a dog" in capsys.readouterr().err
+
+
+def test_a_frozen_part_of_a_pivotal_run_stays(arguments, tmp_path):
+    run = [*arguments, "--method", "pivotal", "--mlm_loss_weight", "0"]
+    stop = ["--stop_embedding_training", "0.5", "--save_every_n_steps", "1"]
+    assert train_main([*run, *stop, "--max_train_steps", "4"]) == 0
+    rows = [
+        load_file(tmp_path / "out" / f"x{name}_embedding.safetensors")["emb_params"]
+        for name in ("-step00000001", "-step00000002", "-step00000003", "")
+    ]
+    assert not torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[1], rows[2])
+    assert torch.equal(rows[2], rows[3])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "textual_inversion", "--placeholder_token", "zwx"], "none of the 5 captions"),
+        (["--method", "textual_inversion", "--embedding_lr", "0"], "nothing would be trained"),
+        (["--method", "dreambooth", "--no_train_text_encoder"], "no_train_text_encoder"),
+        (["--method", "pivotal", "--stop_unet_training", "1", "--stop_text_encoder_training", "1",
+          "--stop_embedding_training", "1"], "nothing is trained from step 1"),
+        (["--method", "custom_difusion"], "custom_difusion"),
+        (["--method", "custom_diffusion", "--scale_aug", "--cache_latents"], "scale_aug"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(arguments, flags, message, capsys):
+    assert train_main([*arguments, "--class_token", "dog", *flags]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    assert message in line
+
+
+def test_captions_that_lack_the_placeholder_name_what_they_hold(arguments, toy_pictures, tmp_path):
+    folder = tmp_path / "train" / "1_sks dog"
+    shutil.copytree(next(toy_pictures.iterdir()), folder)
+    for caption in folder.glob("*.txt"):
+        caption.write_text("a photo of my dog")
+    flags = ["--train_data_dir", str(folder.parent), "--method", "xti"]
+    assert train_main([*arguments, *flags]) == 2
