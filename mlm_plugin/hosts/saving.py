@@ -149,11 +149,11 @@ class Saver(Listener):
         )
         if not trainer.accelerator.is_main_process:
             return
-        found = trainer.method.verify(path)
+        found, words = trainer.method.verify(path), self._activation_text(trainer, path)
         write_sidecar(
             path,
             base_model_version=self.record.models.version,
-            activation_text=self.record.trigger,
+            activation_text=words,
             description=self.options.metadata_description or "",
         )
         if picture := self.newest_sample():
@@ -162,6 +162,8 @@ class Saver(Listener):
             with Image.open(picture) as image:
                 write_preview(path, image)
         print(f"wrote {path} ({found})")
+        if words != self.record.trigger:
+            print(f"in WebUIs write {words!r}: they call an embedding by the name of its file")
 
     def on_stop(self, trainer: Trainer) -> None:
         """Save the state, so that nothing is lost."""
@@ -169,6 +171,13 @@ class Saver(Listener):
         trainer.save_state(folder)
         if trainer.accelerator.is_main_process:
             logger.warning("state saved; go on with --resume %s", folder)
+
+    def _activation_text(self, trainer: Trainer, path: Path) -> str:
+        words = trainer.method.prompt_words(path)
+        return ", ".join(
+            f"{words.get(placeholder, placeholder)} {class_token}"
+            for placeholder, class_token in self.record.concepts
+        )
 
     @property
     def _wants_final_state(self) -> bool:

@@ -109,6 +109,10 @@ class Method(ABC):
             UserError: a value is not finite, or a name is unknown to other programs.
         """
 
+    def prompt_words(self, path: Path) -> Mapping[str, str]:
+        """What WebUIs call a placeholder, where that is not the placeholder itself."""
+        return {}
+
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained now, for clipping and averaging over processes."""
         return [p for members in self.parts().values() for p in members if p.requires_grad]

@@ -22,6 +22,7 @@ from mlm_plugin.methods.token_rows import (
     rows_state,
     save_embeddings,
     verify_embeddings,
+    words_of,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.cross_attention import cross_attention_names
@@ -149,13 +150,21 @@ class CustomDiffusion(Method):
             logger.info(
                 "%s: rank %d keeps %.1f %% of the change", path, self.lora_rank, 100 * lora.energy
             )
-            metadata = {**to.metadata("lora"), "ss_mlm_energy_kept": f"{lora.energy:.4f}"}
-            save_lora(path, lora.state, metadata=metadata, dtype=to.dtype)
+            own = {
+                "ss_network_dim": str(self.lora_rank),
+                "ss_network_alpha": str(self.lora_rank),
+                "ss_mlm_energy_kept": f"{lora.energy:.4f}",
+            }
+            save_lora(path, lora.state, metadata={**to.metadata("lora"), **own}, dtype=to.dtype)
 
     def verify(self, path: Path) -> str:
         """Count layers and vectors."""
         found = f"keys and values of {verify_delta(path)} layers"
         return f"{found}, {verify_embeddings(self._embeddings(path))}"
+
+    def prompt_words(self, path: Path) -> dict[str, str]:
+        """WebUIs call an embedding by its file's name."""
+        return words_of(self._embeddings(path), self.rows)
 
     def _embeddings(self, path: Path) -> list[Path]:
         return embedding_files(_beside(path, EMBEDDING), self.rows.placeholders)

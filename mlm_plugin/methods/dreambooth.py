@@ -63,8 +63,10 @@ class DreamBooth(Method):
     ) -> DreamBooth:
         """All weights, or those of the U-Net; see ``Method.prepare``."""
         folder = config.output.save_diffusers_folder
-        if folder and config.output.output_name:
-            require_replaceable(Path(config.output.output_dir) / config.output.output_name)
+        if folder:  # said now, not after the training
+            require_replaceable(
+                Path(config.output.output_dir) / (config.output.output_name or "last")
+            )
         return cls(
             models,
             train_text_encoder=not config.finetune.no_train_text_encoder,

@@ -21,6 +21,7 @@ from mlm_plugin.methods.token_rows import (
     rows_state,
     save_embeddings,
     verify_embeddings,
+    words_of,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_rows import TokenRows
@@ -104,6 +105,10 @@ class Pivotal(LoRAMethod):
     def verify(self, path: Path) -> str:
         """Count modules and vectors."""
         return f"{super().verify(path)}, {verify_embeddings(self._embeddings(path))}"
+
+    def prompt_words(self, path: Path) -> dict[str, str]:
+        """WebUIs call an embedding by its file's name; A1111 one in the LoRA by its own."""
+        return {} if self.bundle else words_of(self._embeddings(path), self.rows)
 
     def _embeddings(self, path: Path) -> list[Path]:
         beside = path.with_name(f"{path.stem}{EMBEDDING}{path.suffix}")

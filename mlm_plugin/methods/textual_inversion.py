@@ -18,6 +18,7 @@ from mlm_plugin.methods.token_rows import (
     rows_state,
     save_embeddings,
     verify_embeddings,
+    words_of,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_rows import TokenRows
@@ -72,6 +73,10 @@ class TextualInversion(Method):
         """Embeddings in the format of kohya, A1111, ComfyUI and diffusers."""
         rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
         save_embeddings(to, self.files(to.path), rows)
+
+    def prompt_words(self, path: Path) -> dict[str, str]:
+        """WebUIs call an embedding by its file's name."""
+        return words_of(self.files(path), self.rows)
 
     def verify(self, path: Path) -> str:
         """Count the vectors."""

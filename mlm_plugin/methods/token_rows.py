@@ -30,6 +30,7 @@ __all__ = [
     "rows_state",
     "save_embeddings",
     "verify_embeddings",
+    "words_of",
 ]
 
 STATE_PREFIX = "embedding."
@@ -105,6 +106,11 @@ def verify_embeddings(files: Sequence[Path]) -> str:
     """Read embeddings back; says how many vectors they hold."""
     counts = [verify_embedding(file) for file in files]
     return f"{sum(counts)} vector(s) in {len(files)} embedding file(s)"
+
+
+def words_of(files: Sequence[Path], rows: TokenRows) -> dict[str, str]:
+    """What WebUIs call each placeholder: the name of its embedding's file."""
+    return {name: file.stem for name, file in zip(rows.placeholders, files, strict=True)}
 
 
 def _one_each(

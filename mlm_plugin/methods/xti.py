@@ -24,6 +24,7 @@ from mlm_plugin.methods.token_rows import (
     embedding_files,
     save_embeddings,
     verify_embeddings,
+    words_of,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.cross_attention import (
@@ -105,6 +106,10 @@ class XTI(TextualInversion):
             save_xti(file, tensor, metadata=metadata, dtype=to.dtype, codes=codes)
         averages = {name: layer_average(tensor) for name, tensor in rows.items()}
         save_embeddings(to, self._average_files(to.path), averages)
+
+    def prompt_words(self, path: Path) -> dict[str, str]:
+        """WebUIs have the averages only, and call them by their files' names."""
+        return words_of(self._average_files(path), self.rows)
 
     def verify(self, path: Path) -> str:
         """Count the vectors."""

@@ -47,7 +47,9 @@ def test_the_quickstart_runs_with_every_method(arguments, method, tmp_path, caps
     assert metadata["ss_mlm_method"] == method
     assert metadata["modelspec.trigger_phrase"] == "sks dog"
     assert ("ss_network_dim" in metadata) == (method == "pivotal")
-    assert json.loads(path.with_suffix(".json").read_text())["activation text"] == "sks dog"
+    words = {"textual_inversion": "x", "xti": "x_average", "dreambooth": "sks"}
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    assert sidecar["activation text"] == f"{words.get(method, 'x_embedding')} dog"
 
 
 def test_old_saves_are_removed_with_everything_that_belongs_to_them(arguments, tmp_path):
