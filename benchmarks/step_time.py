@@ -46,7 +46,7 @@ from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.files import atomic_path
-from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for
+from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for, text_tap
 from mlm_plugin.methods import LoRAMethod
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.contextualizer import (
@@ -228,15 +228,9 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     (text_encoder,) = models.text_encoders
     contextualizer = untrained_contextualizer(text_encoder, args)
     method = LoRAMethod.prepare(models, config, [CONCEPT])
-    regularizer = build_regularizer(
-        method,
-        [contextualizer],
-        config.mlm,
-        concepts=[CONCEPT],
-        prompts=prompts_for(config.mlm, [CONCEPT]),
-        seed=0,
-        dtype=dtype,
-    )
+    tap = text_tap(text_encoder, contextualizer, [CONCEPT], dtype=dtype)
+    prompts = prompts_for(config.mlm, [CONCEPT])
+    regularizer = build_regularizer([tap], config.mlm, prompts=prompts, seed=0)
     enable_checkpointing(models, args.gradient_checkpointing)
     num_steps = 2 * (args.num_warmup + args.num_pairs + args.num_memory_pairs)
     optimizer = create_optimizer(

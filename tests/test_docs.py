@@ -13,7 +13,7 @@ import pytest
 
 from mlm_plugin.cli import COMMANDS
 from mlm_plugin.config.loading import load_config, options_markdown
-from mlm_plugin.config.options import OPTIONS, MLMOptions
+from mlm_plugin.config.options import METHOD_NAMES, OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import parse_pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +169,28 @@ def test_defaults_in_readme_are_those_of_the_options():
             assert written.strip("`") == str(default), name
         checked += default is not None
     assert checked >= 10
+
+
+# --- methods --------------------------------------------------------------------------------
+
+
+def methods_in_tables(path):
+    """First cells of table rows, which name a method."""
+    return set(re.findall(r"^\| `(\w+)` \|", text_of(path), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [README, METHOD], ids=lambda page: page.name)
+def test_every_method_has_its_row(page):
+    assert set(METHOD_NAMES) <= methods_in_tables(page)
+
+
+def test_readme_gives_a_command_for_every_method():
+    with_preset = [c for c in train_commands() if "presets/sd15" in c]
+    configs = [
+        load_config([str(ROOT / p) if p.startswith("presets/") else p for p in shlex.split(c)[2:]])
+        for c in with_preset
+    ]
+    assert {config.schedule.method for config in configs} == set(METHOD_NAMES)
 
 
 # --- references -----------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def _required(config: TrainConfig) -> Iterator[str]:
         yield "pretrained_model_name_or_path is missing: give the base model (folder, hub id, file)"
     ends_early = config.run.check or config.dataset.debug_dataset
     if config.output.output_dir is None and not ends_early:
-        yield "output_dir is missing: give the folder for the trained LoRA"
+        yield "output_dir is missing: give the folder for the trained files"
 
 
 def _network(config: TrainConfig) -> Iterator[str]:
@@ -141,8 +141,6 @@ def _learning(config: TrainConfig) -> Iterator[str]:
 
 def _embedding(config: TrainConfig) -> Iterator[str]:
     embedding = config.embedding
-    if embedding.use_object_template and embedding.use_style_template:
-        yield "use_object_template and use_style_template exclude each other; keep one"
     if embedding.weights and embedding.init_word:
         yield "weights and init_word both say where the rows start; keep one"
 
@@ -210,6 +208,8 @@ def _data(config: TrainConfig) -> Iterator[str]:
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
         if getattr(data, name) > 1:
             yield f"{name} = {getattr(data, name):g}: a probability must be from 0 to 1"
+    if data.use_object_template and data.use_style_template:
+        yield "use_object_template and use_style_template exclude each other; keep one"
     if data.conditioning_data_dir is not None and not data.masked_loss:
         yield "conditioning_data_dir holds masks for masked_loss; add masked_loss or leave it out"
 
@@ -341,8 +341,7 @@ _NETWORK_OPTIONS = " ".join(name for name, entry in OPTIONS.items() if entry.gro
 _READ_WITH = (
     _of_methods(f"{_NETWORK_OPTIONS} unet_lr text_encoder_lr", *NETWORK_METHODS),
     _of_methods(
-        "num_vectors_per_token init_word weights use_object_template use_style_template "
-        "embedding_lr stop_embedding_training",
+        "num_vectors_per_token init_word weights embedding_lr stop_embedding_training",
         *TOKEN_METHODS,
     ),
     _of_methods("stop_text_encoder_training", "lora", "pivotal", "dreambooth"),

@@ -90,7 +90,7 @@ class Concept(NamedTuple):
     @property
     def text(self) -> str:
         """The concept as prompts and captions name it: ``"sks dog"``."""
-        return f"{self.placeholder_token} {self.class_token}"
+        return " ".join(word for word in self if word)
 
 
 def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
@@ -526,7 +526,8 @@ def concepts_of(
     Args:
         config: may name placeholders, classes or both.
         datasets: their subsets may name concepts by ``class_tokens``.
-        required: whether the run needs to know them; else what is unknown is left out.
+        required: whether the run needs to know them whole; else a class may be None, and a concept
+            without a name is left out.
 
     Raises:
         UserError: A concept is unknown, ambiguous or named twice.
@@ -548,7 +549,7 @@ def concepts_of(
         concepts = [_by_first_word(text) for text in found]
     if required:
         _require_names(concepts, found)
-    return tuple(concept for concept in concepts if all(concept))
+    return tuple(concept for concept in concepts if concept.placeholder_token)
 
 
 def _class_tokens(datasets: Sequence[DatasetConfig]) -> list[str]:
@@ -580,17 +581,6 @@ def _by_first_word(text: str) -> Concept:
 
 def _require_names(concepts: Sequence[Concept], found: Sequence[str]) -> None:
     ask = "give --placeholder_token (its name, e.g. sks) and --class_token (what it is, e.g. dog)"
-    placeholders = [concept.placeholder_token for concept in concepts]
-    if len(found) > 1 and len(set(placeholders)) < len(placeholders):
-        raise UserError(
-            "the subsets name one placeholder with several classes ("
-            + ", ".join(found)
-            + f"); {ask}"
-        )
-    if len(set(placeholders)) < len(placeholders):
-        raise UserError(f"placeholder_token {' '.join(map(str, placeholders))}: one is named twice")
-    if not concepts:
-        raise UserError(f"the run needs to know the concept; {ask}")
     for concept in concepts:
         if concept.class_token is None and concept.placeholder_token in found:
             raise UserError(
@@ -598,5 +588,13 @@ def _require_names(concepts: Sequence[Concept], found: Sequence[str]) -> None:
                 f"give --class_token, e.g. dog, or name the folder like "
                 f"'10_{concept.placeholder_token} dog'"
             )
-        if not all(concept):
-            raise UserError(f"the run needs to know the concept; {ask}")
+    if len(found) > 1 and not all(map(all, concepts)):
+        raise UserError(f"the subsets name several concepts ({', '.join(found)}); {ask}")
+    if not concepts or not all(map(all, concepts)):
+        raise UserError(f"the run needs to know the concept; {ask}")
+    names = [concept.placeholder_token.lower() for concept in concepts]
+    if twice := {name for name in names if names.count(name) > 1}:
+        classes = ", ".join(concept.text for concept in concepts)
+        raise UserError(
+            f"placeholder {twice.pop()!r} names several concepts ({classes}); give each its own"
+        )

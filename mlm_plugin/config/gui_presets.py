@@ -105,6 +105,7 @@ _HANDLED = {
     "sample_prompts",
     "sdxl",
     "sdxl_no_half_vae",
+    "stop_text_encoder_training",
     "text_encoder_lr",
     "train_on_input",
     "unet_lr",
@@ -152,6 +153,7 @@ def convert_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     values |= _length(fields)
     values |= _learning_rates(fields)
     values |= _warmup(fields, warnings)
+    values |= _text_encoder_stop(fields, warnings)
     values |= _switches(fields, warnings)
     _keep_chosen_noise(fields, values)
     values |= _additional(str(fields.get("additional_parameters", "")), warnings)
@@ -324,6 +326,17 @@ def _warmup(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
         warnings.append("lr_warmup is left out: the constant scheduler has none")
         return {}
     return {"lr_warmup_steps": int(steps) if steps else percent / 100}
+
+
+def _text_encoder_stop(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """``stop_text_encoder_training`` is a percentage of the run here; 0 and 100 are its end."""
+    percent = _number(fields, "stop_text_encoder_training")
+    if percent < 0:
+        warnings.append(
+            "stop_text_encoder_training = -1 is left out: kohya's LoRA trainer ignores it; "
+            "network_train_unet_only trains no text encoder"
+        )
+    return {"stop_text_encoder_training": percent / 100} if 0 < percent < 100 else {}
 
 
 def _switches(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:

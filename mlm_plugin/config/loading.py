@@ -148,7 +148,10 @@ def coerce(entry: Option, raw: Any, *, place: str) -> Any:
         if entry.nullable and _is_empty(value):
             return None
         if entry.many:
-            return tuple(_to_kind(entry.kind, item) for item in _to_list(entry, value))
+            values = tuple(_to_kind(entry.kind, item) for item in _to_list(entry, value))
+            for item in values:
+                _check_limits(entry, item, place=place)
+            return values
         value = _to_number(value) if entry.whole else _to_kind(entry.kind, value)
         if entry.zero_is_off and value == 0:
             return None
@@ -407,7 +410,8 @@ def _add_declined(section: Any, name: str, entry: Declined) -> None:
 def _metavar(entry: Option) -> str:
     if entry.path:
         return "PATH"
-    return {int: "N", float: "X", str: "KEY=VALUE" if entry.many else "TEXT"}[entry.kind]
+    pairs = entry.name.endswith("_args")
+    return {int: "N", float: "X", str: "KEY=VALUE" if pairs else "TEXT"}[entry.kind]
 
 
 def _describe(entry: Option) -> str:

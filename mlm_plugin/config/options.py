@@ -124,6 +124,8 @@ def _steps_or_ratio(value: Any) -> Any:
     if isinstance(value, str):
         text = value.strip()
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if text.endswith("%") and value >= 1:  # 1.0 would be read as one step
+            raise ValueError("a percentage below 100%")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if value < 0 or (value >= 1 and value != int(value)):
             raise ValueError("a whole number of steps, a ratio below 1 or a percentage like 10%")
@@ -251,12 +253,6 @@ class EmbeddingOptions:
         "Embedding files whose rows the training starts from, one per concept (.safetensors, .pt, "
         ".bin).",
         path=True,
-    )
-    use_object_template: bool = option(
-        False, "Captions from neutral templates for objects instead of those of the data."
-    )
-    use_style_template: bool = option(
-        False, "Captions from neutral templates for styles instead of those of the data."
     )
     xti_mlm_layers: str = option(
         "sample",
@@ -466,6 +462,12 @@ class DatasetOptions:
     )
     caption_prefix: str | None = option(None, "Text put before every caption.")
     caption_suffix: str | None = option(None, "Text put after every caption.")
+    use_object_template: bool = option(
+        False, "Captions from neutral templates for objects instead of those of the data."
+    )
+    use_style_template: bool = option(
+        False, "Captions from neutral templates for styles instead of those of the data."
+    )
     caption_dropout_rate: float = option(0.0, "Probability of an empty caption.", at_least=0)
     caption_dropout_every_n_epochs: int = option(
         0, "Empty captions in every n-th epoch; 0 for never.", at_least=0
@@ -566,7 +568,7 @@ class OutputOptions:
 
     output_dir: str | None = option(None, "Folder for the trained files.", path=True)
     output_name: str | None = option(
-        None, "Name of the LoRA without extension; `last` if not given."
+        None, "Name of the files without extension; `last` if not given."
     )
     save_precision: str | None = option(
         None,
@@ -766,6 +768,28 @@ class RunOptions:
         False, "Warn about unknown keys and flags instead of refusing them."
     )
     check: bool = option(False, "Validate options and data, then end before the model is loaded.")
+    host: str = option(
+        "auto",
+        "Trainer that runs: `standalone` (this package's own) or `sd-scripts` (kohya's, with the "
+        "MLM term added); `auto` is sd-scripts where a checkout is given or lies beside the "
+        "script, else standalone.",
+        choices=("auto", "sd-scripts", "standalone"),
+    )
+    sd_scripts_dir: str | None = option(
+        None,
+        "Checkout of sd-scripts; the environment variable SD_SCRIPTS_DIR says the same.",
+        path=True,
+    )
+    mlm_arch: str = option(
+        "auto",
+        "Architecture in the sd-scripts host; `auto` looks at the base model.",
+        choices=("auto", "sd", "sdxl", "sd3", "flux"),
+    )
+    mlm_script: str | None = option(
+        None,
+        "Script of sd-scripts to run, e.g. `fine_tune.py`; chosen by method and mlm_arch if not "
+        "given.",
+    )
 
 
 class Declined(NamedTuple):

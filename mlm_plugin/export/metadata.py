@@ -247,30 +247,30 @@ def file_identity(path: str | os.PathLike) -> FileIdentity:
 
 
 def dataset_facts(
-    datasets: Sequence[DatasetConfig], images: Iterable[ImageInfo], *, trigger: str | None = None
+    datasets: Sequence[DatasetConfig], images: Iterable[ImageInfo], *, triggers: Sequence[str] = ()
 ) -> tuple[DatasetFacts, ...]:
     """Count images, tags and buckets of each data set.
 
     Args:
         datasets: the configured data sets.
         images: all pictures of the training, each with its ``dataset_index`` and bucket.
-        trigger: phrase that is counted as one more tag.
+        triggers: phrases that are counted as one more tag each.
     """
     images = list(images)
     return tuple(
-        _facts_of(dataset, [i for i in images if i.dataset_index == index], trigger=trigger)
+        _facts_of(dataset, [i for i in images if i.dataset_index == index], triggers=triggers)
         for index, dataset in enumerate(datasets)
     )
 
 
 def _facts_of(
-    dataset: DatasetConfig, images: list[ImageInfo], *, trigger: str | None
+    dataset: DatasetConfig, images: list[ImageInfo], *, triggers: Sequence[str]
 ) -> DatasetFacts:
     by_subset = [[i for i in images if i.subset == subset] for subset in dataset.subsets]
     frequency: dict[str, Counter[str]] = {}
     for subset, members in zip(dataset.subsets, by_subset, strict=True):
         counts = frequency.setdefault(_folder(subset), Counter())
-        counts.update(_count_tags((image.caption for image in members), trigger=trigger))
+        counts.update(_count_tags([image.caption for image in members], triggers=triggers))
     return DatasetFacts(
         config=dataset,
         img_counts=tuple(map(len, by_subset)),
@@ -285,17 +285,16 @@ def _folder(subset: SubsetConfig) -> str:
     return Path(subset.metadata_file or subset.image_dir).name
 
 
-def _count_tags(captions: Iterable[str], *, trigger: str | None) -> Counter[str]:
-    """Tags between commas, lower case, per caption; and captions with the trigger in them."""
+def _count_tags(captions: Sequence[str], *, triggers: Sequence[str]) -> Counter[str]:
+    """Tags between commas, lower case, per caption; and captions with a trigger in them."""
     counts: Counter[str] = Counter()
-    trigger = (trigger or "").lower()
-    pattern = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
-    num_with_trigger = 0
     for caption in captions:
         counts.update(tag.strip().lower() for tag in caption.split(",") if tag.strip())
-        num_with_trigger += bool(trigger and pattern.search(caption.lower()))
-    if num_with_trigger and trigger not in counts:
-        counts[trigger] = num_with_trigger
+    for trigger in map(str.lower, triggers):
+        pattern = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
+        num_with_trigger = sum(bool(pattern.search(caption.lower())) for caption in captions)
+        if num_with_trigger and trigger not in counts:
+            counts[trigger] = num_with_trigger
     return counts
 
 
@@ -475,7 +474,10 @@ def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
             "ss_mlm_seed": facts.mlm_seed,
         }
     changed = config.changed()
-    metadata |= {f"ss_mlm_{name}": changed[name] for name in METHOD_OPTIONS if name in changed}
+    for name in METHOD_OPTIONS:
+        if name in changed:
+            value = changed[name]
+            metadata[f"ss_mlm_{name}"] = _joined(value) if isinstance(value, tuple) else value
     metadata |= {
         "ss_mlm_version": __version__,
         "ss_mlm_method": options["method"],
@@ -485,8 +487,8 @@ def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
     return {key: str(value) for key, value in metadata.items()}
 
 
-def _joined(words: Iterable[str]) -> str | None:
-    return ", ".join(words) or None
+def _joined(words: Iterable[str | None]) -> str | None:
+    return ", ".join(word for word in words if word) or None
 
 
 def _modelspec(config: TrainConfig, facts: RunFacts, *, kind: str) -> dict[str, str]:

@@ -43,7 +43,7 @@ def prepare_class_images(
         UserError: no class is known, or a folder belongs to other settings.
     """
     classes = list(dict.fromkeys(concept.class_token for concept in concepts))
-    if not classes:
+    if not all(classes) or not classes:
         raise UserError(
             "generate_class_images: what to draw is not known; give --placeholder_token and "
             "--class_token, or name the folder like '10_sks dog'"

@@ -211,7 +211,8 @@ def text_tap(
     if text_encoder.token_rows is not None:  # no vocabulary holds their tokens: never a target
         protected += text_encoder.token_rows.tokens
     embedding = text_encoder.token_embedding
-    table = embedding.weight.detach()
+    # rows that a host added behind the vocabulary are no answers
+    table = embedding.weight.detach()[: contextualizer.sizes.vocab_size]
     if embedding.weight.requires_grad:  # the output table must not follow the training
         table = table.clone()
     return TextTap(

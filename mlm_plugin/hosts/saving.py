@@ -78,7 +78,9 @@ class RunRecord:
             session_id=random.SystemRandom().randrange(2**32),
             started_at=self.started_at,
             datasets=dataset_facts(
-                self.dataset.datasets, self.dataset.images, trigger=self.trigger
+                self.dataset.datasets,
+                self.dataset.images,
+                triggers=[concept.text for concept in self.concepts],
             ),
             num_batches_per_epoch=trainer.plan.batches_per_epoch,
             num_epochs=trainer.plan.num_epochs,
@@ -150,8 +152,9 @@ class Saver(Listener):
         if not trainer.accelerator.is_main_process:
             return
         found, words = trainer.method.verify(path), self._activation_text(trainer, path)
+        files = trainer.method.files(path)
         write_sidecar(
-            path,
+            files[0],
             base_model_version=self.record.models.version,
             activation_text=words,
             description=self.options.metadata_description or "",
@@ -160,8 +163,9 @@ class Saver(Listener):
             from PIL import Image
 
             with Image.open(picture) as image:
-                write_preview(path, image)
-        print(f"wrote {path} ({found})")
+                write_preview(files[0], image)
+        names = [str(files[0]), *(file.name for file in files[1:])]
+        print(f"wrote {', '.join(names)} ({found})")
         if words != self.record.trigger:
             print(f"in WebUIs write {words!r}: they call an embedding by the name of its file")
 
@@ -174,10 +178,13 @@ class Saver(Listener):
 
     def _activation_text(self, trainer: Trainer, path: Path) -> str:
         words = trainer.method.prompt_words(path)
-        return ", ".join(
-            f"{words.get(placeholder, placeholder)} {class_token}"
-            for placeholder, class_token in self.record.concepts
-        )
+        named = [
+            Concept(
+                words.get(concept.placeholder_token, concept.placeholder_token), concept.class_token
+            )
+            for concept in self.record.concepts
+        ]
+        return trigger_of(named) or ""
 
     @property
     def _wants_final_state(self) -> bool:

@@ -399,14 +399,14 @@ def _shared_seed(config: TrainConfig) -> int:
 def _create_dataset(
     config: TrainConfig, datasets, concepts: Sequence[Concept], *, seed: int
 ) -> TrainDataset:
-    embedding = config.embedding
-    kind = "object" if embedding.use_object_template else "style"
-    uses_templates = embedding.use_object_template or embedding.use_style_template
+    data = config.dataset
+    kind = "object" if data.use_object_template else "style"
+    uses_templates = data.use_object_template or data.use_style_template
     return TrainDataset(
         datasets,
         seed=seed,
-        prior_loss_weight=config.dataset.prior_loss_weight,
-        masked_loss=config.dataset.masked_loss,
+        prior_loss_weight=data.prior_loss_weight,
+        masked_loss=data.masked_loss,
         templates=load_templates(kind) if uses_templates else (),
         concept=concepts[0].text if len(concepts) == 1 else None,
     )
@@ -451,7 +451,7 @@ def _report(
         else:
             tokens = text_encoder.tokenizer.tokenize(name)
             read = f"the tokenizer reads it as {len(tokens)} token(s): {' '.join(tokens)}"
-        print(f"Concept: {name!r} is a {concept.class_token}; {read}")
+        print(f"Concept: {name!r} is a {concept.class_token or 'thing'}; {read}")
 
 
 def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
@@ -539,18 +539,32 @@ def _create_optimizer(
 
 def _freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict[str, int]:
     """From which step a part is trained no more; shares are of the whole run."""
+    trained = [
+        part
+        for part, members in method.parts().items()
+        if any(parameter.requires_grad for parameter in members)
+    ]
     steps = {}
-    for part, option in STOP_OPTIONS.items():
-        stop = getattr(config.optimizer, option)
-        if stop is not None and part in method.parts():
+    for part in trained:
+        stop = getattr(config.optimizer, STOP_OPTIONS[part])
+        if stop is not None:
             steps[part] = stop if stop >= 1 else round(stop * num_steps)
-    if steps.keys() >= {part for part, members in method.parts().items() if members}:
-        first_idle = max(steps.values())
-        if first_idle < num_steps:
-            raise UserError(
-                f"{', '.join(STOP_OPTIONS[part] for part in steps)}: nothing is trained from step "
-                f"{first_idle} of {num_steps} on; let one part go on, or shorten the run"
-            )
+
+    def end_of(parts: Sequence[str]) -> int:
+        return max((steps.get(part, num_steps) for part in parts), default=0)
+
+    if end_of(trained) < num_steps:
+        raise UserError(
+            f"{', '.join(STOP_OPTIONS[part] for part in steps)}: nothing is trained from step "
+            f"{end_of(trained)} of {num_steps} on; let one part go on, or shorten the run"
+        )
+    text_end = end_of([part for part in trained if part != "unet"])
+    if config.mlm.mlm_loss_weight and text_end <= config.mlm.mlm_start_step:
+        raise UserError(
+            f"mlm_start_step = {config.mlm.mlm_start_step}: nothing before the text encoder's "
+            f"output is trained from step {text_end} on, so the MLM term would never act; start it "
+            "earlier, or train the text side for longer"
+        )
     return steps
 
 

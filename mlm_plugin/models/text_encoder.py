@@ -30,6 +30,8 @@ class TextEncoder:
         clip_skip: ``None`` or 1 = last layer; k = the k-th state from the end, followed by the
             final layer norm. Source: sd-scripts ``library/strategy_sd.py``.
         max_token_length: ``None`` or 75 = one window of 77; 150 / 225 = two / three windows.
+        final_norm: whether the final layer norm follows a skipped layer. SD 1 and 2 have it so,
+            SDXL and SD 3 take the state as it is. Source: ``library/strategy_sdxl.py``.
 
     Attributes:
         token_rows: placeholders that stand for learned vectors; ``TokenRows`` puts itself here.
@@ -42,11 +44,14 @@ class TextEncoder:
         *,
         clip_skip: int | None = None,
         max_token_length: int | None = None,
+        final_norm: bool = True,
     ):
+        assert final_norm or clip_skip is not None, "the last state always has the final norm"
         self.tokenizer = tokenizer
         self.model = model
         self.clip_skip = clip_skip
         self.max_token_length = max_token_length
+        self.final_norm = final_norm
         self.token_rows: TokenRows | None = None
 
     @property
@@ -108,7 +113,8 @@ class TextEncoder:
         if self.clip_skip is None:
             return self.model(input_ids=input_ids_BL, return_dict=True).last_hidden_state
         states = self.model(input_ids=input_ids_BL, output_hidden_states=True, return_dict=True)
-        return self.body.final_layer_norm(states.hidden_states[-self.clip_skip])
+        state_BLD = states.hidden_states[-self.clip_skip]
+        return self.body.final_layer_norm(state_BLD) if self.final_norm else state_BLD
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass, while the model is in training mode."""
@@ -167,7 +173,8 @@ class TextEncoder:
             stride = max(1, flat.numel() // SIGN_BITS_PER_TENSOR)
             signs = (flat[::stride] > 0).cpu().numpy()
             digest.update(f"{name}{tuple(tensor.shape)}".encode() + signs.tobytes())
-        return f"{digest.hexdigest()[:16]}-skip{self.clip_skip or 1}"
+        norm = "" if self.final_norm else "-raw"
+        return f"{digest.hexdigest()[:16]}-skip{self.clip_skip or 1}{norm}"
 
     def tokenizer_fingerprint(self) -> str:
         """Identity of the vocabulary without tokens added later, 16 hex digits."""

@@ -33,7 +33,7 @@ class TextDrift:
     that have nothing to do with it.
 
     Args:
-        text_encoder: as it is before the training.
+        text_encoder: as it is before the training; in evaluation mode whenever it is measured.
         autocast: mixed precision of the run.
     """
 
@@ -52,9 +52,5 @@ class TextDrift:
 
     @torch.no_grad()
     def _states(self) -> Tensor:
-        training = self.text_encoder.model.training
-        self.text_encoder.model.eval()
         with self.autocast():
-            states = self.text_encoder.encode_captions(PROBES).float()
-        self.text_encoder.model.train(training)
-        return states
+            return self.text_encoder.encode_captions(PROBES).float()

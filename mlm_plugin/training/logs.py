@@ -43,7 +43,9 @@ class CurveLogger(Listener):
             values["loss/mlm_weighted"] = result.mlm_weight * result.mlm
             values["mlm/accuracy"] = result.mlm_accuracy
         if step % max(1, trainer.plan.num_steps // DRIFT_LOOKS) == 0:
+            trainer.method.train(False)
             values["te/drift_cos"] = self.drift()
+            trainer.method.train(True)
         trainer.accelerator.log(values, step=step)
 
     def on_epoch_end(self, trainer: Trainer) -> None:

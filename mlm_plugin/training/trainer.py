@@ -396,7 +396,7 @@ class _Evaluating:
     def __enter__(self) -> None:
         self.trainer.method.train(False)
         if _has_modes(self.trainer.optimizer):  # the way there and back rounds the weights
-            self.trained = [p.detach().clone() for p in self.trainer.method.parameters()]
+            self.trained = [p.detach().clone() for p in self._parameters()]
         set_optimizer_mode(self.trainer.optimizer, training=False)
 
     @torch.no_grad()
@@ -404,7 +404,11 @@ class _Evaluating:
         self.trainer.method.train(True)
         set_optimizer_mode(self.trainer.optimizer, training=True)
         if self.trained:
-            torch._foreach_copy_(self.trainer.method.parameters(), self.trained)
+            torch._foreach_copy_(self._parameters(), self.trained)
+
+    def _parameters(self) -> list[Tensor]:
+        """What the optimizer changes, parts that are frozen by now included."""
+        return [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
 
 
 def _has_modes(optimizer: torch.optim.Optimizer) -> bool:

@@ -190,11 +190,11 @@ WITHOUT_GRADIENT = [
     ({"method": "custom_diffusion", "embedding_lr": 0.0}, "embedding_lr = 0"),
     (
         {"method": "pivotal", "embedding_lr": 0.0, "text_encoder_lr": (0.0,), "unet_lr": 1e-4},
-        "embedding_lr = 0",
+        "text_encoder_lr = 0",
     ),
     (
         {"method": "pivotal", "embedding_lr": 0.0, "network_train_unet_only": True},
-        "embedding_lr = 0",
+        "network_train_unet_only",
     ),
 ]
 
@@ -217,6 +217,13 @@ def test_rows_give_the_mlm_term_its_gradient_whatever_else_is_off(method):
     assert mlm_obstacle(config.replace(text_encoder_lr=(0.0,), unet_lr=0.0)) is None
     assert mlm_obstacle(config.replace(network_train_unet_only=True)) is None
     assert mlm_obstacle(config.replace(no_train_text_encoder=True, learning_rate_te=0.0)) is None
+
+
+def test_pivotal_needs_rows_or_text_encoder_modules_for_the_mlm_term():
+    pivotal = NO_NETWORK.replace(method="pivotal")
+    assert mlm_obstacle(pivotal.replace(embedding_lr=0.0)) is None
+    assert mlm_obstacle(pivotal.replace(network_train_unet_only=True)) is None
+    assert mlm_obstacle(pivotal.replace(embedding_lr=0.0, network_train_unet_only=True))
 
 
 def test_a_method_minds_only_its_own_obstacles():
@@ -243,8 +250,6 @@ READERS = {
     "num_vectors_per_token": set(TOKEN_METHODS),
     "init_word": set(TOKEN_METHODS),
     "weights": set(TOKEN_METHODS),
-    "use_object_template": set(TOKEN_METHODS),
-    "use_style_template": set(TOKEN_METHODS),
     "embedding_lr": set(TOKEN_METHODS),
     "stop_embedding_training": set(TOKEN_METHODS),
     "xti_mlm_layers": {"xti"},

@@ -397,7 +397,8 @@ def test_an_unknown_concept_is_an_error_only_where_it_is_required(tmp_path, name
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
-    assert concepts(tmp_path / "off", names, required=False) == ()
+    known = [name[3:] for name in names if name[3:]]
+    assert [c.text for c in concepts(tmp_path / "off", names, required=False)] == known
 
 
 def test_equal_names_in_several_folders_are_one_concept(tmp_path):
@@ -442,7 +443,7 @@ def test_a_list_of_one_kind_takes_the_rest_from_the_folders(tmp_path):
         (
             ["10_sks dog", "5_sks cat"],
             {},
-            ["one placeholder with several classes (sks dog, sks cat)", "--placeholder_token"],
+            ["'sks' names several concepts (sks dog, sks cat)", "give each its own"],
         ),
         (
             ["10_sks dog"],
@@ -457,7 +458,22 @@ def test_a_list_of_one_kind_takes_the_rest_from_the_folders(tmp_path):
         (
             ["10_"],
             {"placeholder_token": ("sks", "sks"), "class_token": ("dog", "cat")},
-            ["placeholder_token sks sks", "named twice"],
+            ["'sks' names several concepts (sks dog, sks cat)", "give each its own"],
+        ),
+        (
+            ["10_"],
+            {"placeholder_token": ("sks", "SKS"), "class_token": ("dog", "cat")},
+            ["'sks' names several concepts (sks dog, SKS cat)"],
+        ),
+        (
+            ["10_"],
+            {"class_token": ("dog", "cat")},
+            ["needs to know the concept", "--placeholder_token"],
+        ),
+        (
+            ["10_sks dog", "5_ohwx cat"],
+            {"class_token": ("toy", "bird")},
+            ["several concepts (sks dog, ohwx cat)", "--placeholder_token"],
         ),
         (
             ["10_sks dog"],
@@ -467,7 +483,7 @@ def test_a_list_of_one_kind_takes_the_rest_from_the_folders(tmp_path):
         (
             ["10_sks dog", "5_sks cat"],
             {"placeholder_token": ("sks",)},
-            ["needs to know the concept", "--class_token"],
+            ["several concepts (sks dog, sks cat)", "--class_token"],
         ),
         (["10_sks dog", "5_ohwx"], {}, ["'ohwx'", "--class_token", "10_ohwx dog"]),
     ],
@@ -486,5 +502,7 @@ def test_unequal_lists_are_refused_even_where_no_concept_is_required(tmp_path):
         concepts(tmp_path, ["10_"], required=False, **options)
 
 
-def test_known_concepts_stay_where_others_are_not_required(tmp_path):
-    assert concepts(tmp_path, ["10_sks dog", "5_ohwx"], required=False) == (SKS,)
+def test_a_name_is_kept_without_its_class_where_the_run_needs_none(tmp_path):
+    found = concepts(tmp_path, ["10_sks dog", "5_ohwx"], required=False)
+    assert found == (SKS, Concept("ohwx", None))
+    assert [concept.text for concept in found] == ["sks dog", "ohwx"]

@@ -56,6 +56,16 @@ PRESET = {
 }
 
 
+@pytest.mark.parametrize(
+    ("percent", "expected", "num_warnings"),
+    [(30, 0.3, 0), ("60", 0.6, 0), (0, None, 0), (100, None, 0), (-1, None, 1)],
+)
+def test_the_stop_of_the_text_encoder_is_a_percentage(percent, expected, num_warnings):
+    values, warnings = convert_preset({"stop_text_encoder_training": percent})
+    assert values.get("stop_text_encoder_training") == expected
+    assert len([w for w in warnings if "stop_text_encoder" in w]) == num_warnings
+
+
 def test_gui_fields_become_the_options_the_gui_would_pass():
     values, _ = convert_preset(PRESET)
     assert values == {

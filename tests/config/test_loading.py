@@ -207,6 +207,7 @@ def test_toml_values_reach_the_declared_type(toml, line, name, expected):
         ("stop_unet_training = 1.5", ["stop_unet_training", "1.5", "ratio below 1"]),
         ("stop_unet_training = -1", ["stop_unet_training", "-1", "ratio below 1"]),
         ('stop_unet_training = "late"', ["stop_unet_training", "'late'", "percentage"]),
+        ('stop_unet_training = "100%"', ["stop_unet_training", "'100%'", "percentage"]),
         ("stop_unet_training = true", ["stop_unet_training", "True"]),
         ('method = "ti"', ["method", "'ti'", "lora, dreambooth, textual_inversion, xti"]),
         ("num_vectors_per_token = 0", ["num_vectors_per_token", "at least 1"]),

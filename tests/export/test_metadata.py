@@ -90,7 +90,7 @@ def facts(*, enable_bucket=True, num_datasets=1, **changes):
         session_id=7,
         started_at=1000.5,
         finished_at=2000.75,
-        datasets=dataset_facts(datasets, images, trigger="sks dog"),
+        datasets=dataset_facts(datasets, images, triggers=["sks dog"]),
         num_batches_per_epoch=10,
         num_epochs=3,
         max_train_steps=30,
@@ -187,7 +187,7 @@ def test_tags_are_counted_truly_and_the_trigger_is_one_of_them():
     dataset = DatasetConfig(batch_size=1, resolution=(512, 512), subsets=(subset,))
     captions = ("A photo of SKS dog on a lawn", "my sks dog", "sks dogs", "none")
     images = [image(caption, subset=subset) for caption in captions]
-    (found,) = dataset_facts([dataset], images, trigger="sks dog")
+    (found,) = dataset_facts([dataset], images, triggers=["sks dog"])
     assert found.tag_frequency["x"]["sks dog"] == 2
     (plain,) = dataset_facts([dataset], images)
     assert "sks dog" not in plain.tag_frequency["x"]
@@ -386,6 +386,17 @@ def test_a_file_without_a_name_is_titled_by_its_kind(kind, title):
 def test_the_method_is_on_record_with_the_mlm_term_and_without(kind, method, weight):
     written = metadata(kind=kind, method=method, mlm_loss_weight=weight)
     assert written["ss_mlm_method"] == method
+
+
+def test_what_a_method_was_given_is_on_record_and_defaults_are_not():
+    given = {"embedding_lr": 5e-3, "num_vectors_per_token": 4, "stop_embedding_training": 0.6}
+    plain, written = metadata(method="pivotal"), metadata(method="pivotal", **given)
+    added = {key: written[key] for key in written.keys() - plain.keys()}
+    assert added == {
+        "ss_mlm_embedding_lr": "0.005",
+        "ss_mlm_num_vectors_per_token": "4",
+        "ss_mlm_stop_embedding_training": "0.6",
+    }
 
 
 def test_two_concepts_are_both_on_record():

@@ -42,7 +42,7 @@ def metadata_of(path):
 def test_the_quickstart_runs_with_every_method(arguments, method, tmp_path, capsys):
     assert train_main([*arguments, "--method", method]) == 0
     path = tmp_path / "out" / "x.safetensors"
-    assert f"wrote {path} (" in capsys.readouterr().out
+    assert f"wrote {path}" in capsys.readouterr().out
     metadata = metadata_of(path)
     assert metadata["ss_mlm_method"] == method
     assert metadata["modelspec.trigger_phrase"] == "sks dog"
@@ -105,6 +105,10 @@ def test_a_frozen_part_of_a_pivotal_run_stays(arguments, tmp_path):
         (["--method", "dreambooth", "--no_train_text_encoder"], "no_train_text_encoder"),
         (["--method", "pivotal", "--stop_unet_training", "1", "--stop_text_encoder_training", "1",
           "--stop_embedding_training", "1"], "nothing is trained from step 1"),
+        (["--method", "lora", "--unet_lr", "0", "--text_encoder_lr", "1e-3", "--mlm_loss_weight",
+          "0", "--stop_text_encoder_training", "1"], "nothing is trained from step 1"),
+        (["--method", "pivotal", "--stop_text_encoder_training", "1", "--mlm_start_step", "1",
+          "--stop_embedding_training", "0.5"], "the MLM term would never act"),
         (["--method", "custom_difusion"], "custom_difusion"),
         (["--method", "custom_diffusion", "--scale_aug", "--cache_latents"], "scale_aug"),
     ],

@@ -344,6 +344,24 @@ def test_token_methods_ask_for_the_concept_even_without_the_mlm_term(
     assert train_main([*arguments, *flags, "--method", method]) == 0
 
 
+@pytest.mark.parametrize("stop", ["2", "0.5", "50%"])
+def test_a_part_is_frozen_from_a_step_or_a_share_of_the_run_on(arguments, tmp_path, stop):
+    flags = ["--save_every_n_steps", "2", "--mlm_loss_weight", "0"]
+    assert train_main([*arguments, *flags, "--stop_text_encoder_training", stop]) == 0
+    half = load_file(tmp_path / "out" / "dog-step00000002.safetensors")
+    whole = load_file(tmp_path / "out" / "dog.safetensors")
+    assert all(half[name].any() for name in half if name.endswith("lora_up.weight"))
+    changed = [name for name in half if not torch.equal(half[name], whole[name])]
+    assert changed
+    assert all(name.startswith("lora_unet_") for name in changed)
+
+
+def test_a_run_that_would_end_with_nothing_trained_is_refused(arguments, capsys):
+    flags = ["--stop_text_encoder_training", "50%", "--stop_unet_training", "3"]
+    assert train_main([*arguments, *flags]) == 2
+    assert "nothing is trained from step 3 of 4 on" in capsys.readouterr().err
+
+
 def test_resuming_with_other_settings_is_refused_by_name(arguments, tmp_path, capsys):
     assert train_main([*arguments, "--save_state", "--max_train_steps", "2"]) == 0
     state = str(tmp_path / "out" / "dog-state")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import LossOptions, MLMOptions, OptimizerOptions, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.errors import UserError
-from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for
+from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for, text_tap
 from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
@@ -143,14 +144,10 @@ def make_regularizer(method):
         )
     contextualizer.start_from(table, torch.ones(len(table)))
     options = MLMOptions(mlm_batch_size=3, mlm_prompt_set="living")
-    return build_regularizer(
-        method,
-        [contextualizer],
-        options,
-        concepts=CONCEPTS,
-        prompts=prompts_for(options, CONCEPTS),
-        seed=SEED,
+    tap = text_tap(
+        text_encoder, contextualizer, CONCEPTS, tokenize=partial(method.mlm_ids, text_encoder)
     )
+    return build_regularizer([tap], options, prompts=prompts_for(options, CONCEPTS), seed=SEED)
 
 
 def run(*args, **settings):
