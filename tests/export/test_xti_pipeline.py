@@ -51,11 +51,12 @@ def test_each_layer_gets_the_states_of_its_own_rows(pipeline, path, rows_KND, tm
     xti = load_xti(pipeline, path, placeholder_token="<v>")
     states = split_layers(xti.encode([PROMPT, NEGATIVE]), K)
     assert states.shape == (K, 2, 77, D)
+    plain = StableDiffusionPipeline.from_pretrained(toy_folder)
     for k in range(K):
         save_embedding(tmp_path / "k.safetensors", {EMBEDDING_KEY: rows_KND[k]}, metadata={})
-        plain = StableDiffusionPipeline.from_pretrained(toy_folder, unet=None, vae=None)
         plain.load_textual_inversion(str(tmp_path), weight_name="k.safetensors", token="<v>")
         expected, _ = plain.encode_prompt([PROMPT, NEGATIVE], "cpu", 1, False)
+        plain.unload_textual_inversion()
         torch.testing.assert_close(states[k], expected)
     assert not torch.allclose(states[0, 0], states[1, 0], atol=1e-3)
     assert torch.equal(states[0, 1], states[1, 1])
