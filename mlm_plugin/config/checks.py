@@ -43,31 +43,26 @@ def check_config(config: TrainConfig) -> None:
 
 def mlm_obstacle(config: TrainConfig) -> str | None:
     """Why the MLM term could have no gradient, in the words of the options; None if it can."""
-    method = config.schedule.method
-    if dict(_rates(config)).get("embedding_lr"):
+    method, rates = config.schedule.method, _rates(config)
+    if "embedding" in rates and rates["embedding"].value:
         return None
     if method in NETWORK_METHODS:
         return _network_without_text(config)
-    if method == "dreambooth":
-        return _frozen_encoder(config)
-    return "embedding_lr = 0 leaves the rows untrained"
-
-
-def _frozen_encoder(config: TrainConfig) -> str | None:
-    if config.finetune.no_train_text_encoder:
+    if method == "dreambooth" and config.finetune.no_train_text_encoder:
         return "no_train_text_encoder leaves the text encoder untrained"
-    if dict(_rates(config))["learning_rate_te"] == 0:
-        return "learning_rate_te = 0 leaves the text encoder untrained"
+    part = "textencoder" if method == "dreambooth" else "embedding"
+    if rates[part].value == 0:
+        what = "the text encoder" if method == "dreambooth" else "the rows"
+        return f"{rates[part].option} = 0 leaves {what} untrained"
     return None
 
 
 def _network_without_text(config: TrainConfig) -> str | None:
-    network = config.network
+    network, rate = config.network, _rates(config)["textencoder"]
     if network.network_train_unet_only:
         return "network_train_unet_only trains no text encoder"
-    if dict(_rates(config))["text_encoder_lr"] == 0:
-        name = "learning_rate" if config.optimizer.text_encoder_lr is None else "text_encoder_lr"
-        return f"{name} = 0 leaves the text encoder untrained"
+    if rate.value == 0:
+        return f"{rate.option} = 0 leaves the text encoder untrained"
     if network.network_module.startswith("lycoris"):
         presets = [arg for arg in network.network_args if arg.startswith("preset=unet-")]
         if presets:
@@ -75,22 +70,32 @@ def _network_without_text(config: TrainConfig) -> str | None:
     return None
 
 
-def _rates(config: TrainConfig) -> Iterator[tuple[str, float]]:
-    """The learning rates that the method reads, by the option that sets each."""
+class _Rate(NamedTuple):
+    option: str  # the one that sets it
+    value: float
+
+
+def _rates(config: TrainConfig) -> dict[str, _Rate]:
+    """The learning rate of every part that the method trains."""
     optimizer, method = config.optimizer, config.schedule.method
-    base = optimizer.learning_rate
+
+    def rate(option: str) -> _Rate:
+        value = getattr(optimizer, option)
+        value = value[0] if isinstance(value, tuple) else value
+        if value is None:
+            return _Rate("learning_rate", optimizer.learning_rate)
+        return _Rate(option, value)
+
+    rates = {}
     if method in NETWORK_METHODS:
-        yield "unet_lr", base if optimizer.unet_lr is None else optimizer.unet_lr
-        yield "text_encoder_lr", (optimizer.text_encoder_lr or (base,))[0]
-    if method in ("dreambooth", "custom_diffusion"):
-        yield "learning_rate", base
+        rates = {"unet": rate("unet_lr"), "textencoder": rate("text_encoder_lr")}
+    elif method in ("dreambooth", "custom_diffusion"):
+        rates = {"unet": rate("learning_rate")}
     if method == "dreambooth" and not config.finetune.no_train_text_encoder:
-        yield (
-            "learning_rate_te",
-            (base if optimizer.learning_rate_te is None else optimizer.learning_rate_te),
-        )
+        rates["textencoder"] = rate("learning_rate_te")
     if method in TOKEN_METHODS:
-        yield "embedding_lr", base if optimizer.embedding_lr is None else optimizer.embedding_lr
+        rates["embedding"] = rate("embedding_lr")
+    return rates
 
 
 def _required(config: TrainConfig) -> Iterator[str]:
@@ -121,7 +126,7 @@ def _network(config: TrainConfig) -> Iterator[str]:
 
 def _learning(config: TrainConfig) -> Iterator[str]:
     schedule = config.schedule
-    rates = dict(_rates(config))
+    rates = dict(_rates(config).values())
     for name, value in rates.items():
         if value < 0:
             yield f"{name} = {value:g}: a learning rate must not be negative"
@@ -246,7 +251,8 @@ def _mlm(config: TrainConfig) -> Iterator[str]:
     if obstacle := mlm_obstacle(config):
         yield (
             f"mlm_loss_weight = {mlm.mlm_loss_weight:g} asks for the MLM term, but {obstacle}, so "
-            "it would change nothing; train the text encoder or set mlm_loss_weight = 0"
+            "it would change nothing; train what lies before the text encoder's output, or set "
+            "mlm_loss_weight = 0"
         )
     if schedule.max_train_epochs is None and mlm.mlm_start_step >= schedule.max_train_steps:
         yield (
@@ -351,6 +357,7 @@ _READ_WITH = (
     _of_methods("bundle_embedding", "pivotal"),
     _of_methods("xti_mlm_layers", "xti"),
     _without("class_prompt", "generate_class_images"),
+    _without("xti_mlm_layers", "mlm_loss_weight"),
     _Rule(
         ("learning_rate_te", "stop_text_encoder_training"),
         "with no_train_text_encoder",

@@ -231,6 +231,8 @@ def _expected(entry: Option) -> str:
         text = "one of 75, 150, 225"
     if entry.whole:
         text = "a whole number of steps, a ratio below 1 or a percentage like 10%"
+    if entry.name == "stop_text_encoder_training":  # -1 in kohya's train_db.py
+        text += " (to train none at all: no_train_text_encoder or network_train_unet_only)"
     if entry.at_least is not None:
         text += f" of at least {entry.at_least:g}"
     return f"a list; each item {text}" if entry.many else text

@@ -65,12 +65,12 @@ class LowRankDelta(NamedTuple):
     Attributes:
         state: fp32 tensors under kohya's keys; alpha is the rank, so the scale is 1.
         energy: share of the squared Frobenius norm of all changes together that is kept.
-        energy_by_layer: the same by module name, ``...attn2.to_k``.
+        rank: of every matrix.
     """
 
     state: dict[str, Tensor]
     energy: float
-    energy_by_layer: dict[str, float]
+    rank: int
 
 
 def save_delta(
@@ -202,22 +202,18 @@ def delta_to_lora(
     _refuse_broken(trained, place="the trained keys and values")
     rank = min(rank, max(min(matrix.shape) for matrix in trained.values()))
     state: dict[str, Tensor] = {}
-    factors_of: dict[str, LowRankFactors] = {}
+    total = kept = 0.0
     for name, matrix in trained.items():
         module = name.removesuffix(".weight")
         delta = matrix.float() - base[name].to(matrix.device).float()
-        factors = factors_of[module] = low_rank_factors(delta, rank)
+        factors = low_rank_factors(delta, rank)
+        total += factors.squared_norm
+        kept += factors.energy * factors.squared_norm
         lora = unet_name(module)
         state[f"{lora}.alpha"] = torch.tensor(float(rank))
         state[f"{lora}.lora_down.weight"] = factors.down.contiguous()
         state[f"{lora}.lora_up.weight"] = factors.up.contiguous()
-    total = sum(factors.squared_norm for factors in factors_of.values())
-    kept = sum(factors.energy * factors.squared_norm for factors in factors_of.values())
-    return LowRankDelta(
-        state=state,
-        energy=kept / total if total else 1.0,
-        energy_by_layer={module: factors.energy for module, factors in factors_of.items()},
-    )
+    return LowRankDelta(state=state, energy=kept / total if total else 1.0, rank=rank)
 
 
 def _is_cross_attention(layer: str) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "SD_LAYER_CODES",
     "layer_average",
     "read_embedding",
+    "read_rows",
     "read_xti",
     "save_embedding",
     "save_xti",
@@ -175,6 +176,22 @@ def read_xti(path: str | os.PathLike, *, codes: Sequence[str] = SD_LAYER_CODES) 
     return torch.stack(rows)
 
 
+def read_rows(path: str | os.PathLike, *, codes: Sequence[str] = ()) -> Tensor:
+    """Rows of an ordinary embedding ``(N, D)``, or ``(K, N, D)`` of a file with several tensors.
+
+    Args:
+        path: of either kind.
+        codes: layers of the U-Net; where they are not known yet, the file's own.
+
+    Raises:
+        UserError: as :func:`read_embedding` and :func:`read_xti`.
+    """
+    tensors = _read(path)
+    if len(tensors) == 1 or tensors.keys() == SDXL_KEYS:
+        return read_embedding(path)
+    return read_xti(path, codes=codes or list(tensors))
+
+
 def layer_average(rows_KND: Tensor) -> Tensor:
     """One embedding for all layers, ``(K, N, D) -> (N, D)``: what WebUIs can use of XTI."""
     return rows_KND.mean(dim=0)
@@ -187,7 +204,7 @@ def _read(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors by key; those of A1111's files by the token that stands for them."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the path of an embedding file")
+        raise UserError(f"{path} is no file: give the path of an embedding file")
     with _parameter_dicts_allowed():
         tensors = read_weights(path)
         if not tensors and path.suffix.lower() in PICKLE_SUFFIXES:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
 from mlm_plugin.data.joint_prompts import JointPrompts
 from mlm_plugin.data.masking import MaskingVocabulary
@@ -60,9 +60,11 @@ def prompts_for(
             others = [other for other in texts if other != text]
             prompt_set = PromptSet.from_captions(captions, concept=text, others=others)
         else:
-            logger.info("prompt set: %s", name)
             prompt_set = PromptSet.load(name, syntax=options.mlm_prompt_syntax)
         members.append((prompt_set, text))
+    logger.info("prompt set: %s", prompt_set_names(options, concepts))
+    if len(members) == 1 and options.mlm_joint_share != OPTIONS["mlm_joint_share"].default:
+        logger.warning("mlm_joint_share has no effect with one concept")
     return JointPrompts(members, joint_share=options.mlm_joint_share)
 
 

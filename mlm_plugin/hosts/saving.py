@@ -7,12 +7,13 @@ import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OutputOptions, TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora import SAVE_DTYPES
 from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
@@ -151,23 +152,13 @@ class Saver(Listener):
         )
         if not trainer.accelerator.is_main_process:
             return
-        found, words = trainer.method.verify(path), self._activation_text(trainer, path)
-        files = trainer.method.files(path)
-        write_sidecar(
-            files[0],
-            base_model_version=self.record.models.version,
-            activation_text=words,
-            description=self.options.metadata_description or "",
-        )
-        if picture := self.newest_sample():
-            from PIL import Image
-
-            with Image.open(picture) as image:
-                write_preview(files[0], image)
-        names = [str(files[0]), *(file.name for file in files[1:])]
+        method = trainer.method
+        found, files = method.verify(path), method.files(path)
+        names = [str(files[0])]
+        names += [f"{file.name}/" if file.is_dir() else file.name for file in files[1:]]
         print(f"wrote {', '.join(names)} ({found})")
-        if words != self.record.trigger:
-            print(f"in WebUIs write {words!r}: they call an embedding by the name of its file")
+        for file, words in method.cards(path).items():
+            self._write_card(file, words)
 
     def on_stop(self, trainer: Trainer) -> None:
         """Save the state, so that nothing is lost."""
@@ -176,15 +167,26 @@ class Saver(Listener):
         if trainer.accelerator.is_main_process:
             logger.warning("state saved; go on with --resume %s", folder)
 
-    def _activation_text(self, trainer: Trainer, path: Path) -> str:
-        words = trainer.method.prompt_words(path)
+    def _write_card(self, file: Path, words: Mapping[str, str]) -> None:
+        """The JSON and the preview beside a file, and a hint where WebUIs have other words."""
         named = [
-            Concept(
-                words.get(concept.placeholder_token, concept.placeholder_token), concept.class_token
-            )
+            concept._replace(placeholder_token=words.get(concept.placeholder_token) or concept[0])
             for concept in self.record.concepts
+            if not words or concept.placeholder_token in words
         ]
-        return trigger_of(named) or ""
+        write_sidecar(
+            file,
+            base_model_version=self.record.models.version,
+            activation_text=trigger_of(named) or "",
+            description=self.options.metadata_description or "",
+        )
+        if picture := self.newest_sample():
+            from PIL import Image
+
+            with Image.open(picture) as image:
+                write_preview(file, image)
+        if words:
+            print(f"in WebUIs {file.name} is called by {trigger_of(named)!r}")
 
     @property
     def _wants_final_state(self) -> bool:
@@ -194,7 +196,7 @@ class Saver(Listener):
         """Save on the way; a full disk then does not end a run that may find room later."""
         try:
             self._save(trainer, name, epoch=epoch)
-        except OSError as error:
+        except (OSError, UserError) as error:
             if trainer.accelerator.num_processes > 1:
                 raise  # the others wait for this process
             logger.error("%s could not be saved (%s); training goes on", name, error)

@@ -70,7 +70,6 @@ RESUME_SETTINGS = (
     "network_args",
     "network_train_unet_only",
     "network_train_text_encoder_only",
-    "placeholder_token",
     "num_vectors_per_token",
     "no_train_text_encoder",
     "learning_rate",
@@ -114,6 +113,7 @@ def train(argv: Sequence[str]) -> int:
     config = _with_toy_paths(config)
     datasets = resolve_datasets(config)
     concepts = _concepts(config, datasets)
+    METHODS[config.schedule.method].check(config, concepts)
     if config.run.check or config.dataset.debug_dataset:
         dataset = _create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
         print("\n".join(dataset_report(dataset, concept=trigger_of(concepts)).lines()))
@@ -155,10 +155,12 @@ def build_trainer(
 ) -> Trainer:
     """Everything between checked options and the first step."""
     resume = config.schedule.resume and Path(config.schedule.resume)
-    settings = _settings_of(config, dataset)
+    settings = _settings_of(config, dataset, concepts)
     if resume:  # refused before anything is loaded
         read_progress(resume)
         check_settings(resume, settings)
+    if config.schedule.method in TOKEN_METHODS:
+        _require_placeholders(dataset, concepts)
     models = load_models(config)
     _place_models(config, models, accelerator.device)
     if accelerator.is_main_process:
@@ -181,8 +183,6 @@ def build_trainer(
         accelerator=accelerator,
         seed=seed,
     )
-    if config.schedule.method in TOKEN_METHODS:
-        _require_placeholders(dataset, concepts)
     _prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
         _cache_latents(config, dataset, models, accelerator)
@@ -243,12 +243,17 @@ def build_trainer(
     return trainer
 
 
-def _settings_of(config: TrainConfig, dataset: TrainDataset) -> dict[str, str]:
+def _settings_of(
+    config: TrainConfig, dataset: TrainDataset, concepts: Sequence[Concept]
+) -> dict[str, str]:
     """What must be the same when a run is resumed: it is in the state, or names positions in it."""
     options = config.to_flat()
     pictures = "".join(f"{i.path.name}/{i.repeats}/{i.bucket}" for i in dataset.images)
     digest = hashlib.sha256(pictures.encode()).hexdigest()[:16]
-    return {name: str(options[name]) for name in RESUME_SETTINGS} | {"pictures": digest}
+    return {name: str(options[name]) for name in RESUME_SETTINGS} | {
+        "concepts": str(trigger_of(concepts)),
+        "pictures": digest,
+    }
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -437,17 +442,25 @@ def _report(
     models: StableDiffusion,
 ) -> None:
     (text_encoder,) = models.text_encoders
+    learned = config.schedule.method in TOKEN_METHODS
+    num_vectors = config.embedding.num_vectors_per_token
+
+    def count_tokens(caption: str) -> int:
+        placeholders = [concept.placeholder_token for concept in concepts] if learned else []
+        found = placeholder_pattern(placeholders).findall(caption) if placeholders else []
+        return text_encoder.count_tokens(caption) + (num_vectors - 1) * len(found)
+
     report = dataset_report(
         dataset,
         concept=concepts[0].text if len(concepts) == 1 else None,
-        count_tokens=text_encoder.count_tokens,
+        count_tokens=count_tokens,
         max_tokens=config.model.max_token_length or 75,
     )
     print("\n".join(report.lines()))
     for concept in concepts:
-        name, learned = concept.placeholder_token, config.schedule.method in TOKEN_METHODS
+        name = concept.placeholder_token
         if learned:
-            read = f"learned as {config.embedding.num_vectors_per_token} vector(s)"
+            read = f"learned as {num_vectors} vector(s)"
         else:
             tokens = text_encoder.tokenizer.tokenize(name)
             read = f"the tokenizer reads it as {len(tokens)} token(s): {' '.join(tokens)}"
@@ -545,10 +558,17 @@ def _freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dic
         if any(parameter.requires_grad for parameter in members)
     ]
     steps = {}
-    for part in trained:
-        stop = getattr(config.optimizer, STOP_OPTIONS[part])
-        if stop is not None:
-            steps[part] = stop if stop >= 1 else round(stop * num_steps)
+    for part, option in STOP_OPTIONS.items():
+        stop = getattr(config.optimizer, option)
+        if stop is None:
+            continue
+        step = stop if stop >= 1 else round(stop * num_steps)
+        if part not in trained:
+            logger.warning("%s = %g has no effect: nothing there is trained", option, stop)
+        elif step >= num_steps:
+            logger.warning("%s = %g has no effect: the run ends at %d", option, stop, num_steps)
+        else:
+            steps[part] = step
 
     def end_of(parts: Sequence[str]) -> int:
         return max((steps.get(part, num_steps) for part in parts), default=0)

@@ -17,10 +17,20 @@ from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["WEIGHT_DTYPES", "Export", "Method", "Part", "group_of"]
+__all__ = [
+    "WEIGHT_DTYPES",
+    "Export",
+    "Method",
+    "Part",
+    "group_of",
+    "numbered",
+    "stored",
+    "take_over",
+]
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` and the precision of frozen weights under it."""
@@ -62,6 +72,14 @@ class Method(ABC):
         for text_encoder in models.text_encoders:
             text_encoder.model.requires_grad_(False)
 
+    @classmethod  # noqa: B027 - some have nothing to say here
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """Refuse what can be refused before a model is loaded.
+
+        Raises:
+            UserError: options or files that do not fit each other or the concepts.
+        """
+
     @classmethod
     @abstractmethod
     def prepare(
@@ -81,17 +99,17 @@ class Method(ABC):
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Optimizer groups with ``params``, ``lr`` and ``name``; parts with rate 0 have none."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """What a training state holds: everything that is trained, exactly."""
+        return stored(numbered(self.parts()))
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` gave.
 
         Raises:
             UserError: names or shapes that this method does not have.
         """
+        take_over(numbered(self.parts()), state)
 
     @abstractmethod
     def export(self, to: Export) -> None:
@@ -109,9 +127,13 @@ class Method(ABC):
             UserError: a value is not finite, or a name is unknown to other programs.
         """
 
-    def prompt_words(self, path: Path) -> Mapping[str, str]:
-        """What WebUIs call a placeholder, where that is not the placeholder itself."""
-        return {}
+    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+        """The files that WebUIs show to their users, and what calls the concepts there.
+
+        An empty mapping is for all concepts by their placeholders; another one names those that the
+        file holds, each with the word that WebUIs have for it.
+        """
+        return {path: {}}
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained now, for clipping and averaging over processes."""
@@ -153,6 +175,42 @@ class Method(ABC):
     def after_step(self) -> dict[str, float]:
         """What follows an optimizer step; numbers worth logging."""
         return {}
+
+
+def numbered(parts: Mapping[Part, Sequence[nn.Parameter]]) -> dict[str, Tensor]:
+    """Parameters by part and number, e.g. ``unet.0``."""
+    return {
+        f"{part}.{number}": parameter
+        for part, members in parts.items()
+        for number, parameter in enumerate(members)
+    }
+
+
+def stored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a file takes them: on the CPU, without a copy where they lie there already."""
+    return {name: weight.detach().cpu() for name, weight in weights.items()}
+
+
+@torch.no_grad()
+def take_over(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy what :func:`stored` gave into the same weights.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape; nothing is copied then.
+    """
+    other = [
+        name
+        for name in weights.keys() | state.keys()
+        if name not in weights or name not in state or weights[name].shape != state[name].shape
+    ]
+    if other:
+        raise UserError(
+            f"resume: the state does not fit this run: {len(other)} of {len(weights)} tensors are "
+            f"missing, unknown or of another shape, e.g. {min(other)}; give the model and the "
+            "options of that run"
+        )
+    for name, weight in weights.items():
+        weight.copy_(state[name])
 
 
 def group_of(

@@ -16,10 +16,9 @@ from mlm_plugin.export.custom_diffusion import delta_to_lora, save_delta, verify
 from mlm_plugin.export.lora import save_lora
 from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method, Part, group_of
 from mlm_plugin.methods.token_rows import (
+    check_rows,
     create_rows,
-    embedding_files,
-    load_rows,
-    rows_state,
+    embeddings_beside,
     save_embeddings,
     verify_embeddings,
     words_of,
@@ -39,7 +38,7 @@ RARE_TOKENS = (42170, 47629, 43514)
 Source: adobe-research/custom-diffusion; two of them are inner pieces of words, which no text gives.
 """
 
-EMBEDDING, LORA = "_embedding", "_lora"
+LORA = "_lora"
 
 
 class CustomDiffusion(Method):
@@ -79,12 +78,17 @@ class CustomDiffusion(Method):
         self.base = {f"{k}.weight": v.weight.detach().cpu().clone() for k, v in layers.items()}
         for module in (models.unet, *(te.model for te in models.text_encoders)):
             nn.Module.to(module, dtype)  # diffusers' own warns of any cast
-        self.weights: dict[str, nn.Parameter] = {}
+        self.matrices: dict[str, nn.Parameter] = {}
         for name, layer in layers.items():
             master = self.base[f"{name}.weight"].to(layer.weight.device, copy=True)
             layer.weight = nn.Parameter(master)
             layer.register_forward_hook(_detach_first_token)
-            self.weights[f"{name}.weight"] = layer.weight
+            self.matrices[f"{name}.weight"] = layer.weight
+
+    @classmethod
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """Placeholders, first words and files; see ``Method.check``."""
+        check_rows(config.embedding, concepts)
 
     @classmethod
     def prepare(
@@ -107,7 +111,7 @@ class CustomDiffusion(Method):
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
         """Keys and values, and the rows."""
-        return {"unet": list(self.weights.values()), "embedding": list(self.rows.rows.values())}
+        return {"unet": list(self.matrices.values()), "embedding": list(self.rows.rows.values())}
 
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Keys and values with ``learning_rate``, rows with ``embedding_lr`` or the same."""
@@ -117,18 +121,6 @@ class CustomDiffusion(Method):
             *group_of("embedding", parts["embedding"], options.embedding_lr, rate),
         ]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Keys and values by module name, rows by placeholder."""
-        weights = {k: v.detach().to("cpu", copy=True) for k, v in self.weights.items()}
-        return weights | rows_state(self.rows)
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over keys, values and rows."""
-        load_rows(self.rows, state)
-        for name, weight in self.weights.items():
-            weight.copy_(state[name])
-
     def files(self, path: Path) -> list[Path]:
         """Keys and values, embeddings, and the LoRA where one is asked for."""
         return [path, *self._embeddings(path), *self._loras(path)]
@@ -137,7 +129,7 @@ class CustomDiffusion(Method):
         """The delta that diffusers loads: keys and values, embeddings, and a LoRA of the change."""
         save_delta(
             to.path,
-            self.weights,
+            self.matrices,
             unet=self.models.unet,
             metadata=to.metadata("custom-diffusion"),
             dtype=to.dtype,
@@ -145,14 +137,14 @@ class CustomDiffusion(Method):
         rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
         save_embeddings(to, self._embeddings(to.path), rows)
         for path in self._loras(to.path):
-            trained = {k: v.detach().cpu() for k, v in self.weights.items()}
+            trained = {k: v.detach().cpu() for k, v in self.matrices.items()}
             lora = delta_to_lora(self.base, trained, rank=self.lora_rank)
             logger.info(
-                "%s: rank %d keeps %.1f %% of the change", path, self.lora_rank, 100 * lora.energy
+                "%s: rank %d keeps %.1f %% of the change", path, lora.rank, 100 * lora.energy
             )
             own = {
-                "ss_network_dim": str(self.lora_rank),
-                "ss_network_alpha": str(self.lora_rank),
+                "ss_network_dim": str(lora.rank),
+                "ss_network_alpha": str(lora.rank),
                 "ss_mlm_energy_kept": f"{lora.energy:.4f}",
             }
             save_lora(path, lora.state, metadata={**to.metadata("lora"), **own}, dtype=to.dtype)
@@ -162,19 +154,17 @@ class CustomDiffusion(Method):
         found = f"keys and values of {verify_delta(path)} layers"
         return f"{found}, {verify_embeddings(self._embeddings(path))}"
 
-    def prompt_words(self, path: Path) -> dict[str, str]:
-        """WebUIs call an embedding by its file's name."""
-        return words_of(self._embeddings(path), self.rows)
+    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+        """Embeddings, called by their files' names, and the LoRA that goes with them."""
+        embeddings = words_of(self._embeddings(path), self.rows)
+        together = {name: word for words in embeddings.values() for name, word in words.items()}
+        return {**embeddings, **dict.fromkeys(self._loras(path), together)}
 
     def _embeddings(self, path: Path) -> list[Path]:
-        return embedding_files(_beside(path, EMBEDDING), self.rows.placeholders)
+        return embeddings_beside(path, self.rows.placeholders)
 
     def _loras(self, path: Path) -> list[Path]:
-        return [_beside(path, LORA)] if self.lora_rank else []
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(f"{path.stem}{ending}{path.suffix}")
+        return [path.with_name(f"{path.stem}{LORA}{path.suffix}")] if self.lora_rank else []
 
 
 def _detach_first_token(_layer: nn.Module, _args: tuple, output_BLD: Tensor) -> Tensor:
@@ -183,7 +173,7 @@ def _detach_first_token(_layer: nn.Module, _args: tuple, output_BLD: Tensor) -> 
 
 
 def _rare_words(text_encoder: TextEncoder, num_concepts: int) -> list[str]:
-    """Rare tokens of CLIP's vocabulary, one per concept; none where there are too few of them."""
-    if text_encoder.model.config.vocab_size <= max(RARE_TOKENS) or num_concepts > len(RARE_TOKENS):
+    """Rare tokens of CLIP's vocabulary for the first concepts; none in a smaller vocabulary."""
+    if text_encoder.model.config.vocab_size <= max(RARE_TOKENS):
         return []
     return [f"id:{token}" for token in RARE_TOKENS[:num_concepts]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
@@ -19,7 +19,6 @@ from mlm_plugin.export.checkpoint import (
 )
 from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method, Part, group_of
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.filling import plain_name
 
 __all__ = ["DreamBooth"]
 
@@ -58,20 +57,22 @@ class DreamBooth(Method):
             module.requires_grad_(True)
 
     @classmethod
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """The place of the diffusers folder; see ``Method.check``."""
+        output = config.output
+        if output.save_diffusers_folder and output.output_dir:
+            require_replaceable(Path(output.output_dir) / (output.output_name or "last"))
+
+    @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> DreamBooth:
         """All weights, or those of the U-Net; see ``Method.prepare``."""
-        folder = config.output.save_diffusers_folder
-        if folder:  # said now, not after the training
-            require_replaceable(
-                Path(config.output.output_dir) / (config.output.output_name or "last")
-            )
         return cls(
             models,
             train_text_encoder=not config.finetune.no_train_text_encoder,
             frozen_dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
-            diffusers_folder=folder,
+            diffusers_folder=config.output.save_diffusers_folder,
         )
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
@@ -85,21 +86,6 @@ class DreamBooth(Method):
         for part, parameters in self.parts().items():
             groups += group_of(part, parameters, rates.get(part), options.learning_rate)
         return groups
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All trained weights as they lie on the CPU, without a copy where they lie there."""
-        return {
-            f"{part}.{plain_name(name)}": parameter.detach().cpu()
-            for part, module in self.trained.items()
-            for name, parameter in module.named_parameters()
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over all trained weights."""
-        for part, module in self.trained.items():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(state[f"{part}.{plain_name(name)}"])
 
     def files(self, path: Path) -> list[Path]:
         """The checkpoint, and the folder where one is asked for."""

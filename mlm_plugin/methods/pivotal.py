@@ -11,14 +11,12 @@ from torch import Tensor, nn
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
 from mlm_plugin.export.lora import bundled_embeddings, save_lora
-from mlm_plugin.methods.base import Export, Part, group_of
+from mlm_plugin.methods.base import Export, Part, group_of, numbered, stored, take_over
 from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.methods.token_rows import (
-    STATE_PREFIX,
+    check_rows,
     create_rows,
-    embedding_files,
-    load_rows,
-    rows_state,
+    embeddings_beside,
     save_embeddings,
     verify_embeddings,
     words_of,
@@ -27,8 +25,6 @@ from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_rows import TokenRows
 
 __all__ = ["Pivotal"]
-
-EMBEDDING = "_embedding"
 
 
 class Pivotal(LoRAMethod):
@@ -59,6 +55,11 @@ class Pivotal(LoRAMethod):
         self.rows, self.bundle = rows, bundle
 
     @classmethod
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """Placeholders, first words and files; see ``Method.check``."""
+        check_rows(config.embedding, concepts)
+
+    @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> Pivotal:
@@ -80,14 +81,14 @@ class Pivotal(LoRAMethod):
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Adapters in kohya's names, rows by placeholder."""
-        return super().state_dict() | rows_state(self.rows)
+        """Adapters in kohya's names, and the rows."""
+        return super().state_dict() | stored(self._rows())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over adapters and rows."""
-        load_rows(self.rows, state)
-        network = {k: v for k, v in state.items() if not k.startswith(STATE_PREFIX)}
-        super().load_state_dict(network)
+        rows = self._rows()
+        take_over(rows, {name: state[name] for name in rows if name in state})
+        super().load_state_dict({name: state[name] for name in state if name not in rows})
 
     def files(self, path: Path) -> list[Path]:
         """The LoRA, then one embedding per placeholder."""
@@ -106,10 +107,17 @@ class Pivotal(LoRAMethod):
         """Count modules and vectors."""
         return f"{super().verify(path)}, {verify_embeddings(self._embeddings(path))}"
 
-    def prompt_words(self, path: Path) -> dict[str, str]:
-        """WebUIs call an embedding by its file's name; A1111 one in the LoRA by its own."""
-        return {} if self.bundle else words_of(self._embeddings(path), self.rows)
+    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+        """Embeddings, called by their files' names, and the LoRA that goes with them.
+
+        A1111 calls rows inside the LoRA file by their placeholders.
+        """
+        embeddings = words_of(self._embeddings(path), self.rows)
+        together = {name: word for words in embeddings.values() for name, word in words.items()}
+        return {path: {} if self.bundle else together, **embeddings}
 
     def _embeddings(self, path: Path) -> list[Path]:
-        beside = path.with_name(f"{path.stem}{EMBEDDING}{path.suffix}")
-        return embedding_files(beside, self.rows.placeholders)
+        return embeddings_beside(path, self.rows.placeholders)
+
+    def _rows(self) -> dict[str, Tensor]:
+        return numbered({"embedding": list(self.rows.rows.values())})

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.methods.base import Export, Method, Part, group_of
 from mlm_plugin.methods.token_rows import (
+    check_rows,
     create_rows,
     embedding_files,
-    load_rows,
-    rows_state,
     save_embeddings,
     verify_embeddings,
     words_of,
@@ -41,6 +40,11 @@ class TextualInversion(Method):
         self.rows = rows
 
     @classmethod
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """Placeholders, first words and files; see ``Method.check``."""
+        check_rows(config.embedding, concepts)
+
+    @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> TextualInversion:
@@ -57,14 +61,6 @@ class TextualInversion(Method):
         rows = self.parts()["embedding"]
         return group_of("embedding", rows, options.embedding_lr, options.learning_rate)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The rows, ``(K, N, D)``."""
-        return rows_state(self.rows)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the rows."""
-        load_rows(self.rows, state)
-
     def files(self, path: Path) -> list[Path]:
         """One embedding per placeholder."""
         return embedding_files(path, self.rows.placeholders)
@@ -74,8 +70,8 @@ class TextualInversion(Method):
         rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
         save_embeddings(to, self.files(to.path), rows)
 
-    def prompt_words(self, path: Path) -> dict[str, str]:
-        """WebUIs call an embedding by its file's name."""
+    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+        """Every embedding, called by its file's name."""
         return words_of(self.files(path), self.rows)
 
     def verify(self, path: Path) -> str:

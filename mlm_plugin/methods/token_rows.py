@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import EmbeddingOptions
+from mlm_plugin.data.english import FUNCTION_WORDS
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embeddings import (
     EMBEDDING_KEY,
@@ -20,20 +21,51 @@ from mlm_plugin.export.embeddings import (
 )
 from mlm_plugin.methods.base import Export
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_rows import TokenRows, initial_rows
+from mlm_plugin.models.token_rows import (
+    TokenRows,
+    initial_rows,
+    initial_tokens,
+    placeholder_pattern,
+)
 
 __all__ = [
-    "STATE_PREFIX",
+    "check_rows",
     "create_rows",
     "embedding_files",
-    "load_rows",
-    "rows_state",
+    "embeddings_beside",
     "save_embeddings",
     "verify_embeddings",
     "words_of",
 ]
 
-STATE_PREFIX = "embedding."
+logger = logging.getLogger(__name__)
+
+BESIDE = "_embedding"
+MAX_SHARE = 0.5  # of a caption's tokens that a placeholder may take
+
+
+def check_rows(
+    options: EmbeddingOptions,
+    concepts: Sequence[Concept],
+    *,
+    read: Callable[[str], Tensor] = read_embedding,
+) -> None:
+    """What can be said of the rows before a model is loaded.
+
+    Raises:
+        UserError: a placeholder that other words would be taken for, not one word or file per
+            concept, or a file that is no such embedding.
+    """
+    for concept in concepts:
+        _refuse_ambiguous(concept, concepts)
+    _one_each("init_word", options.init_word, concepts)
+    for file in _one_each("weights", options.weights, concepts) or ():
+        num_vectors = read(file).shape[-2]
+        if num_vectors != options.num_vectors_per_token:
+            raise UserError(
+                f"weights: {file} holds {num_vectors} vectors, num_vectors_per_token is "
+                f"{options.num_vectors_per_token}; set it to {num_vectors}"
+            )
 
 
 def create_rows(
@@ -49,57 +81,52 @@ def create_rows(
 
     Args:
         text_encoder: gets placeholders and hooks.
-        options: number of vectors, first words or files.
+        options: number of vectors, first words or files; seen by :func:`check_rows`.
         concepts: at least one.
         num_variants: K, alike at the start.
-        init_words: where the rows start if the options do not say; else at the head of the class
-            word ("toy" of "duck toy").
+        init_words: where the first concepts start if the options do not say; else at the class
+            word.
         read: an embedding file to its rows ``(N, D)`` or ``(K, N, D)``.
 
     Raises:
-        UserError: not one word or file per concept, or a file that does not fit.
+        UserError: a word or a file that does not fit the text encoder.
     """
-    defaults = init_words or [concept.class_token.split()[-1] for concept in concepts]
-    words = _one_each("init_word", options.init_word, concepts) or defaults
-    files = _one_each("weights", options.weights, concepts)
+    _refuse_too_many(text_encoder, options.num_vectors_per_token)
+    classes = [concept.class_token for concept in concepts]
+    words = options.init_word or [*init_words, *classes[len(init_words) :]]
     rows = {}
     for i, concept in enumerate(concepts):
-        if files:
-            start = _fitting(files[i], read(files[i]), options, text_encoder)
+        if options.weights:
+            start, origin = _fitting(options.weights[i], read, text_encoder), options.weights[i]
         else:
             start = initial_rows(text_encoder, words[i], num_vectors=options.num_vectors_per_token)
+            tokens = initial_tokens(text_encoder, words[i], options.num_vectors_per_token)
+            origin = " ".join(text_encoder.tokenizer.convert_ids_to_tokens(tokens))
+        logger.info("%s: its rows start at %s", concept.placeholder_token, origin)
         rows[concept.placeholder_token] = start.expand(num_variants, *start.shape[-2:])
     return TokenRows(text_encoder, rows)
 
 
-def rows_state(rows: TokenRows) -> dict[str, Tensor]:
-    """The rows as a training state keeps them, ``(K, N, D)`` by placeholder."""
-    return {
-        STATE_PREFIX + name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in rows.rows.items()
-    }
-
-
-@torch.no_grad()
-def load_rows(rows: TokenRows, state: Mapping[str, Tensor]) -> None:
-    """Take over what :func:`rows_state` gave."""
-    for name, tensor in rows.rows.items():
-        tensor.copy_(state[STATE_PREFIX + name])
-
-
 def embedding_files(path: Path, placeholders: Sequence[str]) -> list[Path]:
-    """Files of the rows beside (or, for one placeholder, at) ``path``."""
+    """Files of the rows beside (or, for one placeholder, at) ``path``; no two are the same."""
     if len(placeholders) == 1:
         return [path]
-    return [path.with_name(f"{path.stem}_{_in_file_name(p)}{path.suffix}") for p in placeholders]
+    names = [re.sub(r"[^\w-]+", "_", placeholder).strip("_") for placeholder in placeholders]
+    if len({name.lower() for name in names if name}) < len(names):
+        names = [f"{name}{number}" for number, name in enumerate(names, start=1)]
+    return [path.with_name(f"{path.stem}_{name}{path.suffix}") for name in names]
 
 
-def save_embeddings(
-    to: Export, files: Sequence[Path], rows_ND: Mapping[str, Tensor], *, key: str = EMBEDDING_KEY
-) -> None:
+def embeddings_beside(path: Path, placeholders: Sequence[str]) -> list[Path]:
+    """Files of the rows where ``path`` itself is another kind of file."""
+    return embedding_files(path.with_name(f"{path.stem}{BESIDE}{path.suffix}"), placeholders)
+
+
+def save_embeddings(to: Export, files: Sequence[Path], rows_ND: Mapping[str, Tensor]) -> None:
     """Write each placeholder's rows ``(N, D)`` as an embedding that WebUIs and diffusers load."""
     for file, rows in zip(files, rows_ND.values(), strict=True):
-        save_embedding(file, {key: rows}, metadata=to.metadata("textual-inversion"), dtype=to.dtype)
+        metadata = to.metadata("textual-inversion")
+        save_embedding(file, {EMBEDDING_KEY: rows}, metadata=metadata, dtype=to.dtype)
 
 
 def verify_embeddings(files: Sequence[Path]) -> str:
@@ -108,9 +135,30 @@ def verify_embeddings(files: Sequence[Path]) -> str:
     return f"{sum(counts)} vector(s) in {len(files)} embedding file(s)"
 
 
-def words_of(files: Sequence[Path], rows: TokenRows) -> dict[str, str]:
-    """What WebUIs call each placeholder: the name of its embedding's file."""
-    return {name: file.stem for name, file in zip(rows.placeholders, files, strict=True)}
+def words_of(files: Sequence[Path], rows: TokenRows) -> dict[Path, dict[str, str]]:
+    """What WebUIs call the placeholder of each embedding: the name of its file."""
+    return {
+        file: {placeholder: file.stem}
+        for placeholder, file in zip(rows.placeholders, files, strict=True)
+    }
+
+
+def _refuse_ambiguous(concept: Concept, concepts: Sequence[Concept]) -> None:
+    """Every place where the placeholder stands is given to its rows; there must be no others."""
+    placeholder = concept.placeholder_token
+    pattern = placeholder_pattern([placeholder])
+    if placeholder.lower() in FUNCTION_WORDS:
+        raise UserError(
+            f"placeholder_token = {placeholder!r} is an everyday word, and its rows would stand "
+            "for it in every prompt; take a word that no prompt holds, like sks"
+        )
+    for other in concepts:
+        taken = other.class_token if other is concept else other.text
+        if pattern.search(taken):
+            raise UserError(
+                f"placeholder_token = {placeholder!r} also stands in {taken!r}, so its rows would "
+                "be read there too; take a word that nothing else is called by, like sks"
+            )
 
 
 def _one_each(
@@ -118,29 +166,27 @@ def _one_each(
 ) -> Sequence[str] | None:
     if values and len(values) != len(concepts):
         raise UserError(
-            f"{name}: {len(values)} given for {len(concepts)} concepts "
-            f"({', '.join(concept.text for concept in concepts)}); give one for each"
+            f"{name}: {len(values)} given, and the concepts are "
+            f"{', '.join(concept.text for concept in concepts)}; give one for each"
         )
     return values
 
 
-def _fitting(
-    file: str, rows: Tensor, options: EmbeddingOptions, text_encoder: TextEncoder
-) -> Tensor:
-    num_vectors, width = rows.shape[-2:]
-    expected = text_encoder.token_embedding.embedding_dim
+def _refuse_too_many(text_encoder: TextEncoder, num_vectors: int) -> None:
+    limit = int((text_encoder.window - 2) * MAX_SHARE)
+    if num_vectors > limit:
+        raise UserError(
+            f"num_vectors_per_token = {num_vectors}: more than half of what the text encoder reads "
+            f"of a prompt; give at most {limit}"
+        )
+
+
+def _fitting(file: str, read: Callable[[str], Tensor], text_encoder: TextEncoder) -> Tensor:
+    rows = read(file)
+    width, expected = rows.shape[-1], text_encoder.token_embedding.embedding_dim
     if width != expected:
         raise UserError(
             f"weights: {file} holds vectors of width {width}, this text encoder has {expected}; "
             "use an embedding of this kind of model"
         )
-    if num_vectors != options.num_vectors_per_token:
-        raise UserError(
-            f"weights: {file} holds {num_vectors} vectors, num_vectors_per_token is "
-            f"{options.num_vectors_per_token}; set it to {num_vectors}"
-        )
     return rows
-
-
-def _in_file_name(placeholder: str) -> str:
-    return re.sub(r"[^\w-]+", "_", placeholder).strip("_") or "concept"

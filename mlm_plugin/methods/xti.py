@@ -7,7 +7,8 @@ own encoding. Shapes: K layers, B captions, N windows, L tokens, D width.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.errors import UserError
-from mlm_plugin.export.embeddings import layer_average, read_embedding, read_xti, save_xti
+from mlm_plugin.export.embeddings import layer_average, read_rows, save_xti
 from mlm_plugin.methods.base import Export
 from mlm_plugin.methods.textual_inversion import TextualInversion
 from mlm_plugin.methods.token_rows import (
+    check_rows,
     create_rows,
     embedding_files,
     save_embeddings,
@@ -59,22 +60,22 @@ class XTI(TextualInversion):
         self.conditioning = per_layer_conditioning(models.unet)
 
     @classmethod
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """Placeholders, first words and files; see ``Method.check``."""
+        check_rows(config.embedding, concepts, read=read_rows)
+
+    @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> XTI:
         """Rows alike in all layers, or those of an XTI file; see ``Method.prepare``."""
         (text_encoder,) = models.text_encoders
-        codes = layer_codes(models.unet)
-
-        def read(path: str) -> Tensor:
-            return _read_either(path, codes)
-
         rows = create_rows(
             text_encoder,
             config.embedding,
             concepts,
             num_variants=len(cross_attention_names(models.unet)),
-            read=read,
+            read=partial(read_rows, codes=layer_codes(models.unet)),
         )
         return cls(models, rows, all_layers=config.embedding.xti_mlm_layers == "all")
 
@@ -107,8 +108,8 @@ class XTI(TextualInversion):
         averages = {name: layer_average(tensor) for name, tensor in rows.items()}
         save_embeddings(to, self._average_files(to.path), averages)
 
-    def prompt_words(self, path: Path) -> dict[str, str]:
-        """WebUIs have the averages only, and call them by their files' names."""
+    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+        """The averages, called by their files' names: WebUIs cannot read the full files."""
         return words_of(self._average_files(path), self.rows)
 
     def verify(self, path: Path) -> str:
@@ -125,11 +126,3 @@ class XTI(TextualInversion):
 
     def _average_files(self, path: Path) -> list[Path]:
         return [p.with_name(f"{p.stem}{AVERAGE}{p.suffix}") for p in self._full_files(path)]
-
-
-def _read_either(path: str, codes: Sequence[str]) -> Tensor:
-    """Rows of an XTI file ``(K, N, D)``, or of an ordinary embedding ``(N, D)``."""
-    try:
-        return read_xti(path, codes=codes)
-    except UserError:
-        return read_embedding(path)

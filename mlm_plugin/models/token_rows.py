@@ -22,13 +22,38 @@ from torch import Tensor, nn
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["TokenRows", "initial_rows", "placeholder_pattern"]
+__all__ = ["TokenRows", "initial_rows", "initial_tokens", "placeholder_pattern"]
 
-TOKEN_ID = re.compile(r"id:(\d+)")
+ID_PREFIX = "id:"
+
+
+def initial_tokens(text_encoder: TextEncoder, init_word: str, num_vectors: int) -> list[int]:
+    """Ids of the tokens that N rows start at.
+
+    A word of more tokens than there are rows gives its last ones, the head of an English compound
+    ("toy" of "duck toy"); one of fewer gives them again and again.
+
+    Raises:
+        UserError: a word without tokens, or a number outside the vocabulary.
+    """
+    if init_word.startswith(ID_PREFIX):
+        number = init_word.removeprefix(ID_PREFIX)
+        size = text_encoder.token_embedding.num_embeddings
+        if not number.isdecimal() or int(number) >= size:
+            raise UserError(
+                f"init_word = {init_word!r}: this text encoder has tokens id:0 to id:{size - 1}"
+            )
+        ids = [int(number)]
+    else:
+        ids = text_encoder.tokenizer(init_word, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(f"init_word = {init_word!r} has no tokens; give a word like 'dog'")
+    ids = ids[-num_vectors:]
+    return [ids[n % len(ids)] for n in range(num_vectors)]
 
 
 def initial_rows(text_encoder: TextEncoder, init_word: str, *, num_vectors: int) -> Tensor:
-    """Rows to start from: those of the tokens of a word, in turn, ``(N, D)`` fp32.
+    """Rows to start from: those of the tokens of a word, ``(N, D)`` fp32.
 
     Args:
         text_encoder: whose table is read.
@@ -37,22 +62,12 @@ def initial_rows(text_encoder: TextEncoder, init_word: str, *, num_vectors: int)
         num_vectors: N.
 
     Raises:
-        UserError: a word without tokens, or a number outside the vocabulary.
+        UserError: as for :func:`initial_tokens`.
 
-    Source: sd-scripts ``train_textual_inversion.py`` (``init_token_ids[i % len(init_token_ids)]``).
+    Source: sd-scripts ``train_textual_inversion.py``, which takes the first tokens of a long word.
     """
-    table_VD = text_encoder.token_embedding.weight.detach()
-    if match := TOKEN_ID.fullmatch(init_word):
-        ids = [int(match[1])]
-        if ids[0] >= len(table_VD):
-            raise UserError(
-                f"init_word = {init_word!r}: this text encoder has tokens 0 to {len(table_VD) - 1}"
-            )
-    else:
-        ids = text_encoder.tokenizer(init_word, add_special_tokens=False).input_ids
-    if not ids:
-        raise UserError(f"init_word = {init_word!r} has no tokens; give a word like 'dog'")
-    return table_VD[[ids[n % len(ids)] for n in range(num_vectors)]].float().clone()
+    ids = initial_tokens(text_encoder, init_word, num_vectors)
+    return text_encoder.token_embedding.weight.detach()[ids].float().clone()
 
 
 class TokenRows(nn.Module):
@@ -109,11 +124,7 @@ class TokenRows(nn.Module):
 
     def expand(self, caption: str) -> str:
         """Put the tokens of variant 0 in place of every placeholder that stands as whole words."""
-        return self._pattern.sub(lambda match: self._words[_key(match[0])], caption)
-
-    def holds_rows(self, ids_BL: Tensor) -> Tensor:
-        """Which captions hold a placeholder, ``(B,)`` bool."""
-        return (ids_BL >= self._first_id).any(dim=-1)
+        return self._pattern.sub(lambda match: self._words[match.lastindex - 1], caption)
 
     def variant(self, ids: Tensor, k: int | Tensor) -> Tensor:
         """Ids with every placeholder in its ``k``-th variant.
@@ -140,10 +151,10 @@ class TokenRows(nn.Module):
         ids = tokenizer.convert_tokens_to_ids(self.tokens)
         assert ids == list(range(ids[0], ids[0] + len(ids))), "added tokens have ids in a row"
         self._text_encoder.tokenizer = tokenizer
-        self._words = {
-            _key(placeholder): " ".join(tokens[: self.rows[placeholder].shape[1]])
-            for placeholder, tokens in self._tokens.items()
-        }
+        self._words = [
+            " ".join(self._tokens[placeholder][: self.rows[placeholder].shape[1]])
+            for placeholder in _longest_first(self.placeholders)
+        ]
         return ids[0]
 
     def _hide(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -157,12 +168,18 @@ class TokenRows(nn.Module):
         return torch.where((ids_BL >= self._first_id)[..., None], rows_BLD.to(output), output)
 
 
-def _key(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
 def placeholder_pattern(placeholders: Sequence[str]) -> re.Pattern[str]:
-    """Matches any placeholder as whole words, in any case, the longest first."""
-    longest_first = sorted(placeholders, key=len, reverse=True)
-    words = (r"\s+".join(map(re.escape, placeholder.split())) for placeholder in longest_first)
-    return re.compile(rf"(?<!\w)({'|'.join(words)})(?!\w)", re.IGNORECASE)
+    """Matches any placeholder as whole words, in any case, the longest first.
+
+    Group n is the n-th of the placeholders in that order.
+    """
+    words = (
+        r"\s+".join(map(re.escape, placeholder.split()))
+        for placeholder in _longest_first(placeholders)
+    )
+    alternatives = "|".join(f"({word})" for word in words)
+    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+
+
+def _longest_first(placeholders: Sequence[str]) -> list[str]:
+    return sorted(placeholders, key=len, reverse=True)

@@ -107,7 +107,8 @@ def read_progress(folder: Path) -> Progress:
     if missing:
         raise UserError(
             f"resume: {folder} was written by another trainer ({PROGRESS_FILE} lacks "
-            f"{', '.join(sorted(missing))}); give its LoRA as network_weights instead"
+            f"{', '.join(sorted(missing))}); start a new run from its files instead "
+            "(network_weights, weights)"
         )
     return Progress(**{field.name: values[field.name] for field in fields(Progress)})
 
@@ -132,8 +133,8 @@ def check_settings(folder: Path, settings: Mapping[str, str]) -> None:
     if changes:
         old = "the old value" if len(changes) == 1 else "the old values"
         raise UserError(
-            f"resume: {folder} was trained with {', '.join(changes)}; give {old}, or start from "
-            "its LoRA with network_weights"
+            f"resume: {folder} was trained with {', '.join(changes)}; give {old}, or start a new "
+            "run from its files (network_weights, weights)"
         )
 
 
@@ -166,7 +167,8 @@ def load_state(
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
             f"resume: {folder} does not fit this optimizer or its parts ({error}); give the old "
-            "optimizer and learning rates, or start from its LoRA with network_weights"
+            "optimizer and learning rates, or start a new run from its files (network_weights, "
+            "weights)"
         ) from error
     return progress
 

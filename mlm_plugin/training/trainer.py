@@ -371,8 +371,13 @@ class Trainer:
     def _average_over_processes(self) -> None:
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.method.parameters():
-            if parameter.grad is None:  # every process must take part in every exchange
+        parameters = self.method.parameters()
+        has_grad = torch.tensor([float(p.grad is not None) for p in parameters])
+        has_grad = self.accelerator.reduce(has_grad.to(self.accelerator.device), reduction="sum")
+        for parameter, num_processes in zip(parameters, has_grad.tolist(), strict=True):
+            if not num_processes:  # a layer that nobody used; a gradient of 0 would let it decay
+                continue
+            if parameter.grad is None:  # every process must take part in the exchange
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 

@@ -115,17 +115,24 @@ def test_a_contradiction_names_its_options(changes, parts):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"method": "lora", "learning_rate": 0.0}, "unet_lr and text_encoder_lr are all 0"),
-        ({"method": "dreambooth", "learning_rate": 0.0}, "learning_rate and learning_rate_te are"),
+        ({"method": "lora", "learning_rate": 0.0}, "learning_rate is 0"),
+        (
+            {"method": "lora", "unet_lr": 0.0, "text_encoder_lr": (0.0,)},
+            "unet_lr and text_encoder_lr are all 0",
+        ),
+        (
+            {"method": "dreambooth", "learning_rate": 0.0, "learning_rate_te": 0.0},
+            "learning_rate and learning_rate_te are all 0",
+        ),
         (
             {"method": "dreambooth", "learning_rate": 0.0, "no_train_text_encoder": True},
             "learning_rate is 0",
         ),
         ({"method": "textual_inversion", "embedding_lr": 0.0}, "embedding_lr is 0"),
-        ({"method": "xti", "learning_rate": 0.0}, "embedding_lr is 0"),
+        ({"method": "xti", "learning_rate": 0.0}, "learning_rate is 0"),
         (
             {"method": "custom_diffusion", "learning_rate": 0.0},
-            "learning_rate and embedding_lr are all 0",
+            "learning_rate is 0",
         ),
         (
             {
@@ -231,7 +238,8 @@ def test_a_method_minds_only_its_own_obstacles():
     assert mlm_obstacle(dreambooth.replace(network_train_unet_only=True)) is None
     assert mlm_obstacle(dreambooth.replace(text_encoder_lr=(0.0,), embedding_lr=0.0)) is None
     assert mlm_obstacle(dreambooth.replace(learning_rate=0.0, learning_rate_te=1e-6)) is None
-    assert "learning_rate_te" in mlm_obstacle(dreambooth.replace(learning_rate=0.0))
+    assert mlm_obstacle(dreambooth.replace(learning_rate=0.0)).startswith("learning_rate = 0")
+    assert "learning_rate_te" in mlm_obstacle(dreambooth.replace(learning_rate_te=0.0))
     assert mlm_obstacle(USABLE.replace(no_train_text_encoder=True, learning_rate_te=0.0)) is None
     assert mlm_obstacle(USABLE.replace(embedding_lr=0.0)) is None
 

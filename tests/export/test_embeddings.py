@@ -242,7 +242,7 @@ def test_what_is_no_embedding_is_refused_in_one_line(tmp_path, content, message)
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.txt"])
 def test_missing_damaged_and_foreign_files_are_refused(tmp_path, name):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is no file"):
         read_embedding(tmp_path / name)
     (tmp_path / name).write_bytes(b"nothing")
     with pytest.raises(UserError, match=name):

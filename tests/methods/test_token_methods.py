@@ -3,6 +3,7 @@
 import logging
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
 from mlm_plugin.data.masking import MASK_ID, mask_tokens
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embeddings import layer_average
-from mlm_plugin.methods import Export
+from mlm_plugin.methods import METHODS, Export
 from mlm_plugin.methods.custom_diffusion import _rare_words
+from mlm_plugin.methods.token_rows import embedding_files
 from mlm_plugin.models.cross_attention import split_layers
 from mlm_plugin.models.text_encoder import TextEncoder
 
@@ -61,18 +65,72 @@ def test_an_embedding_is_gone_on_with(trainer_of, tmp_path):
     assert torch.equal(rows(second)["sks"], rows(first)["sks"])
 
 
+def test_an_embedding_of_another_kind_of_model_is_refused(trainer_of, tmp_path):
+    save_file({"emb_params": torch.ones(1, 7)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="width 7, this text encoder has 32"):
+        trainer_of("textual_inversion", weights=tmp_path / "x.safetensors")
+
+
+def test_a_placeholder_of_more_than_half_a_caption_is_refused(trainer_of):
+    with pytest.raises(UserError, match="at most 37"):
+        trainer_of("textual_inversion", num_vectors_per_token=38)
+
+
+TWO = (Concept("sks", "dog"), Concept("zwx", "cat"))
+
+
+def check(method, *, concepts=TWO[:1], **options):
+    METHODS[method].check(TrainConfig().replace(**options), concepts)
+
+
+@pytest.mark.parametrize("method", TOKEN_METHODS)
 @pytest.mark.parametrize(
-    ("shape", "options", "message"),
+    ("concepts", "message"),
     [
-        ((1, 7), {}, "width 7, this text encoder has 32"),
-        ((2, 32), {}, "2 vectors, num_vectors_per_token is 1; set it to 2"),
-        ((1, 32), {"placeholder_token": ["sks", "zwx"], "class_token": ["dog", "cat"]}, "1 given"),
+        ([("dog", "dog")], "'dog' also stands in 'dog'"),
+        ([("sks", "dog"), ("sks dog", "cat")], "'sks' also stands in 'sks dog cat'"),
+        ([("sks dog", "cat"), ("sks", "dog")], "'sks dog' also stands in 'sks dog'"),
+        ([("sks", "dog"), ("zwx", "sks cat")], "'sks' also stands in 'zwx sks cat'"),
+        ([("a", "dog")], "everyday word"),
+        ([("The", "dog")], "everyday word"),
     ],
 )
-def test_an_embedding_that_does_not_fit_is_refused(trainer_of, tmp_path, shape, options, message):
-    save_file({"emb_params": torch.ones(shape)}, tmp_path / "x.safetensors")
+def test_a_placeholder_that_other_words_would_be_taken_for_is_refused(method, concepts, message):
     with pytest.raises(UserError, match=message):
-        trainer_of("textual_inversion", weights=tmp_path / "x.safetensors", **options)
+        check(method, concepts=[Concept(*pair) for pair in concepts])
+    check(method, concepts=TWO)
+
+
+@pytest.mark.parametrize("option", ["init_word", "weights"])
+def test_a_list_must_have_one_entry_per_concept_and_names_their_order(option):
+    with pytest.raises(
+        UserError, match=f"{option}: 1 given, and the concepts are sks dog, zwx cat"
+    ):
+        check("textual_inversion", concepts=TWO, **{option: ("dog",)})
+
+
+def test_a_file_is_read_before_the_model_is(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match="is no file"):
+        check("custom_diffusion", weights=(str(path),))
+    save_file({"emb_params": torch.ones(2, 32)}, path)
+    with pytest.raises(UserError, match="2 vectors, num_vectors_per_token is 1; set it to 2"):
+        check("pivotal", weights=(str(path),))
+    check("pivotal", weights=(str(path),), num_vectors_per_token=2)
+
+
+def test_a_damaged_xti_file_says_what_is_wrong_with_it(tmp_path):
+    path = tmp_path / "x.safetensors"
+    codes = {code: torch.ones(1, 4) for code in ("IN01", "MID", "OUT02", "OUT03")}
+    save_file({**codes, "MID": torch.full((1, 4), torch.inf)}, path)
+    with pytest.raises(UserError, match="MID holds NaN or infinity"):
+        check("xti", weights=(str(path),))
+
+
+@pytest.mark.parametrize("names", [("a.b", "a_b"), ("<cat>", "cat"), ("🐶", "🐱"), ("Sks", "sks!")])
+def test_no_two_concepts_share_a_file(names):
+    files = embedding_files(Path("x.safetensors"), names)
+    assert len({file.name.lower() for file in files}) == 2
 
 
 # --- XTI ---
@@ -149,7 +207,7 @@ def test_rows_start_at_rare_tokens_of_clips_vocabulary(toy_text_encoder):
     )  # fmt: skip
     real = TextEncoder(toy_text_encoder.tokenizer, CLIPTextModel(config))
     assert _rare_words(real, 2) == ["id:42170", "id:47629"]
-    assert _rare_words(real, 4) == []
+    assert _rare_words(real, 4) == ["id:42170", "id:47629", "id:43514"]  # the fourth: its class
     assert _rare_words(toy_text_encoder, 1) == []
 
 

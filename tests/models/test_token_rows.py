@@ -20,6 +20,10 @@ def rows_like(text_encoder, word, *, num_vectors=1, num_variants=1):
     return rows.expand(num_variants, *rows.shape)
 
 
+def holds_rows(text_encoder, ids):
+    return (ids >= text_encoder.model.config.vocab_size).any(dim=-1)
+
+
 def states(text_encoder, caption):
     return text_encoder.encode_captions([caption])
 
@@ -32,20 +36,20 @@ def test_rows_that_start_as_a_word_read_like_that_word(text_encoder):
 
 def test_a_placeholder_is_read_as_a_whole_word_in_any_case(text_encoder):
     plain = text_encoder.tokenize_trimmed(["tasks, sksx"])
-    rows = TokenRows(text_encoder, {"sks": rows_like(text_encoder, "dog")})
+    TokenRows(text_encoder, {"sks": rows_like(text_encoder, "dog")})
     ids = text_encoder.tokenize_trimmed(["a sks", "a SKS", "sks's", "a (sks), sks."])
     counts = [(row >= text_encoder.model.config.vocab_size).sum().item() for row in ids]
     assert counts == [1, 1, 1, 2]
     assert torch.equal(text_encoder.tokenize_trimmed(["tasks, sksx"]), plain)
-    assert rows.holds_rows(ids).all()
-    assert not rows.holds_rows(plain).any()
+    assert holds_rows(text_encoder, ids).all()
+    assert not holds_rows(text_encoder, plain).any()
 
 
 @pytest.mark.parametrize("name", ["<my-dog>", "my pet", "sks*", "ßa"])
 def test_placeholders_may_hold_spaces_and_signs(text_encoder, name):
-    rows = TokenRows(text_encoder, {name: rows_like(text_encoder, "dog", num_vectors=3)})
+    TokenRows(text_encoder, {name: rows_like(text_encoder, "dog", num_vectors=3)})
     ids = text_encoder.tokenize_trimmed([f"a photo of {name} dog"])
-    assert rows.holds_rows(ids).all()
+    assert holds_rows(text_encoder, ids).all()
     assert text_encoder.count_tokens(f"a photo of {name} dog") == 3 + 3 + 1
 
 
@@ -69,6 +73,12 @@ def test_the_longest_of_overlapping_placeholders_wins(text_encoder):
     states(text_encoder, "a photo of sks two").sum().backward()
     assert rows.rows["sks"].grad is None or not rows.rows["sks"].grad.any()
     assert rows.rows["sks two"].grad.any()
+
+
+@pytest.mark.parametrize("written", ["kızım", "KİZİM", "ſkiz"])
+def test_letters_that_match_only_without_case_do_no_harm(text_encoder, written):
+    TokenRows(text_encoder, {"kizim": rows_like(text_encoder, "dog")})
+    text_encoder.tokenize_trimmed([f"a {written} dog"])
 
 
 def test_variants_stand_apart_and_leave_other_words_alone(text_encoder):
@@ -132,10 +142,14 @@ def test_vectors_start_at_the_tokens_of_the_word_in_turn(text_encoder):
     assert len(ids) > 1
     rows = initial_rows(text_encoder, "dog house", num_vectors=len(ids) + 1)
     assert torch.equal(rows, table[[*ids, ids[0]]])
+    assert torch.equal(initial_rows(text_encoder, "dog house", num_vectors=1), table[[ids[-1]]])
     assert torch.equal(initial_rows(text_encoder, "id:7", num_vectors=2), table[[7, 7]])
 
 
-@pytest.mark.parametrize(("word", "message"), [("id:99999", "tokens 0 to"), ("", "no tokens")])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("id:99999", "id:0 to"), ("id:abc", "id:0 to"), ("id:-1", "id:0 to"), ("", "no tokens")],
+)
 def test_a_start_that_is_not_there_is_refused(text_encoder, word, message):
     with pytest.raises(UserError, match=message):
         initial_rows(text_encoder, word, num_vectors=1)
