@@ -2,6 +2,9 @@
 
 python train_network_mlm.py --config_file presets/quickstart.toml
 accelerate launch train_network_mlm.py --config_file run.toml --dataset_config data.toml
+
+Inside kohya's own trainer (docs/sd-scripts.md): put this file beside its train_network.py, or
+python train_network_mlm.py --sd_scripts_dir ../sd-scripts --config_file run.toml
 """
 
 import sys

@@ -27,7 +27,14 @@ commands:
 
 def _train(argv: Sequence[str]) -> int:
     from mlm_plugin.config.loading import parser
+    from mlm_plugin.hosts.sd_scripts.locate import find_checkout, launch_options
 
+    options = launch_options(argv)
+    checkout = find_checkout(options, script=sys.argv[0])
+    if checkout is not None:
+        from mlm_plugin.hosts.sd_scripts.launch import train as train_in_sd_scripts
+
+        return train_in_sd_scripts(argv, checkout, options)
     if "-h" in argv or "--help" in argv:  # before torch is imported
         parser(prog="train_network_mlm.py").print_help()
         return 0

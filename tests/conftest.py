@@ -28,6 +28,12 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def _own_host(monkeypatch):
+    """The command chooses the standalone trainer also where SD_SCRIPTS_DIR names a checkout."""
+    monkeypatch.delenv("SD_SCRIPTS_DIR", raising=False)
+
+
+@pytest.fixture(autouse=True)
 def _own_console():
     """A trainer sets up the console of its process; the next test finds it as it was."""
     ours = logging.getLogger("mlm_plugin")

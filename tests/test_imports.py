@@ -17,7 +17,7 @@ ROWS = [
     ("export",),
     ("methods",),
     ("training",),
-    ("toy",),
+    ("toy", "pocket", "evaluation"),
     ("hosts",),
     ("cli",),
 ]

@@ -1,0 +1,124 @@
+"""The ``mlm`` options on the command line of a script of sd-scripts, and back from it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from mlm_plugin.config.loading import coerce
+from mlm_plugin.config.nearest import did_you_mean
+from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
+from mlm_plugin.errors import UserError
+
+__all__ = ["add_mlm_arguments", "network_obstacle", "read_mlm_options", "script_obstacle"]
+
+LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
+PLACE = "command line or config_file"
+CACHED = "cache_text_encoder_outputs leaves the text encoder untrained"
+
+
+def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what sd-scripts does not know; its own options stay as they are."""
+    section = parser.add_argument_group("mlm", MLMOptions.__doc__)
+    for entry in _entries():
+        section.add_argument(
+            f"--{entry.name}",
+            nargs="*" if entry.many else None,
+            default=entry.default,
+            metavar="PATH" if entry.path else {int: "N", float: "X", str: "TEXT"}[entry.kind],
+            help=entry.help.replace("%", "%%"),
+        )
+
+
+def read_mlm_options(args: argparse.Namespace) -> MLMOptions:
+    """The checked options of a run; textual inversion's ``token_string`` names the placeholder.
+
+    Raises:
+        UserError: a wrong type, choice or range, or an unknown ``mlm_`` key of the TOML.
+    """
+    known = {entry.name for entry in _entries()}
+    for name in vars(args):
+        if name.startswith("mlm_") and name not in known:
+            raise UserError(f"{PLACE}: unknown key {name!r}{did_you_mean(name, known)}")
+    values = {
+        name: coerce(entry, getattr(args, name), place=PLACE)
+        for name, entry in OPTIONS.items()
+        if entry.group == "mlm" and getattr(args, name, None) is not None
+    }
+    if not values.get("placeholder_token") and getattr(args, "token_string", None):
+        values["placeholder_token"] = (args.token_string,)
+    options = MLMOptions(**values)
+    _check(options)
+    _check_start(options, args)
+    return options
+
+
+def _entries() -> Iterator[Option]:
+    for name, entry in OPTIONS.items():
+        if entry.group == "mlm" or name in LAUNCH:
+            yield entry
+
+
+def _check(options: MLMOptions) -> None:
+    if not 0 < options.mlm_probability <= 1:
+        raise UserError(
+            f"mlm_probability = {options.mlm_probability:g}: must be above 0 and at most 1"
+        )
+    if not 0 <= options.mlm_joint_share <= 1:
+        raise UserError(f"mlm_joint_share = {options.mlm_joint_share:g}: must be from 0 to 1")
+    if options.mlm_end_step is not None and options.mlm_end_step <= options.mlm_start_step:
+        raise UserError(
+            f"mlm_end_step = {options.mlm_end_step} must be above "
+            f"mlm_start_step = {options.mlm_start_step}"
+        )
+
+
+def _check_start(options: MLMOptions, args: argparse.Namespace) -> None:
+    by_epochs = getattr(args, "max_train_epochs", None) is not None
+    if options.mlm_loss_weight and not by_epochs:
+        num_steps = int(args.max_train_steps)
+        if options.mlm_start_step >= num_steps:
+            raise UserError(
+                f"mlm_start_step = {options.mlm_start_step} lies behind the end of the run "
+                f"(max_train_steps = {num_steps})"
+            )
+
+
+def network_obstacle(args: argparse.Namespace) -> str | None:
+    """Why a network trainer could give the term no gradient, in the words of its options."""
+    if getattr(args, "network_train_unet_only", False):
+        return "network_train_unet_only trains no text encoder"
+    if getattr(args, "cache_text_encoder_outputs", False):
+        return CACHED
+    if not any(_text_encoder_rates(args)):
+        given = getattr(args, "text_encoder_lr", None)
+        name = "learning_rate" if given in (None, []) else "text_encoder_lr"
+        return f"{name} = 0 leaves the text encoder untrained"
+    return None
+
+
+def _text_encoder_rates(args: argparse.Namespace) -> list[float]:
+    """One rate, or one for each text encoder. Source: train_network.py, ``text_encoder_lr``."""
+    given = getattr(args, "text_encoder_lr", None)
+    if given in (None, []):
+        given = args.learning_rate
+    rates = given if isinstance(given, (list, tuple)) else [given]
+    return [float(rate or 0) for rate in rates]
+
+
+def script_obstacle(args: argparse.Namespace) -> str | None:
+    """The same for the scripts that train whole models (train_db, fine_tune, sdxl_train)."""
+    if hasattr(args, "train_text_encoder") and not args.train_text_encoder:
+        return "without train_text_encoder the text encoder is not trained"
+    if getattr(args, "cache_text_encoder_outputs", False):
+        return CACHED
+    stop = getattr(args, "stop_text_encoder_training", None)
+    if stop is not None and int(stop) <= 0:
+        return f"stop_text_encoder_training = {stop} leaves the text encoder untrained"
+    base = args.learning_rate
+    is_sdxl = hasattr(args, "learning_rate_te1")
+    names = ["learning_rate_te1", "learning_rate_te2"] if is_sdxl else ["learning_rate_te"]
+    rates = [base if getattr(args, name, None) is None else getattr(args, name) for name in names]
+    if not any(float(rate or 0) for rate in rates):
+        return f"{' and '.join(names)} = 0 leaves the text encoder untrained"
+    return None

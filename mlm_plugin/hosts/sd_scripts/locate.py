@@ -1,0 +1,163 @@
+"""Which trainer runs, and where the checkout of sd-scripts is. Imports neither torch nor it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlm_plugin.config.loading import coerce
+from mlm_plugin.config.options import OPTIONS
+from mlm_plugin.config.toml_files import read_toml
+from mlm_plugin.errors import UserError
+
+__all__ = ["LaunchOptions", "check_checkout", "check_libraries", "find_checkout", "launch_options"]
+
+logger = logging.getLogger(__name__)
+
+TRAINER = "train_network.py"
+SEAM = "def process_batch("
+OLDEST = "v0.10.0"
+LIBRARIES = ("transformers", "diffusers", "accelerate")
+PIN = re.compile(r"^\s*([A-Za-z0-9_.-]+?)(?:\[[^\]]*\])?\s*==\s*([0-9][^\s;#]*)", re.MULTILINE)
+
+
+class LaunchOptions(NamedTuple):
+    """What must be known before a script of sd-scripts can read its own command line."""
+
+    host: str
+    sd_scripts_dir: str | None
+    method: str
+    mlm_arch: str
+    mlm_script: str | None
+    pretrained_model_name_or_path: str | None
+
+
+def launch_options(argv: Sequence[str]) -> LaunchOptions:
+    """Read them off the flags and the TOML of ``--config_file``; flags win.
+
+    Raises:
+        UserError: a value that is not allowed.
+    """
+    peek = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for name in (*LaunchOptions._fields, "config_file"):
+        peek.add_argument(f"--{name}", nargs="?")  # the run's own parser asks for missing values
+    parsed, _ = peek.parse_known_args(list(argv))
+    flags = {name: value for name, value in vars(parsed).items() if value is not None}
+    given = _from_toml(flags.pop("config_file", None)) | flags
+    return LaunchOptions(
+        **{
+            name: coerce(OPTIONS[name], given[name], place="command line")
+            if name in given
+            else OPTIONS[name].default
+            for name in LaunchOptions._fields
+        }
+    )
+
+
+def _from_toml(config_file: str | None) -> dict[str, Any]:
+    if config_file is None:
+        return {}
+    path = Path(config_file if config_file.endswith(".toml") else f"{config_file}.toml")
+    if not path.is_file():  # the trainer that runs says so
+        return {}
+    flat: dict[str, Any] = {}
+    for name, value in read_toml(path).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return {name: flat[name] for name in LaunchOptions._fields if name in flat}
+
+
+def find_checkout(
+    options: LaunchOptions, *, script: str | Path, environment: Mapping[str, str] = os.environ
+) -> Path | None:
+    """The checkout whose trainer runs; ``None`` for the standalone trainer.
+
+    Args:
+        options: ``host`` and ``sd_scripts_dir``.
+        script: the script that was started; it may lie in a checkout.
+        environment: may hold ``SD_SCRIPTS_DIR``.
+
+    Raises:
+        UserError: a folder that is no usable checkout, or none where one is needed.
+    """
+    if options.host == "standalone":
+        return None
+    beside = Path(script).resolve().parent
+    for name, folder in (
+        ("--sd_scripts_dir", options.sd_scripts_dir),
+        ("SD_SCRIPTS_DIR", environment.get("SD_SCRIPTS_DIR")),
+        ("the folder of this script", beside if (beside / TRAINER).is_file() else None),
+    ):
+        if folder:
+            root = Path(folder).expanduser().resolve()
+            check_checkout(root, named=f"{name} {folder}")
+            return root
+    if options.host == "sd-scripts":
+        raise UserError(
+            "--host sd-scripts: where is it? Give --sd_scripts_dir or SD_SCRIPTS_DIR, or put this "
+            f"script beside {TRAINER}"
+        )
+    return None
+
+
+def check_checkout(root: Path, *, named: str) -> None:
+    """Refuse a folder that is no checkout, or one without the seam that the term needs.
+
+    Raises:
+        UserError: what is missing.
+    """
+    trainer = root / TRAINER
+    if not trainer.is_file() or not (root / "library").is_dir():
+        raise UserError(
+            f"{named}: no checkout of sd-scripts ({TRAINER} and the folder library are not both "
+            "there); give the folder that holds them"
+        )
+    if SEAM not in trainer.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"{named}: this sd-scripts is too old (its NetworkTrainer has no process_batch); "
+            f"update it to {OLDEST} or later, or use --host standalone"
+        )
+
+
+def check_libraries(root: Path) -> None:
+    """Compare the installed libraries with those that the checkout pins.
+
+    Another major version does not work and is refused; any other difference is warned about.
+
+    Raises:
+        UserError: a library is missing or of another major version.
+    """
+    differences = []
+    for name, wanted in _pins(root).items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"{name} is not installed, {root.name} wants {name}=={wanted}; run this in the "
+                "environment of sd-scripts (pip install -r requirements.txt there)"
+            ) from None
+        if installed.split(".")[0] != wanted.split(".")[0]:
+            raise UserError(
+                f"{name} {installed} is installed, {root.name} wants {name}=={wanted}; run this "
+                "in the environment of sd-scripts, or use --host standalone"
+            )
+        if installed.split("+")[0] != wanted:
+            differences.append(f"{name} {installed} (wanted {wanted})")
+    if differences:
+        logger.warning("not the versions that sd-scripts pins: %s", ", ".join(differences))
+
+
+def _pins(root: Path) -> dict[str, str]:
+    """Exact versions in ``requirements.txt`` of the libraries that matter here."""
+    requirements = root / "requirements.txt"
+    if not requirements.is_file():
+        return {}
+    pins = dict(PIN.findall(requirements.read_text(encoding="utf-8", errors="replace")))
+    return {name: pins[name] for name in LIBRARIES if name in pins}

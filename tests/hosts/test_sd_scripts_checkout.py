@@ -1,0 +1,259 @@
+"""The sd-scripts host in a real checkout: every kind of run, some steps each.
+
+Runs where SD_SCRIPTS_DIR names a checkout, with the Python of its environment. The models have real
+module names and toy widths (``shrunken_sd_scripts.py``); pictures and vocabulary are real.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+CHECKOUT = os.environ.get("SD_SCRIPTS_DIR")
+PROGRAM = Path(__file__).parent / "shrunken_sd_scripts.py"
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth" / "dog"
+LORA = ("--network_module", "networks.lora", "--network_dim", "4", "--network_alpha", "4")
+
+pytestmark = [
+    pytest.mark.skipif(CHECKOUT is None, reason="SD_SCRIPTS_DIR names no checkout of sd-scripts"),
+    pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos (shared/data) are not here"),
+]
+
+
+def call(*arguments, **environment):
+    """Run the program; returns what it printed."""
+    variables = os.environ | {"SD_SCRIPTS_DIR": CHECKOUT, "HF_HUB_OFFLINE": "1"} | environment
+    done = subprocess.run(
+        [*map(str, arguments)], capture_output=True, text=True, env=variables, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models, contextualizers, tokenizers and photos, as the runs name them."""
+    folder = tmp_path_factory.mktemp("sd-scripts")
+    tokenizer = ROOT.parent / "shared" / "data" / "clip-vit-large-patch14-tokenizer"
+    if not tokenizer.is_dir():
+        pytest.skip("the real CLIP vocabulary (shared/data) is not here")
+    call(sys.executable, PROGRAM, "build", folder, tokenizer)
+    for name in ("data/2_sks dog", "token/2_zxq"):
+        (folder / name).mkdir(parents=True)
+        for photo in sorted(PHOTOS.glob("*.jpg"))[:4]:
+            shutil.copyfile(photo, folder / name / photo.name)
+    return folder
+
+
+@pytest.fixture
+def arguments(folder, tmp_path):
+    """Flags that all runs share; later ones win."""
+    return [
+        *("--pretrained_model_name_or_path", folder / "sd15"),
+        *("--tokenizer_cache_dir", folder / "tokenizers"),
+        *("--train_data_dir", folder / "data", "--resolution", "64", "--enable_bucket"),
+        *("--min_bucket_reso", "64", "--max_bucket_reso", "128"),
+        *("--max_train_steps", "3", "--max_data_loader_n_workers", "0", "--seed", "7"),
+        *("--learning_rate", "1e-3", "--save_model_as", "safetensors"),
+        *("--output_dir", tmp_path / "out", "--logging_dir", tmp_path / "logs"),
+    ]
+
+
+@pytest.fixture
+def both(arguments, folder, tmp_path):
+    """The files of a plain run and of a run with the term, and the curves of the latter."""
+
+    def both(script, *flags, ours=(), contextualizer="sd15.safetensors", weight=0.1):
+        plain = ["plain", script, *arguments, *flags, "--output_name", "plain"]
+        call(sys.executable, PROGRAM, *plain)
+        files = ",".join(str(folder / name) for name in contextualizer.split(","))
+        call(
+            *(sys.executable, PROGRAM, "mlm", *arguments, *flags, *ours, "--output_name", "mlm"),
+            *("--logging_dir", tmp_path / "our_logs", "--mlm_contextualizer", files),
+            *("--mlm_loss_weight", weight),
+        )
+        out = tmp_path / "out"
+        plain, ours = out / "plain.safetensors", out / "mlm.safetensors"
+        assert shapes(plain) == shapes(ours)
+        assert all(torch.isfinite(value).all() for value in load_file(ours).values())
+        return plain, ours, curves(tmp_path / "our_logs")
+
+    return both
+
+
+def shapes(path):
+    return {name: (value.shape, value.dtype) for name, value in load_file(path).items()}
+
+
+def changed(first, second):
+    """Names of the tensors in which two files differ."""
+    first, second = load_file(first), load_file(second)
+    return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def metadata_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def curves(folder):
+    """Scalars of all TensorBoard files below a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {}
+    for path in folder.rglob("events*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            values[tag] = [event.value for event in events.Scalars(tag)]
+    return values
+
+
+def assert_logged(values, *, steps=3):
+    for tag in ("loss/diffusion", "loss/mlm", "loss/mlm_weighted", "mlm/accuracy"):
+        assert len(values[tag]) == steps, tag
+
+
+def test_at_weight_0_the_lora_is_the_plain_one_bit_for_bit(both):
+    plain, ours, values = both("train_network.py", *LORA, weight=0)
+    assert not changed(plain, ours)
+    assert "loss/mlm" not in values
+    assert not any("mlm" in name for name in metadata_of(ours))
+
+
+def test_a_lora_of_sd_1(both):
+    plain, ours, values = both("train_network.py", *LORA)
+    assert len(load_file(ours)) == 3 * (72 + 192)
+    assert any(name.startswith("lora_te_") for name in changed(plain, ours))
+    assert_logged(values)
+    for step in range(3):
+        assert values["loss/current"][step] == pytest.approx(
+            values["loss/diffusion"][step] + values["loss/mlm_weighted"][step], rel=1e-5
+        )
+    metadata = metadata_of(ours)
+    assert metadata["ss_mlm_placeholder_token"] == "sks"
+    assert metadata["ss_network_module"] == "networks.lora"
+
+
+@pytest.mark.parametrize("algo", ["locon", "lokr"])
+def test_lycoris(both, algo):
+    pytest.importorskip("lycoris")
+    network = ("--network_module", "lycoris.kohya", "--network_dim", "4", "--network_alpha", "4")
+    plain, ours, values = both(
+        "train_network.py", *network, "--network_args", f"algo={algo}", "conv_dim=4"
+    )
+    assert any(name.startswith("lora_te_") for name in changed(plain, ours))
+    assert_logged(values)
+
+
+def test_a_lora_of_sdxl_hears_the_term_in_both_text_encoders(both, folder):
+    model = ("--pretrained_model_name_or_path", folder / "sdxl.safetensors")
+    plain, ours, values = both(
+        *("sdxl_train_network.py", *model, *LORA),
+        contextualizer="sdxl1.safetensors,sdxl2.safetensors",
+    )
+    assert len(load_file(ours)) == 3 * (72 + 192 + 722)
+    names = changed(plain, ours)
+    assert any(name.startswith("lora_te1_") for name in names)
+    assert any(name.startswith("lora_te2_") for name in names)
+    # the U-Net sees the state before the last layer, and so does the term
+    assert not any(name.startswith("lora_te1_text_model_encoder_layers_11_") for name in names)
+    assert_logged(values)
+    assert metadata_of(ours)["ss_mlm_contextualizer"].count(",") == 1
+
+
+def test_textual_inversion(both, folder):
+    plain, ours, values = both(
+        "train_textual_inversion.py",
+        *("--train_data_dir", folder / "token", "--token_string", "zxq", "--init_word", "dog"),
+        *("--num_vectors_per_token", "2"),
+        ours=("--method", "textual_inversion", "--class_token", "dog"),
+    )
+    assert changed(plain, ours) == {"emb_params"}
+    assert load_file(ours)["emb_params"].shape[0] == 2
+    assert metadata_of(ours)["ss_mlm_placeholder_token"] == "zxq zxq1"
+    assert_logged(values)
+
+
+def test_dreambooth(both):
+    plain, ours, values = both("train_db.py", ours=("--method", "dreambooth"))
+    names = changed(plain, ours)
+    assert any(name.startswith("cond_stage_model.") for name in names)
+    assert not any(name.startswith("first_stage_model.") for name in names)
+    assert_logged(values)
+    assert values["loss"] == values["loss/diffusion"]
+
+
+def test_validation_and_states_are_those_of_the_plain_trainer(arguments, folder, tmp_path):
+    flags = [
+        *(*arguments, *LORA, "--gradient_checkpointing", "--save_state_on_train_end"),
+        *("--validation_split", "0.4", "--validate_every_n_steps", "3", "--validation_seed", "1"),
+    ]
+    call(sys.executable, PROGRAM, "plain", "train_network.py", *flags, "--output_name", "plain")
+    ours = [
+        *("--logging_dir", tmp_path / "ours", "--output_name", "ours"),
+        *("--mlm_contextualizer", folder / "sd15.safetensors", "--mlm_loss_weight"),
+    ]
+    call(sys.executable, PROGRAM, "mlm", *flags, *ours, "1e-9")
+    tag = "loss/validation/step_average"
+    assert curves(tmp_path / "logs")[tag] == pytest.approx(curves(tmp_path / "ours")[tag], rel=1e-4)
+    states = tmp_path / "out"
+    assert (states / "ours-state" / "mlm_state.json").is_file()
+    longer = ("--max_train_steps", "5", "--output_name", "resumed", "--resume")
+    call(
+        *(sys.executable, PROGRAM, "plain", "train_network.py", *flags, *longer),
+        states / "ours-state",
+    )
+    printed = call(
+        *(sys.executable, PROGRAM, "mlm", *flags, *ours, "0.1", *longer),
+        states / "plain-state",
+    )
+    assert "counting from 0" in " ".join(printed.split())
+
+
+def test_two_processes_end_with_the_same_weights(arguments, folder, tmp_path):
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--main_process_port", "29763"),
+    ]
+    call(
+        *(*launcher, PROGRAM, "mlm", *arguments, *LORA, "--network_dropout", "0.1"),
+        *("--gradient_accumulation_steps", "2", "--mlm_loss_weight", "0.1"),
+        *("--mlm_contextualizer", folder / "sd15.safetensors"),
+        ACCELERATE_USE_CPU="1",
+        RANK_WEIGHTS=str(tmp_path),
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert len(first) == 3 * (72 + 192)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_both_hosts_train_the_same(arguments, folder, tmp_path):
+    """One photo, the same start and the same draws: the losses agree step by step."""
+    pytest.importorskip("peft", reason="the standalone trainer needs peft")
+    (tmp_path / "one" / "4_sks dog").mkdir(parents=True)
+    shutil.copyfile(PHOTOS / "00.jpg", tmp_path / "one" / "4_sks dog" / "00.jpg")
+    call(*(sys.executable, PROGRAM, "plain", "train_network.py", *arguments, *LORA))
+    flags = [
+        *(*arguments, *LORA, "--train_data_dir", tmp_path / "one"),
+        *("--network_weights", tmp_path / "out" / "last.safetensors"),
+        *("--mlm_contextualizer", folder / "sd15.safetensors", "--mlm_loss_weight", "0.1"),
+    ]
+    found = {}
+    for host in ("mlm", "standalone"):
+        output = ("--logging_dir", tmp_path / host, "--output_name", host)
+        alone = ("--host", "standalone") if host == "standalone" else ()
+        call(sys.executable, PROGRAM, host, *flags, *output, *alone, SHARED_DRAWS="1")
+        found[host] = curves(tmp_path / host)
+    for tag in ("loss/diffusion", "loss/mlm", "mlm/accuracy"):
+        assert found["mlm"][tag] == pytest.approx(found["standalone"][tag], rel=1e-4), tag
+    out = tmp_path / "out"
+    assert shapes(out / "mlm.safetensors") == shapes(out / "standalone.safetensors")
