@@ -31,6 +31,7 @@ class DreamBooth(Method):
         train_text_encoder: else the text encoder is frozen, and the MLM term has no gradient.
         frozen_dtype: precision of a frozen text encoder.
         diffusers_folder: also export a diffusers folder.
+        zero_terminal_snr: the betas of the training, which such a folder must name.
 
     Source: Ruiz et al. 2022, arXiv 2208.12242; sd-scripts ``train_db.py``.
     """
@@ -44,9 +45,11 @@ class DreamBooth(Method):
         train_text_encoder: bool = True,
         frozen_dtype: torch.dtype = torch.float32,
         diffusers_folder: bool = False,
+        zero_terminal_snr: bool = False,
     ):
         super().__init__(models)
         self.diffusers_folder = diffusers_folder
+        self.zero_terminal_snr = zero_terminal_snr
         (text_encoder,) = models.text_encoders
         self.trained: dict[Part, nn.Module] = {"unet": models.unet}
         if train_text_encoder:
@@ -73,6 +76,7 @@ class DreamBooth(Method):
             train_text_encoder=not config.finetune.no_train_text_encoder,
             frozen_dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
             diffusers_folder=config.output.save_diffusers_folder,
+            zero_terminal_snr=config.loss.zero_terminal_snr,
         )
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
@@ -100,12 +104,15 @@ class DreamBooth(Method):
         save_checkpoint(
             to.path, **parts, family=family, metadata=to.metadata("checkpoint"), dtype=to.dtype
         )
+        scheduler = type(models.noise_scheduler).from_config(
+            models.noise_scheduler.config, rescale_betas_zero_snr=self.zero_terminal_snr
+        )
         for folder in self.files(to.path)[1:]:
             save_diffusers_folder(
                 folder,
                 **parts,
                 tokenizer=text_encoder.tokenizer,
-                noise_scheduler=models.noise_scheduler,
+                noise_scheduler=scheduler,
                 prediction_type=models.prediction_type,
                 dtype=to.dtype,
             )
