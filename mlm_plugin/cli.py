@@ -16,9 +16,10 @@ usage: mlm-plugin COMMAND [...]
 Keep prompts alive while a concept is learned (arXiv 2410.10058).
 
 commands:
-  train           train a LoRA with the MLM regularizer (kohya's options and TOML files)
+  train           teach a concept with the MLM regularizer (kohya's options and TOML files)
   pretrain        train a contextualizer by hand, on captions of your own
   prompts         print or count the prompts of a prompt set
+  evaluate        draw, score and report what was learned; --compare lays runs side by side
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 
 `mlm-plugin COMMAND --help` lists the options of a command.\
@@ -58,6 +59,18 @@ def _pretrain(argv: Sequence[str]) -> int:
     return run_pretrain(command)
 
 
+def _evaluate(argv: Sequence[str]) -> int:
+    from mlm_plugin.evaluation.options import parse_evaluate
+
+    command = parse_evaluate(argv)
+    from mlm_plugin.hosts.console import quiet_imports
+
+    quiet_imports()
+    from mlm_plugin.hosts.evaluation import run_evaluate
+
+    return run_evaluate(command)
+
+
 def _prompts(argv: Sequence[str]) -> int:
     from mlm_plugin.hosts.prompts import run_prompts
 
@@ -74,6 +87,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "pretrain": _pretrain,
     "prompts": _prompts,
+    "evaluate": _evaluate,
     "convert-preset": _convert_preset,
 }
 

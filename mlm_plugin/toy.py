@@ -20,7 +20,7 @@ from mlm_plugin.files import cache_dir
 __all__ = ["TOY", "build_toy_data", "build_toy_model", "toy_data", "toy_model"]
 
 TOY = "toy"
-TOY_VERSION = 1  # part of the cache folder's name: raise it when the recipe changes
+TOY_VERSION = 2  # part of the cache folder's name: raise it when the recipe changes
 TOY_SUBJECT = "sks dog"
 TOY_RARE_WORDS = ("sks", "zwx", "ohwx")
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
@@ -101,8 +101,13 @@ def build_toy_model(folder: Path, *, seed: int = 0) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
-def build_toy_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int = 1500) -> int:
-    """Train a small BPE in CLIP's format (``</w>`` ends a word) and return its number of tokens."""
+def build_toy_tokenizer(folder: Path, corpus: Iterable[str], *, num_merges: int = 1442) -> int:
+    """Train a small BPE in CLIP's format (``</w>`` ends a word) and return its number of tokens.
+
+    Equal texts give equal files. The trainer breaks ties between pairs by the ids of their symbols;
+    it numbers single letters by their code, but letters that end a word as it meets them in a hash
+    map. So those are named to it beforehand, as special tokens.
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -113,19 +118,19 @@ def build_toy_tokenizer(folder: Path, corpus: Iterable[str], *, vocab_size: int 
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    word_ends = [f"{char}</w>" for char in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, end_of_word_suffix="</w>", show_progress=False, min_frequency=1
+        vocab_size=len(alphabet) + len(word_ends) + num_merges,
+        initial_alphabet=alphabet,
+        special_tokens=word_ends,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        min_frequency=1,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [
-        *alphabet,
-        *(f"{char}</w>" for char in alphabet),
-        *map("".join, merges),
-        *SPECIAL_TOKENS,
-    ]
-    tokens = list(dict.fromkeys(tokens))
+    tokens = list(dict.fromkeys([*alphabet, *word_ends, *map("".join, merges), *SPECIAL_TOKENS]))
 
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: id for id, token in enumerate(tokens)}

@@ -22,7 +22,15 @@ from mlm_plugin.config.options import OPTIONS, TrainConfig
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 
-__all__ = ["Concept", "DatasetConfig", "SubsetConfig", "concepts_of", "resolve_datasets"]
+__all__ = [
+    "Concept",
+    "DatasetConfig",
+    "FolderName",
+    "SubsetConfig",
+    "concepts_of",
+    "folder_name",
+    "resolve_datasets",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +103,8 @@ class Concept(NamedTuple):
 
 def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     """The data sets of a run, each with at least one subset that is no regularization.
+
+    Where ``generate_class_images`` is going to fill it, ``reg_data_dir`` may be missing or empty.
 
     Raises:
         UserError: Unknown key, wrong type, missing folder, nothing to train on.
@@ -286,8 +296,32 @@ def _folder_subsets(config: TrainConfig) -> Iterator[dict[str, Any]]:
     if data.train_data_dir is None:
         raise UserError("no data: give train_data_dir or dataset_config")
     yield from _subsets_in("train_data_dir", data.train_data_dir, is_reg=False)
-    if data.reg_data_dir is not None:
+    if data.reg_data_dir is not None and not _is_still_to_be_filled(config):
         yield from _subsets_in("reg_data_dir", data.reg_data_dir, is_reg=True)
+
+
+def _is_still_to_be_filled(config: TrainConfig) -> bool:
+    """Whether ``generate_class_images`` has not yet made the first folder in ``reg_data_dir``."""
+    if not config.finetune.generate_class_images:
+        return False
+    parent = Path(config.dataset.reg_data_dir)
+    entries = parent.iterdir() if parent.is_dir() else ()
+    return not any(folder_name(entry.name) for entry in entries if entry.is_dir())
+
+
+class FolderName(NamedTuple):
+    """``10_sks dog``."""
+
+    num_repeats: int
+    class_tokens: str
+
+
+def folder_name(name: str) -> FolderName | None:
+    """The parts of ``<repeats>_<class tokens>``; None where a name does not begin with repeats."""
+    repeats, _, tokens = name.partition("_")
+    if not repeats.isdecimal() or int(repeats) < 1:
+        return None
+    return FolderName(int(repeats), tokens)
 
 
 def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any]]:
@@ -297,8 +331,8 @@ def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any
     form = "10_dog" if is_reg else "10_sks dog"
     found = False
     for folder in sorted(entry for entry in parent.iterdir() if entry.is_dir()):
-        repeats, _, tokens = folder.name.partition("_")
-        if not repeats.isdecimal() or int(repeats) < 1:
+        parts = folder_name(folder.name)
+        if parts is None:
             logger.warning(
                 "%s: folder %r is skipped: its name must begin with the number of repeats, like %r",
                 name,
@@ -307,8 +341,8 @@ def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any
             )
             continue
         found = True
-        subset = {"image_dir": str(folder), "num_repeats": int(repeats), "is_reg": is_reg}
-        yield subset | ({"class_tokens": tokens} if tokens.strip() else {})
+        subset = {"image_dir": str(folder), "num_repeats": parts.num_repeats, "is_reg": is_reg}
+        yield subset | ({"class_tokens": parts.class_tokens} if parts.class_tokens.strip() else {})
     if not found:
         raise UserError(
             f"{name} {path}: holds no folder named like {form!r} "

@@ -364,8 +364,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=_Formatter,
-        description="Train a LoRA with the MLM regularizer. Options are those of kohya's "
-        "train_network.py, and those of the mlm group.",
+        description="Teach concepts to Stable Diffusion with the MLM regularizer: a LoRA, or what "
+        "--method names. Options are those of kohya's train_network.py, and ours.",
         epilog="Every switch that the TOML turns on is turned off by --no-NAME, "
         "e.g. --no-shuffle_caption.",
     )

@@ -25,6 +25,7 @@ __all__ = [
     "metadata_caption",
     "process_caption",
     "read_captions",
+    "with_prefix_and_suffix",
 ]
 
 logger = logging.getLogger(__name__)
@@ -110,10 +111,7 @@ def process_caption(
 
     Source: sd-scripts library/train_util.py BaseDataset.process_caption.
     """
-    if subset.caption_prefix:
-        caption = f"{subset.caption_prefix} {caption}"
-    if subset.caption_suffix:
-        caption = f"{caption} {subset.caption_suffix}"
+    caption = with_prefix_and_suffix(caption, subset)
     if _drops_caption(subset, rng, epoch):
         return ""
     if subset.enable_wildcard:
@@ -125,6 +123,15 @@ def process_caption(
         caption = _rewrite_tags(caption, subset, rng, step, warmup_steps)
     if subset.secondary_separator:
         caption = caption.replace(subset.secondary_separator, subset.caption_separator)
+    return caption
+
+
+def with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
+    """Put ``caption_prefix`` before the first line and ``caption_suffix`` behind the last one."""
+    if subset.caption_prefix:
+        caption = f"{subset.caption_prefix} {caption}"
+    if subset.caption_suffix:
+        caption = f"{caption} {subset.caption_suffix}"
     return caption
 
 

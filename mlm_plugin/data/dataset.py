@@ -23,7 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlm_plugin.data.buckets import crop_top_left
-from mlm_plugin.data.captions import ineffective_settings, process_caption
+from mlm_plugin.data.captions import (
+    ineffective_settings,
+    process_caption,
+    with_prefix_and_suffix,
+)
 from mlm_plugin.data.images import RESIZE_INTERPOLATIONS, color_augment, image_tensor
 from mlm_plugin.data.latents import CachedLatents, cache_latents, read_latents
 from mlm_plugin.data.scale_augmentation import MIN_SIDE, Scaling, draw_scaling, unscaled
@@ -187,11 +191,17 @@ class TrainDataset(Dataset):
         return Counter({key: len(members) for key, members in self._groups.items()})
 
     def captions_of(self, info: ImageInfo) -> list[str]:
-        """What a picture may be captioned: filled templates, else the lines of its own caption."""
-        if not self._takes_template(info):
-            return info.caption.split("\n")
-        concept = " ".join((info.subset.class_tokens or self.concept).split())
-        return [fill_template(template, concept) for template in self.templates]
+        """What a picture may be captioned, with prefix and suffix, before tags are rewritten.
+
+        Filled templates, else the lines of its own caption (without wildcards the first one).
+        """
+        subset = info.subset
+        lines = [
+            line
+            for text in self._texts_of(info)
+            for line in with_prefix_and_suffix(text, subset).split("\n")
+        ]
+        return lines if self._takes_template(info) or subset.enable_wildcard else lines[:1]
 
     def __len__(self) -> int:
         return self._length
@@ -231,9 +241,9 @@ class TrainDataset(Dataset):
             content = _draw_pixels(info, flipped, scaling, rng)
         else:
             content = _draw_latents(self._cache[i], info, flipped)
-        takes_template = self._takes_template(info)
+        texts = self._texts_of(info)
         caption = process_caption(
-            rng.choice(self.captions_of(info)) if takes_template else info.caption,
+            rng.choice(texts) if self._takes_template(info) else texts[0],
             subset,
             rng=rng,
             epoch=key.epoch + 1,
@@ -241,6 +251,13 @@ class TrainDataset(Dataset):
             max_step=self._max_train_steps,
         )
         return _Sample(*content, scaling=scaling, caption=scaling.caption(caption), flipped=flipped)
+
+    def _texts_of(self, info: ImageInfo) -> list[str]:
+        """The filled templates that stand for a picture's caption, else that caption alone."""
+        if not self._takes_template(info):
+            return [info.caption]
+        concept = " ".join((info.subset.class_tokens or self.concept).split())
+        return [fill_template(template, concept) for template in self.templates]
 
     def _takes_template(self, info: ImageInfo) -> bool:
         return bool(self.templates) and not info.is_reg

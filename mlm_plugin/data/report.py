@@ -29,10 +29,11 @@ class SubsetReport:
     name: str
     class_tokens: str | None
     is_reg: bool
+    concepts: tuple[str, ...]  # one of them is looked for in each caption
     num_images: int
     num_repeats: int  # pictures per epoch: images with their repeats
     num_captions: int  # pictures with a caption of their own
-    num_with_concept: int | None  # captions that hold the concept; None without a concept
+    num_with_concept: int | None  # captions that hold one of the concepts; None without concepts
     num_cut: int | None  # captions over the token limit; None without a tokenizer
     captions_elsewhere: dict[str, int]  # extension that was not asked for -> files
     num_templates: int = 0  # that take the place of captions
@@ -46,7 +47,6 @@ class DatasetReport:
     buckets: dict[tuple[int, int], int]  # (width, height) -> pictures per epoch
     num_batches: int
     num_skipped: int
-    concept: str | None
     max_tokens: int
     warnings: list[str] = field(default_factory=list)
 
@@ -77,7 +77,7 @@ class DatasetReport:
         yield f"    {text}"
         if subset.num_with_concept is not None and not subset.is_reg:
             share = _of(subset.num_with_concept, subset.num_images)
-            yield f"    {share} captions hold {self.concept!r}"
+            yield f"    {share} captions hold {_either(subset.concepts)}"
         if subset.num_cut:
             share = _of(subset.num_cut, subset.num_images)
             yield f"    {share} captions are cut at {self.max_tokens} tokens"
@@ -86,7 +86,7 @@ class DatasetReport:
 def dataset_report(
     dataset: TrainDataset,
     *,
-    concept: str | None,
+    concepts: Sequence[str],
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int = 75,
 ) -> DatasetReport:
@@ -94,7 +94,9 @@ def dataset_report(
 
     Args:
         dataset: the data set, read.
-        concept: the placeholder token; it is looked for as a whole word, with prefix and suffix.
+        concepts: what is learned, as captions name it (``sks dog``). They are looked for as whole
+            words, with prefix and suffix; of several, in each subset those that its class_tokens
+            name, or any of them where these name none.
         count_tokens: tokens of a text, without begin and end.
         max_tokens: tokens of a caption that the text encoder sees.
     """
@@ -104,7 +106,7 @@ def dataset_report(
         groups.setdefault((info.dataset_index, source), []).append(info)
     names = _names([key for key in groups], len(dataset.datasets))
     subsets = [
-        _subset_report(names[key], infos, dataset, concept, count_tokens, max_tokens)
+        _subset_report(names[key], infos, dataset, concepts, count_tokens, max_tokens)
         for key, infos in groups.items()
     ]
     buckets: Counter[tuple[int, int]] = Counter()
@@ -115,11 +117,14 @@ def dataset_report(
         buckets=dict(sorted(buckets.items())),
         num_batches=len(dataset),
         num_skipped=len(dataset.skipped),
-        concept=concept,
         max_tokens=max_tokens,
         warnings=[
             *_skipped_warnings(dataset.skipped),
-            *(line for subset in subsets for line in _caption_warnings(subset, concept)),
+            *(
+                line
+                for subset in subsets
+                for line in _caption_warnings(subset, is_only=len(concepts) == 1)
+            ),
             *_picture_warnings(dataset.images),
         ],
     )
@@ -129,25 +134,26 @@ def _subset_report(
     name: str,
     infos: Sequence[ImageInfo],
     dataset: TrainDataset,
-    concept: str | None,
+    concepts: Sequence[str],
     count_tokens: Callable[[str], int] | None,
     max_tokens: int,
 ) -> SubsetReport:
     subset = infos[0].subset
-    texts = [_decorated(info, dataset) for info in infos]
+    own = _concepts_of(subset.class_tokens, concepts)
+    texts = [dataset.captions_of(info) for info in infos]
     num_templates = 0 if subset.is_reg else len(dataset.templates)
-    own = [info.caption_source in ("file", "metadata") for info in infos]
     elsewhere = Counter(i.caption_elsewhere.suffix for i in infos if i.caption_elsewhere)
     return SubsetReport(
         name=name,
         class_tokens=subset.class_tokens,
         is_reg=subset.is_reg,
+        concepts=own,
         num_images=len(infos),
         num_repeats=sum(info.repeats for info in infos),
-        num_captions=sum(own),
-        num_with_concept=_count_with(concept, texts) if concept else None,
+        num_captions=sum(info.caption_source in ("file", "metadata") for info in infos),
+        num_with_concept=_count_with(own, texts) if own else None,
         num_cut=(
-            sum(max(map(count_tokens, text.split("\n"))) > max_tokens for text in texts)
+            sum(max(map(count_tokens, lines)) > max_tokens for lines in texts)
             if count_tokens
             else None
         ),
@@ -156,30 +162,49 @@ def _subset_report(
     )
 
 
-def _caption_warnings(subset: SubsetReport, concept: str | None) -> Iterator[str]:
+def _concepts_of(class_tokens: str | None, concepts: Sequence[str]) -> tuple[str, ...]:
+    """Which of the concepts a subset shows, by its ``class_tokens``; all where these name none."""
+    text = " ".join((class_tokens or "").split())
+    named = tuple(concept for concept in concepts if _whole_word(concept).search(text))
+    return named or tuple(concepts)
+
+
+def _caption_warnings(subset: SubsetReport, *, is_only: bool) -> Iterator[str]:
+    """Warnings about captions; ``is_only`` says that the run has one concept."""
+    concepts = subset.concepts
     for extension, count in subset.captions_elsewhere.items():
         yield (
             f"{subset.name}: {_files(count, extension)} beside images without a caption are not "
             f"read; set caption_extension = {extension!r} to use them"
         )
-    if concept and not subset.is_reg and subset.num_with_concept < subset.num_images:
+    if concepts and not subset.is_reg and subset.num_with_concept < subset.num_images:
         missing = subset.num_images - subset.num_with_concept
         reason = ""
         reads_files = subset.num_captions and not subset.num_templates
-        if reads_files and subset.class_tokens and concept in subset.class_tokens:
+        if reads_files and any(concept in (subset.class_tokens or "") for concept in concepts):
             reason = " (where a caption file exists, class_tokens are not used)"
         yield (
-            f"{subset.name}: {_of(missing, subset.num_images)} captions lack {concept!r}{reason}; "
-            f"write it into them or set caption_prefix = {concept!r}"
+            f"{subset.name}: {_of(missing, subset.num_images)} captions lack "
+            f"{_either(concepts)}{reason}; {_remedy(concepts, is_only=is_only)}"
         )
-    if concept and subset.is_reg and subset.num_with_concept:
-        share = _of(subset.num_with_concept, subset.num_images)
-        yield f"{subset.name}: {share} regularisation captions hold {concept!r}, which unteaches it"
+    if concepts and subset.is_reg and subset.num_with_concept:
+        yield (
+            f"{subset.name}: {_of(subset.num_with_concept, subset.num_images)} regularisation "
+            f"captions hold {_either(concepts)}, which unteaches it"
+        )
     if subset.num_cut:
         yield (
             f"{subset.name}: {_of(subset.num_cut, subset.num_images)} captions are longer than the "
             "text encoder reads; shorten them or set max_token_length = 150 or 225"
         )
+
+
+def _remedy(concepts: Sequence[str], *, is_only: bool) -> str:
+    """How captions come to hold the concept; a prefix must not reach another one's pictures."""
+    if len(concepts) > 1:
+        return "write into each what it shows"
+    where = "" if is_only else " for these alone, in a dataset_config"
+    return f"write it into them or set caption_prefix = {concepts[0]!r}{where}"
 
 
 def _picture_warnings(infos: Sequence[ImageInfo]) -> Iterator[str]:
@@ -208,16 +233,20 @@ def _skipped_warnings(skipped: dict[Path, str]) -> Iterator[str]:
         yield f"skipped {path}: {reason}"
 
 
-def _decorated(info: ImageInfo, dataset: TrainDataset) -> str:
-    subset = info.subset
-    lines = dataset.captions_of(info)
-    parts = ([subset.caption_prefix, line, subset.caption_suffix] for line in lines)
-    return "\n".join(" ".join(part for part in line if part) for line in parts)
+def _count_with(concepts: Sequence[str], texts: Sequence[Sequence[str]]) -> int:
+    """How many pictures have one of the concepts in everything they may be captioned."""
+    patterns = [_whole_word(concept) for concept in concepts]
+    return sum(
+        all(any(pattern.search(line) for pattern in patterns) for line in lines) for lines in texts
+    )
 
 
-def _count_with(concept: str, texts: Sequence[str]) -> int:
-    whole_word = re.compile(rf"(?<!\w){re.escape(concept)}(?!\w)", re.IGNORECASE)
-    return sum(all(whole_word.search(line) for line in text.split("\n")) for text in texts)
+def _whole_word(text: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+
+
+def _either(concepts: Sequence[str]) -> str:
+    return " or ".join(map(repr, concepts))
 
 
 def _names(keys: Sequence[tuple[int, Path]], num_datasets: int) -> dict[tuple[int, Path], str]:

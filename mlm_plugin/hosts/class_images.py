@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mlm_plugin.config.datasets import LATENT_STRIDE, Concept
+from mlm_plugin.config.datasets import LATENT_STRIDE, Concept, folder_name
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.english import correct_articles
 from mlm_plugin.errors import UserError
@@ -40,7 +40,8 @@ def prepare_class_images(
         accelerator: device and precision; the main process draws, the others wait.
 
     Raises:
-        UserError: no class is known, or a folder belongs to other settings.
+        UserError: no class is known, its name cannot be that of a folder, or a folder belongs to
+            other settings.
     """
     classes = list(dict.fromkeys(concept.class_token for concept in concepts))
     if not all(classes) or not classes:
@@ -76,9 +77,21 @@ def prepare_class_images(
 
 
 def _folder(root: Path, class_token: str) -> Path:
-    """The folder of a class that is there already, whatever its repeats, or ``1_<class>``."""
-    found = [path for path in root.glob(f"*_{class_token}") if path.is_dir()]
-    return found[0] if found else root / f"1_{class_token}"
+    """The folder of a class: the first by name that there is, whatever its repeats.
+
+    Else ``1_<class>``.
+    """
+    if separators := [letter for letter in "/\\" if letter in class_token]:
+        raise UserError(
+            f"generate_class_images: class {class_token!r} cannot name a folder, it holds "
+            f"{separators[0]!r}; give --class_token without it"
+        )
+    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    for folder in folders:
+        parts = folder_name(folder.name)
+        if parts and parts.class_tokens.split() == class_token.split():
+            return folder
+    return root / f"1_{class_token}"
 
 
 def _size(resolution: str | None) -> tuple[int, int]:

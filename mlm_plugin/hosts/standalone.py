@@ -116,7 +116,8 @@ def train(argv: Sequence[str]) -> int:
     METHODS[config.schedule.method].check(config, concepts)
     if config.run.check or config.dataset.debug_dataset:
         dataset = _create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
-        print("\n".join(dataset_report(dataset, concept=trigger_of(concepts)).lines()))
+        report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
+        print("\n".join(report.lines()))
         return 0
     require_writable(config.output.output_dir, "output_dir")
     accelerator = create_accelerator(config)
@@ -452,7 +453,7 @@ def _report(
 
     report = dataset_report(
         dataset,
-        concept=concepts[0].text if len(concepts) == 1 else None,
+        concepts=[concept.text for concept in concepts],
         count_tokens=count_tokens,
         max_tokens=config.model.max_token_length or 75,
     )

@@ -509,6 +509,42 @@ def test_templates_take_the_place_of_captions_but_not_of_regularisation_captions
     )
 
 
+def _captions_seen(dataset, num_epochs=20):
+    return {c for epoch in range(num_epochs) for b in _epoch(dataset, epoch) for c in b.captions}
+
+
+@pytest.mark.parametrize("settings", [{}, {"templates": ("a photo of {}", "art of {}")}])
+def test_what_a_picture_may_be_captioned_is_what_training_sees(folder, settings):
+    (folder / "0.txt").write_text("one dog\nanother dog")
+    subset = SubsetConfig(
+        image_dir=folder,
+        class_tokens="sks dog",
+        caption_extension=".txt",
+        caption_prefix="by day,",
+        caption_suffix="outside",
+        enable_wildcard=True,
+    )
+    dataset = _dataset(_config(subset), **settings)
+    possible = {caption for info in dataset.images for caption in dataset.captions_of(info)}
+    assert _captions_seen(dataset) == possible
+    assert possible == (
+        {"by day, a photo of sks dog outside", "by day, art of sks dog outside"}
+        if settings
+        else {"by day, one dog", "another dog outside", "by day, sks dog outside"}
+    )
+
+
+def test_without_wildcards_only_the_first_line_is_a_caption(folder, tmp_path):
+    metadata = {str(folder / "0.png"): {"caption": "one dog\nanother dog"}}
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(metadata))
+    subset = SubsetConfig(metadata_file=path, caption_prefix="sks", caption_suffix="outside")
+    dataset = _dataset(_config(subset))
+    (info,) = dataset.images
+    assert dataset.captions_of(info) == ["sks one dog"]
+    assert _captions_seen(dataset, 2) == {"sks one dog"}
+
+
 def test_templates_without_a_concept_are_refused(folder):
     config = _config(SubsetConfig(image_dir=folder))
     with pytest.raises(UserError, match=r"templates: nothing says what .*sks dog shows"):

@@ -20,11 +20,11 @@ def folder(tmp_path):
     return folder
 
 
-def _report(*subsets, concept="sks", count_tokens=None, max_tokens=75, **settings):
+def _report(*subsets, concepts=("sks",), count_tokens=None, max_tokens=75, **settings):
     config = DatasetConfig(batch_size=2, resolution=(64, 64), subsets=subsets, **settings)
     dataset = TrainDataset([config], seed=0)
     return dataset_report(
-        dataset, concept=concept, count_tokens=count_tokens, max_tokens=max_tokens
+        dataset, concepts=concepts, count_tokens=count_tokens, max_tokens=max_tokens
     )
 
 
@@ -51,12 +51,12 @@ def test_templates_take_the_place_of_captions_in_the_counts(folder):
     (folder / "0.txt").write_text("a dog")
     config = DatasetConfig(batch_size=2, resolution=(64, 64), subsets=(_subset(folder),))
     dataset = TrainDataset([config], seed=0, templates=("a photo of {}", "a picture of {}"))
-    report = dataset_report(dataset, concept="sks")
+    report = dataset_report(dataset, concepts=["sks"])
     assert report.warnings == []
     assert "    captions are drawn from 2 templates" in report.lines()
     assert "    4 of 4 (100%) captions hold 'sks'" in report.lines()
     cut = dataset_report(
-        dataset, concept="zwx", count_tokens=lambda t: len(t.split()), max_tokens=4
+        dataset, concepts=["zwx"], count_tokens=lambda t: len(t.split()), max_tokens=4
     )
     assert "4 of 4 (100%) captions lack 'zwx'" in cut.warnings[0]
     assert "class_tokens are not used" not in cut.warnings[0]
@@ -78,6 +78,13 @@ def test_captions_without_the_concept_are_counted_and_explained(folder):
 def test_with_wildcards_every_line_must_hold_the_concept(folder):
     (folder / "0.txt").write_text("a sks dog\na dog")
     assert _report(_subset(folder, enable_wildcard=True)).subsets[0].num_with_concept == 3
+
+
+def test_a_prefix_reaches_the_first_line_only_as_in_training(folder):
+    (folder / "0.txt").write_text("one dog\nanother dog")
+    (folder / "1.txt").write_text("one dog")
+    subset = _subset(folder, caption_prefix="sks", enable_wildcard=True)
+    assert _report(subset).subsets[0].num_with_concept == 3
 
 
 def test_captions_over_the_token_limit_are_counted(folder):
@@ -133,6 +140,58 @@ def test_regularisation_captions_should_not_hold_the_concept(folder, tmp_path):
 
 
 def test_without_a_concept_nothing_is_said_about_it(folder):
-    report = _report(_subset(folder), concept=None)
+    report = _report(_subset(folder), concepts=())
     assert report.subsets[0].num_with_concept is None
     assert not any("None" in line for line in report.lines())
+
+
+# --- several concepts ------------------------------------------------------------------------
+
+PETS = ("sks dog", "zwx cat")
+
+
+@pytest.fixture
+def cats(folder):
+    """Two pictures more, in a folder of their own."""
+    other = folder.with_name("5_zwx cat")
+    other.mkdir()
+    for i, colour in enumerate(("red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(other / f"{i}.png")
+    return other
+
+
+def test_each_subset_is_held_to_its_own_concept(folder, cats):
+    report = _report(_subset(folder), _subset(cats, class_tokens="zwx cat"), concepts=PETS)
+    assert report.warnings == []
+    assert "    4 of 4 (100%) captions hold 'sks dog'" in report.lines()
+    assert "    2 of 2 (100%) captions hold 'zwx cat'" in report.lines()
+
+
+def test_a_prefix_is_advised_for_the_pictures_of_one_concept_alone(folder, cats):
+    (cats / "0.txt").write_text("a sks dog")
+    report = _report(_subset(folder), _subset(cats, class_tokens="zwx cat"), concepts=PETS)
+    (warning,) = report.warnings
+    assert warning == (
+        "5_zwx cat: 1 of 2 (50%) captions lack 'zwx cat' (where a caption file exists, "
+        "class_tokens are not used); write it into them or set caption_prefix = 'zwx cat' for "
+        "these alone, in a dataset_config"
+    )
+
+
+def test_a_subset_of_no_known_concept_may_hold_any(folder, cats):
+    for i, text in enumerate(["a sks dog", "a zwx cat", "a sks dog and a zwx cat", "a bird"]):
+        (folder / f"{i}.txt").write_text(text)
+    mixed = _subset(folder, class_tokens=None)
+    report = _report(mixed, _subset(cats, class_tokens="zwx cat"), concepts=PETS)
+    assert report.subsets[0].num_with_concept == 3
+    assert "    3 of 4 (75%) captions hold 'sks dog' or 'zwx cat'" in report.lines()
+    (warning,) = report.warnings
+    assert "1 of 4 (25%) captions lack 'sks dog' or 'zwx cat'; write into each" in warning
+    assert "caption_prefix" not in warning
+
+
+def test_regularisation_captions_should_hold_none_of_several_concepts(folder, cats):
+    (cats / "0.txt").write_text("a zwx cat")
+    reg = _subset(cats, is_reg=True, class_tokens="cat")
+    (warning,) = _report(_subset(folder), reg, concepts=PETS).warnings
+    assert "1 of 2 (50%) regularisation captions hold 'sks dog' or 'zwx cat'" in warning

@@ -86,6 +86,25 @@ def test_class_images_are_drawn_once_and_learned_from(arguments, tmp_path, capsy
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
 
 
+@pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
+def test_class_images_fill_a_new_folder(arguments, exists, tmp_path):
+    reg = tmp_path / "reg"
+    if exists:
+        reg.mkdir()
+    flags = ["--method", "dreambooth", "--generate_class_images", "1", "--reg_data_dir", str(reg)]
+    assert train_main([*arguments, *flags, "--check"]) == 0
+    assert train_main([*arguments, *flags]) == 0
+    assert names_in(reg) == ["1_dog"]
+    assert metadata_of(tmp_path / "out" / "x.safetensors")["ss_num_reg_images"] == "1"
+
+
+def test_a_class_that_cannot_name_a_folder_is_refused(arguments, tmp_path, capsys):
+    flags = ["--method", "dreambooth", "--generate_class_images", "1", "--class_token", "dog/cat"]
+    assert train_main([*arguments, *flags, "--placeholder_token", "sks"]) == 2
+    assert "class 'dog/cat' cannot name a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "class_images").exists()
+
+
 def test_class_images_of_another_prompt_are_refused(arguments, capsys):
     flags = ["--method", "dreambooth", "--generate_class_images", "1"]
     assert train_main([*arguments, *flags]) == 0
@@ -135,3 +154,23 @@ def test_captions_that_lack_the_placeholder_name_what_they_hold(arguments, toy_p
         caption.write_text("a photo of my dog")
     flags = ["--train_data_dir", str(folder.parent), "--method", "xti"]
     assert train_main([*arguments, *flags]) == 2
+
+
+def test_a_check_holds_each_folder_to_its_own_concept(arguments, toy_pictures, tmp_path, capsys):
+    pictures, train = next(toy_pictures.iterdir()), tmp_path / "train"
+    shutil.copytree(pictures, train / "1_sks dog")
+    shutil.copytree(pictures, train / "1_zwx cat", ignore=shutil.ignore_patterns("*.txt"))
+    assert train_main([*arguments, "--train_data_dir", str(train), "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 (100%) captions hold 'sks dog'" in out
+    assert "5 of 5 (100%) captions hold 'zwx cat'" in out
+    assert "lack" not in out
+
+
+def test_a_prefix_may_bring_the_placeholder(arguments, toy_pictures, tmp_path):
+    folder = tmp_path / "train" / "1_sks dog"
+    shutil.copytree(next(toy_pictures.iterdir()), folder)
+    for caption in folder.glob("*.txt"):
+        caption.write_text("on the lawn")
+    flags = ["--train_data_dir", str(folder.parent), "--caption_prefix", "sks dog"]
+    assert train_main([*arguments, *flags, "--method", "textual_inversion"]) == 0

@@ -1,0 +1,228 @@
+"""Measures of the pictures: how like the prompt, how like the concept, how varied.
+
+Puts the features of metric models into the formulas of ``measures``. Knows no model that draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlm_plugin.data.images import list_images, open_image, open_mask
+from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.measures import (
+    custom_concept_score,
+    intra_distance,
+    mean_cosine_to,
+    mean_with_interval,
+    paired_cosine,
+)
+from mlm_plugin.evaluation.metric_models import Clip, Dino
+from mlm_plugin.evaluation.prompts import EvaluationPrompt
+
+__all__ = ["cut_out", "find_masks", "find_photos", "score_pictures"]
+
+PER_PICTURE = ("clip_t", "clip_i", "dino", "dino_fg", "dino_bg")
+PER_PROMPT = ("diversity_clip", "diversity_dino")
+
+
+class ImageModel(Protocol):
+    """What turns pictures into features."""
+
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """``(N, D)``."""
+
+
+def find_photos(folder: str) -> list[Path]:
+    """Photos of the concept, in the folder and its sub-folders (``10_sks dog``).
+
+    Raises:
+        UserError: no folder, or none in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"--train_data_dir: there is no folder {folder}")
+    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    photos = [photo for path in folders for photo in list_images(path)]
+    if not photos:
+        raise UserError(f"--train_data_dir: {folder} holds no pictures")
+    return photos
+
+
+def find_masks(folder: str | None) -> dict[str, Path]:
+    """Masks by the name of the picture they belong to, without suffix.
+
+    Raises:
+        UserError: no folder.
+    """
+    if folder is None:
+        return {}
+    if not Path(folder).is_dir():
+        raise UserError(f"--masks: there is no folder {folder}")
+    return {path.stem: path for path in list_images(Path(folder))}
+
+
+def cut_out(
+    image: Image.Image, mask: np.ndarray, color: Sequence[float], *, keep: str
+) -> Image.Image:
+    """Leave the foreground or the background of a picture and lay the rest in one colour.
+
+    Args:
+        image: RGB.
+        mask: (H, W) uint8, 255 = foreground; resized to the picture if need be.
+        color: in [0, 1], of what is taken away: the mean colour, which a model reads as zero.
+        keep: ``"foreground"`` or ``"background"``.
+    """
+    if mask.shape != (image.height, image.width):
+        mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR))
+    share = mask[..., None].astype(np.float32) / 255
+    share = share if keep == "foreground" else 1 - share
+    pixels = np.asarray(image, np.float32) * share + 255 * np.float32(color) * (1 - share)
+    return Image.fromarray(np.rint(pixels).astype(np.uint8))
+
+
+def score_pictures(
+    pictures: Sequence[Sequence[Path]],
+    prompts: Sequence[EvaluationPrompt],
+    photos: Sequence[Path],
+    *,
+    clip: Clip | None,
+    dino: Dino | None,
+    masks: Mapping[str, Path],
+) -> dict[str, Any]:
+    """All image measures.
+
+    DINO-FG (DINO-BG) is DINO on foregrounds (backgrounds) of both photos and pictures, over those
+    that have a mask; a high DINO-BG says that the photos' surroundings came along.
+
+    Args:
+        pictures: files by prompt.
+        prompts: what they were drawn from.
+        photos: of the concept.
+        clip: for CLIP-T, CLIP-I and diversity; None = without.
+        dino: for DINO and diversity; None = without.
+        masks: from :func:`find_masks`.
+
+    Returns:
+        ``measures``: mean over prompts with its interval; ``per_prompt``; ``per_picture`` by
+        prompt; ``references``: the photos among themselves; ``num_masked``: pictures and photos
+        with a mask.
+
+    Raises:
+        UserError: a picture or mask cannot be read.
+    """
+    originals = _open_all(photos)
+    photo_clip = clip.image_features(originals) if clip else None
+    photo_dino = dino.image_features(originals) if dino else None
+    texts = clip.text_features([prompt.text for prompt in prompts]) if clip else None
+    parts = _part_scorers(dino, photos, originals, masks) if dino else {}
+    per_picture: list[list[dict[str, float | None]]] = []
+    per_prompt: list[dict[str, float | None]] = []
+    for index, files in enumerate(pictures):
+        images = _open_all(files)
+        columns: dict[str, list[float | None]] = {}
+        diversity: dict[str, float | None] = {}
+        if clip:
+            features = clip.image_features(images)
+            columns["clip_t"] = paired_cosine(features, texts[index].expand_as(features)).tolist()
+            columns["clip_i"] = mean_cosine_to(features, photo_clip).tolist()
+            diversity["diversity_clip"] = intra_distance(features)
+        if dino:
+            features = dino.image_features(images)
+            columns["dino"] = mean_cosine_to(features, photo_dino).tolist()
+            diversity["diversity_dino"] = intra_distance(features)
+        for name, score in parts.items():
+            columns[name] = score(files, images)
+        per_picture.append(
+            [{name: column[j] for name, column in columns.items()} for j in range(len(files))]
+        )
+        per_prompt.append({name: _mean(column) for name, column in columns.items()} | diversity)
+    return {
+        "measures": _summary(per_prompt),
+        "per_prompt": per_prompt,
+        "per_picture": per_picture,
+        "references": _references(photo_clip, photo_dino),
+        "num_masked": {
+            "pictures": sum(file.stem in masks for files in pictures for file in files),
+            "photos": sum(photo.stem in masks for photo in photos),
+        },
+    }
+
+
+def _part_scorers(
+    dino: Dino,
+    photos: Sequence[Path],
+    originals: Sequence[Image.Image],
+    masks: Mapping[str, Path],
+) -> dict[str, Callable[[Sequence[Path], Sequence[Image.Image]], list[float | None]]]:
+    """DINO on what is in the masks and on what is not; none where no photo has a mask."""
+    if not any(photo.stem in masks for photo in photos):
+        return {}
+
+    def scorer(keep: str):
+        def features(files: Sequence[Path], images: Sequence[Image.Image]) -> Tensor:
+            return dino.image_features(
+                [
+                    cut_out(image, _open_mask(masks[file.stem]), dino.how.mean, keep=keep)
+                    for file, image in zip(files, images, strict=True)
+                    if file.stem in masks
+                ]
+            )
+
+        of_photos = features(photos, originals)
+
+        def score(files: Sequence[Path], images: Sequence[Image.Image]) -> list[float | None]:
+            if not any(file.stem in masks for file in files):
+                return [None] * len(files)
+            scores = iter(mean_cosine_to(features(files, images), of_photos).tolist())
+            return [next(scores) if file.stem in masks else None for file in files]
+
+        return score
+
+    return {"dino_fg": scorer("foreground"), "dino_bg": scorer("background")}
+
+
+def _references(photo_clip: Tensor | None, photo_dino: Tensor | None) -> dict[str, float | None]:
+    """The photos among themselves: what a perfect likeness would come to."""
+    found = {}
+    for name, features in (("clip_i", photo_clip), ("dino", photo_dino)):
+        distance = None if features is None else intra_distance(features)
+        found[name] = None if distance is None else 1 - distance
+    return found
+
+
+def _summary(per_prompt: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
+    """Mean over prompts and its interval, for every measure that some prompt has."""
+    summary: dict[str, Any] = {}
+    for name in (*PER_PICTURE, *PER_PROMPT):
+        values = [row[name] for row in per_prompt if row.get(name) is not None]
+        if values:
+            summary[name] = mean_with_interval(torch.tensor(values))._asdict()
+    if "clip_t" in summary:
+        summary["clip_t"]["custom_concept_101"] = custom_concept_score(summary["clip_t"]["mean"])
+    return summary
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _open_all(files: Sequence[Path]) -> list[Image.Image]:
+    try:
+        return [Image.fromarray(open_image(file)) for file in files]
+    except ValueError as error:
+        raise UserError(f"{error}; delete the file and run the command again") from error
+
+
+def _open_mask(file: Path) -> np.ndarray:
+    try:
+        return open_mask(file)[..., 0]
+    except ValueError as error:
+        raise UserError(f"--masks: {error}") from error

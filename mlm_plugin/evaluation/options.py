@@ -1,0 +1,154 @@
+"""Options of `mlm-plugin evaluate`, declared once. Knows no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mlm_plugin.errors import UserError
+
+__all__ = ["NO_MODEL", "EvaluateCommand", "EvaluateOptions", "parse_evaluate"]
+
+NO_MODEL = "none"
+"""In place of a metric model or contextualizer: leave its measures out."""
+
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
+
+def _option(default: Any, text: str, metavar: str = "X"):
+    return field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `mlm-plugin evaluate` was asked for."""
+
+    pretrained_model_name_or_path: str | None = _option(
+        None, "Base model: folder, hub id or file, as in training.", "MODEL"
+    )
+    lora: str | None = _option(None, "A LoRA to judge.", "FILE")
+    lora_weight: float = _option(1.0, "Strength of the LoRA.")
+    embedding: str | None = _option(None, "Learned rows of the placeholder.", "FILE")
+    checkpoint: str | None = _option(
+        None, "A whole trained model; the base stays the measure of drift.", "MODEL"
+    )
+    delta: str | None = _option(None, "Keys and values of Custom Diffusion.", "FILE")
+    xti: str | None = _option(None, "Rows for every cross-attention layer.", "FILE")
+    placeholder_token: str = _option(
+        "sks", "Word that stands for the concept; '' draws the plain class.", "WORD"
+    )
+    class_token: str = _option("", "Class word; prompts say '<placeholder> <class>'.", "WORD")
+    train_data_dir: str | None = _option(None, "Photos of the concept, also in sub-folders.", "DIR")
+    output: str = _option("", "Folder of pictures, results and report.", "DIR")
+    prompts: str | None = _option(
+        None, "Text file, one prompt per line with {} for the concept; else DreamBench's.", "FILE"
+    )
+    num_images_per_prompt: int = _option(4, "Pictures of every prompt.", "N")
+    steps: int = _option(50, "Steps of the sampler.", "N")
+    scale: float = _option(7.5, "Classifier-free guidance; 1 = without.")
+    seed: int = _option(0, "Names the noise of every picture.", "N")
+    sampler: str = _option("ddim", "kohya's name of the sampler.", "NAME")
+    negative_prompt: str = _option("", "What is not wanted.", "TEXT")
+    resolution: int | None = _option(
+        None, "Side of the pictures in pixels; else the model's own.", "N"
+    )
+    batch_size: int = _option(4, "Pictures drawn at once.", "N")
+    precision: str = _option("auto", "auto (fp16 on a GPU, else fp32), fp32, fp16 or bf16.", "NAME")
+    clip_skip: int | None = _option(None, "As in training.", "N")
+    clip_model: str = _option(
+        "openai/clip-vit-base-patch32",
+        "CLIP that scores: folder or hub id; none = without.",
+        "NAME",
+    )
+    dino_model: str = _option(
+        "facebook/dino-vits16", "DINO that scores: folder or hub id; none = without.", "NAME"
+    )
+    masks: str | None = _option(
+        None, "Foreground masks, named as the photos and pictures they belong to.", "DIR"
+    )
+    mlm_contextualizer: str = _option("auto", "As in training; none = without.", "FILE")
+    label: str | None = _option(None, "Name in reports; else that of the file judged.", "TEXT")
+
+
+class EvaluateCommand(NamedTuple):
+    """Options, and which of the three jobs: draw and score, text encoder only, or compare."""
+
+    options: EvaluateOptions
+    text_only: bool
+    compare: tuple[str, ...]  # folders; empty = one evaluation
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see `mlm-plugin evaluate --help`")
+
+
+def parse_evaluate(argv: Sequence[str]) -> EvaluateCommand:
+    """Read the command line of `mlm-plugin evaluate`.
+
+    Raises:
+        UserError: an unknown flag, a missing one, or values that do not go together.
+    """
+    given = vars(_parser().parse_args(list(argv)))
+    compare, text_only = given.pop("compare"), given.pop("text_only")
+    options = EvaluateOptions(**given)
+    if not options.output:
+        raise UserError("--output: name the folder for results and report")
+    if compare is None:
+        _check(options, text_only=text_only)
+    return EvaluateCommand(options, text_only, tuple(compare or ()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mlm-plugin evaluate",
+        allow_abbrev=False,
+        description="Draw pictures of a learned concept, score them and the text encoder, and "
+        "write results.json, results.csv and report.html. Goes on where it was stopped.",
+    )
+    types = {"int": int, "float": float}
+    for item in dataclasses.fields(EvaluateOptions):
+        default = item.default
+        shown = "" if default in (None, "") else f" (default: {default})"
+        parser.add_argument(
+            f"--{item.name}",
+            type=types.get(str(item.type).split(" |")[0], str),
+            default=default,
+            metavar=item.metadata["metavar"],
+            help=item.metadata["help"].replace("%", "%%") + shown,
+        )
+    parser.add_argument(
+        "--text_only", action="store_true", help="Measure the text encoder alone, without pictures."
+    )
+    parser.add_argument(
+        "--compare", nargs="+", metavar="DIR", help="Finished evaluations to lay side by side."
+    )
+    return parser
+
+
+def _check(options: EvaluateOptions, *, text_only: bool) -> None:
+    required = ["pretrained_model_name_or_path", "class_token"]
+    if not text_only:
+        required.append("train_data_dir")
+    for name in required:
+        if not getattr(options, name):
+            raise UserError(f"--{name} is missing; see `mlm-plugin evaluate --help`")
+    for name in ("num_images_per_prompt", "steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} = {getattr(options, name)}: must be at least 1")
+    if options.resolution is not None and (options.resolution < 8 or options.resolution % 8):
+        raise UserError(f"--resolution = {options.resolution}: must be a multiple of 8")
+    if options.precision not in PRECISIONS:
+        raise UserError(
+            f"--precision = {options.precision!r}: expected one of {', '.join(PRECISIONS)}"
+        )
+    for one, other in (("xti", "embedding"), ("xti", "delta"), ("lora", "delta")):
+        if getattr(options, one) and getattr(options, other):
+            raise UserError(f"--{one} and --{other} change the same layers or words: give one")
+    if (options.embedding or options.xti) and not options.placeholder_token:
+        raise UserError(
+            "--placeholder_token is empty: name the word that the learned rows stand for"
+        )

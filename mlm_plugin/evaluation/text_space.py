@@ -1,0 +1,329 @@
+"""Measures of the text encoder alone: no picture is drawn.
+
+How well the hidden words around the concept can be told, how far the concept stands from its class,
+whether prompts with it have become alike, and how far the encoder has moved on text without it.
+
+Shapes: B prompts, L tokens, D width, K readings of a placeholder (XTI's layers, else 1).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_plugin.data.english import FUNCTION_WORDS, NEUTRAL_WORDS
+from mlm_plugin.data.masking import MaskedTokens, MaskingVocabulary, mask_tokens
+from mlm_plugin.evaluation.measures import intra_distance, mean_with_interval, paired_cosine
+from mlm_plugin.evaluation.prompts import with_class, with_concept
+from mlm_plugin.models.contextualizer import Contextualizer, masked_word_loss
+from mlm_plugin.models.mask_token import mask_embedding
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.regularizer import tokens_before_padding
+from mlm_plugin.training.drift import PROBES
+
+__all__ = [
+    "MaskedWords",
+    "embedding_measures",
+    "encoder_drift",
+    "headline",
+    "masked_words",
+    "measure_text_space",
+    "pooled_states",
+    "random_words",
+    "set_distances",
+]
+
+NUM_MASKINGS = 8  # of every prompt
+NUM_RANDOM_WORDS = 8
+MLM_PROBABILITY = 0.25
+
+
+class MaskedWords(NamedTuple):
+    """Cross-entropy in nats per hidden token, share named rightly, number of hidden tokens."""
+
+    loss: float
+    accuracy: float
+    num_masked: int
+
+
+@torch.no_grad()
+def measure_text_space(
+    text_encoder: TextEncoder,
+    base_text_encoder: TextEncoder,
+    contextualizer: Contextualizer | None,
+    *,
+    templates: Sequence[str],
+    placeholder_token: str,
+    class_token: str,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All measures, by group; ``masked_words`` is None without a contextualizer.
+
+    Args:
+        text_encoder: with everything learned in place.
+        base_text_encoder: as it was before.
+        contextualizer: made for the base text encoder.
+        templates: evaluation prompts with ``{}``.
+        placeholder_token: "" = the plain class is judged.
+        class_token: the class word.
+        seed: of masks and random words.
+    """
+    concept_prompts = [with_concept(t, placeholder_token, class_token) for t in templates]
+    class_prompts = [with_class(t, class_token) for t in templates]
+    words = None
+    if contextualizer is not None:
+        words = _masked_words_by_filler(
+            text_encoder,
+            contextualizer,
+            templates,
+            placeholder_token=placeholder_token,
+            class_token=class_token,
+            seed=seed,
+        )
+    distances = set_distances(text_encoder, concept_prompts, class_prompts)
+    per_prompt = distances.pop("per_prompt")
+    return {
+        "masked_words": words,
+        "embedding": embedding_measures(
+            text_encoder, placeholder_token=placeholder_token, class_token=class_token
+        ),
+        "distances": distances,
+        "distance_per_prompt": per_prompt,
+        "drift": {
+            "everyday": encoder_drift(text_encoder, base_text_encoder, PROBES),
+            "class": encoder_drift(text_encoder, base_text_encoder, class_prompts),
+        },
+    }
+
+
+def _masked_words_by_filler(
+    text_encoder: TextEncoder,
+    contextualizer: Contextualizer,
+    templates: Sequence[str],
+    *,
+    placeholder_token: str,
+    class_token: str,
+    seed: int,
+) -> dict[str, Any]:
+    """The three readings: with the concept, with the class word alone, with a random word."""
+    strangers = random_words(text_encoder, NUM_RANDOM_WORDS, seed=seed)
+    prompts_of = {
+        "concept": [with_concept(t, placeholder_token, class_token) for t in templates],
+        "class": [with_class(t, class_token) for t in templates],
+        "random": [
+            with_concept(t, strangers[i % len(strangers)], class_token)
+            for i, t in enumerate(templates)
+        ],
+    }
+    protected = [placeholder_token, class_token, *strangers]
+    return {
+        name: masked_words(
+            text_encoder,
+            contextualizer,
+            prompts,
+            protected=protected,
+            seed=seed,
+        )._asdict()
+        for name, prompts in prompts_of.items()
+    }
+
+
+@torch.no_grad()
+def masked_words(
+    text_encoder: TextEncoder,
+    contextualizer: Contextualizer,
+    prompts: Sequence[str],
+    *,
+    protected: Sequence[str],
+    seed: int,
+) -> MaskedWords:
+    """``-1/N sum log p(hidden token | states)`` and the share of hidden tokens named rightly.
+
+    Every prompt is masked several times. Protected words are never hidden and do not count, so the
+    same seed hides the same context words whatever stands in the slot.
+
+    Args:
+        text_encoder: whose states are read.
+        contextualizer: names the words.
+        prompts: filled templates.
+        protected: concept, class and the words that take their place.
+        seed: of the masks.
+
+    Source: the training's own term (``regularizer.py``), on evaluation prompts.
+    """
+    rows = text_encoder.token_rows
+    words = [*protected, *(rows.tokens if rows is not None else [])]
+    vocabulary = MaskingVocabulary.from_tokenizer(
+        text_encoder.tokenizer, protected=words, low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
+    )
+    ids_BL = text_encoder.tokenize_trimmed(list(prompts)).repeat_interleave(NUM_MASKINGS, dim=0)
+    masked = mask_tokens(
+        ids_BL,
+        vocabulary,
+        mlm_probability=MLM_PROBABILITY,
+        rng=random.Random(f"evaluate/masks/{seed}"),
+    )
+    is_token_BL = tokens_before_padding(ids_BL, vocabulary.eos_token_id)
+    parts = [
+        _named(text_encoder, contextualizer, masked, is_token_BL, reading=k)
+        for k in range(1 if rows is None else rows.num_variants)
+    ]
+    loss, accuracy = torch.tensor([part[:2] for part in parts]).mean(dim=0).tolist()
+    return MaskedWords(loss, accuracy, parts[0].num_masked)
+
+
+def _named(
+    text_encoder: TextEncoder,
+    contextualizer: Contextualizer,
+    masked: MaskedTokens,
+    is_token_BL: Tensor,
+    *,
+    reading: int,
+) -> MaskedWords:
+    table_VD = text_encoder.token_embedding.weight[: contextualizer.sizes.vocab_size]
+    device = table_VD.device
+    contextualizer = contextualizer.to(device)
+    with mask_embedding(text_encoder.token_embedding, contextualizer.mask_vector):
+        hidden_BLD = text_encoder.encode(_reading(text_encoder, masked.input_ids, reading))
+    result = masked_word_loss(
+        contextualizer,
+        hidden_BLD,
+        labels_BL=masked.labels.to(device),
+        is_token_BL=is_token_BL.to(device),
+        token_table_VD=table_VD,
+    )
+    num_masked = int(result.num_masked)
+    return MaskedWords(float(result.loss), int(result.num_correct) / max(num_masked, 1), num_masked)
+
+
+def random_words(text_encoder: TextEncoder, count: int, *, seed: int) -> list[str]:
+    """Ordinary words of one token that stand for nothing here, drawn from the vocabulary."""
+    tokenizer = text_encoder.tokenizer
+    pieces = sorted(
+        token.removesuffix("</w>")
+        for token in tokenizer.get_vocab()
+        if token.endswith("</w>") and token.removesuffix("</w>").isalpha() and len(token) > 7
+    )
+    rng = random.Random(f"evaluate/words/{seed}")
+    return rng.sample([piece for piece in pieces if piece.isascii()], count)
+
+
+def embedding_measures(
+    text_encoder: TextEncoder, *, placeholder_token: str, class_token: str
+) -> dict[str, float] | None:
+    """Norm of the concept's input rows and their cosine to the class word's; None without concept.
+
+    ``norm``: mean |v| over rows and layers; ``class_norm``: the same of the class word;
+    ``table_norm``: mean |v| of the whole table; ``cosine``: mean over rows of cos(v, mean class
+    row). A norm far above the table's shouts the rest of a prompt down.
+
+    Source: the norm and direction of V* in "semantic collapse" (Embedding-Adjustment).
+    """
+    if not placeholder_token:
+        return None
+    table_VD = text_encoder.token_embedding.weight.float()
+    rows_ND = _rows_of(text_encoder, placeholder_token)
+    class_ND = _rows_of(text_encoder, class_token)
+    cosine = F.cosine_similarity(rows_ND, class_ND.mean(dim=0, keepdim=True), dim=-1).mean()
+    return {
+        "norm": rows_ND.norm(dim=-1).mean().item(),
+        "class_norm": class_ND.norm(dim=-1).mean().item(),
+        "table_norm": table_VD.norm(dim=-1).mean().item(),
+        "cosine": cosine.item(),
+        "num_vectors": len(rows_ND),
+    }
+
+
+def _rows_of(text_encoder: TextEncoder, word: str) -> Tensor:
+    """Input vectors of a word: learned rows if it is a placeholder, else rows of the table."""
+    learned = text_encoder.token_rows.rows if text_encoder.token_rows is not None else {}
+    if word in learned:
+        return learned[word].detach().flatten(0, 1)
+    ids = text_encoder.tokenizer(word, add_special_tokens=False).input_ids
+    return text_encoder.token_embedding.weight[ids].float()
+
+
+def set_distances(
+    text_encoder: TextEncoder, concept_prompts: Sequence[str], class_prompts: Sequence[str]
+) -> dict[str, Any]:
+    """How far prompts with the concept stand from the class's, and from each other.
+
+    With p_i the pooled state of prompt i with the concept and c_i of the same prompt with the class
+    word: ``inter`` = mean_i (1 - cos(p_i, c_i)); ``intra`` = mean_{i<j} (1 - cos(p_i, p_j));
+    ``intra_class`` the same of c; ``collapse`` = 1 - intra / intra_class (0: as varied as the
+    class, 1: all prompts say the same). ``per_prompt``: the terms of ``inter``.
+
+    Source: the distances of "semantic collapse" (Embedding-Adjustment); there between whole sets.
+    """
+    concept_KBD = pooled_states(text_encoder, concept_prompts)
+    class_BD = pooled_states(text_encoder, class_prompts)[0]
+    per_prompt = torch.stack([1 - paired_cosine(p_BD, class_BD) for p_BD in concept_KBD]).mean(0)
+    intra_class = intra_distance(class_BD)
+    intra = None
+    if intra_class is not None:
+        intra = sum(intra_distance(p_BD) for p_BD in concept_KBD) / len(concept_KBD)
+    return {
+        "inter": mean_with_interval(per_prompt).mean,
+        "intra": intra,
+        "intra_class": intra_class,
+        "collapse": 1 - intra / intra_class if intra_class else None,
+        "per_prompt": per_prompt.tolist(),
+    }
+
+
+def pooled_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    """States at the end token, which has read the whole prompt: ``(K, B, D)`` fp32, on the CPU.
+
+    They are those that the U-Net reads, clip skip included.
+    """
+    ids_BL = text_encoder.tokenize_trimmed(list(prompts))
+    eos_B = (ids_BL == text_encoder.tokenizer.eos_token_id).int().argmax(dim=1)
+    rows = text_encoder.token_rows
+    states = []
+    for k in range(1 if rows is None else rows.num_variants):
+        hidden_BLD = text_encoder.encode(_reading(text_encoder, ids_BL, k)).float().cpu()
+        states.append(hidden_BLD[torch.arange(len(ids_BL)), eos_B])
+    return torch.stack(states)
+
+
+def encoder_drift(
+    text_encoder: TextEncoder, base_text_encoder: TextEncoder, prompts: Sequence[str]
+) -> float:
+    """``mean (1 - cos(h, h_base))`` over the tokens of prompts without the concept.
+
+    0: the encoder still says the same of the world. BOS is left out: it is the same in every
+    prompt, and would count more than any word.
+    """
+    ids_BL = base_text_encoder.tokenize_trimmed(list(prompts))
+    is_token_BL = tokens_before_padding(ids_BL, base_text_encoder.tokenizer.eos_token_id)
+    is_token_BL[:, 0] = False
+    now, before = (
+        encoder.encode(ids_BL).float().cpu()[is_token_BL]
+        for encoder in (text_encoder, base_text_encoder)
+    )
+    return (1 - paired_cosine(now, before)).mean().item()
+
+
+def _reading(text_encoder: TextEncoder, ids_BL: Tensor, k: int) -> Tensor:
+    rows = text_encoder.token_rows
+    return ids_BL if rows is None else rows.variant(ids_BL, k)
+
+
+def headline(text: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of :func:`measure_text_space` that a table of runs has room for."""
+    words = text["masked_words"]
+    embedding = text["embedding"] or {}
+    return {
+        "masked_accuracy": words["concept"]["accuracy"] if words else None,
+        "masked_loss": words["concept"]["loss"] if words else None,
+        "embedding_norm": embedding.get("norm"),
+        "embedding_cosine": embedding.get("cosine"),
+        "text_inter": text["distances"]["inter"],
+        "text_collapse": text["distances"]["collapse"],
+        "drift_everyday": text["drift"]["everyday"],
+    }

@@ -1,0 +1,253 @@
+"""`mlm-plugin evaluate` as a user runs it: files, resume, refusals, comparison, the page."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.options import parse_evaluate
+from mlm_plugin.hosts.evaluation import run_evaluate
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+NASTY = "<script>alert('x')</script> & \"quoted\""
+
+
+@pytest.fixture
+def arguments(toy_folder, toy_pictures, tiny_clip, tiny_dino, toy_contextualizer, tmp_path):
+    """Flags of a short evaluation; later flags win over these."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a {} on the beach\na {} wearing a red hat\n<b>a</b> {} & co\n")
+    return [
+        *("--pretrained_model_name_or_path", str(toy_folder)),
+        *("--train_data_dir", str(toy_pictures)),
+        *("--class_token", "dog"),
+        *("--prompts", str(prompts)),
+        *("--num_images_per_prompt", "2"),
+        *("--steps", "2"),
+        *("--clip_model", str(tiny_clip)),
+        *("--dino_model", str(tiny_dino)),
+        *("--mlm_contextualizer", str(toy_contextualizer)),
+        *("--output", str(tmp_path / "out")),
+    ]
+
+
+def evaluate(*argv):
+    assert run_evaluate(parse_evaluate(argv)) == 0
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def pixels_of(folder):
+    return {path.name: np.asarray(Image.open(path)) for path in (folder / "pictures").iterdir()}
+
+
+class Page(HTMLParser):
+    """Tags, addresses and text of a page; complains of tags that do not close."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.open, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def check_page(path):
+    page = Page(path.read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert not re.search(r"url\(|@import", path.read_text(encoding="utf-8"))
+    return page
+
+
+def test_every_number_is_in_the_files_and_the_page_stands_alone(arguments, tmp_path, capsys):
+    evaluate(*arguments, "--label", NASTY)
+    out = tmp_path / "out"
+    results = results_of(out)
+    assert set(results["measures"]) == {
+        "clip_t", "clip_i", "dino", "diversity_clip", "diversity_dino"
+    }  # fmt: skip
+    for name, entry in results["measures"].items():
+        column = [row["scores"][name] for row in results["prompts"]]
+        assert entry["mean"] == pytest.approx(sum(column) / 3)
+    row = results["prompts"][0]
+    assert (row["prompt"], row["text"]) == ("a sks dog on the beach", "a dog on the beach")
+    assert [entry["file"] for entry in row["pictures"]] == [
+        f"pictures/000_0{j}.png" for j in (0, 1)
+    ]
+    assert len({entry["seed"] for r in results["prompts"] for entry in r["pictures"]}) == 6
+    assert set(results["text"]["masked_words"]) == {"concept", "class", "random"}
+    assert results["settings"]["seed"] == 0
+    assert "torch" in results["versions"]
+    with (out / "results.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [line["prompt"] for line in table] == [r["prompt"] for r in results["prompts"]]
+    assert float(table[1]["dino"]) == pytest.approx(
+        results["prompts"][1]["scores"]["dino"], abs=1e-6
+    )
+    page = check_page(out / "report.html")
+    assert page.tags.count("img") == 5 + 6
+    assert NASTY in page.text
+    assert "<b>a</b>" in page.text
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_a_stopped_drawing_goes_on_and_gives_the_same_pictures(arguments, tmp_path):
+    evaluate(*arguments, "--batch_size", "1")
+    out = tmp_path / "out"
+    whole, first = pixels_of(out), results_of(out)
+    kept = out / "pictures" / "000_00.png"
+    marked = Image.new("RGB", (64, 64), "red")
+    marked.save(kept)
+    (out / "pictures" / "001_01.png").unlink()
+    evaluate(*arguments, "--batch_size", "1")
+    again = pixels_of(out)
+    assert (again["000_00.png"] == np.asarray(marked)).all()  # what is there stays
+    assert (again["001_01.png"] == whole["001_01.png"]).all()
+    assert results_of(out)["prompts"][1] == first["prompts"][1]
+
+
+def test_more_pictures_of_a_prompt_may_follow_and_other_settings_may_not(arguments, tmp_path):
+    evaluate(*arguments)
+    whole = pixels_of(tmp_path / "out")
+    evaluate(*arguments, "--num_images_per_prompt", "3", "--label", "more")
+    more = pixels_of(tmp_path / "out")
+    assert len(more) == 9
+    assert all((more[name] == whole[name]).all() for name in whole)
+    with pytest.raises(UserError, match="made with steps 2, not 3; choose another --output"):
+        evaluate(*arguments, "--steps", "3")
+
+
+def test_the_text_encoder_alone_needs_no_pictures_and_no_judges(arguments, tmp_path):
+    evaluate(*arguments, "--text_only", "--clip_model", "none/there", "--train_data_dir", "none")
+    out = tmp_path / "out"
+    results = results_of(out)
+    assert results["measures"] == {}
+    assert results["text"]["drift"]["everyday"] == pytest.approx(0, abs=1e-6)
+    assert not (out / "pictures").exists()
+    check_page(out / "report.html")
+
+
+def test_a_missing_judge_is_found_before_anything_is_drawn(arguments, tmp_path):
+    with pytest.raises(UserError, match="--dino_model nobody/none"):
+        evaluate(*arguments, "--dino_model", "nobody/none")
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
+def test_masks_given_later_add_their_measures(arguments, toy_pictures, tmp_path):
+    evaluate(*arguments)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    half = np.zeros((64, 64), np.uint8)
+    half[:, 20:] = 255
+    for path in [*toy_pictures.rglob("*.png"), *(tmp_path / "out" / "pictures").iterdir()]:
+        Image.fromarray(half).save(masks / path.name)
+    evaluate(*arguments, "--masks", str(masks))
+    assert {"dino_fg", "dino_bg"} <= results_of(tmp_path / "out")["measures"].keys()
+    assert "6 pictures and 5 photos" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_finished_evaluations_are_compared_prompt_by_prompt(arguments, tmp_path):
+    evaluate(*arguments, "--label", NASTY)
+    other = str(tmp_path / "other")
+    evaluate(*arguments, "--output", other, "--scale", "2", "--label", "with MLM")
+    both = tmp_path / "both"
+    evaluate("--compare", str(tmp_path / "out"), other, "--output", str(both))
+    found = json.loads((both / "comparison.json").read_text())
+    runs = [results_of(tmp_path / "out"), results_of(tmp_path / "other")]
+    change = found["differences_to_first"][0]["clip_t"]
+    assert change["n"] == 3
+    assert change["mean"] == pytest.approx(
+        runs[1]["measures"]["clip_t"]["mean"] - runs[0]["measures"]["clip_t"]["mean"]
+    )
+    assert found["runs"][0]["values"]["dino"] == runs[0]["measures"]["dino"]["mean"]
+    page = check_page(both / "report.html")
+    assert page.tags.count("img") == 12
+    assert NASTY in page.text
+
+
+def test_what_cannot_be_compared_is_refused(arguments, tmp_path):
+    evaluate(*arguments)
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match="at least two"):
+        evaluate("--compare", out, "--output", str(tmp_path / "both"))
+    with pytest.raises(UserError, match="holds no results.json"):
+        evaluate("--compare", out, str(tmp_path), "--output", str(tmp_path / "both"))
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "out", copy)
+    results = results_of(copy)
+    results["judges"]["CLIP"] = "another"
+    (copy / "results.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match="different models of CLIP"):
+        evaluate("--compare", out, str(copy), "--output", str(tmp_path / "both"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output", ""], "--output"),
+        (["--class_token", ""], "--class_token is missing"),
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "0"], "--steps = 0"),
+        (["--resolution", "100"], "multiple of 8"),
+        (["--precision", "fp8"], "fp8"),
+        (["--xti", "a", "--embedding", "b"], "--xti and --embedding"),
+        (["--embedding", "b", "--placeholder_token", ""], "--placeholder_token is empty"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message):
+    complete = ["--pretrained_model_name_or_path", "m", "--class_token", "dog",
+                "--train_data_dir", "d", "--output", "o"]  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        parse_evaluate([*complete, *flags])
+
+
+def test_the_report_shows_in_a_browser(arguments, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)})")
+    evaluate(*arguments)
+    shot = tmp_path / "report.png"
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'browser'}", "--hide-scrollbars",
+        "--window-size=1000,1200", f"--screenshot={shot}",
+    ]  # fmt: skip
+    report = (tmp_path / "out" / "report.html").resolve()
+    subprocess.run([browser, *flags, report.as_uri()], check=True, capture_output=True, timeout=60)
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape == (1200, 1000, 3)
+    paper = pixels[5, 5]
+    assert paper.min() > 230 or paper.max() < 40, "light or dark, as the style sheet says"
+    margin = pixels[:, :20]
+    assert (abs(margin - paper) < 8).all(), "nothing runs out of the page on the left"
+    assert (abs(pixels[:, 980:] - paper) < 8).all(), "nor on the right"
+    strong = pixels.max(axis=-1) - pixels.min(axis=-1) > 60  # coloured: pictures
+    assert strong.mean() > 0.05
+    assert (abs(pixels - paper).max(axis=-1) > 150).mean() > 0.005, "ink: there is text"

@@ -1,0 +1,94 @@
+"""Judges against transformers' own: features, logits, preparation of pictures."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, ViTModel
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.measures import paired_cosine
+from mlm_plugin.evaluation.metric_models import load_clip, load_dino, preprocess
+
+try:
+    from transformers import CLIPImageProcessorPil as ReferenceProcessor
+except ImportError:  # transformers 4: the plain class works with Pillow
+    from transformers import CLIPImageProcessor as ReferenceProcessor
+
+TEXTS = ["a dog in the jungle", "a red cat", "a teapot on a white rug in the sun"]
+
+
+def picture(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+IMAGES = [picture(64, 64, 0), picture(96, 60, 1), picture(45, 120, 2)]
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=["square", "wide", "tall"])
+def test_pictures_are_prepared_as_transformers_prepares_them(tiny_clip, image):
+    expected = ReferenceProcessor.from_pretrained(tiny_clip)(image, return_tensors="np")
+    ours = preprocess(image, load_clip(str(tiny_clip)).how).numpy()
+    np.testing.assert_allclose(ours, expected["pixel_values"][0], atol=0.01)
+
+
+def test_clip_t_is_the_cosine_behind_clips_logits(tiny_clip):
+    clip = load_clip(str(tiny_clip))
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    tokens = CLIPTokenizer.from_pretrained(tiny_clip)(TEXTS, padding=True, return_tensors="pt")
+    pixels = torch.stack([preprocess(image, clip.how) for image in IMAGES])
+    with torch.no_grad():
+        logits = model(**tokens, pixel_values=pixels).logits_per_image / model.logit_scale.exp()
+    cosines = paired_cosine(clip.image_features(IMAGES), clip.text_features(TEXTS))
+    torch.testing.assert_close(cosines, logits.diagonal(), atol=1e-5, rtol=1e-5)
+
+
+def test_long_texts_are_cut_off(tiny_clip):
+    assert load_clip(str(tiny_clip)).text_features(["dog " * 200]).isfinite().all()
+
+
+def test_dino_is_the_cls_state_of_the_model(tiny_dino):
+    dino = load_dino(str(tiny_dino))
+    pixels = torch.stack([preprocess(image, dino.how) for image in IMAGES])
+    with torch.no_grad():
+        states = ViTModel.from_pretrained(tiny_dino).eval()(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(dino.image_features(IMAGES), states[:, 0])
+
+
+def test_dino_cuts_out_the_middle_as_its_own_evaluation_does(tiny_dino):
+    how = load_dino(str(tiny_dino)).how
+    assert (how.shortest_edge, how.crop, how.resample) == (37, 32, 3)  # 32 * 256 / 224
+
+
+def test_dinov2_is_prepared_as_its_processor_says(tiny_dino, tmp_path):
+    shutil.copytree(tiny_dino, tmp_path, dirs_exist_ok=True)
+    Dinov2Model(
+        Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    ).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    config = json.loads(file.read_text())
+    crop = {"size": {"shortest_edge": 32}, "do_center_crop": True,
+            "crop_size": {"height": 28, "width": 28}}  # fmt: skip
+    file.write_text(json.dumps(config | crop))
+    dino = load_dino(str(tmp_path))
+    assert (dino.how.shortest_edge, dino.how.crop) == (32, 28)
+    assert dino.image_features(IMAGES).shape == (3, 24)
+
+
+@pytest.mark.parametrize(("load", "option"), [(load_clip, "clip_model"), (load_dino, "dino_model")])
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no_such_folder"])
+def test_a_missing_judge_is_one_line(load, option, name):
+    with pytest.raises(UserError, match=f"--{option} {name}: .*'none'") as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_judge_without_numbers_for_pictures_is_one_line(tiny_clip, tmp_path):
+    shutil.copytree(tiny_clip, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="--clip_model"):
+        load_clip(str(tmp_path))

@@ -1,0 +1,145 @@
+"""What is loaded draws as diffusers draws it, and leaves the base text encoder alone."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.subject import load_subject
+from mlm_plugin.export.custom_diffusion import save_delta
+from mlm_plugin.export.embeddings import save_embedding, save_xti
+from mlm_plugin.export.xti_pipeline import load_xti
+from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.cross_attention import layer_codes
+from mlm_plugin.models.networks import create_network
+
+PROMPT, NEGATIVE = "a photo of sks dog on the beach", "blurry"
+
+
+def drawn(pipeline, **prompts):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        **prompts,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+    ).images
+
+
+def ours(subject):
+    states = subject.encode([NEGATIVE, PROMPT])
+    return drawn(subject.pipeline, prompt_embeds=states[1:], negative_prompt_embeds=states[:1])
+
+
+def theirs(pipeline, subject, prompt=PROMPT):
+    pipeline.scheduler = subject.pipeline.scheduler
+    return drawn(pipeline, prompt=prompt, negative_prompt=NEGATIVE)
+
+
+@pytest.fixture
+def files(toy_folder, tmp_path):
+    """One file of each kind with random values large enough to see."""
+    models = load_stable_diffusion(toy_folder)
+    metadata = {"made": "for a test"}
+    rows_ND = torch.randn(2, 32) * 0.1
+    save_embedding(tmp_path / "embedding.safetensors", {"emb_params": rows_ND}, metadata=metadata)
+    codes = layer_codes(models.unet)
+    rows_KND = torch.randn(len(codes), 1, 32) * 0.1
+    save_xti(tmp_path / "xti.safetensors", rows_KND, metadata=metadata, codes=codes)
+    weights = {
+        name: tensor + torch.randn_like(tensor) * 0.2
+        for name, tensor in models.unet.state_dict().items()
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+    }
+    save_delta(tmp_path / "delta.safetensors", weights, unet=models.unet, metadata=metadata)
+    network = create_network("networks.lora", models=models, dim=2, alpha=2)
+    state = {key: torch.randn_like(value) * 0.3 if "lora_" in key[-16:] else value
+             for key, value in network.kohya_state_dict().items()}  # fmt: skip
+    save_file(state, tmp_path / "lora.safetensors")
+    half = {k: v / 2 if k.endswith("alpha") else v for k, v in state.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    return {kind: str(tmp_path / f"{kind}.safetensors")
+            for kind in ("embedding", "xti", "delta", "lora", "half")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding", "delta", "xti"])
+def test_a_file_draws_what_a_user_of_diffusers_gets(toy_folder, files, kind):
+    subject = load_subject(str(toy_folder), placeholder_token="sks", **{kind: files[kind]})
+    pipeline = StableDiffusionPipeline.from_pretrained(toy_folder)
+    plain = theirs(StableDiffusionPipeline.from_pretrained(toy_folder), subject)
+    if kind == "lora":
+        pipeline.load_lora_weights(files[kind])
+        expected = theirs(pipeline, subject)
+    elif kind == "embedding":
+        pipeline.load_textual_inversion(files[kind], token="<learned>")
+        expected = theirs(pipeline, subject, PROMPT.replace("sks", "<learned>"))
+    elif kind == "delta":
+        pipeline.unet.load_attn_procs(files[kind], _pipeline=pipeline)
+        expected = theirs(pipeline, subject)
+    else:
+        xti = load_xti(pipeline, files[kind], placeholder_token="sks")
+        pipeline.scheduler = subject.pipeline.scheduler
+        expected = drawn(pipeline, prompt_embeds=xti.encode(PROMPT),
+                         negative_prompt_embeds=xti.encode(NEGATIVE))  # fmt: skip
+    torch.testing.assert_close(ours(subject), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+
+
+def test_the_base_text_encoder_stays_as_it_was(toy_folder, toy_text_encoder, files):
+    subject = load_subject(str(toy_folder), placeholder_token="sks", lora=files["lora"])
+    base = subject.base_text_encoder
+    assert base.fingerprint() == toy_text_encoder.fingerprint()
+    with torch.no_grad():
+        same = base.encode_captions([PROMPT])
+        torch.testing.assert_close(same, toy_text_encoder.encode_captions([PROMPT]))
+        assert not torch.allclose(subject.encode([PROMPT]), same, atol=1e-3)
+
+
+def test_a_lora_of_weight_0_changes_nothing(toy_folder, files):
+    load = {"placeholder_token": "sks", "lora": files["lora"]}
+    off = load_subject(str(toy_folder), lora_weight=0.0, **load)
+    plain = load_subject(str(toy_folder), placeholder_token="sks")
+    torch.testing.assert_close(ours(off), ours(plain), atol=1e-5, rtol=1e-5)
+
+
+def test_half_the_alpha_is_half_the_weight(toy_folder, files):
+    half = load_subject(str(toy_folder), placeholder_token="sks", lora=files["half"])
+    weak = load_subject(
+        str(toy_folder), placeholder_token="sks", lora=files["lora"], lora_weight=0.5
+    )
+    full = load_subject(str(toy_folder), placeholder_token="sks", lora=files["lora"])
+    torch.testing.assert_close(ours(half), ours(weak), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(ours(half), ours(full), atol=1e-2)
+
+
+def test_a_checkpoint_draws_in_the_base_models_place(toy_folder, tmp_path):
+    trained = StableDiffusionPipeline.from_pretrained(toy_folder)
+    with torch.no_grad():
+        trained.text_encoder.get_input_embeddings().weight.mul_(1.5)
+    trained.save_pretrained(tmp_path / "trained")
+    subject = load_subject(
+        str(toy_folder), placeholder_token="sks", checkpoint=str(tmp_path / "trained")
+    )
+    torch.testing.assert_close(ours(subject), theirs(trained, subject), atol=1e-4, rtol=1e-4)
+    base, now = (encoder.token_embedding.weight
+                 for encoder in (subject.base_text_encoder, subject.text_encoder))  # fmt: skip
+    torch.testing.assert_close(now, base * 1.5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding", "delta", "xti"])
+def test_a_missing_file_is_one_line(toy_folder, kind):
+    with pytest.raises(UserError, match=f"--{kind}: there is no file none.safetensors"):
+        load_subject(str(toy_folder), placeholder_token="sks", **{kind: "none.safetensors"})
+
+
+def test_files_of_another_model_are_one_line(toy_folder, tmp_path):
+    path = tmp_path / "wide.safetensors"
+    save_embedding(path, {"emb_params": torch.randn(1, 768)}, metadata={"a": "b"})
+    with pytest.raises(UserError, match="width 768"):
+        load_subject(str(toy_folder), placeholder_token="sks", embedding=str(path))
+    save_file({"x.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "no_lora.safetensors")
+    with pytest.raises(UserError, match="--lora"):
+        load_subject(
+            str(toy_folder), placeholder_token="sks", lora=str(tmp_path / "no_lora.safetensors")
+        )
