@@ -20,6 +20,7 @@ commands:
   pretrain        train a contextualizer by hand, on captions of your own
   prompts         print or count the prompts of a prompt set
   evaluate        draw, score and report what was learned; --compare lays runs side by side
+  pocket build    train a small world of pixel pictures and its model, to try methods on
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 
 `mlm-plugin COMMAND --help` lists the options of a command.\
@@ -59,6 +60,12 @@ def _pretrain(argv: Sequence[str]) -> int:
     return run_pretrain(command)
 
 
+def _pocket(argv: Sequence[str]) -> int:
+    from mlm_plugin.pocket.command import run_pocket
+
+    return run_pocket(argv)
+
+
 def _evaluate(argv: Sequence[str]) -> int:
     from mlm_plugin.evaluation.options import parse_evaluate
 
@@ -88,6 +95,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": _pretrain,
     "prompts": _prompts,
     "evaluate": _evaluate,
+    "pocket": _pocket,
     "convert-preset": _convert_preset,
 }
 

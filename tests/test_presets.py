@@ -6,13 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.gui_presets import run_convert_preset
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import METHOD_NAMES
-from mlm_plugin.training.schedulers import create_scheduler
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted((ROOT / "presets").glob("*.toml"))
@@ -74,10 +72,7 @@ def test_a_preset_trains_the_method_it_is_named_after(path):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.name)
 def test_a_preset_can_be_tried_for_two_steps(path):
-    config = load(path, "--max_train_steps", "2")
-    check_config(config)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    create_scheduler(optimizer, config.optimizer, num_training_steps=2)
+    check_config(load(path, "--max_train_steps", "2"))
 
 
 def test_every_method_has_a_preset_besides_the_quickstart():

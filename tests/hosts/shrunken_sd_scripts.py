@@ -19,6 +19,8 @@ import runpy
 import shutil
 import sys
 import types
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 CHECKOUT = Path(os.environ["SD_SCRIPTS_DIR"]).resolve()
 WIDTH, WIDTH2 = 32, 64  # of the text encoders
 VOCABULARY = 49408
+T5 = {"d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1, "vocab_size": 64}
+WIDTH_T5 = 4096  # SD 3 joins the states of CLIP and T5 at this width, so it stays
 
 
 def stand_in_for_torchvision() -> None:
@@ -87,8 +91,26 @@ def shrink() -> None:
             )
         },
     )
+    shrink_sd3_and_flux()
     for module in (model_util, sdxl_model_util):
         module.CLIPTextConfig = shrunken_text_config(module.CLIPTextConfig)
+
+
+def shrink_sd3_and_flux() -> None:
+    """The same for them; the sizes of SD 3's image model are read off its weights."""
+    from library import flux_models, flux_utils, sd3_models, sd3_utils
+
+    spec = flux_models.configs["dev"]
+    sizes = {"hidden_size": 64, "num_heads": 2, "axes_dim": [8, 12, 12], "vec_in_dim": WIDTH}
+    spec.params = replace(spec.params, **sizes)
+    spec.ae_params = replace(spec.ae_params, ch=32, ch_mult=[1, 1, 1, 1])
+    for name in ("VAEEncoder", "VAEDecoder"):
+        full_size = getattr(sd3_models, name)
+        setattr(sd3_models, name, partial(full_size, ch=32, ch_mult=(1, 1, 1, 1)))
+    t5_config = flux_utils.T5Config
+    flux_utils.T5Config = lambda **settings: t5_config(**{**settings, **T5})
+    sd3_utils.CLIPTextConfig = shrunken_text_config(sd3_utils.CLIPTextConfig)
+    flux_utils.CLIPConfig = shrunken_text_config(flux_utils.CLIPConfig)
 
 
 def shrunken_text_config(full_size):
@@ -101,7 +123,7 @@ def shrunken_text_config(full_size):
 
 
 def build(folder: Path, tokenizer: Path) -> None:
-    """Random weights of SD 1.5 (a diffusers folder) and SDXL (one file), and the tokenizers."""
+    """Random weights of each architecture, tokenizers and contextualizers."""
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
     from diffusers import UNet2DConditionModel as DiffusersUNet
     from library import model_util, sdxl_model_util, sdxl_original_unet
@@ -171,8 +193,83 @@ def build(folder: Path, tokenizer: Path) -> None:
         ("sd15", sd15, "sd"),
         ("sdxl1", first, "sdxl"),
         ("sdxl2", second, "sdxl"),
+        *build_sd3_and_flux(folder, text_config),
     ):
         write_contextualizer(folder / f"{name}.safetensors", model, vocabulary, arch=arch)
+
+
+def build_sd3_and_flux(folder: Path, text_config):
+    """Random weights of both, one file for each part, and T5's tokenizer.
+
+    Returns:
+        name, text encoder and architecture of each CLIP encoder.
+    """
+    from library import flux_models, sd3_models
+    from transformers import (
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    params = sd3_models.SD3Params(
+        patch_size=2,
+        depth=2,
+        num_patches=24 * 24,
+        pos_embed_max_size=24,
+        adm_in_channels=WIDTH + WIDTH2,
+        qk_norm=None,
+        x_block_self_attn_layers=[],
+        context_embedder_in_features=WIDTH_T5,
+        context_embedder_out_features=128,
+        model_type="medium",
+    )
+    mmdit = sd3_models.create_sd3_mmdit(params)
+    mmdit.pos_embed.zero_()
+    save_part(folder / "parts" / "sd3", mmdit, prefix="model.diffusion_model.")
+    save_part(folder / "parts" / "sd3_vae", sd3_models.SDVAE())
+
+    spec = flux_models.configs["dev"]
+    flux = flux_models.Flux(replace(spec.params, depth=1, depth_single_blocks=1))
+    save_part(folder / "parts" / "flux", flux)
+    save_part(folder / "parts" / "flux_ae", flux_models.AutoEncoder(spec.ae_params))
+
+    settings = {"d_model": WIDTH_T5, "feed_forward_proj": "gated-gelu", **T5}
+    save_part(folder / "parts" / "t5xxl", T5EncoderModel(T5Config(**settings)))
+    save_t5_tokenizer(folder / "tokenizers" / "google_t5-v1_1-xxl")
+
+    clip_l = CLIPTextModelWithProjection(text_config(WIDTH, 12))
+    clip_g = CLIPTextModelWithProjection(text_config(WIDTH2, 32, hidden_act="gelu"))
+    clip = CLIPTextModel(text_config(WIDTH, 12))
+    encoders = (("sd3_l", clip_l, "sd3"), ("sd3_g", clip_g, "sd3"), ("flux_l", clip, "flux"))
+    for name, model, _ in encoders:
+        save_part(folder / "parts" / name, model)
+    return encoders
+
+
+def save_part(path: Path, module: torch.nn.Module, *, prefix: str = "") -> None:
+    """The weights of a module in one file."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(exist_ok=True)
+    tied = "encoder.embed_tokens.weight"  # T5 holds its table under two names
+    weights = {
+        prefix + name: weight.contiguous().clone()
+        for name, weight in module.state_dict().items()
+        if name != tied
+    }
+    save_file(weights, path.with_suffix(".safetensors"))
+
+
+def save_t5_tokenizer(folder: Path) -> None:
+    """A tokenizer of T5's kind that knows some letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import T5TokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0).save_pretrained(folder)
 
 
 def write_contextualizer(path: Path, model, tokenizer, *, arch: str) -> None:

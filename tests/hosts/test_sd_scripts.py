@@ -1,6 +1,7 @@
 """The sd-scripts host without sd-scripts: stubs with the real signatures, real text encoders."""
 
 import argparse
+import copy
 import inspect
 import json
 import random
@@ -18,13 +19,16 @@ from torch.utils.data import DataLoader
 
 from mlm_plugin.cli import train_main
 from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.errors import UserError
+from mlm_plugin.hosts import mlm_setup
 from mlm_plugin.hosts.sd_scripts import locate
 from mlm_plugin.hosts.sd_scripts.arguments import (
     add_mlm_arguments,
     network_obstacle,
     read_mlm_options,
     script_obstacle,
+    text_encoder_rates,
 )
 from mlm_plugin.hosts.sd_scripts.launch import SCRIPTS, architecture_of, choose_script
 from mlm_plugin.hosts.sd_scripts.locate import (
@@ -36,6 +40,7 @@ from mlm_plugin.hosts.sd_scripts.locate import (
 from mlm_plugin.hosts.sd_scripts.mixin import with_mlm
 from mlm_plugin.hosts.sd_scripts.seams import summed_backward, tapped_models, with_mlm_embedding
 from mlm_plugin.hosts.sd_scripts.term import STATE_FILE, MLMTerm, wrap_text_encoder
+from mlm_plugin.training.pretrain import pretrain
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
 PACKAGE = Path(__file__).parents[2]
@@ -84,6 +89,8 @@ class StubNetwork(nn.Module):
 
 class StubTrainer:
     """sd-scripts v0.10.1 ``NetworkTrainer``: what is touched, in its order of calls."""
+
+    network_class = StubNetwork
 
     def __init__(self):
         self.losses, self.validation_losses, self.logs, self.noises = [], [], [], []
@@ -147,6 +154,9 @@ class StubTrainer:
     def step(self, call, *, is_train=True):
         return self.process_batch(*call, is_train=is_train)
 
+    def text_encoders_of(self, model):
+        return [model]
+
     def train(self, args, text_encoder):
         """The loop of train_network.py, without images."""
         torch.manual_seed(args.seed)
@@ -157,8 +167,9 @@ class StubTrainer:
             cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps
         )
         model = text_encoder.model
-        self.network = network = StubNetwork(model, dropout=args.network_dropout)
-        self.post_process_network(args, accelerator, network, [model], None)
+        models = self.text_encoders_of(model)
+        self.network = network = self.network_class(model, dropout=args.network_dropout)
+        self.post_process_network(args, accelerator, network, models, None)
         network.apply_to()
         optimizer = torch.optim.SGD(network.parameters(), lr=args.learning_rate)
         model.requires_grad_(False)
@@ -195,6 +206,60 @@ class StubTrainer:
             torch.set_rng_state(state)
         if args.save_state:
             accelerator.save_state(args.save_state)
+
+
+class ManyRatesNetwork(StubNetwork):
+    """``networks.lora_sd3`` and ``networks.lora_flux``: a learning rate for each text encoder."""
+
+    train_t5xxl = False
+
+    def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr):
+        raise NotImplementedError("the loop of these tests has one rate")
+
+
+class UntouchedT5(nn.Module):
+    """Fails when it is run, moved or cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(model_type="t5")
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, *args, **kwargs):
+        raise AssertionError("T5 was run")
+
+    def _apply(self, *args, **kwargs):
+        raise AssertionError("T5 was moved or cast")
+
+
+class StubSd3Trainer(StubTrainer):
+    """sd-scripts v0.10.1 ``Sd3NetworkTrainer``: CLIP-L, CLIP-G and T5."""
+
+    network_class = ManyRatesNetwork
+    num_clips = 2
+
+    def assert_extra_args(self, args, train_dataset_group, val_dataset_group):
+        self.train_clip = not args.network_train_unet_only
+        self.train_t5xxl = False
+
+    def get_tokenizers(self, tokenize_strategy):
+        return [tokenize_strategy.tokenizer] * self.num_clips + ["T5's"]
+
+    def text_encoders_of(self, model):
+        self.clips = [model, *(copy.deepcopy(model) for _ in range(1, self.num_clips))]
+        return [*self.clips, UntouchedT5()]
+
+    def post_process_network(self, args, accelerator, network, text_encoders, unet):
+        self.train_t5xxl = network.train_t5xxl
+
+    def get_text_encoders_train_flags(self, args, text_encoders):
+        return [self.train_clip] * self.num_clips + [self.train_t5xxl]
+
+
+class StubFluxTrainer(StubSd3Trainer):
+    """sd-scripts v0.10.1 ``FluxNetworkTrainer``: CLIP-L and T5."""
+
+    num_clips = 1
 
 
 class KeywordTrainer(StubTrainer):
@@ -251,13 +316,13 @@ def run(toy_folder, toy_contextualizer):
 
     from mlm_plugin.models.text_encoder import TextEncoder
 
-    def run(*flags, host=StubTrainer, plain=False, **changes):
+    def run(*flags, host=StubTrainer, arch="sd", plain=False, **changes):
         text_encoder = TextEncoder(
             CLIPTokenizer.from_pretrained(toy_folder / "tokenizer"),
             CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval(),
         )
         args = parse("--mlm_contextualizer", str(toy_contextualizer), *flags, **changes)
-        trainer = host() if plain else with_mlm(host, arch="sd")()
+        trainer = host() if plain else with_mlm(host, arch=arch)()
         trainer.train(args, text_encoder)
         return trainer, text_encoder
 
@@ -421,6 +486,109 @@ def test_a_trainer_of_another_shape_is_refused(name):
         with_mlm(changed, arch="sd")
 
 
+# --- SD 3 and FLUX ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raw_contextualizer(toy_folder, tmp_path_factory):
+    """A contextualizer for the state before the last layer, without the final norm."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    path = tmp_path_factory.mktemp("contextualizer") / "raw.safetensors"
+    text_encoder = wrap_text_encoder(
+        CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval(),
+        CLIPTokenizer.from_pretrained(toy_folder / "tokenizer"),
+        arch="sd3",
+        clip_skip=None,
+    )
+    options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
+    pretrain(text_encoder, path, options=options, show_progress=False)
+    return str(path)
+
+
+@pytest.fixture
+def run_sd3(run, raw_contextualizer):
+    def run_sd3(*flags, **changes):
+        weight = ("--mlm_loss_weight", "0.5")
+        files = ("--mlm_contextualizer", f"{raw_contextualizer},{raw_contextualizer}")
+        return run(*weight, *files, *flags, host=StubSd3Trainer, arch="sd3", **changes)[0]
+
+    return run_sd3
+
+
+def tapped_clips(trainer):
+    return [text_encoder.model for text_encoder, _ in trainer.mlm.encoders]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_sd3_hears_the_term_in_both_clip_encoders_whether_t5_is_cached_or_not(run_sd3, cached):
+    trainer = run_sd3(cache_text_encoder_outputs=cached)
+    assert tapped_clips(trainer) == trainer.clips
+    assert all("loss/mlm" in logs for logs in trainer.logs)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_flux_hears_the_term_in_clip_whether_t5_is_cached_or_not(run, cached):
+    trainer, _ = run(
+        *("--mlm_loss_weight", "0.5"),
+        **{"host": StubFluxTrainer, "arch": "flux", "cache_text_encoder_outputs": cached},
+        clip_skip=2,  # not read by FLUX
+    )
+    assert tapped_clips(trainer) == trainer.clips
+    assert all("loss/mlm" in logs for logs in trainer.logs)
+
+
+def test_a_clip_encoder_with_rate_0_is_left_out(run_sd3):
+    trainer = run_sd3(text_encoder_lr=[1e-4, 0.0])
+    assert tapped_clips(trainer) == trainer.clips[:1]
+
+
+def test_a_rate_for_t5_alone_trains_no_clip_encoder(run_sd3):
+    with pytest.raises(UserError, match="no CLIP text encoder is trained"):
+        run_sd3(text_encoder_lr=[0.0, 0.0, 1e-4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"network_train_unet_only": True}, "network_train_unet_only"),
+        ({"model_type": "chroma"}, "model_type = chroma"),
+        ({"text_encoder_lr": [0.0]}, "text_encoder_lr = 0"),
+    ],
+)
+def test_runs_of_flux_that_train_no_clip_encoder_are_refused(run, changes, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        run("--mlm_loss_weight", "0.5", host=StubFluxTrainer, arch="flux", **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_networks_without_a_rate_for_each_encoder_use_the_first():
+    args = argparse.Namespace(learning_rate=1.0, text_encoder_lr=[0.5, 0.25])
+    one = SimpleNamespace()
+    each = SimpleNamespace(prepare_optimizer_params_with_multiple_te_lrs=None)
+    assert text_encoder_rates(args, one, count=3) == [0.5, 0.5, 0.5]
+    assert text_encoder_rates(args, each, count=3) == [0.5, 0.25, 0.25]
+    args.text_encoder_lr = []
+    assert text_encoder_rates(args, each, count=2) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["sd3", "flux"])
+def test_contextualizers_are_made_for_half_weights_which_stay_as_they_were(
+    toy_text_encoder, tmp_path, monkeypatch, arch, dtype
+):
+    monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
+    small = PretrainOptions(max_train_steps=2, batch_size=4, eval_every_n_steps=2, num_held_out=8)
+    monkeypatch.setattr(mlm_setup, "SMALL_ENCODER", small)
+    model = toy_text_encoder.model.to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=3)
+    wrapped = wrap_text_encoder(model, toy_text_encoder.tokenizer, arch=arch, clip_skip=None)
+    term.add_text_encoder(wrapped, Accelerator(cpu=True))
+    assert {value.dtype for value in model.parameters()} == {dtype}
+    assert same(before, model.state_dict())
+
+
 # --- scripts whose loop is a function ---------------------------------------------------------
 
 
@@ -512,7 +680,8 @@ def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
         learning_rate=1e-4, train_text_encoder=True, learning_rate_te1=0.0, learning_rate_te2=None
     )
     assert script_obstacle(args) is None
-    assert network_obstacle(argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])) is None
+    args = argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])
+    assert network_obstacle(args, arch="sdxl") is None
 
 
 # --- textual inversion ------------------------------------------------------------------------
@@ -594,7 +763,9 @@ def test_textual_inversion_at_weight_0_is_the_plain_run(toy_text_encoder, toy_co
 # --- what is tapped ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("arch", "clip_skip"), [("sd", None), ("sd", 2), ("sdxl", None)])
+@pytest.mark.parametrize(
+    ("arch", "clip_skip"), [("sd", None), ("sd", 2), ("sdxl", None), ("sd3", None), ("flux", 2)]
+)
 def test_the_states_are_those_that_the_unet_sees(toy_text_encoder, arch, clip_skip):
     model = toy_text_encoder.model
     ids = toy_text_encoder.tokenize(["a photo of a dog"])[:, 0]
@@ -603,9 +774,19 @@ def test_the_states_are_those_that_the_unet_sees(toy_text_encoder, arch, clip_sk
         ("sd", None): output.last_hidden_state,
         ("sd", 2): toy_text_encoder.body.final_layer_norm(output.hidden_states[-2]),
         ("sdxl", None): output.hidden_states[-2],
+        ("sd3", None): output.hidden_states[-2],
+        ("flux", 2): output.last_hidden_state,
     }[arch, clip_skip]
     wrapped = wrap_text_encoder(model, toy_text_encoder.tokenizer, arch=arch, clip_skip=clip_skip)
     torch.testing.assert_close(wrapped.encode(ids), expected)
+
+
+def test_what_flux_sees_is_the_tapped_state_at_the_end_of_the_text(toy_text_encoder):
+    model, tokenizer = toy_text_encoder.model, toy_text_encoder.tokenizer
+    ids = toy_text_encoder.tokenize(["a photo of a dog"])[:, 0]
+    end = (ids == tokenizer.eos_token_id).int().argmax(dim=-1)
+    states = wrap_text_encoder(model, tokenizer, arch="flux", clip_skip=None).encode(ids)
+    torch.testing.assert_close(states[0, end], model(ids).pooler_output)
 
 
 def test_every_way_to_read_an_encoder_has_its_own_contextualizer(toy_text_encoder):
@@ -762,6 +943,8 @@ def launch(**changes):
 def test_method_and_architecture_choose_the_script():
     assert launch() == "train_network.py"
     assert launch(mlm_arch="sdxl") == "sdxl_train_network.py"
+    assert launch(mlm_arch="sd3") == "sd3_train_network.py"
+    assert launch(mlm_arch="flux") == "flux_train_network.py"
     assert launch(method="dreambooth") == "train_db.py"
     assert launch(method="dreambooth", mlm_arch="sdxl") == "sdxl_train.py"
     assert launch(method="textual_inversion") == "train_textual_inversion.py"
@@ -775,7 +958,14 @@ def test_methods_that_kohya_does_not_have_live_in_the_standalone_trainer(method)
         launch(method=method)
 
 
-@pytest.mark.parametrize("changes", [{"mlm_arch": "flux"}, {"mlm_script": "gen_img.py"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlm_arch": "flux", "method": "dreambooth"},
+        {"mlm_arch": "sd3", "method": "textual_inversion"},
+        {"mlm_script": "gen_img.py"},
+    ],
+)
 def test_scripts_without_a_place_for_the_term_are_refused(changes):
     with pytest.raises(UserError, match="the MLM term"):
         launch(**changes)
@@ -788,11 +978,13 @@ def test_scripts_without_a_place_for_the_term_are_refused(changes):
         ("conditioner.embedders.1.model.x", "sdxl"),
         ("model.diffusion_model.joint_blocks.0.x", "sd3"),
         ("double_blocks.0.img_attn.x", "flux"),
+        ("single_transformer_blocks.0.attn.x", "flux"),
     ],
 )
 def test_a_file_says_its_architecture_by_its_names(tmp_path, key, arch):
-    save_file({key: torch.zeros(1)}, tmp_path / "model.safetensors")
-    assert architecture_of(str(tmp_path / "model.safetensors")) == arch
+    for name in ("model.safetensors", "model.sft"):
+        save_file({key: torch.zeros(1)}, tmp_path / name)
+        assert architecture_of(str(tmp_path / name)) == arch
 
 
 def test_a_folder_says_its_architecture_by_its_pipeline(tmp_path, toy_folder):

@@ -169,6 +169,54 @@ def test_a_lora_of_sdxl_hears_the_term_in_both_text_encoders(both, folder):
     assert metadata_of(ours)["ss_mlm_contextualizer"].count(",") == 1
 
 
+@pytest.fixture
+def parts(folder):
+    """Where SD 3 and FLUX have their files, and flags that both share."""
+    parts = folder / "parts"
+    shared = ("--t5xxl", parts / "t5xxl.safetensors", "--t5xxl_max_token_length", "32")
+    network = ("--network_dim", "4", "--network_alpha", "4")
+    return {
+        "sd3": (
+            *("--pretrained_model_name_or_path", parts / "sd3.safetensors", *shared),
+            *("--clip_l", parts / "sd3_l.safetensors", "--clip_g", parts / "sd3_g.safetensors"),
+            *("--vae", parts / "sd3_vae.safetensors"),
+            *("--network_module", "networks.lora_sd3", *network),
+        ),
+        "flux": (
+            *("--pretrained_model_name_or_path", parts / "flux.safetensors", *shared),
+            *("--clip_l", parts / "flux_l.safetensors", "--ae", parts / "flux_ae.safetensors"),
+            *("--network_module", "networks.lora_flux", *network),
+        ),
+    }
+
+
+@pytest.mark.parametrize("cached", [(), ("--cache_text_encoder_outputs",)])
+def test_a_lora_of_sd3_hears_the_term_in_both_clip_encoders(both, parts, cached):
+    plain, ours, values = both(
+        *("sd3_train_network.py", *parts["sd3"], *cached),
+        contextualizer="sd3_l.safetensors,sd3_g.safetensors",
+    )
+    names = changed(plain, ours)
+    assert any(name.startswith("lora_te1_") for name in names)
+    assert any(name.startswith("lora_te2_") for name in names)
+    assert not any(name.startswith("lora_te3_") for name in load_file(ours))
+    assert_logged(values)
+    assert metadata_of(ours)["ss_mlm_contextualizer"].count(",") == 1
+
+
+@pytest.mark.parametrize("cached", [(), ("--cache_text_encoder_outputs",)])
+def test_a_lora_of_flux_hears_the_term_in_clip(both, parts, cached):
+    plain, ours, values = both(
+        *("flux_train_network.py", *parts["flux"], *cached), contextualizer="flux_l.safetensors"
+    )
+    names = changed(plain, ours)
+    # FLUX sees the last state, and so does the term
+    assert any(name.startswith("lora_te1_text_model_encoder_layers_11_") for name in names)
+    assert not any(name.startswith("lora_te3_") for name in load_file(ours))
+    assert_logged(values)
+    assert metadata_of(ours)["ss_mlm_contextualizer"].count(",") == 0
+
+
 def test_textual_inversion(both, folder):
     plain, ours, values = both(
         "train_textual_inversion.py",

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 from mlm_plugin.config.loading import coerce
 from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
 from mlm_plugin.errors import UserError
 
-__all__ = ["add_mlm_arguments", "network_obstacle", "read_mlm_options", "script_obstacle"]
+__all__ = [
+    "add_mlm_arguments",
+    "network_obstacle",
+    "read_mlm_options",
+    "script_obstacle",
+    "text_encoder_rates",
+]
 
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
 PLACE = "command line or config_file"
 CACHED = "cache_text_encoder_outputs leaves the text encoder untrained"
+T5_CACHED = ("sd3", "flux")
+"""Architectures that cache the outputs of T5 alone while their CLIP encoders are trained."""
 
 
 def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,20 +93,36 @@ def _check_start(options: MLMOptions, args: argparse.Namespace) -> None:
             )
 
 
-def network_obstacle(args: argparse.Namespace) -> str | None:
+def network_obstacle(args: argparse.Namespace, *, arch: str) -> str | None:
     """Why a network trainer could give the term no gradient, in the words of its options."""
     if getattr(args, "network_train_unet_only", False):
         return "network_train_unet_only trains no text encoder"
-    if getattr(args, "cache_text_encoder_outputs", False):
+    if getattr(args, "cache_text_encoder_outputs", False) and arch not in T5_CACHED:
         return CACHED
-    if not any(_text_encoder_rates(args)):
+    if getattr(args, "model_type", None) == "chroma":
+        return "model_type = chroma has no CLIP text encoder"
+    if not any(_given_rates(args)):
         given = getattr(args, "text_encoder_lr", None)
         name = "learning_rate" if given in (None, []) else "text_encoder_lr"
         return f"{name} = 0 leaves the text encoder untrained"
     return None
 
 
-def _text_encoder_rates(args: argparse.Namespace) -> list[float]:
+def text_encoder_rates(args: argparse.Namespace, network: Any, *, count: int) -> list[float]:
+    """The learning rate of each of ``count`` text encoders.
+
+    Most networks train all of them at the first rate. Those that take a rate for each repeat the
+    last one where there are too few.
+
+    Source: sd-scripts ``train_network.py``, ``networks/lora_sd3.py``, ``networks/lora_flux.py``.
+    """
+    rates = _given_rates(args)
+    if not hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
+        rates = rates[:1]
+    return [rates[min(i, len(rates) - 1)] for i in range(count)]
+
+
+def _given_rates(args: argparse.Namespace) -> list[float]:
     """One rate, or one for each text encoder. Source: train_network.py, ``text_encoder_lr``."""
     given = getattr(args, "text_encoder_lr", None)
     if given in (None, []):

@@ -33,6 +33,7 @@ KEYS = {
     "model.diffusion_model.joint_blocks.": "sd3",
     "model.diffusion_model.double_blocks.": "flux",
     "double_blocks.": "flux",
+    "single_transformer_blocks.": "flux",
 }
 """First part of a weight's name that only files of this architecture have."""
 
@@ -105,8 +106,8 @@ def choose_script(options: LaunchOptions) -> Script:
         if (script.method, script.arch) == (options.method, arch):
             return script
     raise UserError(
-        f"mlm_arch = {arch!r}: the MLM term is made for the text encoders of sd and sdxl; train "
-        "this model with sd-scripts' own script"
+        f"method = {options.method!r}: the MLM term has no place in it for mlm_arch = {arch!r}; "
+        "train it with sd-scripts' own script, or use method = 'lora'"
     )
 
 
@@ -132,8 +133,8 @@ def architecture_of(model: str | None) -> str:
         index = Path(found) if isinstance(found, str) else path
     if not index.is_file():
         raise UserError(
-            f"{model}: cannot tell its architecture before it is loaded; give --mlm_arch sd or "
-            "--mlm_arch sdxl"
+            f"{model}: cannot tell its architecture before it is loaded; give --mlm_arch sd, "
+            "sdxl, sd3 or flux"
         )
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
     for mark, arch in PIPELINES.items():
@@ -143,8 +144,8 @@ def architecture_of(model: str | None) -> str:
 
 
 def _arch_of_file(path: Path) -> str:
-    if path.suffix != ".safetensors":
-        logger.info("%s is taken for SD 1 or 2; give --mlm_arch sdxl if it is not", path.name)
+    if path.suffix not in (".safetensors", ".sft"):
+        logger.info("%s is taken for SD 1 or 2; give --mlm_arch if it is not", path.name)
         return "sd"
     from safetensors import SafetensorError, safe_open
 
@@ -246,6 +247,8 @@ def _current_tokenizers() -> list[Any]:
 SCRIPTS = (
     Script("train_network.py", "sd", "lora", _run_network, "NetworkTrainer"),
     Script("sdxl_train_network.py", "sdxl", "lora", _run_network, "SdxlNetworkTrainer"),
+    Script("sd3_train_network.py", "sd3", "lora", _run_network, "Sd3NetworkTrainer"),
+    Script("flux_train_network.py", "flux", "lora", _run_network, "FluxNetworkTrainer"),
     Script(
         "train_textual_inversion.py",
         "sd",

@@ -11,7 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.hosts.sd_scripts.arguments import network_obstacle, read_mlm_options
+from mlm_plugin.hosts.sd_scripts.arguments import (
+    network_obstacle,
+    read_mlm_options,
+    text_encoder_rates,
+)
 from mlm_plugin.hosts.sd_scripts.term import (
     MLMTerm,
     is_clip_text_model,
@@ -37,7 +41,7 @@ class MLMTrainerMixin:
     """Adds the term where a network trainer computes its loss; without it, the plain trainer.
 
     Attributes:
-        mlm_arch: ``sd`` or ``sdxl``; which states the U-Net sees.
+        mlm_arch: ``sd``, ``sdxl``, ``sd3`` or ``flux``; which states the image model sees.
         mlm: the term; ``None`` at weight 0 and before the options are read.
     """
 
@@ -55,7 +59,7 @@ class MLMTrainerMixin:
         given = bind(super().assert_extra_args, args, kwargs)
         options = read_mlm_options(given["args"])
         if options.mlm_loss_weight:
-            if obstacle := network_obstacle(given["args"]):
+            if obstacle := network_obstacle(given["args"], arch=self.mlm_arch):
                 raise UserError(without_gradient(options, obstacle))
             self.mlm = MLMTerm(options, seed=given["args"].seed)
             self.mlm.use_data(given["train_dataset_group"])
@@ -75,10 +79,11 @@ class MLMTrainerMixin:
                 without_gradient(self.mlm.options, "this network has no text-encoder modules")
             )
         flags = self.get_text_encoders_train_flags(args, text_encoders)
-        for model, tokenizer, is_trained in zip(
-            text_encoders, self._tokenizers, flags, strict=False
+        rates = text_encoder_rates(args, given["network"], count=len(text_encoders))
+        for model, tokenizer, is_trained, rate in zip(
+            text_encoders, self._tokenizers, flags, rates, strict=False
         ):
-            if is_trained and is_clip_text_model(model):
+            if is_trained and rate and is_clip_text_model(model):
                 text_encoder = wrap_text_encoder(
                     model, tokenizer, arch=self.mlm_arch, clip_skip=args.clip_skip
                 )

@@ -235,13 +235,17 @@ def is_clip_text_model(module: Any) -> bool:
 
 
 def wrap_text_encoder(model: nn.Module, tokenizer: Any, *, arch: str, clip_skip: int | None):
-    """The text encoder with the states that the U-Net of this architecture sees.
+    """The text encoder with the states that the image model of this architecture sees.
 
-    Source: sd-scripts ``library/strategy_sd.py``, ``library/strategy_sdxl.py``.
+    FLUX sees one state of CLIP alone: the last one at the position of EOS. All positions are tapped
+    there: the same weights make them.
+
+    Source: sd-scripts ``library/strategy_sd.py``, ``strategy_sdxl.py``, ``strategy_sd3.py``,
+    ``strategy_flux.py``.
     """
-    if arch == "sdxl":  # clip_skip is not read there
+    if arch in ("sdxl", "sd3"):  # only SD 1 and 2 read clip_skip
         return TextEncoder(tokenizer, model, clip_skip=2, final_norm=False)
-    return TextEncoder(tokenizer, model, clip_skip=clip_skip)
+    return TextEncoder(tokenizer, model, clip_skip=None if arch == "flux" else clip_skip)
 
 
 def _setting_for(setting: str, index: int) -> str:

@@ -1,0 +1,1 @@
+"""The pocket world: little pictures with exact labels, and a diffusion model trained on them."""

@@ -1,0 +1,329 @@
+"""From nothing to a pocket model: every stage in order, each saved when done, so that it resumes.
+
+``DIR/stages`` holds what the stages made, in fp32; ``DIR`` itself is the product in fp16: a
+diffusers folder, the CLIP model it came from, the oracle and the quality card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from mlm_plugin import __version__
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path, require_writable
+from mlm_plugin.pocket import quality
+from mlm_plugin.pocket.networks import Sizes, new_clip, new_scheduler, new_unet, new_vae
+from mlm_plugin.pocket.oracle import (
+    Oracle,
+    load_oracle,
+    oracle_accuracy,
+    save_oracle,
+    train_oracle,
+)
+from mlm_plugin.pocket.stage import StagePlan
+from mlm_plugin.pocket.train_clip import build_tokenizer, train_clip
+from mlm_plugin.pocket.train_unet import train_unet
+from mlm_plugin.pocket.train_vae import train_vae
+
+__all__ = ["FULL", "TINY", "Recipe", "build"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what comes out, apart from the seed."""
+
+    sizes: Sizes
+    num_merges: int
+    vae: StagePlan
+    clip: StagePlan
+    oracle: StagePlan
+    unet: StagePlan
+    oracle_pool: int
+    unet_pool: int
+    num_prompts: int = 1000
+    num_steps: int = 30
+    guidance: float = 4.0
+
+
+FULL = Recipe(
+    sizes=Sizes(),
+    num_merges=2500,
+    vae=StagePlan(8000, 32, 2e-3),
+    clip=StagePlan(1500, 128, 1e-3, ema_decay=0.998),
+    oracle=StagePlan(5000, 128, 2e-3, ema_decay=0.998),
+    unet=StagePlan(8000, 128, 1e-3, ema_decay=0.9995, save_every_n_steps=250),
+    oracle_pool=12_000,
+    unet_pool=30_000,
+)
+TINY = Recipe(
+    sizes=Sizes(
+        vae_channels=(4, 8, 16, 16),
+        text_width=32,
+        text_layers=2,
+        vision_width=32,
+        vision_layers=2,
+        projection=32,
+        unet_channels=(32, 32),
+        oracle_channels=8,
+    ),
+    num_merges=600,
+    vae=StagePlan(180, 8, 4e-3, warmup_steps=20, ema_decay=0.9),
+    clip=StagePlan(150, 32, 3e-3, warmup_steps=20, ema_decay=0.9),
+    oracle=StagePlan(200, 64, 4e-3, warmup_steps=20, ema_decay=0.9),
+    unet=StagePlan(250, 28, 3e-3, warmup_steps=20, ema_decay=0.95),
+    oracle_pool=1000,
+    unet_pool=1000,
+    num_prompts=64,
+    num_steps=8,
+)
+
+
+def build(
+    output: Path,
+    *,
+    recipe: Recipe = FULL,
+    seed: int = 0,
+    device: torch.device | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Train a pocket model into ``output`` and return its quality card.
+
+    Raises:
+        UserError: the folder belongs to another recipe or cannot be written.
+        Interrupted: after a signal, with the state saved.
+    """
+    builder = _Builder(
+        Path(output), recipe, seed, device or torch.device("cpu"), show_progress=show_progress
+    )
+    return builder.run()
+
+
+class _Builder:
+    def __init__(
+        self, output: Path, recipe: Recipe, seed: int, device: torch.device, *, show_progress: bool
+    ):
+        self.output, self.stages = output, output / "stages"
+        self.recipe, self.seed, self.device = recipe, seed, device
+        self.show_progress = show_progress
+        require_writable(self.stages, "--output")
+        self._claim()
+        self.seconds_path = self.stages / "seconds.json"
+        self.seconds: dict[str, float] = (
+            json.loads(self.seconds_path.read_text()) if self.seconds_path.exists() else {}
+        )
+
+    def run(self) -> dict[str, Any]:
+        tokenizer = self._tokenizer()
+        vae = self._stage("vae", AutoencoderKL, self._new_vae, self._train_vae)
+        clip = self._stage(
+            "clip",
+            CLIPModel,
+            lambda: new_clip(self.recipe.sizes, vocab_size=len(tokenizer)),
+            lambda clip, **common: train_clip(clip, tokenizer, plan=self.recipe.clip, **common),
+        )
+        oracle = self._oracle(vae)
+        unet = self._stage(
+            "unet",
+            UNet2DConditionModel,
+            lambda: new_unet(self.recipe.sizes),
+            lambda unet, **common: train_unet(
+                unet,
+                clip.text_model,
+                tokenizer,
+                vae,
+                new_scheduler(),
+                plan=self.recipe.unet,
+                pool_size=self.recipe.unet_pool,
+                **common,
+            ),
+        )
+        self._save_product(tokenizer, vae, clip, oracle, unet)
+        card = self._quality_card(tokenizer, vae, clip, oracle, unet)
+        _write_json(self.output / "quality.json", card)
+        return card
+
+    def _new_vae(self) -> AutoencoderKL:
+        return new_vae(self.recipe.sizes)
+
+    def _train_vae(self, vae: AutoencoderKL, **common) -> float:
+        return train_vae(vae, plan=self.recipe.vae, **common)
+
+    def _tokenizer(self) -> CLIPTokenizer:
+        folder = self.stages / "tokenizer"
+        if not (folder / "merges.txt").exists():
+            build_tokenizer(folder, num_merges=self.recipe.num_merges)
+        return CLIPTokenizer.from_pretrained(folder)
+
+    def _stage(self, name: str, cls, new: Callable, train: Callable):
+        """A finished stage from its folder, or a new model after its training."""
+        folder = self.stages / name
+        if (folder / "config.json").exists():
+            return cls.from_pretrained(folder).to(self.device).eval().requires_grad_(False)
+        model = self._seeded(name, new)
+        self._timed(name, lambda state_path: train(model, **self._common(state_path)))
+        unfinished = self.stages / f".{name}"
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)
+        return model.eval().requires_grad_(False)
+
+    def _oracle(self, vae: AutoencoderKL) -> Oracle:
+        path = self.stages / "oracle.safetensors"
+        if not path.exists():
+            oracle = self._seeded("oracle", lambda: Oracle(self.recipe.sizes.oracle_channels))
+            self._timed(
+                "oracle",
+                lambda state_path: train_oracle(
+                    oracle,
+                    vae,
+                    plan=self.recipe.oracle,
+                    pool_size=self.recipe.oracle_pool,
+                    **self._common(state_path),
+                ),
+            )
+            save_oracle(oracle, path)
+        return load_oracle(path).to(self.device)
+
+    def _seeded(self, name: str, new: Callable):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return new().to(self.device)
+
+    def _common(self, state_path: Path) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "state_path": state_path,
+            "device": self.device,
+            "show_progress": self.show_progress,
+        }
+
+    def _timed(self, name: str, train: Callable[[Path], float]) -> None:
+        state_path = self.stages / f"{name}.state.pt"
+        self.seconds[name] = round(train(state_path), 1)
+        _write_json(self.seconds_path, self.seconds)
+        state_path.unlink(missing_ok=True)
+
+    def _save_product(self, tokenizer, vae, clip: CLIPModel, oracle: Oracle, unet) -> None:
+        half = torch.float16
+        tokenizer_files = ("vocab.json", "merges.txt", "special_tokens_map.json",
+                           "tokenizer_config.json")  # fmt: skip
+        for name in tokenizer_files:
+            content = (self.stages / "tokenizer" / name).read_bytes()
+            with atomic_path(self.output / "tokenizer" / name) as temporary:
+                temporary.write_bytes(content)
+        text_encoder = CLIPTextModel(clip.config.text_config)
+        weights = {
+            name.removeprefix("text_model."): value
+            for name, value in clip.state_dict().items()
+            if name.startswith("text_model.")
+        }
+        body = getattr(text_encoder, "text_model", text_encoder)
+        body.load_state_dict(weights)
+        for name, model in (("vae", vae), ("unet", unet), ("clip", clip)):
+            copy = type(model).from_pretrained(self.stages / name, torch_dtype=half)
+            copy.save_pretrained(self.output / name)
+        text_encoder.to(half).save_pretrained(self.output / "text_encoder")
+        new_scheduler().save_pretrained(self.output / "scheduler")
+        save_oracle(oracle, self.output / "oracle.safetensors", dtype=half)
+        _write_json(self.output / "model_index.json", MODEL_INDEX)
+
+    def _quality_card(self, tokenizer, vae, clip, oracle, unet) -> dict[str, Any]:
+        began = time.monotonic()
+        prompts = quality.held_out_prompts(self.recipe.num_prompts, seed=self.seed)
+        pictures = quality.generate(
+            [prompt.text for prompt in prompts],
+            unet=unet,
+            vae=vae,
+            text_model=clip.text_model,
+            tokenizer=tokenizer,
+            seed=self.seed,
+            num_steps=self.recipe.num_steps,
+            guidance=self.recipe.guidance,
+        )
+        verdict = quality.judge(oracle, pictures, prompts)
+        return {
+            **verdict,
+            "missed_bars": quality.missed_bars(verdict),
+            "num_prompts": len(prompts),
+            "sampler": "ddim",
+            "num_steps": self.recipe.num_steps,
+            "guidance": self.recipe.guidance,
+            "seed": self.seed,
+            "oracle_accuracy": oracle_accuracy(oracle, vae, num_pictures=512, seed=self.seed),
+            "seconds": {**self.seconds, "quality": round(time.monotonic() - began, 1)},
+            "hardware": _hardware(self.device),
+            "commit": _commit(),
+            "versions": {
+                "mlm_plugin": __version__,
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+            },
+            "recipe": dataclasses.asdict(self.recipe),
+        }
+
+    def _claim(self) -> None:
+        path = self.stages / "recipe.json"
+        ours = json.loads(
+            json.dumps({"seed": self.seed, "recipe": dataclasses.asdict(self.recipe)})
+        )
+        if path.exists() and json.loads(path.read_text()) != ours:
+            raise UserError(
+                f"--output {self.output}: holds a model of another recipe or seed; choose another "
+                "folder"
+            )
+        _write_json(path, ours)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file lies in; None for an installed package."""
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "scheduler": ["diffusers", "DDPMScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+}

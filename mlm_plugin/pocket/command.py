@@ -1,0 +1,83 @@
+"""`mlm-plugin pocket build`: its command line. Torch is imported once a build begins."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlm_plugin.errors import UserError
+
+__all__ = ["run_pocket"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def run_pocket(argv: Sequence[str]) -> int:
+    """Run `mlm-plugin pocket ...`; returns the exit code.
+
+    Raises:
+        UserError: an unknown flag, a missing one, or a device that is not there.
+    """
+    parser = _Parser(
+        prog="mlm-plugin pocket", description="The pocket world and its diffusion model."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    build = commands.add_parser(
+        "build",
+        help="train the pocket model from scratch",
+        description="Train the pocket model from scratch: autoencoder, CLIP, oracle, U-Net. Hours "
+        "on a CPU; the same command goes on where it stopped.",
+    )
+    build.add_argument("--output", required=True, type=Path, metavar="DIR",
+                       help="Folder of the model.")  # fmt: skip
+    build.add_argument("--tiny", action="store_true",
+                       help="A miniature in under a minute, to see that it learns.")  # fmt: skip
+    build.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="Names every random draw (default: 0).")  # fmt: skip
+    build.add_argument("--device", default="auto", metavar="NAME",
+                       help="auto, cpu, cuda, cuda:1, mps (default: auto).")  # fmt: skip
+    build.set_defaults(run=_run_build)
+    given = parser.parse_args(list(argv))
+    return given.run(given)
+
+
+def _run_build(given: argparse.Namespace) -> int:
+    from mlm_plugin.pocket.build import FULL, TINY, build
+    from mlm_plugin.pocket.stage import Interrupted
+
+    if given.seed < 0:
+        raise UserError(f"--seed {given.seed}: must not be negative")
+    try:
+        card = build(
+            given.output,
+            recipe=TINY if given.tiny else FULL,
+            seed=given.seed,
+            device=_device(given.device),
+        )
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    for name, share in card["accuracy"].items():
+        print(f"  {name:<12} {share:6.1%}")
+    print(f"  {'two at once':<12} {card['mean_of_pairs']:6.1%}")
+    print(f"{given.output}: {card['num_prompts']} held-out prompts, see quality.json")
+    return 0
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used ({reason}); try auto") from error
+    return device

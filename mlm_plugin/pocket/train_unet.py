@@ -1,0 +1,94 @@
+"""Training of the pocket U-Net on latents, with the text tower as CLIP left it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from mlm_plugin.pocket.captions import caption_scene
+from mlm_plugin.pocket.pictures import draw_any_scene, scene_pixels
+from mlm_plugin.pocket.stage import StagePlan, generator_of, run_stage
+from mlm_plugin.pocket.train_clip import text_states
+from mlm_plugin.pocket.train_vae import encode
+from mlm_plugin.pocket.world import Scene
+
+__all__ = ["noise_loss", "train_unet"]
+
+UNNAMED_SHARE = 0.1
+EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
+MIN_SNR_GAMMA = 5.0
+CHUNK = 128
+
+
+def train_unet(
+    unet: UNet2DConditionModel,
+    text_model: nn.Module,
+    tokenizer,
+    vae: AutoencoderKL,
+    noise_scheduler: DDPMScheduler,
+    *,
+    plan: StagePlan,
+    pool_size: int,
+    seed: int,
+    state_path: Path,
+    device: torch.device,
+    show_progress: bool = True,
+) -> float:
+    """Train on ``pool_size`` scenes, each time with another caption; returns the seconds."""
+    scenes, pool = _latent_pool(vae, pool_size, seed=seed)
+
+    def loss_of(rng, _step: int):
+        rows = rng.integers(0, pool_size, plan.batch_size)
+        texts = [
+            "" if rng.random() < EMPTY_CAPTION_SHARE else caption_scene(scenes[row], rng).text
+            for row in rows
+        ]
+        states = text_states(text_model, tokenizer, texts)
+        latents = pool[torch.from_numpy(rows)].to(device)
+        return noise_loss(unet, noise_scheduler, latents, states), {}
+
+    unet.train()
+    seconds = run_stage(
+        "unet",
+        {"unet": unet},
+        loss_of,
+        plan=plan,
+        seed=seed,
+        state_path=state_path,
+        show_progress=show_progress,
+    )
+    unet.eval()
+    return seconds
+
+
+def noise_loss(
+    unet: UNet2DConditionModel, noise_scheduler: DDPMScheduler, latents: Tensor, states: Tensor
+) -> Tensor:
+    """Squared error of the predicted noise, weighted by ``min(SNR, 5) / SNR``.
+
+    Source: Min-SNR (arXiv 2303.09556), section 3.4.
+    """
+    noise = torch.randn_like(latents)
+    steps = noise_scheduler.config.num_train_timesteps
+    timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    predicted = unet(noisy, timesteps, encoder_hidden_states=states).sample
+    kept = noise_scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    snr = kept / (1 - kept)
+    weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
+    return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+
+
+def _latent_pool(vae: AutoencoderKL, pool_size: int, *, seed: int) -> tuple[list[Scene], Tensor]:
+    rng = generator_of("unet pool", seed, 0)
+    scenes = [
+        draw_any_scene(rng, unnamed_share=UNNAMED_SHARE, held_out=False) for _ in range(pool_size)
+    ]
+    parts = [
+        encode(vae, scene_pixels(scenes[start : start + CHUNK]))
+        for start in range(0, pool_size, CHUNK)
+    ]
+    return scenes, torch.cat(parts)

@@ -1,0 +1,76 @@
+"""Training of the pocket autoencoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from mlm_plugin.pocket.pictures import scene_pixels, to_pixels, universal_art
+from mlm_plugin.pocket.stage import StagePlan, generator_of, run_stage
+from mlm_plugin.pocket.world import draw_scene
+
+__all__ = ["encode", "measure_scale", "train_vae", "vae_loss"]
+
+KL_WEIGHT = 2e-6
+NUM_MEASURED = 256
+
+
+def vae_loss(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Absolute and squared error plus a little KL divergence (nats per latent number)."""
+    posterior = vae.encode(pixels).latent_dist
+    error = vae.decode(posterior.sample()).sample - pixels
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    squared = error.square().mean()
+    loss = error.abs().mean() + squared + KL_WEIGHT * posterior.mean[0].numel() * kl
+    return loss, {"mse": float(squared.detach())}
+
+
+def train_vae(
+    vae: AutoencoderKL,
+    *,
+    plan: StagePlan,
+    seed: int,
+    state_path: Path,
+    device: torch.device,
+    show_progress: bool = True,
+) -> float:
+    """Train the autoencoder and set its ``scaling_factor``; returns the seconds."""
+
+    def loss_of(rng, _step: int):
+        return vae_loss(vae, to_pixels(universal_art(rng, plan.batch_size)).to(device))
+
+    vae.train()
+    seconds = run_stage(
+        "autoencoder",
+        {"vae": vae},
+        loss_of,
+        plan=plan,
+        seed=seed,
+        state_path=state_path,
+        show_progress=show_progress,
+    )
+    vae.eval()
+    vae.register_to_config(scaling_factor=round(measure_scale(vae, seed=seed), 5))
+    return seconds
+
+
+@torch.no_grad()
+def measure_scale(vae: AutoencoderKL, *, seed: int) -> float:
+    """What makes the latents of scenes have variance 1."""
+    rng = generator_of("scale", seed, 0)
+    scenes = [draw_scene(rng) for _ in range(NUM_MEASURED)]
+    device = next(vae.parameters()).device
+    return 1.0 / float(vae.encode(scene_pixels(scenes).to(device)).latent_dist.mean.std())
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor, *, batch_size: int = 64) -> Tensor:
+    """Scaled latents (the mean, without noise) of pictures, ``(B, 4, 8, 8)``, on the CPU."""
+    device = next(vae.parameters()).device
+    parts = [
+        vae.encode(part.to(device)).latent_dist.mean.cpu() for part in pixels.split(batch_size)
+    ]
+    return torch.cat(parts) * vae.config.scaling_factor

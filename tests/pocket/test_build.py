@@ -1,0 +1,209 @@
+"""A miniature rebuilt from scratch: it learns, it resumes, and every loader takes it."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.pocket.build import TINY, build
+from mlm_plugin.pocket.captions import Caption, all_words
+from mlm_plugin.pocket.command import run_pocket
+from mlm_plugin.pocket.oracle import Oracle, load_oracle, save_oracle
+from mlm_plugin.pocket.quality import BARS, held_out_prompts, judge, missed_bars
+from mlm_plugin.pocket.stage import Interrupted, StagePlan, run_stage
+from mlm_plugin.pocket.world import held_out_pairs
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pocket") / "tiny"
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    stage_logger = logging.getLogger("mlm_plugin.pocket.stage")
+    stage_logger.addHandler(handler)
+    before = stage_logger.level
+    stage_logger.setLevel(logging.INFO)
+    try:
+        card = build(folder, recipe=TINY, show_progress=False)
+    finally:
+        stage_logger.removeHandler(handler)
+        stage_logger.setLevel(before)
+    return folder, card, _losses(messages)
+
+
+def _losses(messages):
+    """Last numbers of every stage, by stage: ``{"clip": {"loss": 4.5, ...}}``."""
+    found = {}
+    for message in messages:
+        name, _, numbers = message.partition(": ")
+        if numbers.startswith("loss "):
+            pairs = (pair.split() for pair in numbers.split(", "))
+            found[name] = {key: float(value) for key, value in pairs}
+    return found
+
+
+def test_every_stage_learns(tiny):
+    _, _, losses = tiny
+    assert losses["autoencoder"]["mse"] < 0.32  # 0.6 without a picture
+    assert losses["clip"]["contrast"] < 2.6  # 3.47 by chance, batch 32
+    assert losses["clip"]["text"] < 1.5  # 1.7 by chance
+    assert losses["oracle"]["names"] < 1.3
+    assert losses["unet"]["loss"] < 0.12
+
+
+def test_the_oracle_reads_pictures(tiny):
+    accuracy = tiny[1]["oracle_accuracy"]
+    assert accuracy["background"] > 0.9
+    assert accuracy["position"] > 0.6
+
+
+def test_the_model_draws_backgrounds_that_the_prompt_names(tiny):
+    assert tiny[1]["accuracy"]["background"] > 0.25  # 0.1 by chance
+
+
+def test_the_card_says_how_it_was_made(tiny):
+    folder, card, _ = tiny
+    assert json.loads((folder / "quality.json").read_text()) == json.loads(json.dumps(card))
+    assert card["seed"] == 0
+    assert card["num_prompts"] == TINY.num_prompts
+    assert set(card["seconds"]) == {"vae", "clip", "oracle", "unet", "quality"}
+    assert card["recipe"]["sizes"]["text_width"] == 32
+
+
+def test_a_second_call_trains_nothing(tiny):
+    folder, card, _ = tiny
+    again = build(folder, recipe=TINY, show_progress=False)
+    assert again["accuracy"] == card["accuracy"]
+    assert {**again["seconds"], "quality": 0} == {**card["seconds"], "quality": 0}
+
+
+def test_another_seed_needs_another_folder(tiny):
+    with pytest.raises(UserError, match="another recipe or seed"):
+        build(tiny[0], recipe=TINY, seed=1)
+
+
+def test_our_loader_takes_the_folder(tiny):
+    from mlm_plugin.models.checkpoints import load_stable_diffusion
+
+    models = load_stable_diffusion(str(tiny[0]))
+    (text_encoder,) = models.text_encoders
+    states = text_encoder.encode(text_encoder.tokenize(["a red cat"])[:, 0])
+    assert states.shape == (1, 77, 32)
+
+
+def test_the_text_encoder_is_the_clip_text_tower(tiny):
+    from transformers import CLIPModel, CLIPTextModel
+
+    folder = tiny[0]
+    ids = torch.tensor([[1, 5, 9]])
+    alone = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+    whole = CLIPModel.from_pretrained(folder / "clip", torch_dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            alone(input_ids=ids).last_hidden_state,
+            whole.text_model(input_ids=ids).last_hidden_state,
+        )
+
+
+def test_words_of_the_world_are_whole_tokens(tmp_path):
+    from transformers import CLIPTokenizer
+
+    from mlm_plugin.pocket.build import FULL
+    from mlm_plugin.pocket.train_clip import build_tokenizer
+
+    build_tokenizer(tmp_path, num_merges=FULL.num_merges)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    split = [w for w in all_words() if len(tokenizer(w, add_special_tokens=False).input_ids) > 1]
+    assert split == []
+
+
+def test_an_oracle_comes_back_from_its_file(tmp_path):
+    oracle = Oracle(channels=8).eval()
+    save_oracle(oracle, tmp_path / "oracle.safetensors")
+    pixels = torch.rand(2, 3, 64, 64)
+    again = load_oracle(tmp_path / "oracle.safetensors")(pixels)
+    torch.testing.assert_close(again.paint, oracle(pixels).paint)
+    assert again.values("subject") == oracle(pixels).values("subject")
+
+
+def test_held_out_prompts_ask_for_what_was_never_shown():
+    prompts = held_out_prompts(30, seed=0)
+    assert all(held_out_pairs(prompt.said) for prompt in prompts)
+    assert prompts == held_out_prompts(30, seed=0)
+
+
+def test_the_verdict_counts_what_was_said():
+    oracle = Oracle(channels=8).eval()
+    pixels = torch.rand(1, 3, 64, 64)
+    seen = {name: oracle(pixels).values(name)[0] for name in ("subject", "background")}
+    wrong = {**seen, "background": "snow" if seen["background"] != "snow" else "sea"}
+    pictures = pixels.repeat(2, 1, 1, 1)
+    verdict = judge(oracle, pictures, [Caption("", seen), Caption("", wrong)])
+    assert verdict["accuracy"] == {"background": 0.5, "subject": 1.0}
+    assert verdict["pairs"] == {"background+subject": 0.5}
+
+
+def test_missed_bars_are_named_with_what_was_reached():
+    good = {"accuracy": dict.fromkeys(BARS, 0.99), "mean_of_pairs": 0.9}
+    assert missed_bars(good) == {}
+    assert missed_bars({**good, "mean_of_pairs": 0.5}) == {"pairs": 0.5}
+
+
+def _train(path, loss_of, num_steps=6):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 3)
+    plan = StagePlan(num_steps, 1, 1e-2, warmup_steps=2, save_every_n_steps=1)
+    run_stage("test", {"layer": layer}, lambda rng, step: loss_of(layer, rng, step), plan=plan,
+              seed=0, state_path=path, show_progress=False)  # fmt: skip
+    return layer.weight.detach()
+
+
+def _loss(layer, rng, _step):
+    return layer(torch.randn(4, 3) + float(rng.random())).square().mean(), {}
+
+
+def test_a_resumed_stage_equals_a_straight_one(tmp_path):
+    straight = _train(tmp_path / "straight.pt", _loss)
+
+    def stopped_at_three(layer, rng, step):
+        if step == 3:
+            raise RuntimeError("stopped")
+        return _loss(layer, rng, step)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        _train(tmp_path / "resumed.pt", stopped_at_three)
+    assert torch.equal(_train(tmp_path / "resumed.pt", _loss), straight)
+
+
+def test_a_signal_saves_the_state_and_tells_the_exit_code(tmp_path):
+    import os
+    import signal
+
+    def interrupting(layer, rng, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return _loss(layer, rng, step)
+
+    with pytest.raises(Interrupted) as stopped:
+        _train(tmp_path / "state.pt", interrupting)
+    assert stopped.value.exit_code == 130
+    straight = _train(tmp_path / "straight.pt", _loss)
+    assert torch.equal(_train(tmp_path / "state.pt", _loss), straight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build"], "--output"),
+        (["build", "--output", "x", "--seed", "-1"], "--seed -1"),
+        (["build", "--output", "x", "--device", "abacus"], "--device abacus"),
+        (["bake"], "bake"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        run_pocket(arguments)
+    assert "\n" not in str(error.value)
