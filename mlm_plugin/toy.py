@@ -45,6 +45,8 @@ def build_toy_model(folder: Path, *, seed: int = 0) -> None:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from mlm_plugin.export.checkpoint import model_index
+
     vocab_size = build_toy_tokenizer(folder / "tokenizer", toy_corpus())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,17 +89,7 @@ def build_toy_model(folder: Path, *, seed: int = 0) -> None:
     unet.save_pretrained(folder / "unet")
     vae.save_pretrained(folder / "vae")
     scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
+    index = model_index(type(scheduler).__name__)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

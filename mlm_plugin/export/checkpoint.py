@@ -38,6 +38,7 @@ from mlm_plugin.models.weights_files import for_file, write_weights
 __all__ = [
     "CheckpointCounts",
     "ldm_tensors",
+    "model_index",
     "require_replaceable",
     "save_checkpoint",
     "save_diffusers_folder",
@@ -149,7 +150,7 @@ def save_diffusers_folder(
             noise_scheduler.config, prediction_type=prediction_type, steps_offset=1
         )
         scheduler.save_pretrained(temporary / "scheduler")
-        index = _model_index(type(noise_scheduler).__name__)
+        index = model_index(type(noise_scheduler).__name__)
         (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -287,7 +288,8 @@ def _merge_line(merge: str | Iterable[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(merge)
 
 
-def _model_index(scheduler: str) -> dict:
+def model_index(scheduler: str) -> dict:
+    """What ``model_index.json`` of a ``StableDiffusionPipeline`` says; without safety checker."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,

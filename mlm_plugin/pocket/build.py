@@ -25,6 +25,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from mlm_plugin import __version__
 from mlm_plugin.errors import UserError
+from mlm_plugin.export.checkpoint import model_index
 from mlm_plugin.files import atomic_path, require_writable
 from mlm_plugin.pocket import quality
 from mlm_plugin.pocket.networks import Sizes, new_clip, new_scheduler, new_unet, new_vae
@@ -241,7 +242,7 @@ class _Builder:
         text_encoder.to(half).save_pretrained(self.output / "text_encoder")
         new_scheduler().save_pretrained(self.output / "scheduler")
         save_oracle(oracle, self.output / "oracle.safetensors", dtype=half)
-        _write_json(self.output / "model_index.json", MODEL_INDEX)
+        _write_json(self.output / "model_index.json", model_index("DDPMScheduler"))
 
     def _quality_card(self, tokenizer, vae, clip, oracle, unet) -> dict[str, Any]:
         began = time.monotonic()
@@ -314,16 +315,3 @@ def _commit() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "safety_checker": [None, None],
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-}
