@@ -14,11 +14,12 @@ from mlm_plugin.config.options import (
     NETWORK_METHODS,
     OPTIONS,
     TOKEN_METHODS,
+    MLMOptions,
     TrainConfig,
 )
 from mlm_plugin.errors import UserError
 
-__all__ = ["check_config", "mlm_obstacle"]
+__all__ = ["check_config", "mlm_obstacle", "mlm_range_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +237,13 @@ def _output(config: TrainConfig) -> Iterator[str]:
                 yield f"{name} needs sample_prompts, the file with the prompts to draw"
 
 
-def _mlm(config: TrainConfig) -> Iterator[str]:
-    mlm, schedule = config.mlm, config.schedule
+def mlm_range_errors(mlm: MLMOptions, *, num_steps: int | None) -> Iterator[str]:
+    """What is out of range in the ``mlm`` options, whichever trainer reads them.
+
+    Args:
+        mlm: the options.
+        num_steps: length of the run; ``None`` where it follows from epochs.
+    """
     if not 0 < mlm.mlm_probability <= 1:
         yield f"mlm_probability = {mlm.mlm_probability:g}: must be above 0 and at most 1"
     if mlm.mlm_end_step is not None and mlm.mlm_end_step <= mlm.mlm_start_step:
@@ -246,6 +252,17 @@ def _mlm(config: TrainConfig) -> Iterator[str]:
         )
     if not 0 <= mlm.mlm_joint_share <= 1:
         yield f"mlm_joint_share = {mlm.mlm_joint_share:g}: must be from 0 to 1"
+    if mlm.mlm_loss_weight and num_steps is not None and mlm.mlm_start_step >= num_steps:
+        yield (
+            f"mlm_start_step = {mlm.mlm_start_step} lies behind the end of the run "
+            f"(max_train_steps = {num_steps})"
+        )
+
+
+def _mlm(config: TrainConfig) -> Iterator[str]:
+    mlm, schedule = config.mlm, config.schedule
+    by_steps = schedule.max_train_epochs is None
+    yield from mlm_range_errors(mlm, num_steps=schedule.max_train_steps if by_steps else None)
     if mlm.mlm_loss_weight == 0:
         return
     if obstacle := mlm_obstacle(config):
@@ -253,11 +270,6 @@ def _mlm(config: TrainConfig) -> Iterator[str]:
             f"mlm_loss_weight = {mlm.mlm_loss_weight:g} asks for the MLM term, but {obstacle}, so "
             "it would change nothing; train what lies before the text encoder's output, or set "
             "mlm_loss_weight = 0"
-        )
-    if schedule.max_train_epochs is None and mlm.mlm_start_step >= schedule.max_train_steps:
-        yield (
-            f"mlm_start_step = {mlm.mlm_start_step} lies behind the end of the run "
-            f"(max_train_steps = {schedule.max_train_steps})"
         )
 
 

@@ -20,12 +20,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
 from mlm_plugin.config.checks import check_config, mlm_obstacle
-from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of, resolve_datasets
+from mlm_plugin.config.datasets import Concept, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.report import dataset_report
-from mlm_plugin.data.templates import load_templates
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
 from mlm_plugin.hosts.class_images import prepare_class_images
@@ -39,13 +38,18 @@ from mlm_plugin.hosts.mlm_setup import (
     text_tap,
     trigger_of,
 )
+from mlm_plugin.hosts.run_data import (
+    create_dataset,
+    find_concepts,
+    print_report,
+    require_placeholders,
+)
 from mlm_plugin.hosts.sampling import SampleDrawer
 from mlm_plugin.hosts.saving import RunRecord, Saver
 from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
-from mlm_plugin.models.token_rows import placeholder_pattern
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
@@ -112,10 +116,10 @@ def train(argv: Sequence[str]) -> int:
     check_config(config)
     config = _with_toy_paths(config)
     datasets = resolve_datasets(config)
-    concepts = _concepts(config, datasets)
+    concepts = find_concepts(config, datasets)
     METHODS[config.schedule.method].check(config, concepts)
     if config.run.check or config.dataset.debug_dataset:
-        dataset = _create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
+        dataset = create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
         report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
         print("\n".join(report.lines()))
         return 0
@@ -128,7 +132,7 @@ def train(argv: Sequence[str]) -> int:
                 config, concepts, models=lambda: load_models(config), accelerator=accelerator
             )
             datasets = resolve_datasets(config)
-        dataset = _create_dataset(config, datasets, concepts, seed=seed)
+        dataset = create_dataset(config, datasets, concepts, seed=seed)
         trainer = build_trainer(
             config, accelerator=accelerator, dataset=dataset, concepts=concepts, seed=seed
         )
@@ -161,11 +165,11 @@ def build_trainer(
         read_progress(resume)
         check_settings(resume, settings)
     if config.schedule.method in TOKEN_METHODS:
-        _require_placeholders(dataset, concepts)
+        require_placeholders(dataset, concepts)
     models = load_models(config)
     _place_models(config, models, accelerator.device)
     if accelerator.is_main_process:
-        _report(config, dataset, concepts, models)
+        print_report(config, dataset, concepts, models)
     contextualizers = find_contextualizers(config, models, accelerator)
     curves = _curve_logger(config, models, accelerator)
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
@@ -379,11 +383,6 @@ def create_regularizer(
     )
 
 
-def _concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tuple[Concept, ...]:
-    trains_tokens = config.schedule.method in TOKEN_METHODS
-    return concepts_of(config, datasets, required=trains_tokens or config.mlm.mlm_loss_weight > 0)
-
-
 def _with_toy_paths(config: TrainConfig) -> TrainConfig:
     return config.replace(
         pretrained_model_name_or_path=model_path(config.model.pretrained_model_name_or_path),
@@ -400,72 +399,6 @@ def _shared_seed(config: TrainConfig) -> int:
         seed = broadcast_object_list(drawn)[0]
         logger.info("seed %d (give --seed %d to repeat this run)", seed, seed)
     return seed
-
-
-def _create_dataset(
-    config: TrainConfig, datasets, concepts: Sequence[Concept], *, seed: int
-) -> TrainDataset:
-    data = config.dataset
-    kind = "object" if data.use_object_template else "style"
-    uses_templates = data.use_object_template or data.use_style_template
-    return TrainDataset(
-        datasets,
-        seed=seed,
-        prior_loss_weight=data.prior_loss_weight,
-        masked_loss=data.masked_loss,
-        templates=load_templates(kind) if uses_templates else (),
-        concept=concepts[0].text if len(concepts) == 1 else None,
-    )
-
-
-def _require_placeholders(dataset: TrainDataset, concepts: Sequence[Concept]) -> None:
-    """Rows that no caption holds would learn nothing from the pictures."""
-    captions = [
-        caption
-        for info in dataset.images
-        if not info.is_reg
-        for caption in dataset.captions_of(info)
-    ]
-    for concept in concepts:
-        pattern = placeholder_pattern([concept.placeholder_token])
-        if not any(map(pattern.search, captions)):
-            raise UserError(
-                f"placeholder_token = {concept.placeholder_token!r}: none of the {len(captions)} "
-                f"captions holds it (the first is {captions[0]!r}), so nothing would be learned; "
-                "write it into the captions, or set placeholder_token to the word they hold"
-            )
-
-
-def _report(
-    config: TrainConfig,
-    dataset: TrainDataset,
-    concepts: Sequence[Concept],
-    models: StableDiffusion,
-) -> None:
-    (text_encoder,) = models.text_encoders
-    learned = config.schedule.method in TOKEN_METHODS
-    num_vectors = config.embedding.num_vectors_per_token
-
-    def count_tokens(caption: str) -> int:
-        placeholders = [concept.placeholder_token for concept in concepts] if learned else []
-        found = placeholder_pattern(placeholders).findall(caption) if placeholders else []
-        return text_encoder.count_tokens(caption) + (num_vectors - 1) * len(found)
-
-    report = dataset_report(
-        dataset,
-        concepts=[concept.text for concept in concepts],
-        count_tokens=count_tokens,
-        max_tokens=config.model.max_token_length or 75,
-    )
-    print("\n".join(report.lines()))
-    for concept in concepts:
-        name = concept.placeholder_token
-        if learned:
-            read = f"learned as {num_vectors} vector(s)"
-        else:
-            tokens = text_encoder.tokenizer.tokenize(name)
-            read = f"the tokenizer reads it as {len(tokens)} token(s): {' '.join(tokens)}"
-        print(f"Concept: {name!r} is a {concept.class_token or 'thing'}; {read}")
 
 
 def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:

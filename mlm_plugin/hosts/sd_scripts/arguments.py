@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from mlm_plugin.config.checks import mlm_range_errors
 from mlm_plugin.config.loading import coerce
 from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
@@ -57,8 +58,10 @@ def read_mlm_options(args: argparse.Namespace) -> MLMOptions:
     if not values.get("placeholder_token") and getattr(args, "token_string", None):
         values["placeholder_token"] = (args.token_string,)
     options = MLMOptions(**values)
-    _check(options)
-    _check_start(options, args)
+    by_epochs = getattr(args, "max_train_epochs", None) is not None
+    num_steps = None if by_epochs else int(args.max_train_steps)
+    if message := next(mlm_range_errors(options, num_steps=num_steps), None):
+        raise UserError(message)
     return options
 
 
@@ -66,31 +69,6 @@ def _entries() -> Iterator[Option]:
     for name, entry in OPTIONS.items():
         if entry.group == "mlm" or name in LAUNCH:
             yield entry
-
-
-def _check(options: MLMOptions) -> None:
-    if not 0 < options.mlm_probability <= 1:
-        raise UserError(
-            f"mlm_probability = {options.mlm_probability:g}: must be above 0 and at most 1"
-        )
-    if not 0 <= options.mlm_joint_share <= 1:
-        raise UserError(f"mlm_joint_share = {options.mlm_joint_share:g}: must be from 0 to 1")
-    if options.mlm_end_step is not None and options.mlm_end_step <= options.mlm_start_step:
-        raise UserError(
-            f"mlm_end_step = {options.mlm_end_step} must be above "
-            f"mlm_start_step = {options.mlm_start_step}"
-        )
-
-
-def _check_start(options: MLMOptions, args: argparse.Namespace) -> None:
-    by_epochs = getattr(args, "max_train_epochs", None) is not None
-    if options.mlm_loss_weight and not by_epochs:
-        num_steps = int(args.max_train_steps)
-        if options.mlm_start_step >= num_steps:
-            raise UserError(
-                f"mlm_start_step = {options.mlm_start_step} lies behind the end of the run "
-                f"(max_train_steps = {num_steps})"
-            )
 
 
 def network_obstacle(args: argparse.Namespace, *, arch: str) -> str | None:
