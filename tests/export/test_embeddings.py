@@ -26,6 +26,8 @@ from mlm_plugin.export.embeddings import (
 K, N, D = 16, 3, 32
 SUFFIXES = (".safetensors", ".pt", ".bin")
 
+CHECKOUT = os.environ.get("SD_SCRIPTS_DIR")  # read here: tests run without it
+
 
 def rows_of(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
@@ -39,9 +41,9 @@ def load(path):
 
 def function_of_sd_scripts(script, name):
     """One function or method of sd-scripts, taken out of its file without importing it."""
-    if "SD_SCRIPTS_DIR" not in os.environ:
+    if CHECKOUT is None:
         pytest.skip("no sd-scripts checkout (SD_SCRIPTS_DIR) here")
-    source = (Path(os.environ["SD_SCRIPTS_DIR"]) / script).read_text("utf-8")
+    source = (Path(CHECKOUT) / script).read_text("utf-8")
     (found,) = (
         node
         for node in ast.walk(ast.parse(source))
