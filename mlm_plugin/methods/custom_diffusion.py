@@ -14,9 +14,9 @@ from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.export.custom_diffusion import delta_to_lora, save_delta, verify_delta
 from mlm_plugin.export.lora import save_lora
-from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method, Part, group_of
+from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Part, group_of
 from mlm_plugin.methods.token_rows import (
-    check_rows,
+    LearnsRows,
     create_rows,
     embeddings_beside,
     save_embeddings,
@@ -41,7 +41,7 @@ Source: adobe-research/custom-diffusion; two of them are inner pieces of words, 
 LORA = "_lora"
 
 
-class CustomDiffusion(Method):
+class CustomDiffusion(LearnsRows):
     """Trains ``to_k`` and ``to_v`` of every cross-attention layer, and the placeholders' rows.
 
     The MLM term reaches the rows only. Keys and values at the first token (BOS) get no gradient:
@@ -84,11 +84,6 @@ class CustomDiffusion(Method):
             layer.weight = nn.Parameter(master)
             layer.register_forward_hook(_detach_first_token)
             self.matrices[f"{name}.weight"] = layer.weight
-
-    @classmethod
-    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
-        """Placeholders, first words and files; see ``Method.check``."""
-        check_rows(config.embedding, concepts)
 
     @classmethod
     def prepare(

@@ -14,7 +14,7 @@ from mlm_plugin.export.lora import bundled_embeddings, save_lora
 from mlm_plugin.methods.base import Export, Part, group_of, numbered, stored, take_over
 from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.methods.token_rows import (
-    check_rows,
+    LearnsRows,
     create_rows,
     embeddings_beside,
     save_embeddings,
@@ -27,7 +27,7 @@ from mlm_plugin.models.token_rows import TokenRows
 __all__ = ["Pivotal"]
 
 
-class Pivotal(LoRAMethod):
+class Pivotal(LearnsRows, LoRAMethod):
     """The rows learn what the thing is, the LoRA how to draw it.
 
     ``stop_embedding_training`` and its sisters freeze a part after a share of the run: rows first
@@ -53,11 +53,6 @@ class Pivotal(LoRAMethod):
     ):
         super().__init__(models, options)
         self.rows, self.bundle = rows, bundle
-
-    @classmethod
-    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
-        """Placeholders, first words and files; see ``Method.check``."""
-        check_rows(config.embedding, concepts)
 
     @classmethod
     def prepare(

@@ -10,9 +10,9 @@ from torch import nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
-from mlm_plugin.methods.base import Export, Method, Part, group_of
+from mlm_plugin.methods.base import Export, Part, group_of
 from mlm_plugin.methods.token_rows import (
-    check_rows,
+    LearnsRows,
     create_rows,
     embedding_files,
     save_embeddings,
@@ -25,7 +25,7 @@ from mlm_plugin.models.token_rows import TokenRows
 __all__ = ["TextualInversion"]
 
 
-class TextualInversion(Method):
+class TextualInversion(LearnsRows):
     """Only the placeholders' rows are parameters: no optimizer state for the vocabulary.
 
     Args:
@@ -38,11 +38,6 @@ class TextualInversion(Method):
     def __init__(self, models: StableDiffusion, rows: TokenRows):
         super().__init__(models)
         self.rows = rows
-
-    @classmethod
-    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
-        """Placeholders, first words and files; see ``Method.check``."""
-        check_rows(config.embedding, concepts)
 
     @classmethod
     def prepare(

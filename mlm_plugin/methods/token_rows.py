@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import EmbeddingOptions
+from mlm_plugin.config.options import EmbeddingOptions, TrainConfig
 from mlm_plugin.data.english import FUNCTION_WORDS
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embeddings import (
@@ -19,7 +19,7 @@ from mlm_plugin.export.embeddings import (
     save_embedding,
     verify_embedding,
 )
-from mlm_plugin.methods.base import Export
+from mlm_plugin.methods.base import Export, Method
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_rows import (
     TokenRows,
@@ -29,6 +29,7 @@ from mlm_plugin.models.token_rows import (
 )
 
 __all__ = [
+    "LearnsRows",
     "check_rows",
     "create_rows",
     "embedding_files",
@@ -66,6 +67,15 @@ def check_rows(
                 f"weights: {file} holds {num_vectors} vectors, num_vectors_per_token is "
                 f"{options.num_vectors_per_token}; set it to {num_vectors}"
             )
+
+
+class LearnsRows(Method):
+    """A method whose rows start at words or at ordinary embeddings."""
+
+    @classmethod
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """Placeholders, first words and files; see ``Method.check``."""
+        check_rows(config.embedding, concepts)
 
 
 def create_rows(
