@@ -66,7 +66,7 @@ class Recipe:
 FULL = Recipe(
     sizes=Sizes(),
     num_merges=2500,
-    vae=StagePlan(8000, 32, 2e-3),
+    vae=StagePlan(6000, 32, 2e-3),
     clip=StagePlan(1500, 128, 1e-3, ema_decay=0.998),
     oracle=StagePlan(5000, 128, 2e-3, ema_decay=0.998),
     unet=StagePlan(8000, 128, 1e-3, ema_decay=0.9995, save_every_n_steps=250),

@@ -11,7 +11,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from mlm_plugin.pocket.backgrounds import SIDE
-from mlm_plugin.pocket.world import Scene, draw_scene, random_paint, render_art
+from mlm_plugin.pocket.world import Scene, draw_scene, random_paint, render_art, things_in
 
 __all__ = ["draw_any_scene", "scene_pixels", "to_pixels", "universal_art"]
 
@@ -33,13 +33,16 @@ def draw_any_scene(rng: Generator, *, unnamed_share: float, held_out: bool | Non
     return replace(scene, paint=random_paint(rng)) if rng.random() < unnamed_share else scene
 
 
-def universal_art(rng: Generator, batch_size: int) -> np.ndarray:
-    """Pictures for the autoencoder: the world and much else, ``(B, 32, 32, 3)`` bytes.
+def universal_art(rng: Generator, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures for the autoencoder, the world and much else, and where things are in them.
+
+    Returns bytes ``(B, 32, 32, 3)`` and booleans ``(B, 32, 32)``.
 
     More than half are scenes; the others have things in any colours, are recoloured and shifted as
     a whole, or are patchworks of patterns: an autoencoder of scenes alone draws no new thing.
     """
     art = np.empty((batch_size, SIDE, SIDE, 3), np.uint8)
+    things = np.zeros((batch_size, SIDE, SIDE), bool)
     for index in range(batch_size):
         kind = rng.random()
         if kind < 0.95:
@@ -47,9 +50,11 @@ def universal_art(rng: Generator, batch_size: int) -> np.ndarray:
             art[index] = render_art(scene)
             if kind > 0.85:
                 art[index] = _recoloured(art[index], rng)
+            else:
+                things[index] = things_in(scene, art[index])
         else:
             art[index] = _patchwork(rng)
-    return art
+    return art, things
 
 
 def _recoloured(art: np.ndarray, rng: Generator) -> np.ndarray:

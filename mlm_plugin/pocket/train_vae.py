@@ -15,17 +15,24 @@ from mlm_plugin.pocket.world import draw_scene
 __all__ = ["encode", "measure_scale", "train_vae", "vae_loss"]
 
 KL_WEIGHT = 2e-6
+THING_WEIGHT = 4.0  # of a pixel on a thing; backgrounds are large and alike, faces are not
 NUM_MEASURED = 256
 
 
-def vae_loss(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Absolute and squared error plus a little KL divergence (nats per latent number)."""
+def vae_loss(vae: AutoencoderKL, pixels: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Absolute and squared error plus a little KL divergence.
+
+    Args:
+        vae: the autoencoder.
+        pixels: ``(B, 3, 64, 64)`` in [-1, 1].
+        weight: ``(B, 1, 64, 64)``, of the error of each pixel.
+    """
     posterior = vae.encode(pixels).latent_dist
     error = vae.decode(posterior.sample()).sample - pixels
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    squared = error.square().mean()
-    loss = error.abs().mean() + squared + KL_WEIGHT * posterior.mean[0].numel() * kl
-    return loss, {"mse": float(squared.detach())}
+    squared = error.square()
+    missed = (weight * (error.abs() + squared)).sum() / weight.sum() / 3
+    loss = missed + KL_WEIGHT * posterior.kl().mean()
+    return loss, {"mse": float(squared.mean().detach())}
 
 
 def train_vae(
@@ -40,7 +47,10 @@ def train_vae(
     """Train the autoencoder and set its ``scaling_factor``; returns the seconds."""
 
     def loss_of(rng, _step: int):
-        return vae_loss(vae, to_pixels(universal_art(rng, plan.batch_size)).to(device))
+        art, things = universal_art(rng, plan.batch_size)
+        weight = 1 + (THING_WEIGHT - 1) * torch.from_numpy(things)[:, None].float()
+        weight = weight.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        return vae_loss(vae, to_pixels(art).to(device), weight.to(device))
 
     vae.train()
     seconds = run_stage(

@@ -36,6 +36,7 @@ __all__ = [
     "random_paint",
     "render",
     "render_art",
+    "things_in",
 ]
 
 PICTURE_SIDE = (
@@ -204,6 +205,12 @@ def render_art(scene: Scene) -> np.ndarray:
     if scene.companion in HATS:
         _put_on_head(canvas, HATS[scene.companion], sprite, top, left)
     return canvas
+
+
+def things_in(scene: Scene, art: np.ndarray) -> np.ndarray:
+    """Where its picture shows a thing instead of the background: booleans ``(32, 32)``."""
+    bare = BACKGROUNDS[scene.background](np.random.default_rng(scene.seed))
+    return (art != bare).any(axis=-1)
 
 
 def _put_on_head(canvas: np.ndarray, hat: Sprite, wearer: Sprite, top: int, left: int) -> None:

@@ -2,17 +2,21 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.pocket.build import TINY, build
+from mlm_plugin.pocket.build import FULL, TINY, build
 from mlm_plugin.pocket.captions import Caption, all_words
 from mlm_plugin.pocket.command import run_pocket
+from mlm_plugin.pocket.networks import new_vae
 from mlm_plugin.pocket.oracle import Oracle, load_oracle, save_oracle
 from mlm_plugin.pocket.quality import BARS, held_out_prompts, judge, missed_bars
 from mlm_plugin.pocket.stage import Interrupted, StagePlan, run_stage
+from mlm_plugin.pocket.train_vae import vae_loss
 from mlm_plugin.pocket.world import held_out_pairs
 
 
@@ -52,6 +56,28 @@ def test_every_stage_learns(tiny):
     assert losses["clip"]["text"] < 1.5  # 1.7 by chance
     assert losses["oracle"]["names"] < 1.3
     assert losses["unet"]["loss"] < 0.12
+
+
+def test_the_autoencoder_minds_things_more_than_their_background():
+    vae = new_vae(TINY.sizes)
+    vae.encode = lambda pixels: SimpleNamespace(
+        latent_dist=DiagonalGaussianDistribution(torch.zeros(1, 8, 8, 8))
+    )
+    vae.decode = lambda latents: SimpleNamespace(sample=torch.zeros(1, 3, 64, 64))
+    pixels = torch.zeros(1, 3, 64, 64)
+    pixels[..., :16] = 1.0  # wrong by 1 in a quarter of the picture
+    even, heavy = torch.ones(1, 1, 64, 64), torch.ones(1, 1, 64, 64)
+    heavy[..., :16] = 3.0
+    assert float(vae_loss(vae, pixels, even)[0]) == pytest.approx(2 * 1 / 4)
+    assert float(vae_loss(vae, pixels, heavy)[0]) == pytest.approx(2 * 3 / 6)
+
+
+@pytest.mark.parametrize("recipe", [TINY, FULL], ids=["tiny", "full"])
+def test_no_norm_of_the_autoencoder_erases_brightness(recipe):
+    vae = new_vae(recipe.sizes)
+    norms = [module for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert norms
+    assert all(norm.num_channels // norm.num_groups >= 4 for norm in norms)
 
 
 def test_the_oracle_reads_pictures(tiny):

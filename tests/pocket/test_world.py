@@ -27,6 +27,7 @@ from mlm_plugin.pocket.world import (
     labels,
     render,
     render_art,
+    things_in,
 )
 
 CAT = Scene("cat", "red", "plain", "large", "middle", "beach", seed=3)
@@ -85,6 +86,17 @@ def test_positions_are_where_they_say():
         changed = (render_art(plain) != render_art(other)).any(axis=(0, 2))
         columns.append(np.nonzero(changed)[0].mean())
     assert columns[0] < 12 < columns[1] < 20 < columns[2]
+
+
+@pytest.mark.parametrize("background", ATTRIBUTES["background"])
+def test_things_are_told_from_the_background(background, rng):
+    scene = draw_scene(rng, background=background, position="left", companion=NO_COMPANION)
+    art = render_art(scene)
+    things = things_in(scene, art)
+    assert 20 < things.sum() < 400  # art pixels of 1024
+    assert not things[:, 26:].any()
+    recoloured = render_art(replace(scene, paint=Paint((1, 2, 3), (4, 5, 6))))
+    assert np.array_equal(recoloured[~things], art[~things])
 
 
 def test_a_drawn_scene_is_held_out_only_where_asked(rng):
