@@ -21,6 +21,7 @@ commands:
   prompts         print or count the prompts of a prompt set
   evaluate        draw, score and report what was learned; --compare lays runs side by side
   pocket build    train a small world of pixel pictures and its model, to try methods on
+  pocket concept  write a thing that model has never seen: pictures to learn, prompts to test
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 
 `mlm-plugin COMMAND --help` lists the options of a command.\

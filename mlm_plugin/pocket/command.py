@@ -42,8 +42,28 @@ def run_pocket(argv: Sequence[str]) -> int:
     build.add_argument("--device", default="auto", metavar="NAME",
                        help="auto, cpu, cuda, cuda:1, mps (default: auto).")  # fmt: skip
     build.set_defaults(run=_run_build)
+    concept = commands.add_parser(
+        "concept",
+        help="write a new thing's training pictures and test prompts",
+        description="Write DIR/train, a kohya data folder of four pictures that share background "
+        "and position, and DIR/test_prompts.txt for `mlm-plugin evaluate --prompts`.",
+    )
+    concept.add_argument("--concept", required=True, metavar="NAME",
+                         help='Which one, as prompts call it, such as "sks dog".')  # fmt: skip
+    concept.add_argument("--output", required=True, type=Path, metavar="DIR",
+                         help="Folder to write to.")  # fmt: skip
+    concept.set_defaults(run=_run_concept)
     given = parser.parse_args(list(argv))
     return given.run(given)
+
+
+def _run_concept(given: argparse.Namespace) -> int:
+    from mlm_plugin.pocket.concepts import find_concept, write_concept
+
+    concept = find_concept(given.concept)
+    write_concept(concept, given.output)
+    print(f"{given.output}: pictures of {concept.name} in train/, test_prompts.txt")
+    return 0
 
 
 def _run_build(given: argparse.Namespace) -> int:

@@ -1,0 +1,127 @@
+"""Things that no pocket model has seen, for learning them: pictures to train on, prompts to test.
+
+Every concept is a known shape in a pattern and two colours that no caption names. Its pictures
+share one background and one position, the minimal context in which a concept takes over; its test
+prompts ask for what they do not show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path, require_writable
+from mlm_plugin.pocket.captions import Caption, write_caption
+from mlm_plugin.pocket.stage import generator_of
+from mlm_plugin.pocket.world import ATTRIBUTES, NO_COMPANION, Paint, Scene, draw_scene, render
+
+__all__ = [
+    "ASKED",
+    "REPORTED",
+    "TUNING",
+    "Concept",
+    "find_concept",
+    "prompt_templates",
+    "training_scenes",
+    "write_concept",
+]
+
+ASKED = ("background", "position", "companion")
+"""What test prompts may ask for; size, colour and pattern are the concept's own."""
+
+NUM_REPEATS = 10
+NUM_PICTURES = 4
+NUM_PROMPTS = 24
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A thing to be learned.
+
+    Attributes:
+        token: the rare word that stands for it.
+        scene: what all its training pictures show.
+    """
+
+    token: str
+    scene: Scene
+
+    @property
+    def name(self) -> str:
+        """How prompts call it, "sks dog"."""
+        return f"{self.token} {self.scene.subject}"
+
+
+def _concept(token, subject, pattern, size, position, background, *paint) -> Concept:
+    colour = ATTRIBUTES["colour"][0]  # not drawn, since the paint takes its place
+    scene = Scene(subject, colour, pattern, size, position, background, paint=Paint(*paint))
+    return Concept(token, scene)
+
+
+REPORTED = (
+    _concept("sks", "dog", "dotted", "large", "left", "meadow", (0, 168, 160), (255, 120, 30)),
+    _concept("zwx", "robot", "checkered", "large", "right", "snow", (190, 215, 40), (95, 25, 110)),
+    _concept("ohwx", "cup", "striped", "large", "middle", "city", (236, 120, 20), (30, 60, 150)),
+    _concept("ktn", "bird", "checkered", "large", "left", "desert", (20, 200, 220), (140, 20, 50)),
+)
+TUNING = (
+    _concept("vvq", "cat", "striped", "large", "right", "beach", (150, 90, 40), (90, 235, 200)),
+    _concept("qxj", "car", "dotted", "large", "middle", "forest", (230, 60, 220), (240, 240, 90)),
+    _concept("hta", "fish", "checkered", "large", "left", "night", (128, 140, 30), (235, 90, 120)),
+)
+"""Settings are chosen on these and reported on the others."""
+
+
+def find_concept(name: str) -> Concept:
+    """The concept that prompts call ``name``.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = {concept.name: concept for concept in (*REPORTED, *TUNING)}
+    if name not in known:
+        raise UserError(f"--concept {name!r}: unknown; choose one of: {', '.join(known)}")
+    return known[name]
+
+
+def training_scenes(concept: Concept, *, number: int = NUM_PICTURES) -> list[Scene]:
+    """Scenes that differ in what has no label alone: clouds, stars, a pixel of shift."""
+    rng = generator_of(f"training {concept.name}", 0, 0)
+    return [replace(concept.scene, seed=int(rng.integers(2**31))) for _ in range(number)]
+
+
+def prompt_templates(concept: Concept, *, number: int = NUM_PROMPTS) -> list[Caption]:
+    """Texts with ``{}`` for the concept, and what each asks for: nothing the pictures show.
+
+    They are named by the concept, so that every run is asked the same.
+    """
+    rng = generator_of(f"test {concept.name}", 0, 0)
+    found: dict[str, Caption] = {}
+    while len(found) < number:
+        scene = draw_scene(rng, held_out=None)
+        asked = {name: getattr(scene, name) for name in ASKED if rng.random() < 0.6}
+        shown = any(value == getattr(concept.scene, name) for name, value in asked.items())
+        if asked and not shown and asked.get("companion") != NO_COMPANION:
+            said = {"subject": concept.scene.subject, **asked}
+            caption = write_caption(said, rng, subject="{}")
+            found.setdefault(caption.text, caption)
+    return list(found.values())
+
+
+def write_concept(concept: Concept, folder: Path) -> None:
+    """Write kohya's training folder ``10_sks dog`` and ``test_prompts.txt`` for ``evaluate``.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    require_writable(folder, "--output")
+    pictures = folder / "train" / f"{NUM_REPEATS}_{concept.name}"
+    for number, scene in enumerate(training_scenes(concept)):
+        with atomic_path(pictures / f"{number}.png") as temporary:
+            Image.fromarray(render(scene)).save(temporary, format="PNG")
+    texts = [caption.text for caption in prompt_templates(concept)]
+    with atomic_path(folder / "test_prompts.txt") as temporary:
+        temporary.write_text("\n".join(texts) + "\n", encoding="utf-8")

@@ -1,0 +1,83 @@
+"""Concepts: new things, pictured in one place, asked for in others."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.prompts import load_templates
+from mlm_plugin.pocket.captions import RARE_WORDS
+from mlm_plugin.pocket.command import run_pocket
+from mlm_plugin.pocket.concepts import (
+    ASKED,
+    REPORTED,
+    TUNING,
+    find_concept,
+    prompt_templates,
+    training_scenes,
+)
+from mlm_plugin.pocket.world import ATTRIBUTES, COLOURS, NO_COMPANION, render
+
+CONCEPTS = (*REPORTED, *TUNING)
+every_concept = pytest.mark.parametrize("concept", CONCEPTS, ids=lambda concept: concept.name)
+
+
+@every_concept
+def test_a_concept_is_made_of_known_values_and_unnamed_colours(concept):
+    for name, values in ATTRIBUTES.items():
+        assert getattr(concept.scene, name) in values
+    assert concept.token in RARE_WORDS
+    named = np.array([paint for paint in COLOURS.values()], float)
+    distance = np.linalg.norm(named - np.array(concept.scene.paint, float), axis=-1)
+    assert distance.max(axis=1).min() > 90  # of 442; in one of its two colours at least
+
+
+def test_no_two_concepts_share_a_name_a_shape_or_a_place():
+    for part in (
+        [concept.token for concept in CONCEPTS],
+        [concept.scene.subject for concept in CONCEPTS],
+        [concept.scene.background for concept in CONCEPTS],
+    ):
+        assert len(set(part)) == len(CONCEPTS)
+
+
+@every_concept
+def test_training_pictures_share_all_that_is_named_and_no_two_are_equal(concept):
+    scenes = training_scenes(concept)
+    assert len({(scene.background, scene.position, scene.paint) for scene in scenes}) == 1
+    assert {scene.companion for scene in scenes} == {NO_COMPANION}
+    assert len({render(scene).tobytes() for scene in scenes}) == len(scenes) == 4
+    assert scenes == training_scenes(concept)
+
+
+@every_concept
+def test_prompts_ask_for_what_the_pictures_do_not_show(concept):
+    prompts = prompt_templates(concept)
+    assert len({prompt.text for prompt in prompts}) == len(prompts) == 24
+    for prompt in prompts:
+        assert prompt.text.count("{}") == 1
+        asked = set(prompt.said) - {"subject"}
+        assert asked
+        assert asked <= set(ASKED)
+        assert all(prompt.said[name] != getattr(concept.scene, name) for name in asked)
+        assert not set(COLOURS) & set(prompt.text.replace("red hat", "").replace("blue hat", "")
+                                      .replace("flower", "").split())  # fmt: skip
+    for name in ASKED:
+        assert sum(name in prompt.said for prompt in prompts) >= 5
+
+
+def test_the_command_writes_a_data_folder_and_prompts(tmp_path, capsys):
+    assert run_pocket(["concept", "--concept", "sks dog", "--output", str(tmp_path / "dog")]) == 0
+    assert "sks dog" in capsys.readouterr().out
+    files = sorted((tmp_path / "dog" / "train" / "10_sks dog").iterdir())
+    assert [file.name for file in files] == ["0.png", "1.png", "2.png", "3.png"]
+    first = training_scenes(find_concept("sks dog"))[0]
+    assert np.array_equal(np.array(Image.open(files[0])), render(first))
+    templates = load_templates(tmp_path / "dog" / "test_prompts.txt", class_token="dog")
+    assert templates == [prompt.text for prompt in prompt_templates(find_concept("sks dog"))]
+
+
+def test_an_unknown_concept_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(UserError, match="zwx robot"):
+        run_pocket(["concept", "--concept", "dog", "--output", str(tmp_path / "dog")])
+    assert not (tmp_path / "dog").exists()
