@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.errors import UserError
 
 __all__ = ["RECIPE", "SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "parse_pretrain"]
@@ -69,18 +69,13 @@ class PretrainCommand:
     options: PretrainOptions
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see `mlm-plugin pretrain --help`")
-
-
 def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     """Read the command line of `mlm-plugin pretrain`.
 
     Raises:
         UserError: an unknown flag, a missing one, or a value out of range.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="mlm-plugin pretrain",
         allow_abbrev=False,
         description="Train a contextualizer for a text encoder. Training does this by itself "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.errors import UserError
 
 __all__ = ["NO_MODEL", "EvaluateCommand", "EvaluateOptions", "parse_evaluate"]
@@ -81,11 +82,6 @@ class EvaluateCommand(NamedTuple):
     compare: tuple[str, ...]  # folders; empty = one evaluation
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see `mlm-plugin evaluate --help`")
-
-
 def parse_evaluate(argv: Sequence[str]) -> EvaluateCommand:
     """Read the command line of `mlm-plugin evaluate`.
 
@@ -103,7 +99,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateCommand:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="mlm-plugin evaluate",
         allow_abbrev=False,
         description="Draw pictures of a learned concept, score them and the text encoder, and "

@@ -7,14 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.errors import UserError
 
 __all__ = ["run_pocket"]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def run_pocket(argv: Sequence[str]) -> int:
@@ -23,7 +19,7 @@ def run_pocket(argv: Sequence[str]) -> int:
     Raises:
         UserError: an unknown flag, a missing one, or a device that is not there.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog="mlm-plugin pocket", description="The pocket world and its diffusion model."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
