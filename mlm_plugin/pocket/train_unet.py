@@ -13,7 +13,6 @@ from mlm_plugin.pocket.pictures import draw_any_scene, scene_pixels
 from mlm_plugin.pocket.stage import StagePlan, generator_of, run_stage
 from mlm_plugin.pocket.train_clip import text_states
 from mlm_plugin.pocket.train_vae import encode
-from mlm_plugin.pocket.world import Scene
 
 __all__ = ["noise_loss", "train_unet"]
 
@@ -37,18 +36,15 @@ def train_unet(
     device: torch.device,
     show_progress: bool = True,
 ) -> float:
-    """Train on ``pool_size`` scenes, each time with another caption; returns the seconds."""
-    scenes, pool = _latent_pool(vae, pool_size, seed=seed)
+    """Train on ``pool_size`` captioned scenes, encoded once; returns the seconds."""
+    latents_pool, states_pool = _pool(vae, text_model, tokenizer, pool_size, seed=seed)
+    empty = text_states(text_model, tokenizer, [""])
 
     def loss_of(rng, _step: int):
-        rows = rng.integers(0, pool_size, plan.batch_size)
-        texts = [
-            "" if rng.random() < EMPTY_CAPTION_SHARE else caption_scene(scenes[row], rng).text
-            for row in rows
-        ]
-        states = text_states(text_model, tokenizer, texts)
-        latents = pool[torch.from_numpy(rows)].to(device)
-        return noise_loss(unet, noise_scheduler, latents, states), {}
+        rows = torch.from_numpy(rng.integers(0, pool_size, plan.batch_size))
+        is_empty = torch.rand(plan.batch_size, 1, 1) < EMPTY_CAPTION_SHARE
+        states = torch.where(is_empty.to(device), empty, states_pool[rows].to(device, empty.dtype))
+        return noise_loss(unet, noise_scheduler, latents_pool[rows].to(device), states), {}
 
     unet.train()
     seconds = run_stage(
@@ -82,13 +78,18 @@ def noise_loss(
     return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
 
 
-def _latent_pool(vae: AutoencoderKL, pool_size: int, *, seed: int) -> tuple[list[Scene], Tensor]:
+def _pool(
+    vae: AutoencoderKL, text_model: nn.Module, tokenizer, pool_size: int, *, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Latents ``(B, 4, 8, 8)`` of scenes and states ``(B, 77, D)``, in half, of their captions."""
     rng = generator_of("unet pool", seed, 0)
-    scenes = [
-        draw_any_scene(rng, unnamed_share=UNNAMED_SHARE, held_out=False) for _ in range(pool_size)
-    ]
-    parts = [
-        encode(vae, scene_pixels(scenes[start : start + CHUNK]))
-        for start in range(0, pool_size, CHUNK)
-    ]
-    return scenes, torch.cat(parts)
+    latents, states = [], []
+    for start in range(0, pool_size, CHUNK):
+        scenes = [
+            draw_any_scene(rng, unnamed_share=UNNAMED_SHARE, held_out=False)
+            for _ in range(min(CHUNK, pool_size - start))
+        ]
+        latents.append(encode(vae, scene_pixels(scenes)).cpu())
+        texts = [caption_scene(scene, rng).text for scene in scenes]
+        states.append(text_states(text_model, tokenizer, texts).half().cpu())
+    return torch.cat(latents), torch.cat(states)
