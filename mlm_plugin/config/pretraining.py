@@ -39,14 +39,18 @@ class PretrainOptions:
     patience: int = _option(3, "Looks without 1 % less held-out loss after which it stops.")
     num_held_out: int = _option(512, "Held-out prompts.")
     width: int = _option(0, "Inner width of the contextualizer; 0: by the text encoder, 64 to 384.")
-    num_layers: int = _option(4, "Blocks of the contextualizer.")
+    num_layers: int = _option(
+        4, "Blocks of the contextualizer; 0: every word is named from its own state alone."
+    )
     seed: int = _option(0, "Names every random draw.")
 
     def __post_init__(self):
         for name in ("max_train_steps", "batch_size", "eval_every_n_steps", "patience",
-                     "num_held_out", "num_layers"):  # fmt: skip
+                     "num_held_out"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} = {getattr(self, name)}: must be at least 1")
+        if self.num_layers < 0:
+            raise UserError(f"--num_layers = {self.num_layers}: must be at least 0")
         if not 0 < self.mlm_probability <= 1:
             raise UserError(f"--mlm_probability = {self.mlm_probability}: must be above 0, up to 1")
 

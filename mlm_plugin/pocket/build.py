@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from mlm_plugin.pocket.oracle import (
     train_oracle,
 )
 from mlm_plugin.pocket.stage import StagePlan
-from mlm_plugin.pocket.train_clip import build_tokenizer, train_clip
+from mlm_plugin.pocket.train_clip import build_tokenizer, text_states, train_clip
 from mlm_plugin.pocket.train_unet import train_unet
 from mlm_plugin.pocket.train_vae import train_vae
 
@@ -251,8 +252,7 @@ class _Builder:
             [prompt.text for prompt in prompts],
             unet=unet,
             vae=vae,
-            text_model=clip.text_model,
-            tokenizer=tokenizer,
+            encode_captions=partial(text_states, clip.text_model, tokenizer),
             seed=self.seed,
             num_steps=self.recipe.num_steps,
             guidance=self.recipe.guidance,

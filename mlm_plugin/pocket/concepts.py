@@ -7,6 +7,7 @@ prompts ask for what they do not show.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ __all__ = [
     "REPORTED",
     "TUNING",
     "Concept",
+    "contexts",
     "find_concept",
     "prompt_templates",
     "training_scenes",
@@ -35,6 +37,9 @@ ASKED = ("background", "position", "companion")
 NUM_REPEATS = 10
 NUM_PICTURES = 4
 NUM_PROMPTS = 24
+NUM_CONTEXTS = 1000
+CONTEXT_FAMILIES = (*ASKED, "size")
+CONTEXT_SHARE = 0.6  # of an attribute, to be named
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,34 @@ def prompt_templates(concept: Concept, *, number: int = NUM_PROMPTS) -> list[Cap
             caption = write_caption(said, rng, subject="{}")
             found.setdefault(caption.text, caption)
     return list(found.values())
+
+
+def contexts(
+    concept: Concept, *, number: int = NUM_CONTEXTS, families: Sequence[str] = CONTEXT_FAMILIES
+) -> list[str]:
+    """Texts with ``{}`` for the concept, for the MLM term: none asks what a test prompt asks.
+
+    Args:
+        concept: whose test prompts are left out.
+        number: of texts, all different.
+        families: the attributes that they may name.
+    """
+    rng = generator_of(f"contexts {concept.name}", 0, 0)
+    tested = {_asked(caption) for caption in prompt_templates(concept)}
+    found: dict[str, None] = {}
+    while len(found) < number:
+        scene = draw_scene(rng, held_out=None)
+        said = {name: getattr(scene, name) for name in families if rng.random() < CONTEXT_SHARE}
+        if said.get("companion") == NO_COMPANION:
+            del said["companion"]
+        caption = write_caption({"subject": concept.scene.subject, **said}, rng, subject="{}")
+        if said and _asked(caption) not in tested:
+            found.setdefault(caption.text)
+    return list(found)
+
+
+def _asked(caption: Caption) -> frozenset[tuple[str, str]]:
+    return frozenset((name, caption.said[name]) for name in ASKED if name in caption.said)
 
 
 def write_concept(concept: Concept, folder: Path) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlm_plugin.pocket.captions import Caption, draw_said, write_caption
 from mlm_plugin.pocket.networks import LATENT_SIDE, new_scheduler
 from mlm_plugin.pocket.oracle import Oracle
 from mlm_plugin.pocket.stage import generator_of
-from mlm_plugin.pocket.train_clip import text_states
 from mlm_plugin.pocket.world import draw_scene, held_out_pairs
 from mlm_plugin.training.samples import create_sampler
 
@@ -45,16 +44,18 @@ def generate(
     *,
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    text_model: nn.Module,
-    tokenizer,
+    encode_captions: Callable[[Sequence[str]], Tensor],
     seed: int,
     num_steps: int,
     guidance: float,
     batch_size: int = 64,
 ) -> Tensor:
-    """Pictures ``(B, 3, 64, 64)`` in [-1, 1] on the CPU; the i-th one has seed ``seed + i``."""
+    """Pictures ``(B, 3, 64, 64)`` in [-1, 1] on the CPU; the i-th one has seed ``seed + i``.
+
+    ``encode_captions`` gives the conditioning of the U-Net, ``(B, L, D)``.
+    """
     device = next(unet.parameters()).device
-    empty = text_states(text_model, tokenizer, [""])
+    empty = encode_captions([""])
     parts = []
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
@@ -67,7 +68,7 @@ def generate(
                 for index in range(len(batch))
             ]
         ).to(device)  # fmt: skip
-        states = text_states(text_model, tokenizer, batch)
+        states = encode_captions(batch)
         states = torch.cat([empty.expand_as(states), states])
         sampler = create_sampler("ddim", new_scheduler(), prediction_type="epsilon")
         sampler.set_timesteps(num_steps)

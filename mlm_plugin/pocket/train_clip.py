@@ -6,7 +6,7 @@ nothing else. So both towers also name the attributes, with linear heads that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -131,10 +131,10 @@ def label_loss(logits: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def text_states(text_model: nn.Module, tokenizer, texts: list[str]) -> Tensor:
+def text_states(text_model: nn.Module, tokenizer, texts: Sequence[str]) -> Tensor:
     """Conditioning of the U-Net, ``(B, 77, D)``, as the Stable Diffusion pipeline makes it."""
     ids_BL = tokenizer(
-        texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        list(texts), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
     device = next(text_model.parameters()).device
     return text_model(input_ids=ids_BL.to(device)).last_hidden_state

@@ -1,0 +1,143 @@
+"""What is compared: one arm per method and regularizer, and the grids over weights and parts.
+
+Learning rates, weights and lengths were chosen on the tuning concepts; the table reports others.
+Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from mlm_plugin.pocket.concepts import CONTEXT_FAMILIES, REPORTED, Concept
+
+__all__ = ["FULL", "SHORT", "Arm", "BenchPlan", "ContextChoice"]
+
+Flags = Mapping[str, str]
+NO_FLAGS: Flags = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ContextChoice:
+    """Which prompts a term reads: how many, and what they may name."""
+
+    number: int = 1000
+    families: tuple[str, ...] = CONTEXT_FAMILIES
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        method: of ``--method``.
+        regularizer: ``plain``, ``mlm``, a rival, ``prior_preservation`` or ``unet_only``.
+        weight: of its term.
+        variant: what differs from the default, for ablations.
+        flags: further options of the trainer.
+        contexts: the prompts of the term.
+        num_blocks: of the contextualizer; 0 names every word from its own state alone.
+    """
+
+    method: str
+    regularizer: str = "plain"
+    weight: float = 0.0
+    variant: str = ""
+    flags: Flags = field(default_factory=lambda: NO_FLAGS)
+    contexts: ContextChoice = ContextChoice()
+    num_blocks: int = 2
+
+    @property
+    def name(self) -> str:
+        """A file's name and a row's key."""
+        weight = f"-{self.weight:g}" if self.weight else ""
+        variant = f"-{self.variant.replace(' ', '_')}" if self.variant else ""
+        return f"{self.method}-{self.regularizer}{weight}{variant}"
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """Arms, concepts, seeds, and when to look."""
+
+    arms: tuple[Arm, ...]
+    concepts: tuple[Concept, ...]
+    seeds: tuple[int, ...]
+    looks: Mapping[str, tuple[int, ...]]
+    num_pictures: int = 1
+    num_steps: int = 20
+    guidance: float = 4.0
+
+    def num_train_steps(self, method: str) -> int:
+        """The last look."""
+        return self.looks[method][-1]
+
+
+METHOD_FLAGS: Mapping[str, Flags] = {
+    "lora": {"network_dim": "8", "network_alpha": "8", "learning_rate": "1e-3"},
+    "dreambooth": {"learning_rate": "1e-4"},
+    "textual_inversion": {"learning_rate": "2e-2", "init_word": "CLASS"},
+    "xti": {"learning_rate": "2e-2", "init_word": "CLASS"},
+    "custom_diffusion": {"learning_rate": "1e-3", "init_word": "CLASS"},
+    "pivotal": {
+        "network_dim": "8", "network_alpha": "8", "learning_rate": "1e-3", "embedding_lr": "1e-2",
+        "init_word": "CLASS",
+    },
+}  # fmt: skip
+"""``CLASS`` stands for the class word."""
+
+MLM_WEIGHT: Mapping[str, float] = {
+    "lora": 0.1, "dreambooth": 0.1, "textual_inversion": 0.1, "xti": 0.1,
+    "custom_diffusion": 0.1, "pivotal": 0.1,
+}  # fmt: skip
+LOOKS = dict.fromkeys(METHOD_FLAGS, (50, 100, 200, 300, 400))
+
+METHODS = tuple(
+    arm for method in METHOD_FLAGS for arm in (Arm(method), Arm(method, "mlm", MLM_WEIGHT[method]))
+)
+RIVALS = (
+    Arm("lora", "unet_only", flags={"network_train_unet_only": "true"}),
+    Arm("lora", "prior_preservation", 1.0),
+    Arm("lora", "output_preservation", 1.0),
+    Arm("lora", "core", 0.1),
+    Arm("lora", "textboost", 0.1),
+    Arm("lora", "classdiffusion", 0.1),
+)
+WEIGHTS = tuple(Arm("lora", "mlm", weight) for weight in (0.01, 0.03, 0.3))
+
+
+def _ablation(variant: str, **changes) -> Arm:
+    return Arm("lora", "mlm", MLM_WEIGHT["lora"], variant, **changes)
+
+
+ABLATIONS = (
+    *(
+        _ablation(f"mask rate {rate}", flags={"mlm_probability": rate})
+        for rate in ("0.15", "0.5")
+    ),
+    *(_ablation(f"{n} prompts", contexts=ContextChoice(number=n)) for n in (10, 100)),
+    *(
+        _ablation(
+            f"no {family}",
+            contexts=ContextChoice(
+                families=tuple(other for other in CONTEXT_FAMILIES if other != family)
+            ),
+        )
+        for family in CONTEXT_FAMILIES
+    ),
+    *(_ablation(f"{n} blocks", num_blocks=n) for n in (1, 4)),
+    _ablation("position-wise head", num_blocks=0),
+)  # fmt: skip
+
+FULL = BenchPlan(
+    arms=(*METHODS, *RIVALS, *WEIGHTS, *ABLATIONS),
+    concepts=REPORTED,
+    seeds=(0, 1, 2),
+    looks=LOOKS,
+)
+SHORT = BenchPlan(
+    arms=(*METHODS[:2], RIVALS[0], RIVALS[3], RIVALS[4]),
+    concepts=REPORTED[:3],
+    seeds=(0,),
+    looks=LOOKS,
+)
