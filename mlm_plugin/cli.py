@@ -22,6 +22,7 @@ commands:
   evaluate        draw, score and report what was learned; --compare lays runs side by side
   pocket build    train a small world of pixel pictures and its model, to try methods on
   pocket concept  write a thing that model has never seen: pictures to learn, prompts to test
+  pocket bench    compare methods and regularizers on such things, with the truth known
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 
 `mlm-plugin COMMAND --help` lists the options of a command.\
@@ -62,7 +63,7 @@ def _pretrain(argv: Sequence[str]) -> int:
 
 
 def _pocket(argv: Sequence[str]) -> int:
-    from mlm_plugin.pocket.command import run_pocket
+    from mlm_plugin.bench.command import run_pocket
 
     return run_pocket(argv)
 

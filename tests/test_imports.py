@@ -19,6 +19,7 @@ ROWS = [
     ("training",),
     ("toy", "pocket", "evaluation"),
     ("hosts",),
+    ("bench",),
     ("cli",),
 ]
 ROW_OF = {name: number for number, names in enumerate(ROWS) for name in names}

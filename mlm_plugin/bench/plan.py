@@ -6,13 +6,14 @@ Knows no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from mlm_plugin.pocket.concepts import CONTEXT_FAMILIES, REPORTED, Concept
+from mlm_plugin.errors import UserError
+from mlm_plugin.pocket.concepts import CONTEXT_FAMILIES, REPORTED, TUNING, Concept
 
-__all__ = ["FULL", "SHORT", "Arm", "BenchPlan", "ContextChoice"]
+__all__ = ["FULL", "SHORT", "Arm", "BenchPlan", "ContextChoice", "chosen"]
 
 Flags = Mapping[str, str]
 NO_FLAGS: Flags = MappingProxyType({})
@@ -141,3 +142,23 @@ SHORT = BenchPlan(
     seeds=(0,),
     looks=LOOKS,
 )
+
+
+def chosen(plan: BenchPlan, *, methods: Sequence[str] | None, tuning: bool) -> BenchPlan:
+    """A part of a plan.
+
+    Args:
+        plan: the whole.
+        methods: that stay; ``None``: all.
+        tuning: whether the tuning concepts take the place of the reported ones.
+
+    Raises:
+        UserError: a method that the plan does not have.
+    """
+    known = list(dict.fromkeys(arm.method for arm in plan.arms))
+    for method in methods or ():
+        if method not in known:
+            raise UserError(f"--method {method}: not in this plan; it has {', '.join(known)}")
+    arms = tuple(arm for arm in plan.arms if methods is None or arm.method in methods)
+    concepts = TUNING[: len(plan.concepts)] if tuning else plan.concepts
+    return replace(plan, arms=arms, concepts=concepts)

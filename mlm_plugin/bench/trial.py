@@ -26,7 +26,7 @@ from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.datasets import Concept as ConceptWords
 from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.config.pretraining import SMALL_ENCODER
+from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.evaluation.measures import mean_cosine_to, paired_cosine
 from mlm_plugin.evaluation.metric_models import Clip, load_clip
 from mlm_plugin.files import atomic_path
@@ -37,8 +37,13 @@ from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pocket.captions import caption_scene
-from mlm_plugin.pocket.concepts import Concept, contexts, prompt_templates, training_scenes
-from mlm_plugin.pocket.concepts import write_concept
+from mlm_plugin.pocket.concepts import (
+    Concept,
+    contexts,
+    prompt_templates,
+    training_scenes,
+    write_concept,
+)
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.quality import generate
 from mlm_plugin.pocket.scores import identity, prompt_fidelity
@@ -50,6 +55,9 @@ from mlm_plugin.training.trainer import Listener, StepResult, Trainer
 __all__ = ["Scores", "Workshop", "measure_base", "run_trial"]
 
 NUM_CAPTIONS = 20_000  # for contextualizers
+CONTEXTUALIZER = PretrainOptions(
+    max_train_steps=1500, batch_size=64, learning_rate=2e-3, eval_every_n_steps=250, caption_share=1
+)
 BATCH_SIZE = 4
 MLM_BATCH_SIZE = 16
 NUM_CLASS_IMAGES = 40
@@ -95,10 +103,8 @@ class Workshop:
             path.parent.mkdir(parents=True, exist_ok=True)
             rng = generator_of("contextualizer captions", 0, 0)
             captions = [caption_scene(draw_scene(rng), rng).text for _ in range(NUM_CAPTIONS)]
-            options = dataclasses.replace(SMALL_ENCODER, num_layers=num_blocks)
-            pretrain_on_device(
-                self.frozen_text_encoder(), path, options=options, captions=captions
-            )
+            options = dataclasses.replace(CONTEXTUALIZER, num_layers=num_blocks)
+            pretrain_on_device(self.frozen_text_encoder(), path, options=options, captions=captions)
         return path
 
     def frozen_text_encoder(self) -> TextEncoder:
@@ -162,9 +168,7 @@ def measure_base(concept: Concept, seed: int, workshop: Workshop) -> dict[str, A
     }  # fmt: skip
 
 
-def flags_of(
-    arm: Arm, concept: Concept, seed: int, workshop: Workshop, folder: Path
-) -> list[str]:
+def flags_of(arm: Arm, concept: Concept, seed: int, workshop: Workshop, folder: Path) -> list[str]:
     """The trainer's command line."""
     flags = {
         "pretrained_model_name_or_path": str(workshop.model),

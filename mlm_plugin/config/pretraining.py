@@ -42,6 +42,7 @@ class PretrainOptions:
     num_layers: int = _option(
         4, "Blocks of the contextualizer; 0: every word is named from its own state alone."
     )
+    caption_share: float = _option(0.5, "Share of prompts that are drawn from --captions.")
     seed: int = _option(0, "Names every random draw.")
 
     def __post_init__(self):
@@ -53,6 +54,8 @@ class PretrainOptions:
             raise UserError(f"--num_layers = {self.num_layers}: must be at least 0")
         if not 0 < self.mlm_probability <= 1:
             raise UserError(f"--mlm_probability = {self.mlm_probability}: must be above 0, up to 1")
+        if not 0 < self.caption_share <= 1:
+            raise UserError(f"--caption_share = {self.caption_share}: must be above 0, up to 1")
 
 
 SMALL_ENCODER = PretrainOptions(
@@ -90,7 +93,7 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     parser.add_argument("--output", required=True, metavar="FILE",
                         help="The .safetensors file to write.")  # fmt: skip
     parser.add_argument("--captions", nargs="+", default=(), metavar="FILE",
-                        help="Text files, one caption per line; used half the time.")  # fmt: skip
+                        help="Text files, one caption per line.")  # fmt: skip
     parser.add_argument("--clip_skip", type=int, metavar="N", help="As in the training to come.")
     parser.add_argument("--tokenizer_cache_dir", metavar="DIR", help="As in training.")
     for item in dataclasses.fields(PretrainOptions):
@@ -107,4 +110,8 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     options = PretrainOptions(
         **{item.name: given.pop(item.name) for item in dataclasses.fields(PretrainOptions)}
     )
+    if options.caption_share != PretrainOptions.caption_share and not given["captions"]:
+        raise UserError(
+            f"--caption_share = {options.caption_share}: does nothing without --captions"
+        )
     return PretrainCommand(**{**given, "captions": tuple(given["captions"])}, options=options)

@@ -7,6 +7,7 @@ diffusers folder, the CLIP model it came from, the oracle and the quality card.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import platform
@@ -29,7 +30,14 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.export.checkpoint import model_index
 from mlm_plugin.files import atomic_path, require_writable
 from mlm_plugin.pocket import quality
-from mlm_plugin.pocket.networks import Sizes, new_clip, new_scheduler, new_unet, new_vae
+from mlm_plugin.pocket.networks import (
+    Sizes,
+    new_clip,
+    new_scheduler,
+    new_unet,
+    new_vae,
+    preprocessor_config,
+)
 from mlm_plugin.pocket.oracle import (
     Oracle,
     load_oracle,
@@ -42,9 +50,14 @@ from mlm_plugin.pocket.train_clip import build_tokenizer, text_states, train_cli
 from mlm_plugin.pocket.train_unet import train_unet
 from mlm_plugin.pocket.train_vae import train_vae
 
-__all__ = ["FULL", "TINY", "Recipe", "build"]
+__all__ = ["FULL", "TINY", "Recipe", "build", "facts_of_here"]
 
 logger = logging.getLogger(__name__)
+
+
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -223,11 +236,9 @@ class _Builder:
 
     def _save_product(self, tokenizer, vae, clip: CLIPModel, oracle: Oracle, unet) -> None:
         half = torch.float16
-        tokenizer_files = ("vocab.json", "merges.txt", "special_tokens_map.json",
-                           "tokenizer_config.json")  # fmt: skip
-        for name in tokenizer_files:
+        for folder, name in itertools.product(("tokenizer", "clip"), TOKENIZER_FILES):
             content = (self.stages / "tokenizer" / name).read_bytes()
-            with atomic_path(self.output / "tokenizer" / name) as temporary:
+            with atomic_path(self.output / folder / name) as temporary:
                 temporary.write_bytes(content)
         text_encoder = CLIPTextModel(clip.config.text_config)
         weights = {
@@ -240,6 +251,7 @@ class _Builder:
         for name, model in (("vae", vae), ("unet", unet), ("clip", clip)):
             copy = type(model).from_pretrained(self.stages / name, torch_dtype=half)
             copy.save_pretrained(self.output / name)
+        _write_json(self.output / "clip" / "preprocessor_config.json", preprocessor_config())
         text_encoder.to(half).save_pretrained(self.output / "text_encoder")
         new_scheduler().save_pretrained(self.output / "scheduler")
         save_oracle(oracle, self.output / "oracle.safetensors", dtype=half)
@@ -268,14 +280,7 @@ class _Builder:
             "seed": self.seed,
             "oracle_accuracy": oracle_accuracy(oracle, vae, num_pictures=512, seed=self.seed),
             "seconds": {**self.seconds, "quality": round(time.monotonic() - began, 1)},
-            "hardware": _hardware(self.device),
-            "commit": _commit(),
-            "versions": {
-                "mlm_plugin": __version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-            },
+            **facts_of_here(self.device),
             "recipe": dataclasses.asdict(self.recipe),
         }
 
@@ -295,6 +300,20 @@ class _Builder:
 def _write_json(path: Path, content: Any) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def facts_of_here(device: torch.device) -> dict[str, Any]:
+    """Hardware, commit and versions, for results that others read."""
+    return {
+        "hardware": _hardware(device),
+        "commit": _commit(),
+        "versions": {
+            "mlm_plugin": __version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def _hardware(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from mlm_plugin.pocket.world import ATTRIBUTES, NO_COMPANION, Paint, Scene, draw
 
 __all__ = [
     "ASKED",
+    "CONTEXT_FAMILIES",
     "REPORTED",
     "TUNING",
     "Concept",
@@ -145,7 +146,9 @@ def _asked(caption: Caption) -> frozenset[tuple[str, str]]:
 
 
 def write_concept(concept: Concept, folder: Path) -> None:
-    """Write kohya's training folder ``10_sks dog`` and ``test_prompts.txt`` for ``evaluate``.
+    """Write kohya's folder ``train/10_sks dog``, and prompts with ``{}`` for the concept.
+
+    ``test_prompts.txt`` is for ``evaluate``, ``contexts.txt`` for ``mlm_prompt_set``.
 
     Raises:
         UserError: the folder cannot be written.
@@ -155,6 +158,10 @@ def write_concept(concept: Concept, folder: Path) -> None:
     for number, scene in enumerate(training_scenes(concept)):
         with atomic_path(pictures / f"{number}.png") as temporary:
             Image.fromarray(render(scene)).save(temporary, format="PNG")
-    texts = [caption.text for caption in prompt_templates(concept)]
-    with atomic_path(folder / "test_prompts.txt") as temporary:
-        temporary.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    texts = {
+        "test_prompts.txt": [caption.text for caption in prompt_templates(concept)],
+        "contexts.txt": contexts(concept),
+    }
+    for name, lines in texts.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from mlm_plugin.pocket.world import PICTURE_SIDE
 
-__all__ = ["LATENT_SIDE", "Sizes", "new_clip", "new_scheduler", "new_unet", "new_vae"]
+__all__ = [
+    "LATENT_SIDE",
+    "Sizes",
+    "new_clip",
+    "new_scheduler",
+    "new_unet",
+    "new_vae",
+    "preprocessor_config",
+]
 
 VAE_FACTOR = 8
 LATENT_SIDE = PICTURE_SIDE // VAE_FACTOR
@@ -78,6 +87,24 @@ def new_clip(sizes: Sizes, *, vocab_size: int) -> CLIPModel:
             projection_dim=sizes.projection,
         )
     )
+
+
+def preprocessor_config() -> dict[str, Any]:
+    """How the vision tower takes pictures, as transformers' ``CLIPImageProcessor`` writes it."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": PICTURE_SIDE},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": PICTURE_SIDE, "width": PICTURE_SIDE},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
 
 
 def new_unet(sizes: Sizes) -> UNet2DConditionModel:

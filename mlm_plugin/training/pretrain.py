@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
 TAG_SHARE = 0.3
-CAPTION_SHARE = 0.5
 NUM_COUNTED = 4096  # prompts that tell how often tokens occur
 
 
@@ -78,11 +77,12 @@ class Corpus:
     """Text to learn from: built-in contexts around ordinary subjects, and the user's captions.
 
     Args:
-        captions: the user's own; drawn half of the time where there are any.
+        captions: the user's own.
+        caption_share: how often they are drawn, where there are any.
     """
 
-    def __init__(self, captions: Sequence[str] = ()):
-        self.captions = list(captions)
+    def __init__(self, captions: Sequence[str] = (), *, caption_share: float = 0.5):
+        self.captions, self.caption_share = list(captions), caption_share
         self.prompt_sets = {
             syntax: {name: PromptSet.load(name, syntax=syntax) for name in BUILTIN}
             for syntax in ("natural", "tags")
@@ -97,7 +97,7 @@ class Corpus:
                 return text, family
 
     def _draw_any(self, rng: random.Random) -> tuple[str, str]:
-        if self.captions and rng.random() < CAPTION_SHARE:
+        if self.captions and rng.random() < self.caption_share:
             return rng.choice(self.captions), "captions"
         syntax = "tags" if rng.random() < TAG_SHARE else "natural"
         category = rng.choice(BUILTIN)
@@ -185,7 +185,7 @@ class _Run:
     ):
         self.text_encoder, self.options, self.autocast = text_encoder, options, autocast
         self.output, self.state_path = output, output.with_suffix(".state.pt")
-        self.corpus = Corpus(captions)
+        self.corpus = Corpus(captions, caption_share=options.caption_share)
         self.table = text_encoder.token_embedding.weight.detach()
         self.vocabulary = MaskingVocabulary.from_tokenizer(
             text_encoder.tokenizer, protected=(), low_priority=FUNCTION_WORDS | NEUTRAL_WORDS

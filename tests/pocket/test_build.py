@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from mlm_plugin.bench.command import run_pocket
 from mlm_plugin.errors import UserError
 from mlm_plugin.pocket.build import FULL, TINY, build
 from mlm_plugin.pocket.captions import Caption, all_words
-from mlm_plugin.pocket.command import run_pocket
 from mlm_plugin.pocket.networks import new_vae
 from mlm_plugin.pocket.oracle import Oracle, load_oracle, save_oracle
 from mlm_plugin.pocket.quality import BARS, held_out_prompts, judge, missed_bars

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlm_plugin.bench.command import run_pocket
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.prompts import load_templates
 from mlm_plugin.pocket.captions import RARE_WORDS
-from mlm_plugin.pocket.command import run_pocket
 from mlm_plugin.pocket.concepts import (
     ASKED,
     REPORTED,

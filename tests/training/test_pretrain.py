@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import random
+import re
 import signal
 import sys
 
 import pytest
 import torch
 
-from mlm_plugin.config.pretraining import PretrainOptions
+from mlm_plugin.config.pretraining import PretrainOptions, parse_pretrain
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.contextualizer import load_contextualizer
 from mlm_plugin.training.pretrain import (
@@ -142,6 +143,40 @@ def test_training_and_held_out_text_never_meet():
     assert not trained & held_out
     assert any("caption" in text for text in trained | held_out)
     assert not any("sks" in text or "{}" in text for text in trained | held_out)
+
+
+def test_captions_are_drawn_as_often_as_asked():
+    corpus = Corpus(["a caption of mine"] * 40 + ["another one"] * 40, caption_share=1.0)
+    rng = random.Random(0)
+    assert {corpus.draw(rng, held_out=False)[1] for _ in range(50)} == {"captions"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--caption_share", "1.5", "--captions", "c.txt"], "--caption_share = 1.5"),
+        (["--caption_share", "0.9"], "--caption_share = 0.9: does nothing without --captions"),
+        (["--num_layers", "-1"], "--num_layers = -1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_line(flags, named):
+    argv = ["--pretrained_model_name_or_path", "toy", "--output", "c.safetensors", *flags]
+    with pytest.raises(UserError, match=re.escape(named)):
+        parse_pretrain(argv)
+
+
+def test_without_blocks_every_word_is_named_from_its_own_state(toy_text_encoder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    run(toy_text_encoder, path, num_layers=0)
+    network, _ = load_contextualizer(path, toy_text_encoder)
+    states = torch.randn(1, 6, network.sizes.hidden_size)
+    changed = states.clone()
+    changed[:, 3] += 1.0
+    is_token, selected = torch.ones(1, 6, dtype=torch.bool), torch.zeros(1, 6, dtype=torch.bool)
+    selected[:, 4] = True
+    table = toy_text_encoder.token_embedding.weight
+    before, after = (network(s, is_token, selected, table) for s in (states, changed))
+    assert torch.equal(before, after)
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth():

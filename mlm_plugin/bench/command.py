@@ -1,4 +1,4 @@
-"""`mlm-plugin pocket build`: its command line. Torch is imported once a build begins."""
+"""`mlm-plugin pocket`: its command line. Torch is imported once the work begins."""
 
 from __future__ import annotations
 
@@ -42,13 +42,33 @@ def run_pocket(argv: Sequence[str]) -> int:
         "concept",
         help="write a new thing's training pictures and test prompts",
         description="Write DIR/train, a kohya data folder of four pictures that share background "
-        "and position, and DIR/test_prompts.txt for `mlm-plugin evaluate --prompts`.",
+        "and position, DIR/test_prompts.txt for `mlm-plugin evaluate --prompts`, and "
+        "DIR/contexts.txt for `--mlm_prompt_set`.",
     )
     concept.add_argument("--concept", required=True, metavar="NAME",
                          help='Which one, as prompts call it, such as "sks dog".')  # fmt: skip
     concept.add_argument("--output", required=True, type=Path, metavar="DIR",
                          help="Folder to write to.")  # fmt: skip
     concept.set_defaults(run=_run_concept)
+    bench = commands.add_parser(
+        "bench",
+        help="methods, the MLM term and its rivals on concepts whose truth is known",
+        description="Train every method plain and with the MLM term, and rivals of the term, on "
+        "concepts the model has never seen; an oracle reads the pictures. Writes results.json, "
+        "table.md and report.html; the same command goes on where it stopped.",
+    )
+    bench.add_argument("--output", required=True, type=Path, metavar="DIR",
+                       help="Folder of the results.")  # fmt: skip
+    bench.add_argument("--model", default="pocket", metavar="DIR",
+                       help="Folder of a pocket model (default: the built-in one).")  # fmt: skip
+    bench.add_argument("--short", action="store_true",
+                       help="LoRA and its nearest rivals only: minutes, not hours.")  # fmt: skip
+    bench.add_argument("--method", nargs="+", metavar="M",
+                       help="Only these methods (default: all of the plan).")  # fmt: skip
+    bench.add_argument("--tuning", action="store_true",
+                       help="On the concepts that settings are chosen on, not those that are "
+                       "reported.")  # fmt: skip
+    bench.set_defaults(run=_run_bench)
     given = parser.parse_args(list(argv))
     return given.run(given)
 
@@ -58,8 +78,24 @@ def _run_concept(given: argparse.Namespace) -> int:
 
     concept = find_concept(given.concept)
     write_concept(concept, given.output)
-    print(f"{given.output}: pictures of {concept.name} in train/, test_prompts.txt")
+    print(f"{given.output}: pictures of {concept.name} in train/, test_prompts.txt, contexts.txt")
     return 0
+
+
+def _run_bench(given: argparse.Namespace) -> int:
+    from mlm_plugin.bench.plan import FULL, SHORT, chosen
+    from mlm_plugin.hosts.console import quiet_imports
+
+    plan = chosen(SHORT if given.short else FULL, methods=given.method, tuning=given.tuning)
+    quiet_imports()
+    from mlm_plugin.bench.run import run_bench
+    from mlm_plugin.config.options import LogOptions
+    from mlm_plugin.hosts.console import quiet_libraries, setup_console
+    from mlm_plugin.hosts.toy_names import model_path
+
+    setup_console(LogOptions())
+    quiet_libraries()
+    return run_bench(plan, model=Path(model_path(given.model)), output=given.output)
 
 
 def _run_build(given: argparse.Namespace) -> int:
