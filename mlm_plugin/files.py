@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["atomic_path", "cache_dir", "read_text", "require_writable"]
+__all__ = ["atomic_path", "cache_dir", "cached_folder", "read_text", "require_writable"]
 
 
 @contextmanager
@@ -86,3 +88,26 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
+    """A folder in the user's cache, made on first use: all of it, or none.
+
+    Args:
+        name: below the cache folder; parts may be joined by ``/``.
+        build: fills a folder that does not exist yet.
+    """
+    folder = cache_dir() / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(32):08x}")
+        try:
+            build(unfinished)
+            try:
+                unfinished.rename(folder)
+            except OSError:  # another process was faster
+                if not folder.exists():
+                    raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder

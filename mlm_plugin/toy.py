@@ -10,12 +10,11 @@ from __future__ import annotations
 import colorsys
 import json
 import random
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from mlm_plugin.data.prompts import BUILTIN, PromptSet, subjects
-from mlm_plugin.files import cache_dir
+from mlm_plugin.files import cached_folder
 
 __all__ = ["TOY", "build_toy_data", "build_toy_model", "toy_data", "toy_model"]
 
@@ -31,12 +30,12 @@ WORD_PATTERN = (
 
 def toy_model() -> Path:
     """The toy model as a diffusers folder in the user's cache, built on first use."""
-    return _cached("model", build_toy_model)
+    return cached_folder(f"toy-{TOY_VERSION}/model", build_toy_model)
 
 
 def toy_data() -> Path:
     """Five pictures in a kohya data folder in the user's cache, drawn on first use."""
-    return _cached("data", build_toy_data)
+    return cached_folder(f"toy-{TOY_VERSION}/data", build_toy_data)
 
 
 def build_toy_model(folder: Path, *, seed: int = 0) -> None:
@@ -175,20 +174,3 @@ def build_toy_data(folder: Path) -> None:
 def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _cached(name: str, build) -> Path:
-    folder = cache_dir() / f"toy-{TOY_VERSION}" / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.with_name(f".{name}.{random.getrandbits(32):08x}")
-        try:
-            build(unfinished)
-            try:
-                unfinished.rename(folder)
-            except OSError:  # another process was faster
-                if not folder.exists():
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return folder

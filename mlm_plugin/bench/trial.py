@@ -26,17 +26,15 @@ from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.datasets import Concept as ConceptWords
 from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.evaluation.measures import mean_cosine_to, paired_cosine
 from mlm_plugin.evaluation.metric_models import Clip, load_clip
 from mlm_plugin.files import atomic_path
-from mlm_plugin.hosts.mlm_setup import pretrain_on_device
 from mlm_plugin.hosts.run_data import create_dataset, find_concepts
 from mlm_plugin.hosts.standalone import build_trainer, create_accelerator
 from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.pocket.captions import caption_scene
+from mlm_plugin.pocket.build import CONTEXTUALIZER_RECIPE, contextualizer_captions
 from mlm_plugin.pocket.concepts import (
     Concept,
     contexts,
@@ -47,17 +45,14 @@ from mlm_plugin.pocket.concepts import (
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.quality import generate
 from mlm_plugin.pocket.scores import identity, prompt_fidelity
-from mlm_plugin.pocket.stage import generator_of
-from mlm_plugin.pocket.world import draw_scene, render
+from mlm_plugin.pocket.shipped import CONTEXTUALIZER
+from mlm_plugin.pocket.world import render
 from mlm_plugin.regularizer import MLMOutput, MLMSchedule
+from mlm_plugin.training.pretrain import pretrain
 from mlm_plugin.training.trainer import Listener, StepResult, Trainer
 
 __all__ = ["Scores", "Workshop", "measure_base", "run_trial"]
 
-NUM_CAPTIONS = 20_000  # for contextualizers
-CONTEXTUALIZER = PretrainOptions(
-    max_train_steps=1500, batch_size=64, learning_rate=2e-3, eval_every_n_steps=250, caption_share=1
-)
 BATCH_SIZE = 4
 MLM_BATCH_SIZE = 16
 NUM_CLASS_IMAGES = 40
@@ -98,13 +93,17 @@ class Workshop:
 
     def contextualizer(self, num_blocks: int) -> Path:
         """A contextualizer of this depth, pretrained on captions of the world."""
+        if num_blocks == CONTEXTUALIZER_RECIPE.num_layers:
+            return self.model / CONTEXTUALIZER
         path = self.folder / "contextualizers" / f"{num_blocks}_blocks.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            rng = generator_of("contextualizer captions", 0, 0)
-            captions = [caption_scene(draw_scene(rng), rng).text for _ in range(NUM_CAPTIONS)]
-            options = dataclasses.replace(CONTEXTUALIZER, num_layers=num_blocks)
-            pretrain_on_device(self.frozen_text_encoder(), path, options=options, captions=captions)
+            pretrain(
+                self.frozen_text_encoder(),
+                path,
+                options=dataclasses.replace(CONTEXTUALIZER_RECIPE, num_layers=num_blocks),
+                captions=contextualizer_captions(seed=0),
+            )
         return path
 
     def frozen_text_encoder(self) -> TextEncoder:

@@ -26,10 +26,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from mlm_plugin import __version__
+from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.checkpoint import model_index
 from mlm_plugin.files import atomic_path, require_writable
+from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pocket import quality
+from mlm_plugin.pocket.captions import caption_scene
 from mlm_plugin.pocket.networks import (
     Sizes,
     new_clip,
@@ -45,19 +48,37 @@ from mlm_plugin.pocket.oracle import (
     save_oracle,
     train_oracle,
 )
-from mlm_plugin.pocket.stage import StagePlan
+from mlm_plugin.pocket.shipped import CONTEXTUALIZER, TOKENIZER_FILES, save_text_encoder
+from mlm_plugin.pocket.stage import StagePlan, generator_of
 from mlm_plugin.pocket.train_clip import build_tokenizer, text_states, train_clip
 from mlm_plugin.pocket.train_unet import train_unet
 from mlm_plugin.pocket.train_vae import train_vae
+from mlm_plugin.pocket.world import draw_scene
+from mlm_plugin.training.pretrain import pretrain
 
-__all__ = ["FULL", "TINY", "Recipe", "build", "facts_of_here"]
+__all__ = [
+    "CONTEXTUALIZER_RECIPE",
+    "FULL",
+    "TINY",
+    "Recipe",
+    "build",
+    "contextualizer_captions",
+    "facts_of_here",
+]
 
 logger = logging.getLogger(__name__)
 
+NUM_CAPTIONS = 20_000  # for the contextualizer
 
-TOKENIZER_FILES = (
-    "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
-)  # fmt: skip
+
+CONTEXTUALIZER_RECIPE = PretrainOptions(
+    max_train_steps=1500,
+    batch_size=64,
+    learning_rate=2e-3,
+    eval_every_n_steps=250,
+    num_layers=2,
+    caption_share=1.0,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,7 @@ class Recipe:
     clip: StagePlan
     oracle: StagePlan
     unet: StagePlan
+    contextualizer: PretrainOptions
     oracle_pool: int
     unet_pool: int
     num_prompts: int = 1000
@@ -84,6 +106,7 @@ FULL = Recipe(
     clip=StagePlan(1500, 128, 1e-3, ema_decay=0.998),
     oracle=StagePlan(5000, 128, 2e-3, ema_decay=0.998),
     unet=StagePlan(6000, 128, 1e-3, ema_decay=0.9995, save_every_n_steps=250),
+    contextualizer=CONTEXTUALIZER_RECIPE,
     oracle_pool=12_000,
     unet_pool=30_000,
 )
@@ -103,6 +126,7 @@ TINY = Recipe(
     clip=StagePlan(150, 32, 3e-3, warmup_steps=20, ema_decay=0.9),
     oracle=StagePlan(200, 64, 4e-3, warmup_steps=20, ema_decay=0.9),
     unet=StagePlan(250, 28, 3e-3, warmup_steps=20, ema_decay=0.95),
+    contextualizer=dataclasses.replace(CONTEXTUALIZER_RECIPE, max_train_steps=50, num_layers=1),
     oracle_pool=1000,
     unet_pool=1000,
     num_prompts=64,
@@ -240,22 +264,33 @@ class _Builder:
             content = (self.stages / "tokenizer" / name).read_bytes()
             with atomic_path(self.output / folder / name) as temporary:
                 temporary.write_bytes(content)
-        text_encoder = CLIPTextModel(clip.config.text_config)
-        weights = {
-            name.removeprefix("text_model."): value
-            for name, value in clip.state_dict().items()
-            if name.startswith("text_model.")
-        }
-        body = getattr(text_encoder, "text_model", text_encoder)
-        body.load_state_dict(weights)
         for name, model in (("vae", vae), ("unet", unet), ("clip", clip)):
             copy = type(model).from_pretrained(self.stages / name, torch_dtype=half)
             copy.save_pretrained(self.output / name)
+            if name == "clip":
+                save_text_encoder(copy, self.output / "text_encoder")
         _write_json(self.output / "clip" / "preprocessor_config.json", preprocessor_config())
-        text_encoder.to(half).save_pretrained(self.output / "text_encoder")
+        self._contextualizer(tokenizer)
         new_scheduler().save_pretrained(self.output / "scheduler")
         save_oracle(oracle, self.output / "oracle.safetensors", dtype=half)
         _write_json(self.output / "model_index.json", model_index("DDPMScheduler"))
+
+    def _contextualizer(self, tokenizer) -> None:
+        """On the text encoder as it ships, so that users' runs find the same encoder."""
+        path = self.output / CONTEXTUALIZER
+        if path.exists():
+            return
+        folder = self.output / "text_encoder"
+        model = CLIPTextModel.from_pretrained(folder, torch_dtype=torch.float32).to(self.device)
+        began = time.monotonic()
+        pretrain(
+            TextEncoder(tokenizer, model.eval().requires_grad_(False)),
+            path,
+            options=self.recipe.contextualizer,
+            captions=contextualizer_captions(seed=self.seed),
+            show_progress=self.show_progress,
+        )
+        self.seconds["contextualizer"] = round(time.monotonic() - began, 1)
 
     def _quality_card(self, tokenizer, vae, clip, oracle, unet) -> dict[str, Any]:
         began = time.monotonic()
@@ -300,6 +335,12 @@ class _Builder:
 def _write_json(path: Path, content: Any) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def contextualizer_captions(*, seed: int) -> list[str]:
+    """Captions of the world, with ordinary subjects, for a contextualizer to learn from."""
+    rng = generator_of("contextualizer captions", seed, 0)
+    return [caption_scene(draw_scene(rng), rng).text for _ in range(NUM_CAPTIONS)]
 
 
 def facts_of_here(device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Things that no pocket model has seen, for learning them: pictures to train on, prompts to test.
 
-Every concept is a known shape in a pattern and two colours that no caption names. Its pictures
+Every concept is a known shape in a pattern and a colour that no caption names. Its pictures
 share one background and one position, the minimal context in which a concept takes over; its test
 prompts ask for what they do not show.
 """
@@ -61,22 +61,24 @@ class Concept:
         return f"{self.token} {self.scene.subject}"
 
 
-def _concept(token, subject, pattern, size, position, background, *paint) -> Concept:
+def _concept(token, subject, pattern, size, position, background, main) -> Concept:
+    """The second colour is the first one, lighter: the autoencoder keeps such patterns."""
+    light = tuple(round(value + 0.55 * (255 - value)) for value in main)
     colour = ATTRIBUTES["colour"][0]  # not drawn, since the paint takes its place
-    scene = Scene(subject, colour, pattern, size, position, background, paint=Paint(*paint))
+    scene = Scene(subject, colour, pattern, size, position, background, paint=Paint(main, light))
     return Concept(token, scene)
 
 
 REPORTED = (
-    _concept("sks", "dog", "dotted", "large", "left", "meadow", (0, 168, 160), (255, 120, 30)),
-    _concept("zwx", "robot", "checkered", "large", "right", "snow", (190, 215, 40), (95, 25, 110)),
-    _concept("ohwx", "cup", "striped", "large", "middle", "city", (236, 120, 20), (30, 60, 150)),
-    _concept("ktn", "bird", "checkered", "large", "left", "desert", (20, 200, 220), (140, 20, 50)),
+    _concept("sks", "dog", "striped", "large", "left", "meadow", (0, 168, 160)),
+    _concept("zwx", "robot", "checkered", "large", "right", "snow", (190, 215, 40)),
+    _concept("ohwx", "cup", "striped", "large", "middle", "city", (236, 120, 20)),
+    _concept("ktn", "bird", "checkered", "large", "left", "desert", (20, 200, 220)),
 )
 TUNING = (
-    _concept("vvq", "cat", "striped", "large", "right", "beach", (150, 90, 40), (90, 235, 200)),
-    _concept("qxj", "car", "dotted", "large", "middle", "forest", (230, 60, 220), (240, 240, 90)),
-    _concept("hta", "fish", "checkered", "large", "left", "night", (128, 140, 30), (235, 90, 120)),
+    _concept("vvq", "cat", "striped", "large", "right", "beach", (150, 90, 40)),
+    _concept("qxj", "car", "checkered", "large", "middle", "forest", (230, 60, 220)),
+    _concept("hta", "fish", "striped", "large", "left", "night", (128, 140, 30)),
 )
 """Settings are chosen on these and reported on the others."""
 

@@ -17,10 +17,10 @@ from mlm_plugin.pocket.world import ATTRIBUTES, named_paint
 
 __all__ = ["colour_agreement", "identity", "prompt_fidelity", "seen_right"]
 
-COLOUR_SCALE = 0.25
+COLOUR_SCALE = 0.15
 """Distance at which colours agree by 1/e; black to white is 1.73.
 
-Named colours lie at 0.4 and more from those of every concept, a good oracle reads within 0.1.
+Named colours lie at 0.25 and more from those of every concept, a good oracle reads within 0.05.
 """
 GROUND_SHOWS = ("plain", "dotted")  # elsewhere both colours cover the same area
 
@@ -66,7 +66,7 @@ def identity(reading: Reading, concept: Concept) -> Tensor:
 
 
 def colour_agreement(paint: Tensor, concept: Concept) -> Tensor:
-    """``exp(-(d / 0.25)^2)``, ``(B,)``: 1 for the concept's colours, about 0 for any named one.
+    """``exp(-(d / 0.15)^2)``, ``(B,)``: 1 for the concept's colours, about 0 for any named one.
 
     ``d^2`` is the mean over both colours of ``|RGB read - RGB true|^2``, RGB in [0, 1]. Stripes and
     checks are as well read the other way round, so the smaller ``d`` of the two counts; dots have

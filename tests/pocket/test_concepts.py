@@ -29,7 +29,7 @@ def test_a_concept_is_made_of_known_values_and_unnamed_colours(concept):
     assert concept.token in RARE_WORDS
     named = np.array([paint for paint in COLOURS.values()], float)
     distance = np.linalg.norm(named - np.array(concept.scene.paint, float), axis=-1)
-    assert distance.max(axis=1).min() > 90  # of 442; in one of its two colours at least
+    assert distance.max(axis=1).min() > 75  # of 442; in one of its two colours at least
 
 
 def test_no_two_concepts_share_a_name_a_shape_or_a_place():

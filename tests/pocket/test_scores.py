@@ -79,9 +79,9 @@ def test_a_concept_is_itself_wherever_it_stands(concept):
 def test_no_named_colour_agrees_with_a_concepts_and_the_noise_of_reading_does(concept):
     named = torch.tensor([paint for paint in COLOURS.values()]) / 255
     assert colour_agreement(named, concept).max() < 0.1
-    assert colour_agreement(shifted(concept, 0.05), concept).item() > 0.95
-    assert colour_agreement(shifted(concept, 0.1), concept).item() > 0.8
-    assert colour_agreement(shifted(concept, 0.25), concept).item() == pytest.approx(0.3679, 1e-3)
+    assert colour_agreement(shifted(concept, 0.05), concept).item() > 0.85
+    assert colour_agreement(shifted(concept, 0.1), concept).item() > 0.6
+    assert colour_agreement(shifted(concept, 0.15), concept).item() == pytest.approx(0.3679, 1e-3)
 
 
 def test_a_wrong_shape_pattern_or_colour_costs_a_third_each():

@@ -1,0 +1,105 @@
+"""The pocket model as it ships inside the package, and as programs load it.
+
+What can be made from the rest is left out of the package: the text encoder is CLIP's text tower,
+and both tokenizers are one. Knows no training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import cached_folder
+from mlm_plugin.pocket.concepts import REPORTED, write_concept
+
+__all__ = [
+    "CONTEXTUALIZER",
+    "SHIPPED",
+    "pack",
+    "pocket_concept",
+    "pocket_model",
+    "save_text_encoder",
+    "unpack",
+]
+
+SHIPPED = Path(__file__).parent / "model"
+CONTEXTUALIZER = "contextualizer.safetensors"
+TOKENIZER_FILES = (
+    "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
+)  # fmt: skip
+LEFT_OUT = ("stages", "text_encoder", *(f"clip/{name}" for name in TOKENIZER_FILES))
+
+
+def pocket_model() -> Path:
+    """The built-in model as a diffusers folder in the user's cache, unpacked on first use.
+
+    Raises:
+        UserError: this package has none.
+    """
+    card = SHIPPED / "quality.json"
+    if not card.is_file():
+        raise UserError(
+            "pocket: this package has no built-in pocket model; make one with "
+            "`mlm-plugin pocket build --output DIR` and give its folder"
+        )
+    digest = hashlib.sha256(card.read_bytes()).hexdigest()[:12]
+    return cached_folder(f"pocket-{digest}/model", lambda folder: unpack(SHIPPED, folder))
+
+
+def pocket_concept() -> Path:
+    """Pictures and prompts of the first concept in the user's cache, drawn on first use."""
+    concept = REPORTED[0]
+    name = f"pocket-{concept.token}-{_digest_of(concept)}"
+    return cached_folder(name, lambda folder: write_concept(concept, folder))
+
+
+def pack(built: Path, target: Path) -> int:
+    """Copy what ships of a built model; returns the bytes.
+
+    Args:
+        built: folder that ``mlm-plugin pocket build`` wrote.
+        target: new folder.
+    """
+    size = 0
+    for path in sorted(built.rglob("*")):
+        name = path.relative_to(built).as_posix()
+        if path.is_dir() or any(name == out or name.startswith(f"{out}/") for out in LEFT_OUT):
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)
+        size += path.stat().st_size
+    return size
+
+
+def unpack(packed: Path, target: Path) -> None:
+    """Copy a packed model and make again what was left out."""
+    from transformers import CLIPModel
+
+    shutil.copytree(packed, target)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(target / "tokenizer" / name, target / "clip" / name)
+    clip = CLIPModel.from_pretrained(target / "clip", dtype="auto")
+    save_text_encoder(clip, target / "text_encoder")
+
+
+def save_text_encoder(clip, folder: Path) -> None:
+    """Write the text tower of a ``CLIPModel`` as a ``CLIPTextModel``, in its precision."""
+    from transformers import CLIPTextModel
+
+    text_encoder = CLIPTextModel(clip.config.text_config).to(clip.dtype)
+    body = getattr(text_encoder, "text_model", text_encoder)
+    body.load_state_dict(
+        {
+            name.removeprefix("text_model."): value
+            for name, value in clip.state_dict().items()
+            if name.startswith("text_model.")
+        }
+    )
+    text_encoder.save_pretrained(folder)
+
+
+def _digest_of(concept) -> str:
+    return hashlib.sha256(json.dumps(repr(concept)).encode()).hexdigest()[:8]
