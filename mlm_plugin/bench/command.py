@@ -90,8 +90,8 @@ def _run_bench(given: argparse.Namespace) -> int:
     quiet_imports()
     from mlm_plugin.bench.run import run_bench
     from mlm_plugin.config.options import LogOptions
+    from mlm_plugin.hosts.builtin_names import model_path
     from mlm_plugin.hosts.console import quiet_libraries, setup_console
-    from mlm_plugin.hosts.toy_names import model_path
 
     setup_console(LogOptions())
     quiet_libraries()

@@ -33,9 +33,9 @@ from mlm_plugin.evaluation.results import MEASURES, value_of, write_results
 from mlm_plugin.evaluation.subject import Subject, load_subject
 from mlm_plugin.evaluation.text_space import headline, measure_text_space
 from mlm_plugin.files import require_writable
+from mlm_plugin.hosts.builtin_names import data_path, model_path
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import auto_contextualizer_path, find_contextualizer, is_small
-from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.models.contextualizer import Contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
 

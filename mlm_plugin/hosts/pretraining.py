@@ -9,9 +9,9 @@ import torch
 
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.config.pretraining import PretrainCommand
+from mlm_plugin.hosts.builtin_names import model_path
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import pretrain_on_device
-from mlm_plugin.hosts.toy_names import model_path
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.training.pretrain import Interrupted, Scores, read_caption_files
 

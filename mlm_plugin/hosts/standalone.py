@@ -27,6 +27,12 @@ from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.report import dataset_report
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
+from mlm_plugin.hosts.builtin_names import (
+    contexts_path,
+    contextualizer_path,
+    data_path,
+    model_path,
+)
 from mlm_plugin.hosts.class_images import prepare_class_images
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import (
@@ -46,7 +52,6 @@ from mlm_plugin.hosts.run_data import (
 )
 from mlm_plugin.hosts.sampling import SampleDrawer
 from mlm_plugin.hosts.saving import RunRecord, Saver
-from mlm_plugin.hosts.toy_names import data_path, model_path
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
@@ -114,7 +119,7 @@ def train(argv: Sequence[str]) -> int:
         print(f"wrote {write_config(config)}")
         return 0
     check_config(config)
-    config = _with_toy_paths(config)
+    config = with_built_in_paths(config)
     datasets = resolve_datasets(config)
     concepts = find_concepts(config, datasets)
     METHODS[config.schedule.method].check(config, concepts)
@@ -383,10 +388,13 @@ def create_regularizer(
     )
 
 
-def _with_toy_paths(config: TrainConfig) -> TrainConfig:
+def with_built_in_paths(config: TrainConfig) -> TrainConfig:
+    """The options with ``toy`` and ``pocket`` replaced by the paths that they stand for."""
     return config.replace(
         pretrained_model_name_or_path=model_path(config.model.pretrained_model_name_or_path),
         train_data_dir=data_path(config.dataset.train_data_dir),
+        mlm_prompt_set=contexts_path(config.mlm.mlm_prompt_set),
+        mlm_contextualizer=contextualizer_path(config.mlm.mlm_contextualizer),
     )
 
 
