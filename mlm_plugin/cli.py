@@ -22,6 +22,7 @@ commands:
   evaluate        draw, score and report what was learned; --compare lays runs side by side
   pocket build    train a small world of pixel pictures and its model, to try methods on
   pocket concept  write a thing that model has never seen: pictures to learn, prompts to test
+  pocket demo     learn one thing plain and with the MLM term, and show both
   pocket bench    compare methods and regularizers on such things, with the truth known
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import require_writable
 
 __all__ = ["run_pocket"]
 
@@ -50,6 +51,18 @@ def run_pocket(argv: Sequence[str]) -> int:
     concept.add_argument("--output", required=True, type=Path, metavar="DIR",
                          help="Folder to write to.")  # fmt: skip
     concept.set_defaults(run=_run_concept)
+    demo = commands.add_parser(
+        "demo",
+        help="learn one thing plain and with the MLM term, and show both side by side",
+        description="Train a LoRA of the built-in concept twice, with equal seeds, without and "
+        "with the MLM term. Writes both files and DIR/grid.png: the same prompts and noise through "
+        "the base model and both.",
+    )
+    demo.add_argument("--output", required=True, type=Path, metavar="DIR",
+                      help="Folder of the files.")  # fmt: skip
+    demo.add_argument("--model", default="pocket", metavar="DIR",
+                      help="Folder of a pocket model (default: the built-in one).")  # fmt: skip
+    demo.set_defaults(run=_run_demo)
     bench = commands.add_parser(
         "bench",
         help="methods, the MLM term and its rivals on concepts whose truth is known",
@@ -82,20 +95,44 @@ def _run_concept(given: argparse.Namespace) -> int:
     return 0
 
 
+def _run_demo(given: argparse.Namespace) -> int:
+    from mlm_plugin.bench.plan import DEMO
+
+    model = _prepare(given.model)
+    from mlm_plugin.bench.demo import run_demo
+
+    require_writable(given.output, "--output")
+    return run_demo(DEMO, model=model, output=given.output)
+
+
 def _run_bench(given: argparse.Namespace) -> int:
     from mlm_plugin.bench.plan import FULL, SHORT, chosen
-    from mlm_plugin.hosts.console import quiet_imports
 
     plan = chosen(SHORT if given.short else FULL, methods=given.method, tuning=given.tuning)
-    quiet_imports()
+    model = _prepare(given.model)
     from mlm_plugin.bench.run import run_bench
+
+    return run_bench(plan, model=model, output=given.output)
+
+
+def _prepare(name: str) -> Path:
+    """A quiet console, and the folder of a pocket model."""
+    from mlm_plugin.hosts.console import quiet_imports
+
+    quiet_imports()
     from mlm_plugin.config.options import LogOptions
     from mlm_plugin.hosts.builtin_names import model_path
     from mlm_plugin.hosts.console import quiet_libraries, setup_console
 
     setup_console(LogOptions())
     quiet_libraries()
-    return run_bench(plan, model=Path(model_path(given.model)), output=given.output)
+    model = Path(model_path(name))
+    if not (model / "oracle.safetensors").is_file():
+        raise UserError(
+            f"--model {name}: no oracle.safetensors there; give the folder of a pocket model "
+            "(`mlm-plugin pocket build` makes one)"
+        )
+    return model
 
 
 def _run_build(given: argparse.Namespace) -> int:

@@ -13,7 +13,17 @@ from types import MappingProxyType
 from mlm_plugin.errors import UserError
 from mlm_plugin.pocket.concepts import CONTEXT_FAMILIES, REPORTED, TUNING, Concept
 
-__all__ = ["FULL", "SHORT", "Arm", "BenchPlan", "ContextChoice", "chosen"]
+__all__ = [
+    "DEMO",
+    "FULL",
+    "METHOD_FLAGS",
+    "MLM_WEIGHT",
+    "SHORT",
+    "Arm",
+    "BenchPlan",
+    "ContextChoice",
+    "chosen",
+]
 
 Flags = Mapping[str, str]
 NO_FLAGS: Flags = MappingProxyType({})
@@ -142,6 +152,7 @@ SHORT = BenchPlan(
     seeds=(0,),
     looks=LOOKS,
 )
+DEMO = replace(SHORT, looks={"lora": (300,)}, num_steps=30)
 
 
 def chosen(plan: BenchPlan, *, methods: Sequence[str] | None, tuning: bool) -> BenchPlan:

@@ -34,15 +34,9 @@ def run_bench(plan: BenchPlan, *, model: Path, output: Path) -> int:
     """Run what is missing of a plan; returns the exit code.
 
     Raises:
-        UserError: the folder holds another model's results, cannot be written, or the model is no
-            pocket model.
+        UserError: the folder holds another model's results, or cannot be written.
     """
     require_writable(output, "--output")
-    if not (model / "oracle.safetensors").is_file():
-        raise UserError(
-            f"--model {model}: no oracle.safetensors there; give the folder of a pocket model "
-            "(`mlm-plugin pocket build` makes one)"
-        )
     results = _open_results(output, model)
     workshop = Workshop(model, output, plan)
     trials = [

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,7 +51,18 @@ from mlm_plugin.regularizer import MLMOutput, MLMSchedule
 from mlm_plugin.training.pretrain import pretrain
 from mlm_plugin.training.trainer import Listener, StepResult, Trainer
 
-__all__ = ["Scores", "Workshop", "measure_base", "run_trial"]
+__all__ = [
+    "Look",
+    "Scores",
+    "Watcher",
+    "Workshop",
+    "as_images",
+    "contact_sheet",
+    "look_at_base",
+    "measure_base",
+    "run_trial",
+    "train_and_watch",
+]
 
 BATCH_SIZE = 4
 MLM_BATCH_SIZE = 16
@@ -123,6 +134,13 @@ class Scores:
     clip_i: float
 
 
+class Look(NamedTuple):
+    """One picture or more per test prompt, ``(B, 3, 64, 64)``, and their scores."""
+
+    scores: Scores
+    pictures: Tensor
+
+
 def run_trial(arm: Arm, concept: Concept, seed: int, workshop: Workshop) -> list[dict[str, Any]]:
     """Train and look: one record per look.
 
@@ -131,12 +149,8 @@ def run_trial(arm: Arm, concept: Concept, seed: int, workshop: Workshop) -> list
         UserError: as the trainer has it.
     """
     folder = workshop.folder / "runs" / arm.name / f"{concept.token}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _output_to(folder / "log.txt"):
-        trainer = _create_trainer(arm, concept, seed, workshop, folder)
-        watcher = _Watcher(concept, seed, workshop, workshop.plan.looks[arm.method], folder)
-        trainer.listeners = [watcher]
-        trainer.run()
+    watcher = train_and_watch(arm, concept, seed, workshop, folder)
+    contact_sheet(watcher.pictures).save(folder / "last.png")
     return [
         {
             "method": arm.method,
@@ -153,13 +167,44 @@ def run_trial(arm: Arm, concept: Concept, seed: int, workshop: Workshop) -> list
     ]
 
 
-def measure_base(concept: Concept, seed: int, workshop: Workshop) -> dict[str, Any]:
-    """The untrained model on the same prompts with the class word: what fidelity could be."""
+def train_and_watch(
+    arm: Arm,
+    concept: Concept,
+    seed: int,
+    workshop: Workshop,
+    folder: Path,
+    *,
+    keep_files: bool = False,
+) -> Watcher:
+    """Train, and give back what was seen; messages go to ``folder/log.txt``.
+
+    Args:
+        arm: how.
+        concept: what.
+        seed: of training and pictures.
+        workshop: what trials share.
+        folder: for the log and, with ``keep_files``, the trained file.
+        keep_files: whether the trainer writes what it trained.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _output_to(folder / "log.txt"):
+        trainer = _create_trainer(arm, concept, seed, workshop, folder)
+        watcher = Watcher(concept, seed, workshop, workshop.plan.looks[arm.method])
+        trainer.listeners = [watcher, *(trainer.listeners if keep_files else ())]
+        trainer.run()
+    return watcher
+
+
+def look_at_base(concept: Concept, words: str, seed: int, workshop: Workshop) -> Look:
+    """The untrained model on the test prompts, with ``words`` in the concept's place."""
     models = load_stable_diffusion(str(workshop.model))
     (text_encoder,) = models.text_encoders
-    scores, _ = _look(
-        concept, concept.scene.subject, seed, workshop, models, text_encoder.encode_captions
-    )
+    return _look(concept, words, seed, workshop, models, text_encoder.encode_captions)
+
+
+def measure_base(concept: Concept, seed: int, workshop: Workshop) -> dict[str, Any]:
+    """The untrained model with the class word: what fidelity could be."""
+    scores = look_at_base(concept, concept.scene.subject, seed, workshop).scores
     return {
         "method": "base", "regularizer": "plain", "weight": 0.0, "variant": "",
         "concept": concept.name, "seed": seed, "step": 0,
@@ -276,20 +321,24 @@ def _class_images(concept: Concept, workshop: Workshop) -> Path:
         )
         target = folder / f"1_{subject}"
         target.mkdir(parents=True)
-        for number, image in enumerate(_images(pictures)):
+        for number, image in enumerate(as_images(pictures)):
             image.save(target / f"{number}.png")
     return folder
 
 
-class _Watcher(Listener):
-    """Looks at the model at the given steps, and keeps the time of the steps between."""
+class Watcher(Listener):
+    """Looks at the model at the given steps, and keeps the time of the steps between.
 
-    def __init__(
-        self, concept: Concept, seed: int, workshop: Workshop, looks: Sequence[int], folder: Path
-    ):
+    Attributes:
+        scores: by step.
+        pictures: of the last look, ``(B, 3, 64, 64)``.
+    """
+
+    def __init__(self, concept: Concept, seed: int, workshop: Workshop, looks: Sequence[int]):
         self.concept, self.seed, self.workshop = concept, seed, workshop
-        self.looks, self.folder = frozenset(looks), folder
+        self.looks = frozenset(looks)
         self.scores: dict[int, Scores] = {}
+        self.pictures = torch.empty(0)
         self.seconds, self.since, self.num_steps = 0.0, 0.0, 0
 
     @property
@@ -305,7 +354,7 @@ class _Watcher(Listener):
             self.num_steps += 1
         if step in self.looks:
             with trainer.evaluating():
-                self.scores[step], pictures = _look(
+                self.scores[step], self.pictures = _look(
                     self.concept,
                     self.concept.name,
                     self.seed,
@@ -313,7 +362,6 @@ class _Watcher(Listener):
                     trainer.models,
                     trainer.method.encode,
                 )
-            _contact_sheet(pictures).save(self.folder / f"step{step:04d}.png")
         self.since = time.perf_counter()
 
 
@@ -324,8 +372,7 @@ def _look(
     workshop: Workshop,
     models: StableDiffusion,
     encode_captions: Callable[[Sequence[str]], Tensor],
-) -> tuple[Scores, Tensor]:
-    """Scores of one picture or more per test prompt, and the pictures."""
+) -> Look:
     prompts = [
         prompt for prompt in prompt_templates(concept) for _ in range(workshop.plan.num_pictures)
     ]
@@ -339,7 +386,7 @@ def _look(
     with torch.no_grad():
         reading = workshop.oracle(pictures)
     class_texts = [prompt.text.replace("{}", concept.scene.subject) for prompt in prompts]
-    features = workshop.clip.image_features(_images(pictures))
+    features = workshop.clip.image_features(as_images(pictures))
     originals = workshop.clip.image_features(
         [Image.fromarray(render(scene)) for scene in training_scenes(concept)]
     )
@@ -349,7 +396,7 @@ def _look(
         clip_t=_mean(paired_cosine(features, workshop.clip.text_features(class_texts))),
         clip_i=_mean(mean_cosine_to(features, originals)),
     )
-    return scores, pictures
+    return Look(scores, pictures)
 
 
 def _draw(
@@ -371,14 +418,15 @@ def _draw(
     )
 
 
-def _images(pictures: Tensor) -> list[Image.Image]:
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """Pictures in [-1, 1] as Pillow has them."""
     values = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(value) for value in values]
 
 
-def _contact_sheet(pictures: Tensor) -> Image.Image:
+def contact_sheet(pictures: Tensor) -> Image.Image:
     """All pictures in rows of eight."""
-    images = _images(pictures)
+    images = as_images(pictures)
     side, rows = images[0].width, -(-len(images) // SHEET_COLUMNS)
     sheet = Image.new("RGB", (SHEET_COLUMNS * side, rows * side), "white")
     for number, image in enumerate(images):
