@@ -105,7 +105,7 @@ FULL = Recipe(
     vae=StagePlan(6000, 32, 2e-3),
     clip=StagePlan(1500, 128, 1e-3, ema_decay=0.998),
     oracle=StagePlan(5000, 128, 2e-3, ema_decay=0.998),
-    unet=StagePlan(6000, 128, 1e-3, ema_decay=0.9995, save_every_n_steps=250),
+    unet=StagePlan(5000, 128, 1e-3, ema_decay=0.9995, save_every_n_steps=250),
     contextualizer=CONTEXTUALIZER_RECIPE,
     oracle_pool=12_000,
     unet_pool=30_000,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mlm_plugin.data.english import is_dreambench
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, require_writable
 from mlm_plugin.pocket.captions import Caption, write_caption
@@ -130,7 +131,7 @@ def contexts(
         families: the attributes that they may name.
     """
     rng = generator_of(f"contexts {concept.name}", 0, 0)
-    tested = {_asked(caption) for caption in prompt_templates(concept)}
+    tested = {_asked(caption) for caption in prompt_templates(concept)} | {frozenset()}
     found: dict[str, None] = {}
     while len(found) < number:
         scene = draw_scene(rng, held_out=None)
@@ -138,7 +139,7 @@ def contexts(
         if said.get("companion") == NO_COMPANION:
             del said["companion"]
         caption = write_caption({"subject": concept.scene.subject, **said}, rng, subject="{}")
-        if said and _asked(caption) not in tested:
+        if _asked(caption) not in tested and not is_dreambench(caption.text):
             found.setdefault(caption.text)
     return list(found)
 

@@ -7,11 +7,19 @@ from PIL import Image
 from mlm_plugin.bench.command import run_pocket
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.prompts import load_templates
-from mlm_plugin.pocket.captions import RARE_WORDS
+from mlm_plugin.pocket.captions import (
+    BACKGROUND_PHRASES,
+    BACKGROUND_TAGS,
+    POSITION_PHRASES,
+    RARE_WORDS,
+    SIZE_WORDS,
+)
 from mlm_plugin.pocket.concepts import (
     ASKED,
+    CONTEXT_FAMILIES,
     REPORTED,
     TUNING,
+    contexts,
     find_concept,
     prompt_templates,
     training_scenes,
@@ -81,3 +89,41 @@ def test_an_unknown_concept_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="zwx robot"):
         run_pocket(["concept", "--concept", "dog", "--output", str(tmp_path / "dog")])
     assert not (tmp_path / "dog").exists()
+
+
+@every_concept
+def test_contexts_for_the_term_ask_nothing_that_a_test_prompt_asks(concept):
+    tested = {asked_of(prompt.said) for prompt in prompt_templates(concept)}
+    texts = contexts(concept, number=300)
+    assert len(set(texts)) == 300
+    assert all(text.count("{}") == 1 for text in texts)
+    assert not set(texts) & {prompt.text for prompt in prompt_templates(concept)}
+    for text in texts:
+        assert said_in(text)
+        assert said_in(text) not in tested
+
+
+def test_contexts_can_leave_out_what_a_family_names():
+    others = tuple(name for name in CONTEXT_FAMILIES if name != "background")
+    texts = contexts(REPORTED[0], number=200, families=others)
+    assert not [text for text in texts if dict(said_in(text)).get("background")]
+
+
+def asked_of(said):
+    return frozenset((name, said[name]) for name in ASKED if name in said)
+
+
+def said_in(text):
+    """What a context names, found by the phrases themselves."""
+    found = {}
+    for value, phrases in BACKGROUND_PHRASES.items():
+        if any(phrase in text for phrase in phrases) or BACKGROUND_TAGS.get(value, value) in text:
+            found["background"] = value
+    for value, phrases in POSITION_PHRASES.items():
+        if any(phrase in text for phrase in phrases):
+            found["position"] = value
+    for value in ATTRIBUTES["companion"]:
+        if f"a {value}" in text or f", {value}" in text:  # "flower", but not "field of flowers"
+            found["companion"] = value
+    sizes = [word for words in SIZE_WORDS.values() for word in words]
+    return frozenset(found.items()) or frozenset(word for word in sizes if word in text.split())
