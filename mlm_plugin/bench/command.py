@@ -43,8 +43,9 @@ def run_pocket(argv: Sequence[str]) -> int:
         "concept",
         help="write a new thing's training pictures and test prompts",
         description="Write DIR/train, a kohya data folder of four pictures that share background "
-        "and position, DIR/test_prompts.txt for `mlm-plugin evaluate --prompts`, and "
-        "DIR/contexts.txt for `--mlm_prompt_set`.",
+        "and position; DIR/test_prompts.txt for `mlm-plugin evaluate --prompts`, with what each "
+        "prompt asks for beside it in test_prompts.json; and DIR/contexts.txt for "
+        "`--mlm_prompt_set`.",
     )
     concept.add_argument("--concept", required=True, metavar="NAME",
                          help='Which one, as prompts call it, such as "sks dog".')  # fmt: skip

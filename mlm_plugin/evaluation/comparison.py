@@ -19,7 +19,9 @@ from mlm_plugin.evaluation.charts import Point, dot_chart, scatter_chart
 from mlm_plugin.evaluation.measures import mean_with_interval, sign_flip_p_value
 from mlm_plugin.evaluation.page import page, picture, picture_grid, section, table
 from mlm_plugin.evaluation.report import (
+    axis_title,
     marked_prompt,
+    place_of,
     scores_line,
     shown,
     text_section,
@@ -29,6 +31,7 @@ from mlm_plugin.evaluation.results import (
     FORMAT,
     IMAGE_MEASURES,
     MEASURES,
+    axes_of,
     read_results,
     value_of,
 )
@@ -98,7 +101,7 @@ def paired_differences(
 
 
 def _refuse_other_judges(folders: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> None:
-    for name in ("CLIP", "DINO"):
+    for name in ("CLIP", "DINO", "Oracle"):
         judges = {run["judges"].get(name) for run in runs if run["measures"]} - {None}
         if len(judges) > 1:
             raise UserError(
@@ -191,12 +194,12 @@ def _common_prompts(runs: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str,
 
 
 def _plane(runs: Sequence[Mapping[str, Any]]) -> str:
-    likeness = "dino" if all("dino" in run["measures"] for run in runs) else "clip_i"
-    if not all({"clip_t", likeness} <= run["measures"].keys() for run in runs):
+    axes = axes_of(runs)
+    if axes is None:
         return ""
     points = []
     for i, run in enumerate(runs):
-        x, y = run["measures"]["clip_t"], run["measures"][likeness]
+        x, y = (run["measures"][name] for name in axes)
         points.append(
             Point(
                 x["mean"],
@@ -209,11 +212,11 @@ def _plane(runs: Sequence[Mapping[str, Any]]) -> str:
             )  # fmt: skip
         )
         points += [
-            Point(row["scores"]["clip_t"], row["scores"][likeness], row["prompt"], i, faint=True)
+            Point(*place, row["prompt"], i, faint=True)
             for row in run["prompts"]
+            if (place := place_of(row, axes))
         ]
-    title = IMAGE_MEASURES[likeness].title
-    chart = scatter_chart(points, x_title="CLIP-T (prompt fidelity)", y_title=f"{title} (likeness)")
+    chart = scatter_chart(points, x_title=axis_title(axes[0]), y_title=axis_title(axes[1]))
     body = (
         f"<figure>{chart}<figcaption>Large dots: means with 95 % intervals over prompts. Small "
         "dots: single prompts. Better is up and to the right.</figcaption></figure>"
@@ -225,10 +228,12 @@ def _by_prompt(
     runs: Sequence[Mapping[str, Any]], common: Sequence[Sequence[Mapping[str, Any]]]
 ) -> str:
     names = [f"{_letter(i)}, {run['label']}" for i, run in enumerate(runs)]
-    rows = [(row[0]["text"], [entry["scores"].get("clip_t") for entry in row]) for row in common]
+    axes = axes_of(runs)
+    measure = axes[0] if axes else "clip_t"
+    rows = [(row[0]["text"], [entry["scores"].get(measure) for entry in row]) for row in common]
     if not any(value is not None for _, values in rows for value in values):
         return ""
-    chart = dot_chart(rows, title="CLIP-T", names=names)
+    chart = dot_chart(rows, title=IMAGE_MEASURES[measure].title, names=names)
     keys = " &nbsp; ".join(f"{_key(i)}{escape(name)}" for i, name in enumerate(names))
     return section("Prompt by prompt", f"<figure>{chart}<figcaption>{keys}</figcaption></figure>")
 

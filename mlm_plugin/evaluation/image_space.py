@@ -1,6 +1,7 @@
 """Measures of the pictures: how like the prompt, how like the concept, how varied.
 
-Puts the features of metric models into the formulas of ``measures``. Knows no model that draws.
+Puts the features of metric models into the formulas of ``measures``, and asks a pocket model's
+oracle. Knows no model that draws.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ from mlm_plugin.evaluation.measures import (
     paired_cosine,
 )
 from mlm_plugin.evaluation.metric_models import Clip, Dino
+from mlm_plugin.evaluation.oracle_space import OracleJudge, oracle_columns
 from mlm_plugin.evaluation.prompts import EvaluationPrompt
+from mlm_plugin.evaluation.results import IMAGE_MEASURES
 
 __all__ = ["cut_out", "find_masks", "find_photos", "score_pictures"]
-
-PER_PICTURE = ("clip_t", "clip_i", "dino", "dino_fg", "dino_bg")
-PER_PROMPT = ("diversity_clip", "diversity_dino")
 
 
 class ImageModel(Protocol):
@@ -95,6 +95,7 @@ def score_pictures(
     clip: Clip | None,
     dino: Dino | None,
     masks: Mapping[str, Path],
+    oracle: OracleJudge | None = None,
 ) -> dict[str, Any]:
     """All image measures.
 
@@ -108,6 +109,7 @@ def score_pictures(
         clip: for CLIP-T, CLIP-I and diversity; None = without.
         dino: for DINO and diversity; None = without.
         masks: from :func:`find_masks`.
+        oracle: of a pocket model, for what was asked and for identity; None = without.
 
     Returns:
         ``measures``: mean over prompts with its interval; ``per_prompt``; ``per_picture`` by
@@ -139,6 +141,8 @@ def score_pictures(
             diversity["diversity_dino"] = intra_distance(features)
         for name, score in parts.items():
             columns[name] = score(files, images)
+        if oracle:
+            columns |= oracle_columns(oracle, prompts[index], images)
         per_picture.append(
             [{name: column[j] for name, column in columns.items()} for j in range(len(files))]
         )
@@ -200,7 +204,7 @@ def _references(photo_clip: Tensor | None, photo_dino: Tensor | None) -> dict[st
 def _summary(per_prompt: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:
     """Mean over prompts and its interval, for every measure that some prompt has."""
     summary: dict[str, Any] = {}
-    for name in (*PER_PICTURE, *PER_PROMPT):
+    for name in IMAGE_MEASURES:
         values = [row[name] for row in per_prompt if row.get(name) is not None]
         if values:
             summary[name] = mean_with_interval(torch.tensor(values))._asdict()

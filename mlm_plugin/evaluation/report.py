@@ -12,12 +12,15 @@ from typing import Any
 
 from mlm_plugin.evaluation.charts import Bar, Line, Point, bar_chart, scatter_chart
 from mlm_plugin.evaluation.page import details, page, picture, picture_grid, section, table
-from mlm_plugin.evaluation.results import IMAGE_MEASURES, MEASURES, Measure, value_of
+from mlm_plugin.evaluation.results import IMAGE_MEASURES, MEASURES, Measure, axes_of, value_of
 from mlm_plugin.files import atomic_path
 
 __all__ = [
     "REPORT_FILE",
+    "axis_title",
     "marked_prompt",
+    "place_of",
+    "scores_line",
     "shown",
     "single_report",
     "text_section",
@@ -27,8 +30,8 @@ __all__ = [
 REPORT_FILE = "report.html"
 MAX_PHOTOS = 12
 MAX_TILES = 6
-TILES = ("clip_t", "clip_i", "dino", "dino_fg", "diversity_dino", "masked_accuracy",
-         "text_collapse", "drift_everyday")  # fmt: skip
+TILES = ("prompt_fidelity", "identity", "clip_t", "clip_i", "dino", "dino_fg", "diversity_dino",
+         "masked_accuracy", "text_collapse", "drift_everyday")  # fmt: skip
 FILLERS = (("concept", "with the concept"), ("class", "with the class word"),
            ("random", "with a random word"))  # fmt: skip
 
@@ -133,11 +136,23 @@ def _gallery(results: Mapping[str, Any], folder: Path) -> str:
     return section("Pictures", body)
 
 
+def place_of(row: Mapping[str, Any], axes: tuple[str, str]) -> tuple[float, float] | None:
+    """Where a prompt stands on the plane of two measures; None where it lacks one."""
+    x, y = (row["scores"].get(name) for name in axes)
+    return None if x is None or y is None else (x, y)
+
+
+def axis_title(name: str) -> str:
+    """A measure as an axis calls it."""
+    role = {"clip_t": " (prompt fidelity)", "dino": " (likeness)", "clip_i": " (likeness)"}
+    return IMAGE_MEASURES[name].title + role.get(name, "")
+
+
 def scores_line(scores: Mapping[str, float | None]) -> str:
     """The main scores of a prompt in one line."""
     shown_scores = [
         f"{escape(IMAGE_MEASURES[name].title)}<b>{shown(scores[name], IMAGE_MEASURES[name])}</b>"
-        for name in ("clip_t", "clip_i", "dino")
+        for name in ("prompt_fidelity", "identity", "clip_t", "clip_i", "dino")
         if scores.get(name) is not None
     ]
     return f'<span class="scores">{"".join(shown_scores)}</span>'
@@ -183,24 +198,18 @@ def _bar_cell(value: float | None, name: str, span: tuple[float, float]) -> str:
 
 
 def _plane(results: Mapping[str, Any]) -> str:
-    likeness = "dino" if "dino" in results["measures"] else "clip_i"
-    if "clip_t" not in results["measures"] or likeness not in results["measures"]:
+    axes = axes_of([results])
+    if axes is None:
         return ""
     points = [
-        Point(
-            row["scores"]["clip_t"],
-            row["scores"][likeness],
-            f"{number}. {row['prompt']}",
-            label=str(number),
-        )
+        Point(*place, f"{number}. {row['prompt']}", label=str(number))
         for number, row in enumerate(results["prompts"], start=1)
+        if (place := place_of(row, axes))
     ]
-    ceiling = results["references"].get(likeness)
+    ceiling = results["references"].get(axes[1])
     lines = [Line(ceiling, "photos among themselves")] if ceiling is not None else []
-    title = IMAGE_MEASURES[likeness].title
-    chart = scatter_chart(
-        points, x_title="CLIP-T (prompt fidelity)", y_title=f"{title} (likeness)", lines=lines
-    )
+    titles = [axis_title(name) for name in axes]
+    chart = scatter_chart(points, x_title=titles[0], y_title=titles[1], lines=lines)
     body = (
         f"<figure>{chart}<figcaption>One dot per prompt, numbered as above. High up on the left: "
         "the concept is there, but the prompt is not. Low on the right: the scene is there, but it "

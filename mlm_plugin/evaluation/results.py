@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, read_text
+from mlm_plugin.pocket.world import ATTRIBUTES
 
 __all__ = [
+    "AXES",
     "FORMAT",
     "IMAGE_MEASURES",
     "MEASURES",
     "RESULTS_FILE",
     "TEXT_MEASURES",
     "Measure",
+    "axes_of",
     "read_results",
     "value_of",
     "write_results",
@@ -49,7 +52,19 @@ class Measure(NamedTuple):
     percent: bool = False
 
 
-IMAGE_MEASURES: dict[str, Measure] = {
+ORACLE_MEASURES: dict[str, Measure] = {
+    "prompt_fidelity": Measure(
+        "Prompt fidelity", 1, "share of what a prompt asks, but the subject, that is seen", 1, True
+    ),
+    "identity": Measure("Identity", 1, "the concept's own shape, pattern and colours are seen"),
+    **{
+        f"seen_{name}": Measure(f"{name.capitalize()} seen", 1, "as the prompt asks", 1, True)
+        for name in ATTRIBUTES
+    },
+}
+"""By the oracle of a pocket model."""
+
+IMAGE_MEASURES: dict[str, Measure] = ORACLE_MEASURES | {
     "clip_t": Measure("CLIP-T", 1, "prompt fidelity: picture and prompt without the placeholder"),
     "clip_i": Measure("CLIP-I", 1, "likeness: pictures and photos"),
     "dino": Measure("DINO", 1, "likeness, stricter: pictures and photos"),
@@ -76,6 +91,8 @@ TEXT_MEASURES: dict[str, Measure] = {
     ),
 }
 MEASURES = IMAGE_MEASURES | TEXT_MEASURES
+AXES = (("prompt_fidelity", "identity"), ("clip_t", "dino"), ("clip_t", "clip_i"))
+"""Pairs of measures that pull against each other, the most telling first."""
 
 
 def value_of(results: Mapping[str, Any], measure: str) -> float | None:
@@ -83,6 +100,12 @@ def value_of(results: Mapping[str, Any], measure: str) -> float | None:
     if measure in IMAGE_MEASURES:
         return results["measures"].get(measure, {}).get("mean")
     return (results["text_headline"] or {}).get(measure)
+
+
+def axes_of(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """The first of ``AXES`` that all runs have."""
+    found = (pair for pair in AXES if all(set(pair) <= run["measures"].keys() for run in runs))
+    return next(found, None)
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -22,6 +22,12 @@ from mlm_plugin.evaluation.generate import PICTURES, claim_folder, draw_pictures
 from mlm_plugin.evaluation.image_space import find_masks, find_photos, score_pictures
 from mlm_plugin.evaluation.metric_models import Clip, Dino, load_clip, load_dino
 from mlm_plugin.evaluation.options import NO_MODEL, EvaluateCommand, EvaluateOptions
+from mlm_plugin.evaluation.oracle_space import (
+    OracleJudge,
+    find_oracle,
+    load_oracle_judge,
+    why_not_judged,
+)
 from mlm_plugin.evaluation.prompts import (
     EvaluationPrompt,
     evaluation_prompts,
@@ -89,6 +95,7 @@ def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dic
         photos = find_photos(data_path(options.train_data_dir))
         masks = find_masks(options.masks)
         clip, dino = _judges(options, device)  # before hours of drawing: they may be missing
+        oracle, oracle_protocol = _oracle(options, prompts)
         claim_folder(output, _picture_settings(options, prompts, files))
         pictures = draw_pictures(
             output,
@@ -102,8 +109,10 @@ def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dic
             resolution=options.resolution,
             batch_size=options.batch_size,
         )
-        scores = score_pictures(pictures, prompts, photos, clip=clip, dino=dino, masks=masks)
-        judges = _protocol(clip, dino, scores, masked=bool(masks))
+        scores = score_pictures(
+            pictures, prompts, photos, clip=clip, dino=dino, masks=masks, oracle=oracle
+        )
+        judges = _protocol(clip, dino, scores, masked=bool(masks)) | oracle_protocol
     text = _measure_text(options, load(), prompts, device)
     return {
         "created": time.strftime("%Y-%m-%d %H:%M %z"),
@@ -152,6 +161,33 @@ def _judges(options: EvaluateOptions, device: torch.device) -> tuple[Clip | None
     clip = load_clip(options.clip_model, device=device) if options.clip_model != NO_MODEL else None
     dino = load_dino(options.dino_model, device=device) if options.dino_model != NO_MODEL else None
     return clip, dino
+
+
+def _oracle(
+    options: EvaluateOptions, prompts: Sequence[EvaluationPrompt]
+) -> tuple[OracleJudge | None, dict[str, str]]:
+    """The judge of a pocket model, where it is known what the prompts ask for, and its protocol."""
+    path = find_oracle(model_path(options.pretrained_model_name_or_path))
+    if path is None:
+        return None, {}
+    if reason := why_not_judged(options.prompts, resolution=options.resolution):
+        logger.warning("the oracle is left out: %s", reason)
+        return None, {"Oracle left out": reason}
+    oracle = load_oracle_judge(path, options.prompts)
+    how = {
+        "Oracle": oracle.name,
+        "Prompt fidelity": "share of what the prompt asks, but the subject, that the oracle sees",
+        "Identity": f"look of {oracle.concept.name}: (subject right + pattern right + "
+        "exp(−(RGB distance / 0.25)²)) / 3, RGB in [0, 1]",
+    }
+    if unlabelled := sum(prompt.template not in oracle.labels.captions for prompt in prompts):
+        logger.warning("%d prompts have no labels: the oracle scores identity alone", unlabelled)
+        how["Prompts without labels"] = f"{unlabelled} of {len(prompts)}: identity alone"
+    if oracle.accuracy:
+        how["The oracle on true pictures"] = ", ".join(
+            f"{name} {share:.1%}" for name, share in oracle.accuracy.items()
+        )
+    return oracle, how
 
 
 def _measure_text(

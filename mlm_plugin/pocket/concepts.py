@@ -17,6 +17,7 @@ from mlm_plugin.data.english import is_dreambench
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, require_writable
 from mlm_plugin.pocket.captions import Caption, write_caption
+from mlm_plugin.pocket.prompt_labels import write_labels
 from mlm_plugin.pocket.stage import generator_of
 from mlm_plugin.pocket.world import ATTRIBUTES, NO_COMPANION, Paint, Scene, draw_scene, render
 
@@ -84,15 +85,15 @@ TUNING = (
 """Settings are chosen on these and reported on the others."""
 
 
-def find_concept(name: str) -> Concept:
-    """The concept that prompts call ``name``.
+def find_concept(name: str, *, named_by: str = "--concept") -> Concept:
+    """The concept that prompts call ``name``; the option or file ``named_by`` is for the error.
 
     Raises:
         UserError: there is none.
     """
     known = {concept.name: concept for concept in (*REPORTED, *TUNING)}
     if name not in known:
-        raise UserError(f"--concept {name!r}: unknown; choose one of: {', '.join(known)}")
+        raise UserError(f"{named_by} {name!r}: unknown; choose one of: {', '.join(known)}")
     return known[name]
 
 
@@ -157,6 +158,7 @@ def write_concept(concept: Concept, folder: Path) -> None:
         UserError: the folder cannot be written.
     """
     require_writable(folder, "--output")
+    write_labels(folder / "test_prompts.json", concept.name, prompt_templates(concept))
     pictures = folder / "train" / f"{NUM_REPEATS}_{concept.name}"
     for number, scene in enumerate(training_scenes(concept)):
         with atomic_path(pictures / f"{number}.png") as temporary:

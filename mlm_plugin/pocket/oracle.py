@@ -6,7 +6,6 @@ the autoencoder makes of them, since its task is to judge generated pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
+from mlm_plugin.models.weights_files import read_weights
 from mlm_plugin.pocket.backgrounds import SIDE
 from mlm_plugin.pocket.pictures import draw_any_scene, scene_pixels
 from mlm_plugin.pocket.stage import StagePlan, generator_of, run_stage
@@ -155,10 +156,17 @@ def save_oracle(oracle: Oracle, path: Path, *, dtype: torch.dtype = torch.float3
 
 
 def load_oracle(path: Path) -> Oracle:
-    """Read it back, in fp32 and ready to judge."""
-    state: Mapping[str, Tensor] = load_file(path)
-    oracle = Oracle(channels=len(state["body.0.weight"]))
-    oracle.load_state_dict(state)
+    """Read it back, in fp32 and ready to judge.
+
+    Raises:
+        UserError: the file is damaged, or holds another network.
+    """
+    state = read_weights(path)
+    try:
+        oracle = Oracle(channels=len(state["body.0.weight"]))
+        oracle.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: is no oracle of this world; build the model anew") from error
     return oracle.eval()
 
 

@@ -1,7 +1,6 @@
 """A miniature rebuilt from scratch: it learns, it resumes, and every loader takes it."""
 
 import json
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -18,35 +17,6 @@ from mlm_plugin.pocket.quality import BARS, held_out_prompts, judge, missed_bars
 from mlm_plugin.pocket.stage import Interrupted, StagePlan, run_stage
 from mlm_plugin.pocket.train_vae import vae_loss
 from mlm_plugin.pocket.world import held_out_pairs
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pocket") / "tiny"
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    stage_logger = logging.getLogger("mlm_plugin.pocket.stage")
-    stage_logger.addHandler(handler)
-    before = stage_logger.level
-    stage_logger.setLevel(logging.INFO)
-    try:
-        card = build(folder, recipe=TINY, show_progress=False)
-    finally:
-        stage_logger.removeHandler(handler)
-        stage_logger.setLevel(before)
-    return folder, card, _losses(messages)
-
-
-def _losses(messages):
-    """Last numbers of every stage, by stage: ``{"clip": {"loss": 4.5, ...}}``."""
-    found = {}
-    for message in messages:
-        name, _, numbers = message.partition(": ")
-        if numbers.startswith("loss "):
-            pairs = (pair.split() for pair in numbers.split(", "))
-            found[name] = {key: float(value) for key, value in pairs}
-    return found
 
 
 def test_every_stage_learns(tiny):

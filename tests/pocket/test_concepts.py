@@ -24,6 +24,7 @@ from mlm_plugin.pocket.concepts import (
     prompt_templates,
     training_scenes,
 )
+from mlm_plugin.pocket.prompt_labels import read_labels
 from mlm_plugin.pocket.world import ATTRIBUTES, COLOURS, NO_COMPANION, render
 
 CONCEPTS = (*REPORTED, *TUNING)
@@ -82,7 +83,10 @@ def test_the_command_writes_a_data_folder_and_prompts(tmp_path, capsys):
     first = training_scenes(find_concept("sks dog"))[0]
     assert np.array_equal(np.array(Image.open(files[0])), render(first))
     templates = load_templates(tmp_path / "dog" / "test_prompts.txt", class_token="dog")
-    assert templates == [prompt.text for prompt in prompt_templates(find_concept("sks dog"))]
+    prompts = prompt_templates(find_concept("sks dog"))
+    assert templates == [prompt.text for prompt in prompts]
+    labels = read_labels(tmp_path / "dog" / "test_prompts.json")
+    assert labels == ("sks dog", {prompt.text: prompt for prompt in prompts})
 
 
 def test_an_unknown_concept_is_refused_with_the_known_ones(tmp_path):
