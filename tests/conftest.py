@@ -110,3 +110,35 @@ def clip_vocabulary() -> Path:
     if not folder.is_dir():
         pytest.skip("the real CLIP vocabulary (shared/data) is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pocket(tmp_path_factory, _own_cache):
+    """A miniature of the pocket model: folder, quality card, last losses of every stage."""
+    from mlm_plugin.pocket.build import TINY, build
+
+    folder = tmp_path_factory.mktemp("pocket") / "tiny"
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    stage_logger = logging.getLogger("mlm_plugin.pocket.stage")
+    stage_logger.addHandler(handler)
+    before = stage_logger.level
+    stage_logger.setLevel(logging.INFO)
+    try:
+        card = build(folder, recipe=TINY, show_progress=False)
+    finally:
+        stage_logger.removeHandler(handler)
+        stage_logger.setLevel(before)
+    return folder, card, _last_losses(messages)
+
+
+def _last_losses(messages):
+    """Last numbers of every stage, by stage: ``{"clip": {"loss": 4.5, ...}}``."""
+    found = {}
+    for message in messages:
+        name, _, numbers = message.partition(": ")
+        if numbers.startswith("loss "):
+            pairs = (pair.split() for pair in numbers.split(", "))
+            found[name] = {key: float(value) for key, value in pairs}
+    return found

@@ -392,7 +392,7 @@ def _look(
     )
     scores = Scores(
         prompt_fidelity=_mean(prompt_fidelity(reading, prompts)),
-        identity=_mean(identity(reading, concept)),
+        identity=_mean(identity(pictures, concept)),
         clip_t=_mean(paired_cosine(features, workshop.clip.text_features(class_texts))),
         clip_i=_mean(mean_cosine_to(features, originals)),
     )

@@ -97,7 +97,7 @@ def oracle_columns(
     """
     pixels = torch.stack([image_tensor(image) for image in images])
     reading = judge.oracle(pixels)
-    columns = {"identity": identity(reading, judge.concept).tolist()}
+    columns = {"identity": identity(pixels, judge.concept).tolist()}
     caption = judge.labels.captions.get(prompt.template)
     if caption is None:
         return columns

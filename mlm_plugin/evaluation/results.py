@@ -56,7 +56,7 @@ ORACLE_MEASURES: dict[str, Measure] = {
     "prompt_fidelity": Measure(
         "Prompt fidelity", 1, "share of what a prompt asks, but the subject, that is seen", 1, True
     ),
-    "identity": Measure("Identity", 1, "the concept's own shape, pattern and colours are seen"),
+    "identity": Measure("Identity", 1, "the concept is seen as it is drawn"),
     **{
         f"seen_{name}": Measure(f"{name.capitalize()} seen", 1, "as the prompt asks", 1, True)
         for name in ATTRIBUTES

@@ -126,7 +126,7 @@ TINY = Recipe(
     clip=StagePlan(150, 32, 3e-3, warmup_steps=20, ema_decay=0.9),
     oracle=StagePlan(200, 64, 4e-3, warmup_steps=20, ema_decay=0.9),
     unet=StagePlan(250, 28, 3e-3, warmup_steps=20, ema_decay=0.95),
-    contextualizer=dataclasses.replace(CONTEXTUALIZER_RECIPE, max_train_steps=50, num_layers=1),
+    contextualizer=dataclasses.replace(CONTEXTUALIZER_RECIPE, max_train_steps=20),
     oracle_pool=1000,
     unet_pool=1000,
     num_prompts=64,

@@ -1,4 +1,4 @@
-"""The oracle: a small network that names every attribute of a picture and reads off its colours.
+"""The oracle: a small network that names every attribute of a picture.
 
 It is trained on all of the world, held-out pairs included, on things of any colours, and on what
 the autoencoder makes of them, since its task is to judge generated pictures.
@@ -23,7 +23,7 @@ from mlm_plugin.pocket.backgrounds import SIDE
 from mlm_plugin.pocket.pictures import draw_any_scene, scene_pixels
 from mlm_plugin.pocket.stage import StagePlan, generator_of, run_stage
 from mlm_plugin.pocket.train_clip import label_loss, label_tensors
-from mlm_plugin.pocket.world import ATTRIBUTES, Scene, labels, named_paint
+from mlm_plugin.pocket.world import ATTRIBUTES, Scene, labels
 
 __all__ = ["Oracle", "Reading", "load_oracle", "oracle_accuracy", "save_oracle", "train_oracle"]
 
@@ -37,7 +37,6 @@ class Reading(NamedTuple):
     """What the oracle sees in B pictures."""
 
     logits: dict[str, Tensor]  # attribute -> (B, values)
-    paint: Tensor  # (B, 2, 3): main and second colour of the thing, 0 to 1
 
     def values(self, attribute: str) -> list[str]:
         """The most likely value of each picture."""
@@ -64,19 +63,18 @@ class Oracle(nn.Module):
                 nn.ReLU(),
             ]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.1))
-        self.num_logits = sum(len(values) for values in ATTRIBUTES.values())
-        self.head = nn.Linear(widths[-1] * 16, self.num_logits + 6)
+        num_logits = sum(len(values) for values in ATTRIBUTES.values())
+        self.head = nn.Linear(widths[-1] * 16, num_logits)
 
-    def answers(self, art: Tensor) -> tuple[Tensor, Tensor]:
-        """From ``(B, 3, 32, 32)``: all logits, ``(B, values)``, and paint, ``(B, 2, 3)``."""
-        answers = self.head(self.body(art))
-        return answers[:, : self.num_logits], answers[:, self.num_logits :].view(-1, 2, 3)
+    def answers(self, art: Tensor) -> Tensor:
+        """From ``(B, 3, 32, 32)``: the logits of all attributes side by side, ``(B, values)``."""
+        return self.head(self.body(art))
 
     def forward(self, pixels: Tensor) -> Reading:
         """Read pictures ``(B, 3, 64, 64)`` in [-1, 1]."""
-        logits, paint = self.answers(F.avg_pool2d(pixels, 2))
+        logits = self.answers(F.avg_pool2d(pixels, 2))
         parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=-1)
-        return Reading(dict(zip(ATTRIBUTES, parts, strict=True)), paint)
+        return Reading(dict(zip(ATTRIBUTES, parts, strict=True)))
 
 
 def train_oracle(
@@ -100,18 +98,14 @@ def train_oracle(
         reconstructed = _reconstruct(vae, pixels, generator, noise=LATENT_NOISE)
         made[start : start + CHUNK] = F.avg_pool2d(reconstructed, 2)
     targets = label_tensors([labels(scene) for scene in scenes], torch.device("cpu"))
-    paint, visible = _paint_targets(scenes)
 
     def loss_of(rng: np.random.Generator, _step: int):
         rows = torch.from_numpy(rng.integers(0, pool_size, plan.batch_size))
         reconstructed = torch.rand(len(rows), 1, 1, 1) < RECONSTRUCTED_SHARE
         art = torch.where(reconstructed, made[rows], clean[rows])
         art = art + 0.15 * torch.rand(len(rows), 1, 1, 1) * torch.randn_like(art)
-        logits, read = oracle.answers(art.to(device))
-        names = label_loss(logits, {key: value[rows].to(device) for key, value in targets.items()})
-        weight = visible[rows].to(device)
-        colours = ((read - paint[rows].to(device)).square() * weight).sum() / weight.sum() / 3
-        return names + 5 * colours, {"names": float(names.detach()), "rgb": float(colours.detach())}
+        wanted = {name: value[rows].to(device) for name, value in targets.items()}
+        return label_loss(oracle.answers(art.to(device)), wanted), {}
 
     oracle.train()
     seconds = run_stage(
@@ -175,12 +169,6 @@ def _draw_scenes(
 ) -> list[Scene]:
     rng = generator_of(name, seed, 0)
     return [draw_any_scene(rng, unnamed_share=unnamed_share, held_out=None) for _ in range(number)]
-
-
-def _paint_targets(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    paint = [scene.paint or named_paint(scene.colour) for scene in scenes]
-    visible = [[1.0, float(scene.pattern != "plain")] for scene in scenes]
-    return torch.tensor(paint) / 255, torch.tensor(visible)[:, :, None]
 
 
 @torch.no_grad()

@@ -1,28 +1,26 @@
-"""What an oracle's reading is worth: was the prompt drawn, and is it still the concept?
+"""Was the prompt drawn, and is it still the concept?
 
-Knows no model: a reading and labels in, numbers out. Shapes: B pictures.
+Knows no model: readings, pictures and labels in, numbers out. Shapes: B pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_plugin.pocket.captions import Caption
 from mlm_plugin.pocket.concepts import Concept
 from mlm_plugin.pocket.oracle import Reading
-from mlm_plugin.pocket.world import ATTRIBUTES, named_paint
+from mlm_plugin.pocket.world import ATTRIBUTES, SIZES, thing_alone
 
-__all__ = ["colour_agreement", "identity", "prompt_fidelity", "seen_right"]
+__all__ = ["identity", "prompt_fidelity", "seen_right"]
 
-COLOUR_SCALE = 0.15
-"""Distance at which colours agree by 1/e; black to white is 1.73.
-
-Named colours lie at 0.25 and more from those of every concept, a good oracle reads within 0.05.
-"""
-GROUND_SHOWS = ("plain", "dotted")  # elsewhere both colours cover the same area
+IDENTITY_SCALE = 0.2
+"""Difference at which a thing is itself to 1/e."""
 
 
 def seen_right(reading: Reading, prompts: Sequence[Caption]) -> dict[str, Tensor]:
@@ -51,37 +49,32 @@ def prompt_fidelity(reading: Reading, prompts: Sequence[Caption]) -> Tensor:
     return torch.stack([right[name] for name in right if name != "subject"]).nanmean(dim=0)
 
 
-def identity(reading: Reading, concept: Concept) -> Tensor:
-    """How much the thing looks like the concept, ``(B,)`` in [0, 1], wherever it stands.
+def identity(pictures: Tensor, concept: Concept) -> Tensor:
+    """How much of the concept is in a picture, ``(B,)`` in [0, 1], wherever it stands.
 
-    ``(subject right + pattern right + colour agreement) / 3``, the first two 0 or 1 and the third
-    :func:`colour_agreement`.
-    """
-    scene = concept.scene
-    read = [
-        (reading.logits[name].argmax(dim=-1) == ATTRIBUTES[name].index(value)).float()
-        for name, value in (("subject", scene.subject), ("pattern", scene.pattern))
-    ]
-    return torch.stack([*read, colour_agreement(reading.paint, concept)]).mean(dim=0)
-
-
-def colour_agreement(paint: Tensor, concept: Concept) -> Tensor:
-    """``exp(-(d / 0.15)^2)``, ``(B,)``: 1 for the concept's colours, about 0 for any named one.
-
-    ``d^2`` is the mean over both colours of ``|RGB read - RGB true|^2``, RGB in [0, 1]. Stripes and
-    checks are as well read the other way round, so the smaller ``d`` of the two counts; dots have
-    a ground, and their colours an order; what is plain has its first colour alone.
+    ``exp(-(d / 0.2)^2)``, ``d`` the root mean square difference of RGB values (in [0, 1]) between
+    the concept as it is drawn and the picture under it, at the place and in the size where it is
+    smallest. No learned judge has a part in it.
 
     Args:
-        paint: ``(B, 2, 3)``, as :class:`Reading` has it.
-        concept: what was to be drawn.
+        pictures: ``(B, 3, 64, 64)`` in [-1, 1].
+        concept: what they should show.
     """
-    scene = concept.scene
-    true = torch.tensor(scene.paint or named_paint(scene.colour), device=paint.device) / 255
-    if scene.pattern == "plain":
-        paint, true = paint[:, :1], true[:1]
-    squared = (paint - true).square().sum(dim=-1).mean(dim=-1)
-    if scene.pattern not in GROUND_SHOWS:
-        swapped = (paint.flip(1) - true).square().sum(dim=-1).mean(dim=-1)
-        squared = torch.minimum(squared, swapped)
-    return torch.exp(-squared / COLOUR_SCALE**2)
+    art = F.avg_pool2d((pictures.float() + 1) / 2, 2)
+    nearest = torch.stack(
+        [_least_difference(art, *thing_alone(concept.scene, size)) for size in SIZES]
+    )
+    return torch.exp(-nearest.amin(dim=0) / IDENTITY_SCALE**2)
+
+
+def _least_difference(art: Tensor, thing: np.ndarray, covers: np.ndarray) -> Tensor:
+    """Mean square difference at the best place, ``(B,)``, of a thing ``(h, w, 3)``.
+
+    ``mean m (a - t)^2 = (m * a^2 - 2 (m t) * a + sum m t^2) / (3 sum m)``, ``*`` a correlation.
+    """
+    m = torch.from_numpy(covers).to(art)
+    t = torch.from_numpy(thing).to(art).permute(2, 0, 1) / 255 * m
+    squares = F.conv2d(art.square(), m.expand(3, -1, -1)[None])
+    products = F.conv2d(art, t[None])
+    mean = (squares - 2 * products + t.square().sum()) / (3 * m.sum())
+    return mean.clamp(min=0).flatten(1).amin(dim=1)

@@ -36,6 +36,7 @@ __all__ = [
     "random_paint",
     "render",
     "render_art",
+    "thing_alone",
     "things_in",
 ]
 
@@ -211,6 +212,21 @@ def things_in(scene: Scene, art: np.ndarray) -> np.ndarray:
     """Where its picture shows a thing instead of the background: booleans ``(32, 32)``."""
     bare = BACKGROUNDS[scene.background](np.random.default_rng(scene.seed))
     return (art != bare).any(axis=-1)
+
+
+def thing_alone(scene: Scene, size: str) -> tuple[np.ndarray, np.ndarray]:
+    """The subject of a scene in a size: bytes ``(h, w, 3)``, and where no hat could cover it."""
+    sprite = SUBJECTS[size][scene.subject]
+    letters = sprite.letters
+    pixels = _body(letters, scene.paint or named_paint(scene.colour), scene.pattern)
+    height, width = letters.shape
+    top, left = GROUND - height, (SIDE - width) // 2
+    hatted = np.zeros((SIDE, SIDE), bool)
+    for hat in HATS.values():
+        canvas = np.zeros((SIDE, SIDE, 3), np.uint8)
+        _put_on_head(canvas, hat, sprite, top, left)
+        hatted |= canvas.any(axis=-1)
+    return pixels, (letters != EMPTY) & ~hatted[top : top + height, left : left + width]
 
 
 def _put_on_head(canvas: np.ndarray, hat: Sprite, wearer: Sprite, top: int, left: int) -> None:

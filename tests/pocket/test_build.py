@@ -19,12 +19,12 @@ from mlm_plugin.pocket.train_vae import vae_loss
 from mlm_plugin.pocket.world import held_out_pairs
 
 
-def test_every_stage_learns(tiny):
-    _, _, losses = tiny
+def test_every_stage_learns(tiny_pocket):
+    _, _, losses = tiny_pocket
     assert losses["autoencoder"]["mse"] < 0.32  # 0.6 without a picture
     assert losses["clip"]["contrast"] < 2.6  # 3.47 by chance, batch 32
     assert losses["clip"]["text"] < 1.5  # 1.7 by chance
-    assert losses["oracle"]["names"] < 1.3
+    assert losses["oracle"]["loss"] < 1.3
     assert losses["unet"]["loss"] < 0.12
 
 
@@ -50,18 +50,18 @@ def test_no_norm_of_the_autoencoder_erases_brightness(recipe):
     assert all(norm.num_channels // norm.num_groups >= 4 for norm in norms)
 
 
-def test_the_oracle_reads_pictures(tiny):
-    accuracy = tiny[1]["oracle_accuracy"]
+def test_the_oracle_reads_pictures(tiny_pocket):
+    accuracy = tiny_pocket[1]["oracle_accuracy"]
     assert accuracy["background"] > 0.9
     assert accuracy["position"] > 0.6
 
 
-def test_the_model_draws_backgrounds_that_the_prompt_names(tiny):
-    assert tiny[1]["accuracy"]["background"] > 0.25  # 0.1 by chance
+def test_the_model_draws_backgrounds_that_the_prompt_names(tiny_pocket):
+    assert tiny_pocket[1]["accuracy"]["background"] > 0.25  # 0.1 by chance
 
 
-def test_the_card_says_how_it_was_made(tiny):
-    folder, card, _ = tiny
+def test_the_card_says_how_it_was_made(tiny_pocket):
+    folder, card, _ = tiny_pocket
     assert json.loads((folder / "quality.json").read_text()) == json.loads(json.dumps(card))
     assert card["seed"] == 0
     assert card["num_prompts"] == TINY.num_prompts
@@ -69,31 +69,31 @@ def test_the_card_says_how_it_was_made(tiny):
     assert card["recipe"]["sizes"]["text_width"] == 32
 
 
-def test_a_second_call_trains_nothing(tiny):
-    folder, card, _ = tiny
+def test_a_second_call_trains_nothing(tiny_pocket):
+    folder, card, _ = tiny_pocket
     again = build(folder, recipe=TINY, show_progress=False)
     assert again["accuracy"] == card["accuracy"]
     assert {**again["seconds"], "quality": 0} == {**card["seconds"], "quality": 0}
 
 
-def test_another_seed_needs_another_folder(tiny):
+def test_another_seed_needs_another_folder(tiny_pocket):
     with pytest.raises(UserError, match="another recipe or seed"):
-        build(tiny[0], recipe=TINY, seed=1)
+        build(tiny_pocket[0], recipe=TINY, seed=1)
 
 
-def test_our_loader_takes_the_folder(tiny):
+def test_our_loader_takes_the_folder(tiny_pocket):
     from mlm_plugin.models.checkpoints import load_stable_diffusion
 
-    models = load_stable_diffusion(str(tiny[0]))
+    models = load_stable_diffusion(str(tiny_pocket[0]))
     (text_encoder,) = models.text_encoders
     states = text_encoder.encode(text_encoder.tokenize(["a red cat"])[:, 0])
     assert states.shape == (1, 77, 32)
 
 
-def test_the_text_encoder_is_the_clip_text_tower(tiny):
+def test_the_text_encoder_is_the_clip_text_tower(tiny_pocket):
     from transformers import CLIPModel, CLIPTextModel
 
-    folder = tiny[0]
+    folder = tiny_pocket[0]
     ids = torch.tensor([[1, 5, 9]])
     alone = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
     whole = CLIPModel.from_pretrained(folder / "clip", torch_dtype=torch.float32)
@@ -121,7 +121,6 @@ def test_an_oracle_comes_back_from_its_file(tmp_path):
     save_oracle(oracle, tmp_path / "oracle.safetensors")
     pixels = torch.rand(2, 3, 64, 64)
     again = load_oracle(tmp_path / "oracle.safetensors")(pixels)
-    torch.testing.assert_close(again.paint, oracle(pixels).paint)
     assert again.values("subject") == oracle(pixels).values("subject")
 
 

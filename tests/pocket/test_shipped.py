@@ -1,0 +1,70 @@
+"""What ships is small, and unpacks to what was built."""
+
+import json
+
+import pytest
+import torch
+from transformers import CLIPTextModel
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.metric_models import load_clip
+from mlm_plugin.hosts import builtin_names
+from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.contextualizer import load_contextualizer
+from mlm_plugin.pocket import shipped
+from mlm_plugin.pocket.oracle import load_oracle
+
+
+@pytest.fixture
+def packed(tiny_pocket, tmp_path, monkeypatch):
+    folder = tmp_path / "packed"
+    size = shipped.pack(tiny_pocket[0], folder)
+    assert size == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    monkeypatch.setattr(shipped, "SHIPPED", folder)
+    return folder
+
+
+def test_what_can_be_made_again_is_not_packed(packed, tiny_pocket):
+    names = {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()}
+    assert not [name for name in names if name.startswith(("text_encoder/", "stages/"))]
+    assert {"quality.json", "oracle.safetensors", "contextualizer.safetensors"} <= names
+    assert "clip/vocab.json" not in names
+
+
+def test_the_name_pocket_stands_for_a_model_every_loader_takes(packed, tiny_pocket):
+    folder = builtin_names.model_path("pocket")
+    assert folder == builtin_names.model_path("pocket")
+    models = load_stable_diffusion(folder)
+    built = CLIPTextModel.from_pretrained(tiny_pocket[0] / "text_encoder", dtype=torch.float32)
+    ours = models.text_encoders[0].model.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in built.state_dict().items())
+    load_contextualizer(builtin_names.contextualizer_path("pocket"), models.text_encoders[0])
+    assert load_clip(f"{folder}/clip").text_features(["a dog"]).isfinite().all()
+    load_oracle(shipped.pocket_model() / "oracle.safetensors")
+
+
+def test_the_name_pocket_stands_for_pictures_and_prompts():
+    assert len(list(builtin_names.Path(builtin_names.data_path("pocket")).rglob("*.png"))) == 4
+    lines = builtin_names.Path(builtin_names.contexts_path("pocket")).read_text().splitlines()
+    assert len(lines) == 1000
+    assert all("{}" in line for line in lines)
+
+
+def test_a_folder_of_the_users_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pocket").mkdir()
+    assert builtin_names.model_path("pocket") == "pocket"
+    assert builtin_names.model_path("model.safetensors") == "model.safetensors"
+    assert builtin_names.model_path(None) is None
+
+
+def test_a_package_without_the_model_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "nothing")
+    with pytest.raises(UserError, match="mlm-plugin pocket build --output DIR"):
+        builtin_names.model_path("pocket")
+
+
+def test_the_quality_card_says_where_it_comes_from(tiny_pocket):
+    card = json.loads((tiny_pocket[0] / "quality.json").read_text())
+    for name in ("accuracy", "num_prompts", "seed", "commit", "recipe", "seconds", "hardware"):
+        assert name in card
