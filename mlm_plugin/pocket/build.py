@@ -291,6 +291,7 @@ class _Builder:
             show_progress=self.show_progress,
         )
         self.seconds["contextualizer"] = round(time.monotonic() - began, 1)
+        _write_json(self.seconds_path, self.seconds)
 
     def _quality_card(self, tokenizer, vae, clip, oracle, unet) -> dict[str, Any]:
         began = time.monotonic()

@@ -65,7 +65,7 @@ def test_the_card_says_how_it_was_made(tiny_pocket):
     assert json.loads((folder / "quality.json").read_text()) == json.loads(json.dumps(card))
     assert card["seed"] == 0
     assert card["num_prompts"] == TINY.num_prompts
-    assert set(card["seconds"]) == {"vae", "clip", "oracle", "unet", "quality"}
+    assert set(card["seconds"]) == {"vae", "clip", "oracle", "unet", "contextualizer", "quality"}
     assert card["recipe"]["sizes"]["text_width"] == 32
 
 
