@@ -82,6 +82,8 @@ def run_pocket(argv: Sequence[str]) -> int:
     bench.add_argument("--tuning", action="store_true",
                        help="On the concepts that settings are chosen on, not those that are "
                        "reported.")  # fmt: skip
+    bench.add_argument("--jobs", type=int, default=1, metavar="N",
+                       help="Trainings at once, each with its share of cores.")  # fmt: skip
     bench.set_defaults(run=_run_bench)
     given = parser.parse_args(list(argv))
     return given.run(given)
@@ -110,10 +112,12 @@ def _run_bench(given: argparse.Namespace) -> int:
     from mlm_plugin.bench.plan import FULL, SHORT, chosen
 
     plan = chosen(SHORT if given.short else FULL, methods=given.method, tuning=given.tuning)
+    if given.jobs < 1:
+        raise UserError(f"--jobs {given.jobs}: must be at least 1")
     model = _prepare(given.model)
     from mlm_plugin.bench.run import run_bench
 
-    return run_bench(plan, model=model, output=given.output)
+    return run_bench(plan, model=model, output=given.output, jobs=given.jobs)
 
 
 def _prepare(name: str) -> Path:
@@ -125,7 +129,7 @@ def _prepare(name: str) -> Path:
     from mlm_plugin.hosts.builtin_names import model_path
     from mlm_plugin.hosts.console import quiet_libraries, setup_console
 
-    setup_console(LogOptions())
+    setup_console(LogOptions(console_log_level="WARNING"))
     quiet_libraries()
     model = Path(model_path(name))
     if not (model / "oracle.safetensors").is_file():

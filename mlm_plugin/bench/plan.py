@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.pocket.concepts import CONTEXT_FAMILIES, REPORTED, TUNING, Concept
@@ -26,7 +25,6 @@ __all__ = [
 ]
 
 Flags = Mapping[str, str]
-NO_FLAGS: Flags = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Arm:
     regularizer: str = "plain"
     weight: float = 0.0
     variant: str = ""
-    flags: Flags = field(default_factory=lambda: NO_FLAGS)
+    flags: Flags = field(default_factory=dict)
     contexts: ContextChoice = ContextChoice()
     num_blocks: int = 2
 

@@ -5,70 +5,151 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mlm_plugin.bench.plan import METHOD_FLAGS, Arm, BenchPlan
 from mlm_plugin.bench.report import html_report, markdown_table
 from mlm_plugin.bench.trial import Workshop, measure_base, run_trial
+from mlm_plugin.config.options import LogOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, require_writable
+from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.pocket.build import facts_of_here
 from mlm_plugin.pocket.concepts import Concept
 from mlm_plugin.training.trainer import Stopped
 
 __all__ = ["run_bench"]
 
-logger = logging.getLogger(__name__)
-
 RESULTS = "results.json"
 
 
-def run_bench(plan: BenchPlan, *, model: Path, output: Path) -> int:
+def run_bench(plan: BenchPlan, *, model: Path, output: Path, jobs: int = 1) -> int:
     """Run what is missing of a plan; returns the exit code.
+
+    Args:
+        plan: arms, concepts, seeds.
+        model: folder of a pocket model.
+        output: for results, table, page and the pictures of every run.
+        jobs: trials at once, each in a process of its own.
 
     Raises:
         UserError: the folder holds another model's results, or cannot be written.
     """
     require_writable(output, "--output")
     results = _open_results(output, model)
+    done = set(results["done"])
+    trials = [trial for trial in _trials(plan) if _fingerprint(plan, trial) not in done]
     workshop = Workshop(model, output, plan)
-    trials = [
-        (concept, seed, arm) for seed in plan.seeds for concept in plan.concepts
-        for arm in (None, *plan.arms)
-    ]  # fmt: skip
-    for number, (concept, seed, arm) in enumerate(trials, start=1):
-        made_for = _fingerprint(plan, arm, concept, seed)
-        if made_for in results["done"]:
-            continue
-        began = time.monotonic()
-        try:
-            records = (
-                run_trial(arm, concept, seed, workshop)
-                if arm
-                else [measure_base(concept, seed, workshop)]
+    workshop.prepare(plan.arms, plan.concepts)
+    began = time.monotonic()
+    with _Pool(workshop, jobs) as pool:
+        for number, (trial, records) in enumerate(pool.outcomes(trials), start=1):
+            if isinstance(records, int):
+                print("stopped; the same command goes on", file=sys.stderr)
+                return records
+            results["records"] = _without(results["records"], records[-1]) + records
+            results["done"].append(_fingerprint(plan, trial))
+            _write(output, results)
+            last, minutes = records[-1], (time.monotonic() - began) / 60
+            print(
+                f"{number}/{len(trials)} {trial.arm.name if trial.arm else 'base'}, "
+                f"{trial.concept.name}, seed {trial.seed}: fidelity {last['prompt_fidelity']:.0%}, "
+                f"identity {last['identity']:.0%} ({minutes:.1f} min)",
+                flush=True,
             )
-        except Stopped as stopped:
-            print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
-            return stopped.exit_code
-        results["records"] = _without(results["records"], records[-1]) + records
-        results["done"].append(made_for)
-        _write(output, results)
-        last = records[-1]
-        print(
-            f"{number}/{len(trials)} {arm.name if arm else 'base'}, {concept.name}, seed {seed}: "
-            f"fidelity {last['prompt_fidelity']:.0%}, identity {last['identity']:.0%} "
-            f"({time.monotonic() - began:.0f} s)",
-            flush=True,
-        )
     print(f"wrote {output / RESULTS}, {output / 'table.md'} and {output / 'report.html'}")
     return 0
+
+
+class Trial(NamedTuple):
+    """An arm, or ``None`` for the untrained model, on a concept with a seed."""
+
+    arm: Arm | None
+    concept: Concept
+    seed: int
+
+
+def _trials(plan: BenchPlan) -> list[Trial]:
+    """Seed by seed, so that a bench that is stopped early has whole pairs."""
+    return [
+        Trial(arm, concept, seed)
+        for seed in plan.seeds
+        for concept in plan.concepts
+        for arm in (None, *plan.arms)
+    ]
+
+
+Outcome = list[dict[str, Any]] | int
+"""Records, or the exit code of a signal."""
+
+
+def run_one(trial: Trial, workshop: Workshop) -> Outcome:
+    """One trial, here."""
+    arm, concept, seed = trial
+    try:
+        return (
+            run_trial(arm, concept, seed, workshop)
+            if arm
+            else [measure_base(concept, seed, workshop)]
+        )
+    except Stopped as stopped:
+        return stopped.exit_code
+
+
+class _Pool:
+    """Trials one after the other in this process, or several at once in others."""
+
+    def __init__(self, workshop: Workshop, jobs: int):
+        self.workshop = workshop
+        self.executor = None
+        if jobs > 1:
+            self.executor = ProcessPoolExecutor(
+                jobs,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(workshop.model, workshop.folder, workshop.plan, jobs),
+            )
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.executor:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
+        """As they are done."""
+        if not self.executor:
+            for trial in trials:
+                yield trial, run_one(trial, self.workshop)
+            return
+        running = {self.executor.submit(_run_in_worker, trial): trial for trial in trials}
+        for future in as_completed(running):
+            yield running[future], future.result()
+
+
+_workshop: Workshop | None = None  # of a worker process
+
+
+def _start_worker(model: Path, folder: Path, plan: BenchPlan, jobs: int) -> None:
+    global _workshop
+    quiet_libraries()
+    setup_console(LogOptions(console_log_level="ERROR"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    _workshop = Workshop(model, folder, plan)
+
+
+def _run_in_worker(trial: Trial) -> Outcome:
+    return run_one(trial, _workshop)
 
 
 def _open_results(output: Path, model: Path) -> dict[str, Any]:
@@ -95,11 +176,10 @@ def _write(output: Path, results: Mapping[str, Any]) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _fingerprint(plan: BenchPlan, arm: Arm | None, concept: Concept, seed: int) -> str:
+def _fingerprint(plan: BenchPlan, trial: Trial) -> str:
     """Of everything that decides what a trial gives."""
-    facts: list[Any] = [
-        concept.name, seed, plan.num_pictures, plan.num_steps, plan.guidance,
-    ]  # fmt: skip
+    arm, concept, seed = trial
+    facts: list[Any] = [concept.name, seed, plan.num_pictures, plan.num_steps, plan.guidance]
     if arm:
         told = dataclasses.asdict(dataclasses.replace(arm, flags={})) | {"flags": dict(arm.flags)}
         facts += [told, dict(METHOD_FLAGS[arm.method]), plan.looks[arm.method]]

@@ -84,6 +84,17 @@ class Workshop:
         self.oracle: Oracle = load_oracle(self.model / "oracle.safetensors")
         self.clip: Clip = load_clip(str(self.model / "clip"))
 
+    def prepare(self, arms: Sequence[Arm], concepts: Sequence[Concept]) -> None:
+        """Make what trials share, so that several at once only read it."""
+        for concept in concepts:
+            self.data(concept)
+            for arm in arms:
+                self.contexts(concept, arm)
+            if any(arm.regularizer == "prior_preservation" for arm in arms):
+                _class_images(concept, self)
+        for num_blocks in {arm.num_blocks for arm in arms if arm.regularizer == "mlm"}:
+            self.contextualizer(num_blocks)
+
     def data(self, concept: Concept) -> Path:
         """Training pictures of a concept."""
         folder = self.folder / "concepts" / concept.name.replace(" ", "_")

@@ -120,6 +120,20 @@ def test_a_signal_ends_the_bench_and_keeps_what_is_done(tiny_pocket, tmp_path, m
     assert [record["method"] for record in records] == ["base"]
 
 
+def test_trials_in_processes_of_their_own_give_the_same_records(tiny_pocket, tmp_path):
+    plan = dataclasses.replace(SMALL, arms=(Arm("lora"), Arm("lora", "core", 0.1)))
+    records = []
+    for jobs in (1, 2):
+        output = tmp_path / str(jobs)
+        assert run_bench(plan, model=tiny_pocket[0], output=output, jobs=jobs) == 0
+        found = json.loads((output / "results.json").read_text())["records"]
+        records.append(sorted(found, key=lambda r: (r["method"], r["regularizer"], r["step"])))
+    for one, other in zip(*records, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("regularizer", "step", "prompt_fidelity", "identity"):
+            assert one[name] == pytest.approx(other[name], abs=1e-4)
+
+
 def test_results_of_another_model_are_not_mixed(tiny_pocket, tmp_path):
     (tmp_path / "results.json").write_text('{"model": "other", "records": [], "done": []}')
     with pytest.raises(UserError, match="results of another model"):
@@ -161,6 +175,7 @@ def test_a_class_word_stands_where_the_plan_says_so(workshop, tmp_path):
         (["demo", "--output", "{}", "--model", "{}"], "no oracle.safetensors there"),
         (["bench"], "required: --output"),
         (["bench", "--output", "{}", "--method", "dora"], "--method dora"),
+        (["bench", "--output", "{}", "--jobs", "0"], "--jobs 0: must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(argv, named, tmp_path):
