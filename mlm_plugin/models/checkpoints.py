@@ -27,7 +27,8 @@ __all__ = ["StableDiffusion", "load_stable_diffusion"]
 
 logger = logging.getLogger(__name__)
 
-# The betas of all Stable Diffusion 1.x and 2.x models.
+SDXL_VERSION = "sdxl_base_v1-0"
+# The betas of all Stable Diffusion 1.x, 2.x and XL models.
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -36,10 +37,11 @@ class StableDiffusion:
     """The frozen parts of a Stable Diffusion model, in eval mode, on the CPU.
 
     Attributes:
-        text_encoders: one, for SD 1.x and 2.x.
+        text_encoders: one for SD 1.x and 2.x; CLIP-L and OpenCLIP bigG for SDXL, in the order in
+            which the U-Net reads their states, the second with pooled states.
         noise_scheduler: DDPM with the betas the model was trained with.
-        version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), as
-            kohya writes it into ``ss_base_model_version``.
+        version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), or
+            ``sdxl_base_v1-0``, as kohya writes it into ``ss_base_model_version``.
         prediction_type: ``epsilon`` or ``v_prediction``: what training must aim at. Read this, not
             the option: a diffusers folder knows its own.
         source: the model as given.
@@ -52,6 +54,11 @@ class StableDiffusion:
     version: str
     prediction_type: str
     source: str
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the U-Net reads two text encoders, a pooled state and sizes."""
+        return self.version == SDXL_VERSION
 
 
 def load_stable_diffusion(
