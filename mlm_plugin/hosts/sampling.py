@@ -55,7 +55,7 @@ class SampleDrawer(Listener):
                 self.prompts,
                 unet=models.unet,
                 vae=models.vae,
-                encode_captions=trainer.method.encode,
+                encode=trainer.encode,
                 noise_scheduler=models.noise_scheduler,
                 prediction_type=models.prediction_type,
                 output_dir=self.folder,

@@ -28,6 +28,7 @@ from mlm_plugin.methods.token_rows import (
     words_of,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.models.cross_attention import (
     cross_attention_names,
     layer_codes,
@@ -79,10 +80,10 @@ class XTI(TextualInversion):
         )
         return cls(models, rows, all_layers=config.embedding.xti_mlm_layers == "all")
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
+    def encode(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of all layers, joined: ``(B, K L, D)``."""
         (text_encoder,) = self.models.text_encoders
-        return encode_per_layer(text_encoder, captions)
+        return Conditioning(encode_per_layer(text_encoder, captions))
 
     def mlm_ids(
         self, text_encoder: TextEncoder, prompts: Sequence[str], rng: random.Random

@@ -30,9 +30,7 @@ class Conditioning(NamedTuple):
         return Conditioning(*(part if part is None else part.to(place) for part in self))
 
 
-def encode_captions(
-    text_encoders: Sequence[TextEncoder], captions: Sequence[str]
-) -> Conditioning:
+def encode_captions(text_encoders: Sequence[TextEncoder], captions: Sequence[str]) -> Conditioning:
     """Captions through the text encoder, or through SDXL's two.
 
     Source: sd-scripts ``library/strategy_sdxl.py`` ``encode_tokens``; ``sdxl_train_network.py``

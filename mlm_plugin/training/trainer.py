@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.methods.base import Method, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
 from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.interrupt import StopRequest
@@ -130,6 +131,7 @@ class Trainer:
         settings: options on which a state depends, by name; states keep them, and one with other
             settings is refused.
         freeze_at: the optimizer step, from 0, from which a part of the method is trained no more.
+        encode: captions to conditioning, where they were encoded beforehand; else the method's.
     """
 
     def __init__(
@@ -149,11 +151,13 @@ class Trainer:
         listeners: Sequence[Listener] = (),
         settings: Mapping[str, str] | None = None,
         freeze_at: Mapping[Part, int] | None = None,
+        encode: Callable[[Sequence[str]], Conditioning] | None = None,
     ):
         assert (regularizer is None) == (mlm_schedule is None), "a regularizer needs its schedule"
         self.accelerator = accelerator
         self.models = models
         self.method = method
+        self.encode = encode or method.encode
         self.loader = loader
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -332,13 +336,13 @@ class Trainer:
         device = self.accelerator.device
         latents = self._latents(batch)
         with self.accelerator.autocast():
-            states_BLD = self.method.encode(batch.captions)
+            conditioning = self.encode(batch.captions)
+            sizes_B6 = size_ids(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
 
             def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
                 dtype = self.models.unet.dtype
-                return self.models.unet(
-                    noisy_latents.to(dtype), timesteps, encoder_hidden_states=states_BLD.to(dtype)
-                ).sample
+                inputs = unet_inputs(conditioning, sizes_B6, dtype=dtype)
+                return self.models.unet(noisy_latents.to(dtype), timesteps, **inputs).sample
 
             diffusion = self.diffusion_loss(
                 predict,

@@ -142,7 +142,7 @@ def test_every_layer_is_conditioned_on_the_rows_of_that_layer(trainer_of):
     method, (text_encoder,) = trainer.method, trainer.models.text_encoders
     captions = ["a photo of sks dog", "a dog"]
     with torch.no_grad():
-        states_KBLD = split_layers(method.encode(captions), 16)
+        states_KBLD = split_layers(method.encode(captions).states, 16)
         ids_BL = text_encoder.tokenize(captions)[:, 0]
         for k in range(16):
             expected = text_encoder.encode(method.rows.variant(ids_BL, k))
