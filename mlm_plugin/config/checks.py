@@ -20,7 +20,13 @@ from mlm_plugin.config.options import (
 )
 from mlm_plugin.errors import UserError
 
-__all__ = ["check_config", "check_model", "mlm_obstacle", "mlm_range_errors", "mlm_reaches"]
+__all__ = [
+    "check_config",
+    "check_model",
+    "mlm_obstacle",
+    "mlm_range_errors",
+    "trained_text_encoders",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +64,6 @@ def check_model(config: TrainConfig, *, is_sdxl: bool) -> None:
             f"{config.model.pretrained_model_name_or_path} is SDXL; use one of "
             f"{', '.join(SDXL_METHODS)}"
         )
-    if is_sdxl and config.model.clip_skip is not None:
-        logger.warning(
-            "clip_skip has no effect with SDXL, which always takes the layer before the last"
-        )
     if not is_sdxl:
         names = [name for name in _OF_TWO_TEXT_ENCODERS if name in config.changed()]
         if len(config.optimizer.text_encoder_lr or ()) > 1:
@@ -97,7 +99,7 @@ def mlm_obstacle(config: TrainConfig, *, num_text_encoders: int = 2) -> str | No
     return None
 
 
-def mlm_reaches(config: TrainConfig, *, num_text_encoders: int) -> list[bool]:
+def trained_text_encoders(config: TrainConfig, *, num_text_encoders: int) -> list[bool]:
     """For each text encoder of the model, whether anything is trained before its output."""
     if mlm_obstacle(config, num_text_encoders=num_text_encoders):
         return [False] * num_text_encoders

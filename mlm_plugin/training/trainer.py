@@ -30,7 +30,15 @@ from mlm_plugin.training.optimizers import set_optimizer_mode
 from mlm_plugin.training.rollback import StepBefore
 from mlm_plugin.training.state import Progress, load_state, save_state
 
-__all__ = ["Listener", "NonFiniteLoss", "StepResult", "Stopped", "TrainPlan", "Trainer"]
+__all__ = [
+    "Listener",
+    "NonFiniteLatents",
+    "NonFiniteLoss",
+    "StepResult",
+    "Stopped",
+    "TrainPlan",
+    "Trainer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +49,18 @@ class NonFiniteLoss(Exception):
     Weights, optimizer, scheduler and progress are those of before the last optimizer step, because
     the weights that this step made are the ones that failed. Where nothing is kept (the first step
     of a run, or networks above ``rollback.LIMIT``), they are those that failed.
+
+    Attributes:
+        advice: what to start again with.
     """
+
+    advice = "a lower learning rate, or try no_half_vae or mixed_precision bf16"
+
+
+class NonFiniteLatents(NonFiniteLoss):
+    """The VAE overflowed in half precision; no other weights or rates help."""
+
+    advice = "no_half_vae, or with a VAE that was made for half precision (--vae)"
 
 
 class Stopped(Exception):
@@ -325,12 +344,21 @@ class Trainer:
             result.mlm, result.mlm_accuracy = mlm.loss.item(), mlm.accuracy.item()
         if self._any_process(not math.isfinite(result.loss)):
             self.optimizer.zero_grad(set_to_none=True)
+            self._refuse_latents(batch)
             raise NonFiniteLoss(
                 f"the loss is {result.loss} at step {self.progress.current_step + 1} "
                 f"(diffusion {result.diffusion}, mlm {result.mlm})"
             )
         self.accelerator.backward(loss)
         return result
+
+    def _refuse_latents(self, batch: Batch) -> None:
+        """Tell a VAE that overflows (SDXL's own does in fp16) from weights that went astray."""
+        if not self._latents(batch).isfinite().all():
+            raise NonFiniteLatents(
+                f"the VAE gives latents that are not finite in {self.models.vae.dtype} for "
+                f"{', '.join(batch.image_paths)}"
+            )
 
     def _losses(self, batch: Batch, number: int) -> tuple[Tensor, MLMOutput | None, float]:
         device = self.accelerator.device

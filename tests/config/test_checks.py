@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_plugin.config.checks import check_config, check_model, mlm_obstacle, mlm_reaches
+from mlm_plugin.config.checks import check_config, check_model, mlm_obstacle, trained_text_encoders
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import (
     METHOD_NAMES,
@@ -297,7 +297,7 @@ def test_with_two_text_encoders_one_that_is_trained_is_enough_for_the_mlm_term()
 def test_the_mlm_term_reaches_the_text_encoders_before_whose_output_something_is_trained(
     changes, expected
 ):
-    assert mlm_reaches(NO_NETWORK.replace(**changes), num_text_encoders=2) == expected
+    assert trained_text_encoders(NO_NETWORK.replace(**changes), num_text_encoders=2) == expected
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -312,19 +312,18 @@ def test_a_method_made_of_one_text_encoder_refuses_sdxl(method):
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_sdxl", "named"),
+    ("changes", "named"),
     [
-        ({"clip_skip": 2}, True, "clip_skip"),
-        ({"text_encoder_lr": (1e-4, 1e-5)}, False, "the second text_encoder_lr"),
-        ({"stop_text_encoder2_training": 5}, False, "stop_text_encoder2_training"),
-        ({"method": "dreambooth", "learning_rate_te1": 1e-6}, False, "learning_rate_te1"),
+        ({"text_encoder_lr": (1e-4, 1e-5)}, "the second text_encoder_lr"),
+        ({"stop_text_encoder2_training": 5}, "stop_text_encoder2_training"),
+        ({"method": "dreambooth", "learning_rate_te1": 1e-6}, "learning_rate_te1"),
     ],
 )
-def test_an_option_of_the_other_kind_of_model_is_named(changes, is_sdxl, named, caplog):
+def test_an_option_of_the_second_text_encoder_is_named_where_there_is_none(changes, named, caplog):
     config = NO_NETWORK.replace(**changes)
-    check_model(config, is_sdxl=not is_sdxl)
+    check_model(config, is_sdxl=True)
     assert not caplog.records
-    check_model(config, is_sdxl=is_sdxl)
+    check_model(config, is_sdxl=False)
     assert [record.getMessage().split(" has no effect")[0] for record in caplog.records] == [named]
 
 

@@ -516,7 +516,7 @@ class MemoryTracker(GeneralTracker):
 
 def curve_logger(trainer):
     (text_encoder,) = trainer.models.text_encoders  # a fresh LoRA leaves its states as they were
-    return CurveLogger(TextDrift(text_encoder))
+    return CurveLogger({"te/drift_cos": TextDrift(text_encoder)})
 
 
 def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset, tmp_path):
