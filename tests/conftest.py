@@ -84,6 +84,7 @@ def _build_toy_sdxl(folder: Path) -> None:
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    from mlm_plugin.export.checkpoint import model_index
     from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 
     vocab_size = build_toy_tokenizer(folder / "tokenizer", toy_corpus(num_prompts=200))
@@ -144,17 +145,7 @@ def _build_toy_sdxl(folder: Path) -> None:
         timestep_spacing="leading",
         steps_offset=1,
     ).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionXLPipeline",
-        "force_zeros_for_empty_prompt": True,
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+    index = model_index("EulerDiscreteScheduler", is_sdxl=True)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
