@@ -17,6 +17,7 @@ from mlm_plugin.config.options import (
     TOKEN_METHODS,
     MLMOptions,
     TrainConfig,
+    text_encoder_lrs,
 )
 from mlm_plugin.errors import UserError
 
@@ -131,11 +132,9 @@ def _text_encoder_rates(config: TrainConfig, num_text_encoders: int) -> list[_Ra
     """One for each text encoder that is trained, its weights or its LoRA; none for rows."""
     method, part = config.schedule.method, "textencoder"
     if method in NETWORK_METHODS:
-        given = config.optimizer.text_encoder_lr
-        if not given:
-            return [_rate(config, part, "learning_rate")] * num_text_encoders
-        given = (*given, *given[-1:] * num_text_encoders)[:num_text_encoders]
-        return [_Rate(part, "text_encoder_lr", value) for value in given]
+        option = "text_encoder_lr" if config.optimizer.text_encoder_lr else "learning_rate"
+        lrs = text_encoder_lrs(config.optimizer, num_text_encoders)
+        return [_Rate(part, option, lr) for lr in lrs]
     if method != "dreambooth" or config.finetune.no_train_text_encoder:
         return []
     if num_text_encoders == 1:

@@ -45,6 +45,7 @@ __all__ = [
     "ScheduleOptions",
     "TrainConfig",
     "known_names",
+    "text_encoder_lrs",
 ]
 
 METHOD_NAMES = (
@@ -1045,6 +1046,15 @@ GROUPS: dict[str, type] = {
 OPTIONS: dict[str, Option] = {
     name: entry for group, cls in GROUPS.items() for name, entry in _read_fields(group, cls).items()
 }
+
+
+def text_encoder_lrs(options: OptimizerOptions, num_text_encoders: int) -> tuple[float, ...]:
+    """``text_encoder_lr`` of each text encoder: one value serves all, none is learning_rate.
+
+    Source: sd-scripts networks/lora.py prepare_optimizer_params_with_multiple_te_lrs.
+    """
+    given = options.text_encoder_lr or (options.learning_rate,)
+    return (*given, *given[-1:] * num_text_encoders)[:num_text_encoders]
 
 
 def known_names() -> set[str]:

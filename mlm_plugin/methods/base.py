@@ -31,6 +31,7 @@ __all__ = [
     "numbered",
     "stored",
     "take_over",
+    "text_encoder_parts",
 ]
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -179,6 +180,12 @@ class Method(ABC):
     def after_step(self) -> dict[str, float]:
         """What follows an optimizer step; numbers worth logging."""
         return {}
+
+
+def text_encoder_parts(models: StableDiffusion) -> list[Part]:
+    """The part that each text encoder's weights are."""
+    numbers = range(1, len(models.text_encoders) + 1)
+    return [f"textencoder{n}" for n in numbers] if len(numbers) > 1 else ["textencoder"]
 
 
 def numbered(parts: Mapping[Part, Sequence[nn.Parameter]]) -> dict[str, Tensor]:

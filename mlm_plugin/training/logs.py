@@ -43,6 +43,8 @@ class CurveLogger(Listener):
             values["loss/mlm"] = result.mlm
             values["loss/mlm_weighted"] = result.mlm_weight * result.mlm
             values["mlm/accuracy"] = result.mlm_accuracy
+            for number, loss in enumerate(result.mlm_losses, start=1):
+                values[f"loss/mlm_te{number}"] = loss
         if step % max(1, trainer.plan.num_steps // DRIFT_LOOKS) == 0:
             trainer.method.train(False)
             values |= {tag: drift() for tag, drift in self.drifts.items()}

@@ -107,6 +107,7 @@ class StepResult:
     mlm: float | None = None  # before the weight; None where the term did not act
     mlm_weight: float = 0.0
     mlm_accuracy: float | None = None
+    mlm_losses: tuple[float, ...] = ()  # of each text encoder, where there are several
     extras: dict[str, float] | None = None
 
 
@@ -342,6 +343,8 @@ class Trainer:
         result = StepResult(loss=loss.item(), diffusion=diffusion.item(), mlm_weight=weight)
         if mlm is not None:
             result.mlm, result.mlm_accuracy = mlm.loss.item(), mlm.accuracy.item()
+            if len(mlm.losses) > 1:
+                result.mlm_losses = tuple(loss.item() for loss in mlm.losses)
         if self._any_process(not math.isfinite(result.loss)):
             self.optimizer.zero_grad(set_to_none=True)
             self._refuse_latents(batch)
@@ -464,6 +467,9 @@ def _mean(results: list[StepResult]) -> StepResult:
         mlm=mean([r.mlm for r in results]),
         mlm_weight=results[0].mlm_weight,
         mlm_accuracy=mean([r.mlm_accuracy for r in results]),
+        mlm_losses=tuple(
+            mean(column) for column in zip(*(r.mlm_losses for r in results), strict=True)
+        ),
     )
 
 
