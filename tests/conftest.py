@@ -186,6 +186,21 @@ def toy_contextualizer(toy_folder, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def toy_sdxl_contextualizers(toy_sdxl_folder, tmp_path_factory) -> str:
+    """The same for both text encoders of the SDXL toy, as ``mlm_contextualizer`` names them."""
+    from mlm_plugin.config.pretraining import PretrainOptions
+    from mlm_plugin.models.checkpoints import load_stable_diffusion
+    from mlm_plugin.training.pretrain import pretrain
+
+    options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
+    folder, paths = tmp_path_factory.mktemp("contextualizers"), []
+    for text_encoder in load_stable_diffusion(toy_sdxl_folder).text_encoders:
+        paths.append(folder / f"te{len(paths) + 1}.safetensors")
+        pretrain(text_encoder, paths[-1], options=options, show_progress=False)
+    return ",".join(map(str, paths))
+
+
 @pytest.fixture
 def _fresh_accelerator():
     """A process trains once; tests train many times, with other precisions."""

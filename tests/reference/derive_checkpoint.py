@@ -3,8 +3,8 @@
 Usage: ``SD_SCRIPTS_DIR=/path/to/sd-scripts python tests/reference/derive_checkpoint.py``
 
 Takes the functions it needs out of ``library/model_util.py`` and ``library/sdxl_model_util.py``
-without importing these files, so that diffusers and transformers are the only requirements. The models are of full size and on the meta
-device. The stored values come from commit 48d368fa.
+without importing these files, so that diffusers and transformers are the only requirements. The
+models are of full size and on the meta device. The stored values come from commit 48d368fa.
 """
 
 from __future__ import annotations
