@@ -89,7 +89,8 @@ def client_of(method, folder, files):
 def test_it_learns_and_its_files_draw_the_trainers_picture(
     name, sdxl_trainer_of, toy_sdxl_folder, tmp_path
 ):
-    trainer = sdxl_trainer_of(name, steps=4)
+    rates = {"embedding_lr": 2e-2} if "embedding" in PARTS[name] else {}
+    trainer = sdxl_trainer_of(name, steps=4, **rates)
     assert trainer.method.parts().keys() == PARTS[name]
     untrained = own_sample(trainer)
     trainer.run()
