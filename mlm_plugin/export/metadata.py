@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_plugin import __version__
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.models.checkpoints import SDXL_VERSION
 from mlm_plugin.models.networks import parse_network_args
 
 if TYPE_CHECKING:
@@ -64,7 +65,6 @@ TITLES = {
     "checkpoint": "Checkpoint",
 }
 NO_FILE, FOLDER = "NOFILE", "IsADirectory"
-SDXL = "sdxl_base_v1-0"
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"
 """Whose names SDXL's files have, as ModelSpec calls it."""
 
@@ -566,7 +566,7 @@ def _is_v2(facts: RunFacts) -> bool:
 
 
 def _is_sdxl(facts: RunFacts) -> bool:
-    return facts.base_model_version == SDXL
+    return facts.base_model_version == SDXL_VERSION
 
 
 def _resolution(text: str | None) -> tuple[int, int] | None:

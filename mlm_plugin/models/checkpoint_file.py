@@ -62,7 +62,7 @@ def load_file(
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None,
 ) -> ModelParts:
-    """Load a checkpoint with LDM names (``.safetensors``, ``.ckpt``).
+    """Load a checkpoint of SD 1.x, 2.x or XL with LDM names (``.safetensors``, ``.ckpt``).
 
     The U-Net's weights are taken, not their moving average (``model_ema.*``), as sd-scripts does.
 
@@ -73,7 +73,7 @@ def load_file(
         vae_dtype: of the VAE; ``None`` = do not read it.
 
     Raises:
-        UserError: unreadable or incomplete file, or no SD 1.x / 2.x checkpoint.
+        UserError: unreadable or incomplete file, or no checkpoint of these kinds.
 
     Source: sd-scripts ``library/model_util.py`` ``load_models_from_stable_diffusion_checkpoint``.
     """

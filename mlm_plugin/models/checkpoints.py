@@ -23,7 +23,7 @@ from mlm_plugin.models.model_parts import TITLES, ModelParts
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import find_tokenizer, second_tokenizer
 
-__all__ = ["StableDiffusion", "load_stable_diffusion"]
+__all__ = ["SDXL_VERSION", "StableDiffusion", "load_stable_diffusion"]
 
 logger = logging.getLogger(__name__)
 
