@@ -173,6 +173,7 @@ class TrainDataset(Dataset):
         to_disk: bool = False,
         batch_size: int = 1,
         skip_check: bool = False,
+        is_sdxl: bool = False,
     ) -> None:
         """Replace pixels by latents from here on; arguments as in :func:`.latents.cache_latents`.
 
@@ -190,6 +191,7 @@ class TrainDataset(Dataset):
             to_disk=to_disk,
             batch_size=batch_size,
             skip_check=skip_check,
+            is_sdxl=is_sdxl,
         )
 
     def bucket_counts(self) -> Counter[tuple[int, Size]]:

@@ -193,10 +193,12 @@ def build_trainer(
     models = load_models(config)
     check_model(config, is_sdxl=models.is_sdxl)
     _warn_of_small_pictures(models, dataset)
-    _place_models(config, models, accelerator.device)
     if accelerator.is_main_process:
         print_report(config, dataset, concepts, models)
+    for text_encoder in models.text_encoders:
+        text_encoder.model.to(accelerator.device)
     contextualizers = find_contextualizers(config, models, accelerator)
+    _place_models(config, models, accelerator.device)  # not before, for pretraining takes memory
     curves = _curve_logger(config, models, accelerator)
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
@@ -356,7 +358,7 @@ def _warn_of_small_pictures(models: StableDiffusion, dataset: TrainDataset) -> N
 
 
 def _place_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
-    for module in (models.unet, models.vae, *(te.model for te in models.text_encoders)):
+    for module in (models.unet, models.vae):
         module.to(device)
     if config.model.xformers:  # before methods put processors of their own in front
         _use_xformers(models)
@@ -489,6 +491,7 @@ def _cache_latents(
             to_disk=config.dataset.cache_latents_to_disk,
             batch_size=config.dataset.vae_batch_size,
             skip_check=config.dataset.skip_cache_check,
+            is_sdxl=models.is_sdxl,
         )
     vae.to("cpu")
     if accelerator.device.type == "cuda":
