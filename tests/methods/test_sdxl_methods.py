@@ -105,7 +105,7 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(
     np.testing.assert_allclose(client_sample(pipeline, trainer, word), sample, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SDXL_METHODS)
+@pytest.mark.parametrize("name", ["dreambooth", "pivotal"])  # weights; adapters and rows
 def test_a_resumed_run_ends_bit_identical_to_a_straight_one(name, sdxl_trainer_of, tmp_path):
     straight = sdxl_trainer_of(name, steps=2, mlm_loss_weight=0.1)
     straight.run()
