@@ -31,6 +31,7 @@ class MLMOutput(NamedTuple):
     loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
     accuracy: Tensor  # 0-d fp32, share of hidden tokens named rightly, without gradient
     num_masked: Tensor  # 0-d long
+    losses: tuple[Tensor, ...] = ()  # what the loss is the mean of, one per text encoder
 
 
 @dataclass
@@ -123,10 +124,12 @@ class MLMRegularizer:
         parts = [self._loss_of(tap, prompts, rng) for tap in self.taps]
         num_masked = sum(part.num_masked for part in parts)
         num_correct = sum(part.num_correct for part in parts)
+        losses = tuple(part.loss for part in parts)
         return MLMOutput(
-            loss=torch.stack([part.loss for part in parts]).mean(),
+            loss=torch.stack(losses).mean(),
             accuracy=num_correct / num_masked.clamp(min=1),
             num_masked=num_masked,
+            losses=losses,
         )
 
     def _loss_of(self, tap: TextTap, prompts: list[str], rng: random.Random) -> MaskedWordLoss:

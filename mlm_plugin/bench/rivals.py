@@ -208,7 +208,7 @@ class OutputPreservation:
         return _as_output(F.mse_loss(self._predict(noisy, timesteps), wanted))
 
     def _predict(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        states = self.method.encode([self.caption] * len(noisy))
+        states = self.method.encode([self.caption] * len(noisy)).states
         return self.method.models.unet(noisy, timesteps, encoder_hidden_states=states).sample
 
 

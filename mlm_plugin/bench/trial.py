@@ -371,7 +371,7 @@ class Watcher(Listener):
                     self.seed,
                     self.workshop,
                     trainer.models,
-                    trainer.method.encode,
+                    lambda captions: trainer.method.encode(captions).states,
                 )
         self.since = time.perf_counter()
 

@@ -13,13 +13,21 @@ from typing import Any, NamedTuple
 from mlm_plugin.config.options import (
     NETWORK_METHODS,
     OPTIONS,
+    SDXL_METHODS,
     TOKEN_METHODS,
     MLMOptions,
     TrainConfig,
+    text_encoder_lrs,
 )
 from mlm_plugin.errors import UserError
 
-__all__ = ["check_config", "mlm_obstacle", "mlm_range_errors"]
+__all__ = [
+    "check_config",
+    "check_model",
+    "mlm_obstacle",
+    "mlm_range_errors",
+    "trained_text_encoders",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,61 +50,106 @@ def check_config(config: TrainConfig) -> None:
         logger.warning("%s", message)
 
 
-def mlm_obstacle(config: TrainConfig) -> str | None:
-    """Why the MLM term could have no gradient, in the words of the options; None if it can."""
-    method, rates = config.schedule.method, _rates(config)
-    if "embedding" in rates and rates["embedding"].value:
+def check_model(config: TrainConfig, *, is_sdxl: bool) -> None:
+    """The same as :func:`check_config`, for what only the loaded model can tell.
+
+    Raises:
+        UserError: the method does not read this kind of model.
+
+    Source: sd-scripts library/sdxl_train_util.py verify_sdxl_training_args.
+    """
+    method = config.schedule.method
+    if is_sdxl and method not in SDXL_METHODS:
+        raise UserError(
+            f"method = {method!r} is for Stable Diffusion 1 and 2, and "
+            f"{config.model.pretrained_model_name_or_path} is SDXL; use one of "
+            f"{', '.join(SDXL_METHODS)}"
+        )
+    if not is_sdxl:
+        names = [name for name in _OF_TWO_TEXT_ENCODERS if name in config.changed()]
+        if len(config.optimizer.text_encoder_lr or ()) > 1:
+            names.append("the second text_encoder_lr")
+        for name in names:
+            logger.warning("%s has no effect: this model has one text encoder", name)
+
+
+def mlm_obstacle(config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+    """Why the MLM term could have no gradient, in the words of the options; None if it can.
+
+    Args:
+        config: all options.
+        num_text_encoders: of the model; 2 as long as it is not known.
+    """
+    method = config.schedule.method
+    rows = [rate for rate in _rates(config) if rate.part == "embedding"]
+    if any(rate.value for rate in rows):
         return None
-    if method in NETWORK_METHODS:
-        return _network_without_text(config)
+    if method in NETWORK_METHODS and config.network.network_train_unet_only:
+        return "network_train_unet_only trains no text encoder"
     if method == "dreambooth" and config.finetune.no_train_text_encoder:
         return "no_train_text_encoder leaves the text encoder untrained"
-    part = "textencoder" if method == "dreambooth" else "embedding"
-    if rates[part].value == 0:
-        what = "the text encoder" if method == "dreambooth" else "the rows"
-        return f"{rates[part].option} = 0 leaves {what} untrained"
-    return None
-
-
-def _network_without_text(config: TrainConfig) -> str | None:
-    network, rate = config.network, _rates(config)["textencoder"]
-    if network.network_train_unet_only:
-        return "network_train_unet_only trains no text encoder"
-    if rate.value == 0:
-        return f"{rate.option} = 0 leaves the text encoder untrained"
-    if network.network_module.startswith("lycoris"):
-        presets = [arg for arg in network.network_args if arg.startswith("preset=unet-")]
+    rates = _text_encoder_rates(config, num_text_encoders)
+    if not any(rate.value for rate in rates):
+        options = dict.fromkeys(rate.option for rate in rates or rows)
+        what = "the text encoder" if rates else "the rows"
+        return f"{' = 0 and '.join(options)} = 0 leaves {what} untrained"
+    if method in NETWORK_METHODS and config.network.network_module.startswith("lycoris"):
+        presets = [arg for arg in config.network.network_args if arg.startswith("preset=unet-")]
         if presets:
             return f"network_args {presets[0]} trains no text encoder"
     return None
 
 
+def trained_text_encoders(config: TrainConfig, *, num_text_encoders: int) -> list[bool]:
+    """For each text encoder of the model, whether anything is trained before its output."""
+    if mlm_obstacle(config, num_text_encoders=num_text_encoders):
+        return [False] * num_text_encoders
+    if any(rate.value for rate in _rates(config) if rate.part == "embedding"):
+        return [True] * num_text_encoders
+    return [bool(rate.value) for rate in _text_encoder_rates(config, num_text_encoders)]
+
+
 class _Rate(NamedTuple):
+    part: str
     option: str  # the one that sets it
     value: float
 
 
-def _rates(config: TrainConfig) -> dict[str, _Rate]:
-    """The learning rate of every part that the method trains."""
-    optimizer, method = config.optimizer, config.schedule.method
-
-    def rate(option: str) -> _Rate:
-        value = getattr(optimizer, option)
-        value = value[0] if isinstance(value, tuple) else value
-        if value is None:
-            return _Rate("learning_rate", optimizer.learning_rate)
-        return _Rate(option, value)
-
-    rates = {}
+def _rates(config: TrainConfig) -> list[_Rate]:
+    """The learning rate of every part that the method may train, with two text encoders."""
+    method, rates = config.schedule.method, []
     if method in NETWORK_METHODS:
-        rates = {"unet": rate("unet_lr"), "textencoder": rate("text_encoder_lr")}
+        rates.append(_rate(config, "unet", "unet_lr"))
     elif method in ("dreambooth", "custom_diffusion"):
-        rates = {"unet": rate("learning_rate")}
-    if method == "dreambooth" and not config.finetune.no_train_text_encoder:
-        rates["textencoder"] = rate("learning_rate_te")
+        rates.append(_rate(config, "unet", "learning_rate"))
+    rates += _text_encoder_rates(config, 2)
     if method in TOKEN_METHODS:
-        rates["embedding"] = rate("embedding_lr")
+        rates.append(_rate(config, "embedding", "embedding_lr"))
     return rates
+
+
+def _text_encoder_rates(config: TrainConfig, num_text_encoders: int) -> list[_Rate]:
+    """One for each text encoder that is trained, its weights or its LoRA; none for rows."""
+    method, part = config.schedule.method, "textencoder"
+    if method in NETWORK_METHODS:
+        option = "text_encoder_lr" if config.optimizer.text_encoder_lr else "learning_rate"
+        lrs = text_encoder_lrs(config.optimizer, num_text_encoders)
+        return [_Rate(part, option, lr) for lr in lrs]
+    if method != "dreambooth" or config.finetune.no_train_text_encoder:
+        return []
+    if num_text_encoders == 1:
+        return [_rate(config, part, "learning_rate_te")]
+    names = ("learning_rate_te1", "learning_rate_te2")
+    return [_rate(config, part, name, "learning_rate_te") for name in names]
+
+
+def _rate(config: TrainConfig, part: str, *options: str) -> _Rate:
+    """The first of the options that is given, else ``learning_rate``."""
+    for option in options:
+        value = getattr(config.optimizer, option)
+        if value is not None:
+            return _Rate(part, option, value)
+    return _Rate(part, "learning_rate", config.optimizer.learning_rate)
 
 
 def _required(config: TrainConfig) -> Iterator[str]:
@@ -127,13 +180,17 @@ def _network(config: TrainConfig) -> Iterator[str]:
 
 def _learning(config: TrainConfig) -> Iterator[str]:
     schedule = config.schedule
-    rates = dict(_rates(config).values())
-    for name, value in rates.items():
-        if value < 0:
-            yield f"{name} = {value:g}: a learning rate must not be negative"
-    if not any(rates.values()):
-        names, verb = " and ".join(rates), "are all" if len(rates) > 1 else "is"
-        yield f"{names} {verb} 0: nothing would be trained"
+    rates = _rates(config)
+    for rate in rates:
+        if rate.value < 0:
+            yield f"{rate.option} = {rate.value:g}: a learning rate must not be negative"
+    if not any(rate.value for rate in rates):
+        names = dict.fromkeys(rate.option for rate in rates)
+        verb = "are all" if len(names) > 1 else "is"
+        yield f"{' and '.join(names)} {verb} 0: nothing would be trained"
+    if len(config.optimizer.text_encoder_lr or ()) > 2:
+        values = ", ".join(f"{value:g}" for value in config.optimizer.text_encoder_lr)
+        yield f"text_encoder_lr = {values}: no model here has more than two text encoders"
     if schedule.seed is not None and not 0 <= schedule.seed <= MAX_SEED:
         yield f"seed = {schedule.seed}: must be from 0 to {MAX_SEED}"
     yield from _warmup(config)
@@ -214,6 +271,12 @@ def _data(config: TrainConfig) -> Iterator[str]:
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
         if getattr(data, name) > 1:
             yield f"{name} = {getattr(data, name):g}: a probability must be from 0 to 1"
+    if data.cache_text_encoder_outputs and mlm_obstacle(config) is None:
+        yield (
+            "cache_text_encoder_outputs cannot go with training what lies before the text "
+            "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0) "
+            "or no_train_text_encoder (dreambooth), or leave it out"
+        )
     if data.use_object_template and data.use_style_template:
         yield "use_object_template and use_style_template exclude each other; keep one"
     if data.conditioning_data_dir is not None and not data.masked_loss:
@@ -290,8 +353,6 @@ def _warnings(config: TrainConfig) -> Iterator[str]:
         yield "zero_terminal_snr is meant for v_parameterization: at SNR 0 noise says nothing"
     if config.model.v2 and config.model.clip_skip is not None:
         yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
-    if len(config.optimizer.text_encoder_lr or ()) > 1:
-        yield "text_encoder_lr: this model has one text encoder, only the first value is used"
 
 
 def _unread_partners(config: TrainConfig) -> Iterator[str]:
@@ -354,6 +415,16 @@ _MLM_DETAILS = tuple(
     name for name in OPTIONS if name.startswith("mlm_") and name != "mlm_loss_weight"
 )
 
+_OF_TWO_TEXT_ENCODERS = (
+    "learning_rate_te1",
+    "learning_rate_te2",
+    "stop_text_encoder1_training",
+    "stop_text_encoder2_training",
+)
+_TEXT_ENCODER_RATES = "learning_rate_te learning_rate_te1 learning_rate_te2"
+_TEXT_ENCODER_STOPS = (
+    "stop_text_encoder_training stop_text_encoder1_training stop_text_encoder2_training"
+)
 _NETWORK_OPTIONS = " ".join(name for name, entry in OPTIONS.items() if entry.group == "network")
 
 _READ_WITH = (
@@ -362,16 +433,16 @@ _READ_WITH = (
         "num_vectors_per_token init_word weights embedding_lr stop_embedding_training",
         *TOKEN_METHODS,
     ),
-    _of_methods("stop_text_encoder_training", "lora", "pivotal", "dreambooth"),
+    _of_methods(_TEXT_ENCODER_STOPS, "lora", "pivotal", "dreambooth"),
     _of_methods("stop_unet_training", "lora", "pivotal", "dreambooth", "custom_diffusion"),
-    _of_methods("no_train_text_encoder learning_rate_te save_diffusers_folder", "dreambooth"),
+    _of_methods(f"no_train_text_encoder {_TEXT_ENCODER_RATES} save_diffusers_folder", "dreambooth"),
     _of_methods("delta_lora_rank", "custom_diffusion"),
     _of_methods("bundle_embedding", "pivotal"),
     _of_methods("xti_mlm_layers", "xti"),
     _without("class_prompt", "generate_class_images"),
     _without("xti_mlm_layers", "mlm_loss_weight"),
     _Rule(
-        ("learning_rate_te", "stop_text_encoder_training"),
+        tuple(f"{_TEXT_ENCODER_RATES} {_TEXT_ENCODER_STOPS}".split()),
         "with no_train_text_encoder",
         lambda flat: not flat["no_train_text_encoder"] or flat["method"] != "dreambooth",
     ),

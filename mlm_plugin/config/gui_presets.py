@@ -104,6 +104,7 @@ _HANDLED = {
     "noise_offset_type",
     "sample_prompts",
     "sdxl",
+    "sdxl_cache_text_encoder_outputs",
     "sdxl_no_half_vae",
     "stop_text_encoder_training",
     "text_encoder_lr",
@@ -113,6 +114,12 @@ _HANDLED = {
     "xformers",
 }
 """Fields that the functions below read."""
+
+_SDXL_SWITCHES = {
+    "sdxl_no_half_vae": "no_half_vae",
+    "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
+}
+"""Fields that the GUI reads of SDXL presets only."""
 
 _GUI_ONLY = {
     "dynamo_mode",
@@ -345,9 +352,9 @@ def _switches(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
     if attention in (True, "xformers", "sdpa"):
         values["sdpa" if attention == "sdpa" else "xformers"] = True
     if fields.get("sdxl") is True:
-        warnings.append("the preset is for SDXL, which this trainer does not load")
-        if fields.get("sdxl_no_half_vae") is True:
-            values["no_half_vae"] = True
+        values |= {
+            name: True for field, name in _SDXL_SWITCHES.items() if fields.get(field) is True
+        }
     if fields.get("LoRA_type") == "Flux1":
         warnings.append("the preset is for FLUX, which this trainer does not load")
     prompts = str(fields.get("sample_prompts", "")).strip()

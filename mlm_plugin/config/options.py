@@ -25,6 +25,7 @@ __all__ = [
     "NO_EFFECT",
     "OPTIONS",
     "REFUSED",
+    "SDXL_METHODS",
     "SWITCH_ALIASES",
     "TOKEN_METHODS",
     "DatasetOptions",
@@ -44,6 +45,7 @@ __all__ = [
     "ScheduleOptions",
     "TrainConfig",
     "known_names",
+    "text_encoder_lrs",
 ]
 
 METHOD_NAMES = (
@@ -61,6 +63,10 @@ NETWORK_METHODS = ("lora", "pivotal")
 
 TOKEN_METHODS = ("textual_inversion", "xti", "custom_diffusion", "pivotal")
 """Methods that train token rows for the placeholder; their runs must know the concept."""
+
+
+SDXL_METHODS = ("lora", "dreambooth", "textual_inversion", "pivotal")
+"""Methods that read SDXL; the others are made of one text encoder's states."""
 
 
 def option(
@@ -144,7 +150,7 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str | None = option(
         None,
-        "Base model: diffusers folder, hub id, or a .safetensors/.ckpt file (SD 1.x or 2.x).",
+        "Base model: diffusers folder, hub id, or a .safetensors/.ckpt file (SD 1.x, 2.x or XL).",
         path=True,
     )
     v2: bool = option(False, "The base model is Stable Diffusion 2.x.")
@@ -158,7 +164,7 @@ class ModelOptions:
     clip_skip: int | None = option(
         None,
         "Condition on the n-th last text-encoder layer, followed by the final layer norm "
-        "(anime models expect 2).",
+        "(anime models expect 2). SDXL always takes the one before the last.",
         at_least=1,
     )
     max_token_length: int | None = option(
@@ -299,10 +305,18 @@ class OptimizerOptions:
     )
     unet_lr: float | None = option(None, "Learning rate of the U-Net modules.")
     text_encoder_lr: tuple[float, ...] | None = option(
-        None, "Learning rate of the text-encoder modules; 0 leaves them untrained."
+        None,
+        "Learning rate of the text-encoder modules, or one for each of SDXL's two text encoders; "
+        "0 leaves them untrained.",
     )
     learning_rate_te: float | None = option(
         None, "Learning rate of the whole text encoder (dreambooth); learning_rate if not given."
+    )
+    learning_rate_te1: float | None = option(
+        None, "The same of SDXL's first text encoder, CLIP-L; learning_rate_te if not given."
+    )
+    learning_rate_te2: float | None = option(
+        None, "The same of SDXL's second text encoder, bigG; learning_rate_te if not given."
     )
     embedding_lr: float | None = option(
         None, "Learning rate of learned token rows; learning_rate if not given."
@@ -311,6 +325,16 @@ class OptimizerOptions:
         None,
         "Freeze the text encoder (its weights or its LoRA) from this optimizer step on, or from "
         "this share of the run (0.6 or `60%`).",
+        convert=_stop_step,
+    )
+    stop_text_encoder1_training: int | float | None = option(
+        None,
+        "The same for SDXL's first text encoder; stop_text_encoder_training if not given.",
+        convert=_stop_step,
+    )
+    stop_text_encoder2_training: int | float | None = option(
+        None,
+        "The same for SDXL's second text encoder; stop_text_encoder_training if not given.",
         convert=_stop_step,
     )
     stop_embedding_training: int | float | None = option(
@@ -441,6 +465,11 @@ class DatasetOptions:
     )
     vae_batch_size: int = option(
         1, "Images encoded at once while latents are cached.", at_least=1, convert=_batch_size
+    )
+    cache_text_encoder_outputs: bool = option(
+        False,
+        "Encode every caption once and take the text encoders off the card; nothing before their "
+        "output can be trained then, nor can captions change from use to use.",
     )
     skip_cache_check: bool = option(
         False, "Trust latent files on disk without opening them; a stale file then spoils the run."
@@ -742,8 +771,8 @@ class MLMOptions:
     )
     mlm_contextualizer: str = option(
         "auto",
-        "Pretrained contextualizer (.safetensors); "
-        "`auto` finds or pretrains the one for this text encoder.",
+        "Pretrained contextualizer (.safetensors); `auto` finds or pretrains the one for this text "
+        "encoder. With several text encoders one file for each that is trained, between commas.",
         path=True,
     )
     mlm_joint_share: float = option(
@@ -837,10 +866,6 @@ _DEEPSPEED = "DeepSpeed is not supported; leave it out and use accelerate's mult
 _FP8 = "fp8 base weights are not supported; use mixed_precision with gradient_checkpointing"
 _VALIDATION = "validation is not supported; leave it out and compare samples (sample_prompts)"
 _UPLOAD = "uploading is not supported; upload the saved file with `huggingface-cli upload`"
-_CACHED_TEXT = (
-    "it belongs to SDXL and freezes the text encoder, which the MLM term must train; leave it out"
-)
-
 _INITIAL = "resume finds the exact batch by itself; give the state folder as resume instead"
 _LORAPLUS = "give it as key=value in network_args instead, e.g. loraplus_lr_ratio=16"
 
@@ -886,8 +911,9 @@ REFUSED: dict[str, Declined] = {
     "loraplus_lr_ratio": Declined(0.0, _LORAPLUS),
     "loraplus_unet_lr_ratio": Declined(0.0, _LORAPLUS),
     "loraplus_text_encoder_lr_ratio": Declined(0.0, _LORAPLUS),
-    "cache_text_encoder_outputs": Declined(False, _CACHED_TEXT),
-    "cache_text_encoder_outputs_to_disk": Declined(False, _CACHED_TEXT),
+    "cache_text_encoder_outputs_to_disk": Declined(
+        False, "captions are encoded anew in every run; use cache_text_encoder_outputs"
+    ),
 }
 
 ALIASES: dict[str, str] = {
@@ -1020,6 +1046,15 @@ GROUPS: dict[str, type] = {
 OPTIONS: dict[str, Option] = {
     name: entry for group, cls in GROUPS.items() for name, entry in _read_fields(group, cls).items()
 }
+
+
+def text_encoder_lrs(options: OptimizerOptions, num_text_encoders: int) -> tuple[float, ...]:
+    """``text_encoder_lr`` of each text encoder: one value serves all, none is learning_rate.
+
+    Source: sd-scripts networks/lora.py prepare_optimizer_params_with_multiple_te_lrs.
+    """
+    given = options.text_encoder_lr or (options.learning_rate,)
+    return (*given, *given[-1:] * num_text_encoders)[:num_text_encoders]
 
 
 def known_names() -> set[str]:

@@ -91,7 +91,8 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     parser.add_argument("--pretrained_model_name_or_path", required=True, metavar="MODEL",
                         help="Folder, hub id or file of the model, as in training.")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FILE",
-                        help="The .safetensors file to write.")  # fmt: skip
+                        help="The .safetensors file to write; SDXL has two, "
+                             "FILE_te1 and FILE_te2.")  # fmt: skip
     parser.add_argument("--captions", nargs="+", default=(), metavar="FILE",
                         help="Text files, one caption per line.")  # fmt: skip
     parser.add_argument("--clip_skip", type=int, metavar="N", help="As in the training to come.")

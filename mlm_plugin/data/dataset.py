@@ -44,6 +44,18 @@ logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 
+CHANGING_PICTURES = ("color_aug", "random_crop", "scale_aug")
+CHANGING_CAPTIONS = (
+    "shuffle_caption",
+    "caption_dropout_rate",
+    "caption_dropout_every_n_epochs",
+    "caption_tag_dropout_rate",
+    "token_warmup_step",
+    "enable_wildcard",
+    "scale_aug",
+)
+"""Settings of a subset under which pictures, or captions, differ from draw to draw."""
+
 
 @dataclass
 class Batch:
@@ -161,6 +173,7 @@ class TrainDataset(Dataset):
         to_disk: bool = False,
         batch_size: int = 1,
         skip_check: bool = False,
+        is_sdxl: bool = False,
     ) -> None:
         """Replace pixels by latents from here on; arguments as in :func:`.latents.cache_latents`.
 
@@ -170,13 +183,7 @@ class TrainDataset(Dataset):
         Raises:
             UserError: a subset changes its pictures from draw to draw.
         """
-        for subset in {id(i.subset): i.subset for i in self.images}.values():
-            for name in ("color_aug", "random_crop", "scale_aug"):
-                if getattr(subset, name):
-                    raise UserError(
-                        f"cache_latents: impossible with {name} ({_source(subset)}); "
-                        "switch one of the two off"
-                    )
+        self._refuse_together("cache_latents", CHANGING_PICTURES)
         self._cache = cache_latents(
             self.images,
             encode,
@@ -184,11 +191,28 @@ class TrainDataset(Dataset):
             to_disk=to_disk,
             batch_size=batch_size,
             skip_check=skip_check,
+            is_sdxl=is_sdxl,
         )
 
     def bucket_counts(self) -> Counter[tuple[int, Size]]:
         """Count pictures with repeats per (data set, bucket)."""
         return Counter({key: len(members) for key, members in self._groups.items()})
+
+    def fixed_captions(self) -> list[str]:
+        """Every caption that a batch can hold, as it stands there.
+
+        Raises:
+            UserError: a subset changes its captions from draw to draw.
+
+        Source: sd-scripts library/train_util.py is_text_encoder_output_cacheable.
+        """
+        self._refuse_together("cache_text_encoder_outputs", CHANGING_CAPTIONS)
+        captions = (
+            process_caption(text, info.subset, rng=random.Random(0), epoch=1, step=0)
+            for info in self.images
+            for text in self._texts_of(info)
+        )
+        return list(dict.fromkeys(captions))
 
     def captions_of(self, info: ImageInfo) -> list[str]:
         """What a picture may be captioned, with prefix and suffix, before tags are rewritten.
@@ -212,6 +236,15 @@ class TrainDataset(Dataset):
         rng = random.Random(f"{self.seed}/{key.epoch}/{key.index}")
         members = self._batches(key.epoch)[key.index]
         return self._collate(members, [self._sample(i, rng, key) for i in members])
+
+    def _refuse_together(self, option: str, names: Sequence[str]) -> None:
+        for subset in {id(i.subset): i.subset for i in self.images}.values():
+            for name in names:
+                if getattr(subset, name):
+                    raise UserError(
+                        f"{option}: impossible with {name} ({_source(subset)}); "
+                        "switch one of the two off"
+                    )
 
     def _group_by_bucket(self) -> dict[tuple[int, Size], list[int]]:
         groups: dict[tuple[int, Size], list[int]] = {}

@@ -35,6 +35,7 @@ __all__ = ["CachedLatents", "cache_latents", "latents_paths", "read_latents"]
 logger = logging.getLogger(__name__)
 
 SUFFIX = "_sd.npz"
+SDXL_SUFFIX = "_sdxl.npz"
 LATENT_CHANNELS = 4
 VAE_KEY = "mlm_plugin_vae"
 SOURCE_KEY = "mlm_plugin_source"
@@ -60,6 +61,7 @@ def cache_latents(
     to_disk: bool,
     batch_size: int = 1,
     skip_check: bool = False,
+    is_sdxl: bool = False,
 ) -> list[CachedLatents | Path]:
     """Encode every picture that has no valid latents on disk.
 
@@ -72,6 +74,7 @@ def cache_latents(
         to_disk: keep the latents in files and return their paths.
         batch_size: pictures per call of ``encode``, all of one size.
         skip_check: take every existing file as it is (``--skip_cache_check``).
+        is_sdxl: names files as those of SDXL's VAE, so that both kinds have theirs in one folder.
 
     Returns:
         One entry per picture, in order.
@@ -81,7 +84,7 @@ def cache_latents(
 
     Source: sd-scripts library/strategy_base.py LatentsCachingStrategy.
     """
-    paths = latents_paths(infos)
+    paths = latents_paths(infos, suffix=SDXL_SUFFIX if is_sdxl else SUFFIX)
     entries: list[CachedLatents | Path] = list(paths)
     todo = list(range(len(infos)))
     if to_disk:
@@ -101,8 +104,8 @@ def cache_latents(
     return entries
 
 
-def latents_paths(infos: Sequence[ImageInfo]) -> list[Path]:
-    """Name the cache file of each picture: ``{stem}_{width:04d}x{height:04d}_sd.npz`` beside it.
+def latents_paths(infos: Sequence[ImageInfo], *, suffix: str = SUFFIX) -> list[Path]:
+    """Name the cache file of each picture: ``{stem}_{width:04d}x{height:04d}{suffix}`` beside it.
 
     Where that name would serve two different entries (same stem, or one picture in data sets of
     different resolution, where sd-scripts mixes them up) the later ones get their bucket, settings
@@ -113,7 +116,7 @@ def latents_paths(infos: Sequence[ImageInfo]) -> list[Path]:
     owners: dict[Path, tuple] = {}
     paths = []
     for info in infos:
-        tail = f"_{info.size[0]:04d}x{info.size[1]:04d}{SUFFIX}"
+        tail = f"_{info.size[0]:04d}x{info.size[1]:04d}{suffix}"
         owner = (info.path, info.bucket, _source_key(info))
         path = info.path.with_name(info.path.stem + tail)
         if owners.setdefault(path, owner) != owner:

@@ -96,6 +96,8 @@ def load_subject(
             raise UserError(f"--{option}: there is no file {path}")
     how = {"clip_skip": clip_skip, "dtype": dtype, "vae_dtype": dtype}
     models = load_stable_diffusion(base, **how)
+    if models.is_sdxl:
+        raise UserError(f"{base} is SDXL; what was learned is judged on Stable Diffusion 1 and 2")
     base_text_encoder = _copy(models.text_encoders[0])
     if checkpoint is not None:
         shapes = base if Path(base).is_dir() else None

@@ -1,4 +1,4 @@
-"""Writes a whole Stable Diffusion 1.x / 2.x model: one WebUI checkpoint, or a diffusers folder.
+"""Writes a whole model, Stable Diffusion 1.x, 2.x or XL: WebUI checkpoint, or diffusers folder.
 
 Knows names, shapes and files of plain modules; nothing of adapters, of training or of what the
 metadata means.
@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.ldm_names import (
     OPEN_CLIP_PREFIX,
+    SDXL_OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     clip_names,
     open_clip_names,
+    sdxl_clip_names,
+    sdxl_open_clip_names,
     to_ldm,
     unet_names,
     vae_names,
@@ -45,11 +48,19 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-TEXT_NAMES = {"sd_v1": clip_names, "sd_v2": open_clip_names}
-TEXT_PREFIX = "cond_stage_model."  # of CLIP and OpenCLIP alike
+TEXT_NAMES = {"sd_v1": clip_names, "sd_v2": open_clip_names, "sdxl": sdxl_clip_names}
+TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")  # the second in SDXL
 MAX_LOGIT_SCALE = math.log(100)  # where CLIP's own training caps it
 PYTORCH_FORMAT = {"format": "pt"}  # metadata that transformers insists on
-PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+PARTS = (
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "unet",
+    "vae",
+)
 INDEX = "model_index.json"
 
 
@@ -69,6 +80,7 @@ def save_checkpoint(
     vae: nn.Module,
     family: str,
     metadata: Mapping[str, str],
+    text_encoder_2: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model as one ``.safetensors`` file with LDM names, all of it or nothing.
@@ -80,19 +92,31 @@ def save_checkpoint(
         unet: diffusers ``UNet2DConditionModel``.
         text_encoder: transformers ``CLIPTextModel``, with the vocabulary it came with.
         vae: diffusers ``AutoencoderKL``.
-        family: ``sd_v1`` or ``sd_v2``.
+        family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         metadata: strings, written as given.
+        text_encoder_2: SDXL's ``CLIPTextModelWithProjection``.
         dtype: of every tensor in the file; ``None`` keeps each one's.
 
     Raises:
         ValueError: a module has a weight that the family does not have.
     """
-    tensors = ldm_tensors(unet=unet, text_encoder=text_encoder, vae=vae, family=family)
+    tensors = ldm_tensors(
+        unet=unet,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        vae=vae,
+        family=family,
+    )
     _write(Path(path), tensors, metadata=metadata, dtype=dtype)
 
 
 def ldm_tensors(
-    *, unet: nn.Module, text_encoder: nn.Module, vae: nn.Module, family: str
+    *,
+    unet: nn.Module,
+    text_encoder: nn.Module,
+    vae: nn.Module,
+    family: str,
+    text_encoder_2: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """A model's weights under LDM names and in LDM shapes; views of the modules' where possible.
 
@@ -102,11 +126,14 @@ def ldm_tensors(
     Raises:
         ValueError: a module has a weight that the family does not have.
 
-    Source: sd-scripts ``library/model_util.py`` ``save_stable_diffusion_checkpoint``.
+    Source: sd-scripts ``save_stable_diffusion_checkpoint`` in ``library/model_util.py`` and
+    ``library/sdxl_model_util.py``.
     """
+    assert (family == "sdxl") == (text_encoder_2 is not None), "SDXL has two text encoders"
     return {
         **_projections(_renamed(unet, unet_names), convolutions=family == "sd_v1"),
         **_text_tensors(text_encoder, family=family),
+        **({} if text_encoder_2 is None else _sdxl_open_clip_tensors(text_encoder_2)),
         **_renamed(vae, vae_names),
     }
 
@@ -120,9 +147,11 @@ def save_diffusers_folder(
     tokenizer,
     noise_scheduler,
     prediction_type: str,
+    text_encoder_2: nn.Module | None = None,
+    tokenizer_2=None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model as a diffusers folder (``StableDiffusionPipeline``), all of it or nothing.
+    """Write a model as a diffusers folder (``StableDiffusion[XL]Pipeline``), all of it or nothing.
 
     A folder written before is replaced once the new one is complete. There is no safety checker.
 
@@ -134,6 +163,8 @@ def save_diffusers_folder(
         tokenizer: its ``CLIPTokenizer``.
         noise_scheduler: diffusers scheduler with the betas of the model.
         prediction_type: ``epsilon`` or ``v_prediction``: what the U-Net was trained to predict.
+        text_encoder_2: SDXL's ``CLIPTextModelWithProjection``.
+        tokenizer_2: the tokenizer of that.
         dtype: of every tensor; ``None`` keeps each one's.
 
     Raises:
@@ -145,12 +176,15 @@ def save_diffusers_folder(
             _write_part(temporary / part / "diffusion_pytorch_model.safetensors", model, dtype)
         _write_text_encoder(temporary / "text_encoder", text_encoder, dtype)
         _write_tokenizer(temporary / "tokenizer", tokenizer)
+        if text_encoder_2 is not None:
+            _write_text_encoder(temporary / "text_encoder_2", text_encoder_2, dtype)
+            _write_tokenizer(temporary / "tokenizer_2", tokenizer_2)
         # Stable Diffusion's samplers start one step later; diffusers warns of folders without it.
         scheduler = type(noise_scheduler).from_config(
             noise_scheduler.config, prediction_type=prediction_type, steps_offset=1
         )
         scheduler.save_pretrained(temporary / "scheduler")
-        index = model_index(type(noise_scheduler).__name__)
+        index = model_index(type(noise_scheduler).__name__, is_sdxl=text_encoder_2 is not None)
         (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
@@ -189,7 +223,7 @@ def verify_checkpoint(path: str | os.PathLike) -> CheckpointCounts:
             f"{path}: {len(broken)} of {len(names)} tensors hold NaN or infinity, "
             f"e.g. {broken[0]}; use an earlier save and train again with a lower learning rate"
         )
-    prefixes = CheckpointCounts(unet=UNET_PREFIX, text_encoder=TEXT_PREFIX, vae=VAE_PREFIX)
+    prefixes = CheckpointCounts(unet=UNET_PREFIX, text_encoder=TEXT_PREFIXES, vae=VAE_PREFIX)
     return CheckpointCounts(*(sum(name.startswith(p) for name in names) for p in prefixes))
 
 
@@ -220,6 +254,17 @@ def _text_tensors(text_encoder: nn.Module, *, family: str) -> dict[str, Tensor]:
     return tensors | _unused_open_clip_tensors(tensors) if family == "sd_v2" else tensors
 
 
+def _sdxl_open_clip_tensors(text_encoder_2: nn.Module) -> dict[str, Tensor]:
+    tensors = _renamed(text_encoder_2, sdxl_open_clip_names)
+    like = tensors[f"{SDXL_OPEN_CLIP_PREFIX}ln_final.weight"]
+    return tensors | {f"{SDXL_OPEN_CLIP_PREFIX}logit_scale": _logit_scale(like)}
+
+
+def _logit_scale(like: Tensor) -> Tensor:
+    """Of OpenCLIP's training; readers expect it and never compute with it."""
+    return torch.tensor(MAX_LOGIT_SCALE, dtype=like.dtype)
+
+
 def _unused_open_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What readers of SD 2.x expect of OpenCLIP and never compute with.
 
@@ -235,7 +280,7 @@ def _unused_open_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         if (m := layer.fullmatch(name)) and int(m[1]) == last
     }
     unused[f"{OPEN_CLIP_PREFIX}text_projection"] = torch.eye(len(like), dtype=like.dtype)
-    unused[f"{OPEN_CLIP_PREFIX}logit_scale"] = torch.tensor(MAX_LOGIT_SCALE, dtype=like.dtype)
+    unused[f"{OPEN_CLIP_PREFIX}logit_scale"] = _logit_scale(like)
     return unused
 
 
@@ -265,11 +310,14 @@ def _write_text_encoder(folder: Path, text_encoder: nn.Module, dtype: torch.dtyp
     config["architectures"] = [type(text_encoder).__name__]
     config["torch_dtype"] = str(dtype or text_encoder.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    state = {
-        f"text_model.{name.removeprefix('text_model.')}": tensor
-        for name, tensor in text_encoder.state_dict().items()
-    }
+    state = {_nested(name): tensor for name, tensor in text_encoder.state_dict().items()}
     _write(folder / "model.safetensors", state, metadata=PYTORCH_FORMAT, dtype=dtype)
+
+
+def _nested(name: str) -> str:
+    if name == "text_projection.weight":
+        return name
+    return f"text_model.{name.removeprefix('text_model.')}"
 
 
 def _write_tokenizer(folder: Path, tokenizer) -> None:
@@ -288,19 +336,36 @@ def _merge_line(merge: str | Iterable[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(merge)
 
 
-def model_index(scheduler: str) -> dict:
-    """What ``model_index.json`` of a ``StableDiffusionPipeline`` says; without safety checker."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
+def model_index(scheduler: str, *, is_sdxl: bool = False) -> dict:
+    """What ``model_index.json`` of a ``StableDiffusionPipeline`` says; without safety checker.
+
+    Args:
+        scheduler: class name.
+        is_sdxl: for ``StableDiffusionXLPipeline``, which has another text encoder and no checker.
+    """
+    common = {
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if is_sdxl:
+        return {
+            "_class_name": "StableDiffusionXLPipeline",
+            **common,
+            "force_zeros_for_empty_prompt": True,
+            "image_encoder": [None, None],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        **common,
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
     }
 
 

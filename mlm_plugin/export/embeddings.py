@@ -24,9 +24,11 @@ from mlm_plugin.models.weights_files import (
 
 __all__ = [
     "EMBEDDING_KEY",
+    "EMBEDDING_KEYS",
     "SD_LAYER_CODES",
     "layer_average",
     "read_embedding",
+    "read_embeddings",
     "read_rows",
     "read_xti",
     "save_embedding",
@@ -35,9 +37,12 @@ __all__ = [
 ]
 
 EMBEDDING_KEY = "emb_params"
-"""Key of the rows of models with one text encoder; SDXL has ``clip_l`` and ``clip_g``."""
+"""Key of the rows of models with one text encoder."""
 
-SDXL_KEYS = {"clip_l", "clip_g"}
+EMBEDDING_KEYS = {1: (EMBEDDING_KEY,), 2: ("clip_l", "clip_g")}
+"""Keys of the rows by number of text encoders; SDXL has two."""
+
+SDXL_KEYS = set(EMBEDDING_KEYS[2])
 
 SD_LAYER_CODES = (
     *("IN01", "IN02", "IN04", "IN05", "IN07", "IN08"),
@@ -106,6 +111,21 @@ def read_embedding(path: str | os.PathLike) -> Tensor:
         )
     ((key, rows),) = tensors.items()
     return _checked_rows(path, key, rows)
+
+
+def read_embeddings(path: str | os.PathLike) -> list[Tensor]:
+    """Rows ``(N, D)`` of each text encoder that an embedding is for, in float32.
+
+    Raises:
+        UserError: as :func:`read_embedding`, or another number of vectors for each text encoder.
+    """
+    tensors = _read(path)
+    if tensors.keys() != SDXL_KEYS:
+        return [read_embedding(path)]
+    rows = [_checked_rows(path, key, tensors[key]) for key in EMBEDDING_KEYS[2]]
+    if len(rows[0]) != len(rows[1]):
+        raise UserError(f"{path} holds {len(rows[0])} and {len(rows[1])} vectors, not one number")
+    return rows
 
 
 def verify_embedding(path: str | os.PathLike) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.export.embeddings import EMBEDDING_KEYS
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.kohya_names import is_known_key, is_text_encoder_name
 from mlm_plugin.models.weights_files import for_file, write_weights
@@ -76,14 +77,16 @@ def save_lora(
         torch.save(tensors, temporary)
 
 
-def bundled_embeddings(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Embeddings ``(N, D)`` by their word as A1111 reads them out of a LoRA file.
+def bundled_embeddings(rows: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Embeddings ``(N, D)`` of each text encoder, by their word, as A1111 reads them out of a LoRA.
 
     Source: stable-diffusion-webui ``extensions-builtin/Lora/networks.py`` (``bundle_emb``).
     """
+    keys = {1: ("string_to_param.*",), 2: EMBEDDING_KEYS[2]}
     return {
-        f"{BUNDLE_PREFIX}{word.replace('.', '_')}.string_to_param.*": rows_ND.detach().cpu()
-        for word, rows_ND in rows.items()
+        f"{BUNDLE_PREFIX}{word.replace('.', '_')}.{key}": rows_ND.detach().cpu()
+        for word, tensors in rows.items()
+        for key, rows_ND in zip(keys[len(tensors)], tensors, strict=True)
     }
 
 

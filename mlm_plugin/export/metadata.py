@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from mlm_plugin import __version__
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.models.checkpoints import SDXL_VERSION
 from mlm_plugin.models.networks import parse_network_args
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ TITLES = {
     "checkpoint": "Checkpoint",
 }
 NO_FILE, FOLDER = "NOFILE", "IsADirectory"
+STABILITY_AI = "https://github.com/Stability-AI/generative-models"
+"""Whose names SDXL's files have, as ModelSpec calls it."""
 
 SAME_NAME = (
     "learning_rate",
@@ -183,7 +186,7 @@ class RunFacts:
     num_batches_per_epoch: int
     num_epochs: int
     max_train_steps: int
-    base_model_version: str  # sd_v1, sd_v2, sd_v2_v
+    base_model_version: str  # sd_v1, sd_v2, sd_v2_v, sdxl_base_v1-0
     prediction_type: str  # epsilon, v_prediction
     optimizer: str  # module.Class(name=value,...)
     model: FileIdentity
@@ -319,7 +322,7 @@ def _training_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
     metadata |= {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
-        "ss_text_encoder_lr": _first(options["text_encoder_lr"]),
+        "ss_text_encoder_lr": _one_or_list(options["text_encoder_lr"]),
         "ss_num_train_images": sum(d.num_train_images for d in facts.datasets),
         "ss_num_validation_images": 0,
         "ss_num_reg_images": sum(d.num_reg_images for d in facts.datasets),
@@ -498,7 +501,7 @@ def _modelspec(config: TrainConfig, facts: RunFacts, *, kind: str) -> dict[str, 
     fields: dict[str, Any] = {
         "sai_model_spec": "1.0.1",
         "architecture": _architecture(facts) + ("" if kind == "checkpoint" else f"/{kind}"),
-        "implementation": "diffusers",
+        "implementation": STABILITY_AI if _is_sdxl(facts) else "diffusers",
         "title": output.metadata_title or output.output_name or f"{TITLES[kind]}@{timestamp}",
         "resolution": "{}x{}".format(*_modelspec_resolution(config, facts)),
         "date": datetime.fromtimestamp(int(timestamp)).isoformat(),
@@ -520,6 +523,8 @@ def _modelspec(config: TrainConfig, facts: RunFacts, *, kind: str) -> dict[str, 
 
 
 def _architecture(facts: RunFacts) -> str:
+    if _is_sdxl(facts):
+        return "stable-diffusion-xl-v1-base"
     if not _is_v2(facts):
         return "stable-diffusion-v1"
     is_v = facts.prediction_type == "v_prediction"
@@ -530,7 +535,10 @@ def _modelspec_resolution(config: TrainConfig, facts: RunFacts) -> tuple[int, in
     given = _resolution(config.dataset.resolution)
     if given is not None:
         return given
-    side = 768 if _is_v2(facts) and facts.prediction_type == "v_prediction" else 512
+    if _is_sdxl(facts):
+        side = 1024
+    else:
+        side = 768 if _is_v2(facts) and facts.prediction_type == "v_prediction" else 512
     return side, side
 
 
@@ -557,6 +565,10 @@ def _is_v2(facts: RunFacts) -> bool:
     return facts.base_model_version.startswith("sd_v2")
 
 
+def _is_sdxl(facts: RunFacts) -> bool:
+    return facts.base_model_version == SDXL_VERSION
+
+
 def _resolution(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -564,5 +576,8 @@ def _resolution(text: str | None) -> tuple[int, int] | None:
     return sides[0], sides[-1]
 
 
-def _first(values: Sequence[float] | None) -> float | None:
-    return values[0] if values else None
+def _one_or_list(rates: Sequence[float] | None) -> float | list[float] | None:
+    """A rate of both text encoders as kohya's trainers store it, a list where they differ."""
+    if not rates:
+        return None
+    return rates[0] if len(rates) == 1 else list(rates)

@@ -55,7 +55,7 @@ def write_sidecar(
         return None
     content = {
         "description": description,
-        "sd version": "SD2" if base_model_version.startswith("sd_v2") else "SD1",
+        "sd version": _version(base_model_version),
         "activation text": activation_text,
         "preferred weight": preferred_weight,
         "negative text": negative_text,
@@ -64,6 +64,12 @@ def write_sidecar(
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def _version(base_model_version: str) -> str:
+    if base_model_version.startswith("sdxl"):
+        return "SDXL"
+    return "SD2" if base_model_version.startswith("sd_v2") else "SD1"
 
 
 def write_preview(lora_path: str | os.PathLike, image: Image) -> Path | None:

@@ -34,6 +34,7 @@ __all__ = [
     "LoadedContextualizer",
     "auto_contextualizer_path",
     "build_regularizer",
+    "contextualizer_settings",
     "find_contextualizer",
     "mlm_schedule",
     "pretrain_on_device",
@@ -97,6 +98,33 @@ class LoadedContextualizer(NamedTuple):
     network: Contextualizer
     facts: ContextualizerFacts
     digest: str  # of its file, 16 hex digits
+
+
+def contextualizer_settings(
+    setting: str, num_text_encoders: int, *, more_may_come: bool = False
+) -> list[str]:
+    """``mlm_contextualizer`` of each text encoder; files for several stand between commas.
+
+    Args:
+        setting: a file, several, or ``auto``, which serves any number.
+        num_text_encoders: how many need one.
+        more_may_come: whether further names are for text encoders that are not known yet.
+
+    Raises:
+        UserError: another number of files.
+    """
+    if setting == "auto":
+        return [setting] * num_text_encoders
+    is_one = Path(setting).is_file()
+    settings = [setting] if is_one else [part.strip() for part in setting.split(",")]
+    num_extra = len(settings) - num_text_encoders
+    if num_extra < 0 or (num_extra > 0 and not more_may_come):
+        needed = f"{num_text_encoders}{' or more' if more_may_come else ''}"
+        raise UserError(
+            f"mlm_contextualizer = {setting!r} names {len(settings)} file(s), needed: {needed}; "
+            "give one for each text encoder that is trained, with commas between, or 'auto'"
+        )
+    return settings
 
 
 def find_contextualizer(

@@ -1,4 +1,4 @@
-"""`mlm-plugin pretrain`: load a text encoder, train its contextualizer, say how good it is."""
+"""`mlm-plugin pretrain`: load text encoders, train their contextualizers, say how good they are."""
 
 from __future__ import annotations
 
@@ -28,20 +28,33 @@ def run_pretrain(command: PretrainCommand) -> int:
         clip_skip=command.clip_skip,
         tokenizer_cache_dir=command.tokenizer_cache_dir,
     )
-    (text_encoder,) = models.text_encoders
+    text_encoders = models.text_encoders
     del models  # the U-Net is not needed
-    text_encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    outputs = output_files(Path(command.output), len(text_encoders))
     try:
-        scores = pretrain_on_device(
-            text_encoder, Path(command.output), options=command.options, captions=captions
-        )
+        for text_encoder, output in zip(text_encoders, outputs, strict=True):
+            text_encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            scores = pretrain_on_device(
+                text_encoder, output, options=command.options, captions=captions
+            )
+            text_encoder.model.to("cpu")
+            print(f"{output}: {_summary(scores)}")
+            for name, family in scores.families.items():
+                print(f"  {name:<24} {family.accuracy:6.1%}   {family.loss:6.3f} nats")
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    print(f"{command.output}: {_summary(scores)}")
-    for name, family in scores.families.items():
-        print(f"  {name:<24} {family.accuracy:6.1%}   {family.loss:6.3f} nats")
+    if len(outputs) > 1:
+        print(f"--mlm_contextualizer {','.join(map(str, outputs))}")
     return 0
+
+
+def output_files(output: Path, num_text_encoders: int) -> list[Path]:
+    """The file of each text encoder: ``output``, or ``output`` with a number for SDXL's two."""
+    if num_text_encoders == 1:
+        return [output]
+    numbers = range(1, num_text_encoders + 1)
+    return [output.with_name(f"{output.stem}_te{number}{output.suffix}") for number in numbers]
 
 
 def _summary(scores: Scores) -> str:

@@ -76,7 +76,7 @@ def print_report(
     models: StableDiffusion,
 ) -> None:
     """Say what was found: pictures, captions, buckets, concepts."""
-    (text_encoder,) = models.text_encoders
+    text_encoder = models.text_encoders[0]  # a second one has the same vocabulary
     learned = config.schedule.method in TOKEN_METHODS
     num_vectors = config.embedding.num_vectors_per_token
 

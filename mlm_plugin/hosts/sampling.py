@@ -26,6 +26,11 @@ class SampleDrawer(Listener):
         self.name = config.output.output_name
         self.newest: Path | None = None
 
+    @property
+    def captions(self) -> list[str]:
+        """Every text that will be encoded."""
+        return [text for p in self.prompts for text in (p.negative_prompt, p.prompt)]
+
     def on_train_start(self, trainer: Trainer) -> None:
         """``sample_at_first``."""
         if trainer.progress.current_step == 0:
@@ -55,7 +60,7 @@ class SampleDrawer(Listener):
                 self.prompts,
                 unet=models.unet,
                 vae=models.vae,
-                encode_captions=trainer.method.encode,
+                encode=trainer.encode,
                 noise_scheduler=models.noise_scheduler,
                 prediction_type=models.prediction_type,
                 output_dir=self.folder,

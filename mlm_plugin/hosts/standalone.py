@@ -19,10 +19,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 
-from mlm_plugin.config.checks import check_config, mlm_obstacle
-from mlm_plugin.config.datasets import Concept, resolve_datasets
+from mlm_plugin.config.checks import (
+    check_config,
+    check_model,
+    mlm_obstacle,
+    trained_text_encoders,
+)
+from mlm_plugin.config.datasets import LATENT_STRIDE, Concept, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
-from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
+from mlm_plugin.config.options import TOKEN_METHODS, OptimizerOptions, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.report import dataset_report
 from mlm_plugin.errors import UserError
@@ -38,6 +43,7 @@ from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.hosts.mlm_setup import (
     LoadedContextualizer,
     build_regularizer,
+    contextualizer_settings,
     find_contextualizer,
     mlm_schedule,
     prompts_for,
@@ -55,7 +61,9 @@ from mlm_plugin.hosts.saving import RunRecord, Saver
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.regularizer import MLMRegularizer
+from mlm_plugin.training.caption_cache import CaptionCache
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.logs import CurveLogger
@@ -63,11 +71,19 @@ from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.pretrain import Interrupted
 from mlm_plugin.training.schedulers import create_scheduler
 from mlm_plugin.training.state import check_settings, read_progress
-from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped, Trainer, TrainPlan
+from mlm_plugin.training.trainer import (
+    Listener,
+    NonFiniteLoss,
+    Stopped,
+    Trainer,
+    TrainPlan,
+)
 
 __all__ = ["train"]
 
 logger = logging.getLogger(__name__)
+
+SMALL_SHARE = 0.5  # of the area a model was made at; smaller pictures are warned of
 
 RESUME_SETTINGS = (
     "method",
@@ -85,9 +101,13 @@ RESUME_SETTINGS = (
     "unet_lr",
     "text_encoder_lr",
     "learning_rate_te",
+    "learning_rate_te1",
+    "learning_rate_te2",
     "embedding_lr",
     "stop_unet_training",
     "stop_text_encoder_training",
+    "stop_text_encoder1_training",
+    "stop_text_encoder2_training",
     "stop_embedding_training",
     "optimizer_type",
     "optimizer_args",
@@ -97,10 +117,13 @@ RESUME_SETTINGS = (
     "lr_warmup_steps",
 )
 STOP_OPTIONS = {
-    "unet": "stop_unet_training",
-    "textencoder": "stop_text_encoder_training",
-    "embedding": "stop_embedding_training",
+    "unet": ("stop_unet_training",),
+    "textencoder": ("stop_text_encoder_training",),
+    "textencoder1": ("stop_text_encoder1_training", "stop_text_encoder_training"),
+    "textencoder2": ("stop_text_encoder2_training", "stop_text_encoder_training"),
+    "embedding": ("stop_embedding_training",),
 }
+"""What says when a part is trained no more; the first that is given counts."""
 
 
 def train(argv: Sequence[str]) -> int:
@@ -147,8 +170,7 @@ def train(argv: Sequence[str]) -> int:
         return stopped.exit_code
     except NonFiniteLoss as error:
         print(
-            f"error: {error}; the last good state is saved. Start again with a lower learning "
-            "rate, or try no_half_vae or mixed_precision bf16",
+            f"error: {error}; the last good state is saved. Start again with {error.advice}",
             file=sys.stderr,
         )
         return 1
@@ -171,11 +193,17 @@ def build_trainer(
         check_settings(resume, settings)
     if config.schedule.method in TOKEN_METHODS:
         require_placeholders(dataset, concepts)
+    if config.dataset.cache_text_encoder_outputs:
+        dataset.fixed_captions()  # refuses those that change
     models = load_models(config)
-    _place_models(config, models, accelerator.device)
+    check_model(config, is_sdxl=models.is_sdxl)
+    _warn_of_small_pictures(models, dataset)
     if accelerator.is_main_process:
         print_report(config, dataset, concepts, models)
+    for text_encoder in models.text_encoders:
+        text_encoder.model.to(accelerator.device)
     contextualizers = find_contextualizers(config, models, accelerator)
+    _place_models(config, models, accelerator.device)  # not before, for pretraining takes memory
     curves = _curve_logger(config, models, accelerator)
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
@@ -220,6 +248,7 @@ def build_trainer(
         seed=seed,
         contextualizers=contextualizers,
     )
+    drawer = _create_drawer(config, concepts)
     trainer = Trainer(
         accelerator=accelerator,
         models=models,
@@ -243,9 +272,10 @@ def build_trainer(
         seed=seed,
         regularizer=regularizer,
         mlm_schedule=mlm_schedule(config.mlm) if regularizer else None,
-        listeners=[*curves, *_listeners(config, concepts, record)],
+        listeners=[*curves, *_listeners(config, drawer, record)],
         settings=settings,
         freeze_at=_freeze_steps(config, method, num_steps=plan.num_steps),
+        encode=_cached_captions(config, dataset, method, drawer, accelerator),
     )
     if resume:
         trainer.load_state(resume)
@@ -317,8 +347,23 @@ def load_models(config: TrainConfig) -> StableDiffusion:
     )
 
 
+def _warn_of_small_pictures(models: StableDiffusion, dataset: TrainDataset) -> None:
+    """SDXL at the resolution that kohya's names default to learns to draw poorly."""
+    side = models.unet.config.sample_size * LATENT_STRIDE
+    areas = [config.resolution[0] * config.resolution[1] for config in dataset.datasets]
+    if models.is_sdxl and min(areas) < SMALL_SHARE * side**2:
+        logger.warning(
+            "resolution is %d x %d pixels, and this model was made at %d x %d: give "
+            "--resolution %d",
+            *dataset.datasets[areas.index(min(areas))].resolution,
+            side,
+            side,
+            side,
+        )
+
+
 def _place_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
-    for module in (models.unet, models.vae, *(te.model for te in models.text_encoders)):
+    for module in (models.unet, models.vae):
         module.to(device)
     if config.model.xformers:  # before methods put processors of their own in front
         _use_xformers(models)
@@ -327,7 +372,7 @@ def _place_models(config: TrainConfig, models: StableDiffusion, device: torch.de
 def find_contextualizers(
     config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
 ) -> list[LoadedContextualizer]:
-    """One for each text encoder; none where the MLM term is off.
+    """One for each text encoder that the MLM term reaches; none where the term is off.
 
     Raises:
         UserError: no gradient of the term could reach anything, or a file does not fit.
@@ -335,19 +380,27 @@ def find_contextualizers(
     options = config.mlm
     if options.mlm_loss_weight == 0:
         return []
-    if obstacle := mlm_obstacle(config):
+    if obstacle := mlm_obstacle(config, num_text_encoders=len(models.text_encoders)):
         raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {obstacle}")
+    reached = _reached(config, models)
+    settings = contextualizer_settings(options.mlm_contextualizer, len(reached))
     found = []
-    for text_encoder in models.text_encoders:
+    for text_encoder, setting in zip(reached, settings, strict=True):
         with accelerator.main_process_first():  # one process pretrains, the others find its file
             found.append(
                 find_contextualizer(
                     text_encoder,
-                    options.mlm_contextualizer,
+                    setting,
                     show_progress=accelerator.is_local_main_process,
                 )
             )
     return found
+
+
+def _reached(config: TrainConfig, models: StableDiffusion) -> list[TextEncoder]:
+    """The text encoders before whose output something is trained."""
+    trained = trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
+    return [te for te, is_trained in zip(models.text_encoders, trained, strict=True) if is_trained]
 
 
 def create_regularizer(
@@ -380,7 +433,7 @@ def create_regularizer(
             dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
         )
         for text_encoder, contextualizer in zip(
-            method.models.text_encoders, contextualizers, strict=True
+            _reached(config, method.models), contextualizers, strict=True
         )
     ]
     return build_regularizer(
@@ -446,10 +499,37 @@ def _cache_latents(
             to_disk=config.dataset.cache_latents_to_disk,
             batch_size=config.dataset.vae_batch_size,
             skip_check=config.dataset.skip_cache_check,
+            is_sdxl=models.is_sdxl,
         )
     vae.to("cpu")
     if accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _cached_captions(
+    config: TrainConfig,
+    dataset: TrainDataset,
+    method: Method,
+    drawer: SampleDrawer | None,
+    accelerator: Accelerator,
+) -> CaptionCache | None:
+    """Captions and sample prompts encoded now, where ``cache_text_encoder_outputs`` asks for it."""
+    if not config.dataset.cache_text_encoder_outputs:
+        return None
+    method.train(False)
+    with accelerator.autocast():
+        cache = CaptionCache(
+            method.encode,
+            [*dataset.fixed_captions(), *(drawer.captions if drawer else [])],
+            device=accelerator.device,
+            dtype=method.models.unet.dtype,
+        )
+    logger.info("%d captions encoded; the text encoders are not needed any more", len(cache))
+    for text_encoder in method.models.text_encoders:
+        text_encoder.model.to("cpu")
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return cache
 
 
 def _vae_identity(vae: torch.nn.Module) -> str:
@@ -499,26 +579,25 @@ def _freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dic
         for part, members in method.parts().items()
         if any(parameter.requires_grad for parameter in members)
     ]
+    stops = {part: _stop_of(part, config.optimizer) for part in method.parts()}
     steps = {}
-    for part, option in STOP_OPTIONS.items():
-        stop = getattr(config.optimizer, option)
-        if stop is None:
-            continue
+    for option, stop in dict.fromkeys(found for found in stops.values() if found):
         step = stop if stop >= 1 else round(stop * num_steps)
-        if part not in trained:
+        parts = [part for part in trained if stops[part] == (option, stop)]
+        if not parts:
             logger.warning("%s = %g has no effect: nothing there is trained", option, stop)
         elif step >= num_steps:
             logger.warning("%s = %g has no effect: the run ends at %d", option, stop, num_steps)
         else:
-            steps[part] = step
+            steps |= dict.fromkeys(parts, step)
 
     def end_of(parts: Sequence[str]) -> int:
         return max((steps.get(part, num_steps) for part in parts), default=0)
 
     if end_of(trained) < num_steps:
         raise UserError(
-            f"{', '.join(STOP_OPTIONS[part] for part in steps)}: nothing is trained from step "
-            f"{end_of(trained)} of {num_steps} on; let one part go on, or shorten the run"
+            f"{', '.join(dict.fromkeys(stops[part][0] for part in steps))}: nothing is trained "
+            f"from step {end_of(trained)} of {num_steps} on; let one part go on, or shorten the run"
         )
     text_end = end_of([part for part in trained if part != "unet"])
     if config.mlm.mlm_loss_weight and text_end <= config.mlm.mlm_start_step:
@@ -530,6 +609,15 @@ def _freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dic
     return steps
 
 
+def _stop_of(part: str, options: OptimizerOptions) -> tuple[str, float] | None:
+    """The option that says when a part is trained no more, and its value."""
+    for option in STOP_OPTIONS[part]:
+        value = getattr(options, option)
+        if value is not None:
+            return option, value
+    return None
+
+
 def _curve_logger(
     config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
 ) -> list[Listener]:
@@ -537,14 +625,25 @@ def _curve_logger(
     if not tracker_kind(config.logging):
         return []
     start_trackers(config, accelerator)
-    (text_encoder,) = models.text_encoders
-    return [CurveLogger(TextDrift(text_encoder, autocast=accelerator.autocast))]
+    if config.dataset.cache_text_encoder_outputs:  # the text encoders are away, and do not move
+        return [CurveLogger({})]
+    numbers = [""] if len(models.text_encoders) == 1 else ["1", "2"]
+    drifts = {
+        f"te{number}/drift_cos": TextDrift(text_encoder, autocast=accelerator.autocast)
+        for number, text_encoder in zip(numbers, models.text_encoders, strict=True)
+    }
+    return [CurveLogger(drifts)]
+
+
+def _create_drawer(config: TrainConfig, concepts: Sequence[Concept]) -> SampleDrawer | None:
+    if not config.sampling.sample_prompts:
+        return None
+    return SampleDrawer(config, trigger=trigger_of(concepts))
 
 
 def _listeners(
-    config: TrainConfig, concepts: Sequence[Concept], record: RunRecord
+    config: TrainConfig, drawer: SampleDrawer | None, record: RunRecord
 ) -> list[Listener]:
-    if not config.sampling.sample_prompts:
+    if drawer is None:
         return [Saver(config, record=record)]
-    drawer = SampleDrawer(config, trigger=trigger_of(concepts))
     return [drawer, Saver(config, record=record, newest_sample=lambda: drawer.newest)]

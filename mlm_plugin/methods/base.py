@@ -19,6 +19,7 @@ from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.models.text_encoder import TextEncoder
 
 __all__ = [
@@ -30,13 +31,15 @@ __all__ = [
     "numbered",
     "stored",
     "take_over",
+    "text_encoder_parts",
 ]
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` and the precision of frozen weights under it."""
 
 Part = str
-"""What is frozen together: ``unet``, ``textencoder`` (kohya's names) or ``embedding``."""
+"""What is frozen together: ``unet``, ``textencoder`` (kohya's names), ``textencoder1`` and
+``textencoder2`` of SDXL, or ``embedding``."""
 
 
 class Export(NamedTuple):
@@ -142,9 +145,12 @@ class Method(ABC):
     @property
     def trains_text_side(self) -> bool:
         """Whether anything before the text encoder's output is trained now."""
-        parts = self.parts()
-        text_side = [*parts.get("textencoder", ()), *parts.get("embedding", ())]
-        return any(parameter.requires_grad for parameter in text_side)
+        return any(
+            parameter.requires_grad
+            for part, members in self.parts().items()
+            if part != "unet"
+            for parameter in members
+        )
 
     def freeze(self, part: Part) -> None:
         """Train a part no further; its optimizer state is left alone."""
@@ -152,10 +158,9 @@ class Method(ABC):
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Conditioning of the U-Net, ``(B, L, D)``; joined layers make L longer (XTI)."""
-        (text_encoder,) = self.models.text_encoders
-        return text_encoder.encode_captions(captions)
+    def encode(self, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of the U-Net; joined layers make its states longer (XTI)."""
+        return encode_captions(self.models.text_encoders, captions)
 
     def mlm_ids(
         self, text_encoder: TextEncoder, prompts: Sequence[str], rng: random.Random
@@ -175,6 +180,12 @@ class Method(ABC):
     def after_step(self) -> dict[str, float]:
         """What follows an optimizer step; numbers worth logging."""
         return {}
+
+
+def text_encoder_parts(models: StableDiffusion) -> list[Part]:
+    """The part that each text encoder's weights are."""
+    numbers = range(1, len(models.text_encoders) + 1)
+    return [f"textencoder{n}" for n in numbers] if len(numbers) > 1 else ["textencoder"]
 
 
 def numbered(parts: Mapping[Part, Sequence[nn.Parameter]]) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ class CustomDiffusion(LearnsRows):
         lora_rank: int | None = None,
     ):
         super().__init__(models)
-        self.rows, self.lora_rank = rows, lora_rank
+        self.rows, self.lora_rank = [rows], lora_rank
         names = cross_attention_names(models.unet)
         layers = {
             f"{name}.{matrix}": models.unet.get_submodule(f"{name}.{matrix}")
@@ -106,7 +106,7 @@ class CustomDiffusion(LearnsRows):
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
         """Keys and values, and the rows."""
-        return {"unet": list(self.matrices.values()), "embedding": list(self.rows.rows.values())}
+        return {"unet": list(self.matrices.values()), "embedding": self.row_parameters()}
 
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Keys and values with ``learning_rate``, rows with ``embedding_lr`` or the same."""
@@ -129,8 +129,7 @@ class CustomDiffusion(LearnsRows):
             metadata=to.metadata("custom-diffusion"),
             dtype=to.dtype,
         )
-        rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
-        save_embeddings(to, self._embeddings(to.path), rows)
+        save_embeddings(to, self._embeddings(to.path), self.embeddings())
         for path in self._loras(to.path):
             trained = {k: v.detach().cpu() for k, v in self.matrices.items()}
             lora = delta_to_lora(self.base, trained, rank=self.lora_rank)
@@ -151,12 +150,12 @@ class CustomDiffusion(LearnsRows):
 
     def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """Embeddings, called by their files' names, and the LoRA that goes with them."""
-        embeddings = words_of(self._embeddings(path), self.rows)
+        embeddings = words_of(self._embeddings(path), self.placeholders)
         together = {name: word for words in embeddings.values() for name, word in words.items()}
         return {**embeddings, **dict.fromkeys(self._loras(path), together)}
 
     def _embeddings(self, path: Path) -> list[Path]:
-        return embeddings_beside(path, self.rows.placeholders)
+        return embeddings_beside(path, self.placeholders)
 
     def _loras(self, path: Path) -> list[Path]:
         return [path.with_name(f"{path.stem}{LORA}{path.suffix}")] if self.lora_rank else []

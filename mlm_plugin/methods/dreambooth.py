@@ -1,4 +1,4 @@
-"""DreamBooth: the whole U-Net is trained, and the text encoder with it."""
+"""DreamBooth: the whole U-Net is trained, and the text encoder (SDXL: both) with it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlm_plugin.config.checks import trained_text_encoders
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.export.checkpoint import (
@@ -17,7 +18,14 @@ from mlm_plugin.export.checkpoint import (
     save_diffusers_folder,
     verify_checkpoint,
 )
-from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method, Part, group_of
+from mlm_plugin.methods.base import (
+    WEIGHT_DTYPES,
+    Export,
+    Method,
+    Part,
+    group_of,
+    text_encoder_parts,
+)
 from mlm_plugin.models.checkpoints import StableDiffusion
 
 __all__ = ["DreamBooth"]
@@ -28,12 +36,13 @@ class DreamBooth(Method):
 
     Args:
         models: the base, in fp32.
-        train_text_encoder: else the text encoder is frozen, and the MLM term has no gradient.
+        train_text_encoders: for each, whether it is trained; where none is, the MLM term has no
+            gradient. All are if not given.
         frozen_dtype: precision of a frozen text encoder.
         diffusers_folder: also export a diffusers folder.
         zero_terminal_snr: the betas of the training, which such a folder must name.
 
-    Source: Ruiz et al. 2022, arXiv 2208.12242; sd-scripts ``train_db.py``.
+    Source: Ruiz et al. 2022, arXiv 2208.12242; sd-scripts ``train_db.py`` and ``sdxl_train.py``.
     """
 
     trains_base_weights = True
@@ -42,7 +51,7 @@ class DreamBooth(Method):
         self,
         models: StableDiffusion,
         *,
-        train_text_encoder: bool = True,
+        train_text_encoders: Sequence[bool] | None = None,
         frozen_dtype: torch.dtype = torch.float32,
         diffusers_folder: bool = False,
         zero_terminal_snr: bool = False,
@@ -50,12 +59,16 @@ class DreamBooth(Method):
         super().__init__(models)
         self.diffusers_folder = diffusers_folder
         self.zero_terminal_snr = zero_terminal_snr
-        (text_encoder,) = models.text_encoders
         self.trained: dict[Part, nn.Module] = {"unet": models.unet}
-        if train_text_encoder:
-            self.trained["textencoder"] = text_encoder.model
-        else:
-            text_encoder.model.to(frozen_dtype)
+        parts = text_encoder_parts(models)
+        trained = train_text_encoders or [True] * len(parts)
+        for part, text_encoder, is_trained in zip(
+            parts, models.text_encoders, trained, strict=True
+        ):
+            if is_trained:
+                self.trained[part] = text_encoder.model
+            else:
+                text_encoder.model.to(frozen_dtype)
         for module in self.trained.values():
             module.requires_grad_(True)
 
@@ -70,22 +83,32 @@ class DreamBooth(Method):
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> DreamBooth:
-        """All weights, or those of the U-Net; see ``Method.prepare``."""
+        """All weights, or those with a learning rate; see ``Method.prepare``."""
         return cls(
             models,
-            train_text_encoder=not config.finetune.no_train_text_encoder,
+            train_text_encoders=trained_text_encoders(
+                config, num_text_encoders=len(models.text_encoders)
+            ),
             frozen_dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
             diffusers_folder=config.output.save_diffusers_folder,
             zero_terminal_snr=config.loss.zero_terminal_snr,
         )
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
-        """Weights of U-Net and text encoder."""
+        """Weights of the U-Net and of the text encoders that are trained."""
         return {part: list(module.parameters()) for part, module in self.trained.items()}
 
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
-        """U-Net with ``learning_rate``, text encoder with ``learning_rate_te`` or the same."""
-        rates = {"textencoder": options.learning_rate_te}
+        """U-Net with ``learning_rate``, text encoders with ``learning_rate_te`` or the same.
+
+        ``learning_rate_te1`` and ``learning_rate_te2`` win over that in SDXL.
+        """
+        te, te1, te2 = (getattr(options, f"learning_rate_te{number}") for number in ("", "1", "2"))
+        rates = {
+            "textencoder": te,
+            "textencoder1": te if te1 is None else te1,
+            "textencoder2": te if te2 is None else te2,
+        }
         groups = []
         for part, parameters in self.parts().items():
             groups += group_of(part, parameters, rates.get(part), options.learning_rate)
@@ -98,11 +121,23 @@ class DreamBooth(Method):
     def export(self, to: Export) -> None:
         """One file in the original Stable Diffusion layout; a diffusers folder beside it."""
         models = self.models
-        (text_encoder,) = models.text_encoders
-        parts = {"unet": models.unet, "text_encoder": text_encoder.model, "vae": models.vae}
-        family = models.version.removesuffix("_v")
+        names = ("text_encoder", "text_encoder_2")
+        encoders = dict(zip(names, models.text_encoders, strict=False))
+        parts = {
+            "unet": models.unet,
+            "vae": models.vae,
+            **{name: encoder.model for name, encoder in encoders.items()},
+        }
+        tokenizers = {
+            name.replace("text_encoder", "tokenizer"): encoder.tokenizer
+            for name, encoder in encoders.items()
+        }
         save_checkpoint(
-            to.path, **parts, family=family, metadata=to.metadata("checkpoint"), dtype=to.dtype
+            to.path,
+            **parts,
+            family=models.family,
+            metadata=to.metadata("checkpoint"),
+            dtype=to.dtype,
         )
         scheduler = type(models.noise_scheduler).from_config(
             models.noise_scheduler.config, rescale_betas_zero_snr=self.zero_terminal_snr
@@ -111,7 +146,7 @@ class DreamBooth(Method):
             save_diffusers_folder(
                 folder,
                 **parts,
-                tokenizer=text_encoder.tokenizer,
+                **tokenizers,
                 noise_scheduler=scheduler,
                 prediction_type=models.prediction_type,
                 dtype=to.dtype,

@@ -9,7 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
+from mlm_plugin.config.options import (
+    NetworkOptions,
+    OptimizerOptions,
+    TrainConfig,
+    text_encoder_lrs,
+)
 from mlm_plugin.export.lora import save_lora, verify_lora
 from mlm_plugin.methods.base import Export, Method, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
@@ -56,8 +61,10 @@ class LoRAMethod(Method):
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Groups by part; ``unet_lr`` and ``text_encoder_lr`` fall back to ``learning_rate``."""
         unet_lr = options.learning_rate if options.unet_lr is None else options.unet_lr
-        text_encoder_lrs = options.text_encoder_lr or (options.learning_rate,)
-        return self.network.parameter_groups(unet_lr=unet_lr, text_encoder_lrs=text_encoder_lrs)
+        return self.network.parameter_groups(
+            unet_lr=unet_lr,
+            text_encoder_lrs=text_encoder_lrs(options, len(self.models.text_encoders)),
+        )
 
     def train(self, mode: bool = True) -> None:
         """Put U-Net, text encoder and adapters into training mode or out of it."""

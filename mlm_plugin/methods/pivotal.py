@@ -15,7 +15,7 @@ from mlm_plugin.methods.base import Export, Part, group_of, numbered, stored, ta
 from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.methods.token_rows import (
     LearnsRows,
-    create_rows,
+    create_all_rows,
     embeddings_beside,
     save_embeddings,
     verify_embeddings,
@@ -36,7 +36,7 @@ class Pivotal(LearnsRows, LoRAMethod):
     Args:
         models: the frozen base.
         options: of the LoRA.
-        rows: on the text encoder.
+        rows: on each text encoder.
         bundle: whether the LoRA file holds the rows too.
 
     Source: Roich et al. 2021, arXiv 2106.05744 (the idea); cloneofsimo/lora and diffusers'
@@ -47,25 +47,24 @@ class Pivotal(LearnsRows, LoRAMethod):
         self,
         models: StableDiffusion,
         options: NetworkOptions,
-        rows: TokenRows,
+        rows: Sequence[TokenRows],
         *,
         bundle: bool = False,
     ):
         super().__init__(models, options)
-        self.rows, self.bundle = rows, bundle
+        self.rows, self.bundle = list(rows), bundle
 
     @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> Pivotal:
         """Rows and adapters as the options say; see ``Method.prepare``."""
-        (text_encoder,) = models.text_encoders
-        rows = create_rows(text_encoder, config.embedding, concepts)
+        rows = create_all_rows(models, config.embedding, concepts)
         return cls(models, config.network, rows, bundle=config.embedding.bundle_embedding)
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
         """Adapters and rows."""
-        return {**super().parts(), "embedding": list(self.rows.rows.values())}
+        return {**super().parts(), "embedding": self.row_parameters()}
 
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """The LoRA's groups, and the rows with ``embedding_lr``, else ``learning_rate``."""
@@ -91,7 +90,7 @@ class Pivotal(LearnsRows, LoRAMethod):
 
     def export(self, to: Export) -> None:
         """The LoRA in kohya's format and embeddings beside it."""
-        rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
+        rows = self.embeddings()
         state = self.network.kohya_state_dict()
         if self.bundle:
             state |= bundled_embeddings(rows)
@@ -107,12 +106,12 @@ class Pivotal(LearnsRows, LoRAMethod):
 
         A1111 calls rows inside the LoRA file by their placeholders.
         """
-        embeddings = words_of(self._embeddings(path), self.rows)
+        embeddings = words_of(self._embeddings(path), self.placeholders)
         together = {name: word for words in embeddings.values() for name, word in words.items()}
         return {path: {} if self.bundle else together, **embeddings}
 
     def _embeddings(self, path: Path) -> list[Path]:
-        return embeddings_beside(path, self.rows.placeholders)
+        return embeddings_beside(path, self.placeholders)
 
     def _rows(self) -> dict[str, Tensor]:
-        return numbered({"embedding": list(self.rows.rows.values())})
+        return numbered({"embedding": self.row_parameters()})

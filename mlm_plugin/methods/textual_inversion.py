@@ -13,7 +13,7 @@ from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.methods.base import Export, Part, group_of
 from mlm_plugin.methods.token_rows import (
     LearnsRows,
-    create_rows,
+    create_all_rows,
     embedding_files,
     save_embeddings,
     verify_embeddings,
@@ -30,26 +30,25 @@ class TextualInversion(LearnsRows):
 
     Args:
         models: the frozen base.
-        rows: on its text encoder.
+        rows: on each of its text encoders.
 
     Source: Gal et al. 2022, arXiv 2208.01618; sd-scripts ``train_textual_inversion.py``.
     """
 
-    def __init__(self, models: StableDiffusion, rows: TokenRows):
+    def __init__(self, models: StableDiffusion, rows: Sequence[TokenRows]):
         super().__init__(models)
-        self.rows = rows
+        self.rows = list(rows)
 
     @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> TextualInversion:
         """Rows as ``init_word`` or ``weights`` say; see ``Method.prepare``."""
-        (text_encoder,) = models.text_encoders
-        return cls(models, create_rows(text_encoder, config.embedding, concepts))
+        return cls(models, create_all_rows(models, config.embedding, concepts))
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
         """The rows."""
-        return {"embedding": list(self.rows.rows.values())}
+        return {"embedding": self.row_parameters()}
 
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """One group with ``embedding_lr``, else ``learning_rate``."""
@@ -58,16 +57,15 @@ class TextualInversion(LearnsRows):
 
     def files(self, path: Path) -> list[Path]:
         """One embedding per placeholder."""
-        return embedding_files(path, self.rows.placeholders)
+        return embedding_files(path, self.placeholders)
 
     def export(self, to: Export) -> None:
         """Embeddings in the format of kohya, A1111, ComfyUI and diffusers."""
-        rows = {name: tensor[0] for name, tensor in self.rows.rows.items()}
-        save_embeddings(to, self.files(to.path), rows)
+        save_embeddings(to, self.files(to.path), self.embeddings())
 
     def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """Every embedding, called by its file's name."""
-        return words_of(self.files(path), self.rows)
+        return words_of(self.files(path), self.placeholders)
 
     def verify(self, path: Path) -> str:
         """Count the vectors."""

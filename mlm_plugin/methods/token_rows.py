@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import EmbeddingOptions, TrainConfig
 from mlm_plugin.data.english import FUNCTION_WORDS
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embeddings import (
-    EMBEDDING_KEY,
-    read_embedding,
+    EMBEDDING_KEYS,
+    read_embeddings,
     save_embedding,
     verify_embedding,
 )
 from mlm_plugin.methods.base import Export, Method
+from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_rows import (
     TokenRows,
@@ -31,6 +33,7 @@ from mlm_plugin.models.token_rows import (
 __all__ = [
     "LearnsRows",
     "check_rows",
+    "create_all_rows",
     "create_rows",
     "embedding_files",
     "embeddings_beside",
@@ -49,7 +52,7 @@ def check_rows(
     options: EmbeddingOptions,
     concepts: Sequence[Concept],
     *,
-    read: Callable[[str], Tensor] = read_embedding,
+    read: Callable[[str], Sequence[Tensor]] = read_embeddings,
 ) -> None:
     """What can be said of the rows before a model is loaded.
 
@@ -61,7 +64,7 @@ def check_rows(
         _refuse_ambiguous(concept, concepts)
     _one_each("init_word", options.init_word, concepts)
     for file in _one_each("weights", options.weights, concepts) or ():
-        num_vectors = read(file).shape[-2]
+        num_vectors = read(file)[0].shape[-2]
         if num_vectors != options.num_vectors_per_token:
             raise UserError(
                 f"weights: {file} holds {num_vectors} vectors, num_vectors_per_token is "
@@ -70,12 +73,37 @@ def check_rows(
 
 
 class LearnsRows(Method):
-    """A method whose rows start at words or at ordinary embeddings."""
+    """A method whose rows start at words or at ordinary embeddings.
+
+    Attributes:
+        rows: of each text encoder, under the same placeholders.
+    """
+
+    rows: list[TokenRows]
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
         """Placeholders, first words and files; see ``Method.check``."""
         check_rows(config.embedding, concepts)
+
+    @property
+    def only_rows(self) -> TokenRows:
+        """The rows where there is one text encoder."""
+        (rows,) = self.rows
+        return rows
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """What the rows stand for."""
+        return self.rows[0].placeholders
+
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The rows of every text encoder."""
+        return [tensor for rows in self.rows for tensor in rows.rows.values()]
+
+    def embeddings(self) -> dict[str, list[Tensor]]:
+        """Rows ``(N, D)`` of each text encoder by placeholder, of the first variant."""
+        return {name: [rows.rows[name][0] for rows in self.rows] for name in self.placeholders}
 
 
 def create_rows(
@@ -85,7 +113,7 @@ def create_rows(
     *,
     num_variants: int = 1,
     init_words: Sequence[str] = (),
-    read: Callable[[str], Tensor] = read_embedding,
+    read: Callable[[str], Tensor] | None = None,
 ) -> TokenRows:
     """Rows for the placeholder of every concept, as the options want them to start.
 
@@ -96,12 +124,14 @@ def create_rows(
         num_variants: K, alike at the start.
         init_words: where the first concepts start if the options do not say; else at the class
             word.
-        read: an embedding file to its rows ``(N, D)`` or ``(K, N, D)``.
+        read: an embedding file to its rows ``(N, D)`` or ``(K, N, D)``; else for a model with one
+            text encoder.
 
     Raises:
         UserError: a word or a file that does not fit the text encoder.
     """
     _refuse_too_many(text_encoder, options.num_vectors_per_token)
+    read = read or partial(_read_for, index=0, count=1)
     classes = [concept.class_token for concept in concepts]
     words = options.init_word or [*init_words, *classes[len(init_words) :]]
     rows = {}
@@ -115,6 +145,26 @@ def create_rows(
         logger.info("%s: its rows start at %s", concept.placeholder_token, origin)
         rows[concept.placeholder_token] = start.expand(num_variants, *start.shape[-2:])
     return TokenRows(text_encoder, rows)
+
+
+def create_all_rows(
+    models: StableDiffusion, options: EmbeddingOptions, concepts: Sequence[Concept]
+) -> list[TokenRows]:
+    """Rows of every text encoder of the model, as :func:`create_rows` makes them.
+
+    Raises:
+        UserError: a word or a file that does not fit a text encoder, or their number.
+    """
+    count = len(models.text_encoders)
+    return [
+        create_rows(
+            text_encoder,
+            options,
+            concepts,
+            read=partial(_read_for, index=index, count=count),
+        )
+        for index, text_encoder in enumerate(models.text_encoders)
+    ]
 
 
 def embedding_files(path: Path, placeholders: Sequence[str]) -> list[Path]:
@@ -132,11 +182,20 @@ def embeddings_beside(path: Path, placeholders: Sequence[str]) -> list[Path]:
     return embedding_files(path.with_name(f"{path.stem}{BESIDE}{path.suffix}"), placeholders)
 
 
-def save_embeddings(to: Export, files: Sequence[Path], rows_ND: Mapping[str, Tensor]) -> None:
-    """Write each placeholder's rows ``(N, D)`` as an embedding that WebUIs and diffusers load."""
-    for file, rows in zip(files, rows_ND.values(), strict=True):
+def save_embeddings(
+    to: Export, files: Sequence[Path], embeddings: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Write embeddings that WebUIs and diffusers load.
+
+    Args:
+        to: metadata and precision.
+        files: one for each placeholder.
+        embeddings: by placeholder, rows ``(N, D)`` of each text encoder.
+    """
+    for file, rows in zip(files, embeddings.values(), strict=True):
         metadata = to.metadata("textual-inversion")
-        save_embedding(file, {EMBEDDING_KEY: rows}, metadata=metadata, dtype=to.dtype)
+        tensors = dict(zip(EMBEDDING_KEYS[len(rows)], rows, strict=True))
+        save_embedding(file, tensors, metadata=metadata, dtype=to.dtype)
 
 
 def verify_embeddings(files: Sequence[Path]) -> str:
@@ -145,11 +204,11 @@ def verify_embeddings(files: Sequence[Path]) -> str:
     return f"{sum(counts)} vector(s) in {len(files)} embedding file(s)"
 
 
-def words_of(files: Sequence[Path], rows: TokenRows) -> dict[Path, dict[str, str]]:
+def words_of(files: Sequence[Path], placeholders: Sequence[str]) -> dict[Path, dict[str, str]]:
     """What WebUIs call the placeholder of each embedding: the name of its file."""
     return {
         file: {placeholder: file.stem}
-        for placeholder, file in zip(rows.placeholders, files, strict=True)
+        for placeholder, file in zip(placeholders, files, strict=True)
     }
 
 
@@ -189,6 +248,16 @@ def _refuse_too_many(text_encoder: TextEncoder, num_vectors: int) -> None:
             f"num_vectors_per_token = {num_vectors}: more than half of what the text encoder reads "
             f"of a prompt; give at most {limit}"
         )
+
+
+def _read_for(file: str, *, index: int, count: int) -> Tensor:
+    tensors = read_embeddings(file)
+    if len(tensors) != count:
+        raise UserError(
+            f"weights: {file} holds rows for {len(tensors)} text encoder(s), this model has "
+            f"{count}; use an embedding of this kind of model"
+        )
+    return tensors[index]
 
 
 def _fitting(file: str, read: Callable[[str], Tensor], text_encoder: TextEncoder) -> Tensor:

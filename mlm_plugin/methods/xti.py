@@ -28,6 +28,7 @@ from mlm_plugin.methods.token_rows import (
     words_of,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.models.cross_attention import (
     cross_attention_names,
     layer_codes,
@@ -55,14 +56,14 @@ class XTI(TextualInversion):
     """
 
     def __init__(self, models: StableDiffusion, rows: TokenRows, *, all_layers: bool = False):
-        super().__init__(models, rows)
+        super().__init__(models, [rows])
         self.all_layers = all_layers
         self.conditioning = per_layer_conditioning(models.unet)
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
         """Placeholders, first words and files; see ``Method.check``."""
-        check_rows(config.embedding, concepts, read=read_rows)
+        check_rows(config.embedding, concepts, read=lambda file: [read_rows(file)])
 
     @classmethod
     def prepare(
@@ -79,21 +80,21 @@ class XTI(TextualInversion):
         )
         return cls(models, rows, all_layers=config.embedding.xti_mlm_layers == "all")
 
-    def encode(self, captions: Sequence[str]) -> Tensor:
+    def encode(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of all layers, joined: ``(B, K L, D)``."""
         (text_encoder,) = self.models.text_encoders
-        return encode_per_layer(text_encoder, captions)
+        return Conditioning(encode_per_layer(text_encoder, captions))
 
     def mlm_ids(
         self, text_encoder: TextEncoder, prompts: Sequence[str], rng: random.Random
     ) -> Tensor:
         """Ids of each prompt for one random layer ``(B, L)``, or for every layer ``(K B, L)``."""
         ids_BL = text_encoder.tokenize_trimmed(prompts)
-        layers = range(self.rows.num_variants)
+        layers = range(self.only_rows.num_variants)
         if self.all_layers:
-            return torch.cat([self.rows.variant(ids_BL, k) for k in layers])
+            return torch.cat([self.only_rows.variant(ids_BL, k) for k in layers])
         drawn_B1 = torch.tensor([[rng.choice(layers)] for _ in prompts])
-        return self.rows.variant(ids_BL, drawn_B1)
+        return self.only_rows.variant(ids_BL, drawn_B1)
 
     def files(self, path: Path) -> list[Path]:
         """Per placeholder the full file, then the averages for WebUIs."""
@@ -101,28 +102,28 @@ class XTI(TextualInversion):
 
     def export(self, to: Export) -> None:
         """sd-scripts' XTI format, and the layers' average as an ordinary embedding."""
-        codes, rows = layer_codes(self.models.unet), self.rows.rows
+        codes, rows = layer_codes(self.models.unet), self.only_rows.rows
         for file, tensor in zip(self._full_files(to.path), rows.values(), strict=True):
             metadata = to.metadata("textual-inversion")
             save_xti(file, tensor, metadata=metadata, dtype=to.dtype, codes=codes)
-        averages = {name: layer_average(tensor) for name, tensor in rows.items()}
+        averages = {name: [layer_average(tensor)] for name, tensor in rows.items()}
         save_embeddings(to, self._average_files(to.path), averages)
 
     def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """The averages, called by their files' names: WebUIs cannot read the full files."""
-        return words_of(self._average_files(path), self.rows)
+        return words_of(self._average_files(path), self.placeholders)
 
     def verify(self, path: Path) -> str:
         """Count the vectors."""
         verify_embeddings(self.files(path))
         (average, *_) = self._average_files(path)
         return (
-            f"{self.rows.num_variants} layers; WebUIs cannot use them apart: {average.name} is "
-            "their average, less faithful to the concept"
+            f"{self.only_rows.num_variants} layers; WebUIs cannot use them apart: {average.name} "
+            "is their average, less faithful to the concept"
         )
 
     def _full_files(self, path: Path) -> list[Path]:
-        return embedding_files(path, self.rows.placeholders)
+        return embedding_files(path, self.placeholders)
 
     def _average_files(self, path: Path) -> list[Path]:
         return [p.with_name(f"{p.stem}{AVERAGE}{p.suffix}") for p in self._full_files(path)]

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x / 2.x from one WebUI checkpoint file, without the network.
+"""Stable Diffusion 1.x, 2.x or XL from one WebUI checkpoint file, without the network.
 
 The family is read off the tensors, the configurations are shipped in ``architectures/``.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.filling import (
+    empty_pooled_text_encoder,
     empty_text_encoder,
     empty_unet,
     empty_vae,
@@ -23,15 +24,19 @@ from mlm_plugin.models.filling import (
 from mlm_plugin.models.ldm_names import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     clip_names,
     open_clip_names,
+    sdxl_clip_names,
+    sdxl_open_clip_names,
     unet_names,
     vae_names,
 )
 from mlm_plugin.models.model_parts import (
-    SDXL,
+    REFINER,
     ModelParts,
     wrong_architecture,
 )
@@ -40,9 +45,8 @@ from mlm_plugin.models.weights_files import read_weights
 __all__ = ["ARCHITECTURES", "load_file", "load_vae_file"]
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-SDXL_WIDTH = 2048
 OTHER_FILES = {
-    "conditioner.embedders.": SDXL,
+    "conditioner.embedders.0.model.": REFINER,
     "model.diffusion_model.joint_blocks.": "Stable Diffusion 3",
     "model.diffusion_model.double_blocks.": "FLUX",
     "double_blocks.": "FLUX",
@@ -58,7 +62,7 @@ def load_file(
     dtype: torch.dtype,
     vae_dtype: torch.dtype | None,
 ) -> ModelParts:
-    """Load a checkpoint with LDM names (``.safetensors``, ``.ckpt``).
+    """Load a checkpoint of SD 1.x, 2.x or XL with LDM names (``.safetensors``, ``.ckpt``).
 
     The U-Net's weights are taken, not their moving average (``model_ema.*``), as sd-scripts does.
 
@@ -69,7 +73,7 @@ def load_file(
         vae_dtype: of the VAE; ``None`` = do not read it.
 
     Raises:
-        UserError: unreadable or incomplete file, or no SD 1.x / 2.x checkpoint.
+        UserError: unreadable or incomplete file, or no checkpoint of these kinds.
 
     Source: sd-scripts ``library/model_util.py`` ``load_models_from_stable_diffusion_checkpoint``.
     """
@@ -78,36 +82,36 @@ def load_file(
     configs = architecture or ARCHITECTURES / family
     unet = empty_unet(configs / "unet")
     _check_width(state, unet, path=path)
-    text_encoder = empty_text_encoder(configs / "text_encoder")
     fill_weights(unet, unet_names, state, prefix=UNET_PREFIX, path=path, dtype=dtype)
-    if family == "sd_v1":
-        named = {_nested_clip_name(name): tensor for name, tensor in state.items()}
-        fill_weights(text_encoder, clip_names, named, prefix=CLIP_PREFIX, path=path, dtype=dtype)
-    else:
-        used = _without_last_layer(state, num_layers=text_encoder.config.num_hidden_layers)
-        fill_weights(
-            text_encoder, open_clip_names, used, prefix=OPEN_CLIP_PREFIX, path=path, dtype=dtype
-        )
     return ModelParts(
         family=family,
         unet=unet,
-        text_encoder=text_encoder,
+        text_encoders=TEXT_ENCODERS[family](state, configs=configs, path=path, dtype=dtype),
         vae=vae_dtype and _vae_from_ldm(state, configs=configs, path=path, dtype=vae_dtype),
-        tokenizer=None,
-        scheduler={},
+        tokenizers=[],
+        scheduler=_scheduler(state),
     )
 
 
-def load_vae_file(path: Path, *, architecture: Path | None, dtype: torch.dtype) -> nn.Module:
+def load_vae_file(
+    path: Path, *, family: str, architecture: Path | None, dtype: torch.dtype
+) -> nn.Module:
     """Load a VAE from a file of its own, or from a full checkpoint.
 
     Accepts LDM names, with or without ``first_stage_model.``, and diffusers names of any age.
+
+    Args:
+        path: the file.
+        family: of the model it is for. All have the same autoencoder; SDXL scales its latents
+            differently, which no file says.
+        architecture: folder of configurations in place of the shipped ones.
+        dtype: of the VAE.
 
     Raises:
         UserError: unreadable or incomplete file.
     """
     state = read_weights(path)
-    configs = architecture or ARCHITECTURES / "sd_v1"  # SD 2.x has the same autoencoder
+    configs = architecture or ARCHITECTURES / family
     if any(name.startswith("decoder.up_blocks.") for name in state):
         return _vae_from_diffusers(state, configs=configs, path=path, dtype=dtype)
     if not any(name.startswith(VAE_PREFIX) for name in state):
@@ -116,7 +120,7 @@ def load_vae_file(path: Path, *, architecture: Path | None, dtype: torch.dtype) 
 
 
 def _family(state: Mapping[str, Tensor], *, path: Path) -> str:
-    """``sd_v1`` or ``sd_v2``, by the text encoder that the checkpoint carries."""
+    """``sd_v1``, ``sd_v2`` or ``sdxl``, by the text encoders that the checkpoint carries."""
     for prefix, found in OTHER_FILES.items():
         if _has(state, prefix):
             raise wrong_architecture(path, found)
@@ -124,18 +128,18 @@ def _family(state: Mapping[str, Tensor], *, path: Path) -> str:
         raise UserError(
             f"{path} is no Stable Diffusion checkpoint: it holds no U-Net ({UNET_PREFIX}*)"
         )
-    if _context_width(state) == SDXL_WIDTH:
-        raise wrong_architecture(path, SDXL)
     conv_in = state.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
     if conv_in is not None and conv_in.shape[1] != 4:
         raise wrong_architecture(
             path, f"a U-Net with {conv_in.shape[1]} input channels (inpainting or the like)"
         )
-    if _has(state, OPEN_CLIP_PREFIX):
-        return "sd_v2"
-    if _has(state, CLIP_PREFIX):
-        return "sd_v1"
-    raise UserError(f"{path} holds no text encoder (cond_stage_model.*): use the full checkpoint")
+    for family, prefix in TEXT_PREFIXES.items():
+        if _has(state, prefix):
+            return family
+    raise UserError(
+        f"{path} holds no text encoder (cond_stage_model.* or conditioner.embedders.*): "
+        "use the full checkpoint"
+    )
 
 
 def _has(state: Iterable[str], prefix: str) -> bool:
@@ -143,7 +147,7 @@ def _has(state: Iterable[str], prefix: str) -> bool:
 
 
 def _context_width(state: Mapping[str, Tensor]) -> int | None:
-    """Width of the text states that the U-Net attends to: 768, 1024 or 2048."""
+    """Width of the text states that the U-Net attends to: 768, 1024, or 2048 in SDXL."""
     for name, tensor in state.items():
         if name.startswith(UNET_PREFIX) and name.endswith(".attn2.to_k.weight"):
             return tensor.shape[1]
@@ -156,12 +160,61 @@ def _check_width(state: Mapping[str, Tensor], unet: nn.Module, *, path: Path) ->
         raise wrong_architecture(path, f"a U-Net with context width {width}, not {expected}")
 
 
-def _nested_clip_name(name: str) -> str:
-    """Some checkpoints lack the ``text_model.`` level."""
-    rest = name.removeprefix(CLIP_PREFIX)
-    if rest != name and rest.startswith(("embeddings.", "encoder.", "final_layer_norm.")):
-        return f"{CLIP_PREFIX}text_model.{rest}"
-    return name
+def _scheduler(state: Mapping[str, Tensor]) -> dict:
+    """What SDXL files that predict v say of themselves by empty tensors; others say nothing."""
+    if "v_pred" not in state:
+        return {}
+    return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in state}
+
+
+def _sd1_text_encoders(
+    state: Mapping[str, Tensor], *, configs: Path, path: Path, dtype: torch.dtype
+) -> list[nn.Module]:
+    clip = empty_text_encoder(configs / "text_encoder")
+    named = _with_nested_clip(state, CLIP_PREFIX)
+    fill_weights(clip, clip_names, named, prefix=CLIP_PREFIX, path=path, dtype=dtype)
+    return [clip]
+
+
+def _sd2_text_encoders(
+    state: Mapping[str, Tensor], *, configs: Path, path: Path, dtype: torch.dtype
+) -> list[nn.Module]:
+    clip = empty_text_encoder(configs / "text_encoder")
+    used = _without_last_layer(state, num_layers=clip.config.num_hidden_layers)
+    fill_weights(clip, open_clip_names, used, prefix=OPEN_CLIP_PREFIX, path=path, dtype=dtype)
+    return [clip]
+
+
+def _sdxl_text_encoders(
+    state: Mapping[str, Tensor], *, configs: Path, path: Path, dtype: torch.dtype
+) -> list[nn.Module]:
+    clip_l = empty_text_encoder(configs / "text_encoder")
+    clip_g = empty_pooled_text_encoder(configs / "text_encoder_2")
+    named = _with_projection_matrix(_with_nested_clip(state, SDXL_CLIP_PREFIX))
+    for clip, names, prefix in (
+        (clip_l, sdxl_clip_names, SDXL_CLIP_PREFIX),
+        (clip_g, sdxl_open_clip_names, SDXL_OPEN_CLIP_PREFIX),
+    ):
+        fill_weights(clip, names, named, prefix=prefix, path=path, dtype=dtype)
+    return [clip_l, clip_g]
+
+
+def _with_projection_matrix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Some checkpoints have OpenCLIP's projection as a linear layer, which holds its transpose."""
+    name = f"{SDXL_OPEN_CLIP_PREFIX}text_projection"
+    linear = state.get(f"{name}.weight")
+    if linear is None:
+        return dict(state)
+    return {key: t for key, t in state.items() if key != f"{name}.weight"} | {name: linear.T}
+
+
+def _with_nested_clip(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Some checkpoints lack CLIP's ``text_model.`` level."""
+    flat = tuple(f"{prefix}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
+    return {
+        f"{prefix}text_model.{name.removeprefix(prefix)}" if name.startswith(flat) else name: tensor
+        for name, tensor in state.items()
+    }
 
 
 def _without_last_layer(state: Mapping[str, Tensor], *, num_layers: int) -> dict[str, Tensor]:
@@ -185,3 +238,11 @@ def _vae_from_diffusers(
     state = {plain_name(name): tensor for name, tensor in state.items()}
     fill_weights(vae, plain_places, state, prefix="", path=path, dtype=dtype)
     return vae
+
+
+TEXT_PREFIXES = {"sdxl": SDXL_CLIP_PREFIX, "sd_v2": OPEN_CLIP_PREFIX, "sd_v1": CLIP_PREFIX}
+TEXT_ENCODERS = {
+    "sd_v1": _sd1_text_encoders,
+    "sd_v2": _sd2_text_encoders,
+    "sdxl": _sdxl_text_encoders,
+}

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x / 2.x by name: a diffusers folder, a hub id or one checkpoint file.
+"""Stable Diffusion 1.x, 2.x and XL by name: a diffusers folder, a hub id or one checkpoint file.
 
 Puts the parts of a source together and settles what the options and the source say differently.
 Knows nothing of training.
@@ -21,13 +21,15 @@ from mlm_plugin.models.checkpoint_file import load_file, load_vae_file
 from mlm_plugin.models.diffusers_folder import find_folder, load_folder, load_vae_folder
 from mlm_plugin.models.model_parts import TITLES, ModelParts
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.tokenizers import find_tokenizer
+from mlm_plugin.models.tokenizers import find_tokenizer, second_tokenizer
 
-__all__ = ["StableDiffusion", "load_stable_diffusion"]
+__all__ = ["SDXL_VERSION", "StableDiffusion", "load_stable_diffusion"]
 
 logger = logging.getLogger(__name__)
 
-# The betas of all Stable Diffusion 1.x and 2.x models.
+SDXL_VERSION = "sdxl_base_v1-0"
+SDXL_CLIP_SKIP = 2
+# The betas of all Stable Diffusion 1.x, 2.x and XL models.
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -36,10 +38,11 @@ class StableDiffusion:
     """The frozen parts of a Stable Diffusion model, in eval mode, on the CPU.
 
     Attributes:
-        text_encoders: one, for SD 1.x and 2.x.
+        text_encoders: one for SD 1.x and 2.x; CLIP-L and OpenCLIP bigG for SDXL, in the order in
+            which the U-Net reads their states, the second with pooled states.
         noise_scheduler: DDPM with the betas the model was trained with.
-        version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), as
-            kohya writes it into ``ss_base_model_version``.
+        version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), or
+            ``sdxl_base_v1-0``, as kohya writes it into ``ss_base_model_version``.
         prediction_type: ``epsilon`` or ``v_prediction``: what training must aim at. Read this, not
             the option: a diffusers folder knows its own.
         source: the model as given.
@@ -52,6 +55,16 @@ class StableDiffusion:
     version: str
     prediction_type: str
     source: str
+
+    @property
+    def family(self) -> str:
+        """``sd_v1``, ``sd_v2`` or ``sdxl``: what decides names and shapes in files."""
+        return "sdxl" if self.is_sdxl else self.version.removesuffix("_v")
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the U-Net reads two text encoders, a pooled state and sizes."""
+        return self.version == SDXL_VERSION
 
 
 def load_stable_diffusion(
@@ -67,7 +80,7 @@ def load_stable_diffusion(
     vae_dtype: torch.dtype = torch.float32,
     architecture: str | os.PathLike | None = None,
 ) -> StableDiffusion:
-    """Load a Stable Diffusion 1.x or 2.x model, frozen and in eval mode, on the CPU.
+    """Load a Stable Diffusion 1.x, 2.x or XL model, frozen and in eval mode, on the CPU.
 
     Args:
         name_or_path: diffusers folder, hub id (network or local hub cache), or a ``.safetensors`` /
@@ -77,16 +90,17 @@ def load_stable_diffusion(
             and the option must not contradict it; for a checkpoint file the option decides.
         vae: replacement: diffusers folder (of the VAE, or with one in ``vae``), hub id or file.
         tokenizer_cache_dir: where to look for the tokenizer if the model has none.
-        clip_skip: see ``TextEncoder``.
+        clip_skip: see ``TextEncoder``. SDXL always reads the state before the last layer, without
+            the final norm; another value has no effect, as in sd-scripts, and a warning says so.
         max_token_length: see ``TextEncoder``.
-        dtype: of U-Net and text encoder.
+        dtype: of U-Net and text encoders.
         vae_dtype: of the VAE.
         architecture: folder of configurations for checkpoint files, laid out as a diffusers folder,
             in place of the shipped ones (models of other sizes).
 
     Raises:
-        UserError: nothing found, damaged or incomplete weights, another architecture than SD 1.x /
-            2.x, an option that contradicts the model, or no tokenizer.
+        UserError: nothing found, damaged or incomplete weights, another architecture than SD 1.x,
+            2.x or XL base, an option that contradicts the model, or no tokenizer.
     """
     path, configs = Path(name_or_path), None if architecture is None else Path(architecture)
     parts = _load_parts(
@@ -102,25 +116,30 @@ def load_stable_diffusion(
     prediction_type = _prediction_type(
         parts, source=str(name_or_path), v_parameterization=v_parameterization
     )
-    tokenizer = parts.tokenizer or find_tokenizer(
-        sd2=parts.family == "sd_v2",
-        cache_dir=tokenizer_cache_dir,
-        near=path.parent if path.is_file() else None,
-    )
-    text_encoder = TextEncoder(
-        tokenizer,
-        _frozen(parts.text_encoder, dtype),
-        clip_skip=clip_skip,
-        max_token_length=max_token_length,
-    )
+    if not parts.tokenizers:
+        near = path.parent if path.is_file() else None
+        parts.tokenizers = _find_tokenizers(parts, cache_dir=tokenizer_cache_dir, near=near)
+    is_sdxl = parts.family == "sdxl"
+    if is_sdxl:
+        clip_skip = _sdxl_clip_skip(clip_skip)
+    text_encoders = [
+        TextEncoder(
+            tokenizer,
+            _frozen(model, dtype),
+            clip_skip=clip_skip,
+            max_token_length=max_token_length,
+            final_norm=not is_sdxl,
+        )
+        for tokenizer, model in zip(parts.tokenizers, parts.text_encoders, strict=True)
+    ]
     if vae is not None:
-        parts.vae = _load_vae(str(vae), configs=configs, dtype=vae_dtype)
+        parts.vae = _load_vae(str(vae), family=parts.family, configs=configs, dtype=vae_dtype)
     return StableDiffusion(
-        text_encoders=[text_encoder],
+        text_encoders=text_encoders,
         vae=_frozen(parts.vae, vae_dtype),
         unet=_frozen(parts.unet, dtype),
         noise_scheduler=_noise_scheduler(parts.scheduler, prediction_type),
-        version=parts.family + ("_v" if prediction_type == "v_prediction" else ""),
+        version=_version(parts.family, prediction_type),
         prediction_type=prediction_type,
         source=str(name_or_path),
     )
@@ -135,11 +154,32 @@ def _load_parts(
     return load_folder(folder, source=source, dtype=dtype, vae_dtype=vae_dtype)
 
 
-def _load_vae(source: str, *, configs: Path | None, dtype: torch.dtype) -> nn.Module:
+def _load_vae(source: str, *, family: str, configs: Path | None, dtype: torch.dtype) -> nn.Module:
     if Path(source).is_file():
-        return load_vae_file(Path(source), architecture=configs, dtype=dtype)
+        return load_vae_file(Path(source), family=family, architecture=configs, dtype=dtype)
     folder = find_folder(source, option="--vae")
     return load_vae_folder(folder, source=f"--vae: {source}", dtype=dtype)
+
+
+def _find_tokenizers(
+    parts: ModelParts, *, cache_dir: str | os.PathLike | None, near: Path | None
+) -> list:
+    first = find_tokenizer(sd2=parts.family == "sd_v2", cache_dir=cache_dir, near=near)
+    return [first] if len(parts.text_encoders) == 1 else [first, second_tokenizer(first)]
+
+
+def _sdxl_clip_skip(given: int | None) -> int:
+    if given not in (None, SDXL_CLIP_SKIP):
+        logger.warning(
+            "--clip_skip %d has no effect: SDXL always reads the state before the last layer", given
+        )
+    return SDXL_CLIP_SKIP
+
+
+def _version(family: str, prediction_type: str) -> str:
+    if family == "sdxl":
+        return SDXL_VERSION
+    return family + ("_v" if prediction_type == "v_prediction" else "")
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:

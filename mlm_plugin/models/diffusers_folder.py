@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x / 2.x from a diffusers folder, or from the hub as one."""
+"""Stable Diffusion 1.x, 2.x or XL from a diffusers folder, or from the hub as one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.filling import (
+    empty_pooled_text_encoder,
     empty_text_encoder,
     empty_unet,
     empty_vae,
@@ -18,8 +19,8 @@ from mlm_plugin.models.filling import (
     plain_name,
     plain_places,
 )
-from mlm_plugin.models.model_parts import ModelParts, read_json, wrong_architecture
-from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer
+from mlm_plugin.models.model_parts import REFINER, ModelParts, read_json, wrong_architecture
+from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer, second_tokenizer
 from mlm_plugin.models.weights_files import read_weights
 
 __all__ = ["find_folder", "load_folder", "load_vae_folder"]
@@ -67,24 +68,25 @@ def load_folder(
     """Load a diffusers folder part by part; the safety checker is never read.
 
     Args:
-        folder: holds ``unet``, ``text_encoder``, ``vae``, ``tokenizer`` and ``scheduler``.
+        folder: holds ``unet``, ``text_encoder``, ``vae``, ``tokenizer`` and ``scheduler``, in SDXL
+            also ``text_encoder_2`` and ``tokenizer_2``.
         source: what the user called it, for errors.
         dtype: of U-Net and text encoder.
         vae_dtype: of the VAE; ``None`` = do not read it.
 
     Raises:
-        UserError: a part is missing or damaged, or it is no SD 1.x / 2.x model.
+        UserError: a part is missing or damaged, or it is a model of another kind.
     """
     family = _family(folder, source=source)
-    tokenizer = folder / "tokenizer"
+    clips = {"text_encoder": empty_text_encoder(folder / "text_encoder")}
+    if family == "sdxl":
+        clips["text_encoder_2"] = empty_pooled_text_encoder(folder / "text_encoder_2")
     return ModelParts(
         family=family,
         unet=_load(folder / "unet", empty_unet(folder / "unet"), dtype=dtype),
-        text_encoder=_load(
-            folder / "text_encoder", empty_text_encoder(folder / "text_encoder"), dtype=dtype
-        ),
+        text_encoders=[_load(folder / part, clip, dtype=dtype) for part, clip in clips.items()],
         vae=_own_vae(folder, source=source, dtype=vae_dtype),
-        tokenizer=load_tokenizer(tokenizer) if is_tokenizer_folder(tokenizer) else None,
+        tokenizers=_tokenizers(folder, count=len(clips)),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
     )
 
@@ -112,12 +114,25 @@ def _own_vae(folder: Path, *, source: str, dtype: torch.dtype | None) -> nn.Modu
     return None if dtype is None else load_vae_folder(folder, source=source, dtype=dtype)
 
 
+def _tokenizers(folder: Path, *, count: int) -> list:
+    first, second = folder / "tokenizer", folder / "tokenizer_2"
+    if not is_tokenizer_folder(first):
+        return []
+    tokenizers = [load_tokenizer(first)]
+    if count == 2:
+        has_own = is_tokenizer_folder(second)
+        tokenizers.append(load_tokenizer(second) if has_own else second_tokenizer(tokenizers[0]))
+    return tokenizers
+
+
 def _family(folder: Path, *, source: str) -> str:
     kind = read_json(folder / "model_index.json", optional=True).get("_class_name", "a pipeline")
-    for part in ("text_encoder_2", "transformer"):
-        if (folder / part).is_dir():
-            raise wrong_architecture(source, f"{kind} (with a {part})")
-    for part in ("unet", "text_encoder"):
+    if (folder / "transformer").is_dir():
+        raise wrong_architecture(source, f"{kind} (with a transformer)")
+    is_sdxl = (folder / "text_encoder_2").is_dir()
+    if is_sdxl and not (folder / "text_encoder").is_dir():
+        raise wrong_architecture(source, REFINER)
+    for part in ("unet", "text_encoder", *(["text_encoder_2"] if is_sdxl else [])):
         if not (folder / part / "config.json").is_file():
             raise UserError(
                 f"{source} is no diffusers model folder: {part}/config.json is missing "
@@ -125,11 +140,17 @@ def _family(folder: Path, *, source: str) -> str:
             )
     unet = read_json(folder / "unet" / "config.json")
     text_encoder = read_json(folder / "text_encoder" / "config.json")
+    text_width = text_encoder.get("hidden_size", 512)
+    if is_sdxl:
+        second = read_json(folder / "text_encoder_2" / "config.json")
+        text_width += second.get("hidden_size", 512)
     channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim", 1280)
     if channels != 4:
         raise wrong_architecture(source, f"{kind} with {channels} input channels")
-    if width != text_encoder.get("hidden_size", 512):
+    if width != text_width:
         raise wrong_architecture(source, f"{kind} with context width {width}")
+    if is_sdxl:
+        return "sdxl"
     openai_clip = text_encoder.get("hidden_act", "quick_gelu") == "quick_gelu"
     return FAMILY_OF_WIDTH.get(width, "sd_v1" if openai_clip else "sd_v2")
 

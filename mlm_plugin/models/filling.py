@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.ldm_names import LdmTensor
 from mlm_plugin.models.model_parts import read_json, refuse_gaps
 
 __all__ = [
+    "empty_pooled_text_encoder",
     "empty_text_encoder",
     "empty_unet",
     "empty_vae",
@@ -32,6 +33,8 @@ UNUSED = re.compile(
     r".*\bposition_ids"
     r"|cond_stage_model\.model\.(?:logit_scale|text_projection|attn_mask)"
     r"|cond_stage_model\.transformer\.text_projection\.weight"
+    r"|conditioner\.embedders\.1\.model\.(?:logit_scale|attn_mask)"
+    r"|conditioner\.embedders\.0\.transformer\.(?:text_projection\.weight|logit_scale)"
     r"|first_stage_model\.(?:loss|model_ema)\..*"
 )
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -50,11 +53,25 @@ def empty_vae(folder: Path) -> AutoencoderKL:
 
 
 def empty_text_encoder(folder: Path) -> CLIPTextModel:
-    """A CLIP text model of the configuration in ``folder``, to be filled."""
+    """A CLIP text model of the configuration in ``folder``, on the meta device, to be filled."""
+    return _empty_clip(CLIPTextModel, folder)
+
+
+def empty_pooled_text_encoder(folder: Path) -> CLIPTextModelWithProjection:
+    """The same with pooled states, as SDXL's second text encoder has them."""
+    return _empty_clip(CLIPTextModelWithProjection, folder)
+
+
+def _empty_clip(cls, folder: Path) -> nn.Module:
     config = CLIPTextConfig.from_pretrained(str(folder))
-    # Its position ids are in no checkpoint, so it cannot start on the meta device.
-    with torch.random.fork_rng(devices=[]):
-        return CLIPTextModel(config)
+    with torch.device("meta"):
+        model = cls(config)
+    embeddings = model.get_submodule(
+        "text_model" if hasattr(model, "text_model") else ""
+    ).embeddings
+    # In no checkpoint, so they must have their values from the start.
+    embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+    return model
 
 
 def plain_name(name: str) -> str:
@@ -118,6 +135,8 @@ def _shaped(state: Mapping[str, Tensor], place: LdmTensor, *, like: Tensor, path
     tensor = state[place.key]
     if place.third is not None:
         tensor = tensor.chunk(3)[place.third]
+    if place.transposed:
+        tensor = tensor.T
     if _matrix_shape(tensor) != _matrix_shape(like):
         came, expected = tuple(tensor.shape), tuple(like.shape)
         raise UserError(f"{path}: {place.key} has shape {came}, expected {expected}")

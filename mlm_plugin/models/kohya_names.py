@@ -1,11 +1,12 @@
 """Names of modules and tensors in kohya's LoRA files, and the shapes they have there.
 
-A module's name in the file is a prefix and its path with dots as underscores. Two things differ
-between a file and the model in memory, and both are settled here:
+A module's name in the file is a prefix and its path with dots as underscores. Three things differ
+between a file and the model in memory, and all are settled here:
 
 - transformers >= 5.6 builds ``CLIPTextModel`` without the inner ``text_model``; files keep it.
 - kohya loads SD 2 with convolutions as ``proj_in`` / ``proj_out`` where diffusers has linear
   layers, so these tensors end in ``(1, 1)`` in the file.
+- kohya's U-Net of SDXL has Stability AI's paths (``input_blocks.4.1``), and so have its files.
 
 Knows nothing of LoRA itself, of models or of files.
 """
@@ -13,25 +14,34 @@ Knows nothing of LoRA itself, of models or of files.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import Tensor
 
+from mlm_plugin.models import ldm_names
+
 __all__ = [
+    "TEXT_ENCODER_PARTS",
     "TEXT_ENCODER_PREFIX",
     "UNET_PREFIX",
     "canonical_name",
     "in_file_shape",
     "is_known_key",
     "is_text_encoder_name",
+    "part_of",
+    "sdxl_unet_names",
     "text_encoder_name",
     "unet_name",
 ]
 
 UNET_PREFIX = "lora_unet"
 TEXT_ENCODER_PREFIX = "lora_te"
+TEXT_ENCODER_PARTS = {1: ("textencoder",), 2: ("textencoder1", "textencoder2")}
+"""kohya's names of the text encoders of a model, by how many there are."""
 
+_NUMBERED_TEXT_ENCODER = re.compile(rf"{TEXT_ENCODER_PREFIX}([12]?)_")
 _FLAT_TEXT_ENCODER = re.compile(
-    rf"^{TEXT_ENCODER_PREFIX}_(?=encoder_|embeddings_|final_layer_norm)"
+    rf"^{_NUMBERED_TEXT_ENCODER.pattern}(?=encoder_|embeddings_|final_layer_norm)"
 )
 _PROJECTION = re.compile(r"_attentions_\d+_proj_(in|out)$")
 
@@ -46,6 +56,13 @@ _UNET_MODULE = (
     r"|down_blocks_\d_downsamplers_0_conv|up_blocks_\d_upsamplers_0_conv"
     r"|conv_in|conv_out|conv_norm_out|time_embedding_linear_[12]"
 )
+_SDXL_UNET_MODULE = (
+    rf"(input_blocks_\d_1|middle_block_1|output_blocks_\d_1)_(norm|proj_in|proj_out|{_TRANSFORMER})"
+    r"|(input_blocks_\d_0|middle_block_[02]|output_blocks_\d_0)"
+    r"_(in_layers_[02]|emb_layers_1|out_layers_[03]|skip_connection)"
+    r"|input_blocks_\d_0_op|output_blocks_\d_[12]_conv"
+    r"|input_blocks_0_0|out_[02]|time_embed_[02]|label_emb_0_[02]"
+)
 _TEXT_ENCODER_MODULE = (
     r"text_model_(encoder_layers_\d+_(self_attn_([qkv]|out)_proj|mlp_fc[12]|layer_norm[12])"
     r"|final_layer_norm)"
@@ -56,7 +73,8 @@ _TENSOR = (
     r"|oft_(blocks|diag)|rescale|[ab][12]\.weight|bm\.weight|weight|on_input"
 )
 _KNOWN_KEY = re.compile(
-    rf"({UNET_PREFIX}_({_UNET_MODULE})|{TEXT_ENCODER_PREFIX}_({_TEXT_ENCODER_MODULE}))\.({_TENSOR})"
+    rf"({UNET_PREFIX}_({_UNET_MODULE}|{_SDXL_UNET_MODULE})"
+    rf"|{TEXT_ENCODER_PREFIX}[12]?_({_TEXT_ENCODER_MODULE}))\.({_TENSOR})"
 )
 
 
@@ -65,14 +83,46 @@ def unet_name(module_name: str) -> str:
     return f"{UNET_PREFIX}_{module_name}".replace(".", "_")
 
 
-def text_encoder_name(module_name: str) -> str:
-    """Name in the file of a CLIP module, nested or flat, always with ``text_model_``."""
-    return canonical_name(f"{TEXT_ENCODER_PREFIX}_{module_name}".replace(".", "_"))
+def sdxl_unet_names(weight_names: Iterable[str]) -> dict[str, str]:
+    """Names in the file of SDXL's U-Net modules, by what :func:`unet_name` makes of their paths.
+
+    Some trainers write the latter; kohya's reads both.
+
+    Args:
+        weight_names: all weight names of one ``UNet2DConditionModel``.
+
+    Source: sd-scripts ``library/sdxl_original_unet.py``.
+    """
+    places = ldm_names.unet_names(weight_names)
+    return {
+        unet_name(name.removesuffix(".weight")): unet_name(
+            place.key.removeprefix(ldm_names.UNET_PREFIX).removesuffix(".weight")
+        )
+        for name, place in places.items()
+        if name.endswith(".weight")
+    }
+
+
+def text_encoder_name(module_name: str, part: str = "textencoder") -> str:
+    """Name in the file of a CLIP module, nested or flat, always with ``text_model_``.
+
+    Args:
+        module_name: path in the model.
+        part: which text encoder, of ``TEXT_ENCODER_PARTS``.
+    """
+    number = part.removeprefix("textencoder")
+    return canonical_name(f"{TEXT_ENCODER_PREFIX}{number}_{module_name}".replace(".", "_"))
+
+
+def part_of(name: str) -> str:
+    """The part that a module or tensor name belongs to: ``unet`` or a text encoder's name."""
+    match = _NUMBERED_TEXT_ENCODER.match(name)
+    return "unet" if match is None else f"textencoder{match[1]}"
 
 
 def canonical_name(name: str) -> str:
     """A module or tensor name as kohya writes it: ``text_model_`` put in where it is missing."""
-    return _FLAT_TEXT_ENCODER.sub(f"{TEXT_ENCODER_PREFIX}_text_model_", name)
+    return _FLAT_TEXT_ENCODER.sub(rf"{TEXT_ENCODER_PREFIX}\1_text_model_", name)
 
 
 def is_text_encoder_name(name: str) -> bool:
@@ -93,7 +143,7 @@ def in_file_shape(key: str, tensor: Tensor) -> Tensor:
 
 
 def is_known_key(key: str) -> bool:
-    """Whether WebUIs find the layer for this key of an SD 1 or SD 2 file.
+    """Whether WebUIs find the layer for this key of an SD 1, SD 2 or SDXL file.
 
     Covers networks.lora and the LyCORIS algorithms. A1111, Forge and ComfyUI build the same names
     from their own model; Forge refuses files with many others.

@@ -1,4 +1,4 @@
-"""Where Stable Diffusion 1.x / 2.x weights lie in WebUI ("LDM") checkpoints, by library name.
+"""Where Stable Diffusion 1.x, 2.x and XL weights lie in WebUI checkpoints, by library name.
 
 One table for both directions: a reader asks where a tensor lies in a checkpoint, a writer what to
 call it. The numbers of blocks and layers are read off the names, so toy models work as well. Knows
@@ -6,6 +6,7 @@ no files and no model classes.
 
 LDM names: ``model.diffusion_model.*`` (U-Net), ``first_stage_model.*`` (VAE),
 ``cond_stage_model.transformer.*`` (SD 1 CLIP) and ``cond_stage_model.model.*`` (SD 2 OpenCLIP).
+SDXL has both text encoders: ``conditioner.embedders.0.transformer.*`` and ``.1.model.*``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from torch import Tensor
 __all__ = [
     "CLIP_PREFIX",
     "OPEN_CLIP_PREFIX",
+    "SDXL_CLIP_PREFIX",
+    "SDXL_OPEN_CLIP_PREFIX",
     "UNET_PREFIX",
     "VAE_PREFIX",
     "LdmTensor",
     "clip_names",
     "open_clip_names",
+    "sdxl_clip_names",
+    "sdxl_open_clip_names",
     "to_ldm",
     "unet_names",
     "vae_names",
@@ -34,10 +39,14 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer."
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
+SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."
+SDXL_OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
 
 UNET_TOP = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -84,10 +93,12 @@ class LdmTensor(NamedTuple):
         key: name of the checkpoint's tensor.
         third: ``None`` = all of it; 0, 1, 2 = the first, second or last third of its rows (OpenCLIP
             keeps query, key and value in one tensor).
+        transposed: rows are columns there (OpenCLIP multiplies by its projection from the right).
     """
 
     key: str
     third: int | None = None
+    transposed: bool = False
 
 
 def unet_names(names: Iterable[str]) -> dict[str, LdmTensor]:
@@ -100,7 +111,7 @@ def unet_names(names: Iterable[str]) -> dict[str, LdmTensor]:
         names: all weight names of one ``UNet2DConditionModel``.
 
     Raises:
-        ValueError: a name that SD 1.x / 2.x U-Nets do not have.
+        ValueError: a name that U-Nets of SD 1.x, 2.x and XL do not have.
 
     Source: huggingface/diffusers ``scripts/convert_diffusers_to_original_stable_diffusion.py``.
     """
@@ -114,7 +125,7 @@ def vae_names(names: Iterable[str]) -> dict[str, LdmTensor]:
     """LDM place of each diffusers VAE weight; LDM counts the decoder's blocks from the other end.
 
     Raises:
-        ValueError: a name that SD 1.x / 2.x VAEs do not have.
+        ValueError: a name that VAEs of SD 1.x, 2.x and XL do not have.
 
     Source: as ``unet_names``.
     """
@@ -128,7 +139,12 @@ def clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
 
     ``names`` may be nested (``text_model.``, transformers < 5.6) or flat; LDM's are nested.
     """
-    return {name: LdmTensor(f"{CLIP_PREFIX}text_model.{_flat(name)}") for name in names}
+    return _clip_places(names, CLIP_PREFIX)
+
+
+def sdxl_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """The same for the first text encoder of an SDXL checkpoint."""
+    return _clip_places(names, SDXL_CLIP_PREFIX)
 
 
 def open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
@@ -141,7 +157,22 @@ def open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
 
     Source: mlfoundations/open_clip ``src/open_clip/transformer.py`` ``ResidualAttentionBlock``.
     """
-    return {name: _open_clip_place(_flat(name)) for name in names}
+    return {name: _open_clip_place(_flat(name), OPEN_CLIP_PREFIX) for name in names}
+
+
+def sdxl_open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """The same for ``CLIPTextModelWithProjection``, the second text encoder of an SDXL checkpoint.
+
+    It has all layers, and the projection as OpenCLIP applies it: ``x @ text_projection``.
+    sd-scripts reads and writes that matrix as it lies, so it computes with the transposed one.
+
+    Raises:
+        ValueError: a name that CLIP text models do not have.
+
+    Source: Stability-AI/generative-models ``sgm/modules/encoders/modules.py``
+    ``FrozenOpenCLIPEmbedder2``; diffusers ``loaders/single_file_utils.py``.
+    """
+    return {name: _open_clip_place(_flat(name), SDXL_OPEN_CLIP_PREFIX) for name in names}
 
 
 def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[str, Tensor]:
@@ -156,8 +187,9 @@ def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[
     """
     joined: dict[str, list[Tensor | None]] = {}
     for name, tensor in state.items():
-        key, third = names[name]
-        joined.setdefault(key, [None] * (1 if third is None else 3))[third or 0] = tensor
+        key, third, transposed = names[name]
+        parts = joined.setdefault(key, [None] * (1 if third is None else 3))
+        parts[third or 0] = tensor.T if transposed else tensor
     ldm = {key: torch.cat(parts) if len(parts) == 3 else parts[0] for key, parts in joined.items()}
     for key, tensor in ldm.items():
         if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", key):
@@ -208,13 +240,19 @@ def _inner(kind: str, rest: str, resnet: Mapping[str, str]) -> str:
     return f"{resnet.get(module, module)}.{leaf}" if kind == "resnets" else rest
 
 
-def _open_clip_place(name: str) -> LdmTensor:
+def _clip_places(names: Iterable[str], prefix: str) -> dict[str, LdmTensor]:
+    return {name: LdmTensor(f"{prefix}text_model.{_flat(name)}") for name in names}
+
+
+def _open_clip_place(name: str, prefix: str) -> LdmTensor:
     if name in OPEN_CLIP_TOP:
-        return LdmTensor(OPEN_CLIP_PREFIX + OPEN_CLIP_TOP[name])
+        return LdmTensor(prefix + OPEN_CLIP_TOP[name])
+    if name == "text_projection.weight":
+        return LdmTensor(f"{prefix}text_projection", transposed=True)
     m = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if m is None:
         raise ValueError(f"no OpenCLIP name for the text encoder weight {name}")
-    layer = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{m[1]}"
+    layer = f"{prefix}transformer.resblocks.{m[1]}"
     if m[2].removeprefix("self_attn.") in QKV:
         return LdmTensor(f"{layer}.attn.in_proj_{m[3]}", QKV.index(m[2].removeprefix("self_attn.")))
     return LdmTensor(f"{layer}.{OPEN_CLIP_LAYER[m[2]]}.{m[3]}")

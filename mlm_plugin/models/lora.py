@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -162,12 +162,21 @@ def unet_targets(
     alpha: float,
     conv_rank: int | None = None,
     conv_alpha: float = 1.0,
+    name_of: Callable[[str], str] = unet_name,
 ) -> list[LoraTarget]:
     """Layers of the U-Net that ``networks.lora`` adapts.
 
     Every linear layer and 1x1 convolution of the attention blocks; with ``conv_rank`` also those of
     the residual, down- and upsampling blocks (at ``rank``) and their 3x3 convolutions (at
-    ``conv_rank``). SD 1.5: 192 layers, with ``conv_rank`` 278.
+    ``conv_rank``). SD 1.5: 192 layers, with ``conv_rank`` 278; SDXL: 722 and 788.
+
+    Args:
+        unet: diffusers' model.
+        rank: of linear layers and 1x1 convolutions.
+        alpha: of these.
+        conv_rank: of 3x3 convolutions; ``None`` leaves them out.
+        conv_alpha: of these.
+        name_of: from a layer's path to its name in the file.
 
     Source: sd-scripts ``networks/lora.py`` ``LoRANetwork.__init__``.
     """
@@ -175,16 +184,18 @@ def unet_targets(
     targets = []
     for name, layer in _layers_within(unet, classes):
         if _is_pointwise(layer):
-            targets.append(LoraTarget(name, unet_name(name), rank, alpha))
+            targets.append(LoraTarget(name, name_of(name), rank, alpha))
         elif conv_rank is not None:
-            targets.append(LoraTarget(name, unet_name(name), conv_rank, conv_alpha))
+            targets.append(LoraTarget(name, name_of(name), conv_rank, conv_alpha))
     return targets
 
 
-def text_encoder_targets(text_encoder: nn.Module, *, rank: int, alpha: float) -> list[LoraTarget]:
+def text_encoder_targets(
+    text_encoder: nn.Module, *, rank: int, alpha: float, part: str = "textencoder"
+) -> list[LoraTarget]:
     """Layers of CLIP that ``networks.lora`` adapts: all linear ones, 6 in each block."""
     return [
-        LoraTarget(name, text_encoder_name(name), rank, alpha)
+        LoraTarget(name, text_encoder_name(name, part), rank, alpha)
         for name, _ in _layers_within(text_encoder, TEXT_ENCODER_CLASSES)
     ]
 

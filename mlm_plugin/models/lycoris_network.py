@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.kohya_names import canonical_name
+from mlm_plugin.models.kohya_names import canonical_name, part_of
 from mlm_plugin.models.lora import MaxNorm
 from mlm_plugin.models.network_args import (
     COMMON_ARGS,
@@ -72,12 +72,26 @@ class LycorisNetwork(AdapterNetwork):
 
     Args:
         network: LyCORIS' own network, applied to the models.
+        text_parts: names of the text encoders.
+        file_names: names of modules in files, by LyCORIS' own.
         loraplus: learning-rate ratios of the up projections.
     """
 
-    def __init__(self, network: nn.Module, *, loraplus: LoraPlus):
-        super().__init__(network.text_encoder_loras, network.unet_loras, loraplus=loraplus)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        text_parts: Iterable[str],
+        file_names: Mapping[str, str],
+        loraplus: LoraPlus,
+    ):
+        modules = {
+            part: [m for m in network.text_encoder_loras if part_of(m.lora_name) == part]
+            for part in text_parts
+        }
+        super().__init__({**modules, "unet": network.unet_loras}, loraplus=loraplus)
         self.network = network
+        self.file_names = file_names
 
     def to(self, device: torch.device | str) -> None:
         """See ``Network``."""
@@ -97,15 +111,12 @@ class LycorisNetwork(AdapterNetwork):
 
     def kohya_state_dict(self) -> dict[str, Tensor]:
         """See ``Network``."""
-        named = ((canonical_name(key), value) for key, value in self.network.state_dict().items())
-        return {key: as_in_file(key, value) for key, value in named}
+        return {key: as_in_file(key, value) for key, (_, value) in self._own_weights().items()}
 
     def load_kohya_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See ``Network``. The file's alphas must be the configured ones, LyCORIS keeps them."""
         state = self.of_trained_parts(state)
-        own = {
-            canonical_name(key): (key, value) for key, value in self.network.state_dict().items()
-        }
+        own = self._own_weights()
         check_keys(state, known=own.keys())
         loaded = {}
         for key, tensor in state.items():
@@ -117,6 +128,14 @@ class LycorisNetwork(AdapterNetwork):
                 )
             loaded[own_key] = fit_shape(key, tensor, value.shape)
         self.network.load_state_dict(loaded, strict=False)
+
+    def _own_weights(self) -> dict[str, tuple[str, Tensor]]:
+        """LyCORIS' own names and weights, by the names in files."""
+        own = {}
+        for key, value in self.network.state_dict().items():
+            module, dot, rest = key.partition(".")
+            own[f"{self.file_names.get(module, module)}{dot}{rest}"] = key, value
+        return own
 
     def apply_max_norm(self, max_norm: float) -> MaxNorm:
         """See ``Network``. LyCORIS has its own definition, and none for some algorithms."""
@@ -139,7 +158,9 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
         ) from error
     _check_args(plan.args, lycoris)
     dropout = _dropout(plan)
-    models = (plan.text_encoder, plan.unet)
+    clips = list(plan.text_encoders) if len(plan.text_encoders) == 2 else plan.text_encoders[0]
+    models = (clips, plan.unet)
+    file_names = _file_names(plan)
     with _preset_for_diffusers(lycoris, plan.args.get("preset", "full")):
         if plan.dims_from is None:
             arguments = {"warn_on_unmatched": False, **plan.args, "dropout": dropout}
@@ -147,11 +168,16 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
         else:
             _warn_of_settings(plan)
             network, _ = lycoris.create_network_from_weights(
-                1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.dims_from, *models)
+                1.0, None, None, *models, weights_sd=_named_as_in_memory(plan, file_names)
             )
     network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
     network.to(next(plan.unet.parameters()).device)
-    return LycorisNetwork(network, loraplus=LoraPlus.from_args(plan.args))
+    return LycorisNetwork(
+        network,
+        text_parts=plan.text_parts,
+        file_names=file_names,
+        loraplus=LoraPlus.from_args(plan.args),
+    )
 
 
 def _check_args(args: Mapping[str, str], lycoris) -> None:
@@ -231,18 +257,29 @@ def _diffusers_classes(names: Sequence[str]) -> list[str]:
     return [*classes, "Attention"] if "CrossAttention" in classes else classes
 
 
-def _named_as_in_memory(
-    state: Mapping[str, Tensor], text_encoder: nn.Module, unet: nn.Module
-) -> dict[str, Tensor]:
-    """Names and shapes that LyCORIS finds by the modules' own paths."""
-    layers = {
-        f"{prefix}_{name}".replace(".", "_"): module
-        for prefix, model in (("lora_te", text_encoder), ("lora_unet", unet))
+def _layers(plan: NetworkPlan) -> dict[str, nn.Module]:
+    """Modules by the names that LyCORIS makes of their paths."""
+    return {
+        f"lora_{prefix}_{name}".replace(".", "_"): module
+        for prefix, model in (
+            *((part.replace("textencoder", "te"), m) for part, m in plan.text_parts.items()),
+            ("unet", plan.unet),
+        )
         for name, module in model.named_modules()
     }
-    own_names = {canonical_name(name): name for name in layers}
+
+
+def _file_names(plan: NetworkPlan) -> dict[str, str]:
+    """Names of modules in files by LyCORIS' own, made of the paths in diffusers' models."""
+    return {name: canonical_name(plan.unet_names.get(name, name)) for name in _layers(plan)}
+
+
+def _named_as_in_memory(plan: NetworkPlan, file_names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Names and shapes that LyCORIS finds by the modules' own paths."""
+    layers = _layers(plan)
+    own_names = {name: own for own, name in file_names.items()}
     renamed = {}
-    for key, tensor in state.items():
+    for key, tensor in plan.dims_from.items():
         name, _, part = key.partition(".")
         own_name = own_names.get(name, name)
         if isinstance(layers.get(own_name), nn.Linear) and tensor.ndim == 4:

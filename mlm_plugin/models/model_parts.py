@@ -11,10 +11,14 @@ from torch import nn
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["SDXL", "TITLES", "ModelParts", "read_json", "refuse_gaps", "wrong_architecture"]
+__all__ = ["REFINER", "TITLES", "ModelParts", "read_json", "refuse_gaps", "wrong_architecture"]
 
-TITLES = {"sd_v1": "Stable Diffusion 1.x", "sd_v2": "Stable Diffusion 2.x"}
-SDXL = "Stable Diffusion XL"
+TITLES = {
+    "sd_v1": "Stable Diffusion 1.x",
+    "sd_v2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+}
+REFINER = "the refiner of Stable Diffusion XL"
 MAX_NAMED = 3  # tensors named in an error
 
 
@@ -23,23 +27,24 @@ class ModelParts:
     """The parts one source holds.
 
     Attributes:
-        family: ``sd_v1`` or ``sd_v2``.
+        family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
+        text_encoders: one; two in SDXL.
         vae: ``None`` if not asked for.
-        tokenizer: ``None`` if the source has none.
+        tokenizers: one for each text encoder; none if the source has no first one.
         scheduler: the source's own scheduler configuration; empty if it has none.
     """
 
     family: str
     unet: nn.Module
-    text_encoder: nn.Module
+    text_encoders: list[nn.Module]
     vae: nn.Module | None
-    tokenizer: object | None
+    tokenizers: list
     scheduler: dict
 
 
 def wrong_architecture(source: str | Path, found: str) -> UserError:
-    """The error for a model that is no Stable Diffusion 1.x / 2.x; ``found`` says what it is."""
-    return UserError(f"{source} is {found}; this version trains {TITLES['sd_v1']} and 2.x")
+    """The error for a model of a kind that is not trained; ``found`` says what it is."""
+    return UserError(f"{source} is {found}; this version trains {TITLES['sd_v1']}, 2.x and XL base")
 
 
 def refuse_gaps(source: str | Path, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.kohya_names import canonical_name, in_file_shape, is_text_encoder_name
+from mlm_plugin.models.kohya_names import (
+    TEXT_ENCODER_PARTS,
+    canonical_name,
+    in_file_shape,
+    part_of,
+    unet_name,
+)
 from mlm_plugin.models.lora import LoraModule
 from mlm_plugin.models.network_args import LoraPlus
 
@@ -24,12 +30,18 @@ __all__ = ["AdapterNetwork", "NetworkPlan", "as_in_file", "check_keys", "fit_sha
 logger = logging.getLogger(__name__)
 
 NUM_NAMES_SHOWN = 3
+TITLES = {
+    "textencoder": "text encoder",
+    "textencoder1": "first text encoder",
+    "textencoder2": "second text encoder",
+    "unet": "U-Net",
+}
 
 
 class NetworkPlan(NamedTuple):
     """What ``create_network`` was asked for, checked and with defaults filled in."""
 
-    text_encoder: nn.Module
+    text_encoders: tuple[nn.Module, ...]  # two in SDXL
     unet: nn.Module
     train_text_encoder: bool
     train_unet: bool
@@ -38,55 +50,62 @@ class NetworkPlan(NamedTuple):
     dropout: float | None
     args: dict[str, str]
     dims_from: dict[str, Tensor] | None
+    unet_names: Mapping[str, str]  # in SDXL, see ``kohya_names.sdxl_unet_names``; else empty
+
+    @property
+    def text_parts(self) -> dict[str, nn.Module]:
+        """Text encoders by kohya's names."""
+        names = TEXT_ENCODER_PARTS[len(self.text_encoders)]
+        return dict(zip(names, self.text_encoders, strict=True))
+
+    def unet_name(self, module_name: str) -> str:
+        """Name in the file of a U-Net module."""
+        name = unet_name(module_name)
+        return self.unet_names.get(name, name)
 
 
 class AdapterNetwork(ABC):
     """The part of ``networks.Network`` that is the same for every kind of adapter.
 
     Args:
-        text_encoder_modules: adapters of the text encoder.
-        unet_modules: adapters of the U-Net.
+        modules: adapters by part, text encoders first and ``unet`` last.
         loraplus: learning-rate ratios of the up projections.
     """
 
     def __init__(
         self,
-        text_encoder_modules: Iterable[LoraModule | nn.Module],
-        unet_modules: Iterable[LoraModule | nn.Module],
+        modules: Mapping[str, Iterable[LoraModule | nn.Module]],
         *,
         loraplus: LoraPlus,
     ):
-        self.text_encoder_modules = list(text_encoder_modules)
-        self.unet_modules = list(unet_modules)
+        self.modules_of = {part: list(members) for part, members in modules.items()}
         self.loraplus = loraplus
 
     @property
     def modules(self) -> list[LoraModule | nn.Module]:
-        """Every adapter, text encoder first."""
-        return self.text_encoder_modules + self.unet_modules
+        """Every adapter, text encoders first."""
+        return [module for members in self.modules_of.values() for module in members]
 
     @property
     def num_text_encoder_modules(self) -> int:
-        """Adapted layers of the text encoder."""
-        return len(self.text_encoder_modules)
+        """Adapted layers of all text encoders."""
+        return len(self.modules) - self.num_unet_modules
 
     @property
     def num_unet_modules(self) -> int:
         """Adapted layers of the U-Net."""
-        return len(self.unet_modules)
+        return len(self.modules_of["unet"])
 
     def parameter_groups(
         self, *, unet_lr: float, text_encoder_lrs: Sequence[float]
     ) -> list[dict[str, Any]]:
         """See ``Network``. Source: sd-scripts ``networks/lora.py`` ``prepare_optimizer_params``."""
-        text_encoder_lr = text_encoder_lrs[0] if text_encoder_lrs else 0.0
-        ratios = self.loraplus
-        parts = (
-            ("textencoder", self.text_encoder_modules, text_encoder_lr, ratios.text_encoder),
-            ("unet", self.unet_modules, unet_lr, ratios.unet),
-        )
+        text_parts = [part for part in self.modules_of if part != "unet"]
+        rates = dict(zip(text_parts, _per_part(text_encoder_lrs, len(text_parts)), strict=True))
         groups = []
-        for name, modules, lr, ratio in parts:
+        for name, modules in self.modules_of.items():
+            lr = rates.get(name, unet_lr)
+            ratio = self.loraplus.unet if name == "unet" else self.loraplus.text_encoder
             split: dict[str, list[nn.Parameter]] = {name: [], f"{name} plus": []}
             for module in modules:
                 for tensor_name, parameter in module.named_parameters():
@@ -102,10 +121,9 @@ class AdapterNetwork(ABC):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """See ``Network``."""
-        parts = {"textencoder": self.text_encoder_modules, "unet": self.unet_modules}
         return {
             name: [parameter for module in modules for _, parameter in module.named_parameters()]
-            for name, modules in parts.items()
+            for name, modules in self.modules_of.items()
         }
 
     def parameters(self) -> list[nn.Parameter]:
@@ -133,18 +151,24 @@ class AdapterNetwork(ABC):
             UserError: If there are none.
         """
         state = {canonical_name(key): value for key, value in state.items()}
-        has_modules = {True: self.num_text_encoder_modules, False: self.num_unet_modules}
-        kept = {k: value for k, value in state.items() if has_modules[is_text_encoder_name(k)]}
-        if len(kept) < len(state):
-            part = "text encoder" if has_modules[True] == 0 else "U-Net"
+        untrained = {part for part, modules in self.modules_of.items() if not modules}
+        kept = {key: value for key, value in state.items() if part_of(key) not in untrained}
+        for part in sorted({part_of(key) for key in state.keys() - kept.keys()}):
             logger.warning(
                 "network_weights: %d tensors of the %s are left out, it is not trained",
-                len(state) - len(kept),
-                part,
+                sum(part_of(key) == part for key in state),
+                TITLES[part],
             )
         if not kept:
             raise UserError("network_weights: the file has no weights for what is trained")
         return kept
+
+
+def _per_part(rates: Sequence[float], count: int) -> list[float]:
+    """A learning rate for each of the text encoders; a single one is for all."""
+    if len(rates) < 2:
+        return [rates[0] if rates else 0.0] * count
+    return list(rates[:count])
 
 
 def as_in_file(key: str, tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models import weights_files
-from mlm_plugin.models.kohya_names import canonical_name
+from mlm_plugin.models.kohya_names import canonical_name, sdxl_unet_names
 from mlm_plugin.models.lora import MaxNorm
 from mlm_plugin.models.lycoris_network import create_lycoris
 from mlm_plugin.models.network_args import parse_network_args
@@ -54,14 +54,18 @@ class Network(Protocol):
     def parameter_groups(
         self, *, unet_lr: float, text_encoder_lrs: Sequence[float]
     ) -> list[dict[str, Any]]:
-        """Optimizer groups ``{"params", "lr", "name"}``, text encoder first.
+        """Optimizer groups ``{"params", "lr", "name"}``, text encoders first.
 
-        Names are kohya's: ``textencoder``, ``unet``, and with LoRA+ the same with `` plus``. A part
-        with learning rate 0 gets no group and no gradient, but stays in the file.
+        Names are those of :meth:`parts`, and with LoRA+ the same with `` plus``. A part with
+        learning rate 0 gets no group and no gradient, but stays in the file. Of two text encoders
+        each has its own rate, or both the only one given.
         """
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Its own weights by model: ``textencoder`` and ``unet``."""
+        """Its own weights by model, under kohya's names.
+
+        ``textencoder``, or ``textencoder1`` and ``textencoder2`` in SDXL, and ``unet``.
+        """
 
     def parameters(self) -> list[nn.Parameter]:
         """The weights that are trained."""
@@ -109,13 +113,13 @@ def create_network(
 
     Args:
         module: ``networks.lora`` or ``lycoris.kohya``.
-        models: text encoder and U-Net.
+        models: text encoders and U-Net.
         dim: rank; ``None`` is 4, as in ``networks.lora``.
         alpha: 0 is the rank; ``None`` is 1, as in ``networks.lora``.
         dropout: ``network_dropout``.
         network_args: ``key=value`` of the module.
         train_unet: adapt the U-Net.
-        train_text_encoder: adapt the text encoder.
+        train_text_encoder: adapt the text encoders.
         weights: file the network starts from.
         dim_from_weights: rank and alpha of every layer from that file.
 
@@ -134,15 +138,17 @@ def create_network(
         )
     if dim_from_weights and weights is None:
         raise UserError("dim_from_weights: network_weights is not given; name the file or drop it")
-    assert len(models.text_encoders) == 1, "Stable Diffusion 1 and 2 have one text encoder"
-    text_encoder, unet = models.text_encoders[0].model, models.unet
-    text_encoder.requires_grad_(False)
-    unet.requires_grad_(False)
-    state = None if weights is None else read_weights(weights)
+    text_encoders, unet = tuple(te.model for te in models.text_encoders), models.unet
+    for model in (*text_encoders, unet):
+        model.requires_grad_(False)
+    unet_names = {}
+    if len(text_encoders) == 2:
+        unet_names = sdxl_unet_names(name for name, _ in unet.named_parameters())
+    state = None if weights is None else _renamed(read_weights(weights), unet_names)
     if dim_from_weights:
         _warn_of_ranks(dim, alpha)
     plan = NetworkPlan(
-        text_encoder=text_encoder,
+        text_encoders=text_encoders,
         unet=unet,
         train_text_encoder=train_text_encoder,
         train_unet=train_unet,
@@ -151,6 +157,7 @@ def create_network(
         dropout=dropout,
         args=parse_network_args(network_args),
         dims_from=state if dim_from_weights else None,
+        unet_names=unet_names,
     )
     network = NETWORK_MODULES[module](plan)
     if network.num_text_encoder_modules + network.num_unet_modules == 0:
@@ -167,6 +174,15 @@ def create_network(
         network.num_unet_modules,
     )
     return network
+
+
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors under other names of their modules, where there is another."""
+    renamed = {}
+    for key, tensor in state.items():
+        module, dot, rest = key.partition(".")
+        renamed[f"{names.get(module, module)}{dot}{rest}"] = tensor
+    return renamed
 
 
 def _warn_of_ranks(dim: int | None, alpha: float | None) -> None:

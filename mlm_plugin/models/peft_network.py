@@ -58,21 +58,19 @@ class PeftLoRANetwork(AdapterNetwork):
     """LoRA as sd-scripts' ``networks.lora`` has it, on peft layers.
 
     Args:
-        text_encoder_modules: LoRAs of the text encoder.
-        unet_modules: LoRAs of the U-Net.
+        modules: LoRAs by part, text encoders first and ``unet`` last.
         dropouts: shared by all of them.
         loraplus: learning-rate ratios of the up projections.
     """
 
     def __init__(
         self,
-        text_encoder_modules: Sequence[LoraModule],
-        unet_modules: Sequence[LoraModule],
+        modules: Mapping[str, Sequence[LoraModule]],
         *,
         dropouts: Dropouts,
         loraplus: LoraPlus,
     ):
-        super().__init__(text_encoder_modules, unet_modules, loraplus=loraplus)
+        super().__init__(modules, loraplus=loraplus)
         self.dropouts = dropouts
 
     def to(self, device: torch.device | str) -> None:
@@ -139,10 +137,13 @@ def create_lora(plan: NetworkPlan) -> PeftLoRANetwork:
             plan.args.get("module_dropout"), name="network_args: module_dropout"
         ),
     )
-    text_encoder, unet = _text_encoder_targets(plan), _unet_targets(plan)
+    targets = {part: _text_encoder_targets(plan, part) for part in plan.text_parts}
+    targets["unet"] = _unet_targets(plan)
     return PeftLoRANetwork(
-        inject_lora(plan.text_encoder, text_encoder, dropouts=dropouts),
-        inject_lora(plan.unet, unet, dropouts=dropouts),
+        {
+            part: inject_lora(model, targets[part], dropouts=dropouts)
+            for part, model in {**plan.text_parts, "unet": plan.unet}.items()
+        },
         dropouts=dropouts,
         loraplus=LoraPlus.from_args(plan.args),
     )
@@ -163,10 +164,12 @@ def _check_args(args: Mapping[str, str]) -> None:
         )
 
 
-def _text_encoder_targets(plan: NetworkPlan) -> list[LoraTarget]:
+def _text_encoder_targets(plan: NetworkPlan, part: str) -> list[LoraTarget]:
     if not plan.train_text_encoder:
         return []
-    targets = text_encoder_targets(plan.text_encoder, rank=plan.dim, alpha=plan.alpha or plan.dim)
+    targets = text_encoder_targets(
+        plan.text_parts[part], rank=plan.dim, alpha=plan.alpha or plan.dim, part=part
+    )
     return targets if plan.dims_from is None else weight_targets(targets, plan.dims_from)
 
 
@@ -186,6 +189,7 @@ def _unet_targets(plan: NetworkPlan) -> list[LoraTarget]:
         alpha=plan.alpha or plan.dim,
         conv_rank=conv_rank,
         conv_alpha=conv_alpha or conv_rank,
+        name_of=plan.unet_name,
     )
     return targets if plan.dims_from is None else weight_targets(targets, plan.dims_from)
 

@@ -1,6 +1,7 @@
 """A CLIP text encoder as the U-Net sees it: tokenizer, model, clip skip and long captions.
 
-Knows nothing of training, prompts or masks. Shapes: B captions, L tokens, N windows of 77, D width.
+Knows nothing of training, prompts or masks. Shapes: B captions, L tokens, N windows of 77, D width,
+P width of the pooled state.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,21 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from mlm_plugin.models.token_rows import TokenRows
 
-__all__ = ["TextEncoder"]
+__all__ = ["PooledStates", "TextEncoder"]
 
 SIGN_BITS_PER_TENSOR = 64
+
+
+class PooledStates(NamedTuple):
+    """What SDXL's second text encoder gives for captions.
+
+    Attributes:
+        states: ``(B, L, D)``, clip skip applied.
+        pooled: ``(B, P)``, the last state of the end token through the projection.
+    """
+
+    states: Tensor
+    pooled: Tensor
 
 
 class TextEncoder:
@@ -26,7 +39,8 @@ class TextEncoder:
 
     Args:
         tokenizer: CLIP tokenizer (BPE, words end in ``</w>``).
-        model: ``CLIPTextModel``; nested (transformers < 5.6) or flat (>= 5.6).
+        model: ``CLIPTextModel``; nested (transformers < 5.6) or flat (>= 5.6). For pooled states
+            ``CLIPTextModelWithProjection``.
         clip_skip: ``None`` or 1 = last layer; k = the k-th state from the end, followed by the
             final layer norm. Source: sd-scripts ``library/strategy_sd.py``.
         max_token_length: ``None`` or 75 = one window of 77; 150 / 225 = two / three windows.
@@ -113,8 +127,25 @@ class TextEncoder:
         if self.clip_skip is None:
             return self.model(input_ids=input_ids_BL, return_dict=True).last_hidden_state
         states = self.model(input_ids=input_ids_BL, output_hidden_states=True, return_dict=True)
-        state_BLD = states.hidden_states[-self.clip_skip]
-        return self.body.final_layer_norm(state_BLD) if self.final_norm else state_BLD
+        return self._skipped(states.hidden_states)
+
+    def encode_pooled(self, input_ids_BL: Tensor) -> PooledStates:
+        """:meth:`encode` and the pooled state, in one pass.
+
+        The end token is found by its id: the library's own pooling may take the highest id for it,
+        which learned tokens exceed.
+
+        Source: sd-scripts ``library/strategy_sdxl.py`` ``_pool_workaround``.
+        """
+        assert self.clip_skip is not None, "models with pooled states skip layers"
+        input_ids_BL = input_ids_BL.to(self.token_embedding.weight.device)
+        output = self.model(input_ids=input_ids_BL, output_hidden_states=True, return_dict=True)
+        last_BLD = output.last_hidden_state
+        ends_B = (input_ids_BL == self.tokenizer.eos_token_id).int().argmax(dim=1)
+        end_BD = last_BLD[torch.arange(len(ends_B), device=ends_B.device), ends_B]
+        projection = self.model.text_projection
+        pooled_BP = projection(end_BD.to(projection.weight.dtype)).to(last_BLD.dtype)
+        return PooledStates(self._skipped(output.hidden_states), pooled_BP)
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass, while the model is in training mode."""
@@ -146,15 +177,20 @@ class TextEncoder:
         """What the U-Net gets for captions: ``(B, 75 N + 2, D)``."""
         return self.encode_windows(self.tokenize(captions))
 
+    def encode_captions_pooled(self, captions: Sequence[str]) -> PooledStates:
+        """:meth:`encode_captions` and the pooled state of the first window, ``(B, P)``.
+
+        Source: sd-scripts ``library/strategy_sdxl.py`` ``_get_hidden_states_sdxl``.
+        """
+        input_ids_BNL = self.tokenize(captions)
+        num_windows = input_ids_BNL.shape[1]
+        states, pooled = self.encode_pooled(input_ids_BNL.flatten(0, 1))
+        return PooledStates(_joined(states, num_windows), pooled[::num_windows])
+
     def encode_windows(self, input_ids_BNL: Tensor) -> Tensor:
         """Encode windows one by one and join them: BOS, the bodies, the last window's end."""
-        num_captions, num_windows, length = input_ids_BNL.shape
         states = self.encode(input_ids_BNL.flatten(0, 1))
-        if num_windows == 1:
-            return states
-        states_BNLD = states.unflatten(0, (num_captions, num_windows))
-        bodies = states_BNLD[:, :, 1 : length - 1].flatten(1, 2)
-        return torch.cat([states_BNLD[:, 0, :1], bodies, states_BNLD[:, -1, -1:]], dim=1)
+        return _joined(states, input_ids_BNL.shape[1])
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of a caption without BOS and EOS, before any cut."""
@@ -183,6 +219,11 @@ class TextEncoder:
         text = json.dumps(sorted(vocabulary.items(), key=lambda item: item[1]))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def _skipped(self, hidden_states: Sequence[Tensor]) -> Tensor:
+        """The state that clip skip chooses of those before, between and behind the layers."""
+        state_BLD = hidden_states[-self.clip_skip]
+        return self.body.final_layer_norm(state_BLD) if self.final_norm else state_BLD
+
     def _split_windows(self, ids_L: Tensor, num_windows: int) -> Tensor:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         body_length = self.window - 2
@@ -197,6 +238,15 @@ class TextEncoder:
                     window[1] = eos
             windows.append(window)
         return torch.stack(windows)
+
+
+def _joined(states: Tensor, num_windows: int) -> Tensor:
+    """States of windows ``(B N, L, D)`` as those of captions, ``(B, N (L - 2) + 2, D)``."""
+    if num_windows == 1:
+        return states
+    states_BNLD = states.unflatten(0, (-1, num_windows))
+    bodies = states_BNLD[:, :, 1:-1].flatten(1, 2)
+    return torch.cat([states_BNLD[:, 0, :1], bodies, states_BNLD[:, -1, -1:]], dim=1)
 
 
 def _plain_names(model: nn.Module) -> list[tuple[str, Tensor]]:

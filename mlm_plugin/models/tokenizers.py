@@ -1,10 +1,11 @@
-"""Finding the CLIP tokenizer that a checkpoint file does not carry, without the network.
+"""Finding the CLIP tokenizers that a checkpoint file does not carry, without the network.
 
 Knows nothing of weights.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator
@@ -15,12 +16,13 @@ from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["find_tokenizer", "is_tokenizer_folder", "load_tokenizer"]
+__all__ = ["find_tokenizer", "is_tokenizer_folder", "load_tokenizer", "second_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
 SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 SD2_TOKENIZER = "stabilityai/stable-diffusion-2"
+OPEN_CLIP_PADDING = "!"  # id 0
 FILES = ("vocab.json", "merges.txt")
 
 
@@ -49,7 +51,7 @@ def find_tokenizer(
         if is_tokenizer_folder(place):
             logger.info("tokenizer: %s", place)
             tokenizer = load_tokenizer(place)
-            tokenizer.pad_token = "!" if sd2 else tokenizer.eos_token
+            tokenizer.pad_token = OPEN_CLIP_PADDING if sd2 else tokenizer.eos_token
             return tokenizer
     hub_id = SD2_TOKENIZER if sd2 else SD1_TOKENIZER
     looked = "".join(f"{place}, " for place in (cache_dir, near and near / "tokenizer") if place)
@@ -58,6 +60,18 @@ def find_tokenizer(
         f"Face cache): set --tokenizer_cache_dir to a folder with {' and '.join(FILES)}, or "
         f"download {hub_id} once"
     )
+
+
+def second_tokenizer(tokenizer):
+    """The tokenizer of SDXL's second text encoder, made of the first one's.
+
+    Same vocabulary; it pads with ``!`` (id 0) instead of the end token.
+
+    Source: sd-scripts ``library/strategy_sdxl.py`` ``SdxlTokenizeStrategy``.
+    """
+    second = copy.deepcopy(tokenizer)
+    second.pad_token = OPEN_CLIP_PADDING
+    return second
 
 
 def is_tokenizer_folder(folder: Path) -> bool:

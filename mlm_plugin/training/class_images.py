@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mlm_plugin.data.images import list_images
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, read_text, require_writable
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.training.samples import create_sampler, decode_latents, denoise, random_state_kept
 
 __all__ = ["SETTINGS_FILE", "draw_class_images", "missing_class_images"]
@@ -131,19 +131,19 @@ def draw_class_images(
     )
     with bar, _on_device(models, device), random_state_kept(device):
         with autocast():
-            states = models.text_encoders[0].encode_captions(["", prompt])
+            prompts = encode_captions(models.text_encoders, ["", prompt])
         for index in missing:
             path = _path(folder, index)
             # First, so that no picture is ever without.
             _write_caption(path, prompt, caption_extension)
-            _draw(path, states, index, settings, models=models, autocast=autocast)
+            _draw(path, prompts, index, settings, models=models, autocast=autocast)
             bar.update()
     return [_path(folder, index) for index in missing]
 
 
 def _draw(
     path: Path,
-    states: Tensor,
+    prompts: Conditioning,
     index: int,
     settings: _Settings,
     *,
@@ -156,7 +156,7 @@ def _draw(
     with autocast():
         latents = denoise(
             models.unet,
-            states,
+            prompts,
             scheduler,
             size=tuple(settings.size),
             num_steps=settings.num_steps,
@@ -181,7 +181,7 @@ def _generator(seed: int, index: int) -> torch.Generator:
 
 @contextmanager
 def _on_device(models: StableDiffusion, device: torch.device) -> Iterator[None]:
-    modules = [models.text_encoders[0].model, models.unet, models.vae]
+    modules = [*(te.model for te in models.text_encoders), models.unet, models.vae]
     homes = [next(module.parameters()).device for module in modules]
     try:
         for module in modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.trainer import Listener, StepResult, Trainer
@@ -16,12 +17,12 @@ class CurveLogger(Listener):
     """Sends numbers to the accelerator's trackers after every optimizer step.
 
     Args:
-        drift: measures the text encoder, made before anything was trained.
+        drifts: measure the text encoders, by tag; made before anything was trained.
     """
 
-    def __init__(self, drift: TextDrift):
+    def __init__(self, drifts: Mapping[str, TextDrift]):
         self.recent: deque[float] = deque()
-        self.drift = drift
+        self.drifts = dict(drifts)
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Average losses over an epoch."""
@@ -42,9 +43,11 @@ class CurveLogger(Listener):
             values["loss/mlm"] = result.mlm
             values["loss/mlm_weighted"] = result.mlm_weight * result.mlm
             values["mlm/accuracy"] = result.mlm_accuracy
+            for number, loss in enumerate(result.mlm_losses, start=1):
+                values[f"loss/mlm_te{number}"] = loss
         if step % max(1, trainer.plan.num_steps // DRIFT_LOOKS) == 0:
             trainer.method.train(False)
-            values["te/drift_cos"] = self.drift()
+            values |= {tag: drift() for tag, drift in self.drifts.items()}
             trainer.method.train(True)
         trainer.accelerator.log(values, step=step)
 

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
 TAG_SHARE = 0.3
+WIDE = 1024  # width of a text encoder above which a step's prompts are read in pieces
+PIECE = 32  # prompts; 128 would take 4 GB of activations in bigG
 NUM_COUNTED = 4096  # prompts that tell how often tokens occur
 
 
@@ -210,13 +212,17 @@ class _Run:
         texts = [self.corpus.draw(rng, held_out=False)[0] for _ in range(self.options.batch_size)]
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * learning_rate_share(self.step, self.options)
-        loss = self._loss(texts, rng).loss
-        loss.backward()
+        losses = []
+        pieces = self._pieces(texts)
+        for piece in pieces:
+            loss = self._loss(piece, rng).loss / len(pieces)
+            loss.backward()
+            losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss.detach()
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -291,6 +297,12 @@ class _Run:
         save_contextualizer(self.output, self.network, facts)
         self.state_path.unlink(missing_ok=True)
         return self.scores
+
+    def _pieces(self, texts: list[str]) -> list[list[str]]:
+        """Prompts that go through the encoder at once: few through one of SDXL's size."""
+        is_wide = self.table.shape[1] > WIDE
+        size = PIECE if is_wide else len(texts)
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
 
     def _loss(self, texts: list[str], rng: random.Random) -> MaskedWordLoss:
         ids_BL = self.text_encoder.tokenize_trimmed(texts)

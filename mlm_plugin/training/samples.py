@@ -4,11 +4,12 @@ Reads prompts, says when samples are due, and draws them with the live models, l
 them: modes, devices and random streams are afterwards what they were. Knows nothing of LoRA: the
 U-Net and the encoder it is given are the trained ones.
 
-The denoising loop is that of diffusers' ``StableDiffusionPipeline`` (a test compares the two). The
-pipeline itself is not used because it rewrites the configuration of the models it is built from
-and wants them all on one device. Two deviations from sd-scripts: predicted pictures are not clipped
-to [-1, 1] (its DDIM is, which greys them), and starting noise is drawn on the CPU, so that a seed
-gives the same picture on every machine. Weighted prompts, ``(word:1.3)``, are not supported.
+The denoising loop is that of diffusers' ``StableDiffusionPipeline`` and
+``StableDiffusionXLPipeline`` (tests compare them). The pipelines themselves are not used because
+they rewrite the configuration of the models they are built from and want them all on one device.
+Two deviations from sd-scripts: predicted pictures are not clipped to [-1, 1] (its DDIM is, which
+greys them), and starting noise is drawn on the CPU, so that a seed gives the same picture on every
+machine. Weighted prompts, ``(word:1.3)``, are not supported.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
+from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
 
 __all__ = [
     "SAMPLERS",
@@ -148,7 +150,7 @@ def generate_samples(
     *,
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    encode_captions: Callable[[Sequence[str]], Tensor],
+    encode: Callable[[Sequence[str]], Conditioning],
     noise_scheduler: DDPMScheduler,
     prediction_type: str,
     output_dir: str | Path,
@@ -165,7 +167,7 @@ def generate_samples(
         prompts: From ``parse_sample_prompts``.
         unet: On the device where to draw.
         vae: On any device; is moved to the U-Net's and back.
-        encode_captions: ``TextEncoder.encode_captions``, so that clip skip and long prompts hold.
+        encode: captions as the training has them, so that clip skip and long prompts hold.
         noise_scheduler: Its betas are used.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
         output_dir: The run's output folder.
@@ -197,7 +199,7 @@ def generate_samples(
                 with autocast():
                     latents = denoise(
                         unet,
-                        encode_captions([prompt.negative_prompt, prompt.prompt]).to(device),
+                        encode([prompt.negative_prompt, prompt.prompt]),
                         scheduler,
                         size=(_rounded(prompt.height), _rounded(prompt.width)),
                         num_steps=prompt.sample_steps,
@@ -245,7 +247,7 @@ def create_sampler(
 
 def denoise(
     unet: UNet2DConditionModel,
-    prompt_states: Tensor,
+    prompts: Conditioning,
     scheduler: SchedulerMixin,
     *,
     size: tuple[int, int],
@@ -257,7 +259,7 @@ def denoise(
 
     Args:
         unet: The model.
-        prompt_states: Conditioning of the negative and of the positive prompt, ``(2, L, D)``.
+        prompts: Conditioning of the negative and of the positive prompt, B = 2.
         scheduler: The sampler.
         size: Height and width in pixels, multiples of 8.
         num_steps: Steps of the sampler.
@@ -274,13 +276,11 @@ def denoise(
     latents = latents * scheduler.init_noise_sigma
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": generator} if takes_generator else {}
+    sizes_26 = size_ids([size] * 2, [(0, 0)] * 2, [size] * 2)
+    inputs = unet_inputs(prompts.to(weight.device), sizes_26, dtype=weight.dtype)
     for timestep in scheduler.timesteps:
         model_input = scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
-        model_pred = unet(
-            model_input.to(weight.dtype),
-            timestep,
-            encoder_hidden_states=prompt_states.to(weight.dtype),
-        ).sample
+        model_pred = unet(model_input.to(weight.dtype), timestep, **inputs).sample
         unconditional, conditional = model_pred.float().chunk(2)
         guided = unconditional + max(scale, 1.0) * (conditional - unconditional)
         latents = scheduler.step(guided, timestep, latents, **noise_source).prev_sample
@@ -392,7 +392,7 @@ def _to_prompt(values: Mapping[str, Any], *, place: str, trigger: str | None) ->
     known = {}
     for key, value in values.items():
         if key in OTHER_MODELS:
-            logger.warning("%s: %s has no effect for Stable Diffusion 1 and 2", place, key)
+            logger.warning("%s: %s has no effect for Stable Diffusion", place, key)
         elif key not in FIELD_TYPES:
             raise UserError(
                 f"{place}: unknown key {key!r}; expected one of {', '.join(FIELD_TYPES)}"

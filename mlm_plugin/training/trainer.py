@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.methods.base import Method, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
 from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.interrupt import StopRequest
@@ -29,7 +30,15 @@ from mlm_plugin.training.optimizers import set_optimizer_mode
 from mlm_plugin.training.rollback import StepBefore
 from mlm_plugin.training.state import Progress, load_state, save_state
 
-__all__ = ["Listener", "NonFiniteLoss", "StepResult", "Stopped", "TrainPlan", "Trainer"]
+__all__ = [
+    "Listener",
+    "NonFiniteLatents",
+    "NonFiniteLoss",
+    "StepResult",
+    "Stopped",
+    "TrainPlan",
+    "Trainer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +49,18 @@ class NonFiniteLoss(Exception):
     Weights, optimizer, scheduler and progress are those of before the last optimizer step, because
     the weights that this step made are the ones that failed. Where nothing is kept (the first step
     of a run, or networks above ``rollback.LIMIT``), they are those that failed.
+
+    Attributes:
+        advice: what to start again with.
     """
+
+    advice = "a lower learning rate, or try no_half_vae or mixed_precision bf16"
+
+
+class NonFiniteLatents(NonFiniteLoss):
+    """The VAE overflowed in half precision; no other weights or rates help."""
+
+    advice = "no_half_vae, or with a VAE that was made for half precision (--vae)"
 
 
 class Stopped(Exception):
@@ -87,6 +107,7 @@ class StepResult:
     mlm: float | None = None  # before the weight; None where the term did not act
     mlm_weight: float = 0.0
     mlm_accuracy: float | None = None
+    mlm_losses: tuple[float, ...] = ()  # of each text encoder, where there are several
     extras: dict[str, float] | None = None
 
 
@@ -130,6 +151,7 @@ class Trainer:
         settings: options on which a state depends, by name; states keep them, and one with other
             settings is refused.
         freeze_at: the optimizer step, from 0, from which a part of the method is trained no more.
+        encode: captions to conditioning, where they were encoded beforehand; else the method's.
     """
 
     def __init__(
@@ -149,11 +171,13 @@ class Trainer:
         listeners: Sequence[Listener] = (),
         settings: Mapping[str, str] | None = None,
         freeze_at: Mapping[Part, int] | None = None,
+        encode: Callable[[Sequence[str]], Conditioning] | None = None,
     ):
         assert (regularizer is None) == (mlm_schedule is None), "a regularizer needs its schedule"
         self.accelerator = accelerator
         self.models = models
         self.method = method
+        self.encode = encode or method.encode
         self.loader = loader
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -319,8 +343,11 @@ class Trainer:
         result = StepResult(loss=loss.item(), diffusion=diffusion.item(), mlm_weight=weight)
         if mlm is not None:
             result.mlm, result.mlm_accuracy = mlm.loss.item(), mlm.accuracy.item()
+            if len(mlm.losses) > 1:
+                result.mlm_losses = tuple(loss.item() for loss in mlm.losses)
         if self._any_process(not math.isfinite(result.loss)):
             self.optimizer.zero_grad(set_to_none=True)
+            self._refuse_latents(batch)
             raise NonFiniteLoss(
                 f"the loss is {result.loss} at step {self.progress.current_step + 1} "
                 f"(diffusion {result.diffusion}, mlm {result.mlm})"
@@ -328,17 +355,25 @@ class Trainer:
         self.accelerator.backward(loss)
         return result
 
+    def _refuse_latents(self, batch: Batch) -> None:
+        """Tell a VAE that overflows (SDXL's own does in fp16) from weights that went astray."""
+        if not self._latents(batch).isfinite().all():
+            raise NonFiniteLatents(
+                f"the VAE gives latents that are not finite in {self.models.vae.dtype} for "
+                f"{', '.join(batch.image_paths)}"
+            )
+
     def _losses(self, batch: Batch, number: int) -> tuple[Tensor, MLMOutput | None, float]:
         device = self.accelerator.device
         latents = self._latents(batch)
         with self.accelerator.autocast():
-            states_BLD = self.method.encode(batch.captions)
+            conditioning = self.encode(batch.captions)
+            sizes_B6 = size_ids(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
 
             def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
                 dtype = self.models.unet.dtype
-                return self.models.unet(
-                    noisy_latents.to(dtype), timesteps, encoder_hidden_states=states_BLD.to(dtype)
-                ).sample
+                inputs = unet_inputs(conditioning, sizes_B6, dtype=dtype)
+                return self.models.unet(noisy_latents.to(dtype), timesteps, **inputs).sample
 
             diffusion = self.diffusion_loss(
                 predict,
@@ -432,6 +467,9 @@ def _mean(results: list[StepResult]) -> StepResult:
         mlm=mean([r.mlm for r in results]),
         mlm_weight=results[0].mlm_weight,
         mlm_accuracy=mean([r.mlm_accuracy for r in results]),
+        mlm_losses=tuple(
+            mean(column) for column in zip(*(r.mlm_losses for r in results), strict=True)
+        ),
     )
 
 

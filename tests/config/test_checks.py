@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mlm_plugin.config.checks import check_config, mlm_obstacle
+from mlm_plugin.config.checks import check_config, check_model, mlm_obstacle, trained_text_encoders
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.config.options import METHOD_NAMES, OPTIONS, TOKEN_METHODS, TrainConfig
+from mlm_plugin.config.options import (
+    METHOD_NAMES,
+    OPTIONS,
+    SDXL_METHODS,
+    TOKEN_METHODS,
+    TrainConfig,
+)
 from mlm_plugin.errors import UserError
 
 PRESETS = sorted((Path(__file__).parents[2] / "presets").glob("*.toml"))
@@ -42,6 +48,13 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
         ({"dim_from_weights": True}, ["dim_from_weights", "network_weights"]),
         ({"network_dropout": 1.0}, ["network_dropout"]),
         ({"network_args": ("conv_dim",)}, ["network_args", "key=value"]),
+        ({"text_encoder_lr": (1e-4, 1e-5, 0.0)}, ["0.0001, 1e-05, 0", "two text encoders"]),
+        ({"text_encoder_lr": (1e-4, -1e-5)}, ["text_encoder_lr = -1e-05", "negative"]),
+        ({"cache_text_encoder_outputs": True}, ["cache_text_encoder_outputs", "unet_only"]),
+        (
+            {"cache_text_encoder_outputs": True, "method": "textual_inversion"},
+            ["cache_text_encoder_outputs"],
+        ),
         ({"unet_lr": -1.0}, ["unet_lr"]),
         (
             {"unet_lr": 0.0, "text_encoder_lr": (0.0,)},
@@ -248,7 +261,70 @@ def test_the_text_encoder_rate_of_a_lora_falls_back_to_learning_rate():
     frozen = USABLE.replace(learning_rate=0.0, unet_lr=1e-4)
     assert mlm_obstacle(frozen).startswith("learning_rate = 0")
     assert mlm_obstacle(frozen.replace(text_encoder_lr=(5e-5,))) is None
-    assert mlm_obstacle(USABLE.replace(text_encoder_lr=(0.0, 1e-4))).startswith("text_encoder_lr")
+    assert mlm_obstacle(USABLE.replace(text_encoder_lr=(0.0,))).startswith("text_encoder_lr = 0")
+
+
+def test_with_two_text_encoders_one_that_is_trained_is_enough_for_the_mlm_term():
+    second = USABLE.replace(text_encoder_lr=(0.0, 1e-4))
+    assert mlm_obstacle(second) is None
+    assert mlm_obstacle(second, num_text_encoders=1).startswith("text_encoder_lr = 0")
+    dreambooth = NO_NETWORK.replace(method="dreambooth", learning_rate_te1=0.0)
+    assert mlm_obstacle(dreambooth) is None
+    none = dreambooth.replace(learning_rate_te2=0.0)
+    assert mlm_obstacle(none).startswith("learning_rate_te1 = 0 and learning_rate_te2 = 0 leaves")
+    assert mlm_obstacle(none, num_text_encoders=1) is None  # it has learning_rate_te
+    assert mlm_obstacle(dreambooth.replace(learning_rate_te=0.0)).startswith("learning_rate_te1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [True, True]),
+        ({"text_encoder_lr": (1e-4,)}, [True, True]),
+        ({"text_encoder_lr": (1e-4, 0.0)}, [True, False]),
+        ({"network_train_unet_only": True}, [False, False]),
+        ({"method": "dreambooth", "learning_rate_te1": 0.0}, [False, True]),
+        (
+            {"method": "dreambooth", "learning_rate_te": 0.0, "learning_rate_te1": 1e-6},
+            [True, False],
+        ),
+        ({"method": "dreambooth", "no_train_text_encoder": True}, [False, False]),
+        ({"method": "textual_inversion"}, [True, True]),
+        ({"method": "pivotal", "text_encoder_lr": (0.0, 0.0)}, [True, True]),
+        ({"method": "pivotal", "embedding_lr": 0.0, "text_encoder_lr": (0.0, 1.0)}, [False, True]),
+    ],
+)
+def test_the_mlm_term_reaches_the_text_encoders_before_whose_output_something_is_trained(
+    changes, expected
+):
+    assert trained_text_encoders(NO_NETWORK.replace(**changes), num_text_encoders=2) == expected
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_method_made_of_one_text_encoder_refuses_sdxl(method):
+    config = NO_NETWORK.replace(method=method)
+    check_model(config, is_sdxl=False)
+    if method in SDXL_METHODS:
+        check_model(config, is_sdxl=True)
+        return
+    with pytest.raises(UserError, match=rf"method = '{method}'.* model is SDXL; use one of lora"):
+        check_model(config, is_sdxl=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"text_encoder_lr": (1e-4, 1e-5)}, "the second text_encoder_lr"),
+        ({"stop_text_encoder2_training": 5}, "stop_text_encoder2_training"),
+        ({"method": "dreambooth", "learning_rate_te1": 1e-6}, "learning_rate_te1"),
+    ],
+)
+def test_an_option_of_the_second_text_encoder_is_named_where_there_is_none(changes, named, caplog):
+    config = NO_NETWORK.replace(**changes)
+    check_model(config, is_sdxl=True)
+    assert not caplog.records
+    check_model(config, is_sdxl=False)
+    assert [record.getMessage().split(" has no effect")[0] for record in caplog.records] == [named]
 
 
 READERS = {
@@ -265,8 +341,12 @@ READERS = {
     "delta_lora_rank": {"custom_diffusion"},
     "no_train_text_encoder": {"dreambooth"},
     "learning_rate_te": {"dreambooth"},
+    "learning_rate_te1": {"dreambooth"},
+    "learning_rate_te2": {"dreambooth"},
     "save_diffusers_folder": {"dreambooth"},
     "stop_text_encoder_training": {"lora", "pivotal", "dreambooth"},
+    "stop_text_encoder1_training": {"lora", "pivotal", "dreambooth"},
+    "stop_text_encoder2_training": {"lora", "pivotal", "dreambooth"},
     "stop_unet_training": {"lora", "pivotal", "dreambooth", "custom_diffusion"},
 }
 """Which methods read an option; those that are not here are read by all."""
@@ -284,6 +364,8 @@ VALUES = {
     "stop_embedding_training": 5,
     "xti_mlm_layers": "all",
     "learning_rate_te": 1e-6,
+    "learning_rate_te1": 1e-6,
+    "learning_rate_te2": 1e-6,
     "stop_text_encoder_training": 0.5,
     "stop_unet_training": 5,
 }
@@ -325,7 +407,6 @@ def test_every_option_of_the_new_groups_says_which_methods_read_it():
         ({"network_dim": 32, "network_alpha": 1.0}, "network_alpha"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr"),
         ({"v2": True, "clip_skip": 2}, "clip_skip"),
-        ({"text_encoder_lr": (1e-4, 1e-5)}, "text_encoder_lr"),
         ({"noise_offset_random_strength": True}, "noise_offset_random_strength"),
         ({"huber_c": 0.5}, "huber_c"),
         ({"sample_prompts": "prompts.txt"}, "sample_prompts"),

@@ -192,6 +192,16 @@ def test_the_command_writes_a_toml_that_loads(tmp_path, capsys):
         run_convert_preset([str(source)])
 
 
+def test_switches_of_sdxl_count_in_a_preset_for_sdxl_only():
+    switches = {"sdxl_no_half_vae": True, "sdxl_cache_text_encoder_outputs": True}
+    values, warnings = convert_preset({"sdxl": True, "network_dim": 8, **switches})
+    assert values["no_half_vae"]
+    assert values["cache_text_encoder_outputs"]
+    assert not warnings
+    values, _ = convert_preset({"sdxl": False, "network_dim": 8, **switches})
+    assert not values.keys() & {"no_half_vae", "cache_text_encoder_outputs"}
+
+
 def test_an_unreadable_preset_is_one_line(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text("{")
@@ -209,5 +219,5 @@ def test_every_shipped_preset_converts_and_loads(path, caplog):
     assert config.network.network_dim
     assert config.optimizer.learning_rate > 0
     assert not caplog.records
-    foreign = path.stem.startswith(("SDXL", "flux"))
+    foreign = path.stem.startswith("flux")
     assert any("does not load" in warning for warning in warnings) == foreign

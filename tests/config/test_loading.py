@@ -266,7 +266,7 @@ def test_a_missing_config_file_is_named():
         (["--network_dim", "x"], ["command line", "network_dim"]),
         (["stray"], ["'stray'"]),
         (["--deepspeed"], ["deepspeed", "accelerate"]),
-        (["--cache_text_encoder_outputs"], ["text encoder"]),
+        (["--cache_text_encoder_outputs_to_disk"], ["use cache_text_encoder_outputs"]),
         (["--dataset_class", "my.Data"], ["dataset_class"]),
     ],
 )

@@ -94,6 +94,10 @@ def test_files_carry_the_names_and_keys_of_sd_scripts(folder):
     _cached_anew(folder, subset={"flip_aug": True})
     names = sorted(path.name for path in folder.glob("*.npz"))
     assert names == [f"{i}_0064x0064_sd.npz" for i in range(3)] + ["3_0192x0064_sd.npz"]
+    _cache(_dataset(SubsetConfig(image_dir=folder)), is_sdxl=True)  # beside them
+    assert {path.name for path in folder.glob("*_sdxl.npz")} == {
+        name.replace("_sd.", "_sdxl.") for name in names
+    }
     with np.load(folder / "3_0192x0064_sd.npz") as file:
         assert {"latents", "latents_flipped", "original_size", "crop_ltrb"} < set(file)
         assert file["latents"].shape == (4, 4, 12)

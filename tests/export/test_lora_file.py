@@ -232,11 +232,12 @@ def test_a_sidecar_of_the_user_stays(tmp_path):
     assert (tmp_path / "x.json").read_text() == "mine"
 
 
-def test_sd2_is_named_as_such(tmp_path):
-    path = write_sidecar(
-        tmp_path / "x.safetensors", base_model_version="sd_v2_v", activation_text=""
-    )
-    assert json.loads(path.read_text("utf-8"))["sd version"] == "SD2"
+@pytest.mark.parametrize(
+    ("version", "name"), [("sd_v2_v", "SD2"), ("sdxl_base_v1-0", "SDXL"), ("sd_v1_v", "SD1")]
+)
+def test_the_base_model_is_named_as_a1111_names_it(tmp_path, version, name):
+    path = write_sidecar(tmp_path / "x.safetensors", base_model_version=version, activation_text="")
+    assert json.loads(path.read_text("utf-8"))["sd version"] == name
 
 
 def test_a_preview_is_written_once(tmp_path):

@@ -256,6 +256,14 @@ def test_no_metadata_leaves_what_webuis_need_to_place_the_file():
         ("sd_v1", "epsilon", "stable-diffusion-v1/lora", "False", "512x512"),
         ("sd_v2", "epsilon", "stable-diffusion-v2-512/lora", "True", "512x512"),
         ("sd_v2_v", "v_prediction", "stable-diffusion-v2-768-v/lora", "True", "768x768"),
+        ("sdxl_base_v1-0", "epsilon", "stable-diffusion-xl-v1-base/lora", "False", "1024x1024"),
+        (
+            "sdxl_base_v1-0",
+            "v_prediction",
+            "stable-diffusion-xl-v1-base/lora",
+            "False",
+            "1024x1024",
+        ),
     ],
 )
 def test_the_base_model_is_named_for_every_webui(
@@ -263,10 +271,24 @@ def test_the_base_model_is_named_for_every_webui(
 ):
     run = facts(base_model_version=version, prediction_type=prediction)
     written = metadata(run=run, resolution=None, dataset_config="d.toml")
+    assert written["ss_base_model_version"] == version
     assert written["ss_v2"] == is_v2
     assert written["modelspec.architecture"] == architecture
     assert written["modelspec.prediction_type"] == prediction.removesuffix("_prediction")
     assert written["modelspec.resolution"] == resolution
+
+
+def test_the_code_whose_names_a_file_has_is_named():
+    sdxl = facts(base_model_version="sdxl_base_v1-0")
+    for kind in ("lora", "textual-inversion", "checkpoint"):
+        implementation = metadata(run=sdxl, kind=kind)["modelspec.implementation"]
+        assert implementation == "https://github.com/Stability-AI/generative-models"
+    assert metadata()["modelspec.implementation"] == "diffusers"
+
+
+def test_rates_of_two_text_encoders_are_a_list():
+    written = metadata(text_encoder_lr=(5e-5, 1e-5))
+    assert written["ss_text_encoder_lr"] == "[5e-05, 1e-05]"
 
 
 def test_modelspec_fields_come_from_options_and_defaults():

@@ -48,6 +48,20 @@ def trainer_of(toy_folder, toy_pictures, toy_contextualizer, _fresh_accelerator)
     return make
 
 
+@pytest.fixture
+def sdxl_trainer_of(trainer_of, toy_sdxl_folder, toy_sdxl_contextualizers):
+    """The same on the SDXL toy, with a contextualizer for each text encoder."""
+
+    def make(method, **options):
+        sdxl = {
+            "pretrained_model_name_or_path": toy_sdxl_folder,
+            "mlm_contextualizer": toy_sdxl_contextualizers,
+        }
+        return trainer_of(method, **{**sdxl, **options})
+
+    return make
+
+
 def flag(name, value):
     if value is True:
         return [f"--{name}"]

@@ -30,7 +30,7 @@ def export(trainer, path, **settings):
 
 
 def rows(trainer):
-    return {name: tensor.detach().clone() for name, tensor in trainer.method.rows.rows.items()}
+    return {name: tensor.detach().clone() for name, tensor in trainer.method.only_rows.rows.items()}
 
 
 def table(trainer):
@@ -142,10 +142,10 @@ def test_every_layer_is_conditioned_on_the_rows_of_that_layer(trainer_of):
     method, (text_encoder,) = trainer.method, trainer.models.text_encoders
     captions = ["a photo of sks dog", "a dog"]
     with torch.no_grad():
-        states_KBLD = split_layers(method.encode(captions), 16)
+        states_KBLD = split_layers(method.encode(captions).states, 16)
         ids_BL = text_encoder.tokenize(captions)[:, 0]
         for k in range(16):
-            expected = text_encoder.encode(method.rows.variant(ids_BL, k))
+            expected = text_encoder.encode(method.only_rows.variant(ids_BL, k))
             torch.testing.assert_close(states_KBLD[k], expected)
     assert not torch.equal(states_KBLD[0, 0], states_KBLD[1, 0])
     torch.testing.assert_close(states_KBLD[0, 1], states_KBLD[1, 1])  # it holds no row
@@ -155,7 +155,7 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
     trainer, prompts = trainer_of("xti"), ["a sks dog at sea", "sks dog"]
     method, (text_encoder,) = trainer.method, trainer.models.text_encoders
     plain_BL = text_encoder.tokenize_trimmed(prompts)
-    every = torch.stack([method.rows.variant(plain_BL, k) for k in range(16)])
+    every = torch.stack([method.only_rows.variant(plain_BL, k) for k in range(16)])
     rng, seen = random.Random(0), set()
     for _ in range(100):
         ids_BL = method.mlm_ids(text_encoder, prompts, rng)

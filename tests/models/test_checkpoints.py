@@ -276,7 +276,7 @@ def test_an_unknown_suffix_lists_the_known_ones(made, tmp_path):
 @pytest.mark.parametrize(
     ("prefix", "kind"),
     [
-        ("conditioner.embedders.0.transformer.text_model.x", "Stable Diffusion XL"),
+        ("conditioner.embedders.0.model.ln_final.bias", "the refiner of Stable Diffusion XL"),
         ("model.diffusion_model.joint_blocks.0.x", "Stable Diffusion 3"),
         ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_up.weight", "a LoRA"),
@@ -286,12 +286,7 @@ def test_other_kinds_of_file_are_named(made, tmp_path, prefix, kind):
     save_file({prefix: torch.ones(2)}, tmp_path / "other.safetensors")
     message = error_of(made.load, tmp_path / "other.safetensors")
     assert f"is {kind}" in message
-    assert "trains Stable Diffusion 1.x and 2.x" in message
-
-
-def test_an_sdxl_unet_is_known_by_its_context_width(made, tmp_path):
-    save_file(made.state | {UNET_KEY: torch.ones(4, 2048)}, tmp_path / "xl.safetensors")
-    assert "Stable Diffusion XL" in error_of(made.load, tmp_path / "xl.safetensors")
+    assert "trains Stable Diffusion 1.x, 2.x and XL base" in message
 
 
 def test_an_inpainting_checkpoint_is_refused(made, tmp_path):
@@ -552,11 +547,11 @@ def test_a_folder_that_is_no_model_says_what_is_missing(folder):
     assert "unet/config.json is missing" in error_of(load_stable_diffusion, folder)
 
 
-def test_an_sdxl_folder_is_named(folder):
-    (folder / "text_encoder_2").mkdir()
-    edit_json(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+def test_a_folder_of_a_transformer_is_named(folder):
+    (folder / "transformer").mkdir()
+    edit_json(folder / "model_index.json", _class_name="StableDiffusion3Pipeline")
     message = error_of(load_stable_diffusion, folder)
-    assert "StableDiffusionXLPipeline (with a text_encoder_2)" in message
+    assert "StableDiffusion3Pipeline (with a transformer)" in message
 
 
 def test_an_inpainting_folder_is_refused(folder):

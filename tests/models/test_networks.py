@@ -207,7 +207,7 @@ def test_a_part_with_learning_rate_zero_is_frozen_but_saved():
     groups = network.parameter_groups(unet_lr=1e-3, text_encoder_lrs=[0.0])
     assert [g["name"] for g in groups] == ["unet"]
     assert not any(
-        p.requires_grad for m in network.text_encoder_modules for _, p in m.named_parameters()
+        p.requires_grad for m in network.modules_of["textencoder"] for _, p in m.named_parameters()
     )
     assert any(key.startswith("lora_te") for key in network.kohya_state_dict())
     with network.disabled():

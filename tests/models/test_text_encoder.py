@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.tokenizers import second_tokenizer
 
 LONG = " ".join(["dog beach rain hat chair snow"] * 20)
 
@@ -109,3 +112,38 @@ def test_storing_activations_gives_the_same_states_and_leaves_checkpointing_on(t
         states.sum().backward()
         assert len(runs) == num_forwards  # checkpointing computes the layer once more
     torch.testing.assert_close(toy_text_encoder.encode_storing(ids), toy_text_encoder.encode(ids))
+
+
+# --- pooled states ---------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["eos id", "highest id"])
+def pooling_encoder(request, toy_sdxl_folder):
+    """SDXL's second encoder, with either way in which the library finds the end by itself."""
+    _, text_encoder = load_stable_diffusion(toy_sdxl_folder).text_encoders
+    text_encoder.tokenizer = second_tokenizer(text_encoder.tokenizer)
+    if request.param == "highest id":  # what old configurations, SDXL's own among them, ask for
+        text_encoder.body.eos_token_id = 2
+    return text_encoder
+
+
+@torch.no_grad()
+def test_the_pooled_state_is_the_librarys_projected_end(pooling_encoder):
+    ids = pooling_encoder.tokenize(["a photo of a dog", "a"])[:, 0]
+    states, pooled = pooling_encoder.encode_pooled(ids)
+    torch.testing.assert_close(pooled, pooling_encoder.model(ids).text_embeds)
+    torch.testing.assert_close(states, pooling_encoder.encode(ids))
+
+
+@torch.no_grad()
+def test_learned_tokens_do_not_move_the_pooled_state(pooling_encoder):
+    """A row with the values of a word gives the word's pooled state, though its id is higher."""
+    table = pooling_encoder.token_embedding.weight
+    (dog,) = pooling_encoder.tokenizer("dog", add_special_tokens=False).input_ids
+    captions = ["a photo of a dog!", "dog"]
+    expected = pooling_encoder.encode_captions_pooled(captions)
+    rows = TokenRows(pooling_encoder, {"sks": table[None, None, dog]})
+    found = pooling_encoder.encode_captions_pooled([c.replace("dog", "sks") for c in captions])
+    torch.testing.assert_close(found.pooled, expected.pooled)
+    torch.testing.assert_close(found.states, expected.states)
+    rows.remove()

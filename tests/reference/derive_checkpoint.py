@@ -2,9 +2,9 @@
 
 Usage: ``SD_SCRIPTS_DIR=/path/to/sd-scripts python tests/reference/derive_checkpoint.py``
 
-Takes the functions it needs out of ``library/model_util.py`` without importing that file, so that
-diffusers and transformers are the only requirements. The models are of full size and on the meta
-device. The stored values come from commit 48d368fa.
+Takes the functions it needs out of ``library/model_util.py`` and ``library/sdxl_model_util.py``
+without importing these files, so that diffusers and transformers are the only requirements. The
+models are of full size and on the meta device. The stored values come from commit 48d368fa.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import json
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 FUNCTIONS = (
     "conv_transformer_to_linear",
@@ -31,13 +32,21 @@ FUNCTIONS = (
     "reshape_weight_for_sd",
     "save_stable_diffusion_checkpoint",
 )
+SDXL_FUNCTIONS = (
+    "convert_diffusers_unet_state_dict_to_sdxl",
+    "convert_text_encoder_2_state_dict_to_sdxl",
+    "convert_unet_state_dict",
+    "make_unet_conversion_map",
+    "save_stable_diffusion_checkpoint",
+)
 ARCHITECTURES = Path(__file__).parents[2] / "mlm_plugin" / "models" / "architectures"
 
 
 def main() -> None:
-    """Print number and digest of the names and shapes in an SD 1 and an SD 2 checkpoint."""
-    for family in ("sd_v1", "sd_v2"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(family).items()}
+    """Print number and digest of the names and shapes in a checkpoint of each family."""
+    for family in ("sd_v1", "sd_v2", "sdxl"):
+        tensors = saved_sdxl_tensors() if family == "sdxl" else saved_tensors(family)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         lines = "\n".join(f"{name} {shapes[name]}" for name in sorted(shapes))
         digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
         print(f'    "{family}": ({len(shapes)}, "{digest}"),')
@@ -46,6 +55,33 @@ def main() -> None:
 def saved_tensors(family: str) -> dict[str, Tensor]:
     """What sd-scripts gives to ``save_file`` for a model of full size, made without a base file."""
     written: dict[str, Tensor] = {}
+    save = _functions("model_util.py", FUNCTIONS, written)["save_stable_diffusion_checkpoint"]
+    unet, vae, text_encoder = _models(family)
+    save(family == "sd_v2", "x.safetensors", _nested(text_encoder), unet, None, 0, 0, {}, vae=vae)
+    return written
+
+
+def saved_sdxl_tensors() -> dict[str, Tensor]:
+    """The same for SDXL, whose U-Net sd-scripts has under the names of the file already."""
+    written: dict[str, Tensor] = {}
+    model_util = SimpleNamespace(**_functions("model_util.py", FUNCTIONS, written))
+    scope = _functions("sdxl_model_util.py", SDXL_FUNCTIONS, written)
+    scope["model_util"] = model_util
+    unet, vae, text_encoder = _models("sdxl")
+    with torch.device("meta"):
+        config = CLIPTextConfig(**_config("sdxl", "text_encoder_2"))
+        text_encoder_2 = CLIPTextModelWithProjection(config)
+        logit_scale = torch.tensor(0.0)
+    unet_state = scope["convert_diffusers_unet_state_dict_to_sdxl"](unet.state_dict())
+    own_unet = SimpleNamespace(state_dict=lambda: unet_state)
+    models = (_nested(text_encoder), text_encoder_2, own_unet)
+    scope["save_stable_diffusion_checkpoint"](
+        "x.safetensors", *models, 0, 0, None, vae, logit_scale, {}
+    )
+    return written
+
+
+def _functions(file: str, names: tuple[str, ...], written: dict[str, Tensor]) -> dict:
     scope = {
         "diffusers": diffusers,
         "logger": logging.getLogger(__name__),
@@ -53,25 +89,27 @@ def saved_tensors(family: str) -> dict[str, Tensor]:
         "save_file": lambda tensors, path, metadata: written.update(tensors),
         "torch": torch,
     }
-    source = (Path(os.environ["SD_SCRIPTS_DIR"]) / "library" / "model_util.py").read_text("utf-8")
+    source = (Path(os.environ["SD_SCRIPTS_DIR"]) / "library" / file).read_text("utf-8")
     wanted = [
         node
         for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name in FUNCTIONS
+        if isinstance(node, ast.FunctionDef) and node.name in names
     ]
-    exec(compile(ast.Module(wanted, type_ignores=[]), "model_util", "exec"), scope)
-    configs = {
-        part: json.loads((ARCHITECTURES / family / part / "config.json").read_text())
-        for part in ("unet", "vae", "text_encoder")
-    }
+    exec(compile(ast.Module(wanted, type_ignores=[]), file, "exec"), scope)
+    return scope
+
+
+def _config(family: str, part: str) -> dict:
+    return json.loads((ARCHITECTURES / family / part / "config.json").read_text())
+
+
+def _models(family: str) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(configs["unet"])
-        vae = AutoencoderKL.from_config(configs["vae"])
-        text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
-    scope["save_stable_diffusion_checkpoint"](
-        family == "sd_v2", "x.safetensors", _nested(text_encoder), unet, None, 0, 0, {}, vae=vae
-    )
-    return written
+        return (
+            UNet2DConditionModel.from_config(_config(family, "unet")),
+            AutoencoderKL.from_config(_config(family, "vae")),
+            CLIPTextModel(CLIPTextConfig(**_config(family, "text_encoder"))),
+        )
 
 
 def _nested(text_encoder: nn.Module) -> nn.Module:

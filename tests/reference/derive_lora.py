@@ -14,11 +14,11 @@ import importlib
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler  # noqa: F401
 from sd_scripts import enable_imports
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 
 def main() -> None:
-    """Print name digests of SD 1.5 and 2, and the max-norm numbers."""
+    """Print name digests of SD 1.5, 2 and XL, and the max-norm numbers."""
     enable_imports()
     lora = importlib.import_module("networks.lora")
     original_unet = importlib.import_module("library.original_unet")
@@ -39,12 +39,45 @@ def main() -> None:
                 lora.LoRANetwork.UNET_TARGET_REPLACE_MODULE = ["Transformer2DModel"]
                 network = lora.create_network(1.0, 4, 1.0, None, text_encoder, unet, **settings)
                 network.apply_to(text_encoder, unet, True, True)
-            shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-            lines = "\n".join(f"{key} {shapes[key]}" for key in sorted(shapes))
-            digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
-            print(f"    ({v2}, {settings}): ({len(shapes) // 3}, {digest!r}),")
+            print(f"    ({v2}, {settings}): {_digest(network)},")
+    for settings in ({}, {"conv_dim": "2", "conv_alpha": "0.5"}):
+        print(f"    sdxl, {settings}: {_digest(_sdxl_network(lora, settings))},")
     _max_norm(lora)
     _dropouts(lora)
+
+
+def _sdxl_network(lora, settings: dict[str, str]) -> torch.nn.Module:
+    sdxl_unet = importlib.import_module("library.sdxl_original_unet")
+    with torch.device("meta"):
+        clip_l = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_attention_heads=12,
+                num_hidden_layers=12,
+            )
+        )
+        clip_g = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_attention_heads=20,
+                num_hidden_layers=32,
+                projection_dim=1280,
+            )
+        )
+        unet = sdxl_unet.SdxlUNet2DConditionModel()
+        lora.LoRANetwork.UNET_TARGET_REPLACE_MODULE = ["Transformer2DModel"]
+        network = lora.create_network(1.0, 4, 1.0, None, [clip_l, clip_g], unet, **settings)
+        network.apply_to([clip_l, clip_g], unet, True, True)
+    return network
+
+
+def _digest(network: torch.nn.Module) -> tuple[int, str]:
+    """Number of modules and digest of all names and shapes."""
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    lines = "\n".join(f"{key} {shapes[key]}" for key in sorted(shapes))
+    return len(shapes) // 3, hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def _max_norm(lora) -> None:

@@ -198,3 +198,12 @@ def test_caption_files_are_read_and_bad_ones_are_named(tmp_path):
     for path in (empty, binary, tmp_path / "absent.txt"):
         with pytest.raises(UserError, match=path.name):
             read_caption_files([path])
+
+
+def test_a_wide_text_encoder_reads_a_step_in_pieces(toy_text_encoder, tmp_path, monkeypatch):
+    """One prompt more or less at once is no other training: rates and masks are the same."""
+    whole = run(toy_text_encoder, tmp_path / "whole.safetensors", max_train_steps=3)
+    monkeypatch.setattr(pretrain_module, "WIDE", 8)
+    monkeypatch.setattr(pretrain_module, "PIECE", 4)
+    pieces = run(toy_text_encoder, tmp_path / "pieces.safetensors", max_train_steps=3)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from mlm_plugin.config.options import SamplingOptions
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.training.samples import (
     SAMPLERS,
     SamplePrompt,
@@ -78,7 +79,7 @@ def encode_captions(captions):
         torch.randn(77, 32, generator=torch.Generator().manual_seed(sum(caption.encode())))
         for caption in captions
     ]
-    return torch.stack(states)
+    return Conditioning(torch.stack(states))
 
 
 def draw(parts, prompts, folder, **settings):
@@ -88,7 +89,7 @@ def draw(parts, prompts, folder, **settings):
         prompts,
         unet=unet,
         vae=vae,
-        encode_captions=encode_captions,
+        encode=encode_captions,
         noise_scheduler=noise_scheduler(),
         output_dir=folder,
         **settings,
@@ -226,11 +227,11 @@ def test_every_sampler_denoises_as_the_diffusers_pipeline_does(parts, name, pred
     if name.endswith("lms"):
         pytest.importorskip("scipy")
     unet, vae = (part.eval() for part in parts)
-    states = encode_captions(["bad", "a dog"])
+    prompts = encode_captions(["bad", "a dog"])
     with torch.no_grad():
         ours = denoise(
             unet,
-            states,
+            prompts,
             create_sampler(name, noise_scheduler(), prediction_type=prediction_type),
             size=(64, 72),
             num_steps=5,
@@ -249,8 +250,8 @@ def test_every_sampler_denoises_as_the_diffusers_pipeline_does(parts, name, pred
     )
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        prompt_embeds=states[1:],
-        negative_prompt_embeds=states[:1],
+        prompt_embeds=prompts.states[1:],
+        negative_prompt_embeds=prompts.states[:1],
         height=64,
         width=72,
         num_inference_steps=5,

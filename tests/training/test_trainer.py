@@ -29,7 +29,14 @@ from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.schedulers import create_scheduler
-from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped, Trainer, TrainPlan
+from mlm_plugin.training.trainer import (
+    Listener,
+    NonFiniteLatents,
+    NonFiniteLoss,
+    Stopped,
+    Trainer,
+    TrainPlan,
+)
 
 SEED = 7
 RATES = OptimizerOptions(unet_lr=1e-3, text_encoder_lr=(1e-3,))
@@ -409,6 +416,16 @@ class Poison(Listener):
             trainer.save_state(self.folder)
 
 
+def test_a_vae_that_overflows_is_told_from_weights_that_went_astray(toy_folder, dataset):
+    trainer = make_trainer(toy_folder, dataset)
+    trainer.models.vae.quant_conv.bias.data.fill_(math.inf)
+    with pytest.raises(
+        NonFiniteLatents, match=r"not finite in torch.float32 for .*\.png"
+    ) as caught:
+        trainer.run()
+    assert caught.value.advice.startswith("no_half_vae")
+
+
 def nan_loss(*_args, **_more):
     return torch.tensor(math.nan, requires_grad=True)
 
@@ -516,7 +533,7 @@ class MemoryTracker(GeneralTracker):
 
 def curve_logger(trainer):
     (text_encoder,) = trainer.models.text_encoders  # a fresh LoRA leaves its states as they were
-    return CurveLogger(TextDrift(text_encoder))
+    return CurveLogger({"te/drift_cos": TextDrift(text_encoder)})
 
 
 def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset, tmp_path):

@@ -27,6 +27,7 @@ from mlm_plugin.files import atomic_path
 from mlm_plugin.hosts.mlm_setup import (
     LoadedContextualizer,
     build_regularizer,
+    contextualizer_settings,
     find_contextualizer,
     mlm_schedule,
     prompt_set_names,
@@ -109,14 +110,18 @@ class MLMTerm:
         Raises:
             UserError: the given file does not fit.
         """
-        setting = _setting_for(self.options.mlm_contextualizer, len(self.encoders))
+        settings = contextualizer_settings(
+            self.options.mlm_contextualizer, len(self.encoders) + 1, more_may_come=True
+        )
         with (
             _kept_random_state(),
             accelerator.main_process_first(),  # one process pretrains, the others find its file
             _on_device(text_encoder.model, accelerator.device),
         ):
             found = find_contextualizer(
-                text_encoder, setting, show_progress=accelerator.is_local_main_process
+                text_encoder,
+                settings[len(self.encoders)],
+                show_progress=accelerator.is_local_main_process,
             )
         self.encoders.append((text_encoder, found))
 
@@ -246,20 +251,6 @@ def wrap_text_encoder(model: nn.Module, tokenizer: Any, *, arch: str, clip_skip:
     if arch in ("sdxl", "sd3"):  # only SD 1 and 2 read clip_skip
         return TextEncoder(tokenizer, model, clip_skip=2, final_norm=False)
     return TextEncoder(tokenizer, model, clip_skip=None if arch == "flux" else clip_skip)
-
-
-def _setting_for(setting: str, index: int) -> str:
-    """``mlm_contextualizer`` of one text encoder; a file for each stands between commas."""
-    if setting == "auto" or Path(setting).is_file():
-        settings = [setting] if setting != "auto" else ["auto"] * (index + 1)
-    else:
-        settings = [part.strip() for part in setting.split(",")]
-    if index >= len(settings):
-        raise UserError(
-            f"mlm_contextualizer = {setting!r} names {len(settings)} file(s), but this model has "
-            "more text encoders; give one for each, with commas between, or 'auto'"
-        )
-    return settings[index]
 
 
 def _as_config(dataset: Any) -> DatasetConfig:

@@ -1,0 +1,49 @@
+"""Captions encoded once, before the training, so that the text encoders can leave the card.
+
+Knows neither encoders nor data sets: it is given a way to encode and every caption there will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from mlm_plugin.models.conditioning import Conditioning
+
+__all__ = ["CaptionCache"]
+
+
+class CaptionCache:
+    """Answers as the encoder would, from memory.
+
+    Args:
+        encode: captions to conditioning; called here only.
+        captions: all that will be asked for.
+        device: where answers are wanted; the memory itself is the CPU's.
+        dtype: of what is kept.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], Conditioning],
+        captions: Iterable[str],
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ):
+        self.device = device
+        self._kept = {
+            caption: encode([caption]).to(dtype).to("cpu") for caption in dict.fromkeys(captions)
+        }
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Conditioning of captions that were encoded, in this order."""
+        found = [self._kept[caption] for caption in captions]
+        states = torch.cat([one.states for one in found])
+        pooled = None if found[0].pooled is None else torch.cat([one.pooled for one in found])
+        return Conditioning(states, pooled).to(self.device)

@@ -1,0 +1,123 @@
+"""SDXL as a user runs it: every method from the command line, samples, curves, pretraining."""
+
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionXLPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mlm_plugin.cli import main, train_main
+from mlm_plugin.config.options import SDXL_METHODS
+
+ROOT = Path(__file__).parents[2]
+FIRST_STEP = "text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
+
+
+@pytest.fixture
+def arguments(
+    toy_sdxl_folder, toy_pictures, toy_sdxl_contextualizers, tmp_path, _fresh_accelerator
+):
+    """Flags of a short run of the quickstart preset; later flags win over these."""
+    return [
+        *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
+        *("--pretrained_model_name_or_path", str(toy_sdxl_folder)),
+        *("--train_data_dir", str(toy_pictures)),
+        *("--mlm_contextualizer", toy_sdxl_contextualizers),
+        *("--max_train_steps", "2"),
+        *("--output_dir", str(tmp_path / "out")),
+        *("--output_name", "x"),
+    ]
+
+
+def metadata_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("method", SDXL_METHODS)
+def test_every_method_runs_and_says_what_it_was_trained_on(arguments, method, tmp_path, capsys):
+    assert train_main([*arguments, "--method", method]) == 0
+    path = tmp_path / "out" / "x.safetensors"
+    assert f"wrote {path}" in capsys.readouterr().out
+    metadata = metadata_of(path)
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"].startswith("stable-diffusion-xl-v1-base")
+    assert len(metadata["ss_mlm_contextualizer"].split("+")) == 2
+
+
+def test_the_lora_has_both_text_encoders_and_diffusers_loads_it(
+    arguments, toy_sdxl_folder, tmp_path
+):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    samples = tmp_path / "prompts.txt"
+    samples.write_text("a photo of [trigger] --w 64 --h 96 --s 2 --d 1\n")
+    flags = ["--sample_prompts", str(samples), "--sample_every_n_steps", "2"]
+    logs = ["--logging_dir", str(tmp_path / "logs")]
+    assert train_main([*arguments, "--text_encoder_lr", "1e-3", "5e-4", *flags, *logs]) == 0
+    state = load_file(tmp_path / "out" / "x.safetensors")
+    for prefix in ("lora_te1_", "lora_te2_"):
+        assert state[prefix + FIRST_STEP].any(), "both text encoders have learned"
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+    (folder,) = (tmp_path / "logs").iterdir()
+    events = EventAccumulator(str(folder / "network_train"))
+    events.Reload()
+    of_each = ("te{}/drift_cos", "loss/mlm_te{}", "lr/textencoder{}")
+    assert {tag.format(n) for tag in of_each for n in (1, 2)} <= set(events.Tags()["scalars"])
+    pipeline = StableDiffusionXLPipeline.from_pretrained(toy_sdxl_folder)
+    pipeline.load_lora_weights(str(tmp_path / "out"), weight_name="x.safetensors")
+    adapters = pipeline.get_list_adapters()
+    assert adapters.keys() == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_a_u_net_alone_is_trained_on_kept_captions_with_samples(arguments, tmp_path):
+    samples = tmp_path / "prompts.txt"
+    samples.write_text("a photo of [trigger] --n blurry --w 64 --h 64 --s 2 --d 1\n")
+    unet_only = ["--network_train_unet_only", "--cache_text_encoder_outputs"]
+    flags = ["--sample_prompts", str(samples), "--sample_at_first", "--mlm_loss_weight", "0"]
+    assert train_main([*arguments, *unet_only, *flags]) == 0
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+    assert all(key.startswith("lora_unet_") for key in load_file(tmp_path / "out/x.safetensors"))
+
+
+def test_class_images_are_drawn_with_both_text_encoders(arguments, tmp_path):
+    flags = ["--method", "dreambooth", "--generate_class_images", "1", "--mlm_loss_weight", "0"]
+    assert train_main([*arguments, *flags, "--max_train_steps", "1"]) == 0
+    assert (tmp_path / "out" / "class_images" / "1_dog" / "class_000000.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "xti"], "is SDXL; use one of lora"),
+        (["--v2"], "--v2"),
+        (["--cache_text_encoder_outputs"], "cache_text_encoder_outputs cannot go with training"),
+        (["--mlm_contextualizer", "one.safetensors"], "names 1 file(s), needed: 2"),
+    ],
+)
+def test_what_sdxl_cannot_do_is_one_line(arguments, flags, message, capsys):
+    assert train_main([*arguments, *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+
+
+def test_pretraining_makes_a_contextualizer_for_each_text_encoder(
+    toy_sdxl_folder, tmp_path, capsys
+):
+    small = ["--max_train_steps", "1", "--batch_size", "2", "--num_held_out", "4"]
+    output = tmp_path / "context.safetensors"
+    model = ["--pretrained_model_name_or_path", str(toy_sdxl_folder)]
+    assert main(["pretrain", *model, "--output", str(output), *small]) == 0
+    files = [tmp_path / f"context_te{number}.safetensors" for number in (1, 2)]
+    assert all(file.is_file() for file in files)
+    assert f"--mlm_contextualizer {files[0]},{files[1]}" in capsys.readouterr().out
+    widths = [load_file(file)["mask_vector"].shape for file in files]
+    assert widths == [(32,), (48,)]
+
+
+def test_evaluation_of_sdxl_is_refused(toy_sdxl_folder, tmp_path, capsys):
+    model = ["--pretrained_model_name_or_path", str(toy_sdxl_folder)]
+    words = ["--placeholder_token", "sks", "--class_token", "dog"]
+    assert main(["evaluate", *model, *words, "--output", str(tmp_path / "r"), "--text_only"]) == 2
+    assert "is SDXL; what was learned is judged" in capsys.readouterr().err
