@@ -19,6 +19,7 @@ commands:
   train           teach a concept with the MLM regularizer (kohya's options and TOML files)
   pretrain        train a contextualizer by hand, on captions of your own
   prompts         print or count the prompts of a prompt set
+  estimate        predict the GPU memory of a training, part by part, without loading anything
   evaluate        draw, score and report what was learned; --compare lays runs side by side
   pocket build    train a small world of pixel pictures and its model, to try methods on
   pocket concept  write a thing that model has never seen: pictures to learn, prompts to test
@@ -81,6 +82,18 @@ def _evaluate(argv: Sequence[str]) -> int:
     return run_evaluate(command)
 
 
+def _estimate(argv: Sequence[str]) -> int:
+    from mlm_plugin.estimate.options import parse_estimate
+
+    command = parse_estimate(argv)
+    from mlm_plugin.hosts.console import quiet_imports
+
+    quiet_imports()
+    from mlm_plugin.hosts.estimate import run_estimate
+
+    return run_estimate(command)
+
+
 def _prompts(argv: Sequence[str]) -> int:
     from mlm_plugin.hosts.prompts import run_prompts
 
@@ -97,6 +110,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "pretrain": _pretrain,
     "prompts": _prompts,
+    "estimate": _estimate,
     "evaluate": _evaluate,
     "pocket": _pocket,
     "convert-preset": _convert_preset,

@@ -17,7 +17,7 @@ ROWS = [
     ("export",),
     ("methods",),
     ("training",),
-    ("toy", "pocket", "evaluation"),
+    ("toy", "pocket", "evaluation", "estimate"),
     ("hosts",),
     ("bench",),
     ("cli",),

@@ -29,6 +29,7 @@ __all__ = [
     "SubsetConfig",
     "concepts_of",
     "folder_name",
+    "given_resolution",
     "resolve_datasets",
 ]
 
@@ -126,6 +127,16 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     if config.dataset.masked_loss and not has_masks:
         raise UserError(f"{place}: masked_loss needs conditioning_data_dir or alpha_mask")
     return datasets
+
+
+def given_resolution(config: TrainConfig) -> tuple[int, int]:
+    """Width and height that the options give, where no data set is at hand to ask.
+
+    Raises:
+        UserError: none, or not a size.
+    """
+    values = _option_values(config) | {"enable_bucket": config.dataset.enable_bucket}
+    return _resolution(values, place="options")
 
 
 # --- schema ---------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ from mlm_plugin.training.trainer import (
     TrainPlan,
 )
 
-__all__ = ["train"]
+__all__ = ["prepare_models", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def build_trainer(
         accelerator=accelerator,
         seed=seed,
     )
-    _prepare_models(config, models, method)
+    prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
         _cache_latents(config, dataset, models, accelerator)
     set_seed(seed + accelerator.process_index)  # noise differs between processes
@@ -462,7 +462,8 @@ def _shared_seed(config: TrainConfig) -> int:
     return seed
 
 
-def _prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
+def prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
+    """Precision and place of what is trained; gradient checkpointing and compilation."""
     for parameter in method.parameters():
         parameter.data = parameter.data.to(models.unet.device)
         if config.schedule.full_fp16 or config.schedule.full_bf16:

@@ -35,14 +35,15 @@ from mlm_plugin.models.ldm_names import (
     unet_names,
     vae_names,
 )
+from mlm_plugin.models.diffusers_folder import empty_parts
 from mlm_plugin.models.model_parts import (
     REFINER,
     ModelParts,
     wrong_architecture,
 )
-from mlm_plugin.models.weights_files import read_weights
+from mlm_plugin.models.weights_files import read_shapes, read_weights
 
-__all__ = ["ARCHITECTURES", "load_file", "load_vae_file"]
+__all__ = ["ARCHITECTURES", "empty_file", "load_file", "load_vae_file"]
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 OTHER_FILES = {
@@ -91,6 +92,20 @@ def load_file(
         tokenizers=[],
         scheduler=_scheduler(state),
     )
+
+
+def empty_file(path: Path) -> ModelParts:
+    """What :func:`load_file` would load, on the meta device: weights are not read.
+
+    Raises:
+        UserError: unreadable file, or no checkpoint of these kinds.
+    """
+    state = read_shapes(path)
+    family = _family(state, path=path)
+    parts = empty_parts(ARCHITECTURES / family, family=family)
+    _check_width(state, parts.unet, path=path)
+    parts.scheduler = _scheduler(state)
+    return parts
 
 
 def load_vae_file(

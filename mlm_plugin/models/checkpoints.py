@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.checkpoint_file import load_file, load_vae_file
-from mlm_plugin.models.diffusers_folder import find_folder, load_folder, load_vae_folder
+from mlm_plugin.models.checkpoint_file import empty_file, load_file, load_vae_file
+from mlm_plugin.models.diffusers_folder import (
+    empty_folder,
+    find_folder,
+    find_local_folder,
+    load_folder,
+    load_vae_folder,
+)
 from mlm_plugin.models.model_parts import TITLES, ModelParts
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import find_tokenizer, second_tokenizer
 
-__all__ = ["SDXL_VERSION", "StableDiffusion", "load_stable_diffusion"]
+__all__ = ["SDXL_VERSION", "StableDiffusion", "empty_stable_diffusion", "load_stable_diffusion"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +116,96 @@ def load_stable_diffusion(
         dtype=dtype,
         vae_dtype=vae_dtype if vae is None else None,
     )
-    if v2 and parts.family != "sd_v2":
-        raise UserError(
-            f"--v2 says {TITLES['sd_v2']}, but {name_or_path} is {TITLES[parts.family]}: drop --v2"
-        )
-    prediction_type = _prediction_type(
-        parts, source=str(name_or_path), v_parameterization=v_parameterization
-    )
     if not parts.tokenizers:
         near = path.parent if path.is_file() else None
         parts.tokenizers = _find_tokenizers(parts, cache_dir=tokenizer_cache_dir, near=near)
+    if vae is not None:
+        parts.vae = _load_vae(str(vae), family=parts.family, configs=configs, dtype=vae_dtype)
+    return _assembled(
+        parts,
+        source=str(name_or_path),
+        v2=v2,
+        v_parameterization=v_parameterization,
+        clip_skip=clip_skip,
+        max_token_length=max_token_length,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+    )
+
+
+def empty_stable_diffusion(
+    name_or_path: str | os.PathLike,
+    *,
+    v2: bool = False,
+    v_parameterization: bool = False,
+    tokenizer_cache_dir: str | os.PathLike | None = None,
+    spare_tokenizer: Callable[[], Any] | None = None,
+    clip_skip: int | None = None,
+    max_token_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
+) -> StableDiffusion:
+    """What :func:`load_stable_diffusion` would load, on the meta device: weights are not read.
+
+    Reads configurations, or the header of a file; nothing is downloaded.
+
+    Args:
+        name_or_path: as there, and so are the other options.
+        v2: see there.
+        v_parameterization: see there.
+        tokenizer_cache_dir: see there.
+        spare_tokenizer: makes a tokenizer where none is found; without it that is an error.
+        clip_skip: see there.
+        max_token_length: see there.
+        dtype: see there.
+        vae_dtype: see there.
+
+    Raises:
+        UserError: as there, but for damaged weights.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        parts = empty_file(path)
+    else:
+        folder = find_local_folder(str(name_or_path), option="--pretrained_model_name_or_path")
+        parts = empty_folder(folder, source=str(name_or_path))
+    if not parts.tokenizers:
+        try:
+            near = path.parent if path.is_file() else None
+            parts.tokenizers = _find_tokenizers(parts, cache_dir=tokenizer_cache_dir, near=near)
+        except UserError:
+            if spare_tokenizer is None:
+                raise
+            parts.tokenizers = [spare_tokenizer() for _ in parts.text_encoders]
+    return _assembled(
+        parts,
+        source=str(name_or_path),
+        v2=v2,
+        v_parameterization=v_parameterization,
+        clip_skip=clip_skip,
+        max_token_length=max_token_length,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+    )
+
+
+def _assembled(
+    parts: ModelParts,
+    *,
+    source: str,
+    v2: bool,
+    v_parameterization: bool,
+    clip_skip: int | None,
+    max_token_length: int | None,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype,
+) -> StableDiffusion:
+    """The parts, frozen, as the options and the source together want them."""
+    if v2 and parts.family != "sd_v2":
+        raise UserError(
+            f"--v2 says {TITLES['sd_v2']}, but {source} is {TITLES[parts.family]}: drop --v2"
+        )
+    prediction_type = _prediction_type(parts, source=source, v_parameterization=v_parameterization)
     is_sdxl = parts.family == "sdxl"
     if is_sdxl:
         clip_skip = _sdxl_clip_skip(clip_skip)
@@ -132,8 +219,6 @@ def load_stable_diffusion(
         )
         for tokenizer, model in zip(parts.tokenizers, parts.text_encoders, strict=True)
     ]
-    if vae is not None:
-        parts.vae = _load_vae(str(vae), family=parts.family, configs=configs, dtype=vae_dtype)
     return StableDiffusion(
         text_encoders=text_encoders,
         vae=_frozen(parts.vae, vae_dtype),
@@ -141,7 +226,7 @@ def load_stable_diffusion(
         noise_scheduler=_noise_scheduler(parts.scheduler, prediction_type),
         version=_version(parts.family, prediction_type),
         prediction_type=prediction_type,
-        source=str(name_or_path),
+        source=source,
     )
 
 

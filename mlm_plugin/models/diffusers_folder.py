@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from mlm_plugin.errors import UserError
@@ -23,7 +24,14 @@ from mlm_plugin.models.model_parts import REFINER, ModelParts, read_json, wrong_
 from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer, second_tokenizer
 from mlm_plugin.models.weights_files import read_weights
 
-__all__ = ["find_folder", "load_folder", "load_vae_folder"]
+__all__ = [
+    "empty_folder",
+    "empty_parts",
+    "find_folder",
+    "find_local_folder",
+    "load_folder",
+    "load_vae_folder",
+]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
 MAX_REASON = 200  # characters of a library's own story in an error
@@ -60,6 +68,53 @@ def find_folder(source: str, *, option: str) -> Path:
         if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
             return folder
     raise UserError(f"{option}: {source} is no file or folder here, nor on the hub ({reason})")
+
+
+def find_local_folder(source: str, *, option: str) -> Path:
+    """The folder ``source`` names, or the snapshot of a hub id that is on this machine already.
+
+    Raises:
+        UserError: neither is here.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if HUB_ID.fullmatch(source):
+        try:
+            return Path(snapshot_download(source, local_files_only=True))
+        except (OSError, ValueError):  # the hub's own errors are these
+            pass
+    raise UserError(f"{option}: {source} is not on this machine (a file, a folder or a hub id)")
+
+
+def empty_folder(folder: Path, *, source: str) -> ModelParts:
+    """What :func:`load_folder` would load, on the meta device: weights are not read.
+
+    Args:
+        folder: as there.
+        source: what the user called it, for errors.
+
+    Raises:
+        UserError: a configuration is missing or damaged, or it is a model of another kind.
+    """
+    parts = empty_parts(folder, family=_family(folder, source=source))
+    parts.tokenizers = _tokenizers(folder, count=len(parts.text_encoders))
+    parts.scheduler = read_json(folder / "scheduler" / "scheduler_config.json", optional=True)
+    return parts
+
+
+def empty_parts(folder: Path, *, family: str) -> ModelParts:
+    """Networks of the configurations in a folder, on the meta device, without a tokenizer."""
+    clips = [empty_text_encoder(folder / "text_encoder")]
+    if family == "sdxl":
+        clips.append(empty_pooled_text_encoder(folder / "text_encoder_2"))
+    return ModelParts(
+        family=family,
+        unet=empty_unet(folder / "unet"),
+        text_encoders=[clip.to("meta") for clip in clips],
+        vae=empty_vae(folder / "vae"),
+        tokenizers=[],
+        scheduler={},
+    )
 
 
 def load_folder(

@@ -12,14 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 
-__all__ = ["PICKLE_SUFFIXES", "WEIGHTS_SUFFIXES", "for_file", "read_weights", "write_weights"]
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "WEIGHTS_SUFFIXES",
+    "for_file",
+    "read_shapes",
+    "read_weights",
+    "write_weights",
+]
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -36,7 +43,30 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         UserError: unknown suffix, damaged file, or a pickle that holds more than tensors.
     """
-    path = Path(path)
+    path = _readable(Path(path))
+    if path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
+    return _read_pickle(path)
+
+
+def read_shapes(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The same tensors on the meta device: of a ``.safetensors`` file only the header is read.
+
+    Raises:
+        UserError: as for :func:`read_weights`.
+    """
+    path = _readable(Path(path))
+    if path.suffix.lower() != ".safetensors":
+        return {name: tensor.to("meta") for name, tensor in _read_pickle(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _readable(path: Path) -> Path:
     if path.suffix.lower() not in WEIGHTS_SUFFIXES:
         raise UserError(
             f"{path}: unknown kind of weights file {path.suffix!r}; "
@@ -47,9 +77,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
             raise UserError(
                 f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
             )
-    if path.suffix.lower() == ".safetensors":
-        return _read_safetensors(path)
-    return _read_pickle(path)
+    return path
 
 
 def for_file(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -81,9 +109,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({_one_line(error)}): is the download complete?"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read as safetensors ({_one_line(error)}): is the download complete?"
+    )
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

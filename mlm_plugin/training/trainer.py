@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -38,6 +39,8 @@ __all__ = [
     "Stopped",
     "TrainPlan",
     "Trainer",
+    "batch_latents",
+    "batch_losses",
 ]
 
 logger = logging.getLogger(__name__)
@@ -357,51 +360,27 @@ class Trainer:
 
     def _refuse_latents(self, batch: Batch) -> None:
         """Tell a VAE that overflows (SDXL's own does in fp16) from weights that went astray."""
-        if not self._latents(batch).isfinite().all():
+        latents = batch_latents(batch, self.models.vae, device=self.accelerator.device)
+        if not latents.isfinite().all():
             raise NonFiniteLatents(
                 f"the VAE gives latents that are not finite in {self.models.vae.dtype} for "
                 f"{', '.join(batch.image_paths)}"
             )
 
     def _losses(self, batch: Batch, number: int) -> tuple[Tensor, MLMOutput | None, float]:
-        device = self.accelerator.device
-        latents = self._latents(batch)
-        with self.accelerator.autocast():
-            conditioning = self.encode(batch.captions)
-            sizes_B6 = size_ids(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
-
-            def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-                dtype = self.models.unet.dtype
-                inputs = unet_inputs(conditioning, sizes_B6, dtype=dtype)
-                return self.models.unet(noisy_latents.to(dtype), timesteps, **inputs).sample
-
-            diffusion = self.diffusion_loss(
-                predict,
-                latents,
-                loss_weights_B=batch.loss_weights,
-                loss_masks=None if batch.loss_masks is None else batch.loss_masks.to(device),
-                valid_masks=None if batch.valid_masks is None else batch.valid_masks.to(device),
-            )
         weight = 0.0
         if self.regularizer and self.method.trains_text_side:
             weight = self.mlm_schedule.weight_at(self.progress.current_step)
-        if not weight:
-            return diffusion, None, 0.0
-        # dropout of the adapters draws here too: the diffusion noise must not depend on it
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.accelerator.autocast():
-            return diffusion, self.regularizer(number), weight
-
-    @torch.no_grad()
-    def _latents(self, batch: Batch) -> Tensor:
-        """Scaled latents ``(B, 4, h, w)``, from the cache or from pixels."""
-        vae, device = self.models.vae, self.accelerator.device
-        if batch.latents is not None:
-            latents = batch.latents.to(device)
-        else:
-            pixels = batch.pixel_values.to(device, vae.dtype)
-            latents = vae.encode(pixels).latent_dist.sample().float()
-        return latents * vae.config.scaling_factor
+        diffusion, mlm = batch_losses(
+            batch,
+            models=self.models,
+            encode=self.encode,
+            diffusion_loss=self.diffusion_loss,
+            mlm=partial(self.regularizer, number) if weight else None,
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
+        )
+        return diffusion, mlm, weight
 
     def _average_over_processes(self) -> None:
         if self.accelerator.num_processes == 1:
@@ -426,6 +405,63 @@ class Trainer:
     def _tell(self, event: str, *values: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(self, *values)
+
+
+def batch_losses(
+    batch: Batch,
+    *,
+    models: StableDiffusion,
+    encode: Callable[[Sequence[str]], Conditioning],
+    diffusion_loss: DiffusionLoss,
+    mlm: Callable[[], MLMOutput] | None,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> tuple[Tensor, MLMOutput | None]:
+    """Forward pass of one batch: the denoising loss and the term, if it acts.
+
+    Args:
+        batch: pictures or latents with their captions.
+        models: what is trained.
+        encode: captions to conditioning.
+        diffusion_loss: calls the U-Net.
+        mlm: computes the term; ``None`` where it does not act.
+        device: of the models.
+        autocast: enters mixed precision.
+    """
+    latents = batch_latents(batch, models.vae, device=device)
+    with autocast():
+        conditioning = encode(batch.captions)
+        sizes_B6 = size_ids(batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+
+        def predict(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+            dtype = models.unet.dtype
+            inputs = unet_inputs(conditioning, sizes_B6, dtype=dtype)
+            return models.unet(noisy_latents.to(dtype), timesteps, **inputs).sample
+
+        diffusion = diffusion_loss(
+            predict,
+            latents,
+            loss_weights_B=batch.loss_weights,
+            loss_masks=None if batch.loss_masks is None else batch.loss_masks.to(device),
+            valid_masks=None if batch.valid_masks is None else batch.valid_masks.to(device),
+        )
+    if mlm is None:
+        return diffusion, None
+    # dropout of the adapters draws here too: the diffusion noise must not depend on it
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), autocast():
+        return diffusion, mlm()
+
+
+@torch.no_grad()
+def batch_latents(batch: Batch, vae: nn.Module, *, device: torch.device) -> Tensor:
+    """Scaled latents ``(B, 4, h, w)``, from the cache or from pixels."""
+    if batch.latents is not None:
+        latents = batch.latents.to(device)
+    else:
+        pixels = batch.pixel_values.to(device, vae.dtype)
+        latents = vae.encode(pixels).latent_dist.sample().float()
+    return latents * vae.config.scaling_factor
 
 
 class _Evaluating:

@@ -1,0 +1,84 @@
+"""What would save memory in a training: other options, one at a time. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from mlm_plugin.config.checks import mlm_obstacle
+from mlm_plugin.config.options import NETWORK_METHODS, TrainConfig
+
+__all__ = ["Change", "changes_worth_trying"]
+
+EIGHT_BIT = "AdamW8bit"
+
+
+class Change(NamedTuple):
+    """Options to change, and what that is called.
+
+    Attributes:
+        text: as one would write it into a TOML.
+        options: by flat name.
+        price: what it costs, in a few words.
+    """
+
+    text: str
+    options: dict[str, Any]
+    price: str
+
+
+def changes_worth_trying(config: TrainConfig) -> list[Change]:
+    """Options of a training that would take less memory, where they are not set already."""
+    return [*_free(config), *_smaller(config), *_without_term(config)]
+
+
+def _free(config: TrainConfig) -> Iterator[Change]:
+    """Changes that leave the result nearly as it is."""
+    schedule, data = config.schedule, config.dataset
+    if not schedule.gradient_checkpointing:
+        yield Change(
+            "gradient_checkpointing = true", {"gradient_checkpointing": True}, "slower steps"
+        )
+    if not (data.cache_latents or data.cache_latents_to_disk):
+        if not (data.color_aug or data.random_crop or data.scale_aug):
+            yield Change("cache_latents = true", {"cache_latents": True}, "none")
+    if schedule.mixed_precision == "no":
+        yield Change(
+            'mixed_precision = "bf16"', {"mixed_precision": "bf16"}, "none on RTX 30 and newer"
+        )
+    if "8bit" not in config.optimizer.optimizer_type.lower():
+        yield Change(
+            f'optimizer_type = "{EIGHT_BIT}"',
+            {"optimizer_type": EIGHT_BIT, "optimizer_args": ()},
+            "needs bitsandbytes",
+        )
+    if data.vae_batch_size > 1 and (data.cache_latents or data.cache_latents_to_disk):
+        yield Change("vae_batch_size = 1", {"vae_batch_size": 1}, "slower caching")
+
+
+def _smaller(config: TrainConfig) -> Iterator[Change]:
+    """Changes of sizes."""
+    schedule, mlm = config.schedule, config.mlm
+    if schedule.train_batch_size > 1:
+        half = schedule.train_batch_size // 2
+        yield Change(
+            f"train_batch_size = {half}",
+            {"train_batch_size": half},
+            "noisier steps, or gradient_accumulation_steps = 2",
+        )
+    if mlm.mlm_loss_weight and mlm.mlm_batch_size > 1:
+        half = mlm.mlm_batch_size // 2
+        yield Change(f"mlm_batch_size = {half}", {"mlm_batch_size": half}, "a noisier term")
+    rank = config.network.network_dim or 4
+    if schedule.method in NETWORK_METHODS and rank > 4:
+        yield Change(f"network_dim = {rank // 2}", {"network_dim": rank // 2}, "less detail")
+    for precision in ("fp16", "bf16"):
+        full = f"full_{precision}"
+        if schedule.mixed_precision == precision == "bf16" and not getattr(schedule, full):
+            yield Change(f"{full} = true", {full: True}, "coarser weights")
+
+
+def _without_term(config: TrainConfig) -> Iterator[Change]:
+    """What the MLM term costs; it is what this program is for, so it comes last."""
+    if config.mlm.mlm_loss_weight and not mlm_obstacle(config):
+        yield Change("mlm_loss_weight = 0", {"mlm_loss_weight": 0.0}, "the MLM term")

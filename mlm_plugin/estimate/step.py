@@ -1,0 +1,186 @@
+"""The training step on the meta device: what lives at its peak, and at the peaks around it.
+
+Runs the trainer's own forward pass, autograd's own backward pass and gradient checkpointing itself,
+so whatever these keep is counted. Knows no options and no files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlm_plugin.data.dataset import Batch
+from mlm_plugin.estimate.live_bytes import LiveBytes
+from mlm_plugin.estimate.on_meta import OnMeta
+from mlm_plugin.estimate.optimizer_states import OptimizerBytes
+from mlm_plugin.methods.base import Method
+from mlm_plugin.models.conditioning import Conditioning
+from mlm_plugin.regularizer import MLMRegularizer
+from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.rollback import LIMIT
+from mlm_plugin.training.trainer import batch_losses
+
+__all__ = ["LABELS", "Moment", "Training", "caching_peak", "optimizer_peak", "step_peak"]
+
+UNET, TEXT, VAE = "U-Net", "text encoders", "VAE"
+TRAINED, CONTEXTUALIZERS = "trained weights", "contextualizers"
+STATES, COPY, GRADIENTS = "optimizer states", "copy of the step before", "gradients"
+UNET_KEPT, TEXT_KEPT, MLM_KEPT = "kept of the U-Net", "kept of the captions", "kept of the MLM term"
+WORKING = "working memory"
+
+LABELS = {
+    UNET: "frozen weights",
+    TEXT: "frozen weights",
+    VAE: "frozen weights, where latents are not cached",
+    TRAINED: "of the method",
+    CONTEXTUALIZERS: "of the MLM term",
+    STATES: "kept from step to step",
+    COPY: "for the case of a loss that is not finite",
+    GRADIENTS: "of the trained weights",
+    UNET_KEPT: "activations that the backward pass reads",
+    TEXT_KEPT: "the same of the text encoders",
+    MLM_KEPT: "the same of text encoders and contextualizers",
+    WORKING: "what comes and goes",
+}
+"""What bytes belong to, in the order of the table, and what that is."""
+
+Moment = Counter[str]
+"""Bytes by label that live at one moment."""
+
+
+@dataclass
+class Training:
+    """A run on the meta device, ready for its step.
+
+    Attributes:
+        method: what is trained, with its models.
+        diffusion_loss: of the run.
+        batch: a batch of the run's size; latents on the meta device, or pictures.
+        dtype: ``mixed_precision``; ``None`` = fp32.
+        on_meta: the mode all of it runs in.
+        regularizer: the MLM term, or ``None``.
+        optimizer: its bytes.
+        captions_are_cached: they were encoded beforehand, and the text encoders have gone.
+        accumulates: several batches make a step, so that gradients lie there from the start.
+    """
+
+    method: Method
+    diffusion_loss: DiffusionLoss
+    batch: Batch
+    dtype: torch.dtype | None
+    on_meta: OnMeta
+    regularizer: MLMRegularizer | None
+    optimizer: OptimizerBytes
+    captions_are_cached: bool = False
+    accumulates: bool = False
+
+
+def resident(training: Training, live: LiveBytes, *, vae: bool) -> None:
+    """Put under their labels what lies on the GPU between two steps."""
+    method, models = training.method, training.method.models
+    live.hold(_weights(models.unet), UNET)
+    if not training.captions_are_cached:
+        for text_encoder in models.text_encoders:
+            live.hold(_weights(text_encoder.model), TEXT)
+    if vae:
+        live.hold(_weights(models.vae), VAE)
+    live.hold([p for members in method.parts().values() for p in members], TRAINED)
+    if training.regularizer:
+        for tap in training.regularizer.taps:
+            live.hold(_weights(tap.contextualizer), CONTEXTUALIZERS)
+            live.hold([tap.token_table], CONTEXTUALIZERS if _is_copy(tap) else TEXT)
+
+
+def step_peak(training: Training) -> Moment:
+    """What lives when forward and backward pass of one batch need most."""
+    method, live = training.method, LiveBytes()
+    resident(training, live, vae=training.batch.latents is None)
+    parameters = method.parameters()
+    if training.accumulates:
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        live.hold([parameter.grad for parameter in parameters], GRADIENTS)
+    method.train(True)
+    hooks = live.hold_gradients(parameters, GRADIENTS)
+    try:
+        with training.on_meta, live:
+            loss = _loss(training, live)
+            with live.labelled(WORKING), training.on_meta.recomputing(training.dtype):
+                torch.autograd.backward(loss)  # a method of the loss would leave the mode
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in parameters:
+            parameter.grad = None
+    return live.at_peak + _kept_between_steps(training)
+
+
+def optimizer_peak(training: Training) -> Moment:
+    """What lives while the optimizer steps: no activations, but all gradients."""
+    live = LiveBytes()
+    resident(training, live, vae=training.batch.latents is None)
+    gradients = Counter({GRADIENTS: sum(p.nbytes for p in training.method.parameters())})
+    working = Counter({WORKING: training.optimizer.working})
+    return live.live + gradients + working + _kept_between_steps(training)
+
+
+def caching_peak(training: Training, pixels: Tensor) -> Moment:
+    """What lives while the VAE encodes pictures beforehand: the whole model is there already.
+
+    Args:
+        training: the run.
+        pixels: ``(B, 3, H, W)`` on the meta device, as many as it encodes at once.
+    """
+    live = LiveBytes()
+    resident(training, live, vae=True)
+    live.hold([pixels], WORKING)
+    with torch.no_grad(), training.on_meta, live, live.labelled(WORKING):
+        training.method.models.vae.encode(pixels).latent_dist.sample().float()
+    return live.at_peak
+
+
+def _loss(training: Training, live: LiveBytes) -> Tensor:
+    """The loss of the batch; what its parts keep is under their labels."""
+
+    def encode(captions: Sequence[str]) -> Conditioning:
+        with live.labelled(TEXT_KEPT):
+            with torch.set_grad_enabled(not training.captions_are_cached):
+                return training.method.encode(captions)
+
+    def mlm():
+        with live.labelled(MLM_KEPT):
+            return training.regularizer(0)
+
+    with live.labelled(UNET_KEPT):
+        diffusion, term = batch_losses(
+            training.batch,
+            models=training.method.models,
+            encode=encode,
+            diffusion_loss=training.diffusion_loss,
+            mlm=mlm if training.regularizer else None,
+            device=torch.device("meta"),
+            autocast=partial(training.on_meta.autocast, training.dtype),
+        )
+        return diffusion if term is None else diffusion + term.loss
+
+
+def _kept_between_steps(training: Training) -> Moment:
+    """Optimizer states, and the copy of them and the weights, where they are small enough."""
+    trained = sum(parameter.nbytes for parameter in training.method.parameters())
+    changed = trained + training.optimizer.states
+    copy = changed if changed <= LIMIT else 0
+    return Counter({STATES: training.optimizer.states, COPY: copy})
+
+
+def _weights(module: torch.nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _is_copy(tap) -> bool:
+    return tap.token_table.untyped_storage()._cdata != tap.embedding.weight.untyped_storage()._cdata
