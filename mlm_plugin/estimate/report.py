@@ -75,8 +75,7 @@ def saving_lines(estimate: Estimate, savings: Sequence[Saving]) -> list[str]:
     useful.sort(key=lambda saving: saving.peak)
     width = max(len(saving.text) for saving in useful) + 2
     return ["what would save memory, each alone:"] + [
-        f"  {saving.text:<{width}}{_gib(saving.peak - estimate.peak):>6} GiB   "
-        f"({saving.price})"
+        f"  {saving.text:<{width}}{_gib(saving.peak - estimate.peak):>6} GiB   ({saving.price})"
         for saving in useful
     ]
 

@@ -165,9 +165,7 @@ def _batch(config: TrainConfig, pictures: Pictures) -> Batch:
     number, width, height = pictures
     data, size = config.dataset, (height, width)
     is_cached = data.cache_latents or data.cache_latents_to_disk
-    latents = torch.empty(
-        number, 4, height // LATENT_STRIDE, width // LATENT_STRIDE, device="meta"
-    )
+    latents = torch.empty(number, 4, height // LATENT_STRIDE, width // LATENT_STRIDE, device="meta")
     masks = torch.empty(number, 1, height, width, device="meta") if data.masked_loss else None
     return Batch(
         pixel_values=None if is_cached else pixels_of(pictures, torch.float32),
@@ -217,7 +215,9 @@ def _regularizer(
     ]
     if options.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
         options = config.replace(mlm_prompt_set="auto").mlm
-    prompts, on_meta.num_selected = _longest_prompts(config, taps[0], prompts_for(options, concepts))
+    prompts, on_meta.num_selected = _longest_prompts(
+        config, taps[0], prompts_for(options, concepts)
+    )
     drawn = itertools.cycle(prompts)
     return MLMRegularizer(
         taps,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.diffusers_folder import empty_parts
 from mlm_plugin.models.filling import (
     empty_pooled_text_encoder,
     empty_text_encoder,
@@ -35,7 +36,6 @@ from mlm_plugin.models.ldm_names import (
     unet_names,
     vae_names,
 )
-from mlm_plugin.models.diffusers_folder import empty_parts
 from mlm_plugin.models.model_parts import (
     REFINER,
     ModelParts,

@@ -268,8 +268,7 @@ def _version(family: str, prediction_type: str) -> str:
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    if module.dtype != dtype:  # diffusers warns of any cast
-        module = module.to(dtype)
+    nn.Module.to(module, dtype)  # diffusers' own warns of any cast
     return module.eval().requires_grad_(False)
 
 

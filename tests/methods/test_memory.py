@@ -1,0 +1,90 @@
+"""The predicted memory of every method is that of its real training step on the toy."""
+
+import pytest
+
+from mlm_plugin.config.options import METHOD_NAMES, SDXL_METHODS
+from mlm_plugin.estimate.live_bytes import LiveBytes
+from mlm_plugin.estimate.options import parse_estimate
+from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED
+from mlm_plugin.hosts.estimate import estimate_of
+from mlm_plugin.training.trainer import Listener
+
+CLOSE = 0.10
+
+
+class StartAnew(Listener):
+    """The first step makes the optimizer's states; peaks count from the second."""
+
+    def __init__(self, live):
+        self.live = live
+
+    def on_step_end(self, trainer, _result):
+        if trainer.progress.current_step == 1:
+            self.live.start_anew()
+
+
+def real_peak(trainer):
+    """Bytes at the peak of the second step of a real run on the CPU."""
+    live, models = LiveBytes("cpu"), trainer.models
+    networks = [models.unet, *(te.model for te in models.text_encoders)]
+    networks += [tap.contextualizer for tap in trainer.regularizer.taps]
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    live.hold([*tensors, *trainer.method.parameters()], "resident")
+    trainer.listeners = [StartAnew(live)]
+    with live:
+        trainer.run()
+    return live.peak
+
+
+def predicted(method, folder, **options):
+    values = {
+        "method": method,
+        "pretrained_model_name_or_path": folder,
+        "output_dir": "unused",
+        "resolution": 64,
+        "network_dim": 4,
+        "network_alpha": 4,
+        "learning_rate": 2e-3,
+        "train_batch_size": 2,
+        "mlm_batch_size": 2,
+        **options,
+    }
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()]
+    return estimate_of(parse_estimate([*flags, "--cache_latents"]).config)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_the_step_takes_what_was_predicted(method, trainer_of, toy_folder):
+    trainer = trainer_of(method, steps=2, optimizer_type="SGDNesterov", cache_latents=True)
+    moment = predicted(method, toy_folder, optimizer_type="SGDNesterov").moments["training step"]
+    trained = sum(p.nbytes for p in trainer.method.parameters())
+    assert moment[TRAINED] == moment[STATES] == trained
+    assert 0 < moment[GRADIENTS] <= trained
+    assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
+
+
+@pytest.mark.parametrize("method", SDXL_METHODS)
+def test_the_step_takes_what_was_predicted_in_sdxl(method, sdxl_trainer_of, toy_sdxl_folder):
+    options = {"optimizer_type": "SGDNesterov", "gradient_checkpointing": True}
+    trainer = sdxl_trainer_of(method, steps=2, cache_latents=True, **options)
+    moment = predicted(method, toy_sdxl_folder, **options).moments["training step"]
+    assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
+
+
+def test_two_batches_a_step_hold_gradients_all_the_time(toy_folder):
+    one = predicted("dreambooth", toy_folder)
+    two = predicted("dreambooth", toy_folder, gradient_accumulation_steps=2)
+    assert two.moments["training step"][GRADIENTS] == two.moments["training step"][TRAINED]
+    assert two.peak > one.peak
+
+
+def test_cached_captions_leave_no_text_encoder_on_the_card(toy_folder):
+    cached = predicted(
+        "lora",
+        toy_folder,
+        cache_text_encoder_outputs=True,
+        network_train_unet_only=True,
+        mlm_loss_weight=0,
+    )
+    assert cached.moments["training step"]["text encoders"] == 0
+    assert cached.moments["training step"]["contextualizers"] == 0
