@@ -69,11 +69,25 @@ class OnMeta(TorchFunctionMode):
         with self._casting(dtype, {}):
             yield
 
-    @contextmanager
-    def recomputing(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Mixed precision of what a backward pass computes again: each block casts for itself."""
+    def backward(self, loss: Tensor, dtype: torch.dtype | None) -> None:
+        """``loss.backward()`` with mixed precision for what it computes again.
+
+        The method itself would leave this mode until it is done. Each block casts for itself.
+
+        Args:
+            loss: 0-d.
+            dtype: as for :meth:`autocast`.
+        """
         with self._casting(dtype, None):
-            yield
+            torch.autograd.Variable._execution_engine.run_backward(
+                (loss,),
+                (torch.ones_like(loss),),
+                False,  # keep_graph
+                False,  # create_graph
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
 
     @contextmanager
     def _casting(self, dtype: torch.dtype | None, weights: dict | None) -> Iterator[None]:
@@ -120,7 +134,9 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """``(B, H, L, D)`` from queries of that shape and keys and values ``(B, H, S, D)``."""
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        *batch, num_heads, length, _ = query.shape
+        # heads side by side, as the kernels write them: joining them takes no copy
+        output = query.new_empty(*batch, length, num_heads, value.shape[-1]).transpose(-3, -2)
         sums_BHL = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, sums_BHL)
         return output

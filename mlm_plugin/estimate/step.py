@@ -110,8 +110,8 @@ def step_peak(training: Training) -> Moment:
     try:
         with training.on_meta, live:
             loss = _loss(training, live)
-            with live.labelled(WORKING), training.on_meta.recomputing(training.dtype):
-                torch.autograd.backward(loss)  # a method of the loss would leave the mode
+            with live.labelled(WORKING):
+                training.on_meta.backward(loss, training.dtype)
     finally:
         for hook in hooks:
             hook.remove()

@@ -464,8 +464,9 @@ def _shared_seed(config: TrainConfig) -> int:
 
 def prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
     """Precision and place of what is trained; gradient checkpointing and compilation."""
+    device = models.unet.device  # diffusers looks for it in every module: not for each parameter
     for parameter in method.parameters():
-        parameter.data = parameter.data.to(models.unet.device)
+        parameter.data = parameter.data.to(device)
         if config.schedule.full_fp16 or config.schedule.full_bf16:
             parameter.data = parameter.data.to(WEIGHT_DTYPES[config.schedule.mixed_precision])
     if config.schedule.gradient_checkpointing:

@@ -27,7 +27,7 @@ def real_states(name, **settings):
         value.nbytes
         for state in optimizer.state.values()
         for key, value in state.items()
-        if isinstance(value, torch.Tensor) and not key.startswith("qmap") and value.ndim
+        if isinstance(value, torch.Tensor) and not key.startswith("qmap") and key != "step"
     )
 
 

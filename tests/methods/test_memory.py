@@ -59,7 +59,7 @@ def test_the_step_takes_what_was_predicted(method, trainer_of, toy_folder):
     moment = predicted(method, toy_folder, optimizer_type="SGDNesterov").moments["training step"]
     trained = sum(p.nbytes for p in trainer.method.parameters())
     assert moment[TRAINED] == moment[STATES] == trained
-    assert 0 < moment[GRADIENTS] <= trained
+    assert moment[GRADIENTS] <= trained
     assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
 
 
