@@ -7,7 +7,7 @@ so whatever these keep is counted. Knows no options and no files.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,6 +53,9 @@ Moment = Counter[str]
 """Bytes by label that live at one moment."""
 
 
+Encode = Callable[[Sequence[str]], Conditioning]
+
+
 @dataclass
 class Training:
     """A run on the meta device, ready for its step.
@@ -80,16 +83,24 @@ class Training:
     accumulates: bool = False
 
 
-def resident(training: Training, live: LiveBytes, *, vae: bool) -> None:
+def _hold_resident(training: Training, live: LiveBytes) -> None:
     """Put under their labels what lies on the GPU between two steps."""
-    method, models = training.method, training.method.models
+    models = training.method.models
     live.hold(_weights(models.unet), UNET)
     if not training.captions_are_cached:
-        for text_encoder in models.text_encoders:
-            live.hold(_weights(text_encoder.model), TEXT)
-    if vae:
+        _hold_text_encoders(training, live)
+    if training.batch.latents is None:
         live.hold(_weights(models.vae), VAE)
-    live.hold([p for members in method.parts().values() for p in members], TRAINED)
+    live.hold(_trained(training), TRAINED)
+    _hold_term(training, live)
+
+
+def _hold_text_encoders(training: Training, live: LiveBytes) -> None:
+    for text_encoder in training.method.models.text_encoders:
+        live.hold(_weights(text_encoder.model), TEXT)
+
+
+def _hold_term(training: Training, live: LiveBytes) -> None:
     if training.regularizer:
         for tap in training.regularizer.taps:
             live.hold(_weights(tap.contextualizer), CONTEXTUALIZERS)
@@ -99,17 +110,18 @@ def resident(training: Training, live: LiveBytes, *, vae: bool) -> None:
 def step_peak(training: Training) -> Moment:
     """What lives when forward and backward pass of one batch need most."""
     method, live = training.method, LiveBytes()
-    resident(training, live, vae=training.batch.latents is None)
+    _hold_resident(training, live)
     parameters = method.parameters()
     if training.accumulates:
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         live.hold([parameter.grad for parameter in parameters], GRADIENTS)
     method.train(True)
+    encode = _captions_from_cache(training) if training.captions_are_cached else method.encode
     hooks = live.hold_gradients(parameters, GRADIENTS)
     try:
         with training.on_meta, live:
-            loss = _loss(training, live)
+            loss = _loss(training, encode, live)
             with live.labelled(WORKING):
                 training.on_meta.backward(loss, training.dtype)
     finally:
@@ -123,34 +135,47 @@ def step_peak(training: Training) -> Moment:
 def optimizer_peak(training: Training) -> Moment:
     """What lives while the optimizer steps: no activations, but all gradients."""
     live = LiveBytes()
-    resident(training, live, vae=training.batch.latents is None)
+    _hold_resident(training, live)
     gradients = Counter({GRADIENTS: sum(p.nbytes for p in training.method.parameters())})
     working = Counter({WORKING: training.optimizer.working})
     return live.live + gradients + working + _kept_between_steps(training)
 
 
 def caching_peak(training: Training, pixels: Tensor) -> Moment:
-    """What lives while the VAE encodes pictures beforehand: the whole model is there already.
+    """What lives while the VAE encodes pictures beforehand: all but the U-Net.
 
     Args:
         training: the run.
         pixels: ``(B, 3, H, W)`` on the meta device, as many as it encodes at once.
     """
-    live = LiveBytes()
-    resident(training, live, vae=True)
+    live, models = LiveBytes(), training.method.models
+    _hold_text_encoders(training, live)
+    live.hold(_weights(models.vae), VAE)
+    in_unet = set(map(id, models.unet.parameters()))
+    live.hold([p for p in _trained(training) if id(p) not in in_unet], TRAINED)
+    _hold_term(training, live)
     live.hold([pixels], WORKING)
     with torch.no_grad(), training.on_meta, live, live.labelled(WORKING):
-        training.method.models.vae.encode(pixels).latent_dist.sample().float()
+        models.vae.encode(pixels).latent_dist.sample().float()
     return live.at_peak
 
 
-def _loss(training: Training, live: LiveBytes) -> Tensor:
+def _captions_from_cache(training: Training) -> Encode:
+    """Captions as they come from the CPU's memory: the text encoders have gone."""
+    with torch.no_grad(), training.on_meta, training.on_meta.autocast(training.dtype):
+        found = training.method.encode(training.batch.captions)
+    kept = found.to(training.method.models.unet.dtype)
+    return lambda _captions: Conditioning(
+        *(part if part is None else part.clone() for part in kept)
+    )
+
+
+def _loss(training: Training, encode: Encode, live: LiveBytes) -> Tensor:
     """The loss of the batch; what its parts keep is under their labels."""
 
-    def encode(captions: Sequence[str]) -> Conditioning:
+    def labelled_encode(captions: Sequence[str]) -> Conditioning:
         with live.labelled(TEXT_KEPT):
-            with torch.set_grad_enabled(not training.captions_are_cached):
-                return training.method.encode(captions)
+            return encode(captions)
 
     def mlm():
         with live.labelled(MLM_KEPT):
@@ -160,7 +185,7 @@ def _loss(training: Training, live: LiveBytes) -> Tensor:
         diffusion, term = batch_losses(
             training.batch,
             models=training.method.models,
-            encode=encode,
+            encode=labelled_encode,
             diffusion_loss=training.diffusion_loss,
             mlm=mlm if training.regularizer else None,
             device=torch.device("meta"),
@@ -175,6 +200,10 @@ def _kept_between_steps(training: Training) -> Moment:
     changed = trained + training.optimizer.states
     copy = changed if changed <= LIMIT else 0
     return Counter({STATES: training.optimizer.states, COPY: copy})
+
+
+def _trained(training: Training) -> list[Tensor]:
+    return [p for members in training.method.parts().values() for p in members]
 
 
 def _weights(module: torch.nn.Module) -> list[Tensor]:

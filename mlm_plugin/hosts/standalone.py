@@ -488,7 +488,10 @@ def _use_xformers(models: StableDiffusion) -> None:
 def _cache_latents(
     config: TrainConfig, dataset: TrainDataset, models: StableDiffusion, accelerator: Accelerator
 ) -> None:
+    """Encode the pictures while the U-Net makes room: both at once are the peak of an SDXL run."""
     vae = models.vae
+    models.unet.to("cpu")
+    _free_cached_memory(accelerator.device)
 
     @torch.no_grad()
     def encode(pixels):
@@ -504,8 +507,8 @@ def _cache_latents(
             is_sdxl=models.is_sdxl,
         )
     vae.to("cpu")
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free_cached_memory(accelerator.device)
+    models.unet.to(accelerator.device)
 
 
 def _cached_captions(
@@ -529,9 +532,13 @@ def _cached_captions(
     logger.info("%d captions encoded; the text encoders are not needed any more", len(cache))
     for text_encoder in method.models.text_encoders:
         text_encoder.model.to("cpu")
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free_cached_memory(accelerator.device)
     return cache
+
+
+def _free_cached_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _vae_identity(vae: torch.nn.Module) -> str:

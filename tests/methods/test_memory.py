@@ -88,3 +88,5 @@ def test_cached_captions_leave_no_text_encoder_on_the_card(toy_folder):
     )
     assert cached.moments["training step"]["text encoders"] == 0
     assert cached.moments["training step"]["contextualizers"] == 0
+    states = 2 * 77 * 32 * 4  # of two captions, and no weights among them
+    assert cached.moments["training step"]["kept of the captions"] <= 2 * states
