@@ -83,7 +83,7 @@ class BenchPlan:
 
 
 COSINE = {"lr_scheduler": "cosine"}  # so that the last look is at settled weights
-LORA = {"network_dim": "8", "network_alpha": "8", "learning_rate": "3e-3"}
+LORA = {"network_dim": "8", "network_alpha": "8", "learning_rate": "5e-3"}
 METHOD_FLAGS: Mapping[str, Flags] = {
     "lora": {**LORA, **COSINE},
     "dreambooth": {"learning_rate": "3e-4", **COSINE},
