@@ -93,7 +93,7 @@ def unpack(packed: Path, target: Path) -> None:
     shutil.copytree(packed, target)
     for name in TOKENIZER_FILES:
         shutil.copyfile(target / "tokenizer" / name, target / "clip" / name)
-    clip = CLIPModel.from_pretrained(target / "clip", dtype="auto")
+    clip = CLIPModel.from_pretrained(target / "clip", torch_dtype="auto")
     save_text_encoder(clip, target / "text_encoder")
 
 
