@@ -253,7 +253,7 @@ def runs(folder, toy_folder, toy_pictures, toy_contextualizer, request):
     return {
         "shared": run("shared", few, *SGD, *without_term, "--max_train_steps", "2"),
         "accumulated": run(
-            *("accumulated", many, *SGD, "--mlm_loss_weight", "0.5", "--max_train_steps", "3"),
+            *("accumulated", many, *SGD, "--mlm_loss_weight", "0.5", "--max_train_steps", "2"),
             *("--gradient_accumulation_steps", "3"),
         ),
         "one-sided": run(
@@ -374,8 +374,8 @@ def test_the_processes_see_every_picture_of_an_epoch_once(ranks):
 
 def test_no_two_batches_of_mlm_prompts_are_the_same(ranks):
     drawn = [rank["accumulated"]["prompts"] for rank in ranks]
-    assert [len(prompts) for prompts in drawn] == [14, 14]  # 2 in each of 3 + 1 + 3 batches
-    batches = [tuple(prompts[i : i + 2]) for prompts in drawn for i in range(0, 14, 2)]
+    assert [len(prompts) for prompts in drawn] == [8, 8]  # 2 in each of 3 + 1 batches
+    batches = [tuple(prompts[i : i + 2]) for prompts in drawn for i in range(0, 8, 2)]
     assert len(set(batches)) == len(batches)
 
 
@@ -412,7 +412,7 @@ def test_only_the_first_process_writes_and_says_so(folder, ranks, printed):
         "resumed.json",
         "resumed.safetensors",
     ]
-    assert len(names_in(folder / "logs")) in (1, 2)  # two runs, named by the second they began in
+    assert len(names_in(folder / "logs")) == 1  # of the straight run; the resumed one has none
     assert printed.count(f"wrote {folder / 'straight' / 'dog.safetensors'}") == 1
 
 
