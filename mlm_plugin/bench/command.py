@@ -63,6 +63,8 @@ def run_pocket(argv: Sequence[str]) -> int:
                       help="Folder of the files.")  # fmt: skip
     demo.add_argument("--model", default="pocket", metavar="DIR",
                       help="Folder of a pocket model (default: the built-in one).")  # fmt: skip
+    demo.add_argument("--concept", default="vvq cat", metavar="NAME",
+                      help='What is learned, as prompts call it (default: "vvq cat").')  # fmt: skip
     demo.set_defaults(run=_run_demo)
     bench = commands.add_parser(
         "bench",
@@ -100,12 +102,14 @@ def _run_concept(given: argparse.Namespace) -> int:
 
 def _run_demo(given: argparse.Namespace) -> int:
     from mlm_plugin.bench.plan import DEMO
+    from mlm_plugin.pocket.concepts import find_concept
 
+    concept = find_concept(given.concept)
     model = _prepare(given.model)
     from mlm_plugin.bench.demo import run_demo
 
     require_writable(given.output, "--output")
-    return run_demo(DEMO, model=model, output=given.output)
+    return run_demo(DEMO, concept, model=model, output=given.output)
 
 
 def _run_bench(given: argparse.Namespace) -> int:

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from mlm_plugin.bench.plan import MLM_WEIGHT, Arm, BenchPlan
 from mlm_plugin.bench.trial import Scores, Workshop, as_images, look_at_base, train_and_watch
-from mlm_plugin.pocket.concepts import REPORTED, prompt_templates, training_scenes
+from mlm_plugin.pocket.concepts import Concept, prompt_templates, training_scenes
 from mlm_plugin.pocket.world import render
 from mlm_plugin.training.trainer import Stopped
 
 __all__ = ["comparison_grid", "run_demo"]
 
-CONCEPT = REPORTED[0]
 ARMS = {"plain": Arm("lora"), "with MLM": Arm("lora", "mlm", MLM_WEIGHT["lora"])}
 SEED = 1
 NUM_SHOWN = 6  # prompts in the grid
@@ -26,51 +25,56 @@ TEXT_WIDTH, HEAD, GAP = 190, 24, 6
 PAPER, INK, SOFT = (250, 249, 246), (30, 30, 34), (110, 108, 102)
 
 
-def run_demo(plan: BenchPlan, *, model: Path, output: Path) -> int:
+def run_demo(plan: BenchPlan, concept: Concept, *, model: Path, output: Path) -> int:
     """Train without and with the term, write the files and ``grid.png``; returns the exit code.
 
     Args:
         plan: when to stop and how to draw.
+        concept: what is learned.
         model: folder of a pocket model.
         output: new files go here.
     """
     workshop = Workshop(model, output, plan)
-    looks = {"base model": look_at_base(CONCEPT, CONCEPT.name, SEED, workshop)}
-    ceiling = look_at_base(CONCEPT, CONCEPT.scene.subject, SEED, workshop).scores
+    looks = {"base model": look_at_base(concept, concept.name, SEED, workshop)}
+    ceiling = look_at_base(concept, concept.scene.subject, SEED, workshop).scores
     for title, arm in ARMS.items():
-        print(f"training {CONCEPT.name!r}, {title}: {plan.num_train_steps('lora')} steps",
+        print(f"training {concept.name!r}, {title}: {plan.num_train_steps('lora')} steps",
               flush=True)  # fmt: skip
         folder = output / arm.regularizer
         try:
-            watcher = train_and_watch(arm, CONCEPT, SEED, workshop, folder, keep_files=True)
+            watcher = train_and_watch(arm, concept, SEED, workshop, folder, keep_files=True)
         except Stopped as stopped:
             print(f"stopped: {stopped}", file=sys.stderr)
             return stopped.exit_code
         looks[title] = list(watcher.scores.values())[-1], watcher.pictures
-    texts = [prompt.text.replace("{}", CONCEPT.name) for prompt in prompt_templates(CONCEPT)]
-    grid = comparison_grid(texts[:NUM_SHOWN], {title: look[1] for title, look in looks.items()})
+    texts = [prompt.text.replace("{}", concept.name) for prompt in prompt_templates(concept)]
+    columns = {title: pictures for title, (_, pictures) in looks.items()}
+    grid = comparison_grid(concept, texts[:NUM_SHOWN], columns)
     grid.save(output / "grid.png")
     print(f"wrote {output / 'plain' / 'last.safetensors'}, {output / 'mlm' / 'last.safetensors'} "
           f"and {output / 'grid.png'}")  # fmt: skip
-    print(result_line(looks["plain"][0], looks["with MLM"][0], ceiling))
+    print(result_line(concept, looks["plain"][0], looks["with MLM"][0], ceiling))
     return 0
 
 
-def result_line(plain: Scores, mlm: Scores, ceiling: Scores) -> str:
+def result_line(concept: Concept, plain: Scores, mlm: Scores, ceiling: Scores) -> str:
     """What the oracle saw, in one line."""
     return (
-        f"of what {len(prompt_templates(CONCEPT))} prompts ask for, the pictures show "
+        f"of what {len(prompt_templates(concept))} prompts ask for, the pictures show "
         f"{plain.prompt_fidelity:.0%} plain and {mlm.prompt_fidelity:.0%} with MLM "
-        f"({ceiling.prompt_fidelity:.0%} for an ordinary {CONCEPT.scene.subject}); the "
-        f"{CONCEPT.scene.subject} is itself to {plain.identity:.0%} plain and {mlm.identity:.0%} "
+        f"({ceiling.prompt_fidelity:.0%} for an ordinary {concept.scene.subject}); the "
+        f"{concept.scene.subject} is itself to {plain.identity:.0%} plain and {mlm.identity:.0%} "
         "with MLM"
     )
 
 
-def comparison_grid(texts: Sequence[str], columns: Mapping[str, Tensor]) -> Image.Image:
+def comparison_grid(
+    concept: Concept, texts: Sequence[str], columns: Mapping[str, Tensor]
+) -> Image.Image:
     """A row per prompt, a column per model; the training pictures above.
 
     Args:
+        concept: whose training pictures.
         texts: the prompts.
         columns: title -> pictures ``(B, 3, 64, 64)`` in [-1, 1], the first for the first text.
     """
@@ -80,7 +84,7 @@ def comparison_grid(texts: Sequence[str], columns: Mapping[str, Tensor]) -> Imag
     sheet = Image.new("RGB", (width, height), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     draw.text((GAP, GAP), "trained on", INK, font)
-    for number, scene in enumerate(training_scenes(CONCEPT)[: len(columns)]):
+    for number, scene in enumerate(training_scenes(concept)[: len(columns)]):
         picture = Image.fromarray(render(scene)).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(picture, (TEXT_WIDTH + number * (side + GAP), HEAD))
     top = HEAD + side + GAP

@@ -77,9 +77,10 @@ def _plane(method: str, records: Sequence[Record]) -> str:
         steps = sorted({look["step"] for looks in runs.values() for look in looks})
         for step in steps:
             points.append(_point(arm, runs, step, series, is_last=step == steps[-1]))
-    chart = scatter_chart(points, x_title="identity", y_title="prompt fidelity")
+    chart = scatter_chart(points, x_title="identity", y_title="prompt fidelity", joined=True)
     caption = (
-        "Means over concepts x seeds; one dot per look, the last one of each arm with its name. "
+        "Means over concepts x seeds; one dot per look, joined in the order of steps, the last "
+        "one of each arm with its name. "
         "Up and to the right is better."
     )
     return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -130,7 +130,9 @@ class Workshop:
 
     def frozen_text_encoder(self) -> TextEncoder:
         """The text encoder as it came."""
-        model = CLIPTextModel.from_pretrained(self.model / "text_encoder", dtype=torch.float32)
+        model = CLIPTextModel.from_pretrained(
+            self.model / "text_encoder", torch_dtype=torch.float32
+        )
         tokenizer = CLIPTokenizer.from_pretrained(self.model / "tokenizer")
         return TextEncoder(tokenizer, model.eval().requires_grad_(False))
 

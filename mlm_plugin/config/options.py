@@ -763,7 +763,8 @@ class MLMOptions:
     mlm_prompt_set: str = option(
         "auto",
         "Prompts: `auto` (by class_token), living, person, object, building, style, "
-        "a .toml or .txt file with {} for the concept, or `captions` (those of the data).",
+        "a .toml or .txt file with {} for the concept, `captions` (those of the data), or `pocket` "
+        "(for the built-in pocket model).",
         path=True,
     )
     mlm_prompt_syntax: str = option(

@@ -61,9 +61,17 @@ def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 
 
 def scatter_chart(
-    points: Sequence[Point], *, x_title: str, y_title: str, lines: Sequence[Line] = ()
+    points: Sequence[Point],
+    *,
+    x_title: str,
+    y_title: str,
+    lines: Sequence[Line] = (),
+    joined: bool = False,
 ) -> str:
-    """Dots over two round axes; hovering a dot shows its title."""
+    """Dots over two round axes; hovering a dot shows its title.
+
+    ``joined`` draws a way through the dots of each series, in their order.
+    """
     x_ticks = nice_ticks(*_extent([(p.x, p.x_interval) for p in points]))
     heights = [(p.y, p.y_interval) for p in points] + [(line.y, None) for line in lines]
     y_ticks = nice_ticks(*_extent(heights))
@@ -92,6 +100,13 @@ def scatter_chart(
     for line in lines:
         parts.append(_line(LEFT, y_of(line.y), WIDTH - RIGHT, y_of(line.y), "reference"))
         parts.append(_text(WIDTH - RIGHT - 6, y_of(line.y) - 6, line.label, "tick", "end"))
+    for series in dict.fromkeys(point.series for point in points) if joined else ():
+        way = " ".join(
+            f"{x_of(point.x):.1f},{y_of(point.y):.1f}" for point in points if point.series == series
+        )
+        parts.append(
+            f'<polyline class="interval {_color(series)}" style="fill:none" points="{way}"/>'
+        )
     for point in sorted(points, key=lambda p: not p.faint):
         x, y, color = x_of(point.x), y_of(point.y), _color(point.series)
         if point.x_interval is not None:

@@ -131,7 +131,7 @@ class Saver(Listener):
         self._remove(trainer, old and self._step_name(old))
         last = self.options.save_last_n_steps_state or self.options.save_last_n_steps
         old = removed_step(step, every=every, last=last)
-        self._remove_state(old and self._step_name(old))
+        self._remove_state(trainer, old and self._step_name(old))
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save every n epochs, but not the last one, which is the final file."""
@@ -143,7 +143,7 @@ class Saver(Listener):
         self._remove(trainer, old and self._epoch_name(old))
         last = self.options.save_last_n_epochs_state or self.options.save_last_n_epochs
         old = removed_epoch(epoch, every=every, last=last)
-        self._remove_state(old and self._epoch_name(old))
+        self._remove_state(trainer, old and self._epoch_name(old))
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Save the final file, its sidecar and preview."""
@@ -234,14 +234,16 @@ class Saver(Listener):
         return self.folder / f"{name}.{self.options.save_model_as}"
 
     def _remove(self, trainer: Trainer, name: str | None) -> None:
-        for path in trainer.method.files(self._path(name)) if name else ():
+        if not name or not trainer.accelerator.is_main_process:
+            return
+        for path in trainer.method.files(self._path(name)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
-    def _remove_state(self, name: str | None) -> None:
-        if name and self.options.save_state:
+    def _remove_state(self, trainer: Trainer, name: str | None) -> None:
+        if name and self.options.save_state and trainer.accelerator.is_main_process:
             shutil.rmtree(self._state_folder(name), ignore_errors=True)
 
 

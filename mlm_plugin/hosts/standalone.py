@@ -17,7 +17,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    parse_flag_from_env,
+    set_seed,
+)
 
 from mlm_plugin.config.checks import (
     check_config,
@@ -70,7 +75,7 @@ from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.pretrain import Interrupted
 from mlm_plugin.training.schedulers import create_scheduler
-from mlm_plugin.training.state import check_settings, read_progress
+from mlm_plugin.training.state import check_progress, check_settings, read_progress
 from mlm_plugin.training.trainer import (
     Listener,
     NonFiniteLoss,
@@ -116,6 +121,14 @@ RESUME_SETTINGS = (
     "lr_scheduler_args",
     "lr_warmup_steps",
 )
+SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+"""What `accelerate launch` sets where it is to split models; here they are not prepared for it."""
+
 STOP_OPTIONS = {
     "unet": ("stop_unet_training",),
     "textencoder": ("stop_text_encoder_training",),
@@ -166,14 +179,15 @@ def train(argv: Sequence[str]) -> int:
         )
         trainer.run()
     except (Stopped, Interrupted) as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        accelerator.print(f"stopped: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except NonFiniteLoss as error:
-        print(
+        accelerator.print(
             f"error: {error}; the last good state is saved. Start again with {error.advice}",
             file=sys.stderr,
         )
         return 1
+    accelerator.state.destroy_process_group()
     return 0
 
 
@@ -189,7 +203,7 @@ def build_trainer(
     resume = config.schedule.resume and Path(config.schedule.resume)
     settings = _settings_of(config, dataset, concepts)
     if resume:  # refused before anything is loaded
-        read_progress(resume)
+        check_progress(resume, seed=seed, num_processes=accelerator.num_processes)
         check_settings(resume, settings)
     if config.schedule.method in TOKEN_METHODS:
         require_placeholders(dataset, concepts)
@@ -224,7 +238,7 @@ def build_trainer(
     prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
         _cache_latents(config, dataset, models, accelerator)
-    set_seed(seed + accelerator.process_index)  # noise differs between processes
+    set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
 
     order = EpochOrder(
         dataset,
@@ -300,9 +314,16 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     """Device, precision and trackers.
 
     Raises:
-        UserError: the device does not have the precision, or a tracker is not installed.
+        UserError: the device does not have the precision, a tracker is not installed, or
+            accelerate is set up to cut models into pieces.
     """
     check_trackers(config.logging)
+    for variable, name in SHARDING.items():
+        if parse_flag_from_env(variable):
+            raise UserError(
+                f"accelerate is set up for {name}, which cuts models into pieces: not supported; "
+                "use `accelerate launch --multi_gpu`, which holds the whole model on every GPU"
+            )
     precision = config.schedule.mixed_precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")

@@ -69,9 +69,21 @@ def pack(built: Path, target: Path) -> int:
         if path.is_dir() or any(name == out or name.startswith(f"{out}/") for out in LEFT_OUT):
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
-        size += path.stat().st_size
+        if name == CONTEXTUALIZER:
+            _copy_in_half(path, target / name)
+        else:
+            shutil.copyfile(path, target / name)
+        size += (target / name).stat().st_size
     return size
+
+
+def _copy_in_half(source: Path, target: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({name: value.half() for name, value in load_file(source).items()}, target, metadata)
 
 
 def unpack(packed: Path, target: Path) -> None:
@@ -81,7 +93,7 @@ def unpack(packed: Path, target: Path) -> None:
     shutil.copytree(packed, target)
     for name in TOKENIZER_FILES:
         shutil.copyfile(target / "tokenizer" / name, target / "clip" / name)
-    clip = CLIPModel.from_pretrained(target / "clip", dtype="auto")
+    clip = CLIPModel.from_pretrained(target / "clip", torch_dtype="auto")
     save_text_encoder(clip, target / "text_encoder")
 
 

@@ -21,7 +21,14 @@ from safetensors.torch import load_file, save_file
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods.base import Method
 
-__all__ = ["Progress", "check_settings", "load_state", "read_progress", "save_state"]
+__all__ = [
+    "Progress",
+    "check_progress",
+    "check_settings",
+    "load_state",
+    "read_progress",
+    "save_state",
+]
 
 PROGRESS_FILE = "train_state.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -113,6 +120,24 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**{field.name: values[field.name] for field in fields(Progress)})
 
 
+def check_progress(folder: Path, *, seed: int, num_processes: int) -> Progress:
+    """Where the run of a state folder stood; refused where other batches and prompts would follow.
+
+    Raises:
+        UserError: the folder is no state, or belongs to another seed or number of processes.
+    """
+    progress = read_progress(folder)
+    if progress.seed != seed:
+        raise UserError(f"resume: {folder} was trained with seed {progress.seed}, now it is {seed}")
+    if progress.num_processes != num_processes:
+        raise UserError(
+            f"resume: {folder} was trained with {progress.num_processes} process(es), now there "
+            f"are {num_processes}; start as many as before, or start a new run from its files "
+            "(network_weights, weights)"
+        )
+    return progress
+
+
 def check_settings(folder: Path, settings: Mapping[str, str]) -> None:
     """Refuse a state whose run had other settings: its optimizer would bring the old ones.
 
@@ -152,14 +177,7 @@ def load_state(
         UserError: if the folder is no state, or belongs to another seed, number of processes,
             optimizer or other settings.
     """
-    progress = read_progress(folder)
-    if progress.seed != seed:
-        raise UserError(f"resume: {folder} was trained with seed {progress.seed}, now it is {seed}")
-    if progress.num_processes != accelerator.num_processes:
-        raise UserError(
-            f"resume: {folder} was trained with {progress.num_processes} processes, now there are "
-            f"{accelerator.num_processes}; start as many as before"
-        )
+    progress = check_progress(folder, seed=seed, num_processes=accelerator.num_processes)
     check_settings(folder, settings)
     method.load_state_dict(load_file(folder / WEIGHTS_FILE))
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -266,8 +267,8 @@ class Trainer:
             self._tell("on_step_end", result)
             if self.progress.current_step >= self.plan.num_steps:
                 break
-            if self._any_process(bool(stop)):
-                raise Stopped(stop.exit_code)
+            if exit_code := self._highest(stop.exit_code if stop else 0):
+                raise Stopped(exit_code)
         if self.progress.batches_in_epoch >= self.plan.batches_per_epoch:
             self._tell("on_epoch_end")
             self.progress.current_epoch += 1
@@ -348,24 +349,26 @@ class Trainer:
             result.mlm, result.mlm_accuracy = mlm.loss.item(), mlm.accuracy.item()
             if len(mlm.losses) > 1:
                 result.mlm_losses = tuple(loss.item() for loss in mlm.losses)
-        if self._any_process(not math.isfinite(result.loss)):
+        failed = not math.isfinite(result.loss)
+        if self._highest(int(failed)):
             self.optimizer.zero_grad(set_to_none=True)
-            self._refuse_latents(batch)
-            raise NonFiniteLoss(
-                f"the loss is {result.loss} at step {self.progress.current_step + 1} "
-                f"(diffusion {result.diffusion}, mlm {result.mlm})"
-            )
+            errors = gather_object([self._failure(batch, result) if failed else None])
+            raise next(filter(None, errors))  # the same on every process
         self.accelerator.backward(loss)
         return result
 
-    def _refuse_latents(self, batch: Batch) -> None:
+    def _failure(self, batch: Batch, result: StepResult) -> NonFiniteLoss:
         """Tell a VAE that overflows (SDXL's own does in fp16) from weights that went astray."""
         latents = batch_latents(batch, self.models.vae, device=self.accelerator.device)
         if not latents.isfinite().all():
-            raise NonFiniteLatents(
+            return NonFiniteLatents(
                 f"the VAE gives latents that are not finite in {self.models.vae.dtype} for "
                 f"{', '.join(batch.image_paths)}"
             )
+        return NonFiniteLoss(
+            f"the loss is {result.loss} at step {self.progress.current_step + 1} "
+            f"(diffusion {result.diffusion}, mlm {result.mlm})"
+        )
 
     def _losses(self, batch: Batch, number: int) -> tuple[Tensor, MLMOutput | None, float]:
         weight = 0.0
@@ -395,12 +398,12 @@ class Trainer:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
-    def _any_process(self, flag: bool) -> bool:
-        """Whether the flag is up anywhere: processes must not part ways."""
+    def _highest(self, number: int) -> int:
+        """The highest of the processes' numbers: they must not part ways."""
         if self.accelerator.num_processes == 1:
-            return flag
-        raised = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(raised, reduction="sum") > 0)
+            return number
+        numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+        return int(numbers.max())
 
     def _tell(self, event: str, *values: object) -> None:
         for listener in self.listeners:

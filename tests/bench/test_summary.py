@@ -71,3 +71,4 @@ def test_table_and_page_name_every_arm_once_and_escape_it():
     assert "lora + mlm 0.1" in page
     assert "&lt;b&gt;" in page
     assert page.count("<circle") == 4  # one per arm and look
+    assert page.count("<polyline") == 2  # one per arm

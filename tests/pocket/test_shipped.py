@@ -13,6 +13,7 @@ from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.contextualizer import load_contextualizer
 from mlm_plugin.pocket import shipped
 from mlm_plugin.pocket.oracle import load_oracle
+from mlm_plugin.pocket.quality import generate, held_out_prompts, judge, missed_bars
 
 
 @pytest.fixture
@@ -68,3 +69,41 @@ def test_the_quality_card_says_where_it_comes_from(tiny_pocket):
     card = json.loads((tiny_pocket[0] / "quality.json").read_text())
     for name in ("accuracy", "num_prompts", "seed", "commit", "recipe", "seconds", "hardware"):
         assert name in card
+
+
+# --- the model in the package ---------------------------------------------------------------
+
+
+def test_the_built_in_model_meets_every_bar_and_is_small():
+    card = json.loads((shipped.SHIPPED / "quality.json").read_text())
+    assert missed_bars(card) == {}
+    assert card["num_prompts"] >= 1000
+    size = sum(path.stat().st_size for path in shipped.SHIPPED.rglob("*") if path.is_file())
+    assert size <= 12 * 2**20
+
+
+def test_the_built_in_model_draws_as_its_card_says():
+    """Some of the card's own prompts, with fewer steps."""
+    folder = shipped.pocket_model()
+    models = load_stable_diffusion(str(folder))
+    prompts = held_out_prompts(48, seed=0)
+    pictures = generate(
+        [prompt.text for prompt in prompts],
+        unet=models.unet,
+        vae=models.vae,
+        encode_captions=models.text_encoders[0].encode_captions,
+        seed=0,
+        num_steps=10,
+        guidance=4.0,
+    )
+    verdict = judge(load_oracle(folder / "oracle.safetensors"), pictures, prompts)
+    for name in ("background", "position", "subject", "colour", "companion"):
+        assert verdict["accuracy"][name] > 0.9, name
+    assert verdict["held_out_pairs"] > 0.85
+
+
+def test_the_built_in_contextualizer_reads_the_built_in_text_encoder():
+    models = load_stable_diffusion(builtin_names.model_path("pocket"))
+    path = builtin_names.contextualizer_path("pocket")
+    _, facts = load_contextualizer(path, models.text_encoders[0])
+    assert facts.accuracy > 0.3
