@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from mlm_plugin.estimate.options import parse_estimate
+from mlm_plugin.estimate.step import COPY
+from mlm_plugin.hosts.estimate import estimate_of
+from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
+
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def run(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "benchmarks/step_time.py", *map(str, arguments)],
         cwd=ROOT,
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -53,6 +58,29 @@ def test_the_contextualizer_is_the_only_resident_difference(result):
     resident = result["resident_bytes"]
     assert resident["on"] - resident["off"] > 4 * sizes["vocab_size"]  # its output bias alone
     assert result["working_bytes"]["off"] > 0
+
+
+def test_the_predicted_memory_is_what_the_profiler_finds(result, tmp_path):
+    tokenizer, model = tmp_path / "tokenizer", tmp_path / "model"
+    build_toy_tokenizer(tokenizer, toy_corpus())
+    build = ["benchmarks/make_sd15.py", "--tiny", "--output", model, "--tokenizer", tokenizer]
+    subprocess.run([sys.executable, *map(str, build)], cwd=ROOT, env=ENVIRONMENT, check=True)
+    for name, weight in (("on", 1e-3), ("off", 0)):
+        options = {
+            "pretrained_model_name_or_path": model / "diffusers",
+            "resolution": 64,
+            "network_dim": 16,
+            "network_alpha": 16,
+            "learning_rate": 1e-4,
+            "optimizer_type": result["optimizer"],
+            "mlm_batch_size": 2,
+            "mlm_loss_weight": weight,
+        }
+        flags = [f"--{option}={value}" for option, value in options.items()]
+        config = parse_estimate([*flags, "--cache_latents", "--gradient_checkpointing"]).config
+        moment = estimate_of(config).moments["training step"]
+        predicted = moment.total() - moment[COPY]  # made before the steps that are measured
+        assert predicted == pytest.approx(result["peak_bytes"][name], rel=0.15)
 
 
 def test_a_resolution_the_u_net_cannot_take_is_refused(tmp_path):
