@@ -8,7 +8,7 @@ Shapes: B batch, H heads, L queries, S keys, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,9 +108,10 @@ class OnMeta(TorchFunctionMode):
             args, kwargs = tree_map(lambda value: self._cast(value, self._dtype), (args, kwargs))
         elif self._dtype is not None and name in self.to_fp32:
             args, kwargs = tree_map(lambda value: self._cast(value, torch.float32), (args, kwargs))
-        if name == "scaled_dot_product_attention" and _on_meta(args[0]):
-            query, key, value = args[:3] if len(args) > 2 else _named(args, kwargs)
-            return _FusedAttention.apply(query, key, value)
+        if name == "scaled_dot_product_attention":
+            inputs = _attention_inputs(*args, **kwargs)
+            if _on_meta(inputs[0]):
+                return _FusedAttention.apply(*inputs)
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
@@ -132,24 +133,24 @@ class _FusedAttention(torch.autograd.Function):
     """What a fused kernel keeps for the backward pass: its inputs, its output, one sum per row."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """``(B, H, L, D)`` from queries of that shape and keys and values ``(B, H, S, D)``."""
-        *batch, num_heads, length, _ = query.shape
-        # heads side by side, as the kernels write them: joining them takes no copy
-        output = query.new_empty(*batch, length, num_heads, value.shape[-1]).transpose(-3, -2)
+        output = torch.empty_like(query)  # in the order of the queries, as the kernels have it
         sums_BHL = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums_BHL)
+        ctx.save_for_backward(query, key, value, output, sums_BHL, mask)
         return output
 
     @staticmethod
-    def backward(ctx, _gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, _gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys and values."""
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
 
 
-def _named(args: tuple, kwargs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
-    return given["query"], given["key"], given["value"]
+def _attention_inputs(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor | None, ...]:
+    """What the kernel reads, of all arguments of ``scaled_dot_product_attention``."""
+    return query, key, value, attn_mask
 
 
 def _castable(value: Any) -> bool:

@@ -47,23 +47,24 @@ def report_lines(estimate: Estimate, head: str) -> list[str]:
         estimate: what was counted.
         head: what it was counted for.
     """
-    names = list(estimate.moments)
+    unit, names = unit_of(estimate), list(estimate.moments)
     width = max(map(len, names)) + 2
-    lines = [head, "", f"{'GiB':<26}" + "".join(f"{name:>{width}}" for name in names)]
+    lines = [head, "", f"{unit.name:<26}" + "".join(f"{name:>{width}}" for name in names)]
     for label, meaning in LABELS.items():
         values = [moment[label] for moment in estimate.moments.values()]
         if any(values):
-            cells = "".join(f"{_gib(value):>{width}}" for value in values)
+            cells = "".join(f"{unit.number(value):>{width}}" for value in values)
             lines.append(f"{label:<26}{cells}   {meaning}")
-    sums = "".join(f"{_gib(moment.total()):>{width}}" for moment in estimate.moments.values())
-    lines.append(f"{'sum':<26}{sums}")
+    totals = [unit.number(moment.total()) for moment in estimate.moments.values()]
+    lines.append(f"{'sum':<26}" + "".join(f"{total:>{width}}" for total in totals))
+    on_the_card = (estimate.peak + CUDA_CONTEXT) / GIB
     return [
         *lines,
         "",
-        f"peak: {_gib(estimate.peak)} GiB of tensors, in the {estimate.worst}",
-        f"card: {_gib(estimate.peak + CUDA_CONTEXT)} GiB with {_gib(CUDA_CONTEXT)} for CUDA itself "
-        "(a common figure), and some more",
-        "      for gaps between tensors and the scratch space of kernels. Predicted, not measured.",
+        f"peak: {unit.text(estimate.peak)} of tensors, in the {estimate.worst}",
+        f"card: {on_the_card:.2f} GiB with {CUDA_CONTEXT / GIB:.2f} for CUDA itself (a common "
+        "figure), and some more for gaps",
+        "      between tensors and the scratch space of kernels. Predicted, not measured.",
     ]
 
 
@@ -73,12 +74,29 @@ def saving_lines(estimate: Estimate, savings: Sequence[Saving]) -> list[str]:
     if not useful:
         return ["no single option would lower the peak"]
     useful.sort(key=lambda saving: saving.peak)
+    unit = unit_of(estimate)
     width = max(len(saving.text) for saving in useful) + 2
     return ["what would save memory, each alone:"] + [
-        f"  {saving.text:<{width}}{_gib(saving.peak - estimate.peak):>6} GiB   ({saving.price})"
+        f"  {saving.text:<{width}}{unit.text(saving.peak - estimate.peak):>10}   ({saving.price})"
         for saving in useful
     ]
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f}"
+class Unit(NamedTuple):
+    """What bytes are written in."""
+
+    name: str
+    size: int
+
+    def number(self, nbytes: int) -> str:
+        """Bytes without the unit's name."""
+        return f"{nbytes / self.size:.2f}"
+
+    def text(self, nbytes: int) -> str:
+        """Bytes with it."""
+        return f"{self.number(nbytes)} {self.name}"
+
+
+def unit_of(estimate: Estimate) -> Unit:
+    """GiB, or MiB for a small model."""
+    return Unit("GiB", GIB) if estimate.peak >= GIB else Unit("MiB", 2**20)

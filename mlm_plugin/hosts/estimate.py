@@ -31,7 +31,8 @@ def run_estimate(command: EstimateCommand) -> int:
     check_config(config)
     estimate = estimate_of(config)
     print("\n".join(report_lines(estimate, _head(config, command))))
-    print("\n".join(f"note: {remark}" for remark in _remarks(config)))
+    for remark in _remarks(config):
+        print(f"note: {remark}")
     if command.savings:
         print("\n".join(["", *saving_lines(estimate, list(_savings(config)))]))
     return 0
