@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -43,12 +42,15 @@ from mlm_plugin.pocket.concepts import (
     write_concept,
 )
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
+from mlm_plugin.pocket.pictures import scene_pixels
 from mlm_plugin.pocket.quality import generate
 from mlm_plugin.pocket.scores import identity, prompt_fidelity
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER
+from mlm_plugin.pocket.train_vae import encode
 from mlm_plugin.pocket.world import render
 from mlm_plugin.regularizer import MLMOutput, MLMSchedule
 from mlm_plugin.training.pretrain import pretrain
+from mlm_plugin.training.samples import as_image
 from mlm_plugin.training.trainer import Listener, StepResult, Trainer
 
 __all__ = [
@@ -295,7 +297,7 @@ def _rival(
             method=trainer.method,
             network=trainer.method.network,
             caption=words.class_token,
-            latents=_training_latents(concept, trainer.models),
+            latents=encode(trainer.models.vae, scene_pixels(training_scenes(concept))),
             add_noise=trainer.models.noise_scheduler.add_noise,
             num_timesteps=trainer.models.noise_scheduler.config.num_train_timesteps,
             batch_size=BATCH_SIZE,
@@ -310,13 +312,6 @@ def _rival(
         batch_size=MLM_BATCH_SIZE,
         seed=seed,
     )
-
-
-@torch.no_grad()
-def _training_latents(concept: Concept, models: StableDiffusion) -> Tensor:
-    pixels = np.stack([render(scene) for scene in training_scenes(concept)])
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return models.vae.encode(pixels).latent_dist.mean * models.vae.config.scaling_factor
 
 
 def _class_images(concept: Concept, workshop: Workshop) -> Path:
@@ -433,8 +428,7 @@ def _draw(
 
 def as_images(pictures: Tensor) -> list[Image.Image]:
     """Pictures in [-1, 1] as Pillow has them."""
-    values = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(value) for value in values]
+    return [as_image(picture) for picture in pictures]
 
 
 def contact_sheet(pictures: Tensor) -> Image.Image:

@@ -7,13 +7,12 @@ and both tokenizers are one. Knows no training.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import cached_folder
-from mlm_plugin.pocket.concepts import REPORTED, write_concept
+from mlm_plugin.pocket.concepts import REPORTED, contexts, write_concept
 
 __all__ = [
     "CONTEXTUALIZER",
@@ -52,8 +51,11 @@ def pocket_model() -> Path:
 def pocket_concept() -> Path:
     """Pictures and prompts of the first concept in the user's cache, drawn on first use."""
     concept = REPORTED[0]
-    name = f"pocket-{concept.token}-{_digest_of(concept)}"
-    return cached_folder(name, lambda folder: write_concept(concept, folder))
+    written = [repr(concept), *contexts(concept)]  # another wording makes another folder
+    digest = hashlib.sha256("\n".join(written).encode()).hexdigest()[:8]
+    return cached_folder(
+        f"pocket-{concept.token}-{digest}", lambda folder: write_concept(concept, folder)
+    )
 
 
 def pack(built: Path, target: Path) -> int:
@@ -111,7 +113,3 @@ def save_text_encoder(clip, folder: Path) -> None:
         }
     )
     text_encoder.save_pretrained(folder)
-
-
-def _digest_of(concept) -> str:
-    return hashlib.sha256(json.dumps(repr(concept)).encode()).hexdigest()[:8]

@@ -40,6 +40,7 @@ __all__ = [
     "SAMPLERS",
     "TRIGGER",
     "SamplePrompt",
+    "as_image",
     "create_sampler",
     "decode_latents",
     "denoise",
@@ -294,6 +295,11 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     if not pixels.isfinite().all():
         logger.warning("a sample overflowed in %s and is black; set no_half_vae", weight.dtype)
         pixels = torch.full_like(pixels, -1.0)
+    return as_image(pixels)
+
+
+def as_image(pixels: Tensor) -> Image.Image:
+    """Pixels ``(3, H, W)``, in [-1, 1] apart from overshoot, as Pillow has them."""
     pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

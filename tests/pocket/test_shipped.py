@@ -1,6 +1,7 @@
 """What ships is small, and unpacks to what was built."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +46,8 @@ def test_the_name_pocket_stands_for_a_model_every_loader_takes(packed, tiny_pock
 
 
 def test_the_name_pocket_stands_for_pictures_and_prompts():
-    assert len(list(builtin_names.Path(builtin_names.data_path("pocket")).rglob("*.png"))) == 4
-    lines = builtin_names.Path(builtin_names.contexts_path("pocket")).read_text().splitlines()
+    assert len(list(Path(builtin_names.data_path("pocket")).rglob("*.png"))) == 4
+    lines = Path(builtin_names.contexts_path("pocket")).read_text().splitlines()
     assert len(lines) == 1000
     assert all("{}" in line for line in lines)
 
