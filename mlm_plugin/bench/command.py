@@ -24,6 +24,13 @@ def run_pocket(argv: Sequence[str]) -> int:
         prog="mlm-plugin pocket", description="The pocket world and its diffusion model."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_build, _add_concept, _add_demo, _add_bench):
+        add(commands)
+    given = parser.parse_args(list(argv))
+    return given.run(given)
+
+
+def _add_build(commands) -> None:
     build = commands.add_parser(
         "build",
         help="train the pocket model from scratch",
@@ -39,6 +46,9 @@ def run_pocket(argv: Sequence[str]) -> int:
     build.add_argument("--device", default="auto", metavar="NAME",
                        help="auto, cpu, cuda, cuda:1, mps (default: auto).")  # fmt: skip
     build.set_defaults(run=_run_build)
+
+
+def _add_concept(commands) -> None:
     concept = commands.add_parser(
         "concept",
         help="write a new thing's training pictures and test prompts",
@@ -52,6 +62,9 @@ def run_pocket(argv: Sequence[str]) -> int:
     concept.add_argument("--output", required=True, type=Path, metavar="DIR",
                          help="Folder to write to.")  # fmt: skip
     concept.set_defaults(run=_run_concept)
+
+
+def _add_demo(commands) -> None:
     demo = commands.add_parser(
         "demo",
         help="learn one thing plain and with the MLM term, and show both side by side",
@@ -59,13 +72,13 @@ def run_pocket(argv: Sequence[str]) -> int:
         "with the MLM term. Writes both files and DIR/grid.png: the same prompts and noise through "
         "the base model and both.",
     )
-    demo.add_argument("--output", required=True, type=Path, metavar="DIR",
-                      help="Folder of the files.")  # fmt: skip
-    demo.add_argument("--model", default="pocket", metavar="DIR",
-                      help="Folder of a pocket model (default: the built-in one).")  # fmt: skip
+    _add_folders(demo, written="files")
     demo.add_argument("--concept", default="vvq cat", metavar="NAME",
                       help='What is learned, as prompts call it (default: "vvq cat").')  # fmt: skip
     demo.set_defaults(run=_run_demo)
+
+
+def _add_bench(commands) -> None:
     bench = commands.add_parser(
         "bench",
         help="methods, the MLM term and its rivals on concepts whose truth is known",
@@ -73,10 +86,7 @@ def run_pocket(argv: Sequence[str]) -> int:
         "concepts the model has never seen; an oracle reads the pictures. Writes results.json, "
         "table.md and report.html; the same command goes on where it stopped.",
     )
-    bench.add_argument("--output", required=True, type=Path, metavar="DIR",
-                       help="Folder of the results.")  # fmt: skip
-    bench.add_argument("--model", default="pocket", metavar="DIR",
-                       help="Folder of a pocket model (default: the built-in one).")  # fmt: skip
+    _add_folders(bench, written="results")
     bench.add_argument("--short", action="store_true",
                        help="LoRA and its nearest rivals only: minutes, not hours.")  # fmt: skip
     bench.add_argument("--method", nargs="+", metavar="M",
@@ -87,8 +97,13 @@ def run_pocket(argv: Sequence[str]) -> int:
     bench.add_argument("--jobs", type=int, default=1, metavar="N",
                        help="Trainings at once, each with its share of cores.")  # fmt: skip
     bench.set_defaults(run=_run_bench)
-    given = parser.parse_args(list(argv))
-    return given.run(given)
+
+
+def _add_folders(command: argparse.ArgumentParser, *, written: str) -> None:
+    command.add_argument("--output", required=True, type=Path, metavar="DIR",
+                         help=f"Folder of the {written}.")  # fmt: skip
+    command.add_argument("--model", default="pocket", metavar="DIR",
+                         help="Folder of a pocket model (default: the built-in one).")  # fmt: skip
 
 
 def _run_concept(given: argparse.Namespace) -> int:
