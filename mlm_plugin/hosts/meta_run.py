@@ -33,9 +33,9 @@ from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.estimate.optimizer_states import OptimizerBytes, optimizer_bytes
 from mlm_plugin.estimate.step import Training
 from mlm_plugin.hosts.mlm_setup import is_small, prompts_for, text_tap
-from mlm_plugin.hosts.standalone import prepare_models
+from mlm_plugin.hosts.model_setup import model_settings, prepare_models
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
-from mlm_plugin.models.checkpoints import StableDiffusion, empty_stable_diffusion
+from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.contextualizer import (
     Contextualizer,
     ContextualizerSizes,
@@ -68,7 +68,7 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
     """
     config = _for_shapes(config)
     on_meta = OnMeta()
-    models = _empty_models(config)
+    models = empty_stable_diffusion(**model_settings(config), spare_tokenizer=_spare_tokenizer)
     check_model(config, is_sdxl=models.is_sdxl)
     concepts = _concepts(config)
     with on_meta:
@@ -124,23 +124,6 @@ def _for_shapes(config: TrainConfig) -> TrainConfig:
     num_concepts = len(_concepts(config))
     return config.replace(
         init_word=(STAND_IN.class_token,) * num_concepts, weights=None, torch_compile=False
-    )
-
-
-def _empty_models(config: TrainConfig) -> StableDiffusion:
-    options = config.model
-    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
-    in_fp32 = METHODS[config.schedule.method].trains_base_weights
-    return empty_stable_diffusion(
-        options.pretrained_model_name_or_path,
-        v2=options.v2,
-        v_parameterization=options.v_parameterization,
-        tokenizer_cache_dir=options.tokenizer_cache_dir,
-        spare_tokenizer=_spare_tokenizer,
-        clip_skip=options.clip_skip,
-        max_token_length=options.max_token_length,
-        dtype=torch.float32 if in_fp32 else dtype,
-        vae_dtype=torch.float32 if options.no_half_vae else dtype,
     )
 
 

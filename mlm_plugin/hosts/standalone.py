@@ -30,7 +30,7 @@ from mlm_plugin.config.checks import (
     mlm_obstacle,
     trained_text_encoders,
 )
-from mlm_plugin.config.datasets import LATENT_STRIDE, Concept, resolve_datasets
+from mlm_plugin.config.datasets import Concept, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TOKEN_METHODS, OptimizerOptions, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
@@ -55,6 +55,14 @@ from mlm_plugin.hosts.mlm_setup import (
     text_tap,
     trigger_of,
 )
+from mlm_plugin.hosts.model_setup import (
+    cache_latents,
+    cached_captions,
+    load_models,
+    place_models,
+    prepare_models,
+    warn_of_small_pictures,
+)
 from mlm_plugin.hosts.run_data import (
     create_dataset,
     find_concepts,
@@ -65,10 +73,9 @@ from mlm_plugin.hosts.sampling import SampleDrawer
 from mlm_plugin.hosts.saving import RunRecord, Saver
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
-from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.regularizer import MLMRegularizer
-from mlm_plugin.training.caption_cache import CaptionCache
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.logs import CurveLogger
@@ -84,11 +91,9 @@ from mlm_plugin.training.trainer import (
     TrainPlan,
 )
 
-__all__ = ["prepare_models", "train"]
+__all__ = ["build_trainer", "create_accelerator", "train"]
 
 logger = logging.getLogger(__name__)
-
-SMALL_SHARE = 0.5  # of the area a model was made at; smaller pictures are warned of
 
 RESUME_SETTINGS = (
     "method",
@@ -211,13 +216,13 @@ def build_trainer(
         dataset.fixed_captions()  # refuses those that change
     models = load_models(config)
     check_model(config, is_sdxl=models.is_sdxl)
-    _warn_of_small_pictures(models, dataset)
+    warn_of_small_pictures(models, dataset)
     if accelerator.is_main_process:
         print_report(config, dataset, concepts, models)
     for text_encoder in models.text_encoders:
         text_encoder.model.to(accelerator.device)
     contextualizers = find_contextualizers(config, models, accelerator)
-    _place_models(config, models, accelerator.device)  # not before, for pretraining takes memory
+    place_models(config, models, accelerator.device)  # not before, for pretraining takes memory
     curves = _curve_logger(config, models, accelerator)
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
@@ -237,7 +242,7 @@ def build_trainer(
     )
     prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
-        _cache_latents(config, dataset, models, accelerator)
+        cache_latents(config, dataset, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
 
     order = EpochOrder(
@@ -289,7 +294,7 @@ def build_trainer(
         listeners=[*curves, *_listeners(config, drawer, record)],
         settings=settings,
         freeze_at=_freeze_steps(config, method, num_steps=plan.num_steps),
-        encode=_cached_captions(config, dataset, method, drawer, accelerator),
+        encode=cached_captions(config, dataset, method, drawer, accelerator),
     )
     if resume:
         trainer.load_state(resume)
@@ -348,46 +353,6 @@ def _unscale_half_gradients(accelerator: Accelerator) -> None:
         return unscale(optimizer, inv_scale, found_inf, True)
 
     accelerator.scaler._unscale_grads_ = unscale_any
-
-
-def load_models(config: TrainConfig) -> StableDiffusion:
-    """The frozen base model on the CPU, in the precision that the method needs."""
-    options = config.model
-    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
-    in_fp32 = METHODS[config.schedule.method].trains_base_weights
-    return load_stable_diffusion(
-        options.pretrained_model_name_or_path,
-        v2=options.v2,
-        v_parameterization=options.v_parameterization,
-        vae=options.vae,
-        tokenizer_cache_dir=options.tokenizer_cache_dir,
-        clip_skip=options.clip_skip,
-        max_token_length=options.max_token_length,
-        dtype=torch.float32 if in_fp32 else dtype,
-        vae_dtype=torch.float32 if options.no_half_vae else dtype,
-    )
-
-
-def _warn_of_small_pictures(models: StableDiffusion, dataset: TrainDataset) -> None:
-    """SDXL at the resolution that kohya's names default to learns to draw poorly."""
-    side = models.unet.config.sample_size * LATENT_STRIDE
-    areas = [config.resolution[0] * config.resolution[1] for config in dataset.datasets]
-    if models.is_sdxl and min(areas) < SMALL_SHARE * side**2:
-        logger.warning(
-            "resolution is %d x %d pixels, and this model was made at %d x %d: give "
-            "--resolution %d",
-            *dataset.datasets[areas.index(min(areas))].resolution,
-            side,
-            side,
-            side,
-        )
-
-
-def _place_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
-    for module in (models.unet, models.vae):
-        module.to(device)
-    if config.model.xformers:  # before methods put processors of their own in front
-        _use_xformers(models)
 
 
 def find_contextualizers(
@@ -481,91 +446,6 @@ def _shared_seed(config: TrainConfig) -> int:
         seed = broadcast_object_list(drawn)[0]
         logger.info("seed %d (give --seed %d to repeat this run)", seed, seed)
     return seed
-
-
-def prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
-    """Precision and place of what is trained; gradient checkpointing and compilation."""
-    device = models.unet.device  # diffusers looks for it in every module: not for each parameter
-    for parameter in method.parameters():
-        parameter.data = parameter.data.to(device)
-        if config.schedule.full_fp16 or config.schedule.full_bf16:
-            parameter.data = parameter.data.to(WEIGHT_DTYPES[config.schedule.mixed_precision])
-    if config.schedule.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
-        if method.trains_text_side:
-            for text_encoder in models.text_encoders:
-                text_encoder.enable_gradient_checkpointing()
-    if config.model.torch_compile and config.model.dynamo_backend != "no":
-        models.unet.compile(backend=config.model.dynamo_backend)
-
-
-def _use_xformers(models: StableDiffusion) -> None:
-    try:
-        models.unet.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError, RuntimeError) as error:
-        logger.warning("xformers is not usable (%s); PyTorch SDPA is used instead", error)
-
-
-def _cache_latents(
-    config: TrainConfig, dataset: TrainDataset, models: StableDiffusion, accelerator: Accelerator
-) -> None:
-    """Encode the pictures while the U-Net makes room: both at once are the peak of an SDXL run."""
-    vae = models.vae
-    models.unet.to("cpu")
-    _free_cached_memory(accelerator.device)
-
-    @torch.no_grad()
-    def encode(pixels):
-        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample().float().cpu()
-
-    with accelerator.main_process_first():
-        dataset.cache_latents(
-            encode,
-            vae_id=_vae_identity(vae),
-            to_disk=config.dataset.cache_latents_to_disk,
-            batch_size=config.dataset.vae_batch_size,
-            skip_check=config.dataset.skip_cache_check,
-            is_sdxl=models.is_sdxl,
-        )
-    vae.to("cpu")
-    _free_cached_memory(accelerator.device)
-    models.unet.to(accelerator.device)
-
-
-def _cached_captions(
-    config: TrainConfig,
-    dataset: TrainDataset,
-    method: Method,
-    drawer: SampleDrawer | None,
-    accelerator: Accelerator,
-) -> CaptionCache | None:
-    """Captions and sample prompts encoded now, where ``cache_text_encoder_outputs`` asks for it."""
-    if not config.dataset.cache_text_encoder_outputs:
-        return None
-    method.train(False)
-    with accelerator.autocast():
-        cache = CaptionCache(
-            method.encode,
-            [*dataset.fixed_captions(), *(drawer.captions if drawer else [])],
-            device=accelerator.device,
-            dtype=method.models.unet.dtype,
-        )
-    logger.info("%d captions encoded; the text encoders are not needed any more", len(cache))
-    for text_encoder in method.models.text_encoders:
-        text_encoder.model.to("cpu")
-    _free_cached_memory(accelerator.device)
-    return cache
-
-
-def _free_cached_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _vae_identity(vae: torch.nn.Module) -> str:
-    """A name for the VAE's weights that holds in any precision."""
-    signs = [(p.detach().flatten()[:: max(1, p.numel() // 64)] > 0).cpu() for p in vae.parameters()]
-    return hashlib.sha256(torch.cat(signs).numpy().tobytes()).hexdigest()[:16]
 
 
 def _plan(config: TrainConfig, *, batches_per_epoch: int) -> TrainPlan:
