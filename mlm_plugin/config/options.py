@@ -741,6 +741,13 @@ class MLMOptions:
     mlm_loss_weight: float = option(
         1e-3, "Weight of the MLM loss beside the diffusion loss; 0 turns the term off.", at_least=0
     )
+    mlm_target: str = option(
+        "auto",
+        "What is to be read at hidden words: `class`, what the untrained text encoder gives with "
+        "the class word in the concept's place; `word`, the hidden word itself, as in the paper. "
+        "`auto`: `class` where every concept has a class word.",
+        choices=("auto", "class", "word"),
+    )
     mlm_batch_size: int = option(
         8, "Prompts of the MLM term, beside every batch of images.", at_least=1
     )

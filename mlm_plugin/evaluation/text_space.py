@@ -17,13 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_plugin.data.english import FUNCTION_WORDS, NEUTRAL_WORDS
-from mlm_plugin.data.masking import MaskedTokens, MaskingVocabulary, mask_tokens
+from mlm_plugin.data.masking import (
+    MaskedTokens,
+    MaskingVocabulary,
+    mask_tokens,
+    tokens_before_padding,
+)
 from mlm_plugin.evaluation.measures import intra_distance, mean_with_interval, paired_cosine
 from mlm_plugin.evaluation.prompts import with_class, with_concept
 from mlm_plugin.models.contextualizer import Contextualizer, masked_word_loss
 from mlm_plugin.models.mask_token import mask_embedding
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import tokens_before_padding
 from mlm_plugin.training.drift import PROBES
 
 __all__ = [

@@ -130,6 +130,7 @@ SAME_NAME_IN_FOLDER_MODE = (
 
 MLM_OPTIONS = (
     "mlm_loss_weight",
+    "mlm_target",
     "mlm_batch_size",
     "mlm_probability",
     "mlm_replace",

@@ -28,6 +28,7 @@ from mlm_plugin.config.datasets import (
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.config.pretraining import SMALL_ENCODER, PretrainOptions
 from mlm_plugin.data.dataset import Batch
+from mlm_plugin.data.joint_prompts import JointPrompts
 from mlm_plugin.data.masking import IGNORE_INDEX, mask_tokens
 from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.estimate.optimizer_states import OptimizerBytes, optimizer_bytes
@@ -211,12 +212,14 @@ def _regularizer(
     )
 
 
-def _longest_prompts(config: TrainConfig, tap: TextTap, source) -> tuple[list[str], int]:
+def _longest_prompts(
+    config: TrainConfig, tap: TextTap, source: JointPrompts
+) -> tuple[list[str], int]:
     """The batch with the longest prompts of several, and the most hidden tokens of any."""
     rng, options = random.Random(0), config.mlm
     longest, length, num_hidden = [], 0, 1
     for _ in range(NUM_DRAWS):
-        prompts = [source.sample(rng) for _ in range(options.mlm_batch_size)]
+        prompts = [source.sample(rng).text for _ in range(options.mlm_batch_size)]
         ids_BL = tap.tokenize(prompts, rng)
         labels_BL = mask_tokens(
             ids_BL, tap.vocabulary, mlm_probability=options.mlm_probability, rng=rng

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
-from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens
+from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens, tokens_before_padding
 from mlm_plugin.data.prompts import BUILTIN, FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, subjects
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
@@ -38,7 +38,6 @@ from mlm_plugin.models.contextualizer import (
 )
 from mlm_plugin.models.mask_token import mask_embedding
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import tokens_before_padding
 from mlm_plugin.training.interrupt import StopRequest
 
 __all__ = ["Corpus", "FamilyScores", "Interrupted", "Scores", "pretrain", "read_caption_files"]
