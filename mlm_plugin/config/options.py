@@ -739,7 +739,10 @@ class MLMOptions:
         "if not given.",
     )
     mlm_loss_weight: float = option(
-        1e-3, "Weight of the MLM loss beside the diffusion loss; 0 turns the term off.", at_least=0
+        0.1,
+        "Weight of the MLM loss beside the diffusion loss; 0 turns the term off. "
+        "For `mlm_target = word` the research code has 1e-4 to 5e-4.",
+        at_least=0,
     )
     mlm_target: str = option(
         "auto",
@@ -752,7 +755,7 @@ class MLMOptions:
         8, "Prompts of the MLM term, beside every batch of images.", at_least=1
     )
     mlm_probability: float = option(
-        0.15, "Share of the context words that is masked, above 0 up to 1; whole words."
+        0.5, "Share of the context words that is masked, above 0 up to 1; whole words."
     )
     mlm_replace: str = option(
         "mask",

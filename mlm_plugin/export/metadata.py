@@ -130,7 +130,6 @@ SAME_NAME_IN_FOLDER_MODE = (
 
 MLM_OPTIONS = (
     "mlm_loss_weight",
-    "mlm_target",
     "mlm_batch_size",
     "mlm_probability",
     "mlm_replace",
@@ -197,6 +196,7 @@ class RunFacts:
     steps: int | None = None
     epoch: int | None = None
     concepts: tuple[Concept, ...] = ()
+    mlm_target: str | None = None  # class, word
     mlm_prompt_set: str | None = None
     mlm_contextualizer: str | None = None  # fingerprint
     mlm_seed: int | None = None
@@ -473,6 +473,7 @@ def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
         metadata: dict[str, Any] = {"ss_mlm_loss_weight": options["mlm_loss_weight"]}
     else:
         metadata = {f"ss_{name}": options[name] for name in MLM_OPTIONS} | {
+            "ss_mlm_target": facts.mlm_target,
             "ss_mlm_prompt_set": facts.mlm_prompt_set,
             "ss_mlm_contextualizer": facts.mlm_contextualizer,
             "ss_mlm_seed": facts.mlm_seed,

@@ -414,7 +414,7 @@ def test_the_readme_table_lists_every_option_once():
     text = options_markdown()
     for name in OPTIONS:
         assert text.count(f"| `{name}` |") == 1
-    assert "| `mlm_loss_weight` | `0.001` |" in text
+    assert "| `mlm_loss_weight` | `0.1` |" in text
     assert "| `network_alpha` | `1` |" in text
 
 

@@ -31,6 +31,7 @@ from mlm_plugin.hosts.mlm_setup import (
     contextualizer_settings,
     find_contextualizer,
     mlm_schedule,
+    mlm_target,
     prompt_set_names,
     prompts_for,
     readings_for,
@@ -205,6 +206,7 @@ class MLMTerm:
             if entry.group == "mlm" and name.startswith("mlm_")
         }
         values |= {
+            "ss_mlm_target": mlm_target(self.options, self.concepts),
             "ss_mlm_prompt_set": prompt_set_names(self.options, self.concepts),
             "ss_mlm_contextualizer": ", ".join(found.digest for _, found in self.encoders),
             "ss_mlm_seed": self.seed,
