@@ -106,8 +106,9 @@ METHOD_FLAGS: Mapping[str, Flags] = {
 }
 """``CLASS`` stands for the class word."""
 
-MLM_WEIGHT: Mapping[str, float] = dict.fromkeys(METHOD_FLAGS, 0.1)
-WORD_WEIGHT = MLM_WEIGHT | {"textual_inversion": 0.03, "xti": 0.03}
+MLM_WEIGHT: Mapping[str, float] = dict.fromkeys(METHOD_FLAGS, 0.1) | {
+    "textual_inversion": 0.03, "xti": 0.03,
+}  # fmt: skip
 LOOKS = dict.fromkeys(METHOD_FLAGS, (50, 100, 200, 300))
 
 METHODS = tuple(
@@ -132,7 +133,7 @@ HIDDEN_WORDS = tuple(
     Arm(
         method,
         "mlm",
-        WORD_WEIGHT[method],
+        MLM_WEIGHT[method],
         "hidden words",
         flags={"mlm_target": "word", "mlm_probability": "0.15"},
     )
