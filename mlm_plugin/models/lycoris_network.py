@@ -160,20 +160,21 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
             "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
         ) from error
     _check_args(plan.args, lycoris)
-    beside = _beside_packed_weights(plan)
+    _check_packed_weights(plan)
     dropout = _dropout(plan)
     clips = list(plan.text_encoders) if len(plan.text_encoders) == 2 else plan.text_encoders[0]
     models = (clips, plan.unet)
     file_names = _file_names(plan)
     with _preset_for_diffusers(lycoris, plan.args.get("preset", "full")):
         if plan.dims_from is None:
-            arguments = {"warn_on_unmatched": False, **plan.args, "dropout": dropout, **beside}
+            arguments = {"warn_on_unmatched": False, **plan.args, "dropout": dropout}
             network = lycoris.create_network(1.0, plan.dim, plan.alpha, None, *models, **arguments)
         else:
             _warn_of_settings(plan)
             network, _ = lycoris.create_network_from_weights(
                 1.0, None, None, *models, weights_sd=_named_as_in_memory(plan, file_names)
             )
+    _spare_packed_weights(network)
     network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
     network.to(next(plan.unet.parameters()).device)
     return LycorisNetwork(
@@ -198,14 +199,14 @@ def _check_args(args: Mapping[str, str], lycoris) -> None:
         raise UserError(f"network_args: preset, a name or a TOML file: {unknown}")
 
 
-def _beside_packed_weights(plan: NetworkPlan) -> dict[str, Any]:
-    """Settings by which adapters do without the layers' weights, where the U-Net's are packed.
+def _check_packed_weights(plan: NetworkPlan) -> None:
+    """Refuse adapters that have to read the layers' weights, where the U-Net's are packed.
 
     Raises:
-        UserError: what is asked for has to read them.
+        UserError: with the setting.
     """
     if not any(isinstance(layer, QuantizedLinear) for layer in plan.unet.modules()):
-        return {}
+        return
     args = plan.args
     algo, needed = args.get("algo", "lora").lower(), None
     if algo not in ADDING_ALGOS:
@@ -221,7 +222,16 @@ def _beside_packed_weights(plan: NetworkPlan) -> dict[str, Any]:
             f"{needed} reads the U-Net's weights, which quantize_unet has packed; leave one of "
             f"them out (algo={', '.join(ADDING_ALGOS)} need no weights)"
         )
-    return {"bypass_mode": True}
+
+
+def _spare_packed_weights(network: nn.Module) -> None:
+    """Let adapters of packed layers add to the output: LyCORIS else adds to the weight.
+
+    Only these: on convolutions LoKr of LyCORIS 3.2 fails in that mode.
+    """
+    for module in network.unet_loras:
+        if isinstance(module.org_module[0], QuantizedLinear):
+            module.bypass_mode = True
 
 
 def _dropout(plan: NetworkPlan) -> float | None:
