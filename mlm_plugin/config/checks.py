@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.options import (
+    FROZEN_UNET_METHODS,
     NETWORK_METHODS,
     OPTIONS,
     SDXL_METHODS,
@@ -160,6 +161,15 @@ def _required(config: TrainConfig) -> Iterator[str]:
     ends_early = config.run.check or config.dataset.debug_dataset
     if config.output.output_dir is None and not ends_early:
         yield "output_dir is missing: give the folder for the trained files"
+
+
+def _model(config: TrainConfig) -> Iterator[str]:
+    kind, method = config.model.quantize_unet, config.schedule.method
+    if kind != "no" and method not in FROZEN_UNET_METHODS:
+        yield (
+            f"quantize_unet = {kind!r} cannot go with method = {method!r}, which trains weights of "
+            f"the U-Net itself; leave it out, or use {', '.join(FROZEN_UNET_METHODS)}"
+        )
 
 
 def _network(config: TrainConfig) -> Iterator[str]:
@@ -365,7 +375,18 @@ def _unread_partners(config: TrainConfig) -> Iterator[str]:
             yield f"{', '.join(names)} {verb} no effect {rule.otherwise.format_map(flat)}"
 
 
-_CHECKS = (_required, _network, _embedding, _finetune, _learning, _loss, _data, _output, _mlm)
+_CHECKS = (
+    _required,
+    _model,
+    _network,
+    _embedding,
+    _finetune,
+    _learning,
+    _loss,
+    _data,
+    _output,
+    _mlm,
+)
 
 
 class _Rule(NamedTuple):

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.checks import mlm_obstacle
-from mlm_plugin.config.options import NETWORK_METHODS, TrainConfig
+from mlm_plugin.config.options import FROZEN_UNET_METHODS, NETWORK_METHODS, TrainConfig
 
 __all__ = ["Change", "changes_worth_trying"]
 
 EIGHT_BIT = "AdamW8bit"
+QUANTIZED = {"int8": "slower steps", "nf4": "slower steps on a coarser U-Net; needs bitsandbytes"}
 
 
 class Change(NamedTuple):
@@ -72,6 +73,9 @@ def _smaller(config: TrainConfig) -> Iterator[Change]:
     rank = config.network.network_dim or 4
     if schedule.method in NETWORK_METHODS and rank > 4:
         yield Change(f"network_dim = {rank // 2}", {"network_dim": rank // 2}, "less detail")
+    if schedule.method in FROZEN_UNET_METHODS and config.model.quantize_unet == "no":
+        for kind, price in QUANTIZED.items():
+            yield Change(f'quantize_unet = "{kind}"', {"quantize_unet": kind}, price)
     for precision in ("fp16", "bf16"):
         full = f"full_{precision}"
         if schedule.mixed_precision == precision == "bf16" and not getattr(schedule, full):

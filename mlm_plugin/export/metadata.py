@@ -146,6 +146,7 @@ METHOD_OPTIONS = (
     "stop_unet_training",
     "stop_text_encoder_training",
     "stop_embedding_training",
+    "quantize_unet",
 )
 """Stored where they were given; kohya's trainers have no names for most of them."""
 

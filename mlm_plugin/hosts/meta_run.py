@@ -34,7 +34,7 @@ from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.estimate.optimizer_states import OptimizerBytes, optimizer_bytes
 from mlm_plugin.estimate.step import Training
 from mlm_plugin.hosts.mlm_setup import is_small, prompts_for, text_tap
-from mlm_plugin.hosts.model_setup import model_settings, prepare_models
+from mlm_plugin.hosts.model_setup import model_settings, prepare_models, quantize_models
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.contextualizer import (
@@ -72,6 +72,7 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
     models = empty_stable_diffusion(**model_settings(config), spare_tokenizer=_spare_tokenizer)
     check_model(config, is_sdxl=models.is_sdxl)
     concepts = _concepts(config)
+    quantize_models(config, models, torch.device("meta"))
     with on_meta:
         method = METHODS[config.schedule.method].prepare(models, config, concepts)
         prepare_models(config, models, method)

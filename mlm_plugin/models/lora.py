@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mlm_plugin.models.kohya_names import text_encoder_name, unet_name
+from mlm_plugin.models.quantized import QuantizedLinear
 
 __all__ = [
     "Dropouts",
@@ -37,6 +38,7 @@ ADAPTER = "default"
 UNET_CLASSES = ("Transformer2DModel",)
 UNET_CONV_CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 TEXT_ENCODER_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+LAYERS = (nn.Linear, QuantizedLinear, nn.Conv2d)
 
 
 class LoraTarget(NamedTuple):
@@ -270,7 +272,7 @@ def _layers_within(model: nn.Module, classes: tuple[str, ...]) -> Iterator[tuple
     for name, block in model.named_modules():
         if type(block).__name__ in classes:
             for inner_name, layer in block.named_modules():
-                if type(layer) in (nn.Linear, nn.Conv2d):
+                if type(layer) in LAYERS:
                     yield f"{name}.{inner_name}", layer
 
 

@@ -45,6 +45,11 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
             {"network_train_unet_only": True, "network_train_text_encoder_only": True},
             ["network_train_unet_only", "network_train_text_encoder_only"],
         ),
+        (
+            {"quantize_unet": "nf4", "method": "dreambooth"},
+            ["quantize_unet = 'nf4'", "method = 'dreambooth'", "lora, textual_inversion, xti"],
+        ),
+        ({"quantize_unet": "int8", "method": "custom_diffusion"}, ["quantize_unet = 'int8'"]),
         ({"dim_from_weights": True}, ["dim_from_weights", "network_weights"]),
         ({"network_dropout": 1.0}, ["network_dropout"]),
         ({"network_args": ("conv_dim",)}, ["network_args", "key=value"]),
