@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlm-plugin evaluate",
         allow_abbrev=False,
         description="Draw pictures of a learned concept, score them and the text encoder, and "
-        "write results.json, results.csv and report.html. Goes on where it was stopped.",
+        "write results.json, results.csv, text.csv and report.html. Goes on where it was stopped.",
     )
     types = {"int": int, "float": float}
     for item in dataclasses.fields(EvaluateOptions):
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
             help=item.metadata["help"].replace("%", "%%") + shown,
         )
     parser.add_argument(
-        "--text_only", action="store_true", help="Measure the text encoder alone, without pictures."
+        "--text_only", action="store_true", help="Measure the text encoders alone, no pictures."
     )
     parser.add_argument(
         "--compare", nargs="+", metavar="DIR", help="Finished evaluations to lay side by side."

@@ -209,5 +209,8 @@ def read_results(folder: str | Path) -> dict[str, Any]:
             f"--compare: {path} is not valid JSON; run that evaluation again"
         ) from error
     if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise UserError(f"--compare: {path} is not of the format {FORMAT!r}; run it again")
+        raise UserError(
+            f"--compare: {path} is not of the format {FORMAT!r}; run that evaluation again, its "
+            "pictures stay"
+        )
     return results

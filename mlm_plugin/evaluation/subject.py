@@ -25,6 +25,7 @@ from mlm_plugin.export.embeddings import EMBEDDING_KEYS, read_embeddings, read_x
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.models.cross_attention import layer_codes, per_layer_conditioning
+from mlm_plugin.models.diffusers_folder import find_local_folder
 from mlm_plugin.models.kohya_names import TEXT_ENCODER_PARTS, part_of
 from mlm_plugin.models.model_parts import TITLES
 from mlm_plugin.models.networks import create_network, read_weights
@@ -111,7 +112,8 @@ def load_subject(
         clip_skip: as in training.
         sampler: kohya's name, see ``SAMPLERS``.
         dtype: of U-Net and text encoders. The VAE is fp32: SDXL's overflows in fp16.
-        tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for.
+        tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for; else that of the
+            base model serves the checkpoint.
 
     Raises:
         UserError: a file is missing, damaged, or made for another model.
@@ -130,6 +132,9 @@ def load_subject(
     if checkpoint is not None:
         family = models.family
         del models  # the memory of a whole model, before the next one is loaded
+        load = functools.partial(
+            load, tokenizer_cache_dir=tokenizer_cache_dir or _tokenizer_of(base)
+        )
         models = _load_checkpoint(load, checkpoint, base=base, family=family)
     pipeline = _pipeline(models, sampler)
     if lora is not None:
@@ -171,6 +176,14 @@ def _copy(text_encoder: TextEncoder) -> TextEncoder:
     )
 
 
+def _tokenizer_of(base: str) -> Path:
+    """Where the tokenizer lies that a checkpoint file trained from this model is read with."""
+    path = Path(base)
+    if path.is_file():
+        return path.parent / "tokenizer"
+    return find_local_folder(base, option="--pretrained_model_name_or_path") / "tokenizer"
+
+
 def _load_checkpoint(
     load: Callable[..., StableDiffusion], checkpoint: str, *, base: str, family: str
 ) -> StableDiffusion:
@@ -178,6 +191,7 @@ def _load_checkpoint(
         models = load(checkpoint, architecture=base if Path(base).is_dir() else None)
     except UserError as error:
         reason = str(error).removeprefix("--pretrained_model_name_or_path: ")
+        reason = reason.replace("--network_weights", "--lora")
         raise UserError(f"--checkpoint (the base model is {TITLES[family]}): {reason}") from error
     if models.family != family:
         raise UserError(

@@ -30,8 +30,8 @@ def files(toy_folder, toy_sdxl_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     made = SimpleNamespace(**{
         name: str(folder / f"{name}.safetensors")
-        for name in ("lora", "text_lora", "embedding", "checkpoint", "half_embedding",
-                     "sd1_lora", "sd1_text_lora", "sd1_embedding", "sd1_checkpoint")
+        for name in ("lora", "bundled_lora", "text_lora", "embedding", "half_embedding",
+                     "checkpoint", "sd1_lora", "sd1_text_lora", "sd1_embedding", "sd1_checkpoint")
     })  # fmt: skip
     torch.manual_seed(3)
     with torch.no_grad():
@@ -40,6 +40,8 @@ def files(toy_folder, toy_sdxl_folder, tmp_path_factory):
             state = {key: torch.randn_like(value) * 0.3 if "lora_" in key[-16:] else value
                      for key, value in network.kohya_state_dict().items()}  # fmt: skip
             save_file(state, path)
+            bundled = {"bundle_emb.sks.clip_l": torch.ones(1, 32)}
+            save_file(state | bundled, path.replace("lora.", "bundled_lora."))
             text = {key: value for key, value in state.items() if key.startswith("lora_te")}
             save_file(text, path.replace("lora.", "text_lora."))
         rows = {"clip_l": torch.randn(2, 32) * 0.1, "clip_g": torch.randn(2, 48) * 0.1}
@@ -63,9 +65,7 @@ def _save(path, models):
 
 
 def load(base, **files):
-    return load_subject(
-        str(base), placeholder_token="sks", tokenizer_cache_dir=str(base / "tokenizer"), **files
-    )
+    return load_subject(str(base), placeholder_token="sks", **files)
 
 
 def ours(subject, folder, **how):
@@ -170,14 +170,17 @@ def test_the_base_text_encoders_stay_as_they_were(toy_sdxl_folder, files):
             torch.testing.assert_close(states, before.encode_captions([PROMPT]))
 
 
-def test_the_size_is_the_models_own_and_the_vae_fp32_in_half_precision(toy_sdxl_folder, tmp_path):
-    subject = load(toy_sdxl_folder, dtype=torch.bfloat16)
+def test_in_half_precision_the_size_is_the_models_own_and_the_vae_fp32(
+    toy_sdxl_folder, files, tmp_path
+):
+    learned = {"lora": files.lora, "embedding": files.embedding}
+    subject = load(toy_sdxl_folder, dtype=torch.bfloat16, **learned)
     assert subject.pipeline.unet.dtype == torch.bfloat16
     assert subject.pipeline.vae.dtype == torch.float32
     assert subject.resolution == 128
     picture = ours(subject, tmp_path, resolution=None, steps=1)
     assert picture.shape == (128, 128, 3)
-    full = ours(load(toy_sdxl_folder), tmp_path / "full", resolution=None, steps=1)
+    full = ours(load(toy_sdxl_folder, **learned), tmp_path / "full", resolution=None, steps=1)
     assert abs(picture - full).mean() < 3
 
 
@@ -186,6 +189,11 @@ def test_a_u_net_that_overflows_is_one_line(toy_sdxl_folder, tmp_path):
     subject.pipeline.unet.conv_out.bias.fill_(float("inf"))
     with pytest.raises(UserError, match="the U-Net overflowed in .*: set --precision"):
         ours(subject, tmp_path)
+
+
+def test_an_embedding_inside_a_lora_is_left_out(toy_sdxl_folder, files, tmp_path):
+    bundled = ours(load(toy_sdxl_folder, lora=files.bundled_lora), tmp_path)
+    assert (bundled == ours(load(toy_sdxl_folder, lora=files.lora), tmp_path / "plain")).all()
 
 
 @pytest.mark.parametrize(
