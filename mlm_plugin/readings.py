@@ -32,7 +32,7 @@ from mlm_plugin.data.masking import (
     mask_tokens,
     tokens_before_padding,
 )
-from mlm_plugin.models.contextualizer import Contextualizer
+from mlm_plugin.models.contextualizer import Contextualizer, places_of
 from mlm_plugin.models.mask_token import mask_embedding
 from mlm_plugin.models.text_encoder import TextEncoder
 
@@ -134,6 +134,6 @@ def _read(
     device = text_encoder.token_embedding.weight.device
     with mask_embedding(text_encoder.token_embedding, contextualizer.mask_vector):
         hidden_BLD = text_encoder.encode(masked.input_ids)
-    selected_BL = (masked.labels != IGNORE_INDEX).to(device)
-    vectors_ND = contextualizer.read(hidden_BLD, is_token_BL.to(device), selected_BL)
+    places_N = places_of(masked.labels).to(device)
+    vectors_ND = contextualizer.read(hidden_BLD, is_token_BL.to(device), places_N)
     return vectors_ND.float().cpu()

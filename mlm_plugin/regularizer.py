@@ -36,7 +36,7 @@ class MLMOutput(NamedTuple):
 
     loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
     accuracy: Tensor  # 0-d fp32, share of hidden tokens named rightly, without gradient
-    num_masked: Tensor  # 0-d long
+    num_masked: int
     losses: tuple[Tensor, ...] = ()  # what the loss is the mean of, one per text encoder
 
 
@@ -141,7 +141,7 @@ class MLMRegularizer:
         losses = tuple(part.loss for part in parts)
         return MLMOutput(
             loss=torch.stack(losses).mean(),
-            accuracy=num_correct / num_masked.clamp(min=1),
+            accuracy=num_correct / max(1, num_masked),
             num_masked=num_masked,
             losses=losses,
         )
@@ -177,13 +177,14 @@ def _loss_of(
     tap: TextTap, ids_BL: Tensor, masked: MaskedTokens, *, wanted_ND: Tensor | None = None
 ) -> MaskedWordLoss:
     device = tap.token_table.device
+    is_token_BL = tokens_before_padding(ids_BL, tap.vocabulary.eos_token_id)
     with mask_embedding(tap.embedding, tap.contextualizer.mask_vector):
-        hidden_BLD = tap.encode(masked.input_ids.to(device))
+        hidden_BLD = tap.encode(masked.input_ids.to(device, non_blocking=True))
     return masked_word_loss(
         tap.contextualizer,
         hidden_BLD,
-        labels_BL=masked.labels.to(device),
-        is_token_BL=tokens_before_padding(ids_BL, tap.vocabulary.eos_token_id).to(device),
+        labels_BL=masked.labels,
+        is_token_BL=is_token_BL.to(device, non_blocking=True),
         token_table_VD=tap.token_table,
-        wanted_ND=None if wanted_ND is None else wanted_ND.to(device),
+        wanted_ND=None if wanted_ND is None else wanted_ND.to(device, non_blocking=True),
     )

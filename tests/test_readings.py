@@ -17,6 +17,7 @@ from mlm_plugin.hosts.mlm_setup import (
     readings_for,
     text_tap,
 )
+from mlm_plugin.models.contextualizer import places_of
 from mlm_plugin.readings import moved_onto
 
 SKS_DOG = Concept("sks", "dog")
@@ -122,7 +123,7 @@ def test_the_loss_is_the_divergence_from_what_was_read(toy_text_encoder, context
         p = contextualizer(
             tap_hidden,
             torch.ones_like(masked).bool(),
-            torch.tensor([labels]) != IGNORE_INDEX,
+            places_of(torch.tensor([labels])),
             tap.token_table,
         ).softmax(-1)
         q = contextualizer.score(reading.vectors_ND, tap.token_table).softmax(-1)

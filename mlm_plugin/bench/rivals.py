@@ -217,5 +217,4 @@ RIVALS = ("core", "textboost", "classdiffusion", "output_preservation")
 
 
 def _as_output(loss: Tensor) -> MLMOutput:
-    nothing = torch.zeros((), dtype=torch.long)
-    return MLMOutput(loss=loss, accuracy=nothing.float(), num_masked=nothing)
+    return MLMOutput(loss=loss, accuracy=torch.zeros_like(loss), num_masked=0)

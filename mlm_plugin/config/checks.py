@@ -256,6 +256,28 @@ def _warmup(config: TrainConfig) -> Iterator[str]:
         )
 
 
+def _fused(config: TrainConfig) -> Iterator[str]:
+    schedule = config.schedule
+    if not config.optimizer.fused_backward_pass:
+        return
+    if schedule.method != "dreambooth":
+        yield (
+            f"fused_backward_pass with method = {schedule.method!r}: its gradients are small; "
+            "leave it out, it is for dreambooth"
+        )
+    if schedule.gradient_accumulation_steps > 1:
+        yield (
+            f"fused_backward_pass cannot go with gradient_accumulation_steps = "
+            f"{schedule.gradient_accumulation_steps}: no gradient is kept to be added to; set it "
+            "to 1"
+        )
+    if schedule.mixed_precision == "fp16":
+        yield (
+            "fused_backward_pass cannot go with mixed_precision = 'fp16', which looks at all "
+            "gradients before it steps; use 'bf16'"
+        )
+
+
 def _loss(config: TrainConfig) -> Iterator[str]:
     loss, is_v = config.loss, config.model.v_parameterization
     if loss.adaptive_noise_scale is not None and loss.noise_offset is None:
@@ -382,6 +404,7 @@ _CHECKS = (
     _embedding,
     _finetune,
     _learning,
+    _fused,
     _loss,
     _data,
     _output,

@@ -369,6 +369,11 @@ class OptimizerOptions:
     max_grad_norm: float = option(
         1.0, "Clip the norm of the whole gradient to this; 0 for no clipping.", at_least=0
     )
+    fused_backward_pass: bool = option(
+        False,
+        "Step every U-Net tensor inside the backward pass and free its gradient there "
+        "(dreambooth): a model's size less memory. max_grad_norm then holds for each tensor.",
+    )
     lr_scheduler: str = option(
         "constant",
         "Course of the learning rate: constant, constant_with_warmup, linear, cosine, "
@@ -907,9 +912,6 @@ REFUSED: dict[str, Declined] = {
     "zero3_init_flag": Declined(False, _DEEPSPEED),
     "zero3_save_16bit_model": Declined(False, _DEEPSPEED),
     "fp16_master_weights_and_gradients": Declined(False, _DEEPSPEED),
-    "fused_backward_pass": Declined(
-        False, "it steps inside the backward pass, which two summed losses exclude; leave it out"
-    ),
     "weighted_captions": Declined(
         False, "(word:1.2) weights are not applied; remove them from the captions and leave it out"
     ),

@@ -53,8 +53,27 @@ def _free(config: TrainConfig) -> Iterator[Change]:
             {"optimizer_type": EIGHT_BIT, "optimizer_args": ()},
             "needs bitsandbytes",
         )
+    if _may_fuse(config):
+        yield Change(
+            "fused_backward_pass = true",
+            {"fused_backward_pass": True},
+            "max_grad_norm holds for each tensor",
+        )
     if data.vae_batch_size > 1 and (data.cache_latents or data.cache_latents_to_disk):
         yield Change("vae_batch_size = 1", {"vae_batch_size": 1}, "slower caching")
+
+
+def _may_fuse(config: TrainConfig) -> bool:
+    """Whether steps inside the backward pass are possible and not asked for yet."""
+    schedule, optimizer = config.schedule, config.optimizer
+    kind = optimizer.optimizer_type.lower()
+    return (
+        schedule.method == "dreambooth"
+        and not optimizer.fused_backward_pass
+        and schedule.gradient_accumulation_steps == 1
+        and schedule.mixed_precision != "fp16"
+        and not any(family in kind for family in ("prodigy", "dadapt", "schedulefree"))
+    )
 
 
 def _smaller(config: TrainConfig) -> Iterator[Change]:

@@ -210,12 +210,12 @@ def _named(
     result = masked_word_loss(
         contextualizer,
         hidden_BLD,
-        labels_BL=masked.labels.to(device),
+        labels_BL=masked.labels,
         is_token_BL=is_token_BL.to(device),
         token_table_VD=table_VD,
     )
-    num_masked = int(result.num_masked)
-    return MaskedWords(float(result.loss), int(result.num_correct) / max(num_masked, 1), num_masked)
+    accuracy = int(result.num_correct) / max(result.num_masked, 1)
+    return MaskedWords(float(result.loss), accuracy, result.num_masked)
 
 
 def random_words(text_encoder: TextEncoder, count: int, *, seed: int) -> list[str]:

@@ -68,8 +68,9 @@ from mlm_plugin.methods import METHODS, Method
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.fused_steps import FusedSteps
 from mlm_plugin.training.logs import CurveLogger
-from mlm_plugin.training.optimizers import create_optimizer
+from mlm_plugin.training.optimizers import create_optimizer, steps_one_by_one
 from mlm_plugin.training.pretrain import Interrupted
 from mlm_plugin.training.schedulers import create_scheduler
 from mlm_plugin.training.state import check_progress, check_settings, read_progress
@@ -233,6 +234,7 @@ def build_trainer(
     plan = _plan(config, batches_per_epoch=len(order))
     dataset.set_max_train_steps(plan.num_steps)
     optimizer, scheduler = _create_optimizer(config, method, plan, accelerator)
+    fused_steps = _fused_steps(config, method, optimizer)
     if regularizer and config.mlm.mlm_start_step >= plan.num_steps:
         raise UserError(
             f"mlm_start_step = {config.mlm.mlm_start_step}: the run ends after {plan.num_steps} "
@@ -257,6 +259,7 @@ def build_trainer(
                 config.schedule.max_data_loader_n_workers, torch.multiprocessing.cpu_count()
             ),
             persistent_workers=config.schedule.persistent_data_loader_workers,
+            pin_memory=accelerator.device.type == "cuda",
         ),
         optimizer=optimizer,
         scheduler=scheduler,
@@ -274,6 +277,7 @@ def build_trainer(
         settings=settings,
         freeze_at=_freeze_steps(config, method, num_steps=plan.num_steps),
         encode=cached_captions(config, dataset, method, drawer, accelerator),
+        fused_steps=fused_steps,
     )
     if resume:
         trainer.load_state(resume)
@@ -319,8 +323,15 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         # others wait while one process pretrains, caches latents or draws samples
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
+    if config.optimizer.fused_backward_pass and accelerator.num_processes > 1:
+        raise UserError(
+            f"fused_backward_pass cannot go with {accelerator.num_processes} processes, which "
+            "exchange gradients after the backward pass; start one, or leave it out"
+        )
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
+    if accelerator.device.type == "cuda":  # where the card has it; convolutions do so anyway
+        torch.set_float32_matmul_precision("high")
     return accelerator
 
 
@@ -387,6 +398,24 @@ def _create_optimizer(
         num_processes=accelerator.num_processes,
     )
     return accelerator.prepare(optimizer, scheduler)
+
+
+def _fused_steps(config: TrainConfig, method: Method, optimizer) -> FusedSteps | None:
+    """Steps of the U-Net inside the backward pass, where ``fused_backward_pass`` asks for them.
+
+    Raises:
+        UserError: an optimizer that cannot step tensors one by one.
+    """
+    options = config.optimizer
+    if not options.fused_backward_pass:
+        return None
+    if not steps_one_by_one(optimizer):
+        raise UserError(
+            f"fused_backward_pass cannot go with optimizer_type = {options.optimizer_type!r}, "
+            "which is not known to step tensors one by one; use Adafactor, AdamW or AdamW8bit"
+        )
+    unet = method.parts()["unet"]  # the text encoders' gradients are complete after both losses
+    return FusedSteps(unet, optimizer, max_grad_norm=options.max_grad_norm)
 
 
 def _freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict[str, int]:

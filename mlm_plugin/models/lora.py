@@ -51,11 +51,11 @@ class LoraTarget(NamedTuple):
 
 
 class MaxNorm(NamedTuple):
-    """What a norm limit did."""
+    """What a norm limit did. Tensors are 0-d and on the device; reading them waits for it."""
 
-    keys_scaled: int
-    mean_norm: float
-    max_norm: float
+    keys_scaled: Tensor | int
+    mean_norm: Tensor | float
+    max_norm: Tensor | float
 
 
 @dataclass
@@ -265,7 +265,7 @@ def limit_norms(modules: Iterable[LoraModule], max_norm: float) -> MaxNorm:
         norms.append(norm * ratio)
         ratios.append(ratio)
     norms, ratios = torch.stack(norms), torch.stack(ratios)
-    return MaxNorm(int((ratios != 1).sum()), norms.mean().item(), norms.max().item())
+    return MaxNorm((ratios != 1).sum(), norms.mean(), norms.max())
 
 
 def _layers_within(model: nn.Module, classes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:

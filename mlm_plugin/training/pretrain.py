@@ -231,7 +231,7 @@ class _Run:
         for family, texts in self.held_out.items():
             for start in range(0, len(texts), self.options.batch_size):
                 part = self._loss(texts[start : start + self.options.batch_size], rng)
-                masked = int(part.num_masked)
+                masked = part.num_masked
                 for i, value in enumerate(
                     (float(part.loss) * masked, int(part.num_correct), masked)
                 ):
@@ -316,7 +316,7 @@ class _Run:
             return masked_word_loss(
                 self.network,
                 self.text_encoder.encode(masked.input_ids.to(device)),
-                labels_BL=masked.labels.to(device),
+                labels_BL=masked.labels,
                 is_token_BL=tokens_before_padding(ids_BL, self.vocabulary.eos_token_id).to(device),
                 token_table_VD=self.table,
             )

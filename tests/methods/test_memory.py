@@ -83,6 +83,19 @@ def test_a_packed_u_net_takes_what_was_predicted(kind, sdxl_trainer_of, toy_sdxl
     assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
 
 
+def test_steps_inside_the_backward_pass_take_what_was_predicted(trainer_of, toy_folder):
+    sgd, fusing = {"optimizer_type": "SGDNesterov"}, {"fused_backward_pass": True}
+    trainer = trainer_of("dreambooth", steps=2, cache_latents=True, **sgd, **fusing)
+    fused, plain = (
+        predicted("dreambooth", toy_folder, **sgd, **more).moments for more in (fusing, {})
+    )
+    moment = fused["training step"]
+    assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
+    assert moment.total() < plain["training step"].total()
+    text = sum(p.nbytes for p in trainer.method.parts()["textencoder"])
+    assert fused["optimizer step"][GRADIENTS] == text
+
+
 def test_two_batches_a_step_hold_gradients_all_the_time(toy_folder):
     one = predicted("dreambooth", toy_folder)
     two = predicted("dreambooth", toy_folder, gradient_accumulation_steps=2)

@@ -52,7 +52,7 @@ def test_the_loss_at_labelled_rows_equals_transformers_masked_lm_loss(network, b
 
     hidden, labels, is_token = batch
     table = torch.randn(50, 32)
-    everywhere = torch.ones_like(is_token)
+    everywhere = torch.arange(is_token.numel())
     logits_BLV = network(hidden, is_token, everywhere, table).unflatten(0, is_token.shape)
 
     bert = BertForMaskedLM(
