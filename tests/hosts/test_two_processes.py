@@ -110,8 +110,9 @@ def shared_run(arguments, rank):
     epoch = [batch.image_paths for batch in trainer.loader]
     prompts = []
     if isinstance(trainer.regularizer, MLMRegularizer):
-        draw = trainer.regularizer.sample_prompt
-        trainer.regularizer.sample_prompt = lambda rng: prompts.append(draw(rng)) or prompts[-1]
+        tap = trainer.regularizer.taps[0]
+        tokenize = tap.tokenize
+        tap.tokenize = lambda texts, rng: prompts.extend(texts) or tokenize(texts, rng)
     trainer.run()
     seen = {"before": before, "weights": weights_of(trainer)}
     return seen | {"epoch": epoch, "prompts": prompts}
