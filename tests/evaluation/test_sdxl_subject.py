@@ -1,5 +1,6 @@
 """SDXL: what is loaded draws as diffusers draws it; files of another kind of model are one line."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,7 +110,8 @@ def client(folder, files, kinds):
         ), "sks"
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     if "lora" in kinds:
-        pipeline.load_lora_weights(files.lora)
+        file = Path(files.lora)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     if "embedding" not in kinds:
         return pipeline, "sks"
     rows = load_file(files.embedding)
