@@ -1,5 +1,6 @@
 """SDXL with random weights: the shapes, both forms, and a training of it from end to end."""
 
+import copy
 import json
 import os
 import shutil
@@ -38,11 +39,9 @@ def made(benchmark):
 
 
 def test_the_tiny_model_has_all_modules_of_the_real_one(made):
-    encoders = [
-        SimpleNamespace(model=made.text_encoder),
-        SimpleNamespace(model=made.text_encoder_2),
-    ]
-    models = SimpleNamespace(unet=made.unet, text_encoders=encoders)
+    unet, _, *clips = copy.deepcopy(made)
+    encoders = [SimpleNamespace(model=clip) for clip in clips]
+    models = SimpleNamespace(unet=unet, text_encoders=encoders)
     network = create_network("networks.lora", models=models, dim=2, alpha=1.0)
     assert [len(modules) for modules in network.modules_of.values()] == list(PARTS.values())
 
