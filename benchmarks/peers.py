@@ -215,11 +215,8 @@ def prepare(args: argparse.Namespace) -> None:
         flags = ["--output", args.work, "--tokenizer", args.tokenizer, "--dtype", args.model_dtype]
         subprocess.run([sys.executable, make, *flags, *size], check=True, env=environment)
     for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
-        shutil.copytree(
-            args.work / "diffusers" / "tokenizer",
-            args.work / "tokenizers" / name,
-            dirs_exist_ok=True,
-        )
+        if not (place := args.work / "tokenizers" / name).is_dir():
+            shutil.copytree(args.tokenizer, place)
     shutil.rmtree(args.work / "data", ignore_errors=True)
     picture_folder(args.work).mkdir(parents=True)
     for number in range(NUM_PICTURES):
