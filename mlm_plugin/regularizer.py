@@ -18,9 +18,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens
+from mlm_plugin.data.masking import (
+    MaskedTokens,
+    MaskingVocabulary,
+    mask_tokens,
+    tokens_before_padding,
+)
 from mlm_plugin.models.contextualizer import Contextualizer, MaskedWordLoss, masked_word_loss
 from mlm_plugin.models.mask_token import mask_embedding
+from mlm_plugin.readings import Reading, moved_onto
 
 __all__ = ["MLMOutput", "MLMRegularizer", "MLMSchedule", "TextTap"]
 
@@ -30,7 +36,7 @@ class MLMOutput(NamedTuple):
 
     loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
     accuracy: Tensor  # 0-d fp32, share of hidden tokens named rightly, without gradient
-    num_masked: Tensor  # 0-d long
+    num_masked: int
     losses: tuple[Tensor, ...] = ()  # what the loss is the mean of, one per text encoder
 
 
@@ -46,6 +52,8 @@ class TextTap:
         contextualizer: made for this encoder; frozen here.
         vocabulary: word ends and the words that are never masked.
         token_table: ``(V, D)``, frozen output table; a copy where the host trains the embeddings.
+        readings: what the encoder as it came makes of prompts with the class word; the term's
+            targets. Without them the hidden words themselves are the targets.
     """
 
     tokenize: Callable[[list[str], random.Random], Tensor]
@@ -54,6 +62,7 @@ class TextTap:
     contextualizer: Contextualizer
     vocabulary: MaskingVocabulary
     token_table: Tensor
+    readings: Sequence[Reading] = ()
 
     def __post_init__(self):
         self.contextualizer.require_trained()
@@ -85,13 +94,13 @@ class MLMSchedule:
 
 
 class MLMRegularizer:
-    """Computes the MLM loss of freshly drawn prompts.
+    """Computes the MLM loss of drawn prompts: freshly made ones, or those of the taps' readings.
 
     Every call draws from a stream of its own, named by seed and call number: the host's random
     numbers stay as they were, and a resumed run goes on with the same prompts without stored state.
 
     Args:
-        taps: one per text encoder; all see the same prompts.
+        taps: one per text encoder; all see the same prompts, and have readings of the same or none.
         sample_prompt: draws one prompt that holds the concept.
         batch_size: B, prompts per call.
         mlm_probability: share of context words to hide.
@@ -110,6 +119,7 @@ class MLMRegularizer:
         seed: int | str = 0,
     ):
         assert taps, "a regularizer needs at least one text encoder"
+        assert len({len(tap.readings) for tap in taps}) == 1, "text encoders see the same prompts"
         self.taps = list(taps)
         self.sample_prompt = sample_prompt
         self.batch_size = batch_size
@@ -120,19 +130,25 @@ class MLMRegularizer:
     def __call__(self, call: int) -> MLMOutput:
         """The term for call number ``call`` (0, 1, ...)."""
         rng = random.Random(f"mlm/{self.seed}/{call}")
-        prompts = [self.sample_prompt(rng) for _ in range(self.batch_size)]
-        parts = [self._loss_of(tap, prompts, rng) for tap in self.taps]
+        if readings := self.taps[0].readings:
+            drawn = rng.choices(range(len(readings)), k=self.batch_size)
+            parts = [self._loss_of_readings(tap, drawn, rng) for tap in self.taps]
+        else:
+            prompts = [self.sample_prompt(rng) for _ in range(self.batch_size)]
+            parts = [self._loss_of_words(tap, prompts, rng) for tap in self.taps]
         num_masked = sum(part.num_masked for part in parts)
         num_correct = sum(part.num_correct for part in parts)
         losses = tuple(part.loss for part in parts)
         return MLMOutput(
             loss=torch.stack(losses).mean(),
-            accuracy=num_correct / num_masked.clamp(min=1),
+            accuracy=num_correct / max(1, num_masked),
             num_masked=num_masked,
             losses=losses,
         )
 
-    def _loss_of(self, tap: TextTap, prompts: list[str], rng: random.Random) -> MaskedWordLoss:
+    def _loss_of_words(
+        self, tap: TextTap, prompts: list[str], rng: random.Random
+    ) -> MaskedWordLoss:
         ids_BL = tap.tokenize(prompts, rng)
         masked = mask_tokens(
             ids_BL,
@@ -141,19 +157,34 @@ class MLMRegularizer:
             rng=rng,
             replace=self.replace,
         )
-        device = tap.token_table.device
-        with mask_embedding(tap.embedding, tap.contextualizer.mask_vector):
-            hidden_BLD = tap.encode(masked.input_ids.to(device))
-        return masked_word_loss(
-            tap.contextualizer,
-            hidden_BLD,
-            labels_BL=masked.labels.to(device),
-            is_token_BL=tokens_before_padding(ids_BL, tap.vocabulary.eos_token_id).to(device),
-            token_table_VD=tap.token_table,
-        )
+        return _loss_of(tap, ids_BL, masked)
+
+    def _loss_of_readings(
+        self, tap: TextTap, drawn: Sequence[int], rng: random.Random
+    ) -> MaskedWordLoss:
+        readings = [tap.readings[number] for number in drawn]
+        ids_BL = tap.tokenize([reading.text for reading in readings], rng)
+        # the encoder may have several readings of a prompt: rows are a multiple of the prompts
+        readings = readings * (len(ids_BL) // len(readings))
+        moved = [moved_onto(*pair) for pair in zip(readings, ids_BL.tolist(), strict=True)]
+        masked_ids, labels, found = zip(*moved, strict=True)
+        wanted = [reading.vectors_ND[rows] for reading, rows in zip(readings, found, strict=True)]
+        masked = MaskedTokens(torch.tensor(masked_ids), torch.tensor(labels))
+        return _loss_of(tap, ids_BL, masked, wanted_ND=torch.cat(wanted))
 
 
-def tokens_before_padding(ids_BL: Tensor, eos_token_id: int) -> Tensor:
-    """True up to the first EOS, false behind it (SD 1 pads with EOS, SD 2 with "!")."""
-    num_eos_before = (ids_BL == eos_token_id).cumsum(dim=1) - (ids_BL == eos_token_id).long()
-    return num_eos_before == 0
+def _loss_of(
+    tap: TextTap, ids_BL: Tensor, masked: MaskedTokens, *, wanted_ND: Tensor | None = None
+) -> MaskedWordLoss:
+    device = tap.token_table.device
+    is_token_BL = tokens_before_padding(ids_BL, tap.vocabulary.eos_token_id)
+    with mask_embedding(tap.embedding, tap.contextualizer.mask_vector):
+        hidden_BLD = tap.encode(masked.input_ids.to(device, non_blocking=True))
+    return masked_word_loss(
+        tap.contextualizer,
+        hidden_BLD,
+        labels_BL=masked.labels,
+        is_token_BL=is_token_BL.to(device, non_blocking=True),
+        token_table_VD=tap.token_table,
+        wanted_ND=None if wanted_ND is None else wanted_ND.to(device, non_blocking=True),
+    )

@@ -13,7 +13,7 @@ ROWS = [
     ("config",),
     ("data",),
     ("models",),
-    ("regularizer",),
+    ("regularizer", "readings"),
     ("export",),
     ("methods",),
     ("training",),
@@ -28,6 +28,7 @@ FORBIDDEN = {  # row -> packages that it must not know
     "data": {"transformers", "diffusers", "accelerate", "peft"},
     "models": {"accelerate"},
     "regularizer": {"transformers", "diffusers", "accelerate", "peft"},
+    "readings": {"transformers", "diffusers", "accelerate", "peft"},
     "methods": {"accelerate"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -67,12 +67,24 @@ class Arm:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """Arms, concepts, seeds, and when to look."""
+    """Arms, concepts, seeds, and when to look.
+
+    Attributes:
+        arms: what is compared.
+        concepts: to learn.
+        seeds: of every arm.
+        looks: steps at which a training is looked at, by method.
+        ablations: further arms, with the first seed alone.
+        num_pictures: for each test prompt.
+        num_steps: of the sampler.
+        guidance: of the sampler.
+    """
 
     arms: tuple[Arm, ...]
     concepts: tuple[Concept, ...]
     seeds: tuple[int, ...]
     looks: Mapping[str, tuple[int, ...]]
+    ablations: tuple[Arm, ...] = ()
     num_pictures: int = 1
     num_steps: int = 15
     guidance: float = 4.0
@@ -94,9 +106,8 @@ METHOD_FLAGS: Mapping[str, Flags] = {
 }
 """``CLASS`` stands for the class word."""
 
-MLM_WEIGHT: Mapping[str, float] = {
-    "lora": 0.1, "dreambooth": 0.1, "textual_inversion": 0.03, "xti": 0.03,
-    "custom_diffusion": 0.1, "pivotal": 0.1,
+MLM_WEIGHT: Mapping[str, float] = dict.fromkeys(METHOD_FLAGS, 0.1) | {
+    "textual_inversion": 0.03, "xti": 0.03,
 }  # fmt: skip
 LOOKS = dict.fromkeys(METHOD_FLAGS, (50, 100, 200, 300))
 
@@ -118,10 +129,24 @@ def _ablation(variant: str, **changes) -> Arm:
     return Arm("lora", "mlm", MLM_WEIGHT["lora"], variant, **changes)
 
 
+HIDDEN_WORDS = tuple(
+    Arm(
+        method,
+        "mlm",
+        MLM_WEIGHT[method],
+        "hidden words",
+        flags={"mlm_target": "word", "mlm_probability": "0.15"},
+    )
+    for method in METHOD_FLAGS
+)
+"""The term as the paper has it: the hidden words themselves are the targets."""
+
 ABLATIONS = (
+    *HIDDEN_WORDS,
+    *WEIGHTS,
     *(
         _ablation(f"mask rate {rate}", flags={"mlm_probability": rate})
-        for rate in ("0.15", "0.5")
+        for rate in ("0.15", "0.25")
     ),
     *(_ablation(f"{n} prompts", contexts=ContextChoice(number=n)) for n in (10, 100)),
     *(
@@ -138,10 +163,11 @@ ABLATIONS = (
 )  # fmt: skip
 
 FULL = BenchPlan(
-    arms=(*METHODS, *RIVALS, *WEIGHTS, *ABLATIONS),
+    arms=(*METHODS, *RIVALS),
     concepts=REPORTED,
     seeds=(0, 1, 2),
     looks=LOOKS,
+    ablations=ABLATIONS,
 )
 SHORT = BenchPlan(
     arms=(*METHODS[:2], RIVALS[0], RIVALS[3], RIVALS[4]),
@@ -163,10 +189,13 @@ def chosen(plan: BenchPlan, *, methods: Sequence[str] | None, tuning: bool) -> B
     Raises:
         UserError: a method that the plan does not have.
     """
-    known = list(dict.fromkeys(arm.method for arm in plan.arms))
+    known = list(dict.fromkeys(arm.method for arm in (*plan.arms, *plan.ablations)))
     for method in methods or ():
         if method not in known:
             raise UserError(f"--method {method}: not in this plan; it has {', '.join(known)}")
-    arms = tuple(arm for arm in plan.arms if methods is None or arm.method in methods)
+
+    def kept(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+        return tuple(arm for arm in arms if methods is None or arm.method in methods)
+
     concepts = TUNING[: len(plan.concepts)] if tuning else plan.concepts
-    return replace(plan, arms=arms, concepts=concepts)
+    return replace(plan, arms=kept(plan.arms), ablations=kept(plan.ablations), concepts=concepts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mlm_plugin.bench.summary import ArmKey, Difference, Record, Row, curves, summarize
+from mlm_plugin.bench.summary import ArmKey, Difference, Record, Row, curves, duels, summarize
 from mlm_plugin.evaluation.charts import Point, scatter_chart
 from mlm_plugin.evaluation.measures import Mean, mean_with_interval
 from mlm_plugin.evaluation.page import page, section, table
@@ -19,6 +19,10 @@ HEADINGS = (
     "arm", "runs", "prompt fidelity", "identity", "CLIP-T", "CLIP-I", "ms / step",
     "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
 )  # fmt: skip
+DUEL_HEADINGS = (
+    "MLM arm", "rival", "runs", "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
+)  # fmt: skip
+DUEL_LEAD = "The MLM term minus the rival, same concepts and seeds; positive: the term is better."
 LEAD = (
     "At the last look, mean ± 95 % interval over concepts x seeds. Differences are to the plain "
     "run of the same method with the same seed, with p of a paired sign-flip test."
@@ -26,10 +30,10 @@ LEAD = (
 
 
 def markdown_table(records: Sequence[Record]) -> str:
-    """One line per arm."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in summarize(records)]
-    return "\n".join(lines) + "\n"
+    """One line per arm; then, where there are rivals, one for each of them."""
+    text = _markdown(HEADINGS, [_cells(row) for row in summarize(records)])
+    rivals = _duel_rows(records)
+    return f"{text}\n{DUEL_LEAD}\n\n{_markdown(DUEL_HEADINGS, rivals)}" if rivals else text
 
 
 def html_report(results: Mapping[str, Any]) -> str:
@@ -38,8 +42,15 @@ def html_report(results: Mapping[str, Any]) -> str:
     rows = summarize(records)
     parts = [
         "<header><h1>Pocket bench</h1></header>",
-        section("Methods and regularizers", _html_table(rows), lead=LEAD),
+        section(
+            "Methods and regularizers",
+            _html_table(HEADINGS, [_cells(row) for row in rows]),
+            lead=LEAD,
+        ),
     ]
+    if rivals := _duel_rows(records):
+        duel_table = _html_table(DUEL_HEADINGS, rivals)
+        parts.append(section("The term against its rivals", duel_table, lead=DUEL_LEAD))
     for method in dict.fromkeys(row.arm.method for row in rows if row.arm.method != "base"):
         parts.append(section(f"{method}: fidelity against identity", _plane(method, records)))
     facts = [(name, str(value)) for name, value in results.items() if name != "records"]
@@ -47,12 +58,30 @@ def html_report(results: Mapping[str, Any]) -> str:
     return page("Pocket bench", "\n".join(parts))
 
 
-def _html_table(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in HEADINGS)
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
+    lines.insert(1, "|" + "---|" * len(headings))
+    return "\n".join(lines) + "\n"
+
+
+def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _cells(row))}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows
     )
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _duel_rows(records: Sequence[Record]) -> list[list[str]]:
+    return [
+        [
+            duel.ours.title,
+            duel.theirs.title,
+            str(duel.num_runs),
+            *(_points(found) for found in (duel.fidelity, duel.identity, duel.matched)),
+        ]
+        for duel in duels(records)
+    ]
 
 
 def _cells(row: Row) -> list[str]:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
+from mlm_plugin.data.masking import tokens_before_padding
 from mlm_plugin.methods.base import Method
 from mlm_plugin.models.networks import Network
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import MLMOutput, tokens_before_padding
+from mlm_plugin.regularizer import MLMOutput
 
 __all__ = [
     "RIVALS",
@@ -216,5 +217,4 @@ RIVALS = ("core", "textboost", "classdiffusion", "output_preservation")
 
 
 def _as_output(loss: Tensor) -> MLMOutput:
-    nothing = torch.zeros((), dtype=torch.long)
-    return MLMOutput(loss=loss, accuracy=nothing.float(), num_masked=nothing)
+    return MLMOutput(loss=loss, accuracy=torch.zeros_like(loss), num_masked=0)

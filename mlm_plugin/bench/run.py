@@ -49,7 +49,7 @@ def run_bench(plan: BenchPlan, *, model: Path, output: Path, jobs: int = 1) -> i
     done = set(results["done"])
     trials = [trial for trial in _trials(plan) if _fingerprint(plan, trial) not in done]
     workshop = Workshop(model, output, plan)
-    workshop.prepare(plan.arms, plan.concepts)
+    workshop.prepare((*plan.arms, *plan.ablations), plan.concepts)
     began = time.monotonic()
     with _Pool(workshop, jobs) as pool:
         for number, (trial, records) in enumerate(pool.outcomes(trials), start=1):
@@ -79,12 +79,14 @@ class Trial(NamedTuple):
 
 
 def _trials(plan: BenchPlan) -> list[Trial]:
-    """Seed by seed, so that a bench that is stopped early has whole pairs."""
+    """Seed by seed, so that a bench that is stopped early has whole pairs; ablations last."""
+    rounds = [(seed, (None, *plan.arms)) for seed in plan.seeds]
+    rounds.append((plan.seeds[0], plan.ablations))
     return [
         Trial(arm, concept, seed)
-        for seed in plan.seeds
+        for seed, arms in rounds
         for concept in plan.concepts
-        for arm in (None, *plan.arms)
+        for arm in arms
     ]
 
 

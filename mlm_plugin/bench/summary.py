@@ -19,9 +19,11 @@ __all__ = [
     "MEASURES",
     "ArmKey",
     "Difference",
+    "Duel",
     "Row",
     "curves",
     "difference",
+    "duels",
     "fidelity_at",
     "matched_difference",
     "summarize",
@@ -71,6 +73,17 @@ class Row(NamedTuple):
     fidelity: Difference | None  # against the plain arm of the method, at the last look
     identity: Difference | None
     matched: Difference | None  # of fidelity, at the identity that both runs reach
+
+
+class Duel(NamedTuple):
+    """The MLM term against a rival on the same method: ours minus theirs, at the last look."""
+
+    ours: ArmKey
+    theirs: ArmKey
+    num_runs: int
+    fidelity: Difference
+    identity: Difference
+    matched: Difference
 
 
 def curves(records: Sequence[Record]) -> dict[ArmKey, dict[RunKey, list[Record]]]:
@@ -123,6 +136,25 @@ def summarize(records: Sequence[Record]) -> list[Row]:
         dict.fromkeys(ArmKey(*(record[name] for name in ArmKey._fields)) for record in records)
     )
     return [_row(arm, by_arm) for arm in order]
+
+
+def duels(records: Sequence[Record]) -> list[Duel]:
+    """The first MLM arm of a method against every arm of it that is neither plain nor MLM."""
+    by_arm = curves(records)
+    order = list(dict.fromkeys(row.arm for row in summarize(records)))
+    found = []
+    for theirs in order:
+        ours = next((a for a in order if a[:2] == (theirs.method, "mlm") and not a.variant), None)
+        if ours is None or theirs.regularizer in ("plain", "mlm"):
+            continue
+        pair = by_arm[ours], by_arm[theirs]
+        num_runs = len(pair[0].keys() & pair[1].keys())
+        if num_runs:
+            fidelity, identity = difference("prompt_fidelity", *pair), difference("identity", *pair)
+            found.append(
+                Duel(ours, theirs, num_runs, fidelity, identity, matched_difference(*pair))
+            )
+    return found
 
 
 def _row(arm: ArmKey, by_arm: Mapping[ArmKey, Mapping[RunKey, list[Record]]]) -> Row:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.options import (
+    FROZEN_UNET_METHODS,
     NETWORK_METHODS,
     OPTIONS,
     SDXL_METHODS,
@@ -162,6 +163,15 @@ def _required(config: TrainConfig) -> Iterator[str]:
         yield "output_dir is missing: give the folder for the trained files"
 
 
+def _model(config: TrainConfig) -> Iterator[str]:
+    kind, method = config.model.quantize_unet, config.schedule.method
+    if kind != "no" and method not in FROZEN_UNET_METHODS:
+        yield (
+            f"quantize_unet = {kind!r} cannot go with method = {method!r}, which trains weights of "
+            f"the U-Net itself; leave it out, or use {', '.join(FROZEN_UNET_METHODS)}"
+        )
+
+
 def _network(config: TrainConfig) -> Iterator[str]:
     network = config.network
     if network.network_train_unet_only and network.network_train_text_encoder_only:
@@ -243,6 +253,28 @@ def _warmup(config: TrainConfig) -> Iterator[str]:
         yield (
             f"lr_scheduler = 'constant' with lr_warmup_steps = {optimizer.lr_warmup_steps:g}: "
             "use lr_scheduler = 'constant_with_warmup' or lr_warmup_steps = 0"
+        )
+
+
+def _fused(config: TrainConfig) -> Iterator[str]:
+    schedule = config.schedule
+    if not config.optimizer.fused_backward_pass:
+        return
+    if schedule.method != "dreambooth":
+        yield (
+            f"fused_backward_pass with method = {schedule.method!r}: its gradients are small; "
+            "leave it out, it is for dreambooth"
+        )
+    if schedule.gradient_accumulation_steps > 1:
+        yield (
+            f"fused_backward_pass cannot go with gradient_accumulation_steps = "
+            f"{schedule.gradient_accumulation_steps}: no gradient is kept to be added to; set it "
+            "to 1"
+        )
+    if schedule.mixed_precision == "fp16":
+        yield (
+            "fused_backward_pass cannot go with mixed_precision = 'fp16', which looks at all "
+            "gradients before it steps; use 'bf16'"
         )
 
 
@@ -365,7 +397,19 @@ def _unread_partners(config: TrainConfig) -> Iterator[str]:
             yield f"{', '.join(names)} {verb} no effect {rule.otherwise.format_map(flat)}"
 
 
-_CHECKS = (_required, _network, _embedding, _finetune, _learning, _loss, _data, _output, _mlm)
+_CHECKS = (
+    _required,
+    _model,
+    _network,
+    _embedding,
+    _finetune,
+    _learning,
+    _fused,
+    _loss,
+    _data,
+    _output,
+    _mlm,
+)
 
 
 class _Rule(NamedTuple):

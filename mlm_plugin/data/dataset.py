@@ -14,7 +14,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +73,16 @@ class Batch:
     is_reg: list[bool]
     image_paths: list[str]
     custom_attributes: list[dict[str, Any]]
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from where a GPU fetches without anybody waiting.
+
+        A loader with ``pin_memory`` calls it.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(
+            **{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in values.items()}
+        )
 
 
 class BatchKey(NamedTuple):
@@ -369,11 +379,21 @@ class EpochOrder(Sampler[BatchKey]):
 
 
 def make_loader(
-    order: EpochOrder, *, num_workers: int = 0, persistent_workers: bool = False
+    order: EpochOrder,
+    *,
+    num_workers: int = 0,
+    persistent_workers: bool = False,
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Give a loader of whole batches; call ``order.start_epoch`` before each pass.
 
     It takes nothing from torch's global random stream.
+
+    Args:
+        order: which batches.
+        num_workers: processes that make them; 0 = this one.
+        persistent_workers: whether the processes live on between passes.
+        pin_memory: put batches into page-locked memory, for a GPU.
     """
     return DataLoader(
         order.dataset,
@@ -381,6 +401,7 @@ def make_loader(
         sampler=order,
         num_workers=num_workers,
         persistent_workers=persistent_workers and num_workers > 0,
+        pin_memory=pin_memory,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator().manual_seed(order.dataset.seed),
     )

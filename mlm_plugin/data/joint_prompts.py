@@ -11,27 +11,39 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.data.prompts import PromptSet
+from mlm_plugin.data.prompts import Context, PromptSet
 
-__all__ = ["JointPrompts", "joint_phrase"]
+__all__ = ["JointPrompts", "Member", "PromptPair", "draw_relation"]
 
 _TABLES = read_toml(Path(__file__).parent / "joint_prompts.toml")
 
-Member = tuple[PromptSet, str]
+
+class Member(NamedTuple):
+    """A concept and the contexts it may stand in."""
+
+    prompt_set: PromptSet
+    text: str  # "sks dog"
+    class_text: str = ""  # "dog"
 
 
-def joint_phrase(rng: random.Random, texts: Sequence[str], *, kind: str = "things") -> str:
-    """Join two concept texts by a relation: "sks dog next to zwx cat".
+class PromptPair(NamedTuple):
+    """A prompt with its concepts, and the same with their class words in their places."""
+
+    text: str
+    class_text: str
+
+
+def draw_relation(rng: random.Random, *, kind: str = "things") -> str:
+    """What stands between two concepts: "next to".
 
     Args:
         rng: source of the draw.
-        texts: the two, in their order.
         kind: "things", "thing_in_style" (the style is the second) or "styles".
     """
-    first, second = texts
-    return f"{first} {rng.choice(_TABLES['relations'][kind])} {second}"
+    return rng.choice(_TABLES["relations"][kind])
 
 
 class JointPrompts:
@@ -42,40 +54,46 @@ class JointPrompts:
     the other concept already, as a caption may, is filled with the first alone.
 
     Args:
-        members: prompt set and text (``"sks dog"``) of each concept.
+        members: the concepts.
         joint_share: probability of two concepts in a prompt; without effect for a single member,
             whose prompts are drawn exactly as by its set.
     """
 
     def __init__(self, members: Sequence[Member], *, joint_share: float = 0.5):
         assert members, "no concept"
-        assert len({text for _, text in members}) == len(members), "a concept is named twice"
+        assert len({member.text for member in members}) == len(members), "a concept is named twice"
         assert 0 <= joint_share <= 1, joint_share
         self._members = tuple(members)
         self._joint_share = joint_share
         self._joint_sets = {
-            (text, kind): prompt_set.only(families)
-            for prompt_set, text in members
+            (member.text, kind): member.prompt_set.only(families)
+            for member in members
             for kind, families in _TABLES["families"].items()
         }
 
-    def sample(self, rng: random.Random) -> str:
+    def sample(self, rng: random.Random) -> PromptPair:
         """Draw a prompt."""
         if len(self._members) > 1 and rng.random() < self._joint_share:
             return self._sample_joint(rng, rng.sample(self._members, 2))
         member = rng.choice(self._members) if len(self._members) > 1 else self._members[0]
-        prompt_set, text = member
-        return prompt_set.sample(rng, text)
+        return _filled(member.prompt_set.draw(rng), member)
 
-    def _sample_joint(self, rng: random.Random, pair: Sequence[Member]) -> str:
-        pair = sorted(pair, key=_is_style)  # stable: two of a kind stay as drawn
+    def _sample_joint(self, rng: random.Random, pair: Sequence[Member]) -> PromptPair:
+        first, second = sorted(pair, key=_is_style)  # stable: two of a kind stay as drawn
         kind = ("things", "thing_in_style", "styles")[sum(map(_is_style, pair))]
-        first, second = (text for _, text in pair)
-        context = self._joint_sets[first, kind].draw(rng)
-        if second.lower() in context.text.lower():
-            return context.fill(first)
-        return context.fill(joint_phrase(rng, (first, second), kind=kind))
+        context = self._joint_sets[first.text, kind].draw(rng)
+        if second.text.lower() in context.text.lower():
+            return _filled(context, first)
+        relation = draw_relation(rng, kind=kind)
+        return PromptPair(
+            context.fill(f"{first.text} {relation} {second.text}"),
+            context.fill(f"{first.class_text} {relation} {second.class_text}"),
+        )
+
+
+def _filled(context: Context, member: Member) -> PromptPair:
+    return PromptPair(context.fill(member.text), context.fill(member.class_text))
 
 
 def _is_style(member: Member) -> bool:
-    return member[0].name == "style"
+    return member.prompt_set.name == "style"

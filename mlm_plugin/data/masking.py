@@ -15,7 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "MASK_ID", "MaskedTokens", "MaskingVocabulary", "mask_tokens"]
+__all__ = [
+    "IGNORE_INDEX",
+    "MASK_ID",
+    "MaskedTokens",
+    "MaskingVocabulary",
+    "mask_tokens",
+    "tokens_before_padding",
+]
 
 MASK_ID = -1
 """Stands for [MASK] in the ids. No vocabulary holds it: a hook on the embedding resolves it."""
@@ -152,6 +159,12 @@ def mask_tokens(
             labels_BL[row, start:end] = input_ids_BL[row, start:end]
             masked_BL[row, start:end] = _replacement(ids[start:end], vocabulary, replace, rng)
     return MaskedTokens(masked_BL, labels_BL)
+
+
+def tokens_before_padding(ids_BL: Tensor, eos_token_id: int) -> Tensor:
+    """True up to the first EOS, false behind it (SD 1 pads with EOS, SD 2 with "!")."""
+    num_eos_before = (ids_BL == eos_token_id).cumsum(dim=1) - (ids_BL == eos_token_id).long()
+    return num_eos_before == 0
 
 
 def _is_punctuation(piece: str, id: int, tokenizer) -> bool:  # noqa: A002 - a token id

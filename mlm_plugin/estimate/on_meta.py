@@ -1,8 +1,8 @@
 """Runs training code on the meta device as it would run on a GPU, in shapes and precisions.
 
-Meta tensors have no values and no kernels of their own, so four things need help: attention (one
-fused kernel on a GPU, a square of scores on meta), mixed precision (autocast does not know meta),
-questions about values, and places that are chosen by values.
+Meta tensors have no values and no kernels of their own, so three things need help: attention (one
+fused kernel on a GPU, a square of scores on meta), mixed precision (autocast does not know meta)
+and questions about values.
 Shapes: B batch, H heads, L queries, S keys, D width of a head.
 """
 
@@ -48,13 +48,11 @@ class OnMeta(TorchFunctionMode):
     """While it is entered, code on meta tensors runs as on a GPU.
 
     Args:
-        num_selected: how many places a mask of values chooses.
         to_fp32: functions that autocast runs in fp32.
     """
 
-    def __init__(self, *, num_selected: int = 1, to_fp32: frozenset[str] = CUDA_TO_FP32):
+    def __init__(self, *, to_fp32: frozenset[str] = CUDA_TO_FP32):
         super().__init__()
-        self.num_selected = num_selected
         self.to_fp32 = to_fp32
         self._dtype: torch.dtype | None = None
         self._cast_weights: dict[int, tuple[Tensor, Tensor]] | None = None
@@ -171,12 +169,4 @@ def _stay(_mode: OnMeta, _func: Callable, tensor: Tensor, *_args: Any, **_kwargs
     return tensor.detach()
 
 
-def _select(mode: OnMeta, func: Callable, tensor: Tensor, index: Any) -> Tensor:
-    """``tensor[mask]`` has as many rows as the caller said."""
-    if _on_meta(index) and index.dtype == torch.bool:
-        flat = tensor.flatten(0, index.ndim - 1)
-        return flat[torch.zeros(mode.num_selected, dtype=torch.long, device="meta")]
-    return func(tensor, index)
-
-
-_ANSWERS: dict[str, Callable] = {"__bool__": _is_true, "cpu": _stay, "__getitem__": _select}
+_ANSWERS: dict[str, Callable] = {"__bool__": _is_true, "cpu": _stay}

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.checks import mlm_obstacle
-from mlm_plugin.config.options import NETWORK_METHODS, TrainConfig
+from mlm_plugin.config.options import FROZEN_UNET_METHODS, NETWORK_METHODS, TrainConfig
 
 __all__ = ["Change", "changes_worth_trying"]
 
 EIGHT_BIT = "AdamW8bit"
+QUANTIZED = {"int8": "slower steps", "nf4": "slower steps on a coarser U-Net; needs bitsandbytes"}
 
 
 class Change(NamedTuple):
@@ -52,8 +53,27 @@ def _free(config: TrainConfig) -> Iterator[Change]:
             {"optimizer_type": EIGHT_BIT, "optimizer_args": ()},
             "needs bitsandbytes",
         )
+    if _may_fuse(config):
+        yield Change(
+            "fused_backward_pass = true",
+            {"fused_backward_pass": True},
+            "max_grad_norm holds for each tensor",
+        )
     if data.vae_batch_size > 1 and (data.cache_latents or data.cache_latents_to_disk):
         yield Change("vae_batch_size = 1", {"vae_batch_size": 1}, "slower caching")
+
+
+def _may_fuse(config: TrainConfig) -> bool:
+    """Whether steps inside the backward pass are possible and not asked for yet."""
+    schedule, optimizer = config.schedule, config.optimizer
+    kind = optimizer.optimizer_type.lower()
+    return (
+        schedule.method == "dreambooth"
+        and not optimizer.fused_backward_pass
+        and schedule.gradient_accumulation_steps == 1
+        and schedule.mixed_precision != "fp16"
+        and not any(family in kind for family in ("prodigy", "dadapt", "schedulefree"))
+    )
 
 
 def _smaller(config: TrainConfig) -> Iterator[Change]:
@@ -72,6 +92,9 @@ def _smaller(config: TrainConfig) -> Iterator[Change]:
     rank = config.network.network_dim or 4
     if schedule.method in NETWORK_METHODS and rank > 4:
         yield Change(f"network_dim = {rank // 2}", {"network_dim": rank // 2}, "less detail")
+    if schedule.method in FROZEN_UNET_METHODS and config.model.quantize_unet == "no":
+        for kind, price in QUANTIZED.items():
+            yield Change(f'quantize_unet = "{kind}"', {"quantize_unet": kind}, price)
     for precision in ("fp16", "bf16"):
         full = f"full_{precision}"
         if schedule.mixed_precision == precision == "bf16" and not getattr(schedule, full):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.estimate.live_bytes import LiveBytes
@@ -23,7 +23,7 @@ from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.rollback import LIMIT
-from mlm_plugin.training.trainer import batch_losses
+from mlm_plugin.training.trainer import batch_diffusion_loss, term_output
 
 __all__ = ["LABELS", "Moment", "Training", "caching_peak", "optimizer_peak", "step_peak"]
 
@@ -70,6 +70,8 @@ class Training:
         optimizer: its bytes.
         captions_are_cached: they were encoded beforehand, and the text encoders have gone.
         accumulates: several batches make a step, so that gradients lie there from the start.
+        fused: what the optimizer steps inside the backward pass, where its gradients are freed.
+        fused_working: what it needs for the largest of these.
     """
 
     method: Method
@@ -81,6 +83,8 @@ class Training:
     optimizer: OptimizerBytes
     captions_are_cached: bool = False
     accumulates: bool = False
+    fused: Sequence[nn.Parameter] = ()
+    fused_working: int = 0
 
 
 def _hold_resident(training: Training, live: LiveBytes) -> None:
@@ -108,7 +112,7 @@ def _hold_term(training: Training, live: LiveBytes) -> None:
 
 
 def step_peak(training: Training) -> Moment:
-    """What lives when forward and backward pass of one batch need most."""
+    """What lives when the passes of one batch need most: those of one loss, then of the other."""
     method, live = training.method, LiveBytes()
     _hold_resident(training, live)
     parameters = method.parameters()
@@ -119,24 +123,27 @@ def step_peak(training: Training) -> Moment:
     method.train(True)
     encode = _captions_from_cache(training) if training.captions_are_cached else method.encode
     hooks = live.hold_gradients(parameters, GRADIENTS)
+    hooks += [parameter.register_post_accumulate_grad_hook(_free) for parameter in training.fused]
     try:
         with training.on_meta, live:
-            loss = _loss(training, encode, live)
-            with live.labelled(WORKING):
-                training.on_meta.backward(loss, training.dtype)
+            _passes_of_pictures(training, encode, live)
+            if training.regularizer:
+                _passes_of_term(training, live)
     finally:
         for hook in hooks:
             hook.remove()
         for parameter in parameters:
             parameter.grad = None
-    return live.at_peak + _kept_between_steps(training)
+    fused = Counter({WORKING: training.fused_working})
+    return live.at_peak + fused + _kept_between_steps(training)
 
 
 def optimizer_peak(training: Training) -> Moment:
-    """What lives while the optimizer steps: no activations, but all gradients."""
+    """What lives while the optimizer steps: no activations, but all gradients that are left."""
     live = LiveBytes()
     _hold_resident(training, live)
-    gradients = Counter({GRADIENTS: sum(p.nbytes for p in training.method.parameters())})
+    left = set(training.method.parameters()).difference(training.fused)
+    gradients = Counter({GRADIENTS: sum(parameter.nbytes for parameter in left)})
     working = Counter({WORKING: training.optimizer.working})
     return live.live + gradients + working + _kept_between_steps(training)
 
@@ -170,28 +177,40 @@ def _captions_from_cache(training: Training) -> Encode:
     )
 
 
-def _loss(training: Training, encode: Encode, live: LiveBytes) -> Tensor:
-    """The loss of the batch; what its parts keep is under their labels."""
+def _passes_of_pictures(training: Training, encode: Encode, live: LiveBytes) -> None:
+    """Forward and backward pass of the denoising loss; what is kept is under its labels."""
 
     def labelled_encode(captions: Sequence[str]) -> Conditioning:
         with live.labelled(TEXT_KEPT):
             return encode(captions)
 
-    def mlm():
-        with live.labelled(MLM_KEPT):
-            return training.regularizer(0)
-
     with live.labelled(UNET_KEPT):
-        diffusion, term = batch_losses(
+        loss = batch_diffusion_loss(
             training.batch,
             models=training.method.models,
             encode=labelled_encode,
             diffusion_loss=training.diffusion_loss,
-            mlm=mlm if training.regularizer else None,
             device=torch.device("meta"),
             autocast=partial(training.on_meta.autocast, training.dtype),
         )
-        return diffusion if term is None else diffusion + term.loss
+    with live.labelled(WORKING):
+        training.on_meta.backward(loss, training.dtype)
+
+
+def _passes_of_term(training: Training, live: LiveBytes) -> None:
+    """The same of the MLM term."""
+    with live.labelled(MLM_KEPT):
+        loss = term_output(
+            partial(training.regularizer, 0),
+            device=torch.device("meta"),
+            autocast=partial(training.on_meta.autocast, training.dtype),
+        ).loss
+    with live.labelled(WORKING):
+        training.on_meta.backward(loss, training.dtype)
+
+
+def _free(parameter: nn.Parameter) -> None:
+    parameter.grad = None
 
 
 def _kept_between_steps(training: Training) -> Moment:

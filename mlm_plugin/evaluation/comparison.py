@@ -7,6 +7,7 @@ their seeds are the same. Knows no models.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -30,14 +31,16 @@ from mlm_plugin.evaluation.report import (
 from mlm_plugin.evaluation.results import (
     FORMAT,
     IMAGE_MEASURES,
-    MEASURES,
     axes_of,
+    measures_of,
     read_results,
     value_of,
 )
 from mlm_plugin.files import atomic_path
 
 __all__ = ["compare", "paired_differences"]
+
+logger = logging.getLogger(__name__)
 
 COMPARISON_FILE = "comparison.json"
 MAX_PICTURES = 4  # of a run and prompt
@@ -55,6 +58,8 @@ def compare(folders: Sequence[str], output: Path) -> Path:
     _refuse_other_judges(folders, runs)
     if {Path(folder).resolve() for folder in folders} & {output.resolve()}:
         raise UserError(f"--output {output}: is one of the folders compared; choose another")
+    if reason := _unlike_text_encoders(runs):
+        logger.warning("--compare: %s", reason)
     differences = [paired_differences(runs[0], run) for run in runs[1:]]
     content = {
         "format": FORMAT.replace("evaluation", "comparison"),
@@ -62,7 +67,8 @@ def compare(folders: Sequence[str], output: Path) -> Path:
             {
                 "folder": str(folder),
                 "label": run["label"],
-                "values": {name: value_of(run, name) for name in MEASURES},
+                "model": run["model"],
+                "values": {name: value_of(run, name) for name in measures_of(runs)},
             }
             for folder, run in zip(folders, runs, strict=True)
         ],
@@ -110,6 +116,20 @@ def _refuse_other_judges(folders: Sequence[str], runs: Sequence[Mapping[str, Any
             )
 
 
+def _unlike_text_encoders(runs: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence where runs have text encoders that others lack; else nothing."""
+    groups: dict[str, list[str]] = {}
+    for i, run in enumerate(runs):
+        groups.setdefault(" and ".join(run["text"]), []).append(_letter(i))
+    if len(groups) == 1:
+        return ""
+    shown = "; ".join(f"{', '.join(letters)}: {names}" for names, letters in groups.items())
+    return (
+        f"the runs have unlike text encoders ({shown}), so measures of the text stand in rows of "
+        "their own and are not compared between them"
+    )
+
+
 def _report(
     runs: Sequence[Mapping[str, Any]],
     folders: Sequence[Path],
@@ -119,9 +139,7 @@ def _report(
     common = _common_prompts(runs)
     if common and all(run["measures"] for run in runs):
         parts += [_plane(runs), _by_prompt(runs, common), _gallery(runs, folders, common)]
-    if any(run["text"] for run in runs):
-        parts.append(text_section(runs))
-    parts.append(_settings(runs, folders))
+    parts += [text_section(runs), _settings(runs, folders)]
     return page(f"{' | '.join(run['label'] for run in runs)}: comparison", "\n".join(parts))
 
 
@@ -140,7 +158,7 @@ def _head(runs: Sequence[Mapping[str, Any]]) -> str:
 def _table(runs: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f'<th class="n">{_key(i)}{_letter(i)}</th>' for i in range(len(runs)))
     lines = []
-    for name, measure in MEASURES.items():
+    for name, measure in measures_of(runs).items():
         values = [value_of(run, name) for run in runs]
         known = [value for value in values if value is not None]
         if not known:
@@ -168,6 +186,8 @@ def _table(runs: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str,
         "the chance of a difference as large if the runs were alike (sign flips). Several measures "
         "are tested at once, so take one small p with care."
     )
+    if reason := _unlike_text_encoders(runs):
+        lead += f" {reason[0].upper()}{reason[1:]}."
     return section("Measures", body, lead=lead)
 
 
@@ -260,13 +280,15 @@ def _gallery(
             f'<span class="text">{marked_prompt(rows[0])}</span></header>'
             f'<div class="runs">{"".join(columns)}</div></div>'
         )
-    seeds = {run["settings"]["seed"] for run in runs}
-    lead = (
-        "Pictures in one place come from the same noise."
-        if len(seeds) == 1
-        else "The runs have different seeds, so pictures do not correspond."
-    )
-    return section("Pictures", "".join(figures), lead=lead)
+    return section("Pictures", "".join(figures), lead=_how_pictures_correspond(runs))
+
+
+def _how_pictures_correspond(runs: Sequence[Mapping[str, Any]]) -> str:
+    if len({run["settings"]["seed"] for run in runs}) > 1:
+        return "The runs have different seeds, so pictures do not correspond."
+    if len({run["model"]["resolution"] for run in runs}) > 1:
+        return "The runs drew at different sizes, so pictures do not correspond."
+    return "Pictures in one place come from the same noise."
 
 
 def _settings(runs: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> str:

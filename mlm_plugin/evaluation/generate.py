@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.prompts import EvaluationPrompt, picture_seed
 from mlm_plugin.evaluation.subject import Subject
 from mlm_plugin.files import atomic_path, read_text
+from mlm_plugin.models.conditioning import Conditioning
+from mlm_plugin.training.samples import decode_latents
 
 __all__ = ["PICTURES", "SETTINGS_FILE", "claim_folder", "draw_pictures", "picture_name"]
 
@@ -98,7 +101,7 @@ def draw_pictures(
         the files, by prompt and number.
 
     Raises:
-        UserError: the VAE overflowed in half precision.
+        UserError: the U-Net overflowed in half precision.
     """
     files = [
         [folder / PICTURES / picture_name(i, j) for j in range(num_images)]
@@ -142,19 +145,37 @@ def _draw(
     negative_prompt: str,
     resolution: int | None,
 ) -> list[Image.Image]:
-    """Pictures of one prompt; noise comes from the CPU, so that a seed holds on every machine."""
-    states = subject.encode([negative_prompt, prompt])
-    pictures = subject.pipeline(
-        prompt_embeds=states[1:],
-        negative_prompt_embeds=states[:1],
+    """Pictures of one prompt; noise comes from the CPU, so that a seed holds on every machine.
+
+    SDXL is told the picture's own size and no crop, and an empty negative prompt is encoded as any
+    other, as in training.
+    """
+    pipeline, side = subject.pipeline, resolution or subject.resolution
+    latents_NChw = pipeline(
+        **_pipeline_inputs(subject.encode([negative_prompt, prompt])),
         num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=steps,
         guidance_scale=scale,
-        height=resolution,
-        width=resolution,
+        height=side,
+        width=side,
+        output_type="latent",
     ).images
-    dtype = subject.pipeline.vae.dtype
-    if dtype != torch.float32 and any(picture.getbbox() is None for picture in pictures):
-        raise UserError(f"a picture is black, the VAE overflowed in {dtype}: set --precision fp32")
-    return pictures
+    if not latents_NChw.isfinite().all():
+        raise UserError(
+            f"the U-Net overflowed in {pipeline.unet.dtype}: set --precision bf16 or fp32"
+        )
+    # one by one: at SDXL's size a picture needs gigabytes
+    return [decode_latents(pipeline.vae, one_1Chw) for one_1Chw in latents_NChw.float().split(1)]
+
+
+def _pipeline_inputs(conditioning: Conditioning) -> dict[str, Tensor]:
+    """Arguments of a pipeline, for the negative and the positive prompt in this order."""
+    inputs = {
+        "negative_prompt_embeds": conditioning.states[:1],
+        "prompt_embeds": conditioning.states[1:],
+    }
+    if conditioning.pooled is not None:
+        inputs["negative_pooled_prompt_embeds"] = conditioning.pooled[:1]
+        inputs["pooled_prompt_embeds"] = conditioning.pooled[1:]
+    return inputs

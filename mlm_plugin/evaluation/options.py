@@ -32,12 +32,14 @@ class EvaluateOptions:
     )
     lora: str | None = _option(None, "A LoRA to judge.", "FILE")
     lora_weight: float = _option(1.0, "Strength of the LoRA.")
-    embedding: str | None = _option(None, "Learned rows of the placeholder.", "FILE")
+    embedding: str | None = _option(
+        None, "Learned rows of the placeholder; for SDXL with clip_l and clip_g.", "FILE"
+    )
     checkpoint: str | None = _option(
         None, "A whole trained model; the base stays the measure of drift.", "MODEL"
     )
-    delta: str | None = _option(None, "Keys and values of Custom Diffusion.", "FILE")
-    xti: str | None = _option(None, "Rows for every cross-attention layer.", "FILE")
+    delta: str | None = _option(None, "Keys and values of Custom Diffusion (SD 1 and 2).", "FILE")
+    xti: str | None = _option(None, "Rows for every cross-attention layer (SD 1 and 2).", "FILE")
     placeholder_token: str = _option(
         "sks", "Word that stands for the concept; '' draws the plain class.", "WORD"
     )
@@ -54,11 +56,19 @@ class EvaluateOptions:
     sampler: str = _option("ddim", "kohya's name of the sampler.", "NAME")
     negative_prompt: str = _option("", "What is not wanted.", "TEXT")
     resolution: int | None = _option(
-        None, "Side of the pictures in pixels; else the model's own.", "N"
+        None, "Side of the pictures in pixels; else the model's own, 1024 for SDXL.", "N"
     )
     batch_size: int = _option(4, "Pictures drawn at once.", "N")
-    precision: str = _option("auto", "auto (fp16 on a GPU, else fp32), fp32, fp16 or bf16.", "NAME")
-    clip_skip: int | None = _option(None, "As in training.", "N")
+    precision: str = _option(
+        "auto",
+        "Of U-Net and text encoders: auto (fp16 on a GPU, else fp32), fp32, fp16 or bf16; "
+        "the VAE is fp32.",
+        "NAME",
+    )
+    clip_skip: int | None = _option(None, "As in training; SDXL has its own.", "N")
+    tokenizer_cache_dir: str | None = _option(
+        None, "As in training: where a checkpoint file's tokenizer is looked for.", "DIR"
+    )
     clip_model: str = _option(
         "openai/clip-vit-base-patch32",
         "CLIP that scores: folder or hub id; none = without.",
@@ -70,7 +80,11 @@ class EvaluateOptions:
     masks: str | None = _option(
         None, "Foreground masks, named as the photos and pictures they belong to.", "DIR"
     )
-    mlm_contextualizer: str = _option("auto", "As in training; none = without.", "FILE")
+    mlm_contextualizer: str = _option(
+        "auto",
+        "As in training, for SDXL one of each text encoder with a comma between; none = without.",
+        "FILE",
+    )
     label: str | None = _option(None, "Name in reports; else that of the file judged.", "TEXT")
 
 
@@ -103,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlm-plugin evaluate",
         allow_abbrev=False,
         description="Draw pictures of a learned concept, score them and the text encoder, and "
-        "write results.json, results.csv and report.html. Goes on where it was stopped.",
+        "write results.json, results.csv, text.csv and report.html. Goes on where it was stopped.",
     )
     types = {"int": int, "float": float}
     for item in dataclasses.fields(EvaluateOptions):
@@ -117,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
             help=item.metadata["help"].replace("%", "%%") + shown,
         )
     parser.add_argument(
-        "--text_only", action="store_true", help="Measure the text encoder alone, without pictures."
+        "--text_only", action="store_true", help="Measure the text encoders alone, no pictures."
     )
     parser.add_argument(
         "--compare", nargs="+", metavar="DIR", help="Finished evaluations to lay side by side."

@@ -12,7 +12,15 @@ from typing import Any
 
 from mlm_plugin.evaluation.charts import Bar, Line, Point, bar_chart, scatter_chart
 from mlm_plugin.evaluation.page import details, page, picture, picture_grid, section, table
-from mlm_plugin.evaluation.results import IMAGE_MEASURES, MEASURES, Measure, axes_of, value_of
+from mlm_plugin.evaluation.results import (
+    IMAGE_MEASURES,
+    Measure,
+    axes_of,
+    encoders_of,
+    measure_key,
+    measures_of,
+    value_of,
+)
 from mlm_plugin.files import atomic_path
 
 __all__ = [
@@ -34,6 +42,11 @@ TILES = ("prompt_fidelity", "identity", "clip_t", "clip_i", "dino", "dino_fg", "
          "masked_accuracy", "text_collapse", "drift_everyday")  # fmt: skip
 FILLERS = (("concept", "with the concept"), ("class", "with the class word"),
            ("random", "with a random word"))  # fmt: skip
+ENCODER_TITLES = {
+    "text_encoder": "The text encoder of Stable Diffusion 1 and 2",
+    "clip_l": "clip_l, the first text encoder",
+    "clip_g": "clip_g, the second text encoder",
+}
 
 
 def write_report(folder: Path, html: str) -> Path:
@@ -63,9 +76,7 @@ def single_report(results: Mapping[str, Any], folder: Path) -> str:
     parts = [_head(results), _tiles(results)]
     if results["prompts"] and results["prompts"][0]["pictures"]:
         parts += [_gallery(results, folder), _table_of_prompts(results), _plane(results)]
-    if results["text"]:
-        parts.append(text_section([results]))
-    parts.append(_settings(results))
+    parts += [text_section([results]), _settings(results)]
     return page(f"{results['label']}: evaluation", "\n".join(parts))
 
 
@@ -89,12 +100,16 @@ def _head(results: Mapping[str, Any]) -> str:
 
 
 def _tiles(results: Mapping[str, Any]) -> str:
-    tiles = []
-    for name in TILES:
+    tiles, measures = [], measures_of([results])
+    encoders = encoders_of([results])
+    names = [key for name in TILES
+             for key in dict.fromkeys([name, *(measure_key(name, e) for e in encoders)])
+             if key in measures]  # fmt: skip
+    for name in names:
         value = value_of(results, name)
         if value is None:
             continue
-        measure = MEASURES[name]
+        measure = measures[name]
         interval = results["measures"].get(name, {}).get("interval")
         small = f"<small>± {shown(interval, measure)}</small>" if interval is not None else ""
         arrow = {1: " ↑", -1: " ↓", 0: ""}[measure.better]
@@ -219,41 +234,58 @@ def _plane(results: Mapping[str, Any]) -> str:
 
 
 def text_section(runs: Sequence[Mapping[str, Any]]) -> str:
-    """What the text encoders say, of one or several evaluations."""
+    """What the text encoders say, of one or several evaluations, one encoder after the other."""
+    encoders = encoders_of(runs)
     parts = []
+    for encoder in encoders:
+        if len(encoders) > 1:
+            parts.append(f"<h3>{escape(ENCODER_TITLES[encoder])}</h3>")
+        texts = {i: run["text"][encoder] for i, run in enumerate(runs) if encoder in run["text"]}
+        parts += [_masked_words(texts, len(runs)), _text_table(texts, len(runs))]
+    title = "In the text encoder" if len(encoders) == 1 else "In the text encoders"
+    lead = "No picture is needed for these."
+    if len(encoders) > 1:
+        lead += " Encoders differ in width and in the layer read: compare runs, not encoders."
+    return section(title, "".join(parts), lead=lead)
+
+
+def _masked_words(texts: Mapping[int, Mapping[str, Any]], num_runs: int) -> str:
+    """Bars of one encoder in the runs that have it; nothing where no words were hidden."""
     bars = [
         Bar(
-            label if len(runs) == 1 else f"{_letter(i)}, {label}",
-            run["text"]["masked_words"][key]["accuracy"],
-            f"{100 * run['text']['masked_words'][key]['accuracy']:.1f} %   "
-            f"{run['text']['masked_words'][key]['loss']:.2f} nats",
+            label if num_runs == 1 else f"{_letter(i)}, {label}",
+            text["masked_words"][key]["accuracy"],
+            f"{100 * text['masked_words'][key]['accuracy']:.1f} %   "
+            f"{text['masked_words'][key]['loss']:.2f} nats",
             series=i,
         )
         for key, label in FILLERS
-        for i, run in enumerate(runs)
-        if run["text"] and run["text"]["masked_words"]
+        for i, text in texts.items()
+        if text["masked_words"]
     ]
-    if bars:
-        chart = bar_chart(bars, title="hidden words named rightly")
-        parts.append(
-            f"<h3>Hidden words named rightly</h3><figure>{chart}<figcaption>Words of the prompts "
-            "are hidden and told from the text encoder's states. With the class word alone is the "
-            "ceiling; a concept that drowns the prompt may fall below a random word."
-            "</figcaption></figure>"
-        )
-    rows = _text_rows(runs)
-    head = "".join(f'<th class="n">{_run_name(i, run, runs)}</th>' for i, run in enumerate(runs))
+    if not bars:
+        return ""
+    chart = bar_chart(bars, title="hidden words named rightly")
+    return (
+        f"<h3>Hidden words named rightly</h3><figure>{chart}<figcaption>Words of the prompts "
+        "are hidden and told from the text encoder's states. With the class word alone is the "
+        "ceiling; a concept that drowns the prompt may fall below a random word."
+        "</figcaption></figure>"
+    )
+
+
+def _text_table(texts: Mapping[int, Mapping[str, Any]], num_runs: int) -> str:
+    head = "".join(f'<th class="n">{_run_name(i, num_runs)}</th>' for i in texts)
     lines = "".join(
         f"<tr><td>{escape(name)}<span class=delta>{escape(meaning)}</span></td>"
         + "".join(f'<td class="n">{value}</td>' for value in values)
         + "</tr>"
-        for name, meaning, values in rows
+        for name, meaning, values in _text_rows(list(texts.values()))
     )
-    parts.append(
+    return (
         f'<div class="scroll"><table><thead><tr><th>Measure</th>{head}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
-    return section("In the text encoder", "".join(parts), lead="No picture is needed for these.")
 
 
 TEXT_ROWS: tuple[tuple[str, str, str, str], ...] = (
@@ -268,13 +300,17 @@ TEXT_ROWS: tuple[tuple[str, str, str, str], ...] = (
     ("distances", "collapse", "Prompt collapse", "1 − the ratio of the two above"),
     ("drift", "everyday", "Drift on everyday prompts", "1 − cos to the base model's states"),
     ("drift", "class", "Drift on prompts with the class word", "1 − cos to the base model's"),
+    ("projected", "inter", "Pooled text: distance to the class's",
+     "the same of the one vector that SDXL also reads"),
+    ("projected", "collapse", "Pooled text: prompt collapse", "1 − the ratio, concept to class"),
+    ("projected", "drift", "Pooled text: drift", "on everyday prompts, to the base model's"),
 )  # fmt: skip
 
 
-def _text_rows(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
+def _text_rows(texts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
     rows = []
     for group, key, name, meaning in TEXT_ROWS:
-        values = [((run["text"] or {}).get(group) or {}).get(key) for run in runs]
+        values = [(text[group] or {}).get(key) for text in texts]
         if any(value is not None for value in values):
             rows.append((name, meaning, ["–" if v is None else _signed(v) for v in values]))
     return rows
@@ -284,8 +320,8 @@ def _signed(value: float) -> str:
     return f"{value:.4f}".replace("-", "−")
 
 
-def _run_name(index: int, run: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> str:
-    if len(runs) == 1:
+def _run_name(index: int, num_runs: int) -> str:
+    if num_runs == 1:
         return "Value"
     return f'<span class="key s{index % 6}"></span>{_letter(index)}'
 

@@ -1,4 +1,6 @@
-"""The numbers of an evaluation on disk: ``results.json``, and ``results.csv`` by prompt.
+"""The numbers of an evaluation on disk: ``results.json``, and two tables of them.
+
+``results.csv`` has a line for each prompt, ``text.csv`` one for each text encoder.
 
 Knows the shape of the files, and what each measure is called and means.
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +19,28 @@ from mlm_plugin.pocket.world import ATTRIBUTES
 
 __all__ = [
     "AXES",
+    "ENCODER_NAMES",
     "FORMAT",
     "IMAGE_MEASURES",
-    "MEASURES",
     "RESULTS_FILE",
     "TEXT_MEASURES",
     "Measure",
     "axes_of",
+    "encoders_of",
+    "measure_key",
+    "measures_of",
     "read_results",
     "value_of",
     "write_results",
 ]
 
-FORMAT = "mlm_plugin evaluation 1"
+FORMAT = "mlm_plugin evaluation 2"
 RESULTS_FILE = "results.json"
 CSV_FILE = "results.csv"
+TEXT_CSV_FILE = "text.csv"
+
+ENCODER_NAMES: dict[int, tuple[str, ...]] = {1: ("text_encoder",), 2: ("clip_l", "clip_g")}
+"""What results call the text encoders of a model, by how many there are; SDXL has two."""
 
 
 class Measure(NamedTuple):
@@ -90,16 +99,37 @@ TEXT_MEASURES: dict[str, Measure] = {
         "Embedding cosine", 0, "of the concept's and the class word's input"
     ),
 }
-MEASURES = IMAGE_MEASURES | TEXT_MEASURES
 AXES = (("prompt_fidelity", "identity"), ("clip_t", "dino"), ("clip_t", "clip_i"))
 """Pairs of measures that pull against each other, the most telling first."""
+
+
+def measure_key(measure: str, encoder: str) -> str:
+    """A text measure of one of the encoders: ``masked_accuracy``, ``masked_accuracy_clip_l``."""
+    return measure if encoder in ENCODER_NAMES[1] else f"{measure}_{encoder}"
+
+
+def encoders_of(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the text encoders that any of the runs has, in the order of the runs."""
+    return list(dict.fromkeys(name for run in runs for name in run["text"]))
+
+
+def measures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
+    """Every measure that any of the runs may have, those of the text once for each encoder."""
+    encoders = encoders_of(runs)
+    text = {}
+    for name, measure in TEXT_MEASURES.items():
+        for encoder in encoders:
+            key = measure_key(name, encoder)
+            title = measure.title if key == name else f"{measure.title}, {encoder}"
+            text[key] = measure._replace(title=title)
+    return IMAGE_MEASURES | text
 
 
 def value_of(results: Mapping[str, Any], measure: str) -> float | None:
     """The one number of a measure; None where it was not taken."""
     if measure in IMAGE_MEASURES:
         return results["measures"].get(measure, {}).get("mean")
-    return (results["text_headline"] or {}).get(measure)
+    return results["text_headline"].get(measure)
 
 
 def axes_of(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
@@ -109,23 +139,58 @@ def axes_of(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write both files, each whole or not at all."""
+    """Write the three files, each whole or not at all."""
     with atomic_path(folder / RESULTS_FILE) as temporary:
         text = json.dumps({"format": FORMAT, **results}, indent=2, ensure_ascii=False)
         temporary.write_text(f"{text}\n", encoding="utf-8")
-    columns = _columns(results["prompts"])
-    with atomic_path(folder / CSV_FILE) as temporary:
+    _write_csv(folder / CSV_FILE, _prompt_lines(results))
+    _write_csv(folder / TEXT_CSV_FILE, _text_lines(results["text"]))
+
+
+def _prompt_lines(results: Mapping[str, Any]) -> list[list[Any]]:
+    """Head and one line per prompt: scores of its pictures, distance to the class in the text."""
+    prompts = results["prompts"]
+    columns = list(dict.fromkeys(name for row in prompts for name in row["scores"]))
+    distances = {
+        measure_key("text_inter", encoder): text["distance_per_prompt"]
+        for encoder, text in results["text"].items()
+    }
+    lines = [["number", "prompt", "scored_text", *columns, *distances]]
+    for i, row in enumerate(prompts):
+        values = [row["scores"].get(name) for name in columns]
+        values += [per_prompt[i] for per_prompt in distances.values()]
+        lines.append([i + 1, row["prompt"], row["text"], *map(_cell, values)])
+    return lines
+
+
+def _text_lines(text: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """Head and one line per text encoder: every number, named by its path in the JSON."""
+    numbers = {encoder: dict(_numbers(groups)) for encoder, groups in text.items()}
+    columns = list(dict.fromkeys(name for row in numbers.values() for name in row))
+    lines = [["text_encoder", *columns]]
+    for encoder, row in numbers.items():
+        lines.append([encoder, *(_cell(row.get(name)) for name in columns)])
+    return lines
+
+
+def _numbers(groups: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in groups.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{path}{name}.")
+        elif isinstance(value, (int, float)):
+            yield f"{path}{name}", value
+
+
+def _cell(value: float | None) -> str:
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
+    return f"{value:.6f}"
+
+
+def _write_csv(path: Path, lines: Iterable[Sequence[Any]]) -> None:
+    with atomic_path(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["number", "prompt", "scored_text", *columns])
-            for number, row in enumerate(results["prompts"], start=1):
-                values = [row["scores"].get(name) for name in columns]
-                shown = ["" if value is None else f"{value:.6f}" for value in values]
-                writer.writerow([number, row["prompt"], row["text"], *shown])
-
-
-def _columns(prompts: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in prompts for name in row["scores"]))
+            csv.writer(file).writerows(lines)
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
@@ -144,5 +209,8 @@ def read_results(folder: str | Path) -> dict[str, Any]:
             f"--compare: {path} is not valid JSON; run that evaluation again"
         ) from error
     if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise UserError(f"--compare: {path} is not of the format {FORMAT!r}; run it again")
+        raise UserError(
+            f"--compare: {path} is not of the format {FORMAT!r}; run that evaluation again, its "
+            "pictures stay"
+        )
     return results

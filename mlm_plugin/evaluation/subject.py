@@ -9,28 +9,38 @@ that the tokenizer knows already, which diffusers refuses. Knows no prompts and 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.custom_diffusion import read_delta
-from mlm_plugin.export.embeddings import read_embedding, read_xti
+from mlm_plugin.export.embeddings import EMBEDDING_KEYS, read_embeddings, read_xti
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.models.cross_attention import layer_codes, per_layer_conditioning
+from mlm_plugin.models.diffusers_folder import find_local_folder
+from mlm_plugin.models.kohya_names import TEXT_ENCODER_PARTS, part_of
+from mlm_plugin.models.model_parts import TITLES
 from mlm_plugin.models.networks import create_network, read_weights
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_rows import TokenRows
 from mlm_plugin.training.samples import create_sampler
 
-__all__ = ["Subject", "load_subject"]
+__all__ = ["Pipeline", "Subject", "load_subject"]
 
 LORA_UP = "lora_up.weight"
+# Layers that read text states, by the end of their name.
+READS_TEXT = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
+
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
 @dataclass
@@ -38,24 +48,38 @@ class Subject:
     """A model that draws a concept, frozen, in eval mode.
 
     Attributes:
-        pipeline: takes ``prompt_embeds``; its scheduler is the sampler asked for.
-        text_encoder: the pipeline's, with everything learned in place.
-        base_text_encoder: the base model's, untouched, fp32.
-        encode: prompts to what the U-Net reads, ``(B, L, D)``.
+        pipeline: takes ``prompt_embeds``; its scheduler is the sampler asked for, its VAE is fp32.
+        text_encoders: the pipeline's, one or SDXL's two, with everything learned in place.
+        base_text_encoders: the base model's, untouched, fp32; they stay on the CPU.
+        encode: prompts to what the U-Net reads.
+        family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
     """
 
-    pipeline: StableDiffusionPipeline
-    text_encoder: TextEncoder
-    base_text_encoder: TextEncoder
-    encode: Callable[[Sequence[str]], Tensor]
+    pipeline: Pipeline
+    text_encoders: list[TextEncoder]
+    base_text_encoders: list[TextEncoder]
+    encode: Callable[[Sequence[str]], Conditioning]
+    family: str
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the model was made for."""
+        return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     def to(self, device: torch.device) -> Subject:
-        """Move everything; returns itself."""
+        """Move everything that draws; returns itself."""
         self.pipeline.to(device)
-        self.base_text_encoder.model.to(device)
-        if self.text_encoder.token_rows is not None:
-            self.text_encoder.token_rows.to(device)
+        for text_encoder in self.text_encoders:
+            if text_encoder.token_rows is not None:
+                text_encoder.token_rows.to(device)
         return self
+
+    def release_drawing(self) -> None:
+        """Free the device of U-Net and VAE, once no picture is missing."""
+        for module in (self.pipeline.unet, self.pipeline.vae):
+            torch.nn.Module.to(module, "cpu")  # diffusers' own warns of half weights on a CPU
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -72,6 +96,7 @@ def load_subject(
     clip_skip: int | None = None,
     sampler: str = "ddim",
     dtype: torch.dtype = torch.float32,
+    tokenizer_cache_dir: str | None = None,
 ) -> Subject:
     """Load a base model and what was learned on it.
 
@@ -82,62 +107,124 @@ def load_subject(
         lora: LoRA file in kohya's spelling.
         lora_weight: its strength.
         embedding: Textual Inversion file.
-        delta: Custom Diffusion's keys and values.
-        xti: file with rows for every layer.
+        delta: Custom Diffusion's keys and values; not for SDXL.
+        xti: file with rows for every layer; not for SDXL.
         clip_skip: as in training.
         sampler: kohya's name, see ``SAMPLERS``.
-        dtype: of the models that draw.
+        dtype: of U-Net and text encoders. The VAE is fp32: SDXL's overflows in fp16.
+        tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for; else that of the
+            base model serves the checkpoint.
 
     Raises:
         UserError: a file is missing, damaged, or made for another model.
     """
-    for option, path in (("lora", lora), ("delta", delta), ("embedding", embedding), ("xti", xti)):
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"--{option}: there is no file {path}")
-    how = {"clip_skip": clip_skip, "dtype": dtype, "vae_dtype": dtype}
-    models = load_stable_diffusion(base, **how)
+    _require_files(lora=lora, delta=delta, embedding=embedding, xti=xti)
+    load = functools.partial(
+        load_stable_diffusion,
+        clip_skip=clip_skip,
+        dtype=dtype,
+        tokenizer_cache_dir=tokenizer_cache_dir,
+    )
+    models = load(base)
     if models.is_sdxl:
-        raise UserError(f"{base} is SDXL; what was learned is judged on Stable Diffusion 1 and 2")
-    base_text_encoder = _copy(models.text_encoders[0])
+        _refuse_on_sdxl(base, delta=delta, xti=xti)
+    base_text_encoders = [_copy(text_encoder) for text_encoder in models.text_encoders]
     if checkpoint is not None:
-        shapes = base if Path(base).is_dir() else None
-        models = load_stable_diffusion(checkpoint, architecture=shapes, **how)
+        family = models.family
+        del models  # the memory of a whole model, before the next one is loaded
+        load = functools.partial(
+            load, tokenizer_cache_dir=tokenizer_cache_dir or _tokenizer_of(base)
+        )
+        models = _load_checkpoint(load, checkpoint, base=base, family=family)
     pipeline = _pipeline(models, sampler)
     if lora is not None:
         _load_lora(models, lora, lora_weight)
     if delta is not None:
         _load_delta(pipeline, delta)
-    text_encoder = models.text_encoders[0]
     if xti is not None:
-        encode = _load_xti(pipeline, text_encoder, xti, placeholder_token)
+        encode = _load_xti(pipeline, models.text_encoders[0], xti, placeholder_token)
     else:
         if embedding is not None:
-            _add_rows(text_encoder, read_embedding(embedding)[None], placeholder_token, embedding)
-        encode = text_encoder.encode_captions
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            _load_embedding(models, embedding, placeholder_token)
+        encode = functools.partial(encode_captions, models.text_encoders)
+    for module in (models.unet, models.vae, *(encoder.model for encoder in models.text_encoders)):
         module.eval().requires_grad_(False)
-    return Subject(pipeline, text_encoder, base_text_encoder, encode)
+    return Subject(pipeline, models.text_encoders, base_text_encoders, encode, models.family)
+
+
+def _require_files(**paths: str | None) -> None:
+    for option, path in paths.items():
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{option}: there is no file {path}")
+
+
+def _refuse_on_sdxl(base: str, **paths: str | None) -> None:
+    for option, path in paths.items():
+        if path is not None:
+            raise UserError(
+                f"--{option}: {base} is {TITLES['sdxl']}, files of this method are for Stable "
+                "Diffusion 1 and 2: give the model the file was trained on"
+            )
 
 
 def _copy(text_encoder: TextEncoder) -> TextEncoder:
-    model = copy.deepcopy(text_encoder.model).float()
-    return TextEncoder(text_encoder.tokenizer, model, clip_skip=text_encoder.clip_skip)
+    return TextEncoder(
+        text_encoder.tokenizer,
+        copy.deepcopy(text_encoder.model).float(),
+        clip_skip=text_encoder.clip_skip,
+        final_norm=text_encoder.final_norm,
+    )
 
 
-def _pipeline(models: StableDiffusion, sampler: str) -> StableDiffusionPipeline:
+def _tokenizer_of(base: str) -> Path:
+    """Where the tokenizer lies that a checkpoint file trained from this model is read with."""
+    path = Path(base)
+    if path.is_file():
+        return path.parent / "tokenizer"
+    return find_local_folder(base, option="--pretrained_model_name_or_path") / "tokenizer"
+
+
+def _load_checkpoint(
+    load: Callable[..., StableDiffusion], checkpoint: str, *, base: str, family: str
+) -> StableDiffusion:
+    try:
+        models = load(checkpoint, architecture=base if Path(base).is_dir() else None)
+    except UserError as error:
+        reason = str(error).removeprefix("--pretrained_model_name_or_path: ")
+        reason = reason.replace("--network_weights", "--lora")
+        raise UserError(f"--checkpoint (the base model is {TITLES[family]}): {reason}") from error
+    if models.family != family:
+        raise UserError(
+            f"--checkpoint {checkpoint}: is {TITLES[models.family]}, the base model {base} is "
+            f"{TITLES[family]}: give the model it was trained from"
+        )
+    return models
+
+
+def _pipeline(models: StableDiffusion, sampler: str) -> Pipeline:
     scheduler = create_sampler(
         sampler, models.noise_scheduler, prediction_type=models.prediction_type
     )
-    pipeline = StableDiffusionPipeline(
-        vae=models.vae,
-        text_encoder=models.text_encoders[0].model,
-        tokenizer=models.text_encoders[0].tokenizer,
-        unet=models.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    first = models.text_encoders[0]
+    parts: dict[str, Any] = {
+        "vae": models.vae,
+        "text_encoder": first.model,
+        "tokenizer": first.tokenizer,
+        "unet": models.unet,
+        "scheduler": scheduler,
+    }
+    if models.is_sdxl:
+        second = models.text_encoders[1]
+        pipeline = StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=second.model,
+            tokenizer_2=second.tokenizer,
+            add_watermarker=False,
+        )
+    else:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -146,6 +233,7 @@ def _load_lora(models: StableDiffusion, path: str, weight: float) -> None:
     state = read_weights(path)
     if not any(key.endswith(LORA_UP) for key in state):
         raise UserError(f"--lora {path}: holds no {LORA_UP}; give a LoRA in kohya's spelling")
+    _refuse_other_lora(models, state, path)
     network = create_network(
         "networks.lora", models=models, weights=path, dim_from_weights=True, **_parts_of(state)
     )
@@ -158,15 +246,36 @@ def _load_lora(models: StableDiffusion, path: str, weight: float) -> None:
     network.train(False)
 
 
+def _refuse_other_lora(models: StableDiffusion, state: Mapping[str, Tensor], path: str) -> None:
+    """Compare the text encoders that a file names, and the widths it reads, with the model's."""
+    expected = {
+        part: encoder.token_embedding.embedding_dim
+        for part, encoder in zip(
+            TEXT_ENCODER_PARTS[len(models.text_encoders)], models.text_encoders, strict=True
+        )
+    }
+    expected["unet"] = models.unet.config.cross_attention_dim
+    found = {part_of(key): tensor.shape[1] for key, tensor in state.items()
+             if key.endswith(READS_TEXT)}  # fmt: skip
+    other = {part: width for part, width in found.items() if expected.get(part) != width}
+    if other:
+        shown = ", ".join(f"{part} of width {width}" for part, width in sorted(other.items()))
+        wanted = ", ".join(f"{part} of width {width}" for part, width in expected.items())
+        raise UserError(
+            f"--lora {path}: was trained on another kind of model ({shown}), {models.source} is "
+            f"{TITLES[models.family]} ({wanted}): give the model it was trained on"
+        )
+
+
 def _parts_of(state: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Which of the two models the file adapts."""
+    """Which of the models the file adapts."""
     return {
         "train_unet": any(key.startswith("lora_unet") for key in state),
         "train_text_encoder": any(key.startswith("lora_te") for key in state),
     }
 
 
-def _load_delta(pipeline: StableDiffusionPipeline, path: str) -> None:
+def _load_delta(pipeline: Pipeline, path: str) -> None:
     widths = {matrix.shape[1] for matrix in read_delta(path).values()}
     if widths != {pipeline.unet.config.cross_attention_dim}:
         raise UserError(f"--delta {path}: was not made for this base model (width {widths})")
@@ -175,12 +284,24 @@ def _load_delta(pipeline: StableDiffusionPipeline, path: str) -> None:
 
 
 def _load_xti(
-    pipeline: StableDiffusionPipeline, text_encoder: TextEncoder, path: str, placeholder_token: str
-) -> Callable[[Sequence[str]], Tensor]:
+    pipeline: Pipeline, text_encoder: TextEncoder, path: str, placeholder_token: str
+) -> Callable[[Sequence[str]], Conditioning]:
     rows_KND = read_xti(path, codes=layer_codes(pipeline.unet))
     _add_rows(text_encoder, rows_KND, placeholder_token, path)
     per_layer_conditioning(pipeline.unet)
-    return lambda prompts: encode_per_layer(text_encoder, prompts)
+    return lambda prompts: Conditioning(encode_per_layer(text_encoder, prompts))
+
+
+def _load_embedding(models: StableDiffusion, path: str, placeholder_token: str) -> None:
+    rows, count = read_embeddings(path), len(models.text_encoders)
+    if len(rows) != count:
+        raise UserError(
+            f"--embedding {path}: holds rows for {len(rows)} text encoder(s), {models.source} is "
+            f"{TITLES[models.family]} and needs {count} ({', '.join(EMBEDDING_KEYS[count])}): use "
+            "a file trained on this kind of model"
+        )
+    for text_encoder, rows_ND in zip(models.text_encoders, rows, strict=True):
+        _add_rows(text_encoder, rows_ND[None], placeholder_token, path)
 
 
 def _add_rows(
@@ -189,7 +310,7 @@ def _add_rows(
     width = text_encoder.token_embedding.embedding_dim
     if rows_KND.shape[-1] != width:
         raise UserError(
-            f"{path} is of width {rows_KND.shape[-1]}, the text encoder of width {width}: "
-            "use a file trained on this kind of model (768 = SD 1.x, 1024 = SD 2.x)"
+            f"{path} is of width {rows_KND.shape[-1]}, the text encoder of width {width}: use a "
+            "file trained on this kind of model (768 = SD 1.x, 1024 = SD 2.x, 768 and 1280 = SDXL)"
         )
     TokenRows(text_encoder, {placeholder_token: rows_KND}).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Measures of the text encoder alone: no picture is drawn.
+"""Measures of a text encoder alone: no picture is drawn, and of SDXL's two each has its own.
 
 How well the hidden words around the concept can be told, how far the concept stands from its class,
 whether prompts with it have become alike, and how far the encoder has moved on text without it.
@@ -9,7 +9,7 @@ Shapes: B prompts, L tokens, D width, K readings of a placeholder (XTI's layers,
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,23 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_plugin.data.english import FUNCTION_WORDS, NEUTRAL_WORDS
-from mlm_plugin.data.masking import MaskedTokens, MaskingVocabulary, mask_tokens
+from mlm_plugin.data.masking import (
+    MaskedTokens,
+    MaskingVocabulary,
+    mask_tokens,
+    tokens_before_padding,
+)
 from mlm_plugin.evaluation.measures import intra_distance, mean_with_interval, paired_cosine
 from mlm_plugin.evaluation.prompts import with_class, with_concept
 from mlm_plugin.models.contextualizer import Contextualizer, masked_word_loss
 from mlm_plugin.models.mask_token import mask_embedding
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import tokens_before_padding
 from mlm_plugin.training.drift import PROBES
 
 __all__ = [
     "MaskedWords",
     "embedding_measures",
     "encoder_drift",
+    "has_projection",
     "headline",
     "masked_words",
     "measure_text_space",
     "pooled_states",
+    "projected_states",
+    "projection_drift",
     "random_words",
     "set_distances",
 ]
@@ -62,7 +69,9 @@ def measure_text_space(
     class_token: str,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All measures, by group; ``masked_words`` is None without a contextualizer.
+    """All measures of one text encoder, by group.
+
+    ``masked_words`` is None without a contextualizer, ``projected`` but for SDXL's second encoder.
 
     Args:
         text_encoder: with everything learned in place.
@@ -87,6 +96,13 @@ def measure_text_space(
         )
     distances = set_distances(text_encoder, concept_prompts, class_prompts)
     per_prompt = distances.pop("per_prompt")
+    projected = None
+    if has_projection(text_encoder):
+        projected = set_distances(
+            text_encoder, concept_prompts, class_prompts, states=projected_states
+        )
+        del projected["per_prompt"]
+        projected["drift"] = projection_drift(text_encoder, base_text_encoder, PROBES)
     return {
         "masked_words": words,
         "embedding": embedding_measures(
@@ -98,6 +114,7 @@ def measure_text_space(
             "everyday": encoder_drift(text_encoder, base_text_encoder, PROBES),
             "class": encoder_drift(text_encoder, base_text_encoder, class_prompts),
         },
+        "projected": projected,
     }
 
 
@@ -193,12 +210,12 @@ def _named(
     result = masked_word_loss(
         contextualizer,
         hidden_BLD,
-        labels_BL=masked.labels.to(device),
+        labels_BL=masked.labels,
         is_token_BL=is_token_BL.to(device),
         token_table_VD=table_VD,
     )
-    num_masked = int(result.num_masked)
-    return MaskedWords(float(result.loss), int(result.num_correct) / max(num_masked, 1), num_masked)
+    accuracy = int(result.num_correct) / max(result.num_masked, 1)
+    return MaskedWords(float(result.loss), accuracy, result.num_masked)
 
 
 def random_words(text_encoder: TextEncoder, count: int, *, seed: int) -> list[str]:
@@ -248,8 +265,37 @@ def _rows_of(text_encoder: TextEncoder, word: str) -> Tensor:
     return text_encoder.token_embedding.weight[ids].float()
 
 
+def pooled_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    """States at the end token, which has read the whole prompt: ``(K, B, D)`` fp32, on the CPU.
+
+    They are those that the U-Net reads, clip skip included.
+    """
+    ids_BL = text_encoder.tokenize_trimmed(list(prompts))
+    eos_B = (ids_BL == text_encoder.tokenizer.eos_token_id).int().argmax(dim=1)
+    rows = text_encoder.token_rows
+    states = []
+    for k in range(1 if rows is None else rows.num_variants):
+        hidden_BLD = text_encoder.encode(_reading(text_encoder, ids_BL, k)).float().cpu()
+        states.append(hidden_BLD[torch.arange(len(ids_BL)), eos_B])
+    return torch.stack(states)
+
+
+def has_projection(text_encoder: TextEncoder) -> bool:
+    """Whether the U-Net also reads one vector of the whole prompt, as of SDXL's second encoder."""
+    return hasattr(text_encoder.model, "text_projection")
+
+
+def projected_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
+    """SDXL's pooled text, the end token's last state through the projection: ``(1, B, P)`` fp32."""
+    return text_encoder.encode_captions_pooled(prompts).pooled.float().cpu()[None]
+
+
 def set_distances(
-    text_encoder: TextEncoder, concept_prompts: Sequence[str], class_prompts: Sequence[str]
+    text_encoder: TextEncoder,
+    concept_prompts: Sequence[str],
+    class_prompts: Sequence[str],
+    *,
+    states: Callable[[TextEncoder, Sequence[str]], Tensor] = pooled_states,
 ) -> dict[str, Any]:
     """How far prompts with the concept stand from the class's, and from each other.
 
@@ -258,10 +304,16 @@ def set_distances(
     ``intra_class`` the same of c; ``collapse`` = 1 - intra / intra_class (0: as varied as the
     class, 1: all prompts say the same). ``per_prompt``: the terms of ``inter``.
 
+    Args:
+        text_encoder: whose states are compared.
+        concept_prompts: with the concept.
+        class_prompts: the same with the class word.
+        states: gives ``(K, B, D)`` for prompts.
+
     Source: the distances of "semantic collapse" (Embedding-Adjustment); there between whole sets.
     """
-    concept_KBD = pooled_states(text_encoder, concept_prompts)
-    class_BD = pooled_states(text_encoder, class_prompts)[0]
+    concept_KBD = states(text_encoder, concept_prompts)
+    class_BD = states(text_encoder, class_prompts)[0]
     per_prompt = torch.stack([1 - paired_cosine(p_BD, class_BD) for p_BD in concept_KBD]).mean(0)
     intra_class = intra_distance(class_BD)
     intra = None
@@ -276,19 +328,14 @@ def set_distances(
     }
 
 
-def pooled_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
-    """States at the end token, which has read the whole prompt: ``(K, B, D)`` fp32, on the CPU.
-
-    They are those that the U-Net reads, clip skip included.
-    """
-    ids_BL = text_encoder.tokenize_trimmed(list(prompts))
-    eos_B = (ids_BL == text_encoder.tokenizer.eos_token_id).int().argmax(dim=1)
-    rows = text_encoder.token_rows
-    states = []
-    for k in range(1 if rows is None else rows.num_variants):
-        hidden_BLD = text_encoder.encode(_reading(text_encoder, ids_BL, k)).float().cpu()
-        states.append(hidden_BLD[torch.arange(len(ids_BL)), eos_B])
-    return torch.stack(states)
+def projection_drift(
+    text_encoder: TextEncoder, base_text_encoder: TextEncoder, prompts: Sequence[str]
+) -> float:
+    """``mean (1 - cos(p, p_base))`` of SDXL's pooled text, one vector for each prompt."""
+    now_BP, before_BP = (
+        projected_states(encoder, prompts)[0] for encoder in (text_encoder, base_text_encoder)
+    )
+    return (1 - paired_cosine(now_BP, before_BP)).mean().item()
 
 
 def encoder_drift(
@@ -315,7 +362,7 @@ def _reading(text_encoder: TextEncoder, ids_BL: Tensor, k: int) -> Tensor:
 
 
 def headline(text: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of :func:`measure_text_space` that a table of runs has room for."""
+    """The numbers of one text encoder that a table of runs has room for."""
     words = text["masked_words"]
     embedding = text["embedding"] or {}
     return {

@@ -18,7 +18,7 @@ from torch import Tensor
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embeddings import EMBEDDING_KEYS
 from mlm_plugin.files import atomic_path
-from mlm_plugin.models.kohya_names import is_known_key, is_text_encoder_name
+from mlm_plugin.models.kohya_names import BUNDLE_PREFIX, is_known_key, is_text_encoder_name
 from mlm_plugin.models.weights_files import for_file, write_weights
 
 __all__ = [
@@ -38,7 +38,6 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
 }
 """``save_precision`` and the dtype it stands for; None keeps what was trained."""
 
-BUNDLE_PREFIX = "bundle_emb."
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
 
 

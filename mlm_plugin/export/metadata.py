@@ -146,6 +146,7 @@ METHOD_OPTIONS = (
     "stop_unet_training",
     "stop_text_encoder_training",
     "stop_embedding_training",
+    "quantize_unet",
 )
 """Stored where they were given; kohya's trainers have no names for most of them."""
 
@@ -196,6 +197,7 @@ class RunFacts:
     steps: int | None = None
     epoch: int | None = None
     concepts: tuple[Concept, ...] = ()
+    mlm_target: str | None = None  # class, word
     mlm_prompt_set: str | None = None
     mlm_contextualizer: str | None = None  # fingerprint
     mlm_seed: int | None = None
@@ -472,6 +474,7 @@ def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
         metadata: dict[str, Any] = {"ss_mlm_loss_weight": options["mlm_loss_weight"]}
     else:
         metadata = {f"ss_{name}": options[name] for name in MLM_OPTIONS} | {
+            "ss_mlm_target": facts.mlm_target,
             "ss_mlm_prompt_set": facts.mlm_prompt_set,
             "ss_mlm_contextualizer": facts.mlm_contextualizer,
             "ss_mlm_seed": facts.mlm_seed,

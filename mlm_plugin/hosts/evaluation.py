@@ -35,15 +35,13 @@ from mlm_plugin.evaluation.prompts import (
     picture_seed,
 )
 from mlm_plugin.evaluation.report import single_report, write_report
-from mlm_plugin.evaluation.results import MEASURES, value_of, write_results
+from mlm_plugin.evaluation.results import measure_key, measures_of, value_of, write_results
 from mlm_plugin.evaluation.subject import Subject, load_subject
-from mlm_plugin.evaluation.text_space import headline, measure_text_space
+from mlm_plugin.evaluation.text_space import headline
 from mlm_plugin.files import require_writable
 from mlm_plugin.hosts.builtin_names import data_path, model_path
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
-from mlm_plugin.hosts.mlm_setup import auto_contextualizer_path, find_contextualizer, is_small
-from mlm_plugin.models.contextualizer import Contextualizer
-from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.hosts.evaluation_text import check_contextualizers, measure_text, text_protocol
 
 __all__ = ["run_evaluate"]
 
@@ -52,7 +50,8 @@ logger = logging.getLogger(__name__)
 JUDGED = ("checkpoint", "lora", "embedding", "delta", "xti")
 # Options that do not change how pictures look.
 NOT_IN_PICTURES = {"train_data_dir", "output", "prompts", "num_images_per_prompt", "batch_size",
-                   "clip_model", "dino_model", "masks", "mlm_contextualizer", "label"}  # fmt: skip
+                   "clip_model", "dino_model", "masks", "mlm_contextualizer", "label",
+                   "tokenizer_cache_dir"}  # fmt: skip
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "pillow", "numpy")
 
 
@@ -73,12 +72,20 @@ def run_evaluate(command: EvaluateCommand) -> int:
     results = _evaluate(options, output, text_only=command.text_only)
     write_results(output, results)
     report = write_report(output, single_report(results, output))
-    for name, measure in MEASURES.items():
-        value = value_of(results, name)
-        if value is not None:
-            print(f"  {measure.title:<18} {value:8.4f}   {measure.meaning}")
+    _print_measures(results)
     print(f"wrote {report}")
     return 0
+
+
+def _print_measures(results: dict[str, Any]) -> None:
+    taken = {
+        measure: value
+        for name, measure in measures_of([results]).items()
+        if (value := value_of(results, name)) is not None
+    }
+    width = max((len(measure.title) for measure in taken), default=0)
+    for measure, value in taken.items():
+        print(f"  {measure.title:<{width}} {value:8.4f}   {measure.meaning}")
 
 
 def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dict[str, Any]:
@@ -113,7 +120,8 @@ def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dic
             pictures, prompts, photos, clip=clip, dino=dino, masks=masks, oracle=oracle
         )
         judges = _protocol(clip, dino, scores, masked=bool(masks)) | oracle_protocol
-    text = _measure_text(options, load(), prompts, device)
+    subject = load()
+    text = measure_text(options, subject, prompts, device)
     return {
         "created": time.strftime("%Y-%m-%d %H:%M %z"),
         "label": options.label or _label(options),
@@ -121,10 +129,14 @@ def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dic
             "placeholder_token": options.placeholder_token,
             "class_token": options.class_token,
         },
+        "model": {
+            "family": subject.family,
+            "resolution": options.resolution or subject.resolution,
+        },
         "settings": dataclasses.asdict(options),
         "files": files,
         "versions": _versions(device),
-        "judges": judges | _text_protocol(text),
+        "judges": judges | text_protocol(text),
         "measures": scores["measures"],
         "references": scores["references"],
         "photos": [str(photo) for photo in photos],
@@ -133,7 +145,11 @@ def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dic
             for i, (prompt, files_of) in enumerate(zip(prompts, pictures, strict=True))
         ],
         "text": text,
-        "text_headline": headline(text),
+        "text_headline": {
+            measure_key(name, encoder): value
+            for encoder, groups in text.items()
+            for name, value in headline(groups).items()
+        },
     }
 
 
@@ -153,7 +169,9 @@ def _load(options: EvaluateOptions, device: torch.device) -> Subject:
         clip_skip=options.clip_skip,
         sampler=options.sampler,
         dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision],
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
     )
+    check_contextualizers(options, subject)  # before hours of drawing: they may not fit
     return subject.to(device)
 
 
@@ -188,42 +206,6 @@ def _oracle(
             f"{name} {share:.1%}" for name, share in oracle.accuracy.items()
         )
     return oracle, how
-
-
-def _measure_text(
-    options: EvaluateOptions,
-    subject: Subject,
-    prompts: Sequence[EvaluationPrompt],
-    device: torch.device,
-) -> dict[str, Any]:
-    subject.pipeline.text_encoder.float()  # small differences matter here
-    contextualizer = _contextualizer(options, subject.base_text_encoder, device)
-    return measure_text_space(
-        subject.text_encoder,
-        subject.base_text_encoder,
-        contextualizer,
-        templates=[prompt.template for prompt in prompts],
-        placeholder_token=options.placeholder_token,
-        class_token=options.class_token,
-        seed=options.seed,
-    )
-
-
-def _contextualizer(
-    options: EvaluateOptions, base: TextEncoder, device: torch.device
-) -> Contextualizer | None:
-    """The one for the base text encoder; not made anew where that would take hours."""
-    setting = options.mlm_contextualizer
-    if setting == NO_MODEL:
-        return None
-    at_hand = setting != "auto" or auto_contextualizer_path(base).is_file()
-    if not at_hand and device.type == "cpu" and not is_small(base):
-        logger.warning(
-            "masked words are left out: there is no contextualizer for this text encoder yet, and "
-            "pretraining one on a CPU takes hours; give --mlm_contextualizer FILE"
-        )
-        return None
-    return find_contextualizer(base, setting).network
 
 
 def _picture_settings(
@@ -329,13 +311,6 @@ def _input(how: Any) -> str:
         f"shorter side to {how.shortest_edge} pixels (Pillow filter {how.resample}), middle "
         f"{how.crop} × {how.crop}, normalized as the model's processor says"
     )
-
-
-def _text_protocol(text: dict[str, Any]) -> dict[str, str]:
-    if text["masked_words"] is None:
-        return {}
-    count = text["masked_words"]["concept"]["num_masked"]
-    return {"Masked words": f"{count} hidden tokens, the same words in all three readings"}
 
 
 def _versions(device: torch.device) -> dict[str, str]:

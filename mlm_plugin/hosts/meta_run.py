@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlm_plugin.config.checks import check_model, trained_text_encoders
 from mlm_plugin.config.datasets import (
@@ -28,12 +28,12 @@ from mlm_plugin.config.datasets import (
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.config.pretraining import SMALL_ENCODER, PretrainOptions
 from mlm_plugin.data.dataset import Batch
-from mlm_plugin.data.masking import IGNORE_INDEX, mask_tokens
+from mlm_plugin.data.joint_prompts import JointPrompts
 from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.estimate.optimizer_states import OptimizerBytes, optimizer_bytes
 from mlm_plugin.estimate.step import Training
 from mlm_plugin.hosts.mlm_setup import is_small, prompts_for, text_tap
-from mlm_plugin.hosts.model_setup import model_settings, prepare_models
+from mlm_plugin.hosts.model_setup import model_settings, prepare_models, quantize_models
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.contextualizer import (
@@ -71,11 +71,12 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
     models = empty_stable_diffusion(**model_settings(config), spare_tokenizer=_spare_tokenizer)
     check_model(config, is_sdxl=models.is_sdxl)
     concepts = _concepts(config)
+    quantize_models(config, models, torch.device("meta"))
     with on_meta:
         method = METHODS[config.schedule.method].prepare(models, config, concepts)
         prepare_models(config, models, method)
-        regularizer = _regularizer(config, method, concepts, on_meta)
-    optimizer = _optimizer(config, method)
+        regularizer = _regularizer(config, method, concepts)
+    optimizer, fused, fused_working = _optimizer(config, method)
     dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
     return Training(
         method=method,
@@ -92,6 +93,8 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
         optimizer=optimizer,
         captions_are_cached=config.dataset.cache_text_encoder_outputs,
         accumulates=config.schedule.gradient_accumulation_steps > 1,
+        fused=fused,
+        fused_working=fused_working,
     )
 
 
@@ -166,19 +169,32 @@ def _batch(config: TrainConfig, pictures: Pictures) -> Batch:
     )
 
 
-def _optimizer(config: TrainConfig, method: Method) -> OptimizerBytes:
+def _optimizer(
+    config: TrainConfig, method: Method
+) -> tuple[OptimizerBytes, list[nn.Parameter], int]:
+    """Bytes of the optimizer, what it steps inside the backward pass, and what it needs there."""
     options = config.optimizer
     groups = method.parameter_groups(options)  # freezes what has no rate
-    return optimizer_bytes(
+    count = partial(
+        optimizer_bytes,
         options.optimizer_type,
-        [parameter for group in groups for parameter in group["params"]],
         optimizer_args=options.optimizer_args,
         learning_rate=options.learning_rate,
     )
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    whole = count(parameters)
+    unet = [p for group in groups if group["name"] == "unet" for p in group["params"]]
+    if not (options.fused_backward_pass and unet):
+        return whole, [], 0
+    fused = set(unet)
+    others = [parameter for parameter in parameters if parameter not in fused]
+    working = count(others).working if others else 0
+    largest = max(unet, key=lambda parameter: parameter.nbytes)
+    return whole._replace(working=working), unet, count([largest]).working
 
 
 def _regularizer(
-    config: TrainConfig, method: Method, concepts: Sequence[Concept], on_meta: OnMeta
+    config: TrainConfig, method: Method, concepts: Sequence[Concept]
 ) -> MLMRegularizer | None:
     """The MLM term at the longest of many batches of prompts."""
     options, encoders = config.mlm, method.models.text_encoders
@@ -198,10 +214,7 @@ def _regularizer(
     ]
     if options.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
         options = config.replace(mlm_prompt_set="auto").mlm
-    prompts, on_meta.num_selected = _longest_prompts(
-        config, taps[0], prompts_for(options, concepts)
-    )
-    drawn = itertools.cycle(prompts)
+    drawn = itertools.cycle(_longest_prompts(config, taps[0], prompts_for(options, concepts)))
     return MLMRegularizer(
         taps,
         lambda _rng: next(drawn),
@@ -211,20 +224,11 @@ def _regularizer(
     )
 
 
-def _longest_prompts(config: TrainConfig, tap: TextTap, source) -> tuple[list[str], int]:
-    """The batch with the longest prompts of several, and the most hidden tokens of any."""
-    rng, options = random.Random(0), config.mlm
-    longest, length, num_hidden = [], 0, 1
-    for _ in range(NUM_DRAWS):
-        prompts = [source.sample(rng) for _ in range(options.mlm_batch_size)]
-        ids_BL = tap.tokenize(prompts, rng)
-        labels_BL = mask_tokens(
-            ids_BL, tap.vocabulary, mlm_probability=options.mlm_probability, rng=rng
-        ).labels
-        num_hidden = max(num_hidden, int((labels_BL != IGNORE_INDEX).sum()))
-        if ids_BL.shape[1] > length:
-            longest, length = prompts, ids_BL.shape[1]
-    return longest, num_hidden
+def _longest_prompts(config: TrainConfig, tap: TextTap, source: JointPrompts) -> list[str]:
+    """The batch with the longest prompts of several."""
+    rng, size = random.Random(0), config.mlm.mlm_batch_size
+    drawn = ([source.sample(rng).text for _ in range(size)] for _ in range(NUM_DRAWS))
+    return max(drawn, key=lambda prompts: tap.tokenize(prompts, rng).shape[1])
 
 
 def _contextualizer(text_encoder: TextEncoder) -> Contextualizer:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
-from mlm_plugin.data.joint_prompts import JointPrompts
+from mlm_plugin.data.joint_prompts import JointPrompts, Member
 from mlm_plugin.data.masking import MaskingVocabulary
 from mlm_plugin.data.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
 from mlm_plugin.errors import UserError
@@ -27,6 +27,7 @@ from mlm_plugin.models.contextualizer import (
     load_contextualizer,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.readings import Reading, take_readings
 from mlm_plugin.regularizer import MLMRegularizer, MLMSchedule, TextTap
 from mlm_plugin.training.pretrain import pretrain
 
@@ -37,15 +38,18 @@ __all__ = [
     "contextualizer_settings",
     "find_contextualizer",
     "mlm_schedule",
+    "mlm_target",
     "pretrain_on_device",
     "prompt_set_names",
     "prompts_for",
+    "readings_for",
     "text_tap",
     "trigger_of",
 ]
 
 logger = logging.getLogger(__name__)
 
+NUM_READINGS = 1024
 POOR_ACCURACY = 0.02  # of a contextualizer; about what naming the most frequent word gives
 
 
@@ -62,7 +66,7 @@ def prompts_for(
             prompt_set = PromptSet.from_captions(captions, concept=text, others=others)
         else:
             prompt_set = PromptSet.load(name, syntax=options.mlm_prompt_syntax)
-        members.append((prompt_set, text))
+        members.append(Member(prompt_set, text, concept.class_token or ""))
     logger.info("prompt set: %s", prompt_set_names(options, concepts))
     if len(members) == 1 and options.mlm_joint_share != OPTIONS["mlm_joint_share"].default:
         logger.warning("mlm_joint_share has no effect with one concept")
@@ -212,11 +216,64 @@ def build_regularizer(
     """
     return MLMRegularizer(
         taps,
-        prompts.sample,
+        lambda rng: prompts.sample(rng).text,
         batch_size=options.mlm_batch_size,
         mlm_probability=options.mlm_probability,
         replace=options.mlm_replace,
         seed=seed,
+    )
+
+
+def mlm_target(options: MLMOptions, concepts: Sequence[Concept]) -> str:
+    """``mlm_target`` with ``auto`` decided: ``class`` or ``word``.
+
+    Raises:
+        UserError: ``class`` is asked for, and a concept has no class word.
+    """
+    nameless = [concept.placeholder_token for concept in concepts if not concept.class_token]
+    if options.mlm_target == "class" and nameless:
+        raise UserError(
+            f"mlm_target = 'class': {nameless[0]!r} has no class word; give class_token "
+            '(e.g. "dog"), or take mlm_target = word'
+        )
+    if options.mlm_target != "auto":
+        return options.mlm_target
+    return "word" if nameless else "class"
+
+
+def readings_for(
+    text_encoder: TextEncoder,
+    contextualizer: Contextualizer,
+    concepts: Sequence[Concept],
+    options: MLMOptions,
+    *,
+    prompts: JointPrompts,
+    seed: int,
+) -> list[Reading]:
+    """The targets of ``mlm_target = class``; none for ``word``.
+
+    Call it before anything is trained. Text encoders of one run get the same prompts.
+
+    Args:
+        text_encoder: as it came.
+        contextualizer: made for it; moved to its device.
+        concepts: what is never hidden.
+        options: target, rate, replacement.
+        prompts: where prompts come from.
+        seed: of the run; processes share it.
+    """
+    if mlm_target(options, concepts) == "word":
+        return []
+    rng = random.Random(f"readings/{seed}")
+    pairs = [prompts.sample(rng) for _ in range(NUM_READINGS)]
+    return take_readings(
+        text_encoder,
+        contextualizer.to(text_encoder.token_embedding.weight.device),
+        pairs,
+        vocabulary=_masking_vocabulary(text_encoder, concepts),
+        mlm_probability=options.mlm_probability,
+        replace=options.mlm_replace,
+        rng=rng,
     )
 
 
@@ -225,6 +282,7 @@ def text_tap(
     contextualizer: Contextualizer,
     concepts: Sequence[Concept],
     *,
+    readings: Sequence[Reading] = (),
     tokenize: Callable[[list[str], random.Random], Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TextTap:
@@ -234,12 +292,10 @@ def text_tap(
         text_encoder: with everything in place that is trained in it.
         contextualizer: made for it; moved to its device.
         concepts: what is never masked.
+        readings: the term's targets, from :func:`readings_for`.
         tokenize: prompts to ids, if the method has its own way.
         dtype: precision of the contextualizer; its loss is fp32 in any case.
     """
-    protected = [word for concept in concepts for word in concept]
-    if text_encoder.token_rows is not None:  # no vocabulary holds their tokens: never a target
-        protected += text_encoder.token_rows.tokens
     embedding = text_encoder.token_embedding
     # rows that a host added behind the vocabulary are no answers
     table = embedding.weight.detach()[: contextualizer.sizes.vocab_size]
@@ -250,12 +306,22 @@ def text_tap(
         encode=text_encoder.encode_storing,
         embedding=embedding,
         contextualizer=contextualizer.to(table.device, dtype),
-        vocabulary=MaskingVocabulary.from_tokenizer(
-            text_encoder.tokenizer,
-            protected=protected,
-            low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
-        ),
+        vocabulary=_masking_vocabulary(text_encoder, concepts),
         token_table=table,
+        readings=readings,
+    )
+
+
+def _masking_vocabulary(
+    text_encoder: TextEncoder, concepts: Sequence[Concept]
+) -> MaskingVocabulary:
+    protected = [word for concept in concepts for word in concept]
+    if text_encoder.token_rows is not None:  # no vocabulary holds their tokens: never a target
+        protected += text_encoder.token_rows.tokens
+    return MaskingVocabulary.from_tokenizer(
+        text_encoder.tokenizer,
+        protected=protected,
+        low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
     )
 
 

@@ -18,6 +18,7 @@ from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.hosts.sampling import SampleDrawer
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.quantized import quantize_linears
 from mlm_plugin.training.caption_cache import CaptionCache
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "model_settings",
     "place_models",
     "prepare_models",
+    "quantize_models",
     "warn_of_small_pictures",
 ]
 
@@ -74,10 +76,20 @@ def warn_of_small_pictures(models: StableDiffusion, dataset: TrainDataset) -> No
 
 def place_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
     """U-Net and VAE on the device that trains them."""
+    quantize_models(config, models, device)
     for module in (models.unet, models.vae):
         module.to(device)
     if config.model.xformers:  # before methods put processors of their own in front
         _use_xformers(models)
+
+
+def quantize_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
+    """The U-Net as ``quantize_unet`` says: before it is moved, and before adapters are put on it.
+
+    Text encoders stay as they are: contextualizers are made for their exact states.
+    """
+    if config.model.quantize_unet != "no":
+        quantize_linears(models.unet, config.model.quantize_unet, device=device)
 
 
 def prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:

@@ -10,6 +10,7 @@ from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.data.report import dataset_report
 from mlm_plugin.data.templates import load_templates
 from mlm_plugin.errors import UserError
+from mlm_plugin.hosts.mlm_setup import mlm_target
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_rows import placeholder_pattern
 
@@ -20,10 +21,14 @@ def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tup
     """What is learned; it must be known where token rows or the MLM term need it.
 
     Raises:
-        UserError: it is needed and not known.
+        UserError: it is needed and not known, or ``mlm_target`` asks for a class word it lacks.
     """
+    uses_term = config.mlm.mlm_loss_weight > 0
     trains_tokens = config.schedule.method in TOKEN_METHODS
-    return concepts_of(config, datasets, required=trains_tokens or config.mlm.mlm_loss_weight > 0)
+    concepts = concepts_of(config, datasets, required=trains_tokens or uses_term)
+    if uses_term:
+        mlm_target(config.mlm, concepts)
+    return concepts
 
 
 def create_dataset(

@@ -17,7 +17,12 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora import SAVE_DTYPES
 from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
-from mlm_plugin.hosts.mlm_setup import LoadedContextualizer, prompt_set_names, trigger_of
+from mlm_plugin.hosts.mlm_setup import (
+    LoadedContextualizer,
+    mlm_target,
+    prompt_set_names,
+    trigger_of,
+)
 from mlm_plugin.methods import Export
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.training.optimizers import optimizer_description
@@ -69,6 +74,7 @@ class RunRecord:
         mlm = {}
         if trainer.regularizer:
             mlm = {
+                "mlm_target": mlm_target(config.mlm, self.concepts),
                 "mlm_prompt_set": prompt_set_names(config.mlm, self.concepts),
                 "mlm_contextualizer": self.contextualizers,
                 "mlm_seed": config.schedule.seed

@@ -12,7 +12,6 @@ import random
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +26,6 @@ from accelerate.utils import (
 from mlm_plugin.config.checks import (
     check_config,
     check_model,
-    mlm_obstacle,
-    trained_text_encoders,
 )
 from mlm_plugin.config.datasets import Concept, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
@@ -45,14 +42,9 @@ from mlm_plugin.hosts.builtin_names import (
 )
 from mlm_plugin.hosts.class_images import prepare_class_images
 from mlm_plugin.hosts.console import quiet_libraries, setup_console
+from mlm_plugin.hosts.mlm_run import create_regularizer, prepare_term
 from mlm_plugin.hosts.mlm_setup import (
-    LoadedContextualizer,
-    build_regularizer,
-    contextualizer_settings,
-    find_contextualizer,
     mlm_schedule,
-    prompts_for,
-    text_tap,
     trigger_of,
 )
 from mlm_plugin.hosts.model_setup import (
@@ -72,14 +64,13 @@ from mlm_plugin.hosts.run_data import (
 from mlm_plugin.hosts.sampling import SampleDrawer
 from mlm_plugin.hosts.saving import RunRecord, Saver
 from mlm_plugin.hosts.tracking import check_trackers, log_folder, start_trackers, tracker_kind
-from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
+from mlm_plugin.methods import METHODS, Method
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.fused_steps import FusedSteps
 from mlm_plugin.training.logs import CurveLogger
-from mlm_plugin.training.optimizers import create_optimizer
+from mlm_plugin.training.optimizers import create_optimizer, steps_one_by_one
 from mlm_plugin.training.pretrain import Interrupted
 from mlm_plugin.training.schedulers import create_scheduler
 from mlm_plugin.training.state import check_progress, check_settings, read_progress
@@ -221,25 +212,14 @@ def build_trainer(
         print_report(config, dataset, concepts, models)
     for text_encoder in models.text_encoders:
         text_encoder.model.to(accelerator.device)
-    contextualizers = find_contextualizers(config, models, accelerator)
+    term = prepare_term(
+        config, models, concepts=concepts, dataset=dataset, accelerator=accelerator, seed=seed
+    )
     place_models(config, models, accelerator.device)  # not before, for pretraining takes memory
     curves = _curve_logger(config, models, accelerator)
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
-    if contextualizers and not method.trains_text_side:
-        raise UserError(
-            f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g}: this network trains nothing in the "
-            "text encoder, the MLM term would do nothing; set mlm_loss_weight = 0 or train it"
-        )
-    regularizer = create_regularizer(
-        config,
-        contextualizers,
-        method=method,
-        concepts=concepts,
-        dataset=dataset,
-        accelerator=accelerator,
-        seed=seed,
-    )
+    regularizer = term and create_regularizer(term, method, rank=accelerator.process_index)
     prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
         cache_latents(config, dataset, models, accelerator)
@@ -254,6 +234,7 @@ def build_trainer(
     plan = _plan(config, batches_per_epoch=len(order))
     dataset.set_max_train_steps(plan.num_steps)
     optimizer, scheduler = _create_optimizer(config, method, plan, accelerator)
+    fused_steps = _fused_steps(config, method, optimizer)
     if regularizer and config.mlm.mlm_start_step >= plan.num_steps:
         raise UserError(
             f"mlm_start_step = {config.mlm.mlm_start_step}: the run ends after {plan.num_steps} "
@@ -265,7 +246,7 @@ def build_trainer(
         models=models,
         concepts=concepts,
         seed=seed,
-        contextualizers=contextualizers,
+        contextualizers=[encoder.contextualizer for encoder in term.encoders] if term else [],
     )
     drawer = _create_drawer(config, concepts)
     trainer = Trainer(
@@ -278,6 +259,7 @@ def build_trainer(
                 config.schedule.max_data_loader_n_workers, torch.multiprocessing.cpu_count()
             ),
             persistent_workers=config.schedule.persistent_data_loader_workers,
+            pin_memory=accelerator.device.type == "cuda",
         ),
         optimizer=optimizer,
         scheduler=scheduler,
@@ -295,6 +277,7 @@ def build_trainer(
         settings=settings,
         freeze_at=_freeze_steps(config, method, num_steps=plan.num_steps),
         encode=cached_captions(config, dataset, method, drawer, accelerator),
+        fused_steps=fused_steps,
     )
     if resume:
         trainer.load_state(resume)
@@ -340,8 +323,15 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         # others wait while one process pretrains, caches latents or draws samples
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
+    if config.optimizer.fused_backward_pass and accelerator.num_processes > 1:
+        raise UserError(
+            f"fused_backward_pass cannot go with {accelerator.num_processes} processes, which "
+            "exchange gradients after the backward pass; start one, or leave it out"
+        )
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
+    if accelerator.device.type == "cuda":  # where the card has it; convolutions do so anyway
+        torch.set_float32_matmul_precision("high")
     return accelerator
 
 
@@ -353,78 +343,6 @@ def _unscale_half_gradients(accelerator: Accelerator) -> None:
         return unscale(optimizer, inv_scale, found_inf, True)
 
     accelerator.scaler._unscale_grads_ = unscale_any
-
-
-def find_contextualizers(
-    config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
-) -> list[LoadedContextualizer]:
-    """One for each text encoder that the MLM term reaches; none where the term is off.
-
-    Raises:
-        UserError: no gradient of the term could reach anything, or a file does not fit.
-    """
-    options = config.mlm
-    if options.mlm_loss_weight == 0:
-        return []
-    if obstacle := mlm_obstacle(config, num_text_encoders=len(models.text_encoders)):
-        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {obstacle}")
-    reached = _reached(config, models)
-    settings = contextualizer_settings(options.mlm_contextualizer, len(reached))
-    found = []
-    for text_encoder, setting in zip(reached, settings, strict=True):
-        with accelerator.main_process_first():  # one process pretrains, the others find its file
-            found.append(
-                find_contextualizer(
-                    text_encoder,
-                    setting,
-                    show_progress=accelerator.is_local_main_process,
-                )
-            )
-    return found
-
-
-def _reached(config: TrainConfig, models: StableDiffusion) -> list[TextEncoder]:
-    """The text encoders before whose output something is trained."""
-    trained = trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
-    return [te for te, is_trained in zip(models.text_encoders, trained, strict=True) if is_trained]
-
-
-def create_regularizer(
-    config: TrainConfig,
-    contextualizers: Sequence[LoadedContextualizer],
-    *,
-    method: Method,
-    concepts: Sequence[Concept],
-    dataset: TrainDataset,
-    accelerator: Accelerator,
-    seed: int,
-) -> MLMRegularizer | None:
-    """The MLM term, or ``None`` without contextualizers."""
-    options = config.mlm
-    if not contextualizers:
-        return None
-    pictures = (info for info in dataset.images if not info.is_reg)
-    prompts = prompts_for(
-        options,
-        concepts,
-        captions=[caption for info in pictures for caption in dataset.captions_of(info)],
-    )
-    base_seed = seed if options.mlm_seed is None else options.mlm_seed
-    taps = [
-        text_tap(
-            text_encoder,
-            contextualizer.network,
-            concepts,
-            tokenize=partial(method.mlm_ids, text_encoder),
-            dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
-        )
-        for text_encoder, contextualizer in zip(
-            _reached(config, method.models), contextualizers, strict=True
-        )
-    ]
-    return build_regularizer(
-        taps, options, prompts=prompts, seed=f"{base_seed}/{accelerator.process_index}"
-    )
 
 
 def with_built_in_paths(config: TrainConfig) -> TrainConfig:
@@ -480,6 +398,24 @@ def _create_optimizer(
         num_processes=accelerator.num_processes,
     )
     return accelerator.prepare(optimizer, scheduler)
+
+
+def _fused_steps(config: TrainConfig, method: Method, optimizer) -> FusedSteps | None:
+    """Steps of the U-Net inside the backward pass, where ``fused_backward_pass`` asks for them.
+
+    Raises:
+        UserError: an optimizer that cannot step tensors one by one.
+    """
+    options = config.optimizer
+    if not options.fused_backward_pass:
+        return None
+    if not steps_one_by_one(optimizer):
+        raise UserError(
+            f"fused_backward_pass cannot go with optimizer_type = {options.optimizer_type!r}, "
+            "which is not known to step tensors one by one; use Adafactor, AdamW or AdamW8bit"
+        )
+    unet = method.parts()["unet"]  # the text encoders' gradients are complete after both losses
+    return FusedSteps(unet, optimizer, max_grad_norm=options.max_grad_norm)
 
 
 def _freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict[str, int]:

@@ -177,8 +177,8 @@ class Method(ABC):
         for text_encoder in self.models.text_encoders:
             text_encoder.model.train(mode)
 
-    def after_step(self) -> dict[str, float]:
-        """What follows an optimizer step; numbers worth logging."""
+    def after_step(self) -> dict[str, Tensor | float]:
+        """What follows an optimizer step; numbers worth logging, 0-d where they are tensors."""
         return {}
 
 

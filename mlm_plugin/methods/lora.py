@@ -71,7 +71,7 @@ class LoRAMethod(Method):
         super().train(mode)
         self.network.train(mode)
 
-    def after_step(self) -> dict[str, float]:
+    def after_step(self) -> dict[str, Tensor | float]:
         """Max-norm regularisation where ``scale_weight_norms`` is set."""
         if self.max_norm is None:
             return {}

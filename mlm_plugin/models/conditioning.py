@@ -25,9 +25,12 @@ class Conditioning(NamedTuple):
     states: Tensor  # (B, L, D); in SDXL those of both encoders side by side
     pooled: Tensor | None = None  # (B, P), the second encoder's; None in Stable Diffusion 1 and 2
 
-    def to(self, place: torch.device | torch.dtype) -> Conditioning:
-        """The same on a device or in a precision."""
-        return Conditioning(*(part if part is None else part.to(place) for part in self))
+    def to(self, place: torch.device | torch.dtype, *, non_blocking: bool = False) -> Conditioning:
+        """The same on a device or in a precision; ``non_blocking`` is for the way to a GPU."""
+        parts = (
+            part if part is None else part.to(place, non_blocking=non_blocking) for part in self
+        )
+        return Conditioning(*parts)
 
 
 def encode_captions(text_encoders: Sequence[TextEncoder], captions: Sequence[str]) -> Conditioning:
@@ -75,6 +78,6 @@ def unet_inputs(
     if conditioning.pooled is not None:
         inputs["added_cond_kwargs"] = {
             "text_embeds": conditioning.pooled.to(dtype),
-            "time_ids": size_ids_B6.to(conditioning.pooled.device),
+            "time_ids": size_ids_B6.to(conditioning.pooled.device, non_blocking=True),
         }
     return inputs

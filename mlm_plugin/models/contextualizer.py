@@ -31,6 +31,7 @@ __all__ = [
     "default_width",
     "load_contextualizer",
     "masked_word_loss",
+    "places_of",
     "save_contextualizer",
 ]
 
@@ -128,25 +129,33 @@ class Contextualizer(nn.Module):
         self.mask_vector = nn.Parameter(torch.full((sizes.hidden_size,), float("nan")))
 
     def forward(
-        self, hidden_BLD: Tensor, is_token_BL: Tensor, selected_BL: Tensor, token_table_VD: Tensor
+        self, hidden_BLD: Tensor, is_token_BL: Tensor, places_N: Tensor, token_table_VD: Tensor
     ) -> Tensor:
         """Scores of the vocabulary at selected positions only.
 
         Args:
             hidden_BLD: conditioning states of the text encoder.
             is_token_BL: true for BOS, words and EOS; false for padding.
-            selected_BL: true where a word is to be named (N positions).
+            places_N: where a word is to be named, as indices of the ``B L`` positions. A mask of
+                truth values would have to be counted, for which a GPU makes everyone wait.
             token_table_VD: the text encoder's token embeddings.
 
         Returns:
             logits of shape ``(N, V)``, fp32.
         """
+        return self.score(self.read(hidden_BLD, is_token_BL, places_N), token_table_VD)
+
+    def read(self, hidden_BLD: Tensor, is_token_BL: Tensor, places_N: Tensor) -> Tensor:
+        """:meth:`forward` up to the vectors that are compared with the table, ``(N, D)``."""
         dtype = self.input.weight.dtype
         x_BLW = self.input(self.input_norm(hidden_BLD.to(dtype)))
         x_BLW = x_BLW + self.position[: hidden_BLD.shape[1]]
         for block in self.blocks:
             x_BLW = block(x_BLW, is_token_BL)
-        vectors_ND = self.head(x_BLW[selected_BL])
+        return self.head(x_BLW.flatten(0, 1)[places_N])
+
+    def score(self, vectors_ND: Tensor, token_table_VD: Tensor) -> Tensor:
+        """The rest of :meth:`forward`: ``(N, D)`` to logits ``(N, V)``, fp32."""
         # the few vectors follow the table's precision, not the large table theirs
         logits_NV = F.linear(vectors_ND.to(token_table_VD.dtype), token_table_VD).float()
         return logits_NV * self.output_scale.float() + self.output_bias.float()
@@ -182,11 +191,16 @@ class Contextualizer(nn.Module):
 
 
 class MaskedWordLoss(NamedTuple):
-    """Cross-entropy of the hidden tokens and how many were named rightly."""
+    """How far the answers at the hidden tokens are off, and how many were named rightly."""
 
     loss: Tensor  # 0-d fp32, mean over the N labelled tokens; 0 without labels
     num_correct: Tensor  # 0-d long
-    num_masked: Tensor  # 0-d long, N
+    num_masked: int  # N
+
+
+def places_of(labels_BL: Tensor) -> Tensor:
+    """Where labels ask for a word, as indices of the ``B L`` positions, ``(N,)``."""
+    return (labels_BL != IGNORE_INDEX).flatten().nonzero().squeeze(1)
 
 
 def masked_word_loss(
@@ -196,26 +210,38 @@ def masked_word_loss(
     labels_BL: Tensor,
     is_token_BL: Tensor,
     token_table_VD: Tensor,
+    wanted_ND: Tensor | None = None,
 ) -> MaskedWordLoss:
     """``-mean log p(hidden token | states)``, in fp32, over labelled positions only.
+
+    With ``wanted_ND`` the target is a distribution q instead of the token: ``mean KL(q, p)``.
 
     Args:
         contextualizer: the network that names the words.
         hidden_BLD: states of the text encoder on masked ids.
-        labels_BL: hidden ids, IGNORE_INDEX elsewhere.
+        labels_BL: hidden ids, IGNORE_INDEX elsewhere; on the CPU, so that no device is waited for.
         is_token_BL: false for padding.
         token_table_VD: the tied output table.
+        wanted_ND: vectors that the contextualizer is to give (:meth:`Contextualizer.read`).
 
     Source: arXiv 2410.10058 as summarised in public reviews; the loss of Devlin et al. 2018.
     """
-    selected_BL = labels_BL != IGNORE_INDEX
-    logits_NV = contextualizer(hidden_BLD, is_token_BL, selected_BL, token_table_VD)
-    labels_N = labels_BL[selected_BL]
-    num_masked = selected_BL.sum()
-    # a sum, not a mean: without a label the loss is a zero that still belongs to the graph
-    loss = F.cross_entropy(logits_NV, labels_N, reduction="sum") / num_masked.clamp(min=1)
+    device = hidden_BLD.device
+    places_N = places_of(labels_BL)
+    labels_N = labels_BL.flatten()[places_N].to(device, non_blocking=True)
+    logits_NV = contextualizer(
+        hidden_BLD, is_token_BL, places_N.to(device, non_blocking=True), token_table_VD
+    )
+    # sums, not means: without a label the loss is a zero that still belongs to the graph
+    if wanted_ND is None:
+        loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
+    else:
+        wanted_NV = contextualizer.score(wanted_ND, token_table_VD).log_softmax(dim=-1)
+        log_p_NV = logits_NV.log_softmax(dim=-1)
+        loss = F.kl_div(log_p_NV, wanted_NV, reduction="sum", log_target=True)
+    loss = loss / max(1, len(places_N))
     num_correct = (logits_NV.detach().argmax(dim=-1) == labels_N).sum()
-    return MaskedWordLoss(loss, num_correct, num_masked)
+    return MaskedWordLoss(loss, num_correct, len(places_N))
 
 
 def save_contextualizer(

@@ -21,6 +21,7 @@ from torch import Tensor
 from mlm_plugin.models import ldm_names
 
 __all__ = [
+    "BUNDLE_PREFIX",
     "TEXT_ENCODER_PARTS",
     "TEXT_ENCODER_PREFIX",
     "UNET_PREFIX",
@@ -36,6 +37,7 @@ __all__ = [
 
 UNET_PREFIX = "lora_unet"
 TEXT_ENCODER_PREFIX = "lora_te"
+BUNDLE_PREFIX = "bundle_emb."  # an embedding inside a LoRA file, as A1111 reads it
 TEXT_ENCODER_PARTS = {1: ("textencoder",), 2: ("textencoder1", "textencoder2")}
 """kohya's names of the text encoders of a model, by how many there are."""
 

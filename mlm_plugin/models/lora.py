@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mlm_plugin.models.kohya_names import text_encoder_name, unet_name
+from mlm_plugin.models.quantized import QuantizedLinear
 
 __all__ = [
     "Dropouts",
@@ -37,6 +38,7 @@ ADAPTER = "default"
 UNET_CLASSES = ("Transformer2DModel",)
 UNET_CONV_CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 TEXT_ENCODER_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+LAYERS = (nn.Linear, QuantizedLinear, nn.Conv2d)
 
 
 class LoraTarget(NamedTuple):
@@ -49,11 +51,11 @@ class LoraTarget(NamedTuple):
 
 
 class MaxNorm(NamedTuple):
-    """What a norm limit did."""
+    """What a norm limit did. Tensors are 0-d and on the device; reading them waits for it."""
 
-    keys_scaled: int
-    mean_norm: float
-    max_norm: float
+    keys_scaled: Tensor | int
+    mean_norm: Tensor | float
+    max_norm: Tensor | float
 
 
 @dataclass
@@ -263,14 +265,14 @@ def limit_norms(modules: Iterable[LoraModule], max_norm: float) -> MaxNorm:
         norms.append(norm * ratio)
         ratios.append(ratio)
     norms, ratios = torch.stack(norms), torch.stack(ratios)
-    return MaxNorm(int((ratios != 1).sum()), norms.mean().item(), norms.max().item())
+    return MaxNorm((ratios != 1).sum(), norms.mean(), norms.max())
 
 
 def _layers_within(model: nn.Module, classes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
     for name, block in model.named_modules():
         if type(block).__name__ in classes:
             for inner_name, layer in block.named_modules():
-                if type(layer) in (nn.Linear, nn.Conv2d):
+                if type(layer) in LAYERS:
                     yield f"{name}.{inner_name}", layer
 
 

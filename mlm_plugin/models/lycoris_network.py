@@ -33,6 +33,7 @@ from mlm_plugin.models.network_base import (
     check_keys,
     fit_shape,
 )
+from mlm_plugin.models.quantized import QuantizedLinear
 
 __all__ = ["LycorisNetwork", "create_lycoris"]
 
@@ -63,6 +64,8 @@ LYCORIS_ARGS = (
     "factor",
     "warn_on_unmatched",
 )
+ADDING_ALGOS = ("lora", "locon", "loha", "lokr")
+"""Algorithms that can add to a layer's output and need not read its weight."""
 
 
 class LycorisNetwork(AdapterNetwork):
@@ -157,6 +160,7 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
             "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
         ) from error
     _check_args(plan.args, lycoris)
+    _check_packed_weights(plan)
     dropout = _dropout(plan)
     clips = list(plan.text_encoders) if len(plan.text_encoders) == 2 else plan.text_encoders[0]
     models = (clips, plan.unet)
@@ -170,6 +174,7 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
             network, _ = lycoris.create_network_from_weights(
                 1.0, None, None, *models, weights_sd=_named_as_in_memory(plan, file_names)
             )
+    _spare_packed_weights(network)
     network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
     network.to(next(plan.unet.parameters()).device)
     return LycorisNetwork(
@@ -192,6 +197,41 @@ def _check_args(args: Mapping[str, str], lycoris) -> None:
     if preset not in lycoris.PRESET and not Path(preset).is_file():
         unknown = describe_unknown(preset, lycoris.PRESET)
         raise UserError(f"network_args: preset, a name or a TOML file: {unknown}")
+
+
+def _check_packed_weights(plan: NetworkPlan) -> None:
+    """Refuse adapters that have to read the layers' weights, where the U-Net's are packed.
+
+    Raises:
+        UserError: with the setting.
+    """
+    if not any(isinstance(layer, QuantizedLinear) for layer in plan.unet.modules()):
+        return
+    args = plan.args
+    algo, needed = args.get("algo", "lora").lower(), None
+    if algo not in ADDING_ALGOS:
+        needed = f"network_args algo={algo}"
+    elif args.get("dora_wd", "false").lower() != "false":
+        needed = "network_args dora_wd"
+    elif args.get("bypass_mode", "true").lower() == "false":
+        needed = "network_args bypass_mode=False"
+    elif plan.dims_from is not None:
+        needed = "dim_from_weights with lycoris.kohya"
+    if needed:
+        raise UserError(
+            f"{needed} reads the U-Net's weights, which quantize_unet has packed; leave one of "
+            f"them out (algo={', '.join(ADDING_ALGOS)} need no weights)"
+        )
+
+
+def _spare_packed_weights(network: nn.Module) -> None:
+    """Let adapters of packed layers add to the output: LyCORIS else adds to the weight.
+
+    Only these: on convolutions LoKr of LyCORIS 3.2 fails in that mode.
+    """
+    for module in network.unet_loras:
+        if isinstance(module.org_module[0], QuantizedLinear):
+            module.bypass_mode = True
 
 
 def _dropout(plan: NetworkPlan) -> float | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models import weights_files
-from mlm_plugin.models.kohya_names import canonical_name, sdxl_unet_names
+from mlm_plugin.models.kohya_names import BUNDLE_PREFIX, canonical_name, sdxl_unet_names
 from mlm_plugin.models.lora import MaxNorm
 from mlm_plugin.models.lycoris_network import create_lycoris
 from mlm_plugin.models.network_args import parse_network_args
@@ -144,7 +144,9 @@ def create_network(
     unet_names = {}
     if len(text_encoders) == 2:
         unet_names = sdxl_unet_names(name for name, _ in unet.named_parameters())
-    state = None if weights is None else _renamed(read_weights(weights), unet_names)
+    state = None
+    if weights is not None:
+        state = _renamed(_without_bundle(read_weights(weights), path=weights), unet_names)
     if dim_from_weights:
         _warn_of_ranks(dim, alpha)
     plan = NetworkPlan(
@@ -174,6 +176,13 @@ def create_network(
         network.num_unet_modules,
     )
     return network
+
+
+def _without_bundle(state: Mapping[str, Tensor], *, path: str | os.PathLike) -> dict[str, Tensor]:
+    adapters = {key: value for key, value in state.items() if not key.startswith(BUNDLE_PREFIX)}
+    if len(adapters) < len(state):
+        logger.warning("%s: the embedding inside is left out, give it as a file of its own", path)
+    return adapters
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

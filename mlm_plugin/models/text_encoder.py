@@ -123,7 +123,7 @@ class TextEncoder:
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
         """States of one window, ``(B, L) -> (B, L, D)``, L <= 77, clip skip applied."""
-        input_ids_BL = input_ids_BL.to(self.token_embedding.weight.device)
+        input_ids_BL = input_ids_BL.to(self.token_embedding.weight.device, non_blocking=True)
         if self.clip_skip is None:
             return self.model(input_ids=input_ids_BL, return_dict=True).last_hidden_state
         states = self.model(input_ids=input_ids_BL, output_hidden_states=True, return_dict=True)
@@ -138,7 +138,7 @@ class TextEncoder:
         Source: sd-scripts ``library/strategy_sdxl.py`` ``_pool_workaround``.
         """
         assert self.clip_skip is not None, "models with pooled states skip layers"
-        input_ids_BL = input_ids_BL.to(self.token_embedding.weight.device)
+        input_ids_BL = input_ids_BL.to(self.token_embedding.weight.device, non_blocking=True)
         output = self.model(input_ids=input_ids_BL, output_hidden_states=True, return_dict=True)
         last_BLD = output.last_hidden_state
         ends_B = (input_ids_BL == self.tokenizer.eos_token_id).int().argmax(dim=1)

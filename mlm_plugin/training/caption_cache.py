@@ -46,4 +46,4 @@ class CaptionCache:
         found = [self._kept[caption] for caption in captions]
         states = torch.cat([one.states for one in found])
         pooled = None if found[0].pooled is None else torch.cat([one.pooled for one in found])
-        return Conditioning(states, pooled).to(self.device)
+        return Conditioning(states, pooled).to(self.device, non_blocking=True)

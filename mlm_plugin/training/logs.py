@@ -37,7 +37,7 @@ class CurveLogger(Listener):
             "loss/average": sum(self.recent) / len(self.recent),
             "loss/diffusion": result.diffusion,
             **_learning_rates(trainer),
-            **(result.extras or {}),
+            **{name: float(value) for name, value in (result.extras or {}).items()},
         }
         if result.mlm is not None:
             values["loss/mlm"] = result.mlm

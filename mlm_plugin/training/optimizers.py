@@ -28,6 +28,7 @@ __all__ = [
     "optimizer_description",
     "parse_arguments",
     "set_optimizer_mode",
+    "steps_one_by_one",
     "uses_relative_step",
 ]
 
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 BITSANDBYTES_WITH_CPU = (0, 50)  # earlier versions create an optimizer and fail at its first step
 ONE_RATE_FAMILIES = ("dadaptation", "prodigyopt")  # they estimate the rate themselves
+ONE_BY_ONE_FAMILIES = ("torch", "transformers", "bitsandbytes", "lion_pytorch")
+"""Packages whose optimizers keep nothing of several tensors together, nor of their groups."""
 
 
 class Named(NamedTuple):
@@ -114,6 +117,12 @@ def set_optimizer_mode(optimizer: optim.Optimizer, *, training: bool) -> None:
 def is_schedule_free(optimizer: optim.Optimizer) -> bool:
     """Whether the optimizer does without a learning-rate schedule."""
     return "schedulefree" in type(_unwrapped(optimizer)).__name__.lower()
+
+
+def steps_one_by_one(optimizer: optim.Optimizer) -> bool:
+    """Whether steps of single tensors, one after the other, are known to make the whole step."""
+    family = type(_unwrapped(optimizer)).__module__.split(".")[0]
+    return family in ONE_BY_ONE_FAMILIES and not isinstance(_unwrapped(optimizer), optim.LBFGS)
 
 
 def uses_relative_step(optimizer: optim.Optimizer) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
-from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens
+from mlm_plugin.data.masking import MaskingVocabulary, mask_tokens, tokens_before_padding
 from mlm_plugin.data.prompts import BUILTIN, FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, subjects
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
@@ -38,7 +38,6 @@ from mlm_plugin.models.contextualizer import (
 )
 from mlm_plugin.models.mask_token import mask_embedding
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import tokens_before_padding
 from mlm_plugin.training.interrupt import StopRequest
 
 __all__ = ["Corpus", "FamilyScores", "Interrupted", "Scores", "pretrain", "read_caption_files"]
@@ -232,7 +231,7 @@ class _Run:
         for family, texts in self.held_out.items():
             for start in range(0, len(texts), self.options.batch_size):
                 part = self._loss(texts[start : start + self.options.batch_size], rng)
-                masked = int(part.num_masked)
+                masked = part.num_masked
                 for i, value in enumerate(
                     (float(part.loss) * masked, int(part.num_correct), masked)
                 ):
@@ -317,7 +316,7 @@ class _Run:
             return masked_word_loss(
                 self.network,
                 self.text_encoder.encode(masked.input_ids.to(device)),
-                labels_BL=masked.labels.to(device),
+                labels_BL=masked.labels,
                 is_token_BL=tokens_before_padding(ids_BL, self.vocabulary.eos_token_id).to(device),
                 token_table_VD=self.table,
             )

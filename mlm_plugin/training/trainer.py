@@ -1,11 +1,17 @@
 """The one loop: ``loss = diffusion + weight * mlm``. Takes objects, not flags.
 
+The two losses have no activations in common, so each has a backward pass of its own and what one
+keeps for it is gone before the other's forward pass. A step waits for its device once, before the
+optimizer (with steps inside the backward pass, before that too): nothing that is not finite reaches
+the weights.
+
 Knows no files and no command line: saving, sampling and logging are listeners that the host adds.
 Shapes: B images, L tokens, D text width, h and w latent sides.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +34,7 @@ from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
 from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.fused_steps import FusedSteps
 from mlm_plugin.training.interrupt import StopRequest
 from mlm_plugin.training.optimizers import set_optimizer_mode
 from mlm_plugin.training.rollback import StepBefore
@@ -40,11 +48,14 @@ __all__ = [
     "Stopped",
     "TrainPlan",
     "Trainer",
+    "batch_diffusion_loss",
     "batch_latents",
-    "batch_losses",
+    "term_output",
 ]
 
 logger = logging.getLogger(__name__)
+
+BUCKET = 64 * 2**20  # bytes of gradients that processes exchange at once
 
 
 class NonFiniteLoss(Exception):
@@ -52,7 +63,9 @@ class NonFiniteLoss(Exception):
 
     Weights, optimizer, scheduler and progress are those of before the last optimizer step, because
     the weights that this step made are the ones that failed. Where nothing is kept (the first step
-    of a run, or networks above ``rollback.LIMIT``), they are those that failed.
+    of a run, or networks above ``rollback.LIMIT``), they are those that failed. With steps inside
+    the backward pass, a gradient or an MLM loss that is not finite is seen when the U-Net has taken
+    this step already, without its share; that step is then the last one.
 
     Attributes:
         advice: what to start again with.
@@ -112,7 +125,7 @@ class StepResult:
     mlm_weight: float = 0.0
     mlm_accuracy: float | None = None
     mlm_losses: tuple[float, ...] = ()  # of each text encoder, where there are several
-    extras: dict[str, float] | None = None
+    extras: dict[str, Tensor | float] | None = None  # tensors on the device, for who reads them
 
 
 class Listener:
@@ -156,6 +169,8 @@ class Trainer:
             settings is refused.
         freeze_at: the optimizer step, from 0, from which a part of the method is trained no more.
         encode: captions to conditioning, where they were encoded beforehand; else the method's.
+        fused_steps: steps the U-Net inside the backward pass; for one batch per step on one
+            process, without a gradient scaler.
     """
 
     def __init__(
@@ -176,6 +191,7 @@ class Trainer:
         settings: Mapping[str, str] | None = None,
         freeze_at: Mapping[Part, int] | None = None,
         encode: Callable[[Sequence[str]], Conditioning] | None = None,
+        fused_steps: FusedSteps | None = None,
     ):
         assert (regularizer is None) == (mlm_schedule is None), "a regularizer needs its schedule"
         self.accelerator = accelerator
@@ -192,7 +208,9 @@ class Trainer:
         self.listeners = list(listeners)
         self.settings = dict(settings or {})
         self.freeze_at = dict(freeze_at or {})
+        self.fused_steps = fused_steps
         self.progress = Progress(seed=seed, num_processes=accelerator.num_processes)
+        self._exit_code = 0  # of a signal, as far as the processes have told each other
         self._step_before = StepBefore(method.parameters(), optimizer, scheduler)
 
     def run(self) -> None:
@@ -260,15 +278,17 @@ class Trainer:
         self.method.train(True)
         set_optimizer_mode(self.optimizer, training=True)
         for batches in self._steps_of_epoch():
-            result = self._train_step(batches)
+            result = self._train_step(batches, exit_code=stop.exit_code if stop else 0)
             self.progress.current_step += 1
             bar.update()
             bar.set_postfix(_postfix(result))
             self._tell("on_step_end", result)
             if self.progress.current_step >= self.plan.num_steps:
                 break
-            if exit_code := self._highest(stop.exit_code if stop else 0):
-                raise Stopped(exit_code)
+            if stop and self.accelerator.num_processes == 1:  # else all must know of it
+                self._exit_code = stop.exit_code
+            if self._exit_code:
+                raise Stopped(self._exit_code)
         if self.progress.batches_in_epoch >= self.plan.batches_per_epoch:
             self._tell("on_epoch_end")
             self.progress.current_epoch += 1
@@ -288,19 +308,23 @@ class Trainer:
                 yield step
                 step = []
 
-    def _train_step(self, batches: list[Batch]) -> StepResult:
+    def _train_step(self, batches: list[Batch], *, exit_code: int) -> StepResult:
         self._freeze_due_parts()
-        first = self.progress.num_batches
-        results = [self._backward(batch, first + i) for i, batch in enumerate(batches)]
-        self._average_over_processes()
-        self._clip_gradients()
-        self._step_before.remember(self.progress)
+        weight, first = self._mlm_weight(), self.progress.num_batches
+        losses = [self._backward(batch, first + i, weight) for i, batch in enumerate(batches)]
+        has_gradient = self._average_over_processes()
+        norm = self._clip_gradients()
+        readings = self._read(torch.stack(losses), norm, on_host=[exit_code, *has_gradient])
+        self._require_finite(readings, batches, weight)
+        self._heed_others(readings)
+        if self.fused_steps is None:
+            self._step_before.remember(self.progress)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.batches_in_epoch += len(batches)
         self.progress.num_batches += len(batches)
-        result = _mean(results)
+        result = _result(readings[self.accelerator.process_index].losses, weight)
         result.extras = self.method.after_step()
         return result
 
@@ -311,17 +335,12 @@ class Trainer:
                 del self.freeze_at[part]
                 logger.info("step %d: %s is trained no further", step, part)
 
-    def _clip_gradients(self) -> None:
+    def _clip_gradients(self) -> Tensor:
+        """Clip, and give the norm of before, 0-d on the device."""
+        if self.fused_steps is not None:
+            return self.fused_steps.clip_others(self.method.parameters())
         limit = self.plan.max_grad_norm or math.inf  # inf: measures only
-        norm = self.accelerator.clip_grad_norm_(self.method.parameters(), limit)
-        if self.accelerator.scaler is not None:
-            return  # fp16: the scaler skips steps with infinite gradients, and starts with some
-        if not math.isfinite(norm):  # averaged before, so the same on every process
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteLoss(
-                f"the norm of the gradient is {float(norm)} at step "
-                f"{self.progress.current_step + 1}"
-            )
+        return self.accelerator.clip_grad_norm_(self.method.parameters(), limit)
 
     def _rescue(self) -> None:
         """Tell every listener of the end, whatever fails; the error that led here counts."""
@@ -340,22 +359,118 @@ class Trainer:
         elif self.progress.current_step:
             logger.warning("no copy of the step before: the weights are those that failed")
 
-    def _backward(self, batch: Batch, number: int) -> StepResult:
-        """Forward and backward of one batch; gradients add up until the optimizer steps."""
-        diffusion, mlm, weight = self._losses(batch, number)
-        loss = diffusion if mlm is None else diffusion + weight * mlm.loss
-        result = StepResult(loss=loss.item(), diffusion=diffusion.item(), mlm_weight=weight)
-        if mlm is not None:
-            result.mlm, result.mlm_accuracy = mlm.loss.item(), mlm.accuracy.item()
-            if len(mlm.losses) > 1:
-                result.mlm_losses = tuple(loss.item() for loss in mlm.losses)
-        failed = not math.isfinite(result.loss)
-        if self._highest(int(failed)):
+    def _mlm_weight(self) -> float:
+        """Weight of the term in the coming step; 0 where it does not act."""
+        if self.regularizer is None or not self.method.trains_text_side:
+            return 0.0
+        return self.mlm_schedule.weight_at(self.progress.current_step)
+
+    def _backward(self, batch: Batch, number: int, weight: float) -> Tensor:
+        """Both losses of one batch, each through its forward and backward pass in turn.
+
+        Gradients add up until the optimizer steps.
+
+        Returns:
+            ``(K,)`` fp32 on the device: the denoising loss, and where the term acts its loss, its
+            accuracy and its loss for each text encoder.
+        """
+        diffusion = self._diffusion_loss(batch)
+        if self.fused_steps is not None:
+            self._prepare_fused_steps(diffusion, batch)
+        self.accelerator.backward(diffusion)
+        losses = [diffusion.detach()]
+        del diffusion  # and its graph with it
+        if weight:
+            term = self._term(number)
+            self.accelerator.backward(weight * term.loss)
+            losses += [term.loss.detach(), term.accuracy, *term.losses]
+        return torch.stack([loss.detach().float() for loss in losses])
+
+    def _prepare_fused_steps(self, diffusion: Tensor, batch: Batch) -> None:
+        """Look at the loss and copy the weights, as the backward pass will change them."""
+        reading = _Reading([[diffusion.item()]], norm=0.0, exit_code=0, has_gradient=[])
+        self._require_finite([reading], [batch], weight=0.0)
+        self._step_before.remember(self.progress)
+
+    def _diffusion_loss(self, batch: Batch) -> Tensor:
+        return batch_diffusion_loss(
+            batch,
+            models=self.models,
+            encode=self.encode,
+            diffusion_loss=self.diffusion_loss,
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
+        )
+
+    def _term(self, number: int) -> MLMOutput:
+        return term_output(
+            partial(self.regularizer, number),
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
+        )
+
+    def _average_over_processes(self) -> list[bool]:
+        """Give all processes the mean gradients; says which tensors had one on this process.
+
+        A tensor without is counted as 0; see :meth:`_heed_others` for those that none has.
+        """
+        if self.accelerator.num_processes == 1:
+            return []
+        parameters = self.method.parameters()
+        has_gradient = [parameter.grad is not None for parameter in parameters]
+        for parameter in parameters:
+            if parameter.grad is None:  # every process must take part in the exchange
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(parameters):
+            flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
+            flat = self.accelerator.reduce(flat, reduction="mean")
+            sizes = [parameter.numel() for parameter in bucket]
+            for parameter, mean in zip(bucket, flat.split(sizes), strict=True):
+                parameter.grad = mean.view_as(parameter)
+        return has_gradient
+
+    def _read(self, losses_NK: Tensor, norm: Tensor, *, on_host: Sequence[float]) -> list[_Reading]:
+        """Numbers of all processes, by rank. Here, and only here, a step waits for its device.
+
+        Args:
+            losses_NK: of the step's batches.
+            norm: of the gradients, 0-d.
+            on_host: exit code of a signal, and for each tensor whether it has a gradient.
+        """
+        numbers = torch.cat([losses_NK.flatten(), norm.to(losses_NK).reshape(1)])
+        if self.accelerator.num_processes == 1:
+            rows = [[*numbers.tolist(), *on_host]]
+        else:
+            more = torch.tensor(on_host, dtype=numbers.dtype)
+            numbers = torch.cat([numbers, more.to(numbers.device, non_blocking=True)])
+            rows = self.accelerator.gather(numbers[None]).tolist()
+        return [_Reading.of(row, *losses_NK.shape) for row in rows]
+
+    def _require_finite(
+        self, readings: Sequence[_Reading], batches: Sequence[Batch], weight: float
+    ) -> None:
+        """Stop before the optimizer where a loss or a gradient is not finite, on all processes.
+
+        Raises:
+            NonFiniteLoss: the same on every process; the gradients are dropped.
+        """
+        if not all(map(math.isfinite, itertools.chain(*(r.all_losses() for r in readings)))):
             self.optimizer.zero_grad(set_to_none=True)
-            errors = gather_object([self._failure(batch, result) if failed else None])
-            raise next(filter(None, errors))  # the same on every process
-        self.accelerator.backward(loss)
-        return result
+            mine = readings[self.accelerator.process_index]
+            failures = (
+                self._failure(batch, _result([losses], weight))
+                for batch, losses in zip(batches, mine.losses, strict=True)
+                if not all(map(math.isfinite, losses))
+            )
+            raise next(filter(None, gather_object([next(failures, None)])))
+        if self.accelerator.scaler is not None:
+            return  # fp16: the scaler skips steps with infinite gradients, and starts with some
+        norm = readings[0].norm  # averaged before, so the same on every process
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(
+                f"the norm of the gradient is {norm} at step {self.progress.current_step + 1}"
+            )
 
     def _failure(self, batch: Batch, result: StepResult) -> NonFiniteLoss:
         """Tell a VAE that overflows (SDXL's own does in fp16) from weights that went astray."""
@@ -370,64 +485,36 @@ class Trainer:
             f"(diffusion {result.diffusion}, mlm {result.mlm})"
         )
 
-    def _losses(self, batch: Batch, number: int) -> tuple[Tensor, MLMOutput | None, float]:
-        weight = 0.0
-        if self.regularizer and self.method.trains_text_side:
-            weight = self.mlm_schedule.weight_at(self.progress.current_step)
-        diffusion, mlm = batch_losses(
-            batch,
-            models=self.models,
-            encode=self.encode,
-            diffusion_loss=self.diffusion_loss,
-            mlm=partial(self.regularizer, number) if weight else None,
-            device=self.accelerator.device,
-            autocast=self.accelerator.autocast,
-        )
-        return diffusion, mlm, weight
-
-    def _average_over_processes(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
-        parameters = self.method.parameters()
-        has_grad = torch.tensor([float(p.grad is not None) for p in parameters])
-        has_grad = self.accelerator.reduce(has_grad.to(self.accelerator.device), reduction="sum")
-        for parameter, num_processes in zip(parameters, has_grad.tolist(), strict=True):
-            if not num_processes:  # a layer that nobody used; a gradient of 0 would let it decay
-                continue
-            if parameter.grad is None:  # every process must take part in the exchange
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-
-    def _highest(self, number: int) -> int:
-        """The highest of the processes' numbers: they must not part ways."""
-        if self.accelerator.num_processes == 1:
-            return number
-        numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
-        return int(numbers.max())
+    def _heed_others(self, readings: Sequence[_Reading]) -> None:
+        """Take over what only all processes together know: signals, and what nobody used."""
+        self._exit_code = max(reading.exit_code for reading in readings)
+        used = map(any, zip(*(reading.has_gradient for reading in readings), strict=True))
+        # a gradient of 0 would let a layer that nobody used decay
+        for parameter, is_used in zip(self.method.parameters(), used, strict=False):
+            if not is_used:
+                parameter.grad = None
 
     def _tell(self, event: str, *values: object) -> None:
         for listener in self.listeners:
             getattr(listener, event)(self, *values)
 
 
-def batch_losses(
+def batch_diffusion_loss(
     batch: Batch,
     *,
     models: StableDiffusion,
     encode: Callable[[Sequence[str]], Conditioning],
     diffusion_loss: DiffusionLoss,
-    mlm: Callable[[], MLMOutput] | None,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-) -> tuple[Tensor, MLMOutput | None]:
-    """Forward pass of one batch: the denoising loss and the term, if it acts.
+) -> Tensor:
+    """Forward pass of one batch: the denoising loss, 0-d.
 
     Args:
         batch: pictures or latents with their captions.
         models: what is trained.
         encode: captions to conditioning.
         diffusion_loss: calls the U-Net.
-        mlm: computes the term; ``None`` where it does not act.
         device: of the models.
         autocast: enters mixed precision.
     """
@@ -441,28 +528,42 @@ def batch_losses(
             inputs = unet_inputs(conditioning, sizes_B6, dtype=dtype)
             return models.unet(noisy_latents.to(dtype), timesteps, **inputs).sample
 
-        diffusion = diffusion_loss(
+        return diffusion_loss(
             predict,
             latents,
             loss_weights_B=batch.loss_weights,
-            loss_masks=None if batch.loss_masks is None else batch.loss_masks.to(device),
-            valid_masks=None if batch.valid_masks is None else batch.valid_masks.to(device),
+            loss_masks=batch.loss_masks,
+            valid_masks=batch.valid_masks,
         )
-    if mlm is None:
-        return diffusion, None
-    # dropout of the adapters draws here too: the diffusion noise must not depend on it
+
+
+def term_output(
+    mlm: Callable[[], MLMOutput],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+) -> MLMOutput:
+    """Forward pass of the term; the random streams of the rest stay as they are.
+
+    Dropout of the adapters draws here too, and the diffusion noise must not depend on it.
+
+    Args:
+        mlm: computes the term.
+        device: of the models.
+        autocast: enters mixed precision.
+    """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), autocast():
-        return diffusion, mlm()
+        return mlm()
 
 
 @torch.no_grad()
 def batch_latents(batch: Batch, vae: nn.Module, *, device: torch.device) -> Tensor:
     """Scaled latents ``(B, 4, h, w)``, from the cache or from pixels."""
     if batch.latents is not None:
-        latents = batch.latents.to(device)
+        latents = batch.latents.to(device, non_blocking=True)
     else:
-        pixels = batch.pixel_values.to(device, vae.dtype)
+        pixels = batch.pixel_values.to(device, vae.dtype, non_blocking=True)
         latents = vae.encode(pixels).latent_dist.sample().float()
     return latents * vae.config.scaling_factor
 
@@ -495,21 +596,58 @@ def _has_modes(optimizer: torch.optim.Optimizer) -> bool:
     return callable(getattr(getattr(optimizer, "optimizer", optimizer), "eval", None))
 
 
-def _mean(results: list[StepResult]) -> StepResult:
-    def mean(values: list[float | None]) -> float | None:
-        present = [value for value in values if value is not None]
-        return sum(present) / len(present) if present else None
+class _Reading(NamedTuple):
+    """What a process knows of a step, as numbers: N batches, K losses of each."""
 
+    losses: list[list[float]]
+    norm: float
+    exit_code: int
+    has_gradient: list[bool]
+
+    @classmethod
+    def of(cls, row: Sequence[float], num_batches: int, num_losses: int) -> _Reading:
+        """From the numbers in the order in which :meth:`Trainer._read` has them."""
+        end = num_batches * num_losses
+        losses = [list(row[i : i + num_losses]) for i in range(0, end, num_losses)]
+        norm, exit_code, *has_gradient = row[end:]
+        return cls(losses, norm, int(exit_code), list(map(bool, has_gradient)))
+
+    def all_losses(self) -> Iterator[float]:
+        """Of all batches, one after the other."""
+        return itertools.chain(*self.losses)
+
+
+def _result(losses: Sequence[Sequence[float]], weight: float) -> StepResult:
+    """The mean over batches, each in the order of :meth:`Trainer._backward`."""
+    diffusion, *of_term = (sum(column) / len(column) for column in zip(*losses, strict=True))
+    if not weight:
+        return StepResult(loss=diffusion, diffusion=diffusion)
+    mlm, accuracy, *by_encoder = of_term
     return StepResult(
-        loss=mean([r.loss for r in results]),
-        diffusion=mean([r.diffusion for r in results]),
-        mlm=mean([r.mlm for r in results]),
-        mlm_weight=results[0].mlm_weight,
-        mlm_accuracy=mean([r.mlm_accuracy for r in results]),
-        mlm_losses=tuple(
-            mean(column) for column in zip(*(r.mlm_losses for r in results), strict=True)
-        ),
+        loss=diffusion + weight * mlm,
+        diffusion=diffusion,
+        mlm=mlm,
+        mlm_weight=weight,
+        mlm_accuracy=accuracy,
+        mlm_losses=tuple(by_encoder) if len(by_encoder) > 1 else (),
     )
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Parameters of one precision, together about ``BUCKET`` in size: one message instead of many.
+
+    One that is larger has a bucket of its own.
+    """
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in sorted(parameters, key=lambda parameter: str(parameter.dtype)):
+        size += parameter.nbytes
+        if bucket and (size > BUCKET or bucket[0].dtype != parameter.dtype):
+            yield bucket
+            bucket, size = [], parameter.nbytes
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def _postfix(result: StepResult) -> dict[str, str]:

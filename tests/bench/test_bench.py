@@ -20,7 +20,9 @@ from mlm_plugin.pocket.concepts import REPORTED, TUNING
 from mlm_plugin.training.trainer import Listener
 
 LOOKS = dict.fromkeys(METHOD_FLAGS, (1, 2))
-SMALL = dataclasses.replace(FULL, looks=LOOKS, num_steps=2, concepts=REPORTED[:1], seeds=(0,))
+SMALL = dataclasses.replace(
+    FULL, ablations=(), looks=LOOKS, num_steps=2, concepts=REPORTED[:1], seeds=(0,)
+)
 KINDS = {(arm.method, arm.regularizer): arm for arm in reversed(FULL.arms)}
 
 
@@ -42,7 +44,7 @@ def test_every_kind_of_arm_trains_and_is_looked_at(arm, workshop):
 
 
 def test_no_two_arms_share_a_name():
-    names = [arm.name for arm in FULL.arms]
+    names = [arm.name for arm in (*FULL.arms, *FULL.ablations)]
     assert len(set(names)) == len(names)
     assert {arm.name for arm in SHORT.arms} <= set(names)
 

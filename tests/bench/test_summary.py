@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mlm_plugin.bench.report import html_report, markdown_table
-from mlm_plugin.bench.summary import ArmKey, fidelity_at, matched_difference, summarize
+from mlm_plugin.bench.summary import ArmKey, duels, fidelity_at, matched_difference, summarize
 
 
 def look(step, fidelity, identity, *, regularizer="plain", concept="sks dog", seed=0):
@@ -54,6 +54,20 @@ def test_the_table_pairs_runs_by_concept_and_seed():
     assert mlm.identity.value.mean == pytest.approx(-0.1)
     assert mlm.fidelity.value.n == 3
     assert mlm.fidelity.p_value == pytest.approx(0.25, abs=0.02)  # 2 of 8 signs
+
+
+def test_the_term_is_held_against_every_rival_of_its_method():
+    records = []
+    for seed in range(3):
+        for regularizer, fidelity in (("plain", 0.5), ("mlm", 0.9), ("core", 0.8)):
+            records += [look(100, fidelity, 0.5, seed=seed, regularizer=regularizer)]
+    (duel,) = duels(records)
+    assert (duel.ours.regularizer, duel.theirs.regularizer, duel.num_runs) == ("mlm", "core", 3)
+    assert duel.fidelity.value.mean == pytest.approx(0.1)
+    assert duel.identity.value.mean == pytest.approx(0.0)
+    assert duel.matched.value.mean == pytest.approx(0.1)
+    assert "| lora + mlm 0.1 | lora + core 0.1 | 3 | +10.0" in markdown_table(records)
+    assert duels([record for record in records if record["regularizer"] != "core"]) == []
 
 
 def test_only_the_last_look_of_a_run_counts_as_its_end():

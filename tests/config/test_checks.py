@@ -45,6 +45,11 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
             {"network_train_unet_only": True, "network_train_text_encoder_only": True},
             ["network_train_unet_only", "network_train_text_encoder_only"],
         ),
+        (
+            {"quantize_unet": "nf4", "method": "dreambooth"},
+            ["quantize_unet = 'nf4'", "method = 'dreambooth'", "lora, textual_inversion, xti"],
+        ),
+        ({"quantize_unet": "int8", "method": "custom_diffusion"}, ["quantize_unet = 'int8'"]),
         ({"dim_from_weights": True}, ["dim_from_weights", "network_weights"]),
         ({"network_dropout": 1.0}, ["network_dropout"]),
         ({"network_args": ("conv_dim",)}, ["network_args", "key=value"]),
@@ -78,6 +83,22 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
         ({"seed": 2**32}, ["seed = 4294967296"]),
         ({"full_fp16": True}, ["full_fp16", "mixed_precision"]),
         ({"full_bf16": True, "mixed_precision": "fp16"}, ["full_bf16", "'bf16'"]),
+        (
+            {"fused_backward_pass": True},
+            ["fused_backward_pass", "method = 'lora'", "dreambooth"],
+        ),
+        (
+            {
+                "fused_backward_pass": True,
+                "method": "dreambooth",
+                "gradient_accumulation_steps": 2,
+            },
+            ["fused_backward_pass", "gradient_accumulation_steps = 2"],
+        ),
+        (
+            {"fused_backward_pass": True, "method": "dreambooth", "mixed_precision": "fp16"},
+            ["fused_backward_pass", "'fp16'", "'bf16'"],
+        ),
         ({"adaptive_noise_scale": 0.1}, ["adaptive_noise_scale", "noise_offset"]),
         ({"scale_v_pred_loss_like_noise_pred": True}, ["v_parameterization"]),
         ({"v_pred_like_loss": 0.5, "v_parameterization": True}, ["v_pred_like_loss"]),

@@ -202,6 +202,7 @@ def test_toml_values_reach_the_declared_type(toml, line, name, expected):
         ('shuffle_caption = "yes"', ["shuffle_caption", "true or false"]),
         ("learning_rate = nan", ["learning_rate", "number"]),
         ('mixed_precision = "fp8"', ["mixed_precision", "'fp8'", "no, fp16, bf16"]),
+        ('quantize_unet = "fp8"', ["quantize_unet", "'fp8'", "no, int8, nf4"]),
         ("max_token_length = 77", ["max_token_length", "75, 150, 225"]),
         ("lr_warmup_steps = 1.5", ["lr_warmup_steps", "ratio"]),
         ("stop_unet_training = 1.5", ["stop_unet_training", "1.5", "ratio below 1"]),
@@ -216,7 +217,7 @@ def test_toml_values_reach_the_declared_type(toml, line, name, expected):
         ("optimizer_args = [[1]]", ["optimizer_args", "list"]),
         ("[network.deep]\nnetwork_dim = 4", ["'deep'"]),
         ("[[datasets]]\nresolution = 512", ["--dataset_config"]),
-        ("fp8_base = true", ["fp8_base", "mixed_precision"]),
+        ("fp8_base = true", ["fp8_base", "quantize_unet = 'int8'"]),
         ('in_json = "meta.json"', ["in_json", "metadata_file", "dataset_config"]),
         ('base_weights = ["a"]', ["base_weights", "merge"]),
         ("validation_split = 0.1", ["validation_split"]),
@@ -414,7 +415,7 @@ def test_the_readme_table_lists_every_option_once():
     text = options_markdown()
     for name in OPTIONS:
         assert text.count(f"| `{name}` |") == 1
-    assert "| `mlm_loss_weight` | `0.001` |" in text
+    assert "| `mlm_loss_weight` | `0.1` |" in text
     assert "| `network_alpha` | `1` |" in text
 
 

@@ -153,6 +153,16 @@ def test_workers_see_the_same_batches_epoch_after_epoch(folder):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_every_tensor_of_a_batch_can_be_page_locked(folder, monkeypatch):
+    batch = _dataset(_config(SubsetConfig(image_dir=folder, flip_aug=True)))[0]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # a CPU has no such memory
+    pinned = batch.pin_memory()
+    assert _same(pinned, batch)
+    tensors = {name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert {"pixel_values", "loss_weights"} <= tensors
+    assert all(getattr(pinned, name) is not getattr(batch, name) for name in tensors)
+
+
 def test_a_data_set_can_be_pickled(folder):
     dataset = _dataset(_config(SubsetConfig(image_dir=folder, flip_aug=True)))
     assert _same(pickle.loads(pickle.dumps(dataset))[1], dataset[1])

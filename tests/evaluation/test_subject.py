@@ -28,7 +28,7 @@ def drawn(pipeline, **prompts):
 
 
 def ours(subject):
-    states = subject.encode([NEGATIVE, PROMPT])
+    states = subject.encode([NEGATIVE, PROMPT]).states
     return drawn(subject.pipeline, prompt_embeds=states[1:], negative_prompt_embeds=states[:1])
 
 
@@ -88,12 +88,12 @@ def test_a_file_draws_what_a_user_of_diffusers_gets(toy_folder, files, kind):
 
 def test_the_base_text_encoder_stays_as_it_was(toy_folder, toy_text_encoder, files):
     subject = load_subject(str(toy_folder), placeholder_token="sks", lora=files["lora"])
-    base = subject.base_text_encoder
+    (base,) = subject.base_text_encoders
     assert base.fingerprint() == toy_text_encoder.fingerprint()
     with torch.no_grad():
         same = base.encode_captions([PROMPT])
         torch.testing.assert_close(same, toy_text_encoder.encode_captions([PROMPT]))
-        assert not torch.allclose(subject.encode([PROMPT]), same, atol=1e-3)
+        assert not torch.allclose(subject.encode([PROMPT]).states, same, atol=1e-3)
 
 
 def test_a_lora_of_weight_0_changes_nothing(toy_folder, files):
@@ -123,7 +123,7 @@ def test_a_checkpoint_draws_in_the_base_models_place(toy_folder, tmp_path):
     )
     torch.testing.assert_close(ours(subject), theirs(trained, subject), atol=1e-4, rtol=1e-4)
     base, now = (encoder.token_embedding.weight
-                 for encoder in (subject.base_text_encoder, subject.text_encoder))  # fmt: skip
+                 for (encoder,) in (subject.base_text_encoders, subject.text_encoders))  # fmt: skip
     torch.testing.assert_close(now, base * 1.5)
 
 

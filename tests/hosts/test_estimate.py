@@ -78,6 +78,7 @@ def test_what_would_save_memory_is_listed_with_its_price(toy_folder, capsys):
     _, _, savings = capsys.readouterr().out.partition("what would save memory, each alone:\n")
     assert "cache_latents = true" in savings
     assert "train_batch_size = 1" in savings
+    assert 'quantize_unet = "nf4"' in savings
     assert all(re.search(r" -\d+\.\d\d MiB +\(.+\)$", line) for line in savings.splitlines())
 
 
@@ -134,6 +135,12 @@ def peak(folder, *arguments):
 def test_more_pictures_take_more_and_half_precision_takes_less(toy_folder):
     assert peak(toy_folder, "--train_batch_size", "4") > peak(toy_folder)
     assert peak(toy_folder, "--mixed_precision", "bf16") < peak(toy_folder)
+
+
+def test_fewer_bits_take_less(toy_folder):
+    peaks = [peak(toy_folder, "--quantize_unet", kind) for kind in ("nf4", "int8", "no")]
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) == 3
 
 
 def test_the_term_costs_its_contextualizer_and_its_activations(toy_folder):

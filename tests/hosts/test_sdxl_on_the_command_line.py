@@ -116,8 +116,20 @@ def test_pretraining_makes_a_contextualizer_for_each_text_encoder(
     assert widths == [(32,), (48,)]
 
 
-def test_evaluation_of_sdxl_is_refused(toy_sdxl_folder, tmp_path, capsys):
+def test_a_trained_lora_is_evaluated(
+    arguments, toy_sdxl_folder, toy_sdxl_contextualizers, tmp_path, capsys
+):
+    assert train_main([*arguments, "--text_encoder_lr", "1e-2", "1e-2"]) == 0
     model = ["--pretrained_model_name_or_path", str(toy_sdxl_folder)]
-    words = ["--placeholder_token", "sks", "--class_token", "dog"]
-    assert main(["evaluate", *model, *words, "--output", str(tmp_path / "r"), "--text_only"]) == 2
-    assert "is SDXL; what was learned is judged" in capsys.readouterr().err
+    lora = ["--lora", str(tmp_path / "out" / "x.safetensors"), "--class_token", "dog"]
+    text = ["--text_only", "--mlm_contextualizer", toy_sdxl_contextualizers]
+    output = ["--output", str(tmp_path / "r")]
+    capsys.readouterr()
+    assert main(["evaluate", *model, *lora, *text, *output]) == 0
+    printed = capsys.readouterr().out
+    for name in ("clip_l", "clip_g"):
+        (line,) = [line for line in printed.splitlines() if f"Encoder drift, {name}" in line]
+        assert float(line.split(name)[1].split()[0]) > 0
+    assert main(["evaluate", *model, *lora, *text, *output, "--xti", lora[1]]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "--xti" in error

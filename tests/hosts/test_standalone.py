@@ -216,6 +216,16 @@ def test_lycoris_trains_where_it_is_installed(arguments, tmp_path):
     assert any(key.startswith("lora_te_text_model_encoder_") for key in state)
 
 
+def test_a_packed_u_net_draws_waits_on_the_cpu_and_is_named_in_the_file(arguments, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("[trigger] on the beach --w 64 --h 64 --s 2 --d 5 --l 3\n")
+    samples = ["--sample_prompts", str(prompts), "--sample_every_n_steps", "2"]
+    packed = ["--quantize_unet", "nf4", "--cache_latents", "--mixed_precision", "bf16"]
+    assert train_main([*arguments, *packed, *samples, "--max_train_steps", "2"]) == 0
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
+    assert metadata_of(tmp_path / "out" / "dog.safetensors")["ss_mlm_quantize_unet"] == "nf4"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -262,6 +272,8 @@ def test_weight_0_needs_no_contextualizer_and_no_concept(arguments, tmp_path):
         (["--log_with", "wandb"], "wandb"),
         (["--output_dir", "/proc/nowhere"], "/proc/nowhere"),
         (["--cache_text_encoder_outputs"], "cache_text_encoder_outputs"),
+        (["--quantize_unet", "int8", "--method", "dreambooth"], "quantize_unet = 'int8'"),
+        (["--quantize_unet", "fp8"], "no, int8, nf4"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

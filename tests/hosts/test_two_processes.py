@@ -381,8 +381,9 @@ def test_no_two_batches_of_mlm_prompts_are_the_same(ranks):
 
 def test_a_signal_on_one_process_stops_both_and_the_state_is_whole(folder, ranks):
     assert [rank["stopped"]["exit_code"] for rank in ranks] == [143, 143]
-    assert names_in(folder / "stopped") == ["dog-step00000001-state"]
-    state = folder / "stopped" / "dog-step00000001-state"
+    # the signal comes between two steps, and the second one tells the other process
+    assert names_in(folder / "stopped") == ["dog-step00000002-state"]
+    state = folder / "stopped" / "dog-step00000002-state"
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= set(names_in(state))
     assert_equal(load_file(state / "model.safetensors"), ranks[0]["stopped"]["weights"])
 

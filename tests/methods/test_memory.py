@@ -3,9 +3,9 @@
 import pytest
 
 from mlm_plugin.config.options import METHOD_NAMES, SDXL_METHODS
-from mlm_plugin.estimate.live_bytes import LiveBytes
+from mlm_plugin.estimate.live_bytes import LiveBytes, storage_bytes
 from mlm_plugin.estimate.options import parse_estimate
-from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED
+from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
 from mlm_plugin.hosts.estimate import estimate_of
 from mlm_plugin.training.trainer import Listener
 
@@ -69,6 +69,31 @@ def test_the_step_takes_what_was_predicted_in_sdxl(method, sdxl_trainer_of, toy_
     trainer = sdxl_trainer_of(method, steps=2, cache_latents=True, **options)
     moment = predicted(method, toy_sdxl_folder, **options).moments["training step"]
     assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_packed_u_net_takes_what_was_predicted(kind, sdxl_trainer_of, toy_sdxl_folder):
+    options = {"optimizer_type": "SGDNesterov", "gradient_checkpointing": True}
+    options["quantize_unet"] = kind
+    trainer = sdxl_trainer_of("lora", steps=2, cache_latents=True, **options)
+    moment = predicted("lora", toy_sdxl_folder, **options).moments["training step"]
+    unet = trainer.models.unet
+    tensors = [*unet.named_parameters(), *unet.named_buffers()]
+    assert moment[UNET] == storage_bytes([t for name, t in tensors if ".lora_" not in name])
+    assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
+
+
+def test_steps_inside_the_backward_pass_take_what_was_predicted(trainer_of, toy_folder):
+    sgd, fusing = {"optimizer_type": "SGDNesterov"}, {"fused_backward_pass": True}
+    trainer = trainer_of("dreambooth", steps=2, cache_latents=True, **sgd, **fusing)
+    fused, plain = (
+        predicted("dreambooth", toy_folder, **sgd, **more).moments for more in (fusing, {})
+    )
+    moment = fused["training step"]
+    assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
+    assert moment.total() < plain["training step"].total()
+    text = sum(p.nbytes for p in trainer.method.parts()["textencoder"])
+    assert fused["optimizer step"][GRADIENTS] == text
 
 
 def test_two_batches_a_step_hold_gradients_all_the_time(toy_folder):

@@ -57,7 +57,7 @@ def fixed_loss(trainer):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         trainer.method.train(False)
-        losses = [trainer._losses(batch, 0)[0] for batch in batches]
+        losses = [trainer._diffusion_loss(batch) for batch in batches]
         trainer.method.train(True)
     return float(torch.stack(losses).mean())
 
@@ -212,9 +212,9 @@ def test_the_term_changes_the_text_side_and_never_the_noise(name, trainer_of):
     for trainer in (plain, regularized):
         batch = next(iter(trainer.loader))
         torch.manual_seed(5)
-        losses.append(trainer._losses(batch, 0)[0].item())
+        losses.append(trainer._diffusion_loss(batch).item())
     assert losses[0] == losses[1]
-    _, output, weight = regularized._losses(batch, 0)
+    output, weight = regularized._term(0), regularized._mlm_weight()
     (weight * output.loss).backward()
     reached = {
         part: any(p.grad is not None and p.grad.any() for p in members)

@@ -124,7 +124,7 @@ def test_a_resumed_run_ends_bit_identical_to_a_straight_one(name, sdxl_trainer_o
 @pytest.mark.parametrize("name", SDXL_METHODS)
 def test_the_term_has_a_loss_and_a_gradient_for_each_text_encoder(name, sdxl_trainer_of):
     trainer = sdxl_trainer_of(name, mlm_loss_weight=1)
-    _, output, weight = trainer._losses(next(iter(trainer.loader)), 0)
+    output, weight = trainer._term(0), trainer._mlm_weight()
     assert len(output.losses) == 2
     torch.testing.assert_close(output.loss, torch.stack(output.losses).mean())
     (weight * output.loss).backward()
@@ -187,11 +187,11 @@ def test_kept_captions_train_as_those_that_are_encoded_each_time(sdxl_trainer_of
             **({"cache_text_encoder_outputs": True} if kept else {}),
         )
         torch.manual_seed(5)
-        losses.append(trainer._losses(next(iter(trainer.loader)), 0)[0].item())
+        losses.append(trainer._diffusion_loss(next(iter(trainer.loader))).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     for text_encoder in trainer.models.text_encoders:
         text_encoder.model = None  # nothing asks for it any more
-    trainer._losses(next(iter(trainer.loader)), 0)
+    trainer._diffusion_loss(next(iter(trainer.loader)))
 
 
 @pytest.mark.parametrize("setting", [{"shuffle_caption": True}, {"caption_dropout_rate": 0.1}])
@@ -234,7 +234,7 @@ def test_the_loss_of_a_batch_is_that_of_diffusers_by_hand(sdxl_trainer_of, toy_s
     assert batch.crop_top_lefts == [(16, 0)] * 2
     with torch.no_grad():
         torch.manual_seed(5)
-        ours, _, _ = trainer._losses(batch, 0)
+        ours = trainer._diffusion_loss(batch)
 
         pipeline = StableDiffusionXLPipeline.from_pretrained(toy_sdxl_folder)
         torch.manual_seed(5)

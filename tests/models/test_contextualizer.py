@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mlm_plugin.data.masking import IGNORE_INDEX, MASK_ID
+from mlm_plugin.data.masking import IGNORE_INDEX, MASK_ID, tokens_before_padding
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.contextualizer import (
     Contextualizer,
@@ -16,7 +16,6 @@ from mlm_plugin.models.contextualizer import (
     save_contextualizer,
 )
 from mlm_plugin.models.mask_token import mask_embedding
-from mlm_plugin.regularizer import tokens_before_padding
 
 SIZES = ContextualizerSizes(hidden_size=32, vocab_size=50, width=64, num_layers=2)
 
@@ -53,7 +52,7 @@ def test_the_loss_at_labelled_rows_equals_transformers_masked_lm_loss(network, b
 
     hidden, labels, is_token = batch
     table = torch.randn(50, 32)
-    everywhere = torch.ones_like(is_token)
+    everywhere = torch.arange(is_token.numel())
     logits_BLV = network(hidden, is_token, everywhere, table).unflatten(0, is_token.shape)
 
     bert = BertForMaskedLM(

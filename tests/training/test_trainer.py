@@ -24,6 +24,7 @@ from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.regularizer import MLMSchedule
 from mlm_plugin.training import rollback
+from mlm_plugin.training import trainer as trainer_module
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.logs import CurveLogger
@@ -36,6 +37,7 @@ from mlm_plugin.training.trainer import (
     Stopped,
     Trainer,
     TrainPlan,
+    _buckets,
 )
 
 SEED = 7
@@ -240,6 +242,15 @@ def test_the_term_acts_on_its_steps_only(toy_folder, dataset):
     _, curve = run(toy_folder, dataset, mlm_weight=0.1, schedule=schedule)
     assert [r.mlm is not None for r in curve] == [False, True, False, True, False, False]
     assert curve[1].mlm_weight == pytest.approx(0.2)
+
+
+def test_buckets_hold_every_tensor_once_by_precision_and_size(monkeypatch):
+    monkeypatch.setattr(trainer_module, "BUCKET", 100)
+    sizes = [(10, torch.float32), (10, torch.bfloat16), (10, torch.float32), (50, torch.float32)]
+    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in sizes]
+    buckets = list(_buckets(parameters))
+    assert [[p.nbytes for p in bucket] for bucket in buckets] == [[20], [40, 40], [200]]
+    assert sorted(map(id, itertools.chain(*buckets))) == sorted(map(id, parameters))
 
 
 # --- parts that are trained no further ------------------------------------------------------
@@ -459,6 +470,32 @@ def test_a_non_finite_loss_goes_back_to_the_step_before(
     resumed.load_state(tmp_path / "a-state")
     resumed.run()
     assert resumed.progress.current_step == 3
+
+
+def test_a_bad_loss_among_several_batches_drops_the_gradients_of_all(toy_folder, dataset):
+    trainer = make_trainer(toy_folder, dataset, accumulation=3, num_steps=4)
+    before, plain, numbers = trainer.method.state_dict(), trainer.diffusion_loss, []
+    before = {name: tensor.clone() for name, tensor in before.items()}
+
+    def second_is_bad(*inputs, **masks):
+        numbers.append(len(numbers))
+        return plain(*inputs, **masks) * (math.inf if numbers[-1] == 1 else 1.0)
+
+    trainer.diffusion_loss = second_is_bad
+    with pytest.raises(NonFiniteLoss, match=r"loss is inf at step 1 \(diffusion inf, mlm None\)"):
+        trainer.run()
+    assert_same(before, trainer.method.state_dict())
+    assert all(parameter.grad is None for parameter in trainer.method.parameters())
+
+
+def test_a_term_that_is_not_finite_is_told_from_the_rest(toy_folder, dataset):
+    trainer = make_trainer(toy_folder, dataset, mlm_weight=0.5)
+    regularizer = trainer.regularizer
+    trainer.regularizer = lambda number: regularizer(number)._replace(
+        loss=regularizer(number).loss * math.nan
+    )
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan at step 1 \(diffusion \d\.\d+, mlm nan"):
+        trainer.run()
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])

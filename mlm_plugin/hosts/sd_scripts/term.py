@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mlm_plugin import __version__
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig, concepts_of
 from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
+from mlm_plugin.data.joint_prompts import JointPrompts
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 from mlm_plugin.hosts.mlm_setup import (
@@ -30,11 +31,14 @@ from mlm_plugin.hosts.mlm_setup import (
     contextualizer_settings,
     find_contextualizer,
     mlm_schedule,
+    mlm_target,
     prompt_set_names,
     prompts_for,
+    readings_for,
     text_tap,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.readings import Reading
 from mlm_plugin.regularizer import MLMRegularizer
 
 __all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "without_gradient", "wrap_text_encoder"]
@@ -101,7 +105,8 @@ class MLMTerm:
         self.parts: LossParts | None = None
         self.encoders: list[tuple[TextEncoder, LoadedContextualizer]] = []
         self.concepts: tuple[Concept, ...] = ()
-        self.captions: list[str] = []
+        self.prompts: JointPrompts | None = None
+        self._readings: list[list[Reading]] = []
         self._regularizer: MLMRegularizer | None = None
 
     def add_text_encoder(self, text_encoder: TextEncoder, accelerator: Accelerator) -> None:
@@ -124,6 +129,7 @@ class MLMTerm:
                 show_progress=accelerator.is_local_main_process,
             )
         self.encoders.append((text_encoder, found))
+        self._take_readings(accelerator)
 
     def use_data(self, dataset_group: Any) -> None:
         """Take concepts and captions from the data, as far as the options do not name them.
@@ -139,14 +145,16 @@ class MLMTerm:
             for concept in found
         )
         texts = {c.placeholder_token: self.expand(c.placeholder_token) for c in found}
-        self.captions = [_replaced(caption, texts) for caption in _captions(datasets)]
+        captions = [_replaced(caption, texts) for caption in _captions(datasets)]
+        self.prompts = prompts_for(self.options, self.concepts, captions=captions)
 
     def attach(self, accelerator: Accelerator) -> None:
-        """Keep the counters beside the states that kohya's trainer saves.
+        """Be ready for the first step, and keep counters beside the states that kohya saves.
 
         States without them load, and plain trainers load states with them: the file is beside
         those that accelerate counts.
         """
+        self._take_readings(accelerator)
 
         def save(_models, _weights, output_dir):
             with atomic_path(Path(output_dir) / STATE_FILE) as temporary:
@@ -198,6 +206,7 @@ class MLMTerm:
             if entry.group == "mlm" and name.startswith("mlm_")
         }
         values |= {
+            "ss_mlm_target": mlm_target(self.options, self.concepts),
             "ss_mlm_prompt_set": prompt_set_names(self.options, self.concepts),
             "ss_mlm_contextualizer": ", ".join(found.digest for _, found in self.encoders),
             "ss_mlm_seed": self.seed,
@@ -208,18 +217,34 @@ class MLMTerm:
         }
         return {key: str(value) for key, value in values.items()}
 
+    def _take_readings(self, accelerator: Accelerator) -> None:
+        """Of the text encoders that have none, once there are prompts; nothing is trained yet."""
+        for text_encoder, found in self.encoders[len(self._readings) :] if self.prompts else ():
+            with _on_device(text_encoder.model, accelerator.device):
+                readings = readings_for(
+                    text_encoder,
+                    found.network,
+                    self.concepts,
+                    self.options,
+                    prompts=self.prompts,
+                    seed=self.seed,
+                )
+            self._readings.append(readings)
+
     def _regularizer_for(self, accelerator: Accelerator) -> MLMRegularizer:
         """Made at the first use, when models have their place, precision and trained weights."""
         if self._regularizer is None:
             dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
             taps = [
-                text_tap(text_encoder, found.network, self.concepts, dtype=dtype)
-                for text_encoder, found in self.encoders
+                text_tap(text_encoder, found.network, self.concepts, readings=readings, dtype=dtype)
+                for (text_encoder, found), readings in zip(
+                    self.encoders, self._readings, strict=True
+                )
             ]
             self._regularizer = build_regularizer(
                 taps,
                 self.options,
-                prompts=prompts_for(self.options, self.concepts, captions=self.captions),
+                prompts=self.prompts,
                 seed=f"{self.seed}/{accelerator.process_index}",
             )
         return self._regularizer
