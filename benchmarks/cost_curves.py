@@ -151,9 +151,9 @@ def curves_of(args: argparse.Namespace) -> list[dict[str, Any]]:
             },
         )
         kept = ("median_seconds", "median_cpu_seconds", "peak_bytes", "mlm_tokens_per_prompt")
-        curve["points"].append(
-            {"x": settings[axis.option]} | {key: found[key] for key in (*RATIOS, *kept)}
-        )
+        is_length = axis.option == "mlm_prompt_tokens"  # more than asked for: prompts stay whole
+        x = round(found["mlm_tokens_per_prompt"]) if is_length else settings[axis.option]
+        curve["points"].append({"x": x} | {key: found[key] for key in (*RATIOS, *kept)})
     return list(curves.values())
 
 
@@ -168,7 +168,7 @@ def parse(argv: Iterable[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="folder of the real CLIP tokenizer")
     for name, default, text in (
         ("mlm_batch_sizes", [8, 1, 2, 4, 16], "prompts per step"),
-        ("prompt_tokens", [17, 12, 32, 48, 77], "tokens of a prompt, BOS and EOS included"),
+        ("prompt_tokens", [0, 24, 32, 48, 77], "tokens of a prompt, at least; 0: as they come"),
         ("resolutions", [512, 256, 768, 1024], "pixels"),
         ("text_encoders", [2, 1], "SDXL: both or CLIP-L alone"),
     ):

@@ -26,9 +26,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -45,10 +45,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from mlm_plugin.config.checks import trained_text_encoders
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.data.dataset import Batch
+from mlm_plugin.data.joint_prompts import JointPrompts, PromptPair
 from mlm_plugin.files import atomic_path
-from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for, text_tap
+from mlm_plugin.hosts.mlm_setup import build_regularizer, mlm_target, prompts_for, text_tap
 from mlm_plugin.methods import LoRAMethod
 from mlm_plugin.models.checkpoints import SDXL_CLIP_SKIP, SDXL_VERSION, StableDiffusion
 from mlm_plugin.models.contextualizer import (
@@ -58,7 +59,8 @@ from mlm_plugin.models.contextualizer import (
 )
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
-from mlm_plugin.regularizer import MLMRegularizer
+from mlm_plugin.readings import take_readings
+from mlm_plugin.regularizer import MLMRegularizer, TextTap
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.optimizers import create_optimizer
@@ -69,6 +71,7 @@ CONCEPT = Concept("sks", "dog")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
 SEED = 0
+NUM_READINGS = 64
 SHAPES = {"tiny": make_sd15, "sd15": make_sd15, "tiny_sdxl": make_sdxl, "sdxl": make_sdxl}
 """Who makes the models; ``tiny`` in the name has few channels."""
 
@@ -233,18 +236,12 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     trained = trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
     reached = [te for te, on in zip(models.text_encoders, trained, strict=True) if on]
     contextualizers = [untrained_contextualizer(text_encoder, args) for text_encoder in reached]
-    method = LoRAMethod.prepare(models, config, [CONCEPT])
+    prompts = LongPrompts(prompts_for(config.mlm, [CONCEPT]), args.mlm_prompt_tokens, reached[0])
     taps = [
-        text_tap(
-            text_encoder,
-            contextualizer,
-            [CONCEPT],
-            tokenize=tokenize_to(text_encoder, args.mlm_prompt_tokens),
-            dtype=dtype,
-        )
-        for text_encoder, contextualizer in zip(reached, contextualizers, strict=True)
+        with_readings(text_tap(*pair, [CONCEPT], dtype=dtype), pair[0], prompts, config.mlm)
+        for pair in zip(reached, contextualizers, strict=True)
     ]
-    prompts = prompts_for(config.mlm, [CONCEPT])
+    method = LoRAMethod.prepare(models, config, [CONCEPT])
     regularizer = build_regularizer(taps, config.mlm, prompts=prompts, seed=0)
     enable_checkpointing(models, args.gradient_checkpointing)
     num_steps = 2 * (args.num_warmup + args.num_pairs + args.num_memory_pairs)
@@ -289,6 +286,7 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
             "learning_rate": 1e-4,
             "optimizer_type": args.optimizer_type,
             "mlm_batch_size": args.mlm_batch_size,
+            "mlm_target": args.mlm_target,
             "placeholder_token": (CONCEPT.placeholder_token,),
             "class_token": (CONCEPT.class_token,),
         }
@@ -326,25 +324,48 @@ def random_models(
     )
 
 
-def tokenize_to(
-    text_encoder: TextEncoder, length: int
-) -> Callable[[list[str], random.Random], Tensor] | None:
-    """Prompts to ids ``(B, length)``, BOS and EOS included; 0 leaves prompts as they are.
+class LongPrompts:
+    """Stands for the trainer's prompts: as many in a row as make up a length.
 
-    A prompt that is too short goes on with its own words, one that is too long is cut.
+    Args:
+        prompts: where they come from.
+        length: tokens, BOS and EOS included; 0 leaves prompts alone.
+        text_encoder: counts them.
     """
-    if not length:
-        return None
 
-    def tokenize(prompts: list[str], _rng: random.Random) -> Tensor:
-        return text_encoder.tokenizer(
-            [" ".join([prompt] * length) for prompt in prompts],
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        ).input_ids
+    def __init__(self, prompts: JointPrompts, length: int, text_encoder: TextEncoder):
+        self.prompts, self.length, self.text_encoder = prompts, length, text_encoder
 
-    return tokenize
+    def sample(self, rng: random.Random) -> PromptPair:
+        """A prompt of at least the length, and the same with the class word."""
+        pairs = [self.prompts.sample(rng)]
+        while self.text_encoder.count_tokens(joined(pairs).text) + 2 < self.length:
+            pairs.append(self.prompts.sample(rng))
+        return joined(pairs)
+
+
+def joined(pairs: Sequence[PromptPair]) -> PromptPair:
+    """One behind the other."""
+    return PromptPair(*(" ".join(texts) for texts in zip(*pairs, strict=True)))
+
+
+def with_readings(
+    tap: TextTap, text_encoder: TextEncoder, prompts: LongPrompts, options: MLMOptions
+) -> TextTap:
+    """The tap with the targets of ``mlm_target = class``, fewer than a training takes."""
+    if mlm_target(options, [CONCEPT]) == "word":
+        return tap
+    rng = random.Random(0)
+    readings = take_readings(
+        text_encoder,
+        tap.contextualizer,
+        [prompts.sample(rng) for _ in range(NUM_READINGS)],
+        vocabulary=tap.vocabulary,
+        mlm_probability=options.mlm_probability,
+        replace=options.mlm_replace,
+        rng=rng,
+    )
+    return replace(tap, readings=readings)
 
 
 def untrained_contextualizer(text_encoder: TextEncoder, args: argparse.Namespace) -> Contextualizer:
@@ -374,8 +395,11 @@ def enable_checkpointing(models: StableDiffusion, enabled: bool) -> None:
 def mean_tokens(regularizer: MLMRegularizer, *, num_calls: int) -> float:
     """Mean number of tokens of a padded prompt batch, BOS and EOS included."""
     rng, tap = random.Random(0), regularizer.taps[0]
+    texts = [reading.text for reading in tap.readings]
     batches = [
-        [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
+        rng.choices(texts, k=regularizer.batch_size)
+        if texts
+        else [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
         for _ in range(num_calls)
     ]
     return statistics.mean(tap.tokenize(prompts, rng).shape[1] for prompts in batches)
@@ -432,6 +456,7 @@ def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "dtype": str(DTYPES[args.mixed_precision]).removeprefix("torch."),
         "mlm_batch_size": args.mlm_batch_size,
+        "mlm_target": args.mlm_target,
         "mlm_tokens_per_prompt": bench.num_prompt_tokens,
         "tokenizer": "CLIP vocabulary" if args.tokenizer else "toy vocabulary (longer prompts)",
         "num_text_encoders": len(bench.contextualizers),
@@ -467,8 +492,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     defaults = TrainConfig().mlm
     parser.add_argument("--mlm_batch_size", type=int, default=defaults.mlm_batch_size)
     parser.add_argument(
-        "--mlm_prompt_tokens", type=int, default=0, help="length of prompts; 0: as they come"
+        "--mlm_prompt_tokens", type=int, default=0, help="at least so many; 0: as they come"
     )
+    parser.add_argument("--mlm_target", choices=("class", "word"), default="class")
     parser.add_argument(
         "--num_text_encoders", type=int, choices=(1, 2), default=2, help="SDXL; 1: CLIP-L alone"
     )
