@@ -19,11 +19,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
+from mlm_plugin.export.checkpoint import save_diffusers_folder
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
 from mlm_plugin.models.ldm_names import CLIP_PREFIX, clip_names, to_ldm, unet_names, vae_names
+from mlm_plugin.models.tokenizers import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TINY = {
@@ -40,17 +42,6 @@ TINY = {
         "num_hidden_layers": 2,
         "projection_dim": 32,
     },
-}
-INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDPMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
 }
 
 
@@ -87,13 +78,16 @@ def build_models(
 
 def save_diffusers(models: Models, folder: Path, *, tokenizer: Path) -> None:
     """Write the models as a diffusers folder, with a copy of the tokenizer."""
-    for part, model in models._asdict().items():
-        model.save_pretrained(folder / part)
-    CLIPTokenizer.from_pretrained(str(tokenizer)).save_pretrained(folder / "tokenizer")
-    DDPMScheduler(
+    scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-    ).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+    )
+    save_diffusers_folder(
+        folder,
+        **models._asdict(),
+        tokenizer=load_tokenizer(tokenizer),
+        noise_scheduler=scheduler,
+        prediction_type="epsilon",
+    )
 
 
 def ldm_state_dict(models: Models) -> dict[str, Tensor]:

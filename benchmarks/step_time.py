@@ -4,6 +4,7 @@ The real trainer with random weights. One run in one process, whose steps altern
 off; so whatever else the machine does falls on both alike.
 
     python benchmarks/step_time.py --shape sd15 --resolution 512 --output F.json --tokenizer FOLDER
+    python benchmarks/step_time.py --shape sdxl --resolution 1024 --output F.json --tokenizer FOLDER
 
 ``ratio_time`` is the ratio of the medians, ``ratio_time_paired`` the median of the ratios of
 neighbouring steps. For a busy machine, with ``OMP_NUM_THREADS=1``: ``ratio_time_fastest`` compares
@@ -25,37 +26,41 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import make_sd15
+import make_sdxl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
-from make_sd15 import build_models
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import CLIPTokenizer
 
+from mlm_plugin.config.checks import trained_text_encoders
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.data.dataset import Batch
+from mlm_plugin.data.joint_prompts import JointPrompts, PromptPair
 from mlm_plugin.files import atomic_path
-from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for, text_tap
+from mlm_plugin.hosts.mlm_setup import build_regularizer, mlm_target, prompts_for, text_tap
 from mlm_plugin.methods import LoRAMethod
-from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.checkpoints import SDXL_CLIP_SKIP, SDXL_VERSION, StableDiffusion
 from mlm_plugin.models.contextualizer import (
     Contextualizer,
     ContextualizerSizes,
     default_width,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import MLMRegularizer
+from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
+from mlm_plugin.readings import take_readings
+from mlm_plugin.regularizer import MLMRegularizer, TextTap
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.optimizers import create_optimizer
@@ -66,6 +71,9 @@ CONCEPT = Concept("sks", "dog")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
 SEED = 0
+NUM_READINGS = 64
+SHAPES = {"tiny": make_sd15, "sd15": make_sd15, "tiny_sdxl": make_sdxl, "sdxl": make_sdxl}
+"""Who makes the models; ``tiny`` in the name has few channels."""
 
 
 class Alternating:
@@ -186,7 +194,7 @@ class Bench:
 
     trainer: Trainer
     clock: StepClock
-    contextualizer: Contextualizer
+    contextualizers: list[Contextualizer]
     num_prompt_tokens: float
 
     def resident_bytes(self, *, mlm: bool) -> int:
@@ -201,7 +209,7 @@ class Bench:
             if isinstance(value, Tensor)
         ]
         if mlm:
-            tensors += [*self.contextualizer.parameters()]
+            tensors += [p for network in self.contextualizers for p in network.parameters()]
         return storage_bytes(tensors)
 
 
@@ -225,12 +233,16 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     device, dtype = accelerator.device, DTYPES[args.mixed_precision]
     set_seed(SEED)
     models = random_models(args, tokenizer_folder, device=device, dtype=dtype)
-    (text_encoder,) = models.text_encoders
-    contextualizer = untrained_contextualizer(text_encoder, args)
+    trained = trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
+    reached = [te for te, on in zip(models.text_encoders, trained, strict=True) if on]
+    contextualizers = [untrained_contextualizer(text_encoder, args) for text_encoder in reached]
+    prompts = LongPrompts(prompts_for(config.mlm, [CONCEPT]), args.mlm_prompt_tokens, reached[0])
+    taps = [
+        with_readings(text_tap(*pair, [CONCEPT], dtype=dtype), pair[0], prompts, config.mlm)
+        for pair in zip(reached, contextualizers, strict=True)
+    ]
     method = LoRAMethod.prepare(models, config, [CONCEPT])
-    tap = text_tap(text_encoder, contextualizer, [CONCEPT], dtype=dtype)
-    prompts = prompts_for(config.mlm, [CONCEPT])
-    regularizer = build_regularizer([tap], config.mlm, prompts=prompts, seed=0)
+    regularizer = build_regularizer(taps, config.mlm, prompts=prompts, seed=0)
     enable_checkpointing(models, args.gradient_checkpointing)
     num_steps = 2 * (args.num_warmup + args.num_pairs + args.num_memory_pairs)
     optimizer = create_optimizer(
@@ -260,18 +272,21 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
         mlm_schedule=Alternating(config.mlm.mlm_loss_weight),
         listeners=[clock],
     )
-    return Bench(trainer, clock, contextualizer, mean_tokens(regularizer, num_calls=50))
+    return Bench(trainer, clock, contextualizers, mean_tokens(regularizer, num_calls=50))
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
     """The options of the run that is measured."""
+    clip_l_alone = {"text_encoder_lr": (1e-4, 0.0)} if args.num_text_encoders == 1 else {}
     return TrainConfig.from_flat(
         {
+            **(clip_l_alone if SHAPES[args.shape] is make_sdxl else {}),
             "network_dim": args.network_dim,
             "network_alpha": args.network_dim,
             "learning_rate": 1e-4,
             "optimizer_type": args.optimizer_type,
             "mlm_batch_size": args.mlm_batch_size,
+            "mlm_target": args.mlm_target,
             "placeholder_token": (CONCEPT.placeholder_token,),
             "class_token": (CONCEPT.class_token,),
         }
@@ -281,22 +296,76 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
 def random_models(
     args: argparse.Namespace, tokenizer_folder: Path, *, device: torch.device, dtype: torch.dtype
 ) -> StableDiffusion:
-    """SD 1.5 with random weights, frozen. The VAE has no storage: latents are cached."""
-    unet, vae, text_model = build_models(tiny=args.shape == "tiny", dtype=dtype)
-    for module in (unet, vae, text_model):
+    """The model with random weights, frozen. The VAE has no storage: latents are cached."""
+    maker = SHAPES[args.shape]
+    made = maker.build_models(tiny=args.shape.startswith("tiny"), dtype=dtype)
+    for module in made:
         module.requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(str(tokenizer_folder))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if maker is make_sdxl:
+        tokenizers = tokenizer, second_tokenizer(tokenizer)
+        clips = made.text_encoder, made.text_encoder_2
+        reading = {"clip_skip": SDXL_CLIP_SKIP, "final_norm": False}
+    else:
+        tokenizers, clips, reading = (tokenizer,), (made.text_encoder,), {}
     return StableDiffusion(
-        text_encoders=[TextEncoder(tokenizer, text_model.to(device))],
-        vae=vae.to("meta"),
-        unet=unet.to(device),
+        text_encoders=[
+            TextEncoder(*pair, **reading)
+            for pair in zip(tokenizers, [clip.to(device) for clip in clips], strict=True)
+        ],
+        vae=made.vae.to("meta"),
+        unet=made.unet.to(device),
         noise_scheduler=DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
         ),
-        version="sd_v1",
+        version=SDXL_VERSION if maker is make_sdxl else "sd_v1",
         prediction_type="epsilon",
         source=f"random {args.shape}",
     )
+
+
+class LongPrompts:
+    """Stands for the trainer's prompts: as many in a row as make up a length.
+
+    Args:
+        prompts: where they come from.
+        length: tokens, BOS and EOS included; 0 leaves prompts alone.
+        text_encoder: counts them.
+    """
+
+    def __init__(self, prompts: JointPrompts, length: int, text_encoder: TextEncoder):
+        self.prompts, self.length, self.text_encoder = prompts, length, text_encoder
+
+    def sample(self, rng: random.Random) -> PromptPair:
+        """A prompt of at least the length, and the same with the class word."""
+        pairs = [self.prompts.sample(rng)]
+        while self.text_encoder.count_tokens(joined(pairs).text) + 2 < self.length:
+            pairs.append(self.prompts.sample(rng))
+        return joined(pairs)
+
+
+def joined(pairs: Sequence[PromptPair]) -> PromptPair:
+    """One behind the other."""
+    return PromptPair(*(" ".join(texts) for texts in zip(*pairs, strict=True)))
+
+
+def with_readings(
+    tap: TextTap, text_encoder: TextEncoder, prompts: LongPrompts, options: MLMOptions
+) -> TextTap:
+    """The tap with the targets of ``mlm_target = class``, fewer than a training takes."""
+    if mlm_target(options, [CONCEPT]) == "word":
+        return tap
+    rng = random.Random(0)
+    readings = take_readings(
+        text_encoder,
+        tap.contextualizer,
+        [prompts.sample(rng) for _ in range(NUM_READINGS)],
+        vocabulary=tap.vocabulary,
+        mlm_probability=options.mlm_probability,
+        replace=options.mlm_replace,
+        rng=rng,
+    )
+    return replace(tap, readings=readings)
 
 
 def untrained_contextualizer(text_encoder: TextEncoder, args: argparse.Namespace) -> Contextualizer:
@@ -325,9 +394,12 @@ def enable_checkpointing(models: StableDiffusion, enabled: bool) -> None:
 
 def mean_tokens(regularizer: MLMRegularizer, *, num_calls: int) -> float:
     """Mean number of tokens of a padded prompt batch, BOS and EOS included."""
-    rng, (tap,) = random.Random(0), regularizer.taps
+    rng, tap = random.Random(0), regularizer.taps[0]
+    texts = [reading.text for reading in tap.readings]
     batches = [
-        [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
+        rng.choices(texts, k=regularizer.batch_size)
+        if texts
+        else [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
         for _ in range(num_calls)
     ]
     return statistics.mean(tap.tokenize(prompts, rng).shape[1] for prompts in batches)
@@ -384,9 +456,11 @@ def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "dtype": str(DTYPES[args.mixed_precision]).removeprefix("torch."),
         "mlm_batch_size": args.mlm_batch_size,
+        "mlm_target": args.mlm_target,
         "mlm_tokens_per_prompt": bench.num_prompt_tokens,
         "tokenizer": "CLIP vocabulary" if args.tokenizer else "toy vocabulary (longer prompts)",
-        "contextualizer": asdict(bench.contextualizer.sizes),
+        "num_text_encoders": len(bench.contextualizers),
+        "contextualizers": [asdict(network.sizes) for network in bench.contextualizers],
         "network_dim": args.network_dim,
         "optimizer": args.optimizer_type,
         "gradient_checkpointing": args.gradient_checkpointing,
@@ -409,7 +483,7 @@ def tokenizer_folder(given: Path | None) -> Iterator[Path]:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=("tiny", "sd15"), required=True)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--resolution", type=int, default=512, help="pixels, a multiple of 64")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--tokenizer", type=Path, help="folder of the real CLIP tokenizer")
@@ -417,6 +491,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=DTYPES, help="default: bf16 on a GPU, else no")
     defaults = TrainConfig().mlm
     parser.add_argument("--mlm_batch_size", type=int, default=defaults.mlm_batch_size)
+    parser.add_argument(
+        "--mlm_prompt_tokens", type=int, default=0, help="at least so many; 0: as they come"
+    )
+    parser.add_argument("--mlm_target", choices=("class", "word"), default="class")
+    parser.add_argument(
+        "--num_text_encoders", type=int, choices=(1, 2), default=2, help="SDXL; 1: CLIP-L alone"
+    )
     parser.add_argument("--contextualizer_width", type=int, default=0, help="0: as pretrain does")
     parser.add_argument("--contextualizer_layers", type=int, default=4)
     parser.add_argument("--network_dim", type=int, default=16)
@@ -430,6 +511,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resolution < 64 or args.resolution % 64:
         parser.error(f"--resolution {args.resolution}: must be a multiple of 64")
+    if args.mlm_prompt_tokens and not 8 <= args.mlm_prompt_tokens <= 77:
+        parser.error(f"--mlm_prompt_tokens {args.mlm_prompt_tokens}: must be 0 or from 8 to 77")
     if args.num_pairs < 1 or args.num_memory_pairs < 1:
         parser.error("--num_pairs and --num_memory_pairs must be at least 1")
     if args.device == "auto" and not torch.cuda.is_available():

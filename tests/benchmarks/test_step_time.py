@@ -54,7 +54,7 @@ def test_ratios_are_those_of_the_printed_figures(result):
 
 
 def test_the_contextualizer_is_the_only_resident_difference(result):
-    sizes = result["contextualizer"]
+    (sizes,) = result["contextualizers"]
     resident = result["resident_bytes"]
     assert resident["on"] - resident["off"] > 4 * sizes["vocab_size"]  # its output bias alone
     assert result["working_bytes"]["off"] > 0
