@@ -115,7 +115,7 @@ METHODS = tuple(
     arm for method in METHOD_FLAGS for arm in (Arm(method), Arm(method, "mlm", MLM_WEIGHT[method]))
 )
 WHOLE_SENTENCE = tuple(
-    Arm(method, "mlm", 0.3, "all words", flags={"mlm_read": "all"})
+    Arm(method, "mlm", 3 * MLM_WEIGHT[method], "all words", flags={"mlm_read": "all"})
     for method in ("lora", "dreambooth", "custom_diffusion", "pivotal")
 )
 RIVALS = (
