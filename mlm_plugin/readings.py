@@ -3,12 +3,11 @@
 The word that was hidden is one of many that fit, and no text encoder can tell which; asked for it,
 the term mostly passes on this noise. A reading is the question without the noise: the same prompt
 with the class word in the concept's place, the same words hidden, and the distribution that the
-contextualizer then gives for each (``mlm_read = all``: for every word but the class word). The term
-compares distributions (``mlm_target = class``), so it is zero while the concept leaves its sentence
-alone.
+contextualizer then gives for each. The term compares distributions (``mlm_target = class``), so it
+is zero while the concept leaves its sentence alone.
 
 Readings are taken before anything is trained, and kept as vectors: the training holds no second
-text encoder. Shapes: B prompts, L tokens, D width, N tokens read.
+text encoder. Shapes: B prompts, L tokens, D width, N hidden tokens.
 
 Source of soft targets: Hinton et al. 2015, arXiv 1503.02531; that a class word is what a concept
 should behave like among other words: CoRe, arXiv 2408.15914.
@@ -48,8 +47,8 @@ class Reading(NamedTuple):
     text: str  # with the concept
     ids: list[int]  # with the class word, up to its EOS
     masked_ids: list[int]  # the same with MASK_ID where a token was hidden
-    labels: list[int]  # ids of what is read, IGNORE_INDEX elsewhere
-    vectors_ND: Tensor  # the contextualizer's answers there, in the order of the tokens
+    labels: list[int]  # hidden ids, IGNORE_INDEX elsewhere
+    vectors_ND: Tensor  # the contextualizer's answers, in the order of the hidden tokens
 
 
 @torch.no_grad()
@@ -61,7 +60,6 @@ def take_readings(
     vocabulary: MaskingVocabulary,
     mlm_probability: float,
     replace: str,
-    read: str,
     rng: random.Random,
 ) -> list[Reading]:
     """One reading of each prompt.
@@ -73,7 +71,6 @@ def take_readings(
         vocabulary: what is never hidden.
         mlm_probability: share of the context words to hide.
         replace: ``"mask"`` or ``"bert"``, as in :func:`mask_tokens`.
-        read: ``"hidden"`` words, or ``"all"`` but the class word, and EOS.
         rng: source of the masks.
     """
     readings = []
@@ -83,8 +80,6 @@ def take_readings(
             ids_BL, vocabulary, mlm_probability=mlm_probability, rng=rng, replace=replace
         )
         is_token_BL = tokens_before_padding(ids_BL, vocabulary.eos_token_id)
-        if read == "all":
-            masked = masked._replace(labels=_all_words(ids_BL, is_token_BL, vocabulary))
         vectors_ND = _read(text_encoder, contextualizer, masked, is_token_BL)
         counts = (masked.labels != IGNORE_INDEX).sum(dim=1).tolist()
         for pair, row_N, *rows in zip(
@@ -103,11 +98,11 @@ def moved_onto(reading: Reading, ids_L: Sequence[int]) -> tuple[list[int], list[
         ids_L: of the prompt with the concept, padding included.
 
     Returns:
-        masked ids and labels, as long as ``ids_L``, and which of the N tokens read are there: the
+        masked ids and labels, as long as ``ids_L``, and which of the N hidden tokens are there: the
         longer of two prompts may be cut off at its end.
     """
     masked, labels, found = list(ids_L), [IGNORE_INDEX] * len(ids_L), []
-    number_of = {place: n for n, place in enumerate(_read_places(reading))}
+    number_of = {place: n for n, place in enumerate(_hidden_places(reading))}
     for start, our_start, size in SequenceMatcher(
         None, reading.ids, ids_L, autojunk=False
     ).get_matching_blocks():
@@ -119,18 +114,7 @@ def moved_onto(reading: Reading, ids_L: Sequence[int]) -> tuple[list[int], list[
     return masked, labels, found
 
 
-def _all_words(ids_BL: Tensor, is_token_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
-    """Labels that ask for every token but BOS and those of protected words."""
-    labels_BL = ids_BL.masked_fill(~is_token_BL, IGNORE_INDEX)
-    labels_BL[:, 0] = IGNORE_INDEX
-    for row, ids in enumerate(ids_BL.tolist()):
-        for start, end in vocabulary.split_words(ids):
-            if tuple(ids[start:end]) in vocabulary.protected:
-                labels_BL[row, start:end] = IGNORE_INDEX
-    return labels_BL
-
-
-def _read_places(reading: Reading) -> list[int]:
+def _hidden_places(reading: Reading) -> list[int]:
     return [place for place, label in enumerate(reading.labels) if label != IGNORE_INDEX]
 
 

@@ -1,6 +1,5 @@
 """Readings: the same words hidden around the class word, taken before anything is trained."""
 
-import dataclasses
 import random
 
 import pytest
@@ -163,28 +162,6 @@ def test_the_target_goes_by_what_is_known(target, class_token, expected):
 def test_class_readings_without_a_class_word_are_refused():
     with pytest.raises(UserError, match="class_token"):
         mlm_target(MLMOptions(mlm_target="class"), [SKS_DOG, Concept("zwx", None)])
-
-
-def test_all_words_but_the_class_word_may_be_read(toy_text_encoder, contextualizer):
-    options = dataclasses.replace(OPTIONS, mlm_read="all")
-    hidden = take(toy_text_encoder, contextualizer, SKS_DOG)
-    dog = toy_text_encoder.tokenizer("dog", add_special_tokens=False).input_ids
-    for one, other in zip(
-        hidden[:50],
-        take(toy_text_encoder, contextualizer, SKS_DOG, options=options)[:50],
-        strict=True,
-    ):
-        assert one.masked_ids == other.masked_ids
-        read = [label for label in other.labels if label != IGNORE_INDEX]
-        assert sorted(read + dog) == sorted(one.ids[1:])
-        assert len(other.vectors_ND) == len(read)
-        ids = toy_text_encoder.tokenize_trimmed([other.text])[0].tolist()
-        assert moved_onto(other, ids)[2] == list(range(len(read)))
-
-
-def test_all_words_cannot_be_read_where_hidden_words_are_the_targets():
-    with pytest.raises(UserError, match="mlm_read"):
-        mlm_target(MLMOptions(mlm_read="all"), [Concept("sks", None)])
 
 
 def test_hidden_words_as_targets_need_no_readings(toy_text_encoder, contextualizer):

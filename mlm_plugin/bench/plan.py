@@ -114,10 +114,6 @@ LOOKS = dict.fromkeys(METHOD_FLAGS, (50, 100, 200, 300))
 METHODS = tuple(
     arm for method in METHOD_FLAGS for arm in (Arm(method), Arm(method, "mlm", MLM_WEIGHT[method]))
 )
-WHOLE_SENTENCE = tuple(
-    Arm(method, "mlm", 3 * MLM_WEIGHT[method], "all words", flags={"mlm_read": "all"})
-    for method in ("lora", "dreambooth", "custom_diffusion", "pivotal")
-)
 RIVALS = (
     Arm("lora", "unet_only", flags={"network_train_unet_only": "true"}),
     Arm("lora", "prior_preservation", 1.0),
@@ -167,7 +163,7 @@ ABLATIONS = (
 )  # fmt: skip
 
 FULL = BenchPlan(
-    arms=(*METHODS, *WHOLE_SENTENCE, *RIVALS),
+    arms=(*METHODS, *RIVALS),
     concepts=REPORTED,
     seeds=(0, 1, 2),
     looks=LOOKS,

@@ -773,12 +773,6 @@ class MLMOptions:
     mlm_probability: float = option(
         0.5, "Share of the context words that is masked, above 0 up to 1; whole words."
     )
-    mlm_read: str = option(
-        "hidden",
-        "Where `mlm_target = class` compares: at `hidden` words, or at `all` words but the "
-        "concept's.",
-        choices=("hidden", "all"),
-    )
     mlm_replace: str = option(
         "mask",
         "`mask`: every chosen word becomes the mask vector; "

@@ -132,7 +132,6 @@ MLM_OPTIONS = (
     "mlm_loss_weight",
     "mlm_batch_size",
     "mlm_probability",
-    "mlm_read",
     "mlm_replace",
     "mlm_every_n_steps",
     "mlm_start_step",

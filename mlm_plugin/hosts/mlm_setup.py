@@ -228,7 +228,7 @@ def mlm_target(options: MLMOptions, concepts: Sequence[Concept]) -> str:
     """``mlm_target`` with ``auto`` decided: ``class`` or ``word``.
 
     Raises:
-        UserError: ``class``, or what goes with it alone, is asked for without class words.
+        UserError: ``class`` is asked for, and a concept has no class word.
     """
     nameless = [concept.placeholder_token for concept in concepts if not concept.class_token]
     if options.mlm_target == "class" and nameless:
@@ -236,15 +236,9 @@ def mlm_target(options: MLMOptions, concepts: Sequence[Concept]) -> str:
             f"mlm_target = 'class': {nameless[0]!r} has no class word; give class_token "
             '(e.g. "dog"), or take mlm_target = word'
         )
-    target = options.mlm_target
-    if target == "auto":
-        target = "word" if nameless else "class"
-    if target == "word" and options.mlm_read == "all":
-        raise UserError(
-            "mlm_read = 'all' compares readings of the class word, but the targets of this run are "
-            "the hidden words; leave it out, or give every concept a class_token"
-        )
-    return target
+    if options.mlm_target != "auto":
+        return options.mlm_target
+    return "word" if nameless else "class"
 
 
 def readings_for(
@@ -279,7 +273,6 @@ def readings_for(
         vocabulary=_masking_vocabulary(text_encoder, concepts),
         mlm_probability=options.mlm_probability,
         replace=options.mlm_replace,
-        read=options.mlm_read,
         rng=rng,
     )
 

@@ -327,7 +327,6 @@ def test_the_mlm_term_is_on_record():
         "ss_mlm_loss_weight": "0.01",
         "ss_mlm_batch_size": "8",
         "ss_mlm_probability": "0.5",
-        "ss_mlm_read": "hidden",
         "ss_mlm_replace": "mask",
         "ss_mlm_every_n_steps": "1",
         "ss_mlm_start_step": "0",
