@@ -121,6 +121,8 @@ RIVALS = (
     Arm("lora", "core", 0.03),
     Arm("lora", "textboost", 0.1),
     Arm("lora", "classdiffusion", 0.1),
+    Arm("dreambooth", "core", 0.03),
+    Arm("pivotal", "core", 0.03),
 )
 WEIGHTS = tuple(Arm("lora", "mlm", weight) for weight in (0.03, 0.3, 1.0))
 
