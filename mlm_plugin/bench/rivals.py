@@ -150,7 +150,8 @@ class TextRival:
         return self.text_encoder.tokenize_trimmed([text.replace("{}", words) for text in contexts])
 
     def _bare_ids(self, words: str) -> list[int]:
-        return self.text_encoder.tokenizer(words, add_special_tokens=False).input_ids
+        text = self.text_encoder.expand(words)  # learned rows have tokens of their own
+        return self.text_encoder.tokenizer(text, add_special_tokens=False).input_ids
 
     def _is_token(self, ids_BL: Tensor) -> Tensor:
         return tokens_before_padding(ids_BL, self.text_encoder.tokenizer.eos_token_id)
