@@ -110,7 +110,7 @@ def test_a_run_writes_a_lora_a_sidecar_and_says_what_it_is(arguments, tmp_path, 
     assert metadata["ss_v2"] == "False"
     assert metadata["ss_network_dim"] == "4"
     assert metadata["ss_steps"] == "4"
-    assert metadata["ss_mlm_loss_weight"] == "0.001"
+    assert metadata["ss_mlm_loss_weight"] == "0.1"
     assert metadata["ss_mlm_prompt_set"] == "living"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert metadata["modelspec.trigger_phrase"] == "sks dog"
