@@ -137,17 +137,13 @@ def test_more_pictures_take_more_and_half_precision_takes_less(toy_folder):
     assert peak(toy_folder, "--mixed_precision", "bf16") < peak(toy_folder)
 
 
-<<<<<<< HEAD
 def test_fewer_bits_take_less(toy_folder):
     peaks = [peak(toy_folder, "--quantize_unet", kind) for kind in ("nf4", "int8", "no")]
     assert peaks == sorted(peaks)
     assert len(set(peaks)) == 3
 
 
-def test_the_term_costs_its_contextualizer_and_its_activations(toy_folder):
-=======
 def test_the_term_costs_its_contextualizer_and_activations_where_they_are_the_peak(toy_folder):
->>>>>>> h-speed
     assert peak(toy_folder, "--mlm_loss_weight", "0") < peak(toy_folder)
     assert peak(toy_folder, "--mlm_batch_size", "4") == peak(toy_folder)  # those of the U-Net went
     assert peak(toy_folder, "--mlm_batch_size", "64") > peak(toy_folder)

@@ -172,11 +172,7 @@ def test_without_blocks_every_word_is_named_from_its_own_state(toy_text_encoder,
     states = torch.randn(1, 6, network.sizes.hidden_size)
     changed = states.clone()
     changed[:, 3] += 1.0
-<<<<<<< HEAD
     is_token, places = torch.ones(1, 6, dtype=torch.bool), torch.tensor([4])
-=======
-    is_token, selected = torch.ones(1, 6, dtype=torch.bool), torch.tensor([4])
->>>>>>> h-speed
     table = toy_text_encoder.token_embedding.weight
     before, after = (network(s, is_token, places, table) for s in (states, changed))
     assert torch.equal(before, after)
