@@ -16,9 +16,8 @@ should behave like among other words: CoRe, arXiv 2408.15914.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -74,19 +73,21 @@ def take_readings(
         rng: source of the masks.
     """
     readings = []
-    for batch in _batches(pairs):
+    for start in range(0, len(pairs), BATCH_SIZE):
+        batch = pairs[start : start + BATCH_SIZE]
         ids_BL = text_encoder.tokenize_trimmed([pair.class_text for pair in batch])
         masked = mask_tokens(
             ids_BL, vocabulary, mlm_probability=mlm_probability, rng=rng, replace=replace
         )
         is_token_BL = tokens_before_padding(ids_BL, vocabulary.eos_token_id)
         vectors_ND = _read(text_encoder, contextualizer, masked, is_token_BL)
-        counts = (masked.labels != IGNORE_INDEX).sum(dim=1).tolist()
-        for pair, row_N, *rows in zip(
-            batch, vectors_ND.split(counts), ids_BL, *masked, is_token_BL.sum(dim=1), strict=True
-        ):
-            *rows, length = rows
-            readings.append(Reading(pair.text, *(row[:length].tolist() for row in rows), row_N))
+        read = vectors_ND.split((masked.labels != IGNORE_INDEX).sum(dim=1).tolist())
+        lengths = is_token_BL.sum(dim=1).tolist()
+        for row, pair in enumerate(batch):
+            ids, masked_ids, labels = (
+                tensor[row, : lengths[row]].tolist() for tensor in (ids_BL, *masked)
+            )
+            readings.append(Reading(pair.text, ids, masked_ids, labels, read[row]))
     return readings
 
 
@@ -102,7 +103,8 @@ def moved_onto(reading: Reading, ids_L: Sequence[int]) -> tuple[list[int], list[
         longer of two prompts may be cut off at its end.
     """
     masked, labels, found = list(ids_L), [IGNORE_INDEX] * len(ids_L), []
-    number_of = {place: n for n, place in enumerate(_hidden_places(reading))}
+    hidden = (place for place, label in enumerate(reading.labels) if label != IGNORE_INDEX)
+    number_of = {place: number for number, place in enumerate(hidden)}
     for start, our_start, size in SequenceMatcher(
         None, reading.ids, ids_L, autojunk=False
     ).get_matching_blocks():
@@ -112,16 +114,6 @@ def moved_onto(reading: Reading, ids_L: Sequence[int]) -> tuple[list[int], list[
                 masked[ours], labels[ours] = reading.masked_ids[place], reading.labels[place]
                 found.append(number_of[place])
     return masked, labels, found
-
-
-def _hidden_places(reading: Reading) -> list[int]:
-    return [place for place, label in enumerate(reading.labels) if label != IGNORE_INDEX]
-
-
-def _batches(pairs: Sequence[PromptPair]) -> Iterator[list[PromptPair]]:
-    rest = iter(pairs)
-    while batch := list(islice(rest, BATCH_SIZE)):
-        yield batch
 
 
 def _read(

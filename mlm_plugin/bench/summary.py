@@ -90,8 +90,7 @@ def curves(records: Sequence[Record]) -> dict[ArmKey, dict[RunKey, list[Record]]
     """Looks by arm and run, in the order of the steps."""
     found: dict[ArmKey, dict[RunKey, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in sorted(records, key=lambda record: record["step"]):
-        arm = ArmKey(*(record[name] for name in ArmKey._fields))
-        found[arm][record["concept"], record["seed"]].append(record)
+        found[_arm_of(record)][record["concept"], record["seed"]].append(record)
     return {arm: dict(runs) for arm, runs in found.items()}
 
 
@@ -132,19 +131,16 @@ def difference(
 def summarize(records: Sequence[Record]) -> list[Row]:
     """The table, in the order in which arms first appear."""
     by_arm = curves(records)
-    order = list(
-        dict.fromkeys(ArmKey(*(record[name] for name in ArmKey._fields)) for record in records)
-    )
-    return [_row(arm, by_arm) for arm in order]
+    return [_row(arm, by_arm) for arm in _arms(records)]
 
 
 def duels(records: Sequence[Record]) -> list[Duel]:
     """The first MLM arm of a method against every arm of it that is neither plain nor MLM."""
     by_arm = curves(records)
-    order = list(dict.fromkeys(row.arm for row in summarize(records)))
+    arms = _arms(records)
     found = []
-    for theirs in order:
-        ours = next((a for a in order if a[:2] == (theirs.method, "mlm") and not a.variant), None)
+    for theirs in arms:
+        ours = next((a for a in arms if a[:2] == (theirs.method, "mlm") and not a.variant), None)
         if ours is None or theirs.regularizer in ("plain", "mlm"):
             continue
         pair = by_arm[ours], by_arm[theirs]
@@ -155,6 +151,15 @@ def duels(records: Sequence[Record]) -> list[Duel]:
                 Duel(ours, theirs, num_runs, fidelity, identity, matched_difference(*pair))
             )
     return found
+
+
+def _arm_of(record: Record) -> ArmKey:
+    return ArmKey(*(record[name] for name in ArmKey._fields))
+
+
+def _arms(records: Sequence[Record]) -> list[ArmKey]:
+    """In the order in which they first appear."""
+    return list(dict.fromkeys(map(_arm_of, records)))
 
 
 def _row(arm: ArmKey, by_arm: Mapping[ArmKey, Mapping[RunKey, list[Record]]]) -> Row:
