@@ -1,0 +1,131 @@
+"""The same options give the same weights as before: digests of every method, plain and with the term.
+
+The values in ``assets/weights.json`` were made at 6e73d21, before the method moved into a package of
+its own. ``python -m pytest tests/test_same_weights.py --write-digests`` makes them again; do so only
+where a change of the numbers is meant.
+
+A digest is exact, so it holds on one kind of machine and one version of torch, which stand beside
+it. Elsewhere the sums of the weights are compared within a tolerance.
+"""
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mlm_plugin.cli import train_main
+
+VALUES = Path(__file__).parent / "assets" / "weights.json"
+POCKET = {
+    "pretrained_model_name_or_path": "pocket",
+    "train_data_dir": "pocket",
+    "caption_extension": ".txt",
+    "resolution": "64",
+    "learning_rate": "1e-3",
+    "train_batch_size": "2",
+    "max_train_steps": "4",
+    "max_data_loader_n_workers": "0",
+    "seed": "7",
+    "mlm_batch_size": "4",
+    "mlm_prompt_set": "pocket",
+    "mlm_contextualizer": "pocket",
+}
+OFF = {"mlm_loss_weight": "0"}
+LORA = {"network_dim": "4", "network_alpha": "4"}
+SEVERAL = {"gradient_accumulation_steps": "2", "mlm_every_n_steps": "2", "network_dropout": "0.1"}
+RUNS = {
+    "lora plain": {**LORA, **OFF, "method": "lora"},
+    "lora": {**LORA, "method": "lora"},
+    "lora, hidden words": {**LORA, "method": "lora", "mlm_target": "word"},
+    "lora, every second step": {**LORA, **SEVERAL, "method": "lora", "mlm_replace": "bert"},
+    "dreambooth plain": {**OFF, "method": "dreambooth"},
+    "dreambooth": {"method": "dreambooth"},
+    "textual_inversion plain": {**OFF, "method": "textual_inversion"},
+    "textual_inversion": {"method": "textual_inversion", "num_vectors_per_token": "2"},
+    "xti plain": {**OFF, "method": "xti"},
+    "xti": {"method": "xti"},
+    "custom_diffusion plain": {**OFF, "method": "custom_diffusion"},
+    "custom_diffusion": {"method": "custom_diffusion"},
+    "pivotal plain": {**LORA, **OFF, "method": "pivotal"},
+    "pivotal": {**LORA, "method": "pivotal", "stop_embedding_training": "0.5"},
+}
+SDXL = {
+    "caption_extension": ".txt",
+    "resolution": "64",
+    "mlm_prompt_set": "living",
+    "min_bucket_reso": "64",
+    "method": "lora",
+    **LORA,
+}
+
+
+def machine() -> dict[str, str]:
+    """What a digest depends on besides the code."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processor": (models or [platform.processor()])[0],
+    }
+
+
+def summary(folder: Path) -> dict:
+    """Digest and sums of everything trained that a run wrote."""
+    digest, sums = hashlib.sha256(), {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = load_file(path)
+        for name in sorted(weights):
+            digest.update(f"{path.name}/{name}{tuple(weights[name].shape)}".encode())
+            digest.update(weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        sums[path.name] = sum(float(w.double().abs().sum()) for w in weights.values())
+    return {"digest": digest.hexdigest(), "sums": sums}
+
+
+def run(options: dict[str, str], folder: Path) -> dict:
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    assert train_main([*argv, "--output_dir", str(folder), "--output_name", "x"]) == 0
+    return summary(folder)
+
+
+def compare(name: str, found: dict, *, write: bool) -> None:
+    if write:
+        values = json.loads(VALUES.read_text()) if VALUES.is_file() else {"runs": {}}
+        values = {"machine": machine(), "runs": values["runs"] | {name: found}}
+        VALUES.parent.mkdir(exist_ok=True)
+        VALUES.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+        return
+    values = json.loads(VALUES.read_text())
+    expected = values["runs"][name]
+    assert found["sums"].keys() == expected["sums"].keys()
+    for file, value in found["sums"].items():
+        assert value == pytest.approx(expected["sums"][file], rel=1e-4), file
+    if values["machine"] == machine():
+        assert found["digest"] == expected["digest"]
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_with_the_weights_of_before(name, tmp_path, write_digests):
+    compare(name, run({**POCKET, **RUNS[name]}, tmp_path), write=write_digests)
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
+@pytest.mark.parametrize("weight", ["0", "0.1"])
+def test_a_lora_of_sdxl_ends_with_the_weights_of_before(
+    weight, toy_sdxl_folder, toy_sdxl_contextualizers, toy_pictures, tmp_path, write_digests
+):
+    options = {
+        **POCKET,
+        **SDXL,
+        "pretrained_model_name_or_path": str(toy_sdxl_folder),
+        "train_data_dir": str(toy_pictures),
+        "mlm_contextualizer": toy_sdxl_contextualizers,
+        "mlm_loss_weight": weight,
+    }
+    compare(f"SDXL lora, weight {weight}", run(options, tmp_path), write=write_digests)
