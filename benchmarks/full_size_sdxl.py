@@ -120,14 +120,14 @@ def make_contextualizers(work: Path) -> None:
     """Write a contextualizer for each text encoder, fitted to its table and not trained."""
     import torch
 
-    from mlm_plugin.models.checkpoints import load_stable_diffusion
-    from mlm_plugin.models.contextualizer import (
+    from mlm_plugin.mlm.contextualizer import (
         Contextualizer,
         ContextualizerFacts,
         ContextualizerSizes,
         default_width,
         save_contextualizer,
     )
+    from mlm_plugin.models.checkpoints import load_stable_diffusion
 
     torch.manual_seed(0)
     models = load_stable_diffusion(work / "diffusers", dtype=torch.bfloat16)

@@ -47,20 +47,20 @@ from mlm_plugin.config.checks import trained_text_encoders
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.data.dataset import Batch
-from mlm_plugin.data.joint_prompts import JointPrompts, PromptPair
 from mlm_plugin.files import atomic_path
-from mlm_plugin.hosts.mlm_setup import build_regularizer, mlm_target, prompts_for, text_tap
 from mlm_plugin.methods import LoRAMethod
-from mlm_plugin.models.checkpoints import SDXL_CLIP_SKIP, SDXL_VERSION, StableDiffusion
-from mlm_plugin.models.contextualizer import (
+from mlm_plugin.mlm.contextualizer import (
     Contextualizer,
     ContextualizerSizes,
     default_width,
 )
+from mlm_plugin.mlm.joint_prompts import JointPrompts, PromptPair
+from mlm_plugin.mlm.regularizer import MLMRegularizer, TextTap
+from mlm_plugin.mlm.teacher import take_readings
+from mlm_plugin.mlm_setup import build_regularizer, mlm_target, prompts_for, text_tap
+from mlm_plugin.models.checkpoints import SDXL_CLIP_SKIP, SDXL_VERSION, StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
-from mlm_plugin.readings import take_readings
-from mlm_plugin.regularizer import MLMRegularizer, TextTap
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.optimizers import create_optimizer
@@ -226,7 +226,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     """The trainer of a LoRA run whose steps alternate.
 
-    Built as ``hosts/standalone.py`` builds it, with models from memory instead of a file.
+    Built as ``commands/train.py`` builds it, with models from memory instead of a file.
     """
     config = config_of(args)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.device == "cpu")

@@ -33,21 +33,21 @@ commands:
 
 def _train(argv: Sequence[str]) -> int:
     from mlm_plugin.config.loading import parser
-    from mlm_plugin.hosts.sd_scripts.locate import find_checkout, launch_options
+    from mlm_plugin.sd_scripts.locate import find_checkout, launch_options
 
     options = launch_options(argv)
     checkout = find_checkout(options, script=sys.argv[0])
     if checkout is not None:
-        from mlm_plugin.hosts.sd_scripts.launch import train as train_in_sd_scripts
+        from mlm_plugin.sd_scripts.launch import train as train_in_sd_scripts
 
         return train_in_sd_scripts(argv, checkout, options)
     if "-h" in argv or "--help" in argv:  # before torch is imported
         parser(prog="train_network_mlm.py").print_help()
         return 0
-    from mlm_plugin.hosts.console import quiet_imports
+    from mlm_plugin.setup.console import quiet_imports
 
     quiet_imports()
-    from mlm_plugin.hosts.standalone import train
+    from mlm_plugin.commands.train import train
 
     return train(argv)
 
@@ -56,10 +56,10 @@ def _pretrain(argv: Sequence[str]) -> int:
     from mlm_plugin.config.pretraining import parse_pretrain
 
     command = parse_pretrain(argv)
-    from mlm_plugin.hosts.console import quiet_imports
+    from mlm_plugin.setup.console import quiet_imports
 
     quiet_imports()
-    from mlm_plugin.hosts.pretraining import run_pretrain
+    from mlm_plugin.commands.pretrain import run_pretrain
 
     return run_pretrain(command)
 
@@ -74,10 +74,10 @@ def _evaluate(argv: Sequence[str]) -> int:
     from mlm_plugin.evaluation.options import parse_evaluate
 
     command = parse_evaluate(argv)
-    from mlm_plugin.hosts.console import quiet_imports
+    from mlm_plugin.setup.console import quiet_imports
 
     quiet_imports()
-    from mlm_plugin.hosts.evaluation import run_evaluate
+    from mlm_plugin.commands.evaluate import run_evaluate
 
     return run_evaluate(command)
 
@@ -86,16 +86,16 @@ def _estimate(argv: Sequence[str]) -> int:
     from mlm_plugin.estimate.options import parse_estimate
 
     command = parse_estimate(argv)
-    from mlm_plugin.hosts.console import quiet_imports
+    from mlm_plugin.setup.console import quiet_imports
 
     quiet_imports()
-    from mlm_plugin.hosts.estimate import run_estimate
+    from mlm_plugin.commands.estimate import run_estimate
 
     return run_estimate(command)
 
 
 def _prompts(argv: Sequence[str]) -> int:
-    from mlm_plugin.hosts.prompts import run_prompts
+    from mlm_plugin.commands.prompts import run_prompts
 
     return run_prompts(argv)
 

@@ -13,8 +13,8 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from mlm_plugin.data.prompts import BUILTIN, PromptSet, subjects
 from mlm_plugin.files import cached_folder
+from mlm_plugin.mlm.prompts import BUILTIN, PromptSet, subjects
 
 __all__ = ["TOY", "build_toy_data", "build_toy_model", "toy_data", "toy_model"]
 

@@ -188,7 +188,7 @@ def toy_text_encoder(toy_folder):
 def toy_contextualizer(toy_folder, tmp_path_factory) -> Path:
     """A contextualizer of the toy model that has seen three steps: wiring, not quality."""
     from mlm_plugin.config.pretraining import PretrainOptions
-    from mlm_plugin.training.pretrain import pretrain
+    from mlm_plugin.pretrain import pretrain
 
     path = tmp_path_factory.mktemp("contextualizer") / "toy.safetensors"
     options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
@@ -201,7 +201,7 @@ def toy_sdxl_contextualizers(toy_sdxl_folder, tmp_path_factory) -> str:
     """The same for both text encoders of the SDXL toy, as ``mlm_contextualizer`` names them."""
     from mlm_plugin.config.pretraining import PretrainOptions
     from mlm_plugin.models.checkpoints import load_stable_diffusion
-    from mlm_plugin.training.pretrain import pretrain
+    from mlm_plugin.pretrain import pretrain
 
     options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
     folder, paths = tmp_path_factory.mktemp("contextualizers"), []

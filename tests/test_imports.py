@@ -11,24 +11,29 @@ PACKAGE = Path(__file__).parents[1] / "mlm_plugin"
 ROWS = [
     ("errors", "files"),
     ("config",),
-    ("data",),
-    ("models",),
-    ("regularizer", "readings"),
+    ("prompt_sets",),
+    ("mlm",),
+    ("data", "models"),
+    ("networks",),
     ("export",),
     ("methods",),
     ("training",),
-    ("toy", "pocket", "evaluation", "estimate"),
-    ("hosts",),
+    ("pretrain",),
+    ("mlm_setup",),
+    ("toy", "pocket"),
+    ("setup",),
+    ("evaluation", "estimate"),
+    ("sd_scripts", "commands"),
     ("bench",),
     ("cli",),
 ]
 ROW_OF = {name: number for number, names in enumerate(ROWS) for name in names}
 FORBIDDEN = {  # row -> packages that it must not know
     "config": {"torch", "transformers", "diffusers", "accelerate", "peft", "PIL", "numpy"},
+    "prompt_sets": {"torch", "transformers", "diffusers", "accelerate", "peft"},
+    "mlm": {"transformers", "diffusers", "accelerate", "peft"},
     "data": {"transformers", "diffusers", "accelerate", "peft"},
     "models": {"accelerate"},
-    "regularizer": {"transformers", "diffusers", "accelerate", "peft"},
-    "readings": {"transformers", "diffusers", "accelerate", "peft"},
     "methods": {"accelerate"},
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -1,11 +1,11 @@
-"""The same options give the same weights as before: digests of every method, plain and with the term.
+"""The same options give the same weights as before: every method, plain and with the term.
 
-The values in ``assets/weights.json`` were made at 6e73d21, before the method moved into a package of
-its own. ``python -m pytest tests/test_same_weights.py --write-digests`` makes them again; do so only
-where a change of the numbers is meant.
+The values in ``assets/weights.json`` were made at 6e73d21, before the method had a package of its
+own. ``python -m pytest tests/test_same_weights.py --write-digests`` makes them again; do so only
+where the numbers are meant to change.
 
-A digest is exact, so it holds on one kind of machine and one version of torch, which stand beside
-it. Elsewhere the sums of the weights are compared within a tolerance.
+A digest is exact, so it holds for one kind of processor and one version of torch; both are in the
+file. Elsewhere the sums of the weights are compared within a tolerance.
 """
 
 import hashlib

@@ -141,12 +141,12 @@ def _run_bench(given: argparse.Namespace) -> int:
 
 def _prepare(name: str) -> Path:
     """A quiet console, and the folder of a pocket model."""
-    from mlm_plugin.hosts.console import quiet_imports
+    from mlm_plugin.setup.console import quiet_imports
 
     quiet_imports()
     from mlm_plugin.config.options import LogOptions
-    from mlm_plugin.hosts.builtin_names import model_path
-    from mlm_plugin.hosts.console import quiet_libraries, setup_console
+    from mlm_plugin.setup.builtin_names import model_path
+    from mlm_plugin.setup.console import quiet_libraries, setup_console
 
     setup_console(LogOptions(console_log_level="WARNING"))
     quiet_libraries()

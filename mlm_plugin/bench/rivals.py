@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.data.masking import tokens_before_padding
 from mlm_plugin.methods.base import Method
-from mlm_plugin.models.networks import Network
+from mlm_plugin.mlm.masking import tokens_before_padding
+from mlm_plugin.mlm.regularizer import MLMOutput
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.regularizer import MLMOutput
+from mlm_plugin.networks.create import Network
 
 __all__ = [
     "RIVALS",

@@ -22,9 +22,9 @@ from mlm_plugin.bench.trial import Workshop, measure_base, run_trial
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, require_writable
-from mlm_plugin.hosts.console import quiet_libraries, setup_console
 from mlm_plugin.pocket.build import facts_of_here
 from mlm_plugin.pocket.concepts import Concept
+from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.training.trainer import Stopped
 
 __all__ = ["run_bench"]

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mlm_plugin.bench.plan import METHOD_FLAGS, Arm, BenchPlan
 from mlm_plugin.bench.rivals import RIVALS, OutputPreservation, TextRival
+from mlm_plugin.commands.train import build_trainer, create_accelerator
 from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.datasets import Concept as ConceptWords
 from mlm_plugin.config.datasets import resolve_datasets
@@ -28,9 +29,8 @@ from mlm_plugin.config.loading import load_config
 from mlm_plugin.evaluation.measures import mean_cosine_to, paired_cosine
 from mlm_plugin.evaluation.metric_models import Clip, load_clip
 from mlm_plugin.files import atomic_path
-from mlm_plugin.hosts.run_data import create_dataset, find_concepts
-from mlm_plugin.hosts.standalone import build_trainer, create_accelerator
 from mlm_plugin.methods import METHODS
+from mlm_plugin.mlm.regularizer import MLMOutput, MLMSchedule
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pocket.build import CONTEXTUALIZER_RECIPE, contextualizer_captions
@@ -48,8 +48,8 @@ from mlm_plugin.pocket.scores import identity, prompt_fidelity
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER
 from mlm_plugin.pocket.train_vae import encode
 from mlm_plugin.pocket.world import render
-from mlm_plugin.regularizer import MLMOutput, MLMSchedule
-from mlm_plugin.training.pretrain import pretrain
+from mlm_plugin.pretrain import pretrain
+from mlm_plugin.setup.data import create_dataset, find_concepts
 from mlm_plugin.training.samples import as_image
 from mlm_plugin.training.trainer import Listener, StepResult, Trainer
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.data.english import correct_articles
 from mlm_plugin.errors import UserError
+from mlm_plugin.prompt_sets.english import correct_articles
 
 __all__ = ["fill_template", "load_templates"]
 

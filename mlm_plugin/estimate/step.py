@@ -19,8 +19,8 @@ from mlm_plugin.estimate.live_bytes import LiveBytes
 from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.estimate.optimizer_states import OptimizerBytes
 from mlm_plugin.methods.base import Method
+from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.models.conditioning import Conditioning
-from mlm_plugin.regularizer import MLMRegularizer
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.rollback import LIMIT
 from mlm_plugin.training.trainer import batch_diffusion_loss, term_output

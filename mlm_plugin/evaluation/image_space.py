@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mlm_plugin.data.images import list_images, open_image, open_mask
 from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt
 from mlm_plugin.evaluation.measures import (
     custom_concept_score,
     intra_distance,
@@ -26,7 +27,6 @@ from mlm_plugin.evaluation.measures import (
 )
 from mlm_plugin.evaluation.metric_models import Clip, Dino
 from mlm_plugin.evaluation.oracle_space import OracleJudge, oracle_columns
-from mlm_plugin.evaluation.prompts import EvaluationPrompt
 from mlm_plugin.evaluation.results import IMAGE_MEASURES
 
 __all__ = ["cut_out", "find_masks", "find_photos", "score_pictures"]

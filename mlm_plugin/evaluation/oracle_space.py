@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mlm_plugin.data.images import image_tensor
-from mlm_plugin.evaluation.prompts import EvaluationPrompt
+from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt
 from mlm_plugin.pocket.concepts import Concept, find_concept
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.prompt_labels import PromptLabels, labels_path, read_labels

@@ -2,7 +2,7 @@
 
 Custom Diffusion is loaded by diffusers itself, as a user of these files would. A LoRA is put on by
 the trainer's own network, for diffusers passes over alphas that differ between layers. Learned rows
-stand beside the token table (``models/token_rows.py``), so that the placeholder may be a word
+stand beside the token table (``models/token_embeddings.py``), so that the placeholder may be a word
 that the tokenizer knows already, which diffusers refuses. Knows no prompts and no measures.
 """
 
@@ -20,18 +20,18 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.export.custom_diffusion import read_delta
-from mlm_plugin.export.embeddings import EMBEDDING_KEYS, read_embeddings, read_xti
+from mlm_plugin.export.custom_diffusion_files import read_delta
+from mlm_plugin.export.embedding_files import EMBEDDING_KEYS, read_embeddings, read_xti
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.components import TITLES
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.models.cross_attention import layer_codes, per_layer_conditioning
 from mlm_plugin.models.diffusers_folder import find_local_folder
-from mlm_plugin.models.kohya_names import TEXT_ENCODER_PARTS, part_of
-from mlm_plugin.models.model_parts import TITLES
-from mlm_plugin.models.networks import create_network, read_weights
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.networks.create import create_network, read_weights
+from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS, part_of
 from mlm_plugin.training.samples import create_sampler
 
 __all__ = ["Pipeline", "Subject", "load_subject"]

@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm_plugin.data.english import FUNCTION_WORDS, NEUTRAL_WORDS
-from mlm_plugin.data.masking import (
+from mlm_plugin.evaluation.eval_prompts import with_class, with_concept
+from mlm_plugin.evaluation.measures import intra_distance, mean_with_interval, paired_cosine
+from mlm_plugin.mlm.contextualizer import Contextualizer, masked_word_loss
+from mlm_plugin.mlm.mask_token import mask_embedding
+from mlm_plugin.mlm.masking import (
     MaskedTokens,
     MaskingVocabulary,
     mask_tokens,
     tokens_before_padding,
 )
-from mlm_plugin.evaluation.measures import intra_distance, mean_with_interval, paired_cosine
-from mlm_plugin.evaluation.prompts import with_class, with_concept
-from mlm_plugin.models.contextualizer import Contextualizer, masked_word_loss
-from mlm_plugin.models.mask_token import mask_embedding
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
 from mlm_plugin.training.drift import PROBES
 
 __all__ = [
@@ -171,7 +171,7 @@ def masked_words(
         protected: concept, class and the words that take their place.
         seed: of the masks.
 
-    Source: the training's own term (``regularizer.py``), on evaluation prompts.
+    Source: the training's own term (``mlm/regularizer.py``), on evaluation prompts.
     """
     rows = text_encoder.token_rows
     words = [*protected, *(rows.tokens if rows is not None else [])]

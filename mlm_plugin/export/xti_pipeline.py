@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.export.embeddings import read_xti
+from mlm_plugin.export.embedding_files import read_xti
 from mlm_plugin.models.cross_attention import (
     PerLayerConditioning,
     layer_codes,
@@ -26,7 +26,7 @@ from mlm_plugin.models.cross_attention import (
 )
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
-from mlm_plugin.export.custom_diffusion import delta_to_lora, save_delta, verify_delta
-from mlm_plugin.export.lora import save_lora
+from mlm_plugin.export.custom_diffusion_files import delta_to_lora, save_delta, verify_delta
+from mlm_plugin.export.lora_files import save_lora
 from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Part, group_of
-from mlm_plugin.methods.token_rows import (
+from mlm_plugin.methods.learned_tokens import (
     LearnsRows,
     create_rows,
     embeddings_beside,
@@ -26,7 +26,7 @@ from mlm_plugin.methods.token_rows import (
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
 
 __all__ = ["CustomDiffusion"]
 

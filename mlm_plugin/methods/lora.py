@@ -15,10 +15,10 @@ from mlm_plugin.config.options import (
     TrainConfig,
     text_encoder_lrs,
 )
-from mlm_plugin.export.lora import save_lora, verify_lora
+from mlm_plugin.export.lora_files import save_lora, verify_lora
 from mlm_plugin.methods.base import Export, Method, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.networks import create_network
+from mlm_plugin.networks.create import create_network
 
 __all__ = ["LoRAMethod"]
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
-from mlm_plugin.export.lora import bundled_embeddings, save_lora
+from mlm_plugin.export.lora_files import bundled_embeddings, save_lora
 from mlm_plugin.methods.base import Export, Part, group_of, numbered, stored, take_over
-from mlm_plugin.methods.lora import LoRAMethod
-from mlm_plugin.methods.token_rows import (
+from mlm_plugin.methods.learned_tokens import (
     LearnsRows,
     create_all_rows,
     embeddings_beside,
@@ -21,8 +20,9 @@ from mlm_plugin.methods.token_rows import (
     verify_embeddings,
     words_of,
 )
+from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
 
 __all__ = ["Pivotal"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.methods.base import Export, Part, group_of
-from mlm_plugin.methods.token_rows import (
+from mlm_plugin.methods.learned_tokens import (
     LearnsRows,
     create_all_rows,
     embedding_files,
@@ -20,7 +20,7 @@ from mlm_plugin.methods.token_rows import (
     words_of,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
 
 __all__ = ["TextualInversion"]
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.export.embeddings import layer_average, read_rows, save_xti
+from mlm_plugin.export.embedding_files import layer_average, read_rows, save_xti
 from mlm_plugin.methods.base import Export
-from mlm_plugin.methods.textual_inversion import TextualInversion
-from mlm_plugin.methods.token_rows import (
+from mlm_plugin.methods.learned_tokens import (
     check_rows,
     create_rows,
     embedding_files,
@@ -27,6 +26,7 @@ from mlm_plugin.methods.token_rows import (
     verify_embeddings,
     words_of,
 )
+from mlm_plugin.methods.textual_inversion import TextualInversion
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.models.cross_attention import (
@@ -36,7 +36,7 @@ from mlm_plugin.models.cross_attention import (
 )
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
 
 __all__ = ["XTI"]
 

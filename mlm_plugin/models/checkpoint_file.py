@@ -12,16 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.diffusers_folder import empty_parts
-from mlm_plugin.models.filling import (
-    empty_pooled_text_encoder,
-    empty_text_encoder,
-    empty_unet,
-    empty_vae,
-    fill_weights,
-    plain_name,
-    plain_places,
+from mlm_plugin.models.components import (
+    REFINER,
+    ModelParts,
+    wrong_architecture,
 )
+from mlm_plugin.models.diffusers_folder import empty_parts
 from mlm_plugin.models.ldm_names import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
@@ -36,10 +32,14 @@ from mlm_plugin.models.ldm_names import (
     unet_names,
     vae_names,
 )
-from mlm_plugin.models.model_parts import (
-    REFINER,
-    ModelParts,
-    wrong_architecture,
+from mlm_plugin.models.load_weights import (
+    empty_pooled_text_encoder,
+    empty_text_encoder,
+    empty_unet,
+    empty_vae,
+    fill_weights,
+    plain_name,
+    plain_places,
 )
 from mlm_plugin.models.weights_files import read_shapes, read_weights
 

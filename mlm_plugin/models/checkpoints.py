@@ -19,6 +19,7 @@ from torch import nn
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoint_file import empty_file, load_file, load_vae_file
+from mlm_plugin.models.components import TITLES, ModelParts
 from mlm_plugin.models.diffusers_folder import (
     empty_folder,
     find_folder,
@@ -26,7 +27,6 @@ from mlm_plugin.models.diffusers_folder import (
     load_folder,
     load_vae_folder,
 )
-from mlm_plugin.models.model_parts import TITLES, ModelParts
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import find_tokenizer, second_tokenizer
 

@@ -11,7 +11,8 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.filling import (
+from mlm_plugin.models.components import REFINER, ModelParts, read_json, wrong_architecture
+from mlm_plugin.models.load_weights import (
     empty_pooled_text_encoder,
     empty_text_encoder,
     empty_unet,
@@ -20,7 +21,6 @@ from mlm_plugin.models.filling import (
     plain_name,
     plain_places,
 )
-from mlm_plugin.models.model_parts import REFINER, ModelParts, read_json, wrong_architecture
 from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer, second_tokenizer
 from mlm_plugin.models.weights_files import read_weights
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mlm_plugin.models.token_rows import TokenRows
+    from mlm_plugin.models.token_embeddings import TokenRows
 
 __all__ = ["PooledStates", "TextEncoder"]
 

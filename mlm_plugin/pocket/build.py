@@ -54,7 +54,7 @@ from mlm_plugin.pocket.train_clip import build_tokenizer, text_states, train_cli
 from mlm_plugin.pocket.train_unet import train_unet
 from mlm_plugin.pocket.train_vae import train_vae
 from mlm_plugin.pocket.world import draw_scene
-from mlm_plugin.training.pretrain import pretrain
+from mlm_plugin.pretrain import pretrain
 
 __all__ = [
     "CONTEXTUALIZER_RECIPE",

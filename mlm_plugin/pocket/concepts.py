@@ -13,13 +13,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from mlm_plugin.data.english import is_dreambench
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, require_writable
 from mlm_plugin.pocket.captions import Caption, write_caption
 from mlm_plugin.pocket.prompt_labels import write_labels
 from mlm_plugin.pocket.stage import generator_of
 from mlm_plugin.pocket.world import ATTRIBUTES, NO_COMPANION, Paint, Scene, draw_scene, render
+from mlm_plugin.prompt_sets.english import is_dreambench
 
 __all__ = [
     "ASKED",

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.methods.base import Method, Part
+from mlm_plugin.mlm.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
-from mlm_plugin.regularizer import MLMOutput, MLMRegularizer, MLMSchedule
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.fused_steps import FusedSteps
 from mlm_plugin.training.interrupt import StopRequest

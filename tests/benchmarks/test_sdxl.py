@@ -14,7 +14,7 @@ import torch
 
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.models.networks import create_network
+from mlm_plugin.networks.create import create_network
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 
 ROOT = Path(__file__).parents[2]

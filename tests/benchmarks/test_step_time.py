@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mlm_plugin.commands.estimate import estimate_of
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import COPY
-from mlm_plugin.hosts.estimate import estimate_of
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 
 ROOT = Path(__file__).parents[2]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from mlm_plugin.data.english import is_dreambench, normal_form
 from mlm_plugin.data.templates import fill_template, load_templates
 from mlm_plugin.errors import UserError
+from mlm_plugin.prompt_sets.english import is_dreambench, normal_form
 
 
 @pytest.mark.parametrize(("kind", "count"), [("object", 27), ("style", 19)])

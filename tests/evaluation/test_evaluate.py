@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mlm_plugin.commands.evaluate import run_evaluate
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.options import parse_evaluate
-from mlm_plugin.hosts.evaluation import run_evaluate
 
 NASTY = "<script>alert('x')</script> & \"quoted\""
 

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.eval_prompts import evaluation_prompts
 from mlm_plugin.evaluation.image_space import cut_out, find_masks, find_photos, score_pictures
 from mlm_plugin.evaluation.metric_models import load_clip, load_dino
-from mlm_plugin.evaluation.prompts import evaluation_prompts
 
 PROMPTS = evaluation_prompts(["a {}", "a {} asleep"], placeholder_token="sks", class_token="dog")
 

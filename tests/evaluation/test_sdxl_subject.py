@@ -11,14 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.eval_prompts import evaluation_prompts, picture_seed
 from mlm_plugin.evaluation.generate import draw_pictures
-from mlm_plugin.evaluation.prompts import evaluation_prompts, picture_seed
 from mlm_plugin.evaluation.subject import load_subject
 from mlm_plugin.export.checkpoint import save_checkpoint
-from mlm_plugin.export.embeddings import save_embedding
+from mlm_plugin.export.embedding_files import save_embedding
 from mlm_plugin.models import checkpoint_file
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.models.networks import create_network
+from mlm_plugin.networks.create import create_network
 
 TEMPLATE, NEGATIVE = "a photo of {} on the beach", "blurry"
 PROMPT = TEMPLATE.format("sks dog")

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.subject import load_subject
-from mlm_plugin.export.custom_diffusion import save_delta
-from mlm_plugin.export.embeddings import save_embedding, save_xti
+from mlm_plugin.export.custom_diffusion_files import save_delta
+from mlm_plugin.export.embedding_files import save_embedding, save_xti
 from mlm_plugin.export.xti_pipeline import load_xti
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.cross_attention import layer_codes
-from mlm_plugin.models.networks import create_network
+from mlm_plugin.networks.create import create_network
 
 PROMPT, NEGATIVE = "a photo of sks dog on the beach", "blurry"
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mlm_plugin.evaluation.prompts import with_class, with_concept
+from mlm_plugin.evaluation.eval_prompts import with_class, with_concept
 from mlm_plugin.evaluation.text_space import (
     embedding_measures,
     encoder_drift,
@@ -15,9 +15,9 @@ from mlm_plugin.evaluation.text_space import (
     random_words,
     set_distances,
 )
-from mlm_plugin.models.contextualizer import load_contextualizer
+from mlm_plugin.mlm.contextualizer import load_contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
 
 TEMPLATES = ["a {} on the beach", "a {} wearing a red hat", "a {} in the snow", "a wet {}"]
 

@@ -26,7 +26,7 @@ from mlm_plugin.export.checkpoint import (
     save_diffusers_folder,
     verify_checkpoint,
 )
-from mlm_plugin.export.lora import SAVE_DTYPES
+from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 

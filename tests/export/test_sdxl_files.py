@@ -13,18 +13,18 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.export.embeddings import (
+from mlm_plugin.export.embedding_files import (
     EMBEDDING_KEYS,
     read_embedding,
     read_embeddings,
     save_embedding,
     verify_embedding,
 )
-from mlm_plugin.export.lora import bundled_embeddings, save_lora, verify_lora
+from mlm_plugin.export.lora_files import bundled_embeddings, save_lora, verify_lora
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.conditioning import encode_captions
-from mlm_plugin.models.networks import create_network
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.networks.create import create_network
 
 CHECKOUT = os.environ.get("SD_SCRIPTS_DIR")  # read here: tests run without it
 CAPTIONS = ["a photo of a dog", "sks"]

@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.export.embeddings import EMBEDDING_KEY, save_embedding, save_xti
+from mlm_plugin.export.embedding_files import EMBEDDING_KEY, save_embedding, save_xti
 from mlm_plugin.export.xti_pipeline import load_xti
 from mlm_plugin.models.cross_attention import split_layers
 

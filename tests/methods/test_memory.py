@@ -2,11 +2,11 @@
 
 import pytest
 
+from mlm_plugin.commands.estimate import estimate_of
 from mlm_plugin.config.options import METHOD_NAMES, SDXL_METHODS
 from mlm_plugin.estimate.live_bytes import LiveBytes, storage_bytes
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
-from mlm_plugin.hosts.estimate import estimate_of
 from mlm_plugin.training.trainer import Listener
 
 CLOSE = 0.10

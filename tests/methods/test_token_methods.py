@@ -14,12 +14,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
-from mlm_plugin.data.masking import MASK_ID, mask_tokens
 from mlm_plugin.errors import UserError
-from mlm_plugin.export.embeddings import layer_average
+from mlm_plugin.export.embedding_files import layer_average
 from mlm_plugin.methods import METHODS, Export
 from mlm_plugin.methods.custom_diffusion import _rare_words
-from mlm_plugin.methods.token_rows import embedding_files
+from mlm_plugin.methods.learned_tokens import embedding_files
+from mlm_plugin.mlm.masking import MASK_ID, mask_tokens
 from mlm_plugin.models.cross_attention import split_layers
 from mlm_plugin.models.text_encoder import TextEncoder
 

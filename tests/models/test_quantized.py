@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.estimate.live_bytes import storage_bytes
-from mlm_plugin.models.networks import create_network
 from mlm_plugin.models.quantized import FORMATS, NF4_BLOCK, QuantizedLinear, quantize_linears
+from mlm_plugin.networks.create import create_network
 
 needs_lycoris = pytest.mark.skipif(
     importlib.util.find_spec("lycoris") is None, reason="the LyCORIS package is not installed"

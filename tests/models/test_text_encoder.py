@@ -5,7 +5,7 @@ import torch
 
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_rows import TokenRows
+from mlm_plugin.models.token_embeddings import TokenRows
 from mlm_plugin.models.tokenizers import second_tokenizer
 
 LONG = " ".join(["dog beach rain hat chair snow"] * 20)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from mlm_plugin.bench.command import run_pocket
 from mlm_plugin.errors import UserError
-from mlm_plugin.evaluation.prompts import load_templates
+from mlm_plugin.evaluation.eval_prompts import load_templates
 from mlm_plugin.pocket.captions import (
     BACKGROUND_PHRASES,
     BACKGROUND_TAGS,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mlm_plugin.commands.evaluate import run_evaluate
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.options import parse_evaluate
-from mlm_plugin.hosts.evaluation import run_evaluate
 from mlm_plugin.pocket.concepts import (
     find_concept,
     prompt_templates,

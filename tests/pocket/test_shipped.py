@@ -9,12 +9,12 @@ from transformers import CLIPTextModel
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.metric_models import load_clip
-from mlm_plugin.hosts import builtin_names
+from mlm_plugin.mlm.contextualizer import load_contextualizer
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.models.contextualizer import load_contextualizer
 from mlm_plugin.pocket import shipped
 from mlm_plugin.pocket.oracle import load_oracle
 from mlm_plugin.pocket.quality import generate, held_out_prompts, judge, missed_bars
+from mlm_plugin.setup import builtin_names
 
 
 @pytest.fixture

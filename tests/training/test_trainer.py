@@ -18,11 +18,11 @@ from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import LossOptions, MLMOptions, OptimizerOptions, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.errors import UserError
-from mlm_plugin.hosts.mlm_setup import build_regularizer, prompts_for, text_tap
 from mlm_plugin.methods import METHODS
+from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
+from mlm_plugin.mlm.regularizer import MLMSchedule
+from mlm_plugin.mlm_setup import build_regularizer, prompts_for, text_tap
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.models.contextualizer import Contextualizer, ContextualizerSizes
-from mlm_plugin.regularizer import MLMSchedule
 from mlm_plugin.training import rollback
 from mlm_plugin.training import trainer as trainer_module
 from mlm_plugin.training.diffusion_loss import DiffusionLoss

@@ -1,0 +1,1 @@
+"""The commands of `mlm-plugin`, one file each."""

@@ -1,0 +1,111 @@
+"""`mlm-plugin estimate`: how much GPU memory a run will need, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mlm_plugin.config.checks import check_config
+from mlm_plugin.config.options import LogOptions, TrainConfig
+from mlm_plugin.errors import UserError
+from mlm_plugin.estimate.meta_run import largest_batch, meta_training, pixels_of
+from mlm_plugin.estimate.options import FAMILIES, EstimateCommand
+from mlm_plugin.estimate.savings import changes_worth_trying
+from mlm_plugin.estimate.step import caching_peak, optimizer_peak, step_peak
+from mlm_plugin.estimate.table import Estimate, Saving, report_lines, saving_lines
+from mlm_plugin.models.checkpoint_file import ARCHITECTURES
+from mlm_plugin.setup.builtin_names import data_path, model_path
+from mlm_plugin.setup.console import quiet_libraries, setup_console
+
+__all__ = ["estimate_of", "run_estimate"]
+
+
+def run_estimate(command: EstimateCommand) -> int:
+    """Print the table of a training, and what would save memory; returns the exit code.
+
+    Raises:
+        UserError: options that the training would refuse too, or a model that is not here.
+    """
+    setup_console(LogOptions(console_log_level="ERROR"))
+    quiet_libraries()
+    config = _readable(command)
+    check_config(config)
+    estimate = estimate_of(config)
+    print("\n".join(report_lines(estimate, _head(config, command))))
+    for remark in _remarks(config):
+        print(f"note: {remark}")
+    if command.savings:
+        print("\n".join(["", *saving_lines(estimate, list(_savings(config)))]))
+    return 0
+
+
+def estimate_of(config: TrainConfig) -> Estimate:
+    """Peaks of the moments of a run: caching latents, the step, the optimizer's step.
+
+    Raises:
+        UserError: options or files that do not fit the model.
+    """
+    pictures = largest_batch(config)
+    training = meta_training(config, pictures)
+    moments = {}
+    if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
+        at_once = (config.dataset.vae_batch_size, *pictures[1:])
+        pixels = pixels_of(at_once, training.method.models.vae.dtype)
+        moments["caching"] = caching_peak(training, pixels)
+    moments["training step"] = step_peak(training)
+    moments["optimizer step"] = optimizer_peak(training)
+    return Estimate(moments)
+
+
+def _readable(command: EstimateCommand) -> TrainConfig:
+    """The options with paths that can be read; what no memory depends on may be missing.
+
+    Raises:
+        UserError: no model.
+    """
+    config = command.config
+    model = model_path(config.model.pretrained_model_name_or_path)
+    if command.architecture:
+        model = str(ARCHITECTURES / command.architecture)
+    if model is None:
+        raise UserError(
+            "pretrained_model_name_or_path is missing: give the base model, or --architecture "
+            f"{', '.join(FAMILIES)}"
+        )
+    return config.replace(
+        pretrained_model_name_or_path=model,
+        train_data_dir=data_path(config.dataset.train_data_dir),
+        output_dir=config.output.output_dir or "output",
+        mlm_contextualizer="auto",
+    )
+
+
+def _savings(config: TrainConfig) -> Iterator[Saving]:
+    for change in changes_worth_trying(config):
+        peak = estimate_of(config.replace(**change.options)).peak
+        yield Saving(change.text, change.price, peak)
+
+
+def _head(config: TrainConfig, command: EstimateCommand) -> str:
+    number, width, height = largest_batch(config)
+    schedule = config.schedule
+    model = command.architecture or config.model.pretrained_model_name_or_path
+    return (
+        f"{schedule.method} on {model}: batches of {number}, {width} x {height} pixels, "
+        f"mixed_precision {schedule.mixed_precision}, "
+        f"{config.optimizer.optimizer_type or 'AdamW'}, gradient checkpointing "
+        f"{'on' if schedule.gradient_checkpointing else 'off'}"
+    )
+
+
+def _remarks(config: TrainConfig) -> Iterator[str]:
+    """What the run does besides and the table does not hold."""
+    if config.mlm.mlm_loss_weight:
+        yield "pretraining a contextualizer (once per text encoder, before the rest) is not counted"
+    if config.sampling.sample_prompts:
+        yield "drawing samples is not counted"
+    if config.finetune.generate_class_images:
+        yield "drawing class pictures, before the training, is not counted"
+    if config.model.torch_compile:
+        yield "torch_compile is left out: it changes what is kept"
+    if config.optimizer.optimizer_type.lower().startswith("paged"):
+        yield "the paged optimizer's large states are counted as lying in the CPU's memory"

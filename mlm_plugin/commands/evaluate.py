@@ -1,0 +1,324 @@
+"""`mlm-plugin evaluate`: draw, score, report; every step goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlm_plugin import __version__
+from mlm_plugin.config.options import LogOptions
+from mlm_plugin.evaluation.comparison import compare
+from mlm_plugin.evaluation.eval_prompts import (
+    EvaluationPrompt,
+    evaluation_prompts,
+    load_templates,
+    picture_seed,
+)
+from mlm_plugin.evaluation.generate import PICTURES, claim_folder, draw_pictures
+from mlm_plugin.evaluation.image_space import find_masks, find_photos, score_pictures
+from mlm_plugin.evaluation.metric_models import Clip, Dino, load_clip, load_dino
+from mlm_plugin.evaluation.options import NO_MODEL, EvaluateCommand, EvaluateOptions
+from mlm_plugin.evaluation.oracle_space import (
+    OracleJudge,
+    find_oracle,
+    load_oracle_judge,
+    why_not_judged,
+)
+from mlm_plugin.evaluation.report import single_report, write_report
+from mlm_plugin.evaluation.results import measure_key, measures_of, value_of, write_results
+from mlm_plugin.evaluation.subject import Subject, load_subject
+from mlm_plugin.evaluation.text_encoders import check_contextualizers, measure_text, text_protocol
+from mlm_plugin.evaluation.text_space import headline
+from mlm_plugin.files import require_writable
+from mlm_plugin.setup.builtin_names import data_path, model_path
+from mlm_plugin.setup.console import quiet_libraries, setup_console
+
+__all__ = ["run_evaluate"]
+
+logger = logging.getLogger(__name__)
+
+JUDGED = ("checkpoint", "lora", "embedding", "delta", "xti")
+# Options that do not change how pictures look.
+NOT_IN_PICTURES = {"train_data_dir", "output", "prompts", "num_images_per_prompt", "batch_size",
+                   "clip_model", "dino_model", "masks", "mlm_contextualizer", "label",
+                   "tokenizer_cache_dir"}  # fmt: skip
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "pillow", "numpy")
+
+
+def run_evaluate(command: EvaluateCommand) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        UserError: see the steps.
+    """
+    options = command.options
+    setup_console(LogOptions())
+    quiet_libraries()
+    output = Path(options.output)
+    require_writable(output, "--output")
+    if command.compare:
+        print(f"wrote {compare(command.compare, output)}")
+        return 0
+    results = _evaluate(options, output, text_only=command.text_only)
+    write_results(output, results)
+    report = write_report(output, single_report(results, output))
+    _print_measures(results)
+    print(f"wrote {report}")
+    return 0
+
+
+def _print_measures(results: dict[str, Any]) -> None:
+    taken = {
+        measure: value
+        for name, measure in measures_of([results]).items()
+        if (value := value_of(results, name)) is not None
+    }
+    width = max((len(measure.title) for measure in taken), default=0)
+    for measure, value in taken.items():
+        print(f"  {measure.title:<{width}} {value:8.4f}   {measure.meaning}")
+
+
+def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = evaluation_prompts(
+        load_templates(options.prompts, class_token=options.class_token),
+        placeholder_token=options.placeholder_token,
+        class_token=options.class_token,
+    )
+    files = _digests(options)
+    load = functools.cache(lambda: _load(options, device))
+    scores, pictures, photos, judges = _no_scores(len(prompts)), [[] for _ in prompts], [], {}
+    if not text_only:
+        photos = find_photos(data_path(options.train_data_dir))
+        masks = find_masks(options.masks)
+        clip, dino = _judges(options, device)  # before hours of drawing: they may be missing
+        oracle, oracle_protocol = _oracle(options, prompts)
+        claim_folder(output, _picture_settings(options, prompts, files))
+        pictures = draw_pictures(
+            output,
+            prompts,
+            load=load,
+            num_images=options.num_images_per_prompt,
+            seed=options.seed,
+            steps=options.steps,
+            scale=options.scale,
+            negative_prompt=options.negative_prompt,
+            resolution=options.resolution,
+            batch_size=options.batch_size,
+        )
+        scores = score_pictures(
+            pictures, prompts, photos, clip=clip, dino=dino, masks=masks, oracle=oracle
+        )
+        judges = _protocol(clip, dino, scores, masked=bool(masks)) | oracle_protocol
+    subject = load()
+    text = measure_text(options, subject, prompts, device)
+    return {
+        "created": time.strftime("%Y-%m-%d %H:%M %z"),
+        "label": options.label or _label(options),
+        "concept": {
+            "placeholder_token": options.placeholder_token,
+            "class_token": options.class_token,
+        },
+        "model": {
+            "family": subject.family,
+            "resolution": options.resolution or subject.resolution,
+        },
+        "settings": dataclasses.asdict(options),
+        "files": files,
+        "versions": _versions(device),
+        "judges": judges | text_protocol(text),
+        "measures": scores["measures"],
+        "references": scores["references"],
+        "photos": [str(photo) for photo in photos],
+        "prompts": [
+            _prompt_row(options, prompt, scores, files_of, index=i)
+            for i, (prompt, files_of) in enumerate(zip(prompts, pictures, strict=True))
+        ],
+        "text": text,
+        "text_headline": {
+            measure_key(name, encoder): value
+            for encoder, groups in text.items()
+            for name, value in headline(groups).items()
+        },
+    }
+
+
+def _load(options: EvaluateOptions, device: torch.device) -> Subject:
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp16" if device.type == "cuda" else "fp32"
+    subject = load_subject(
+        model_path(options.pretrained_model_name_or_path),
+        placeholder_token=options.placeholder_token,
+        checkpoint=options.checkpoint,
+        lora=options.lora,
+        lora_weight=options.lora_weight,
+        embedding=options.embedding,
+        delta=options.delta,
+        xti=options.xti,
+        clip_skip=options.clip_skip,
+        sampler=options.sampler,
+        dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision],
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
+    )
+    check_contextualizers(options, subject)  # before hours of drawing: they may not fit
+    return subject.to(device)
+
+
+def _judges(options: EvaluateOptions, device: torch.device) -> tuple[Clip | None, Dino | None]:
+    clip = load_clip(options.clip_model, device=device) if options.clip_model != NO_MODEL else None
+    dino = load_dino(options.dino_model, device=device) if options.dino_model != NO_MODEL else None
+    return clip, dino
+
+
+def _oracle(
+    options: EvaluateOptions, prompts: Sequence[EvaluationPrompt]
+) -> tuple[OracleJudge | None, dict[str, str]]:
+    """The judge of a pocket model, where it is known what the prompts ask for, and its protocol."""
+    path = find_oracle(model_path(options.pretrained_model_name_or_path))
+    if path is None:
+        return None, {}
+    if reason := why_not_judged(options.prompts, resolution=options.resolution):
+        logger.warning("the oracle is left out: %s", reason)
+        return None, {"Oracle left out": reason}
+    oracle = load_oracle_judge(path, options.prompts)
+    how = {
+        "Oracle": oracle.name,
+        "Prompt fidelity": "share of what the prompt asks, but the subject, that the oracle sees",
+        "Identity": f"look of {oracle.concept.name}: (subject right + pattern right + "
+        "exp(−(RGB distance / 0.25)²)) / 3, RGB in [0, 1]",
+    }
+    if unlabelled := sum(prompt.template not in oracle.labels.captions for prompt in prompts):
+        logger.warning("%d prompts have no labels: the oracle scores identity alone", unlabelled)
+        how["Prompts without labels"] = f"{unlabelled} of {len(prompts)}: identity alone"
+    if oracle.accuracy:
+        how["The oracle on true pictures"] = ", ".join(
+            f"{name} {share:.1%}" for name, share in oracle.accuracy.items()
+        )
+    return oracle, how
+
+
+def _picture_settings(
+    options: EvaluateOptions, prompts: Sequence[EvaluationPrompt], files: dict[str, Any]
+) -> dict[str, Any]:
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(options).items()
+        if name not in NOT_IN_PICTURES and name not in JUDGED
+    }
+    digests = {name: files[name]["sha256"] if name in files else None for name in JUDGED}
+    return settings | digests | {"prompts": [prompt.prompt for prompt in prompts]}
+
+
+def _digests(options: EvaluateOptions) -> dict[str, dict[str, str]]:
+    """Path and SHA-256 of the files judged; a folder has the digest of its name."""
+    found = {}
+    for name in JUDGED:
+        path = getattr(options, name)
+        if path is None:
+            continue
+        if Path(path).is_file():
+            with Path(path).open("rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        else:
+            digest = hashlib.sha256(path.encode())
+        found[name] = {"path": path, "sha256": digest.hexdigest()}
+    return found
+
+
+def _label(options: EvaluateOptions) -> str:
+    judged = [getattr(options, name) for name in JUDGED if getattr(options, name)]
+    if not judged:
+        return "base model"
+    return " + ".join(Path(path).stem for path in judged)
+
+
+def _prompt_row(
+    options: EvaluateOptions,
+    prompt: EvaluationPrompt,
+    scores: dict[str, Any],
+    files: Sequence[Path],
+    *,
+    index: int,
+) -> dict[str, Any]:
+    return {
+        **prompt._asdict(),
+        "scores": scores["per_prompt"][index],
+        "pictures": [
+            {
+                "file": f"{PICTURES}/{file.name}",
+                "seed": picture_seed(options.seed, prompt.template, number),
+                "scores": scores["per_picture"][index][number],
+            }
+            for number, file in enumerate(files)
+        ],
+    }
+
+
+def _no_scores(num_prompts: int) -> dict[str, Any]:
+    return {
+        "measures": {},
+        "references": {},
+        "per_prompt": [{} for _ in range(num_prompts)],
+        "per_picture": [[] for _ in range(num_prompts)],
+    }
+
+
+def _protocol(
+    clip: Clip | None, dino: Dino | None, scores: dict[str, Any], *, masked: bool
+) -> dict[str, str]:
+    """How the pictures were scored, for the report."""
+    how = {}
+    if clip:
+        how["CLIP"] = clip.name
+        how["CLIP-T"] = (
+            "raw cosine of a picture and its prompt, the placeholder left out; as CustomConcept101 "
+            f"writes it (× 2.5): {scores['measures']['clip_t']['custom_concept_101']:.4f}"
+        )
+        how["CLIP-I"] = "mean cosine of a picture and all photos"
+        how["CLIP input"] = _input(clip.how)
+    if dino:
+        how["DINO"] = dino.name
+        how["DINO likeness"] = "mean cosine of the CLS states of a picture and all photos"
+        how["DINO input"] = _input(dino.how)
+    for name, title in (("clip_i", "CLIP-I"), ("dino", "DINO")):
+        if (value := scores["references"].get(name)) is not None:
+            how[f"{title}, photos among themselves"] = f"{value:.4f}"
+    if masked:
+        counts = scores["num_masked"]
+        how["Masks"] = (
+            f"of {counts['pictures']} pictures and {counts['photos']} photos; the rest is laid in "
+            "the mean colour"
+        )
+    how["Intervals"] = "95 % by Student's t over prompts, one mean each"
+    return how
+
+
+def _input(how: Any) -> str:
+    return (
+        f"shorter side to {how.shortest_edge} pixels (Pillow filter {how.resample}), middle "
+        f"{how.crop} × {how.crop}, normalized as the model's processor says"
+    )
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    found = {"mlm_plugin": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return found

@@ -1,0 +1,61 @@
+"""`mlm-plugin pretrain`: load text encoders, train their contextualizers, say how good they are."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mlm_plugin.config.options import LogOptions
+from mlm_plugin.config.pretraining import PretrainCommand
+from mlm_plugin.mlm_setup import pretrain_on_device
+from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.pretrain import Interrupted, Scores, read_caption_files
+from mlm_plugin.setup.builtin_names import model_path
+from mlm_plugin.setup.console import quiet_libraries, setup_console
+
+__all__ = ["run_pretrain"]
+
+
+def run_pretrain(command: PretrainCommand) -> int:
+    """Run the command; returns the exit code."""
+    setup_console(LogOptions())
+    quiet_libraries()
+    captions = read_caption_files(command.captions)
+    models = load_stable_diffusion(
+        model_path(command.pretrained_model_name_or_path),
+        clip_skip=command.clip_skip,
+        tokenizer_cache_dir=command.tokenizer_cache_dir,
+    )
+    text_encoders = models.text_encoders
+    del models  # the U-Net is not needed
+    outputs = output_files(Path(command.output), len(text_encoders))
+    try:
+        for text_encoder, output in zip(text_encoders, outputs, strict=True):
+            text_encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
+            scores = pretrain_on_device(
+                text_encoder, output, options=command.options, captions=captions
+            )
+            text_encoder.model.to("cpu")
+            print(f"{output}: {_summary(scores)}")
+            for name, family in scores.families.items():
+                print(f"  {name:<24} {family.accuracy:6.1%}   {family.loss:6.3f} nats")
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    if len(outputs) > 1:
+        print(f"--mlm_contextualizer {','.join(map(str, outputs))}")
+    return 0
+
+
+def output_files(output: Path, num_text_encoders: int) -> list[Path]:
+    """The file of each text encoder: ``output``, or ``output`` with a number for SDXL's two."""
+    if num_text_encoders == 1:
+        return [output]
+    numbers = range(1, num_text_encoders + 1)
+    return [output.with_name(f"{output.stem}_te{number}{output.suffix}") for number in numbers]
+
+
+def _summary(scores: Scores) -> str:
+    return f"names {scores.accuracy:.1%} of hidden held-out words, loss {scores.loss:.3f} nats"

@@ -1,0 +1,246 @@
+"""A training on the meta device, made of the same options and parts as the real one.
+
+Nothing is loaded: models come from configurations, prompts from the prompt set, pictures are of the
+size that the options give. Knows no peaks and no table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mlm_plugin.config.checks import check_model, trained_text_encoders
+from mlm_plugin.config.datasets import (
+    BUCKET_STEP,
+    LATENT_STRIDE,
+    Concept,
+    concepts_of,
+    given_resolution,
+    resolve_datasets,
+)
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.config.pretraining import SMALL_ENCODER, PretrainOptions
+from mlm_plugin.data.dataset import Batch
+from mlm_plugin.estimate.on_meta import OnMeta
+from mlm_plugin.estimate.optimizer_states import OptimizerBytes, optimizer_bytes
+from mlm_plugin.estimate.step import Training
+from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
+from mlm_plugin.mlm.contextualizer import (
+    Contextualizer,
+    ContextualizerSizes,
+    default_width,
+)
+from mlm_plugin.mlm.joint_prompts import JointPrompts
+from mlm_plugin.mlm.regularizer import MLMRegularizer, TextTap
+from mlm_plugin.mlm_setup import is_small, prompts_for, text_tap
+from mlm_plugin.models.checkpoints import empty_stable_diffusion
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.tokenizers import load_tokenizer
+from mlm_plugin.setup.models import model_settings, prepare_models, quantize_models
+from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
+from mlm_plugin.training.diffusion_loss import DiffusionLoss
+
+__all__ = ["Pictures", "largest_batch", "meta_training", "pixels_of"]
+
+STAND_IN = Concept("sks", "dog")
+NUM_DRAWS = 50  # batches of prompts, the longest of which is taken
+
+Pictures = tuple[int, int, int]
+"""How many of which width and height."""
+
+
+def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
+    """The run of checked options, ready for its step.
+
+    Args:
+        config: with a model that is on this machine.
+        pictures: of one batch, from :func:`largest_batch`.
+
+    Raises:
+        UserError: options or files that do not fit the model.
+    """
+    config = _for_shapes(config)
+    on_meta = OnMeta()
+    models = empty_stable_diffusion(**model_settings(config), spare_tokenizer=_spare_tokenizer)
+    check_model(config, is_sdxl=models.is_sdxl)
+    concepts = _concepts(config)
+    quantize_models(config, models, torch.device("meta"))
+    with on_meta:
+        method = METHODS[config.schedule.method].prepare(models, config, concepts)
+        prepare_models(config, models, method)
+        regularizer = _regularizer(config, method, concepts)
+    optimizer, fused, fused_working = _optimizer(config, method)
+    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
+    return Training(
+        method=method,
+        diffusion_loss=DiffusionLoss(
+            models.noise_scheduler,
+            config.loss,
+            prediction_type=models.prediction_type,
+            device="meta",
+        ),
+        batch=_batch(config, pictures),
+        dtype=None if dtype == torch.float32 else dtype,
+        on_meta=on_meta,
+        regularizer=regularizer,
+        optimizer=optimizer,
+        captions_are_cached=config.dataset.cache_text_encoder_outputs,
+        accumulates=config.schedule.gradient_accumulation_steps > 1,
+        fused=fused,
+        fused_working=fused_working,
+    )
+
+
+def largest_batch(config: TrainConfig) -> Pictures:
+    """The batch with most pixels: of the data sets, or of the options where none are given.
+
+    Buckets have at most the area of the resolution.
+
+    Raises:
+        UserError: data sets that cannot be read, or no resolution.
+    """
+    data = config.dataset
+    if data.train_data_dir is None and data.dataset_config is None:
+        sizes = [(config.schedule.train_batch_size, *given_resolution(config))]
+    else:
+        sizes = [(one.batch_size, *one.resolution) for one in resolve_datasets(config)]
+    number, *sides = max(sizes, key=lambda size: size[0] * size[1] * size[2])
+    width, height = (max(BUCKET_STEP, side - side % BUCKET_STEP) for side in sides)
+    return number, width, height
+
+
+def pixels_of(pictures: Pictures, dtype: torch.dtype) -> Tensor:
+    """Pictures as the VAE takes them, ``(B, 3, H, W)`` on the meta device."""
+    number, width, height = pictures
+    return torch.empty(number, 3, height, width, dtype=dtype, device="meta")
+
+
+def _for_shapes(config: TrainConfig) -> TrainConfig:
+    """The options without what needs values: where learned rows start, and compilation."""
+    num_concepts = len(_concepts(config))
+    return config.replace(
+        init_word=(STAND_IN.class_token,) * num_concepts, weights=None, torch_compile=False
+    )
+
+
+@cache
+def _spare_tokenizer():
+    """One with a small vocabulary: it makes somewhat more tokens of a prompt than CLIP's."""
+    with tempfile.TemporaryDirectory() as folder:
+        build_toy_tokenizer(Path(folder), toy_corpus())
+        return load_tokenizer(Path(folder))
+
+
+def _concepts(config: TrainConfig) -> list[Concept]:
+    """What is learned, as far as it is named; the rest is called "sks dog"."""
+    data = config.dataset
+    has_data = data.train_data_dir is not None or data.dataset_config is not None
+    found = concepts_of(config, resolve_datasets(config) if has_data else (), required=False)
+    named = [Concept(c.placeholder_token, c.class_token or STAND_IN.class_token) for c in found]
+    return named or [STAND_IN]
+
+
+def _batch(config: TrainConfig, pictures: Pictures) -> Batch:
+    number, width, height = pictures
+    data, size = config.dataset, (height, width)
+    is_cached = data.cache_latents or data.cache_latents_to_disk
+    latents = torch.empty(number, 4, height // LATENT_STRIDE, width // LATENT_STRIDE, device="meta")
+    masks = torch.empty(number, 1, height, width, device="meta") if data.masked_loss else None
+    return Batch(
+        pixel_values=None if is_cached else pixels_of(pictures, torch.float32),
+        latents=latents if is_cached else None,
+        loss_masks=masks,
+        valid_masks=None,
+        loss_weights=torch.ones(number, device="meta"),
+        captions=[f"a photo of {STAND_IN.text}"] * number,
+        original_sizes=[size] * number,
+        crop_top_lefts=[(0, 0)] * number,
+        target_sizes=[size] * number,
+        is_reg=[False] * number,
+        image_paths=[""] * number,
+        custom_attributes=[{}] * number,
+    )
+
+
+def _optimizer(
+    config: TrainConfig, method: Method
+) -> tuple[OptimizerBytes, list[nn.Parameter], int]:
+    """Bytes of the optimizer, what it steps inside the backward pass, and what it needs there."""
+    options = config.optimizer
+    groups = method.parameter_groups(options)  # freezes what has no rate
+    count = partial(
+        optimizer_bytes,
+        options.optimizer_type,
+        optimizer_args=options.optimizer_args,
+        learning_rate=options.learning_rate,
+    )
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    whole = count(parameters)
+    unet = [p for group in groups if group["name"] == "unet" for p in group["params"]]
+    if not (options.fused_backward_pass and unet):
+        return whole, [], 0
+    fused = set(unet)
+    others = [parameter for parameter in parameters if parameter not in fused]
+    working = count(others).working if others else 0
+    largest = max(unet, key=lambda parameter: parameter.nbytes)
+    return whole._replace(working=working), unet, count([largest]).working
+
+
+def _regularizer(
+    config: TrainConfig, method: Method, concepts: Sequence[Concept]
+) -> MLMRegularizer | None:
+    """The MLM term at the longest of many batches of prompts."""
+    options, encoders = config.mlm, method.models.text_encoders
+    if not options.mlm_loss_weight:
+        return None
+    reached = trained_text_encoders(config, num_text_encoders=len(encoders))
+    taps = [
+        text_tap(
+            text_encoder,
+            _contextualizer(text_encoder),
+            concepts,
+            tokenize=partial(method.mlm_ids, text_encoder),
+            dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+        )
+        for text_encoder, is_reached in zip(encoders, reached, strict=True)
+        if is_reached
+    ]
+    if options.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
+        options = config.replace(mlm_prompt_set="auto").mlm
+    drawn = itertools.cycle(_longest_prompts(config, taps[0], prompts_for(options, concepts)))
+    return MLMRegularizer(
+        taps,
+        lambda _rng: next(drawn),
+        batch_size=options.mlm_batch_size,
+        mlm_probability=options.mlm_probability,
+        replace=options.mlm_replace,
+    )
+
+
+def _longest_prompts(config: TrainConfig, tap: TextTap, source: JointPrompts) -> list[str]:
+    """The batch with the longest prompts of several."""
+    rng, size = random.Random(0), config.mlm.mlm_batch_size
+    drawn = ([source.sample(rng).text for _ in range(size)] for _ in range(NUM_DRAWS))
+    return max(drawn, key=lambda prompts: tap.tokenize(prompts, rng).shape[1])
+
+
+def _contextualizer(text_encoder: TextEncoder) -> Contextualizer:
+    """One of the sizes that pretraining gives it."""
+    vocab_size, hidden_size = text_encoder.token_embedding.weight.shape
+    recipe = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
+    sizes = ContextualizerSizes(
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        width=default_width(hidden_size),
+        num_layers=recipe.num_layers,
+        max_length=text_encoder.window,
+    )
+    with torch.device("meta"):
+        return Contextualizer(sizes)

@@ -1,0 +1,109 @@
+"""The text side of `mlm-plugin evaluate`: every text encoder of a model with its contextualizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt
+from mlm_plugin.evaluation.options import NO_MODEL, EvaluateOptions
+from mlm_plugin.evaluation.results import ENCODER_NAMES
+from mlm_plugin.evaluation.subject import Subject
+from mlm_plugin.evaluation.text_space import measure_text_space
+from mlm_plugin.mlm.contextualizer import Contextualizer, load_contextualizer
+from mlm_plugin.mlm_setup import (
+    auto_contextualizer_path,
+    contextualizer_settings,
+    find_contextualizer,
+    is_small,
+)
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.setup.builtin_names import contextualizer_path
+
+__all__ = ["check_contextualizers", "measure_text", "text_protocol"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_contextualizers(options: EvaluateOptions, subject: Subject) -> None:
+    """Read the files given, so that one that does not fit is found before anything is drawn.
+
+    Raises:
+        UserError: another number of files, or one made for another text encoder.
+    """
+    bases = subject.base_text_encoders
+    for setting, base in zip(_contextualizers(options, len(bases)), bases, strict=True):
+        if setting not in (NO_MODEL, "auto"):
+            load_contextualizer(setting, base)
+
+
+def measure_text(
+    options: EvaluateOptions,
+    subject: Subject,
+    prompts: Sequence[EvaluationPrompt],
+    device: torch.device,
+) -> dict[str, Any]:
+    """Measures of each text encoder by its name, one after the other to spare the device."""
+    names = ENCODER_NAMES[len(subject.text_encoders)]
+    settings = _contextualizers(options, len(names))
+    subject.release_drawing()
+    text = {}
+    for name, setting, text_encoder, base in zip(
+        names, settings, subject.text_encoders, subject.base_text_encoders, strict=True
+    ):
+        text_encoder.model.float()  # small differences matter here
+        base.model.to(device)
+        text[name] = measure_text_space(
+            text_encoder,
+            base,
+            _contextualizer(setting, base, name, device),
+            templates=[prompt.template for prompt in prompts],
+            placeholder_token=options.placeholder_token,
+            class_token=options.class_token,
+            seed=options.seed,
+        )
+        base.model.to("cpu")
+    return text
+
+
+def text_protocol(text: dict[str, Any]) -> dict[str, str]:
+    """How the text was measured, for the report."""
+    counts = {
+        groups["masked_words"]["concept"]["num_masked"]
+        for groups in text.values()
+        if groups["masked_words"]
+    }
+    if not counts:
+        return {}
+    shown = " and ".join(map(str, sorted(counts)))
+    return {"Masked words": f"{shown} hidden tokens, the same words in all three readings"}
+
+
+def _contextualizers(options: EvaluateOptions, count: int) -> list[str]:
+    """What ``mlm_contextualizer`` says of each text encoder; ``none`` is for all of them.
+
+    Raises:
+        UserError: another number of files.
+    """
+    setting = contextualizer_path(options.mlm_contextualizer)
+    return [setting] * count if setting == NO_MODEL else contextualizer_settings(setting, count)
+
+
+def _contextualizer(
+    setting: str, base: TextEncoder, name: str, device: torch.device
+) -> Contextualizer | None:
+    """The one for a base text encoder; not made anew where that would take hours."""
+    if setting == NO_MODEL:
+        return None
+    at_hand = setting != "auto" or auto_contextualizer_path(base).is_file()
+    if not at_hand and device.type == "cpu" and not is_small(base):
+        logger.warning(
+            "masked words are left out: there is no contextualizer for %s yet, and pretraining one "
+            "on a CPU takes hours; give --mlm_contextualizer FILE",
+            "this text encoder" if name in ENCODER_NAMES[1] else name,
+        )
+        return None
+    return find_contextualizer(base, setting).network

@@ -1,1 +1,0 @@
-"""Programs that bring the core to work: the standalone trainer."""

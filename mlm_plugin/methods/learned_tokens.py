@@ -1,0 +1,271 @@
+"""What the methods that learn token rows share: where rows start, and the files they end in."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import EmbeddingOptions, TrainConfig
+from mlm_plugin.errors import UserError
+from mlm_plugin.export.embedding_files import (
+    EMBEDDING_KEYS,
+    read_embeddings,
+    save_embedding,
+    verify_embedding,
+)
+from mlm_plugin.methods.base import Export, Method
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.token_embeddings import (
+    TokenRows,
+    initial_rows,
+    initial_tokens,
+    placeholder_pattern,
+)
+from mlm_plugin.prompt_sets.english import FUNCTION_WORDS
+
+__all__ = [
+    "LearnsRows",
+    "check_rows",
+    "create_all_rows",
+    "create_rows",
+    "embedding_files",
+    "embeddings_beside",
+    "save_embeddings",
+    "verify_embeddings",
+    "words_of",
+]
+
+logger = logging.getLogger(__name__)
+
+BESIDE = "_embedding"
+MAX_SHARE = 0.5  # of a caption's tokens that a placeholder may take
+
+
+def check_rows(
+    options: EmbeddingOptions,
+    concepts: Sequence[Concept],
+    *,
+    read: Callable[[str], Sequence[Tensor]] = read_embeddings,
+) -> None:
+    """What can be said of the rows before a model is loaded.
+
+    Raises:
+        UserError: a placeholder that other words would be taken for, not one word or file per
+            concept, or a file that is no such embedding.
+    """
+    for concept in concepts:
+        _refuse_ambiguous(concept, concepts)
+    _one_each("init_word", options.init_word, concepts)
+    for file in _one_each("weights", options.weights, concepts) or ():
+        num_vectors = read(file)[0].shape[-2]
+        if num_vectors != options.num_vectors_per_token:
+            raise UserError(
+                f"weights: {file} holds {num_vectors} vectors, num_vectors_per_token is "
+                f"{options.num_vectors_per_token}; set it to {num_vectors}"
+            )
+
+
+class LearnsRows(Method):
+    """A method whose rows start at words or at ordinary embeddings.
+
+    Attributes:
+        rows: of each text encoder, under the same placeholders.
+    """
+
+    rows: list[TokenRows]
+
+    @classmethod
+    def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
+        """Placeholders, first words and files; see ``Method.check``."""
+        check_rows(config.embedding, concepts)
+
+    @property
+    def only_rows(self) -> TokenRows:
+        """The rows where there is one text encoder."""
+        (rows,) = self.rows
+        return rows
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """What the rows stand for."""
+        return self.rows[0].placeholders
+
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The rows of every text encoder."""
+        return [tensor for rows in self.rows for tensor in rows.rows.values()]
+
+    def embeddings(self) -> dict[str, list[Tensor]]:
+        """Rows ``(N, D)`` of each text encoder by placeholder, of the first variant."""
+        return {name: [rows.rows[name][0] for rows in self.rows] for name in self.placeholders}
+
+
+def create_rows(
+    text_encoder: TextEncoder,
+    options: EmbeddingOptions,
+    concepts: Sequence[Concept],
+    *,
+    num_variants: int = 1,
+    init_words: Sequence[str] = (),
+    read: Callable[[str], Tensor] | None = None,
+) -> TokenRows:
+    """Rows for the placeholder of every concept, as the options want them to start.
+
+    Args:
+        text_encoder: gets placeholders and hooks.
+        options: number of vectors, first words or files; seen by :func:`check_rows`.
+        concepts: at least one.
+        num_variants: K, alike at the start.
+        init_words: where the first concepts start if the options do not say; else at the class
+            word.
+        read: an embedding file to its rows ``(N, D)`` or ``(K, N, D)``; else for a model with one
+            text encoder.
+
+    Raises:
+        UserError: a word or a file that does not fit the text encoder.
+    """
+    _refuse_too_many(text_encoder, options.num_vectors_per_token)
+    read = read or partial(_read_for, index=0, count=1)
+    classes = [concept.class_token for concept in concepts]
+    words = options.init_word or [*init_words, *classes[len(init_words) :]]
+    rows = {}
+    for i, concept in enumerate(concepts):
+        if options.weights:
+            start, origin = _fitting(options.weights[i], read, text_encoder), options.weights[i]
+        else:
+            start = initial_rows(text_encoder, words[i], num_vectors=options.num_vectors_per_token)
+            tokens = initial_tokens(text_encoder, words[i], options.num_vectors_per_token)
+            origin = " ".join(text_encoder.tokenizer.convert_ids_to_tokens(tokens))
+        logger.info("%s: its rows start at %s", concept.placeholder_token, origin)
+        rows[concept.placeholder_token] = start.expand(num_variants, *start.shape[-2:])
+    return TokenRows(text_encoder, rows)
+
+
+def create_all_rows(
+    models: StableDiffusion, options: EmbeddingOptions, concepts: Sequence[Concept]
+) -> list[TokenRows]:
+    """Rows of every text encoder of the model, as :func:`create_rows` makes them.
+
+    Raises:
+        UserError: a word or a file that does not fit a text encoder, or their number.
+    """
+    count = len(models.text_encoders)
+    return [
+        create_rows(
+            text_encoder,
+            options,
+            concepts,
+            read=partial(_read_for, index=index, count=count),
+        )
+        for index, text_encoder in enumerate(models.text_encoders)
+    ]
+
+
+def embedding_files(path: Path, placeholders: Sequence[str]) -> list[Path]:
+    """Files of the rows beside (or, for one placeholder, at) ``path``; no two are the same."""
+    if len(placeholders) == 1:
+        return [path]
+    names = [re.sub(r"[^\w-]+", "_", placeholder).strip("_") for placeholder in placeholders]
+    if len({name.lower() for name in names if name}) < len(names):
+        names = [f"{name}{number}" for number, name in enumerate(names, start=1)]
+    return [path.with_name(f"{path.stem}_{name}{path.suffix}") for name in names]
+
+
+def embeddings_beside(path: Path, placeholders: Sequence[str]) -> list[Path]:
+    """Files of the rows where ``path`` itself is another kind of file."""
+    return embedding_files(path.with_name(f"{path.stem}{BESIDE}{path.suffix}"), placeholders)
+
+
+def save_embeddings(
+    to: Export, files: Sequence[Path], embeddings: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Write embeddings that WebUIs and diffusers load.
+
+    Args:
+        to: metadata and precision.
+        files: one for each placeholder.
+        embeddings: by placeholder, rows ``(N, D)`` of each text encoder.
+    """
+    for file, rows in zip(files, embeddings.values(), strict=True):
+        metadata = to.metadata("textual-inversion")
+        tensors = dict(zip(EMBEDDING_KEYS[len(rows)], rows, strict=True))
+        save_embedding(file, tensors, metadata=metadata, dtype=to.dtype)
+
+
+def verify_embeddings(files: Sequence[Path]) -> str:
+    """Read embeddings back; says how many vectors they hold."""
+    counts = [verify_embedding(file) for file in files]
+    return f"{sum(counts)} vector(s) in {len(files)} embedding file(s)"
+
+
+def words_of(files: Sequence[Path], placeholders: Sequence[str]) -> dict[Path, dict[str, str]]:
+    """What WebUIs call the placeholder of each embedding: the name of its file."""
+    return {
+        file: {placeholder: file.stem}
+        for placeholder, file in zip(placeholders, files, strict=True)
+    }
+
+
+def _refuse_ambiguous(concept: Concept, concepts: Sequence[Concept]) -> None:
+    """Every place where the placeholder stands is given to its rows; there must be no others."""
+    placeholder = concept.placeholder_token
+    pattern = placeholder_pattern([placeholder])
+    if placeholder.lower() in FUNCTION_WORDS:
+        raise UserError(
+            f"placeholder_token = {placeholder!r} is an everyday word, and its rows would stand "
+            "for it in every prompt; take a word that no prompt holds, like sks"
+        )
+    for other in concepts:
+        taken = other.class_token if other is concept else other.text
+        if pattern.search(taken):
+            raise UserError(
+                f"placeholder_token = {placeholder!r} also stands in {taken!r}, so its rows would "
+                "be read there too; take a word that nothing else is called by, like sks"
+            )
+
+
+def _one_each(
+    name: str, values: Sequence[str] | None, concepts: Sequence[Concept]
+) -> Sequence[str] | None:
+    if values and len(values) != len(concepts):
+        raise UserError(
+            f"{name}: {len(values)} given, and the concepts are "
+            f"{', '.join(concept.text for concept in concepts)}; give one for each"
+        )
+    return values
+
+
+def _refuse_too_many(text_encoder: TextEncoder, num_vectors: int) -> None:
+    limit = int((text_encoder.window - 2) * MAX_SHARE)
+    if num_vectors > limit:
+        raise UserError(
+            f"num_vectors_per_token = {num_vectors}: more than half of what the text encoder reads "
+            f"of a prompt; give at most {limit}"
+        )
+
+
+def _read_for(file: str, *, index: int, count: int) -> Tensor:
+    tensors = read_embeddings(file)
+    if len(tensors) != count:
+        raise UserError(
+            f"weights: {file} holds rows for {len(tensors)} text encoder(s), this model has "
+            f"{count}; use an embedding of this kind of model"
+        )
+    return tensors[index]
+
+
+def _fitting(file: str, read: Callable[[str], Tensor], text_encoder: TextEncoder) -> Tensor:
+    rows = read(file)
+    width, expected = rows.shape[-1], text_encoder.token_embedding.embedding_dim
+    if width != expected:
+        raise UserError(
+            f"weights: {file} holds vectors of width {width}, this text encoder has {expected}; "
+            "use an embedding of this kind of model"
+        )
+    return rows

@@ -1,0 +1,387 @@
+"""Pretraining of a contextualizer: text in, one frozen file out, once per text encoder.
+
+The text encoder stays frozen; the contextualizer's blocks and the mask vector learn to name hidden
+words of built-in contexts around hundreds of ordinary subjects (never a concept token) and of the
+user's own captions. Knows no images and no concept. Shapes: B prompts, L tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
+from mlm_plugin.mlm.contextualizer import (
+    Contextualizer,
+    ContextualizerFacts,
+    ContextualizerSizes,
+    MaskedWordLoss,
+    default_width,
+    masked_word_loss,
+    save_contextualizer,
+)
+from mlm_plugin.mlm.mask_token import mask_embedding
+from mlm_plugin.mlm.masking import MaskingVocabulary, mask_tokens, tokens_before_padding
+from mlm_plugin.mlm.prompts import BUILTIN, FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, subjects
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.training.interrupt import StopRequest
+
+__all__ = ["Corpus", "FamilyScores", "Interrupted", "Scores", "pretrain", "read_caption_files"]
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
+TAG_SHARE = 0.3
+WIDE = 1024  # width of a text encoder above which a step's prompts are read in pieces
+PIECE = 32  # prompts; 128 would take 4 GB of activations in bigG
+NUM_COUNTED = 4096  # prompts that tell how often tokens occur
+
+
+class FamilyScores(NamedTuple):
+    """Held-out result of one family of contexts."""
+
+    loss: float  # nats per hidden token
+    accuracy: float  # share of hidden tokens named rightly
+
+
+class Scores(NamedTuple):
+    """Held-out result: overall and per family of contexts."""
+
+    loss: float
+    accuracy: float
+    families: dict[str, FamilyScores]
+
+
+class Interrupted(Exception):
+    """Pretraining was stopped by a signal; its state file continues it."""
+
+    def __init__(self, exit_code: int, state_path: Path | None):
+        super().__init__(f"pretraining stopped; the same command continues from {state_path}")
+        self.exit_code = exit_code
+
+
+class Corpus:
+    """Text to learn from: built-in contexts around ordinary subjects, and the user's captions.
+
+    Args:
+        captions: the user's own.
+        caption_share: how often they are drawn, where there are any.
+    """
+
+    def __init__(self, captions: Sequence[str] = (), *, caption_share: float = 0.5):
+        self.captions, self.caption_share = list(captions), caption_share
+        self.prompt_sets = {
+            syntax: {name: PromptSet.load(name, syntax=syntax) for name in BUILTIN}
+            for syntax in ("natural", "tags")
+        }
+        self.subjects = {name: subjects(name) for name in BUILTIN}
+
+    def draw(self, rng: random.Random, *, held_out: bool) -> tuple[str, str]:
+        """A text of one side of the split and its family; the sides never share a text."""
+        while True:
+            text, family = self._draw_any(rng)
+            if (zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0) == held_out:
+                return text, family
+
+    def _draw_any(self, rng: random.Random) -> tuple[str, str]:
+        if self.captions and rng.random() < self.caption_share:
+            return rng.choice(self.captions), "captions"
+        syntax = "tags" if rng.random() < TAG_SHARE else "natural"
+        category = rng.choice(BUILTIN)
+        context = self.prompt_sets[syntax][category].draw(rng)
+        return context.text.replace("{}", rng.choice(self.subjects[category])), context.family
+
+
+def read_caption_files(paths: Iterable[str | Path]) -> list[str]:
+    """Captions from text files, one per line; empty lines are skipped.
+
+    Raises:
+        UserError: if a file is missing, empty, or not UTF-8 text.
+    """
+    captions: list[str] = []
+    for path in map(Path, paths):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--captions: cannot read {path} ({error}); give UTF-8 text files"
+            ) from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"--captions: {path} holds no caption; write one per line")
+        captions += found
+    return captions
+
+
+def pretrain(
+    text_encoder: TextEncoder,
+    output: str | Path,
+    *,
+    options: PretrainOptions,
+    captions: Sequence[str] = (),
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    show_progress: bool = True,
+) -> Scores:
+    """Train a contextualizer for ``text_encoder`` and write it to ``output``.
+
+    A state file beside ``output`` is written at every look at the held-out prompts and on SIGINT or
+    SIGTERM; the same call continues from it. The text encoder is not changed.
+
+    Returns:
+        Held-out scores of the saved network.
+
+    Raises:
+        Interrupted: after a signal, with the state saved.
+    """
+    run = _Run(text_encoder, Path(output), options=options, captions=captions, autocast=autocast)
+    with StopRequest() as stop, _frozen(text_encoder):
+        run.resume()
+        bar = tqdm(
+            total=options.max_train_steps,
+            initial=run.step,
+            desc="contextualizer",
+            disable=not show_progress,
+        )
+        with bar:
+            while not run.finished:
+                loss = run.train_step()
+                bar.update()
+                if run.step % options.eval_every_n_steps == 0 or run.finished:
+                    run.evaluate()
+                    run.save_state()
+                    bar.set_postfix(
+                        loss=f"{loss.item():.2f}", held_out=f"{run.scores.accuracy:.1%}"
+                    )
+                if stop:
+                    run.save_state()
+                    raise Interrupted(stop.exit_code, run.state_path)
+    return run.finish()
+
+
+class _Run:
+    """One pretraining under way: network, optimizer, step, best held-out loss."""
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        output: Path,
+        *,
+        options: PretrainOptions,
+        captions: Sequence[str],
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        self.text_encoder, self.options, self.autocast = text_encoder, options, autocast
+        self.output, self.state_path = output, output.with_suffix(".state.pt")
+        self.corpus = Corpus(captions, caption_share=options.caption_share)
+        self.table = text_encoder.token_embedding.weight.detach()
+        self.vocabulary = MaskingVocabulary.from_tokenizer(
+            text_encoder.tokenizer, protected=(), low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
+        )
+        self.network = self._new_network().to(self.table.device)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=options.learning_rate, weight_decay=0.01
+        )
+        self.step, self.looks_without_gain, self.best_loss = 0, 0, math.inf
+        self.scores: Scores | None = None
+        self.held_out = self._draw_held_out()
+
+    @property
+    def finished(self) -> bool:
+        return (
+            self.step >= self.options.max_train_steps
+            or self.looks_without_gain >= self.options.patience
+        )
+
+    def train_step(self) -> Tensor:
+        rng = random.Random(f"pretrain/{self.options.seed}/{self.step}")
+        texts = [self.corpus.draw(rng, held_out=False)[0] for _ in range(self.options.batch_size)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * learning_rate_share(self.step, self.options)
+        losses = []
+        pieces = self._pieces(texts)
+        for piece in pieces:
+            loss = self._loss(piece, rng).loss / len(pieces)
+            loss.backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        rng = random.Random(f"held-out masks/{self.options.seed}")
+        totals = {family: [0.0, 0, 0] for family in self.held_out}  # nats, correct, masked
+        self.network.eval()
+        for family, texts in self.held_out.items():
+            for start in range(0, len(texts), self.options.batch_size):
+                part = self._loss(texts[start : start + self.options.batch_size], rng)
+                masked = part.num_masked
+                for i, value in enumerate(
+                    (float(part.loss) * masked, int(part.num_correct), masked)
+                ):
+                    totals[family][i] += value
+        self.network.train()
+        nats, correct, masked = (sum(column) for column in zip(*totals.values(), strict=True))
+        self.scores = Scores(
+            loss=nats / max(1, masked),
+            accuracy=correct / max(1, masked),
+            families={
+                family: FamilyScores(loss=nats / masked, accuracy=correct / masked)
+                for family, (nats, correct, masked) in sorted(totals.items())
+                if masked
+            },
+        )
+        gained = self.scores.loss < 0.99 * self.best_loss
+        if gained:  # small gains add up until they count
+            self.best_loss, self.looks_without_gain = self.scores.loss, 0
+        else:
+            self.looks_without_gain += 1
+
+    def save_state(self) -> None:
+        state = {
+            "made_for": self._made_for(),
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "looks_without_gain": self.looks_without_gain,
+            "best_loss": self.best_loss,
+        }
+        with atomic_path(self.state_path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self) -> None:
+        if not self.state_path.exists():
+            return
+        state = torch.load(self.state_path, map_location=self.table.device, weights_only=True)
+        if state["made_for"] != self._made_for():
+            logger.warning("%s belongs to other settings; starting anew", self.state_path.name)
+            return
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.looks_without_gain, self.best_loss = state["looks_without_gain"], state["best_loss"]
+        logger.info("continuing the contextualizer at step %d", self.step)
+
+    def finish(self) -> Scores:
+        if self.scores is None:  # resumed at its very end
+            self.evaluate()
+        facts = ContextualizerFacts(
+            text_encoder=self.text_encoder.fingerprint(),
+            tokenizer=self.text_encoder.tokenizer_fingerprint(),
+            num_steps=self.step,
+            accuracy=self.scores.accuracy,
+            loss=self.scores.loss,
+            training={
+                **asdict(self.options),
+                "num_captions": len(self.corpus.captions),
+                "families": {f: s._asdict() for f, s in self.scores.families.items()},
+            },
+        )
+        save_contextualizer(self.output, self.network, facts)
+        self.state_path.unlink(missing_ok=True)
+        return self.scores
+
+    def _pieces(self, texts: list[str]) -> list[list[str]]:
+        """Prompts that go through the encoder at once: few through one of SDXL's size."""
+        is_wide = self.table.shape[1] > WIDE
+        size = PIECE if is_wide else len(texts)
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+    def _loss(self, texts: list[str], rng: random.Random) -> MaskedWordLoss:
+        ids_BL = self.text_encoder.tokenize_trimmed(texts)
+        masked = mask_tokens(
+            ids_BL, self.vocabulary, mlm_probability=self.options.mlm_probability, rng=rng
+        )
+        device = self.table.device
+        with (
+            self.autocast(),
+            mask_embedding(self.text_encoder.token_embedding, self.network.mask_vector),
+        ):
+            return masked_word_loss(
+                self.network,
+                self.text_encoder.encode(masked.input_ids.to(device)),
+                labels_BL=masked.labels,
+                is_token_BL=tokens_before_padding(ids_BL, self.vocabulary.eos_token_id).to(device),
+                token_table_VD=self.table,
+            )
+
+    def _new_network(self) -> Contextualizer:
+        vocab_size, hidden_size = self.table.shape
+        sizes = ContextualizerSizes(
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            width=self.options.width or default_width(hidden_size),
+            num_layers=self.options.num_layers,
+            max_length=self.text_encoder.window,
+        )
+        with torch.random.fork_rng(devices=[]):  # the caller's stream stays as it was
+            torch.manual_seed(self.options.seed)
+            network = Contextualizer(sizes)
+        network.start_from(self.table, self._count_tokens().to(self.table.device))
+        return network
+
+    def _count_tokens(self) -> Tensor:
+        rng = random.Random(f"counts/{self.options.seed}")
+        texts = [self.corpus.draw(rng, held_out=False)[0] for _ in range(NUM_COUNTED)]
+        ids = self.text_encoder.tokenizer(texts, add_special_tokens=False).input_ids
+        flat = torch.tensor([id for prompt in ids for id in prompt])
+        return torch.bincount(flat, minlength=len(self.table))
+
+    def _draw_held_out(self) -> dict[str, list[str]]:
+        rng = random.Random(f"held-out/{self.options.seed}")
+        by_family = defaultdict(list)
+        for _ in range(self.options.num_held_out):
+            text, family = self.corpus.draw(rng, held_out=True)
+            by_family[family].append(text)
+        return dict(by_family)
+
+    def _made_for(self) -> dict:
+        return {
+            **asdict(self.options),
+            "recipe": RECIPE,
+            "text_encoder": self.text_encoder.fingerprint(),
+            "captions": zlib.crc32("\n".join(self.corpus.captions).encode()),
+        }
+
+
+def learning_rate_share(step: int, options: PretrainOptions) -> float:
+    """Linear warm-up to 1, then cosine down to 0.1 at ``max_train_steps``."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(
+        1, options.max_train_steps - options.warmup_steps
+    )
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class _frozen:  # noqa: N801 - reads as a statement: with _frozen(text_encoder)
+    """Text encoder in eval mode and without parameter gradients; put back as it was."""
+
+    def __init__(self, text_encoder: TextEncoder):
+        self.model = text_encoder.model
+
+    def __enter__(self) -> None:
+        self.training = self.model.training
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False).eval()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.model.train(self.training)
+        for parameter in self.trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""The built-in prompt sets, and how such a file is read."""

@@ -1,0 +1,130 @@
+"""What is known of English: articles, words without content, subjects, DreamBench's prompts.
+
+Answers from ``english.toml``, ``subjects.toml`` and ``dreambench.toml`` in the folder ``tables``.
+Knows no prompt set.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from mlm_plugin.config.toml_files import read_toml
+from mlm_plugin.errors import UserError
+
+__all__ = [
+    "FUNCTION_WORDS",
+    "NEUTRAL_WORDS",
+    "category_of",
+    "correct_articles",
+    "dreambench_prompts",
+    "is_dreambench",
+    "normal_form",
+    "subjects",
+    "tag_style",
+]
+
+_TABLES = Path(__file__).parent / "tables"
+_ENGLISH = read_toml(_TABLES / "english.toml")
+FUNCTION_WORDS: frozenset[str] = frozenset(_ENGLISH["function_words"])
+NEUTRAL_WORDS: frozenset[str] = frozenset(_ENGLISH["neutral_words"])
+_SOUND_EXCEPTIONS = {
+    word: article for article, words in _ENGLISH["articles"].items() for word in words
+}
+
+
+def correct_articles(text: str) -> str:
+    """Make every "a" or "an" fit the word that follows; before the slot it stays as written."""
+    return re.sub(r"\ban? (?=(\w+))", _fitting_article, text)
+
+
+def _fitting_article(match: re.Match) -> str:
+    word = match[1]
+    article = _SOUND_EXCEPTIONS.get(word) or ("an" if word[0] in "aeiou" else "a")
+    return f"{article} "
+
+
+def tag_style(text: str) -> str:
+    """Correct the articles within tags and drop the one that a tag begins with."""
+    return correct_articles(re.sub(r"(^|, )(?:an?|the) ", r"\1", text))
+
+
+def normal_form(text: str) -> str:
+    """The content words of a prompt in alphabetical order, with the slot ``{}``.
+
+    Function words ("a", "on", "with") and neutral words ("photo") are dropped, punctuation and case
+    too, so that a prompt is recognised behind any prefix and in both syntaxes.
+    """
+    words = re.findall(r"\{\}|[\w']+", text.lower())
+    return " ".join(sorted(w for w in words if w not in FUNCTION_WORDS and w not in NEUTRAL_WORDS))
+
+
+def is_dreambench(text: str) -> bool:
+    """Whether a context (with ``{}``) is one of the DreamBench evaluation prompts."""
+    return normal_form(text) in _dreambench_forms()
+
+
+def dreambench_prompts(kind: str) -> tuple[str, ...]:
+    """The 25 DreamBench evaluation prompts for "living" or "object", ``{}`` for the concept.
+
+    Source: google/dreambooth dataset/prompts_and_classes.txt.
+    """
+    prompts = _dreambench()
+    if kind not in prompts:
+        raise UserError(f"DreamBench prompts: {kind!r} is not one of {', '.join(prompts)}")
+    return prompts[kind]
+
+
+@cache
+def _dreambench() -> dict[str, tuple[str, ...]]:
+    return {
+        kind: tuple(prompts) for kind, prompts in read_toml(_TABLES / "dreambench.toml").items()
+    }
+
+
+@cache
+def _dreambench_forms() -> frozenset[str]:
+    return frozenset(normal_form(text) for prompts in _dreambench().values() for text in prompts)
+
+
+def subjects(category: str) -> tuple[str, ...]:
+    """Generic subjects of a built-in category ("golden retriever"), without article.
+
+    They stand in for the concept where none is learned, as when a contextualizer is pretrained.
+    """
+    table = _subject_table()["subjects"]
+    if category not in table:
+        raise UserError(f"subjects: {category!r} is not one of {', '.join(table)}")
+    return tuple(table[category])
+
+
+def category_of(class_token: str) -> str:
+    """The built-in prompt set that fits a class word; "object" for words it does not know.
+
+    The whole class is looked up first ("rubber duck"), then its last word ("duck toy"), each also
+    without a plural "s".
+    """
+    categories = _category_of_word()
+    words = class_token.lower().replace("_", " ").split()
+    for candidate in (" ".join(words), *words[-1:]):
+        for form in (candidate, candidate.removesuffix("s"), candidate.removesuffix("es")):
+            if form in categories:
+                return categories[form]
+    return "object"
+
+
+@cache
+def _subject_table() -> dict[str, dict[str, list[str]]]:
+    return read_toml(_TABLES / "subjects.toml")
+
+
+@cache
+def _category_of_word() -> dict[str, str]:
+    tables = _subject_table()
+    return {
+        word: category
+        for table in ("subjects", "classes")  # the second wins: it holds the exceptions
+        for category, words in tables[table].items()
+        for word in words
+    }

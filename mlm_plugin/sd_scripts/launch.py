@@ -1,0 +1,269 @@
+"""Run a script of sd-scripts with the MLM term: its own command line, plus ours."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.arguments import (
+    add_mlm_arguments,
+    read_mlm_options,
+    script_obstacle,
+)
+from mlm_plugin.sd_scripts.locate import LaunchOptions, check_libraries
+
+__all__ = ["SCRIPTS", "Script", "architecture_of", "choose_script", "train"]
+
+logger = logging.getLogger(__name__)
+
+PIPELINES = {"StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "Flux": "flux"}
+"""First part of a diffusers pipeline's name, and its architecture."""
+
+KEYS = {
+    "conditioner.embedders.1.": "sdxl",
+    "model.diffusion_model.label_emb.": "sdxl",
+    "model.diffusion_model.joint_blocks.": "sd3",
+    "model.diffusion_model.double_blocks.": "flux",
+    "double_blocks.": "flux",
+    "single_transformer_blocks.": "flux",
+}
+"""First part of a weight's name that only files of this architecture have."""
+
+HELPER_MODULES = ("library.train_util", "library.args", "library.accelerator_setup")
+"""Where versions keep what their scripts share, the oldest place first."""
+
+
+class Script(NamedTuple):
+    """A script of sd-scripts and how the term gets in."""
+
+    file: str
+    arch: str
+    method: str
+    run: Callable[[ModuleType, Script, argparse.Namespace], None]
+    trainer: str | None = None  # its class; None where the loop is a function
+
+
+def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
+    """Run the script that the options ask for, as if it had been started itself.
+
+    Args:
+        argv: the whole command line without the program name.
+        checkout: root of sd-scripts.
+        options: what was read off ``argv`` before.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        UserError: a checkout, library or option that does not fit.
+    """
+    check_libraries(checkout)
+    script = choose_script(options)
+    module = _import_script(checkout, script)
+    sys.argv = [str(checkout / script.file), *argv]  # the config file is read on top of it
+    parser = module.setup_parser()
+    add_mlm_arguments(parser)
+    args = parser.parse_args()
+    _helper("verify_command_line_training_args")(args)
+    args = _helper("read_config_from_file")(args, parser)
+    script.run(module, script, args)
+    return 0
+
+
+def choose_script(options: LaunchOptions) -> Script:
+    """The script by name, or by method and architecture.
+
+    Raises:
+        UserError: no script fits.
+    """
+    if options.mlm_script is not None:
+        name = Path(options.mlm_script).name.removesuffix(".py") + ".py"
+        by_name = {script.file: script for script in SCRIPTS}
+        if name not in by_name:
+            raise UserError(
+                f"mlm_script = {options.mlm_script!r}: the MLM term has no place in it; one of "
+                + ", ".join(by_name)
+            )
+        return by_name[name]
+    methods = list(dict.fromkeys(script.method for script in SCRIPTS))
+    if options.method not in methods:
+        raise UserError(
+            f"method = {options.method!r} lives in the standalone trainer; add --host standalone "
+            f"(in sd-scripts: {', '.join(methods)})"
+        )
+    arch = options.mlm_arch
+    if arch == "auto":
+        arch = architecture_of(options.pretrained_model_name_or_path)
+    for script in SCRIPTS:
+        if (script.method, script.arch) == (options.method, arch):
+            return script
+    raise UserError(
+        f"method = {options.method!r}: the MLM term has no place in it for mlm_arch = {arch!r}; "
+        "train it with sd-scripts' own script, or use method = 'lora'"
+    )
+
+
+def architecture_of(model: str | None) -> str:
+    """``sd``, ``sdxl``, ``sd3`` or ``flux``, by what a checkpoint holds.
+
+    Reads names only: the header of a safetensors file or the index of a diffusers folder.
+
+    Raises:
+        UserError: it cannot be told.
+    """
+    if model is None:
+        return "sd"  # the script asks for it
+    path = Path(model)
+    if path.is_dir():
+        index = path / "model_index.json"
+    elif path.is_file():
+        return _arch_of_file(path)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(model, "model_index.json") if model.count("/") == 1 else None
+        index = Path(found) if isinstance(found, str) else path
+    if not index.is_file():
+        raise UserError(
+            f"{model}: cannot tell its architecture before it is loaded; give --mlm_arch sd, "
+            "sdxl, sd3 or flux"
+        )
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
+    for mark, arch in PIPELINES.items():
+        if name.startswith(mark):
+            return arch
+    return "sd"
+
+
+def _arch_of_file(path: Path) -> str:
+    if path.suffix not in (".safetensors", ".sft"):
+        logger.info("%s is taken for SD 1 or 2; give --mlm_arch if it is not", path.name)
+        return "sd"
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from error
+    for mark, arch in KEYS.items():
+        if any(name.startswith(mark) for name in names):
+            return arch
+    return "sd"
+
+
+def _import_script(checkout: Path, script: Script) -> ModuleType:
+    """The script as a module, from this checkout and from no other.
+
+    Raises:
+        UserError: it is missing there, something it imports is, or another one is in the way.
+    """
+    if not (checkout / script.file).is_file():
+        raise UserError(f"{checkout}: has no {script.file}; update sd-scripts")
+    sys.path.insert(0, str(checkout))
+    try:
+        module = importlib.import_module(script.file.removesuffix(".py"))
+    except ImportError as error:
+        raise UserError(
+            f"{checkout / script.file} cannot be imported ({error}); install what its "
+            "requirements.txt names into this environment"
+        ) from error
+    library = sys.modules.get("library")
+    if library and not Path(str(library.__file__)).resolve().is_relative_to(checkout):
+        raise UserError(
+            f"the package `library` comes from {library.__file__}, not from {checkout}; remove it "
+            "(pip uninstall library) or use that checkout"
+        )
+    return module
+
+
+def _helper(name: str) -> Callable[..., Any]:
+    """A function of sd-scripts, wherever this version keeps it."""
+    for module in HELPER_MODULES:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise UserError(
+        f"this sd-scripts is newer than the plug-in knows: no {name}; update mlm_plugin"
+    )
+
+
+def _run_network(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
+    from mlm_plugin.sd_scripts.mixin import with_mlm
+
+    with_mlm(getattr(module, script.trainer), arch=script.arch)().train(args)
+
+
+def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
+    from mlm_plugin.sd_scripts.patches import with_mlm_embedding
+
+    trainer = getattr(module, script.trainer)
+    with_mlm_embedding(trainer, arch=script.arch, strategies=_strategies())().train(args)
+
+
+def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
+    from mlm_plugin.sd_scripts.patches import summed_backward, tapped_models
+    from mlm_plugin.sd_scripts.term import MLMTerm, without_gradient
+
+    options = read_mlm_options(args)
+    if not options.mlm_loss_weight:
+        module.train(args)
+        return
+    if obstacle := script_obstacle(args):
+        raise UserError(without_gradient(options, obstacle))
+    term = MLMTerm(options, seed=args.seed)
+    tapped = tapped_models(
+        term, arch=script.arch, clip_skip=args.clip_skip, tokenizers=_current_tokenizers
+    )
+    with summed_backward(term, _strategies()), tapped:
+        module.train(args)
+
+
+def _strategies() -> list[type]:
+    from library.strategy_sd import SdTextEncodingStrategy
+    from library.strategy_sdxl import SdxlTextEncodingStrategy
+
+    return [SdTextEncodingStrategy, SdxlTextEncodingStrategy]
+
+
+def _current_tokenizers() -> list[Any]:
+    from library.strategy_base import TokenizeStrategy
+
+    strategy = TokenizeStrategy.get_strategy()
+    if hasattr(strategy, "tokenizer"):
+        return [strategy.tokenizer]
+    return [strategy.tokenizer1, strategy.tokenizer2]
+
+
+SCRIPTS = (
+    Script("train_network.py", "sd", "lora", _run_network, "NetworkTrainer"),
+    Script("sdxl_train_network.py", "sdxl", "lora", _run_network, "SdxlNetworkTrainer"),
+    Script("sd3_train_network.py", "sd3", "lora", _run_network, "Sd3NetworkTrainer"),
+    Script("flux_train_network.py", "flux", "lora", _run_network, "FluxNetworkTrainer"),
+    Script(
+        "train_textual_inversion.py",
+        "sd",
+        "textual_inversion",
+        _run_embedding,
+        "TextualInversionTrainer",
+    ),
+    Script(
+        "sdxl_train_textual_inversion.py",
+        "sdxl",
+        "textual_inversion",
+        _run_embedding,
+        "SdxlTextualInversionTrainer",
+    ),
+    Script("train_db.py", "sd", "dreambooth", _run_function),
+    Script("sdxl_train.py", "sdxl", "dreambooth", _run_function),
+    Script("fine_tune.py", "sd", "dreambooth", _run_function),  # by name only
+)

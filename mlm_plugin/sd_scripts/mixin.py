@@ -1,0 +1,151 @@
+"""The MLM term in the network trainers: one mixin before the trainer's own class.
+
+Every call of the trainer is bound by name to the signature of the method that it overrides, so that
+more parameters or another order in other versions change nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.arguments import (
+    network_obstacle,
+    read_mlm_options,
+    text_encoder_rates,
+)
+from mlm_plugin.sd_scripts.term import (
+    MLMTerm,
+    is_clip_text_model,
+    without_gradient,
+    wrap_text_encoder,
+)
+
+__all__ = ["MLMTrainerMixin", "bind", "require_methods", "with_mlm"]
+
+NEEDED = {
+    "process_batch": {"accelerator", "is_train"},
+    "assert_extra_args": {"args", "train_dataset_group"},
+    "post_process_network": {"args", "accelerator", "network", "text_encoders"},
+    "get_tokenizers": set(),
+    "get_text_encoders_train_flags": {"args", "text_encoders"},
+    "update_metadata": {"metadata"},
+    "generate_step_logs": set(),
+}
+"""Methods that are overridden or asked, and the parameters that are read."""
+
+
+class MLMTrainerMixin:
+    """Adds the term where a network trainer computes its loss; without it, the plain trainer.
+
+    Attributes:
+        mlm_arch: ``sd``, ``sdxl``, ``sd3`` or ``flux``; which states the image model sees.
+        mlm: the term; ``None`` at weight 0 and before the options are read.
+    """
+
+    mlm_arch = "sd"
+    mlm: MLMTerm | None = None
+    _tokenizers: list[Any] = []
+
+    def get_tokenizers(self, *args, **kwargs):
+        """Remember the tokenizers, one for each text encoder."""
+        self._tokenizers = super().get_tokenizers(*args, **kwargs)
+        return self._tokenizers
+
+    def assert_extra_args(self, *args, **kwargs):
+        """Read the options and refuse runs that give the term no gradient."""
+        given = bind(super().assert_extra_args, args, kwargs)
+        options = read_mlm_options(given["args"])
+        if options.mlm_loss_weight:
+            if obstacle := network_obstacle(given["args"], arch=self.mlm_arch):
+                raise UserError(without_gradient(options, obstacle))
+            self.mlm = MLMTerm(options, seed=given["args"].seed)
+            self.mlm.use_data(given["train_dataset_group"])
+        return super().assert_extra_args(*args, **kwargs)
+
+    def post_process_network(self, *args, **kwargs):
+        """Find the contextualizers while the text encoders are as they came."""
+        result = super().post_process_network(*args, **kwargs)
+        if self.mlm:
+            self._start_mlm(bind(super().post_process_network, args, kwargs))
+        return result
+
+    def _start_mlm(self, given: dict[str, Any]) -> None:
+        args, text_encoders = given["args"], given["text_encoders"]
+        if not getattr(given["network"], "text_encoder_loras", True):
+            raise UserError(
+                without_gradient(self.mlm.options, "this network has no text-encoder modules")
+            )
+        flags = self.get_text_encoders_train_flags(args, text_encoders)
+        rates = text_encoder_rates(args, given["network"], count=len(text_encoders))
+        for model, tokenizer, is_trained, rate in zip(
+            text_encoders, self._tokenizers, flags, rates, strict=False
+        ):
+            if is_trained and rate and is_clip_text_model(model):
+                text_encoder = wrap_text_encoder(
+                    model, tokenizer, arch=self.mlm_arch, clip_skip=args.clip_skip
+                )
+                self.mlm.add_text_encoder(text_encoder, given["accelerator"])
+        if not self.mlm.encoders:
+            raise UserError(
+                without_gradient(self.mlm.options, "no CLIP text encoder is trained here")
+            )
+        self.mlm.attach(given["accelerator"])
+
+    def process_batch(self, *args, **kwargs):
+        """The host's loss, with the term in training; validation stays as it is."""
+        loss = super().process_batch(*args, **kwargs)
+        given = bind(super().process_batch, args, kwargs)
+        if not self.mlm or not given["is_train"]:
+            return loss
+        return self.mlm.add_to(loss, given["accelerator"])
+
+    def generate_step_logs(self, *args, **kwargs):
+        """The host's curves and the parts of the loss."""
+        logs = super().generate_step_logs(*args, **kwargs)
+        if self.mlm and self.mlm.parts:
+            logs |= self.mlm.parts.logs()
+        return logs
+
+    def update_metadata(self, *args, **kwargs):
+        """The host's metadata and ``ss_mlm_*``."""
+        result = super().update_metadata(*args, **kwargs)
+        if self.mlm:
+            bind(super().update_metadata, args, kwargs)["metadata"].update(self.mlm.metadata())
+        return result
+
+
+def bind(method: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by the names of the method's parameters, defaults included."""
+    bound = inspect.signature(method).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def require_methods(trainer: type, needed: Mapping[str, set[str]]) -> None:
+    """Refuse a trainer that lacks a method or a parameter that a mixin reads.
+
+    Raises:
+        UserError: what is missing.
+    """
+    for name, parameters in needed.items():
+        method = getattr(trainer, name, None)
+        missing = parameters - set(inspect.signature(method).parameters) if method else {"itself"}
+        if missing:
+            raise UserError(
+                f"this sd-scripts is newer or older than the plug-in knows: {trainer.__name__}."
+                f"{name} lacks {', '.join(sorted(missing))}; use v0.10.0 to v0.11, or "
+                "--host standalone"
+            )
+
+
+def with_mlm(trainer: type, *, arch: str) -> type:
+    """The trainer's class with the mixin in front.
+
+    Raises:
+        UserError: the class lacks a method or a parameter that the mixin reads.
+    """
+    require_methods(trainer, NEEDED)
+    return type(f"MLM{trainer.__name__}", (MLMTrainerMixin, trainer), {"mlm_arch": arch})

@@ -1,0 +1,194 @@
+"""The MLM term in scripts without a method to override: textual inversion and whole models.
+
+Their loops are one function each. What they cannot go around are the text-encoding strategy of
+sd-scripts (which tells whether the text encoder is being trained in this step) and accelerate's
+``Accelerator``, whose methods are wrapped while the script runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.arguments import read_mlm_options
+from mlm_plugin.sd_scripts.mixin import bind, require_methods
+from mlm_plugin.sd_scripts.term import (
+    MLMTerm,
+    is_clip_text_model,
+    without_gradient,
+    wrap_text_encoder,
+)
+
+__all__ = ["MLMEmbeddingMixin", "summed_backward", "tapped_models", "with_mlm_embedding"]
+
+NEEDED = {
+    "train": {"args"},
+    "get_tokenizers": set(),
+    "load_target_model": {"args", "accelerator"},
+    "save_weights": {"metadata"},
+}
+"""Methods of the textual-inversion trainers that are overridden, and the parameters read."""
+
+
+@contextmanager
+def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]:
+    """Let ``Accelerator.backward`` add the term, once for each training batch.
+
+    Args:
+        term: what is added.
+        strategies: text-encoding strategies; ``encode_tokens`` with gradient announces a batch
+            whose text encoder is trained.
+    """
+    announced = False
+
+    def encode_tokens(original: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
+            nonlocal announced
+            announced = announced or torch.is_grad_enabled()
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    def backward(original: Callable) -> Callable:
+        def wrapped(self, loss, *args, **kwargs):
+            nonlocal announced
+            if announced:
+                announced = False
+                loss = term.add_to(loss, self)
+            elif not term.call:
+                raise UserError(
+                    without_gradient(term.options, "this run does not train the text encoder")
+                )
+            return original(self, loss, *args, **kwargs)
+
+        return wrapped
+
+    def log(original: Callable) -> Callable:
+        def wrapped(self, values, *args, **kwargs):
+            if "loss" in values and term.parts:
+                values = values | term.parts.logs()
+            return original(self, values, *args, **kwargs)
+
+        return wrapped
+
+    def prepare(original: Callable) -> Callable:
+        def wrapped(self, *args, **kwargs):
+            for loader in args:
+                if isinstance(loader, DataLoader) and not term.concepts:
+                    term.use_data(loader.dataset)
+                    term.attach(self)
+            return original(self, *args, **kwargs)
+
+        return wrapped
+
+    with ExitStack() as stack:
+        for strategy in strategies:
+            stack.enter_context(_wrapped(strategy, "encode_tokens", encode_tokens))
+        stack.enter_context(_wrapped(Accelerator, "backward", backward))
+        stack.enter_context(_wrapped(Accelerator, "log", log))
+        stack.enter_context(_wrapped(Accelerator, "prepare", prepare))
+        yield
+
+
+@contextmanager
+def tapped_models(
+    term: MLMTerm, *, arch: str, clip_skip: int | None, tokenizers: Callable[[], list[Any]]
+) -> Iterator[None]:
+    """Tap each CLIP text encoder that ``Accelerator.prepare`` is given: those that are trained."""
+
+    def prepare(original: Callable) -> Callable:
+        def wrapped(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            for model in args:
+                if is_clip_text_model(model):
+                    # of SDXL's two encoders, the second is the one with a projection
+                    is_second = hasattr(model, "text_projection")
+                    text_encoder = wrap_text_encoder(
+                        model,
+                        tokenizers()[int(is_second)],
+                        arch=arch,
+                        clip_skip=clip_skip,
+                    )
+                    term.add_text_encoder(text_encoder, self)
+            return result
+
+        return wrapped
+
+    with _wrapped(Accelerator, "prepare", prepare):
+        yield
+
+
+@contextmanager
+def _wrapped(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+class MLMEmbeddingMixin:
+    """Textual inversion: contextualizers before the vocabulary grows, metadata in the file."""
+
+    mlm_arch = "sd"
+    mlm_strategies: Sequence[type] = ()
+    mlm: MLMTerm | None = None
+    _tokenizers: list[Any] = []
+
+    def train(self, args):
+        """The host's training, with the term in its backward pass."""
+        options = read_mlm_options(args)
+        if not options.mlm_loss_weight:
+            return super().train(args)
+        self.mlm = MLMTerm(options, seed=args.seed, expand=lambda word: _token_strings(args, word))
+        with summed_backward(self.mlm, self.mlm_strategies):
+            return super().train(args)
+
+    def get_tokenizers(self, *args, **kwargs):
+        """Remember the tokenizers, one for each text encoder."""
+        self._tokenizers = super().get_tokenizers(*args, **kwargs)
+        return self._tokenizers
+
+    def load_target_model(self, *args, **kwargs):
+        """Find the contextualizers before rows are added and trained."""
+        result = super().load_target_model(*args, **kwargs)
+        if self.mlm:
+            given = bind(super().load_target_model, args, kwargs)
+            for model, tokenizer in zip(result[1], self._tokenizers, strict=False):
+                text_encoder = wrap_text_encoder(
+                    model, tokenizer, arch=self.mlm_arch, clip_skip=given["args"].clip_skip
+                )
+                self.mlm.add_text_encoder(text_encoder, given["accelerator"])
+        return result
+
+    def save_weights(self, *args, **kwargs):
+        """Add ``ss_mlm_*`` to the metadata, where the format has any."""
+        given = bind(super().save_weights, args, kwargs)
+        if self.mlm and isinstance(given.get("metadata"), dict):
+            given["metadata"].update(self.mlm.metadata())
+        return super().save_weights(**given)
+
+
+def _token_strings(args: Any, word: str) -> str:
+    """The words that the host puts in place of ``token_string`` (one for each vector)."""
+    if word != args.token_string:
+        return word
+    return " ".join([word, *(f"{word}{i}" for i in range(1, args.num_vectors_per_token))])
+
+
+def with_mlm_embedding(trainer: type, *, arch: str, strategies: Sequence[type]) -> type:
+    """The textual-inversion trainer's class with the mixin in front.
+
+    Raises:
+        UserError: the class lacks a method or a parameter that the mixin reads.
+    """
+    require_methods(trainer, NEEDED)
+    members = {"mlm_arch": arch, "mlm_strategies": tuple(strategies)}
+    return type(f"MLM{trainer.__name__}", (MLMEmbeddingMixin, trainer), members)

@@ -1,0 +1,328 @@
+"""The MLM term of one run inside a trainer of sd-scripts.
+
+Knows accelerate, but no trainer and no module of sd-scripts: what it is given are text encoders,
+tokenizers and data sets as sd-scripts has them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mlm_plugin import __version__
+from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig, concepts_of
+from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
+from mlm_plugin.mlm.joint_prompts import JointPrompts
+from mlm_plugin.mlm.regularizer import MLMRegularizer
+from mlm_plugin.mlm.teacher import Reading
+from mlm_plugin.mlm_setup import (
+    LoadedContextualizer,
+    build_regularizer,
+    contextualizer_settings,
+    find_contextualizer,
+    mlm_schedule,
+    mlm_target,
+    prompt_set_names,
+    prompts_for,
+    readings_for,
+    text_tap,
+)
+from mlm_plugin.models.text_encoder import TextEncoder
+
+__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "without_gradient", "wrap_text_encoder"]
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "mlm_state.json"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class LossParts(NamedTuple):
+    """Parts of the last loss; tensors stay on the device until a logger reads them."""
+
+    diffusion: Tensor
+    mlm: Tensor | None = None  # before the weight; None where the term did not act
+    weight: float = 0.0
+    accuracy: Tensor | None = None
+
+    def logs(self) -> dict[str, float]:
+        """Values under the tags of the standalone trainer."""
+        values = {"loss/diffusion": self.diffusion.item()}
+        if self.mlm is not None:
+            mlm = self.mlm.item()
+            values |= {
+                "loss/mlm": mlm,
+                "loss/mlm_weighted": self.weight * mlm,
+                "mlm/accuracy": self.accuracy.item(),
+            }
+        return values
+
+
+class MLMTerm:
+    """Adds ``weight * MLM loss`` to the diffusion loss of each micro-batch of training.
+
+    A seam hands over the text encoders before they are trained (:meth:`add_text_encoder`), the data
+    (:meth:`use_data`) and then every loss (:meth:`add_to`). Weights and random streams of the host
+    are left as they are.
+
+    Args:
+        options: the ``mlm`` group of a run.
+        seed: of the run; names the stream of prompts and masks. Drawn if ``None``.
+        expand: a placeholder as the host's captions name it (several vectors: "sks sks1").
+
+    Attributes:
+        step: optimizer steps so far; the schedule goes by it.
+        call: micro-batches so far; names the prompts.
+        parts: of the last loss, for loggers.
+    """
+
+    def __init__(
+        self,
+        options: MLMOptions,
+        *,
+        seed: int | None,
+        expand: Callable[[str], str] = str,
+    ):
+        self.options = options
+        self.schedule = mlm_schedule(options)
+        seed = seed if options.mlm_seed is None else options.mlm_seed
+        self.seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        self.expand = expand
+        self.step = 0
+        self.call = 0
+        self.parts: LossParts | None = None
+        self.encoders: list[tuple[TextEncoder, LoadedContextualizer]] = []
+        self.concepts: tuple[Concept, ...] = ()
+        self.prompts: JointPrompts | None = None
+        self._readings: list[list[Reading]] = []
+        self._regularizer: MLMRegularizer | None = None
+
+    def add_text_encoder(self, text_encoder: TextEncoder, accelerator: Accelerator) -> None:
+        """Find the contextualizer of a text encoder, which is as its checkpoint has it.
+
+        Raises:
+            UserError: the given file does not fit.
+        """
+        settings = contextualizer_settings(
+            self.options.mlm_contextualizer, len(self.encoders) + 1, more_may_come=True
+        )
+        with (
+            _kept_random_state(),
+            accelerator.main_process_first(),  # one process pretrains, the others find its file
+            _on_device(text_encoder.model, accelerator.device),
+        ):
+            found = find_contextualizer(
+                text_encoder,
+                settings[len(self.encoders)],
+                show_progress=accelerator.is_local_main_process,
+            )
+        self.encoders.append((text_encoder, found))
+        self._take_readings(accelerator)
+
+    def use_data(self, dataset_group: Any) -> None:
+        """Take concepts and captions from the data, as far as the options do not name them.
+
+        Raises:
+            UserError: the concept cannot be told.
+        """
+        datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
+        config = TrainConfig(mlm=self.options)
+        found = concepts_of(config, [_as_config(dataset) for dataset in datasets], required=True)
+        self.concepts = tuple(
+            Concept(self.expand(concept.placeholder_token), concept.class_token)
+            for concept in found
+        )
+        texts = {c.placeholder_token: self.expand(c.placeholder_token) for c in found}
+        captions = [_replaced(caption, texts) for caption in _captions(datasets)]
+        self.prompts = prompts_for(self.options, self.concepts, captions=captions)
+
+    def attach(self, accelerator: Accelerator) -> None:
+        """Be ready for the first step, and keep counters beside the states that kohya saves.
+
+        States without them load, and plain trainers load states with them: the file is beside
+        those that accelerate counts.
+        """
+        self._take_readings(accelerator)
+
+        def save(_models, _weights, output_dir):
+            with atomic_path(Path(output_dir) / STATE_FILE) as temporary:
+                temporary.write_text(json.dumps({"step": self.step, "call": self.call}))
+
+        def load(_models, input_dir):
+            path = Path(input_dir) / STATE_FILE
+            if path.is_file():
+                state = json.loads(path.read_text())
+                self.step, self.call = int(state["step"]), int(state["call"])
+                logger.info("MLM term: going on from step %d", self.step)
+            else:
+                logger.info("MLM term: %s has no %s, counting from 0", input_dir, STATE_FILE)
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+
+    def add_to(self, loss: Tensor, accelerator: Accelerator) -> Tensor:
+        """``loss + weight * MLM loss``, 0-d; the loss itself in steps without the term.
+
+        Raises:
+            UserError: nothing that is trained lies before the text encoder's output.
+        """
+        weight = self.schedule.weight_at(self.step)
+        self.parts = LossParts(loss.detach())
+        if weight:
+            device = accelerator.device
+            devices = [device] if device.type == "cuda" else []
+            # dropout of the network draws here too: the host's noise must not depend on it
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                with accelerator.autocast():
+                    output = self._regularizer_for(accelerator)(self.call)
+            if not output.loss.requires_grad:
+                raise UserError(without_gradient(self.options, "no trained weight lies before it"))
+            self.parts = LossParts(
+                loss.detach(), output.loss.detach(), weight, output.accuracy.detach()
+            )
+            loss = loss + weight * output.loss.to(loss.device)
+        self.call += 1
+        if accelerator.sync_gradients:
+            self.step += 1
+        return loss
+
+    def metadata(self) -> dict[str, str]:
+        """``ss_mlm_*`` of the saved file."""
+        values: dict[str, Any] = {
+            f"ss_{name}": getattr(self.options, name)
+            for name, entry in OPTIONS.items()
+            if entry.group == "mlm" and name.startswith("mlm_")
+        }
+        values |= {
+            "ss_mlm_target": mlm_target(self.options, self.concepts),
+            "ss_mlm_prompt_set": prompt_set_names(self.options, self.concepts),
+            "ss_mlm_contextualizer": ", ".join(found.digest for _, found in self.encoders),
+            "ss_mlm_seed": self.seed,
+            "ss_mlm_version": __version__,
+            "ss_mlm_host": "sd-scripts",
+            "ss_mlm_placeholder_token": ", ".join(c.placeholder_token for c in self.concepts),
+            "ss_mlm_class_token": ", ".join(c.class_token for c in self.concepts),
+        }
+        return {key: str(value) for key, value in values.items()}
+
+    def _take_readings(self, accelerator: Accelerator) -> None:
+        """Of the text encoders that have none, once there are prompts; nothing is trained yet."""
+        for text_encoder, found in self.encoders[len(self._readings) :] if self.prompts else ():
+            with _on_device(text_encoder.model, accelerator.device):
+                readings = readings_for(
+                    text_encoder,
+                    found.network,
+                    self.concepts,
+                    self.options,
+                    prompts=self.prompts,
+                    seed=self.seed,
+                )
+            self._readings.append(readings)
+
+    def _regularizer_for(self, accelerator: Accelerator) -> MLMRegularizer:
+        """Made at the first use, when models have their place, precision and trained weights."""
+        if self._regularizer is None:
+            dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+            taps = [
+                text_tap(text_encoder, found.network, self.concepts, readings=readings, dtype=dtype)
+                for (text_encoder, found), readings in zip(
+                    self.encoders, self._readings, strict=True
+                )
+            ]
+            self._regularizer = build_regularizer(
+                taps,
+                self.options,
+                prompts=self.prompts,
+                seed=f"{self.seed}/{accelerator.process_index}",
+            )
+        return self._regularizer
+
+
+def without_gradient(options: MLMOptions, obstacle: str) -> str:
+    """The line that refuses a run in which the term would change nothing."""
+    return (
+        f"mlm_loss_weight = {options.mlm_loss_weight:g} asks for the MLM term, but {obstacle}, so "
+        "it would change nothing; train the text encoder or set mlm_loss_weight = 0"
+    )
+
+
+def is_clip_text_model(module: Any) -> bool:
+    """Whether this is a text encoder that can be tapped, and not T5, Gemma or a stand-in."""
+    config = getattr(module, "config", None)
+    return getattr(config, "model_type", None) == "clip_text_model"
+
+
+def wrap_text_encoder(model: nn.Module, tokenizer: Any, *, arch: str, clip_skip: int | None):
+    """The text encoder with the states that the image model of this architecture sees.
+
+    FLUX sees one state of CLIP alone: the last one at the position of EOS. All positions are tapped
+    there: the same weights make them.
+
+    Source: sd-scripts ``library/strategy_sd.py``, ``strategy_sdxl.py``, ``strategy_sd3.py``,
+    ``strategy_flux.py``.
+    """
+    if arch in ("sdxl", "sd3"):  # only SD 1 and 2 read clip_skip
+        return TextEncoder(tokenizer, model, clip_skip=2, final_norm=False)
+    return TextEncoder(tokenizer, model, clip_skip=None if arch == "flux" else clip_skip)
+
+
+def _as_config(dataset: Any) -> DatasetConfig:
+    """What ``concepts_of`` reads, of a data set of sd-scripts."""
+    subsets = tuple(
+        SubsetConfig(
+            class_tokens=getattr(subset, "class_tokens", None),
+            is_reg=bool(getattr(subset, "is_reg", False)),
+        )
+        for subset in getattr(dataset, "subsets", ())
+    )
+    return DatasetConfig(batch_size=1, resolution=(64, 64), subsets=subsets)
+
+
+def _captions(datasets: Sequence[Any]) -> Iterable[str]:
+    for dataset in datasets:
+        for info in getattr(dataset, "image_data", {}).values():
+            captions = getattr(info, "caption", None)
+            if captions and not getattr(info, "is_reg", False):
+                yield from [captions] if isinstance(captions, str) else captions
+
+
+def _replaced(text: str, replacements: dict[str, str]) -> str:
+    for old, new in replacements.items():
+        if old != new:
+            text = text.replace(old, new)
+    return text
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Give the host its random streams back as they were."""
+    python, array = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(array)
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Pretraining happens where the run will; the host places its models itself."""
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)

@@ -1,0 +1,1 @@
+"""From options to what a run is made of."""

@@ -1,0 +1,100 @@
+"""``generate_class_images``: regularization images that the base model draws before training."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from mlm_plugin.config.datasets import LATENT_STRIDE, Concept, folder_name
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.prompt_sets.english import correct_articles
+from mlm_plugin.training.class_images import draw_class_images
+
+__all__ = ["prepare_class_images"]
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "class_images"  # in output_dir, where reg_data_dir is not given
+SEED = 0  # of the pictures; the same in every run, so that runs share them
+
+
+def prepare_class_images(
+    config: TrainConfig,
+    concepts: Sequence[Concept],
+    *,
+    models: Callable[[], StableDiffusion],
+    accelerator: Accelerator,
+) -> TrainConfig:
+    """Fill the regularization folder of every class; returns the options with ``reg_data_dir``.
+
+    Args:
+        config: number, prompt, size and place of the pictures.
+        concepts: whose classes are drawn.
+        models: loads the base model; called only if pictures are missing.
+        accelerator: device and precision; the main process draws, the others wait.
+
+    Raises:
+        UserError: no class is known, its name cannot be that of a folder, or a folder belongs to
+            other settings.
+    """
+    classes = list(dict.fromkeys(concept.class_token for concept in concepts))
+    if not all(classes) or not classes:
+        raise UserError(
+            "generate_class_images: what to draw is not known; give --placeholder_token and "
+            "--class_token, or name the folder like '10_sks dog'"
+        )
+    if config.finetune.class_prompt and len(classes) > 1:
+        raise UserError(
+            f"class_prompt serves one class, here are {', '.join(classes)}; leave it out"
+        )
+    root = Path(config.dataset.reg_data_dir or Path(config.output.output_dir) / FOLDER)
+    folders = {name: _folder(root, name) for name in classes}
+    if accelerator.is_main_process:
+        load = functools.cache(models)  # once for all classes, and only to draw
+        for name, folder in folders.items():
+            prompt = config.finetune.class_prompt or correct_articles(f"a photo of a {name}")
+            logger.info("class images: %s, prompt %r", folder, prompt)
+            draw_class_images(
+                folder,
+                prompt=prompt,
+                num_images=config.finetune.generate_class_images,
+                model=config.model.pretrained_model_name_or_path,
+                load=load,
+                device=accelerator.device,
+                size=_size(config.dataset.resolution),
+                seed=SEED,
+                caption_extension=config.dataset.caption_extension,
+                autocast=accelerator.autocast,
+            )
+    accelerator.wait_for_everyone()
+    return config.replace(reg_data_dir=str(root))
+
+
+def _folder(root: Path, class_token: str) -> Path:
+    """The folder of a class: the first by name that there is, whatever its repeats.
+
+    Else ``1_<class>``.
+    """
+    if separators := [letter for letter in "/\\" if letter in class_token]:
+        raise UserError(
+            f"generate_class_images: class {class_token!r} cannot name a folder, it holds "
+            f"{separators[0]!r}; give --class_token without it"
+        )
+    folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    for folder in folders:
+        parts = folder_name(folder.name)
+        if parts and parts.class_tokens.split() == class_token.split():
+            return folder
+    return root / f"1_{class_token}"
+
+
+def _size(resolution: str | None) -> tuple[int, int]:
+    """Height and width of ``512`` or ``width,height``, down to multiples of 8."""
+    sides = [int(side) for side in (resolution or "512").split(",")]
+    return sides[-1] // LATENT_STRIDE * LATENT_STRIDE, sides[0] // LATENT_STRIDE * LATENT_STRIDE

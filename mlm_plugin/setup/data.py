@@ -1,0 +1,107 @@
+"""The data of a run in the standalone host: concepts, data set, and what is said of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
+from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
+from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.data.dataset_report import dataset_report
+from mlm_plugin.data.templates import load_templates
+from mlm_plugin.errors import UserError
+from mlm_plugin.mlm_setup import mlm_target
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.token_embeddings import placeholder_pattern
+
+__all__ = ["create_dataset", "find_concepts", "print_report", "require_placeholders"]
+
+
+def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tuple[Concept, ...]:
+    """What is learned; it must be known where token rows or the MLM term need it.
+
+    Raises:
+        UserError: it is needed and not known, or ``mlm_target`` asks for a class word it lacks.
+    """
+    uses_term = config.mlm.mlm_loss_weight > 0
+    trains_tokens = config.schedule.method in TOKEN_METHODS
+    concepts = concepts_of(config, datasets, required=trains_tokens or uses_term)
+    if uses_term:
+        mlm_target(config.mlm, concepts)
+    return concepts
+
+
+def create_dataset(
+    config: TrainConfig,
+    datasets: Sequence[DatasetConfig],
+    concepts: Sequence[Concept],
+    *,
+    seed: int,
+) -> TrainDataset:
+    """The pictures and captions of the run, as the options want them."""
+    data = config.dataset
+    kind = "object" if data.use_object_template else "style"
+    uses_templates = data.use_object_template or data.use_style_template
+    return TrainDataset(
+        datasets,
+        seed=seed,
+        prior_loss_weight=data.prior_loss_weight,
+        masked_loss=data.masked_loss,
+        templates=load_templates(kind) if uses_templates else (),
+        concept=concepts[0].text if len(concepts) == 1 else None,
+    )
+
+
+def require_placeholders(dataset: TrainDataset, concepts: Sequence[Concept]) -> None:
+    """Refuse rows that no caption holds: they would learn nothing from the pictures.
+
+    Raises:
+        UserError: names the placeholder and what the first caption holds.
+    """
+    captions = [
+        caption
+        for info in dataset.images
+        if not info.is_reg
+        for caption in dataset.captions_of(info)
+    ]
+    for concept in concepts:
+        pattern = placeholder_pattern([concept.placeholder_token])
+        if not any(map(pattern.search, captions)):
+            raise UserError(
+                f"placeholder_token = {concept.placeholder_token!r}: none of the {len(captions)} "
+                f"captions holds it (the first is {captions[0]!r}), so nothing would be learned; "
+                "write it into the captions, or set placeholder_token to the word they hold"
+            )
+
+
+def print_report(
+    config: TrainConfig,
+    dataset: TrainDataset,
+    concepts: Sequence[Concept],
+    models: StableDiffusion,
+) -> None:
+    """Say what was found: pictures, captions, buckets, concepts."""
+    text_encoder = models.text_encoders[0]  # a second one has the same vocabulary
+    learned = config.schedule.method in TOKEN_METHODS
+    num_vectors = config.embedding.num_vectors_per_token
+
+    def count_tokens(caption: str) -> int:
+        placeholders = [concept.placeholder_token for concept in concepts] if learned else []
+        found = placeholder_pattern(placeholders).findall(caption) if placeholders else []
+        return text_encoder.count_tokens(caption) + (num_vectors - 1) * len(found)
+
+    report = dataset_report(
+        dataset,
+        concepts=[concept.text for concept in concepts],
+        count_tokens=count_tokens,
+        max_tokens=config.model.max_token_length or 75,
+    )
+    print("\n".join(report.lines()))
+    for concept in concepts:
+        name = concept.placeholder_token
+        if learned:
+            read = f"learned as {num_vectors} vector(s)"
+        else:
+            tokens = text_encoder.tokenizer.tokenize(name)
+            read = f"the tokenizer reads it as {len(tokens)} token(s): {' '.join(tokens)}"
+        print(f"Concept: {name!r} is a {concept.class_token or 'thing'}; {read}")

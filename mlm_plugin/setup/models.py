@@ -1,0 +1,177 @@
+"""The base model of a run: loaded, on its device, ready for a method; what is encoded beforehand.
+
+Knows no loop and no optimizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mlm_plugin.config.datasets import LATENT_STRIDE
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
+from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.quantized import quantize_linears
+from mlm_plugin.setup.sampling import SampleDrawer
+from mlm_plugin.training.caption_cache import CaptionCache
+
+__all__ = [
+    "cache_latents",
+    "cached_captions",
+    "load_models",
+    "model_settings",
+    "place_models",
+    "prepare_models",
+    "quantize_models",
+    "warn_of_small_pictures",
+]
+
+logger = logging.getLogger(__name__)
+
+SMALL_SHARE = 0.5  # of the area a model was made at; smaller pictures are warned of
+
+
+def load_models(config: TrainConfig) -> StableDiffusion:
+    """The frozen base model on the CPU, in the precision that the method needs."""
+    return load_stable_diffusion(**model_settings(config), vae=config.model.vae)
+
+
+def model_settings(config: TrainConfig) -> dict[str, Any]:
+    """What the options say of a model, for ``load_stable_diffusion`` and its empty twin."""
+    options = config.model
+    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
+    in_fp32 = METHODS[config.schedule.method].trains_base_weights
+    return {
+        "name_or_path": options.pretrained_model_name_or_path,
+        "v2": options.v2,
+        "v_parameterization": options.v_parameterization,
+        "tokenizer_cache_dir": options.tokenizer_cache_dir,
+        "clip_skip": options.clip_skip,
+        "max_token_length": options.max_token_length,
+        "dtype": torch.float32 if in_fp32 else dtype,
+        "vae_dtype": torch.float32 if options.no_half_vae else dtype,
+    }
+
+
+def warn_of_small_pictures(models: StableDiffusion, dataset: TrainDataset) -> None:
+    """SDXL at the resolution that kohya's names default to learns to draw poorly."""
+    side = models.unet.config.sample_size * LATENT_STRIDE
+    areas = [config.resolution[0] * config.resolution[1] for config in dataset.datasets]
+    if models.is_sdxl and min(areas) < SMALL_SHARE * side**2:
+        logger.warning(
+            "resolution is %d x %d pixels, and this model was made at %d x %d: give "
+            "--resolution %d",
+            *dataset.datasets[areas.index(min(areas))].resolution,
+            side,
+            side,
+            side,
+        )
+
+
+def place_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
+    """U-Net and VAE on the device that trains them."""
+    quantize_models(config, models, device)
+    for module in (models.unet, models.vae):
+        module.to(device)
+    if config.model.xformers:  # before methods put processors of their own in front
+        _use_xformers(models)
+
+
+def quantize_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
+    """The U-Net as ``quantize_unet`` says: before it is moved, and before adapters are put on it.
+
+    Text encoders stay as they are: contextualizers are made for their exact states.
+    """
+    if config.model.quantize_unet != "no":
+        quantize_linears(models.unet, config.model.quantize_unet, device=device)
+
+
+def prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
+    """Precision and place of what is trained; gradient checkpointing and compilation."""
+    device = models.unet.device  # diffusers looks for it in every module: not for each parameter
+    for parameter in method.parameters():
+        parameter.data = parameter.data.to(device)
+        if config.schedule.full_fp16 or config.schedule.full_bf16:
+            parameter.data = parameter.data.to(WEIGHT_DTYPES[config.schedule.mixed_precision])
+    if config.schedule.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+        if method.trains_text_side:
+            for text_encoder in models.text_encoders:
+                text_encoder.enable_gradient_checkpointing()
+    if config.model.torch_compile and config.model.dynamo_backend != "no":
+        models.unet.compile(backend=config.model.dynamo_backend)
+
+
+def _use_xformers(models: StableDiffusion) -> None:
+    try:
+        models.unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, RuntimeError) as error:
+        logger.warning("xformers is not usable (%s); PyTorch SDPA is used instead", error)
+
+
+def cache_latents(
+    config: TrainConfig, dataset: TrainDataset, models: StableDiffusion, accelerator: Accelerator
+) -> None:
+    """Encode the pictures while the U-Net makes room: both at once are the peak of an SDXL run."""
+    vae = models.vae
+    models.unet.to("cpu")
+    _free_cached_memory(accelerator.device)
+
+    @torch.no_grad()
+    def encode(pixels):
+        return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample().float().cpu()
+
+    with accelerator.main_process_first():
+        dataset.cache_latents(
+            encode,
+            vae_id=_vae_identity(vae),
+            to_disk=config.dataset.cache_latents_to_disk,
+            batch_size=config.dataset.vae_batch_size,
+            skip_check=config.dataset.skip_cache_check,
+            is_sdxl=models.is_sdxl,
+        )
+    vae.to("cpu")
+    _free_cached_memory(accelerator.device)
+    models.unet.to(accelerator.device)
+
+
+def cached_captions(
+    config: TrainConfig,
+    dataset: TrainDataset,
+    method: Method,
+    drawer: SampleDrawer | None,
+    accelerator: Accelerator,
+) -> CaptionCache | None:
+    """Captions and sample prompts encoded now, where ``cache_text_encoder_outputs`` asks for it."""
+    if not config.dataset.cache_text_encoder_outputs:
+        return None
+    method.train(False)
+    with accelerator.autocast():
+        cache = CaptionCache(
+            method.encode,
+            [*dataset.fixed_captions(), *(drawer.captions if drawer else [])],
+            device=accelerator.device,
+            dtype=method.models.unet.dtype,
+        )
+    logger.info("%d captions encoded; the text encoders are not needed any more", len(cache))
+    for text_encoder in method.models.text_encoders:
+        text_encoder.model.to("cpu")
+    _free_cached_memory(accelerator.device)
+    return cache
+
+
+def _free_cached_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _vae_identity(vae: torch.nn.Module) -> str:
+    """A name for the VAE's weights that holds in any precision."""
+    signs = [(p.detach().flatten()[:: max(1, p.numel() // 64)] > 0).cpu() for p in vae.parameters()]
+    return hashlib.sha256(torch.cat(signs).numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,274 @@
+"""When trained files and training states are written, under kohya's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import OutputOptions, TrainConfig
+from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.errors import UserError
+from mlm_plugin.export.lora_files import SAVE_DTYPES
+from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
+from mlm_plugin.export.sidecar import write_preview, write_sidecar
+from mlm_plugin.methods import Export
+from mlm_plugin.mlm_setup import (
+    LoadedContextualizer,
+    mlm_target,
+    prompt_set_names,
+    trigger_of,
+)
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.training.optimizers import optimizer_description
+from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+
+__all__ = ["RunRecord", "Saver", "removed_epoch", "removed_step"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunRecord:
+    """What the metadata of every file of a run says about it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        dataset: TrainDataset,
+        models: StableDiffusion,
+        concepts: Sequence[Concept],
+        seed: int,
+        contextualizers: Sequence[LoadedContextualizer] = (),
+    ):
+        self.contextualizers = "+".join(item.digest for item in contextualizers)
+        self.config = config.replace(seed=seed)
+        self.dataset, self.models, self.concepts = dataset, models, tuple(concepts)
+        self.started_at = time.time()
+        self._facts: RunFacts | None = None
+
+    @property
+    def trigger(self) -> str:
+        """The words that call what is learned."""
+        return trigger_of(self.concepts) or ""
+
+    def metadata(self, trainer: Trainer, kind: str, *, epoch: int) -> dict[str, str]:
+        """The header of a file of this kind that is written now."""
+        if self._facts is None:
+            self._facts = self._gather(trainer)
+        facts = dataclasses.replace(
+            self._facts,
+            steps=trainer.progress.current_step,
+            epoch=epoch,
+            finished_at=time.time(),
+        )
+        return file_metadata(self.config, facts, kind=kind)
+
+    def _gather(self, trainer: Trainer) -> RunFacts:
+        config, models = self.config, self.models
+        mlm = {}
+        if trainer.regularizer:
+            mlm = {
+                "mlm_target": mlm_target(config.mlm, self.concepts),
+                "mlm_prompt_set": prompt_set_names(config.mlm, self.concepts),
+                "mlm_contextualizer": self.contextualizers,
+                "mlm_seed": config.schedule.seed
+                if config.mlm.mlm_seed is None
+                else config.mlm.mlm_seed,
+            }
+        return RunFacts(
+            session_id=random.SystemRandom().randrange(2**32),
+            started_at=self.started_at,
+            datasets=dataset_facts(
+                self.dataset.datasets,
+                self.dataset.images,
+                triggers=[concept.text for concept in self.concepts],
+            ),
+            num_batches_per_epoch=trainer.plan.batches_per_epoch,
+            num_epochs=trainer.plan.num_epochs,
+            max_train_steps=trainer.plan.num_steps,
+            base_model_version=models.version,
+            prediction_type=models.prediction_type,
+            optimizer=optimizer_description(
+                config.optimizer.optimizer_type, config.optimizer.optimizer_args
+            ),
+            model=file_identity(models.source),
+            vae=file_identity(config.model.vae) if config.model.vae else None,
+            num_processes=trainer.accelerator.num_processes,
+            concepts=self.concepts,
+            **mlm,
+        )
+
+
+class Saver(Listener):
+    """Writes files and states when they are due, and removes those that are too old.
+
+    Args:
+        config: names, intervals, precision.
+        record: metadata of the run.
+        newest_sample: the last picture drawn, for the preview.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        record: RunRecord,
+        newest_sample: Callable[[], Path | None] = lambda: None,
+    ):
+        self.options: OutputOptions = config.output
+        self.folder = Path(self.options.output_dir)
+        self.name = self.options.output_name or "last"
+        self.record = record
+        self.newest_sample = newest_sample
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Save every n steps."""
+        every, step = self.options.save_every_n_steps, trainer.progress.current_step
+        if not every or step % every or step >= trainer.plan.num_steps:
+            return
+        self._try_to_save(trainer, self._step_name(step), epoch=trainer.progress.current_epoch)
+        old = removed_step(step, every=every, last=self.options.save_last_n_steps)
+        self._remove(trainer, old and self._step_name(old))
+        last = self.options.save_last_n_steps_state or self.options.save_last_n_steps
+        old = removed_step(step, every=every, last=last)
+        self._remove_state(trainer, old and self._step_name(old))
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Save every n epochs, but not the last one, which is the final file."""
+        every, epoch = self._epochs_between(trainer), trainer.progress.current_epoch
+        if not every or epoch % every or epoch >= trainer.plan.num_epochs:
+            return
+        self._try_to_save(trainer, self._epoch_name(epoch), epoch=epoch)
+        old = removed_epoch(epoch, every=every, last=self.options.save_last_n_epochs)
+        self._remove(trainer, old and self._epoch_name(old))
+        last = self.options.save_last_n_epochs_state or self.options.save_last_n_epochs
+        old = removed_epoch(epoch, every=every, last=last)
+        self._remove_state(trainer, old and self._epoch_name(old))
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Save the final file, its sidecar and preview."""
+        path = self._save(
+            trainer, self.name, epoch=trainer.plan.num_epochs, state=self._wants_final_state
+        )
+        if not trainer.accelerator.is_main_process:
+            return
+        method = trainer.method
+        found, files = method.verify(path), method.files(path)
+        names = [str(files[0])]
+        names += [f"{file.name}/" if file.is_dir() else file.name for file in files[1:]]
+        print(f"wrote {', '.join(names)} ({found})")
+        for file, words in method.cards(path).items():
+            self._write_card(file, words)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Save the state, so that nothing is lost."""
+        folder = self._state_folder(self._step_name(trainer.progress.current_step))
+        trainer.save_state(folder)
+        if trainer.accelerator.is_main_process:
+            logger.warning("state saved; go on with --resume %s", folder)
+
+    def _write_card(self, file: Path, words: Mapping[str, str]) -> None:
+        """The JSON and the preview beside a file, and a hint where WebUIs have other words."""
+        named = [
+            concept._replace(placeholder_token=words.get(concept.placeholder_token) or concept[0])
+            for concept in self.record.concepts
+            if not words or concept.placeholder_token in words
+        ]
+        write_sidecar(
+            file,
+            base_model_version=self.record.models.version,
+            activation_text=trigger_of(named) or "",
+            description=self.options.metadata_description or "",
+        )
+        if picture := self.newest_sample():
+            from PIL import Image
+
+            with Image.open(picture) as image:
+                write_preview(file, image)
+        if words:
+            print(f"in WebUIs {file.name} is called by {trigger_of(named)!r}")
+
+    @property
+    def _wants_final_state(self) -> bool:
+        return self.options.save_state or self.options.save_state_on_train_end
+
+    def _try_to_save(self, trainer: Trainer, name: str, *, epoch: int) -> None:
+        """Save on the way; a full disk then does not end a run that may find room later."""
+        try:
+            self._save(trainer, name, epoch=epoch)
+        except (OSError, UserError) as error:
+            if trainer.accelerator.num_processes > 1:
+                raise  # the others wait for this process
+            logger.error("%s could not be saved (%s); training goes on", name, error)
+
+    def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
+        path = self._path(name)
+        if trainer.accelerator.is_main_process:
+            with trainer.evaluating():
+                trainer.method.export(
+                    Export(
+                        path,
+                        metadata=lambda kind: self.record.metadata(trainer, kind, epoch=epoch),
+                        dtype=SAVE_DTYPES[self.options.save_precision],
+                    )
+                )
+        if self.options.save_state if state is None else state:
+            trainer.save_state(self._state_folder(name))
+        return path
+
+    def _epochs_between(self, trainer: Trainer) -> int | None:
+        if ratio := self.options.save_n_epoch_ratio:
+            return max(1, trainer.plan.num_epochs // ratio)
+        return self.options.save_every_n_epochs
+
+    def _epoch_name(self, epoch: int) -> str:
+        return f"{self.name}-{epoch:06d}"
+
+    def _step_name(self, step: int) -> str:
+        return f"{self.name}-step{step:08d}"
+
+    def _state_folder(self, name: str) -> Path:
+        return self.folder / f"{name}-state"
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.{self.options.save_model_as}"
+
+    def _remove(self, trainer: Trainer, name: str | None) -> None:
+        if not name or not trainer.accelerator.is_main_process:
+            return
+        for path in trainer.method.files(self._path(name)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _remove_state(self, trainer: Trainer, name: str | None) -> None:
+        if name and self.options.save_state and trainer.accelerator.is_main_process:
+            shutil.rmtree(self._state_folder(name), ignore_errors=True)
+
+
+def removed_epoch(epoch: int, *, every: int, last: int | None) -> int | None:
+    """The epoch whose file is too old once ``epoch`` is saved; ``last`` counts files.
+
+    Source: sd-scripts ``library/train_util.py`` ``get_remove_epoch_no``.
+    """
+    old = epoch - every * last if last else 0
+    return old if old > 0 else None
+
+
+def removed_step(step: int, *, every: int, last: int | None) -> int | None:
+    """The step whose file is too old once ``step`` is saved; ``last`` counts steps.
+
+    Source: sd-scripts ``library/train_util.py`` ``get_remove_step_no``.
+    """
+    if not last:
+        return None
+    old = step - last - 1
+    old -= old % every
+    return old if old > 0 else None

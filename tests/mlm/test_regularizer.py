@@ -1,0 +1,182 @@
+"""The heart: where the gradient goes, that the host is left alone, when the term acts."""
+
+import random
+
+import pytest
+import torch
+
+from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, masked_word_loss
+from mlm_plugin.mlm.mask_token import mask_embedding
+from mlm_plugin.mlm.masking import IGNORE_INDEX, MASK_ID, MaskingVocabulary
+from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule, TextTap
+
+PROMPTS = [
+    "a photo of sks dog on the beach",
+    "sks dog wearing a red hat in the rain",
+    "an oil painting of sks dog next to a chair",
+]
+
+
+def make_tap(text_encoder, **changes):
+    table = text_encoder.token_embedding.weight.detach()
+    contextualizer = Contextualizer(
+        ContextualizerSizes(hidden_size=32, vocab_size=len(table), width=64, num_layers=2)
+    )
+    contextualizer.start_from(table, torch.ones(len(table)))
+    parts = {
+        "tokenize": lambda prompts, _rng: text_encoder.tokenize_trimmed(prompts),
+        "encode": text_encoder.encode,
+        "embedding": text_encoder.token_embedding,
+        "contextualizer": contextualizer,
+        "vocabulary": MaskingVocabulary.from_tokenizer(
+            text_encoder.tokenizer, protected=["sks", "dog"], low_priority=["a", "of", "the"]
+        ),
+        "token_table": table,
+    }
+    return TextTap(**parts | changes)
+
+
+def make_regularizer(*taps, **settings):
+    settings = {"batch_size": 4, "mlm_probability": 0.3, "seed": 0} | settings
+    return MLMRegularizer(taps, lambda rng: rng.choice(PROMPTS), **settings)
+
+
+def test_one_call_gives_a_finite_loss_and_counts_its_words(toy_text_encoder):
+    output = make_regularizer(make_tap(toy_text_encoder))(0)
+    assert output.loss.ndim == 0
+    assert output.loss.dtype == torch.float32
+    assert torch.isfinite(output.loss)
+    assert 0 <= output.accuracy <= 1
+    assert output.num_masked >= 4
+
+
+def test_the_gradient_reaches_the_text_encoder_and_never_the_contextualizer(toy_text_encoder):
+    tap = make_tap(toy_text_encoder)
+    make_regularizer(tap)(0).loss.backward()
+    for name, parameter in toy_text_encoder.model.named_parameters():
+        assert parameter.grad is not None, name
+    assert all(p.grad is None for p in tap.contextualizer.parameters())
+    assert not tap.contextualizer.training
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_the_gradient_reaches_the_concept_for_masks_on_either_side(toy_text_encoder, side):
+    """CLIP is causal: without a bidirectional head, words before it would teach nothing."""
+    tap = make_tap(toy_text_encoder)
+    ids_BL = toy_text_encoder.tokenize_trimmed(["a painting of sks dog on a beach"])
+    words = tap.vocabulary.split_words(ids_BL[0].tolist())
+    start, end = words[1] if side == "before" else words[-1]
+    labels = torch.full_like(ids_BL, IGNORE_INDEX)
+    labels[0, start:end] = ids_BL[0, start:end]
+    masked = ids_BL.clone()
+    masked[0, start:end] = MASK_ID
+    with mask_embedding(tap.embedding, tap.contextualizer.mask_vector):
+        hidden = tap.encode(masked)
+    loss = masked_word_loss(
+        tap.contextualizer,
+        hidden,
+        labels_BL=labels,
+        is_token_BL=torch.ones_like(ids_BL).bool(),
+        token_table_VD=tap.token_table,
+    ).loss
+    loss.backward()
+    concept = toy_text_encoder.tokenizer("sks", add_special_tokens=False).input_ids
+    grad = tap.embedding.weight.grad[concept]
+    assert (grad.abs().sum(dim=1) > 0).all()
+
+
+def test_the_hosts_random_streams_stay_as_they_were(toy_text_encoder):
+    regularizer = make_regularizer(make_tap(toy_text_encoder))
+    torch.manual_seed(3)
+    random.seed(3)
+    expected = (torch.rand(4), random.random())
+    torch.manual_seed(3)
+    random.seed(3)
+    regularizer(0)
+    assert torch.equal(torch.rand(4), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_a_call_is_named_by_seed_and_number_alone(toy_text_encoder):
+    tap = make_tap(toy_text_encoder)
+    straight = [make_regularizer(tap)(call).loss for call in range(3)]
+    resumed = make_regularizer(tap)(2).loss
+    assert torch.equal(resumed, straight[2])
+    assert not torch.equal(straight[0], straight[1])
+    assert not torch.equal(make_regularizer(tap, seed=1)(0).loss, straight[0])
+
+
+def test_several_text_encoders_see_the_same_prompts_and_their_losses_are_averaged(
+    toy_text_encoder,
+):
+    seen = []
+
+    def tokenize(prompts, _rng):
+        seen.append(list(prompts))
+        return toy_text_encoder.tokenize_trimmed(prompts)
+
+    tap = make_tap(toy_text_encoder, tokenize=tokenize)
+    single = make_regularizer(tap)(0)
+    double = make_regularizer(tap, tap)(0)
+    assert seen[1] == seen[2] == seen[0]
+    assert double.num_masked >= single.num_masked + 4
+    assert torch.isfinite(double.loss)
+
+
+def test_a_tap_reads_prompts_with_the_stream_of_the_call(toy_text_encoder):
+    draws = []
+
+    def tokenize(prompts, rng):
+        draws.append(rng.random())
+        return toy_text_encoder.tokenize_trimmed(prompts)
+
+    regularizer = make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize))
+    for call in (0, 1, 1):
+        regularizer(call)
+    assert draws[0] != draws[1] == draws[2]
+    make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize), seed=1)(1)
+    assert draws[3] != draws[1]
+
+
+def test_a_tap_may_read_each_prompt_several_times(toy_text_encoder):
+    """As XTI does with the rows of every layer in turn."""
+
+    def tokenize_twice(prompts, _rng):
+        return toy_text_encoder.tokenize_trimmed(prompts).repeat(2, 1)
+
+    single = make_regularizer(make_tap(toy_text_encoder))(0)
+    double = make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize_twice))(0)
+    assert torch.isfinite(double.loss)
+    assert double.num_masked > single.num_masked
+
+
+def test_prompts_without_context_give_zero_and_not_nan(toy_text_encoder):
+    regularizer = MLMRegularizer(
+        [make_tap(toy_text_encoder)], lambda rng: "sks dog", batch_size=2, mlm_probability=0.3
+    )
+    output = regularizer(0)
+    output.loss.backward()
+    assert output.loss == 0
+    assert output.num_masked == 0
+    assert output.accuracy == 0
+
+
+def test_a_tap_refuses_a_contextualizer_without_mask_vector(toy_text_encoder):
+    table = toy_text_encoder.token_embedding.weight.detach()
+    fresh = Contextualizer(ContextualizerSizes(hidden_size=32, vocab_size=len(table)))
+    with pytest.raises(ValueError, match="never trained"):
+        make_tap(toy_text_encoder, contextualizer=fresh)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (MLMSchedule(0.5), [0.5] * 6),
+        (MLMSchedule(0.5, every_n_steps=3), [1.5, 0, 0, 1.5, 0, 0]),
+        (MLMSchedule(0.5, start_step=2, end_step=4), [0, 0, 0.5, 0.5, 0, 0]),
+        (MLMSchedule(0.5, every_n_steps=2, start_step=1), [0, 1.0, 0, 1.0, 0, 1.0]),
+        (MLMSchedule(0.0), [0] * 6),
+    ],
+)
+def test_the_schedule_keeps_the_expected_weight(schedule, expected):
+    assert [schedule.weight_at(step) for step in range(6)] == expected

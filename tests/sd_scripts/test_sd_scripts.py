@@ -1,0 +1,1010 @@
+"""The sd-scripts host without sd-scripts: stubs with the real signatures, real text encoders."""
+
+import argparse
+import copy
+import inspect
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mlm_plugin import mlm_setup
+from mlm_plugin.cli import train_main
+from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.config.pretraining import PretrainOptions
+from mlm_plugin.errors import UserError
+from mlm_plugin.pretrain import pretrain
+from mlm_plugin.sd_scripts import locate
+from mlm_plugin.sd_scripts.arguments import (
+    add_mlm_arguments,
+    network_obstacle,
+    read_mlm_options,
+    script_obstacle,
+    text_encoder_rates,
+)
+from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script
+from mlm_plugin.sd_scripts.locate import (
+    LaunchOptions,
+    check_libraries,
+    find_checkout,
+    launch_options,
+)
+from mlm_plugin.sd_scripts.mixin import with_mlm
+from mlm_plugin.sd_scripts.patches import summed_backward, tapped_models, with_mlm_embedding
+from mlm_plugin.sd_scripts.term import STATE_FILE, MLMTerm, wrap_text_encoder
+
+pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
+PACKAGE = Path(__file__).parents[2]
+
+
+class StubData:
+    """As much of a ``DatasetGroup`` as is read."""
+
+    def __init__(self, class_tokens="sks dog"):
+        self.subsets = [
+            SimpleNamespace(class_tokens="dog", is_reg=True),
+            SimpleNamespace(class_tokens=class_tokens, is_reg=False),
+        ]
+        self.image_data = {
+            "1.png": SimpleNamespace(caption="a photo of sks dog in the snow", is_reg=False),
+            "2.png": SimpleNamespace(caption="a photo of a dog", is_reg=True),
+        }
+        self.datasets = [self]
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return index
+
+
+class StubNetwork(nn.Module):
+    """One low-rank module on the text encoder, as kohya hangs them in: by ``forward``."""
+
+    def __init__(self, text_encoder, *, dropout=0.0):
+        super().__init__()
+        body = getattr(text_encoder, "text_model", text_encoder)  # flat since transformers 5.6
+        target = body.encoder.layers[0].mlp.fc1
+        self.down = nn.Parameter(torch.randn(2, target.in_features) * 0.02)
+        self.up = nn.Parameter(torch.zeros(target.out_features, 2))
+        self.unet = nn.Parameter(torch.zeros(()))
+        self.text_encoder_loras = [self.down]
+        org_forward = target.forward
+
+        def forward(x):
+            change = nn.functional.dropout(x @ self.down.T, dropout) @ self.up.T
+            return org_forward(x) + change
+
+        self.apply_to = lambda: setattr(target, "forward", forward)
+
+
+class StubTrainer:
+    """sd-scripts v0.10.1 ``NetworkTrainer``: what is touched, in its order of calls."""
+
+    network_class = StubNetwork
+
+    def __init__(self):
+        self.losses, self.validation_losses, self.logs, self.noises = [], [], [], []
+
+    def generate_step_logs(
+        self,
+        args,
+        current_loss,
+        avr_loss,
+        lr_scheduler,
+        lr_descriptions,
+        optimizer=None,
+        keys_scaled=None,
+        mean_norm=None,
+        maximum_norm=None,
+        mean_grad_norm=None,
+        mean_combined_norm=None,
+    ):
+        return {"loss/current": current_loss, "loss/average": avr_loss}
+
+    def assert_extra_args(self, args, train_dataset_group, val_dataset_group):
+        pass
+
+    def get_tokenizers(self, tokenize_strategy):
+        return [tokenize_strategy.tokenizer]
+
+    def get_text_encoders_train_flags(self, args, text_encoders):
+        return [not args.network_train_unet_only] * len(text_encoders)
+
+    def post_process_network(self, args, accelerator, network, text_encoders, unet):
+        pass
+
+    def update_metadata(self, metadata, args):
+        pass
+
+    def process_batch(
+        self,
+        batch,
+        text_encoders,
+        unet,
+        network,
+        vae,
+        noise_scheduler,
+        vae_dtype,
+        weight_dtype,
+        accelerator,
+        args,
+        text_encoding_strategy,
+        tokenize_strategy,
+        is_train=True,
+        train_text_encoder=True,
+        train_unet=True,
+    ):
+        with torch.set_grad_enabled(is_train):
+            states = text_encoders[0](batch)[0]
+            noise = torch.randn_like(states)
+            if is_train:
+                self.noises.append(noise)
+            return ((states + self.network.unet - noise) ** 2).mean()
+
+    def step(self, call, *, is_train=True):
+        return self.process_batch(*call, is_train=is_train)
+
+    def text_encoders_of(self, model):
+        return [model]
+
+    def train(self, args, text_encoder):
+        """The loop of train_network.py, without images."""
+        torch.manual_seed(args.seed)
+        random.seed(args.seed)
+        self.get_tokenizers(SimpleNamespace(tokenizer=text_encoder.tokenizer))
+        self.assert_extra_args(args, StubData(), None)
+        self.accelerator = accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps
+        )
+        model = text_encoder.model
+        models = self.text_encoders_of(model)
+        self.network = network = self.network_class(model, dropout=args.network_dropout)
+        self.post_process_network(args, accelerator, network, models, None)
+        network.apply_to()
+        optimizer = torch.optim.SGD(network.parameters(), lr=args.learning_rate)
+        model.requires_grad_(False)
+        network, optimizer = accelerator.prepare(network, optimizer)
+        if args.resume:
+            accelerator.load_state(args.resume)
+        self.metadata = {}
+        self.update_metadata(self.metadata, args)
+        batch = text_encoder.tokenize(["a photo of sks dog"])[:, 0]
+        call = (
+            batch,
+            [model],
+            None,
+            network,
+            None,
+            None,
+            None,
+            None,
+            accelerator,
+            args,
+            None,
+            None,
+        )
+        for _ in range(args.num_batches):
+            with accelerator.accumulate(network):
+                loss = self.step(call)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            self.losses.append(loss.item())
+            self.logs.append(self.generate_step_logs(args, loss.item(), 0.0, None, None))
+            state = torch.get_rng_state()
+            self.validation_losses.append(self.step(call, is_train=False).item())
+            torch.set_rng_state(state)
+        if args.save_state:
+            accelerator.save_state(args.save_state)
+
+
+class ManyRatesNetwork(StubNetwork):
+    """``networks.lora_sd3`` and ``networks.lora_flux``: a learning rate for each text encoder."""
+
+    train_t5xxl = False
+
+    def prepare_optimizer_params_with_multiple_te_lrs(self, text_encoder_lr, unet_lr, default_lr):
+        raise AssertionError("the loop of these tests has one rate")
+
+
+class UntouchedT5(nn.Module):
+    """Fails when it is run, moved or cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(model_type="t5")
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, *args, **kwargs):
+        raise AssertionError("T5 was run")
+
+    def _apply(self, *args, **kwargs):
+        raise AssertionError("T5 was moved or cast")
+
+
+class StubSd3Trainer(StubTrainer):
+    """sd-scripts v0.10.1 ``Sd3NetworkTrainer``: CLIP-L, CLIP-G and T5."""
+
+    network_class = ManyRatesNetwork
+    num_clips = 2
+
+    def assert_extra_args(self, args, train_dataset_group, val_dataset_group):
+        self.train_clip = not args.network_train_unet_only
+        self.train_t5xxl = False
+
+    def get_tokenizers(self, tokenize_strategy):
+        return [tokenize_strategy.tokenizer] * self.num_clips + ["T5's"]
+
+    def text_encoders_of(self, model):
+        self.clips = [model, *(copy.deepcopy(model) for _ in range(1, self.num_clips))]
+        return [*self.clips, UntouchedT5()]
+
+    def post_process_network(self, args, accelerator, network, text_encoders, unet):
+        self.train_t5xxl = network.train_t5xxl
+
+    def get_text_encoders_train_flags(self, args, text_encoders):
+        return [self.train_clip] * self.num_clips + [self.train_t5xxl]
+
+
+class StubFluxTrainer(StubSd3Trainer):
+    """sd-scripts v0.10.1 ``FluxNetworkTrainer``: CLIP-L and T5."""
+
+    num_clips = 1
+
+
+class KeywordTrainer(StubTrainer):
+    """A version that names every argument."""
+
+    def step(self, call, *, is_train=True):
+        names = (
+            "batch text_encoders unet network vae noise_scheduler vae_dtype weight_dtype "
+            "accelerator args text_encoding_strategy tokenize_strategy"
+        ).split()
+        return self.process_batch(**dict(zip(names, call, strict=True)), is_train=is_train)
+
+
+class LaterTrainer(StubTrainer):
+    """A version with another order and one more parameter."""
+
+    def process_batch(self, accelerator, batch, text_encoders, *, is_train=True, inpainting=None):
+        return StubTrainer.process_batch(
+            self, batch, text_encoders, *[None] * 6, accelerator, *[None] * 3, is_train=is_train
+        )
+
+    def step(self, call, *, is_train=True):
+        return self.process_batch(call[8], call[0], call[1], is_train=is_train)
+
+
+def parse(*flags, **changes):
+    """Options as sd-scripts has them after its parser, its own defaults included."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--learning_rate", type=float, default=0.5)
+    parser.add_argument("--max_train_steps", type=int, default=4)
+    add_mlm_arguments(parser)
+    own = {
+        "seed": 3,
+        "clip_skip": None,
+        "network_train_unet_only": False,
+        "text_encoder_lr": None,
+        "max_train_epochs": None,
+        "gradient_accumulation_steps": 1,
+        "network_dropout": 0.0,
+        "num_batches": 4,
+        "resume": None,
+        "save_state": None,
+    }
+    args = parser.parse_args(list(flags))
+    for name, value in (own | changes).items():
+        setattr(args, name, value)
+    return args
+
+
+@pytest.fixture
+def run(toy_folder, toy_contextualizer):
+    """Train a stub host; returns the trainer and the text encoder."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from mlm_plugin.models.text_encoder import TextEncoder
+
+    def run(*flags, host=StubTrainer, arch="sd", plain=False, **changes):
+        text_encoder = TextEncoder(
+            CLIPTokenizer.from_pretrained(toy_folder / "tokenizer"),
+            CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval(),
+        )
+        args = parse("--mlm_contextualizer", str(toy_contextualizer), *flags, **changes)
+        trainer = host() if plain else with_mlm(host, arch=arch)()
+        trainer.train(args, text_encoder)
+        return trainer, text_encoder
+
+    return run
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.network.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# --- the network trainers ---------------------------------------------------------------------
+
+
+def test_at_weight_0_the_run_is_the_plain_one_bit_for_bit(run):
+    plain, _ = run(plain=True)
+    zero, _ = run("--mlm_loss_weight", "0")
+    assert same(weights(plain), weights(zero))
+    assert plain.losses == zero.losses
+    assert plain.logs == zero.logs
+    assert zero.metadata == {}
+
+
+@pytest.mark.parametrize("host", [StubTrainer, KeywordTrainer, LaterTrainer])
+def test_the_term_is_added_whatever_the_order_of_the_arguments(run, host):
+    plain, _ = run(plain=True, host=host)
+    ours, _ = run("--mlm_loss_weight", "0.5", host=host)
+    first = ours.logs[0]
+    assert first["loss/diffusion"] == pytest.approx(plain.losses[0])
+    assert first["loss/current"] == pytest.approx(
+        first["loss/diffusion"] + 0.5 * first["loss/mlm"], rel=1e-6
+    )
+    assert first["loss/mlm_weighted"] == pytest.approx(0.5 * first["loss/mlm"])
+    assert 0 <= first["mlm/accuracy"] <= 1
+    assert not torch.equal(weights(plain)["up"], weights(ours)["up"])
+
+
+def test_gradients_reach_only_what_is_trained(run):
+    _, before = run(plain=True, num_batches=0)
+    _, after = run("--mlm_loss_weight", "0.5")
+    assert same(before.model.state_dict(), after.model.state_dict())
+    assert all(parameter.grad is None for parameter in after.model.parameters())
+
+
+def test_the_host_draws_the_same_noise_with_and_without_the_term(run):
+    plain, _ = run(plain=True, network_dropout=0.5)
+    ours, _ = run("--mlm_loss_weight", "0.5", network_dropout=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(plain.noises, ours.noises, strict=True))
+
+
+def test_validation_losses_hold_no_term(run):
+    plain, _ = run(plain=True, learning_rate=0.0, num_batches=1)
+    ours, _ = run("--mlm_loss_weight", "0.5", text_encoder_lr=1e-9, learning_rate=0.0)
+    assert ours.validation_losses[0] == plain.validation_losses[0]
+
+
+def test_the_schedule_goes_by_optimizer_steps_of_its_own(run):
+    trainer, _ = run(
+        *("--mlm_loss_weight", "0.5", "--mlm_start_step", "1", "--mlm_every_n_steps", "2"),
+        num_batches=8,
+        gradient_accumulation_steps=2,
+    )
+    acts = ["loss/mlm" in logs for logs in trainer.logs]
+    assert acts == [False, False, True, True, False, False, True, True]
+    assert trainer.logs[2]["loss/mlm_weighted"] == pytest.approx(trainer.logs[2]["loss/mlm"])
+    assert (trainer.mlm.step, trainer.mlm.call) == (4, 8)
+
+
+def test_counters_are_saved_beside_the_state_and_go_on(run, tmp_path):
+    state = str(tmp_path / "state")
+    run("--mlm_loss_weight", "0.5", save_state=state, num_batches=3)
+    assert json.loads((tmp_path / "state" / STATE_FILE).read_text()) == {"step": 3, "call": 3}
+    resumed, _ = run("--mlm_loss_weight", "0.5", resume=state, num_batches=1)
+    assert resumed.mlm.step == 4
+    plain, _ = run(plain=True, resume=state, num_batches=1)  # a plain run loads it too
+    assert len(plain.losses) == 1
+
+
+def test_the_state_of_a_plain_run_is_loaded_and_counted_from_0(run, tmp_path):
+    state = str(tmp_path / "state")
+    run(plain=True, save_state=state)
+    resumed, _ = run("--mlm_loss_weight", "0.5", resume=state, num_batches=2)
+    assert resumed.mlm.step == 2
+
+
+def test_the_metadata_says_what_was_done(run):
+    trainer, _ = run("--mlm_loss_weight", "0.5", num_batches=1)
+    metadata = trainer.metadata
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert metadata["ss_mlm_loss_weight"] == "0.5"
+    assert metadata["ss_mlm_placeholder_token"] == "sks"
+    assert metadata["ss_mlm_class_token"] == "dog"
+    assert metadata["ss_mlm_prompt_set"] == "living"
+    assert metadata["ss_mlm_seed"] == "3"
+    assert len(metadata["ss_mlm_contextualizer"]) == 16
+
+
+def test_prompts_can_be_the_captions_of_the_data(run):
+    trainer, _ = run("--mlm_loss_weight", "0.5", "--mlm_prompt_set", "captions", num_batches=1)
+    regularizer = trainer.mlm._regularizer
+    assert regularizer.sample_prompt(random.Random(0)) == "a photo of sks dog in the snow"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"network_train_unet_only": True}, "network_train_unet_only"),
+        ({"cache_text_encoder_outputs": True}, "cache_text_encoder_outputs"),
+        ({"text_encoder_lr": 0}, "text_encoder_lr = 0"),
+        ({"text_encoder_lr": [0.0, 0.0]}, "text_encoder_lr = 0"),
+        ({"learning_rate": 0.0}, "learning_rate = 0"),
+        ({"learning_rate": 0.0, "text_encoder_lr": []}, "learning_rate = 0"),
+    ],
+)
+def test_runs_without_a_gradient_are_refused_with_the_reason(run, changes, reason):
+    with pytest.raises(UserError, match=reason):
+        run("--mlm_loss_weight", "0.5", **changes)
+    run("--mlm_loss_weight", "0", **changes)
+
+
+def test_a_network_without_text_encoder_modules_is_refused(run):
+    class UNetOnly(StubTrainer):
+        def post_process_network(self, args, accelerator, network, text_encoders, unet):
+            network.text_encoder_loras = []
+
+    with pytest.raises(UserError, match="no text-encoder modules"):
+        run("--mlm_loss_weight", "0.5", host=UNetOnly)
+
+
+def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step(run):
+    class Frozen(StubTrainer):
+        def post_process_network(self, args, accelerator, network, text_encoders, unet):
+            del network.text_encoder_loras
+            network.apply_to = lambda: None
+
+        def process_batch(self, *args, **kwargs):
+            return self.network.unet * 1.0
+
+        process_batch.__signature__ = inspect.signature(StubTrainer.process_batch)
+
+    with pytest.raises(UserError, match="no trained weight"):
+        run("--mlm_loss_weight", "0.5", host=Frozen)
+
+
+def test_text_encoders_that_are_not_clip_are_left_alone(run):
+    class Other(StubTrainer):
+        def post_process_network(self, args, accelerator, network, text_encoders, unet):
+            text_encoders[0].config.model_type = "t5"
+
+    with pytest.raises(UserError, match="no CLIP text encoder"):
+        run("--mlm_loss_weight", "0.5", host=Other)
+
+
+@pytest.mark.parametrize("name", ["process_batch", "post_process_network", "update_metadata"])
+def test_a_trainer_of_another_shape_is_refused(name):
+    changed = type("NetworkTrainer", (StubTrainer,), {name: lambda self, batch: None})
+    with pytest.raises(UserError, match=f"NetworkTrainer.{name} lacks"):
+        with_mlm(changed, arch="sd")
+
+
+# --- SD 3 and FLUX ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raw_contextualizer(toy_folder, tmp_path_factory):
+    """A contextualizer for the state before the last layer, without the final norm."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    path = tmp_path_factory.mktemp("contextualizer") / "raw.safetensors"
+    text_encoder = wrap_text_encoder(
+        CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval(),
+        CLIPTokenizer.from_pretrained(toy_folder / "tokenizer"),
+        arch="sd3",
+        clip_skip=None,
+    )
+    options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
+    pretrain(text_encoder, path, options=options, show_progress=False)
+    return str(path)
+
+
+@pytest.fixture
+def run_sd3(run, raw_contextualizer):
+    def run_sd3(*flags, **changes):
+        weight = ("--mlm_loss_weight", "0.5")
+        files = ("--mlm_contextualizer", f"{raw_contextualizer},{raw_contextualizer}")
+        return run(*weight, *files, *flags, host=StubSd3Trainer, arch="sd3", **changes)[0]
+
+    return run_sd3
+
+
+def tapped_clips(trainer):
+    return [text_encoder.model for text_encoder, _ in trainer.mlm.encoders]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_sd3_hears_the_term_in_both_clip_encoders_whether_t5_is_cached_or_not(run_sd3, cached):
+    trainer = run_sd3(cache_text_encoder_outputs=cached)
+    assert tapped_clips(trainer) == trainer.clips
+    assert all("loss/mlm" in logs for logs in trainer.logs)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_flux_hears_the_term_in_clip_whether_t5_is_cached_or_not(run, cached):
+    trainer, _ = run(
+        *("--mlm_loss_weight", "0.5"),
+        **{"host": StubFluxTrainer, "arch": "flux", "cache_text_encoder_outputs": cached},
+        clip_skip=2,  # not read by FLUX
+    )
+    assert tapped_clips(trainer) == trainer.clips
+    assert all("loss/mlm" in logs for logs in trainer.logs)
+
+
+def test_a_clip_encoder_with_rate_0_is_left_out(run_sd3):
+    trainer = run_sd3(text_encoder_lr=[1e-4, 0.0])
+    assert tapped_clips(trainer) == trainer.clips[:1]
+
+
+def test_a_rate_for_t5_alone_trains_no_clip_encoder(run_sd3):
+    with pytest.raises(UserError, match="no CLIP text encoder is trained"):
+        run_sd3(text_encoder_lr=[0.0, 0.0, 1e-4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"network_train_unet_only": True}, "network_train_unet_only"),
+        ({"model_type": "chroma"}, "model_type = chroma"),
+        ({"text_encoder_lr": [0.0]}, "text_encoder_lr = 0"),
+    ],
+)
+def test_runs_of_flux_that_train_no_clip_encoder_are_refused(run, changes, reason):
+    with pytest.raises(UserError, match=reason) as caught:
+        run("--mlm_loss_weight", "0.5", host=StubFluxTrainer, arch="flux", **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_networks_without_a_rate_for_each_encoder_use_the_first():
+    args = argparse.Namespace(learning_rate=1.0, text_encoder_lr=[0.5, 0.25])
+    one = SimpleNamespace()
+    each = SimpleNamespace(prepare_optimizer_params_with_multiple_te_lrs=None)
+    assert text_encoder_rates(args, one, count=3) == [0.5, 0.5, 0.5]
+    assert text_encoder_rates(args, each, count=3) == [0.5, 0.25, 0.25]
+    args.text_encoder_lr = []
+    assert text_encoder_rates(args, each, count=2) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["sd3", "flux"])
+def test_contextualizers_are_made_for_half_weights_which_stay_as_they_were(
+    toy_text_encoder, tmp_path, monkeypatch, arch, dtype
+):
+    monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
+    small = PretrainOptions(max_train_steps=2, batch_size=4, eval_every_n_steps=2, num_held_out=8)
+    monkeypatch.setattr(mlm_setup, "SMALL_ENCODER", small)
+    model = toy_text_encoder.model.to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=3)
+    wrapped = wrap_text_encoder(model, toy_text_encoder.tokenizer, arch=arch, clip_skip=None)
+    term.add_text_encoder(wrapped, Accelerator(cpu=True))
+    assert {value.dtype for value in model.parameters()} == {dtype}
+    assert same(before, model.state_dict())
+
+
+# --- scripts whose loop is a function ---------------------------------------------------------
+
+
+class StubStrategy:
+    def encode_tokens(self, tokenize_strategy, models, tokens):
+        return [models[0](tokens)[0]]
+
+
+def train_whole_model(args, text_encoder, *, freeze_from=None):
+    """The loop of train_db.py, without a U-Net."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    model = text_encoder.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(StubData()))
+    ids = text_encoder.tokenize(["a photo of sks dog"])[:, 0]
+    logs = []
+    tracker = SimpleNamespace(name="list", log=lambda values, step: logs.append(values))
+    accelerator.trackers = [tracker]
+    shift = torch.zeros((), requires_grad=True)
+    for step in range(args.num_batches):
+        with torch.set_grad_enabled(freeze_from is None or step < freeze_from):
+            (states,) = StubStrategy().encode_tokens(None, [model], ids)
+        loss = ((states + shift) ** 2).mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        accelerator.log({"loss": loss.item()}, step=step)
+    accelerator.log({"loss/epoch": 0.0}, step=1)
+    return logs
+
+
+@pytest.fixture
+def term(toy_contextualizer):
+    return MLMTerm(
+        MLMOptions(mlm_loss_weight=0.5, mlm_contextualizer=str(toy_contextualizer)), seed=3
+    )
+
+
+def tapped(term, text_encoder):
+    return tapped_models(
+        term, arch="sd", clip_skip=None, tokenizers=lambda: [text_encoder.tokenizer]
+    )
+
+
+def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder):
+    originals = (Accelerator.backward, Accelerator.log, Accelerator.prepare)
+    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+        logs = train_whole_model(parse(num_batches=3), toy_text_encoder)
+    assert (Accelerator.backward, Accelerator.log, Accelerator.prepare) == originals
+    assert [set(values) for values in logs[:3]] == [
+        {"loss", "loss/diffusion", "loss/mlm", "loss/mlm_weighted", "mlm/accuracy"}
+    ] * 3
+    assert set(logs[3]) == {"loss/epoch"}
+    assert logs[0]["loss"] == logs[0]["loss/diffusion"]
+    assert (term.step, term.call) == (3, 3)
+    assert [concept.text for concept in term.concepts] == ["sks dog"]
+
+
+def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+        train_whole_model(parse(num_batches=4), toy_text_encoder, freeze_from=2)
+    assert term.call == 2
+
+
+def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+        with pytest.raises(UserError, match="does not train the text encoder"):
+            train_whole_model(parse(), toy_text_encoder, freeze_from=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train_text_encoder": False}, "without train_text_encoder"),
+        ({"cache_text_encoder_outputs": True}, "cache_text_encoder_outputs"),
+        ({"stop_text_encoder_training": -1}, "stop_text_encoder_training = -1"),
+        ({"learning_rate_te": 0}, "learning_rate_te = 0"),
+        ({"train_text_encoder": True, "learning_rate_te1": 0, "learning_rate_te2": 0.0}, "te1 and"),
+    ],
+)
+def test_scripts_that_leave_the_text_encoder_alone_are_refused(changes, reason):
+    args = argparse.Namespace(learning_rate=1e-4, **changes)
+    assert reason in script_obstacle(args)
+
+
+def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
+    args = argparse.Namespace(
+        learning_rate=1e-4, train_text_encoder=True, learning_rate_te1=0.0, learning_rate_te2=None
+    )
+    assert script_obstacle(args) is None
+    args = argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])
+    assert network_obstacle(args, arch="sdxl") is None
+
+
+# --- textual inversion ------------------------------------------------------------------------
+
+
+class StubEmbeddingTrainer:
+    """sd-scripts v0.10.1 ``TextualInversionTrainer``: a loop of its own, a growing vocabulary."""
+
+    def __init__(self, text_encoder):
+        self.text_encoder = text_encoder
+
+    def get_tokenizers(self, tokenize_strategy):
+        return [tokenize_strategy.tokenizer]
+
+    def load_target_model(self, args, weight_dtype, accelerator):
+        return "sd_v1", [self.text_encoder.model], None, None
+
+    def save_weights(self, file, updated_embs, save_dtype, metadata):
+        self.saved = metadata
+
+    def train(self, args):
+        (tokenizer,) = self.get_tokenizers(self.text_encoder)
+        accelerator = Accelerator(cpu=True)
+        _, (model,), _, _ = self.load_target_model(args, None, accelerator)
+        tokenizer.add_tokens(["zxq", "zxq1"])
+        model.resize_token_embeddings(len(tokenizer))
+        embedding = model.get_input_embeddings()
+        optimizer, loader = accelerator.prepare(
+            torch.optim.SGD(embedding.parameters(), lr=0.1), DataLoader(StubData("zxq"))
+        )
+        model = accelerator.prepare(model)
+        model.requires_grad_(False)
+        embedding.requires_grad_(True)
+        ids = self.text_encoder.tokenize(["a photo of zxq zxq1"])[:, 0]
+        for _ in range(args.num_batches):
+            (states,) = StubStrategy().encode_tokens(None, [model], ids)
+            accelerator.backward((states**2).mean())
+            self.gradient = embedding.weight.grad[-2:].clone()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.save_weights("x.safetensors", None, None, {"modelspec.title": "x"})
+
+
+def embedding_run(text_encoder, contextualizer, *flags):
+    args = parse(
+        *("--mlm_contextualizer", str(contextualizer), *flags),
+        token_string="zxq",
+        num_vectors_per_token=2,
+        num_batches=2,
+    )
+    trainer = with_mlm_embedding(StubEmbeddingTrainer, arch="sd", strategies=[StubStrategy])(
+        text_encoder
+    )
+    trainer.train(args)
+    return trainer
+
+
+def test_textual_inversion_learns_its_rows_with_the_term(toy_text_encoder, toy_contextualizer):
+    flags = ("--class_token", "dog", "--mlm_loss_weight", "0.5")
+    trainer = embedding_run(toy_text_encoder, toy_contextualizer, *flags)
+    assert trainer.mlm.call == 2
+    assert trainer.saved["modelspec.title"] == "x"
+    assert trainer.saved["ss_mlm_placeholder_token"] == "zxq zxq1"
+    (tap,) = trainer.mlm._regularizer.taps
+    assert len(tap.token_table) == tap.contextualizer.sizes.vocab_size
+    first, second = (
+        toy_text_encoder.tokenizer.convert_tokens_to_ids(word) for word in ("zxq", "zxq1")
+    )
+    assert {(first,), (second,)} <= tap.vocabulary.protected
+    assert trainer.gradient.abs().sum() > 0
+
+
+def test_textual_inversion_at_weight_0_is_the_plain_run(toy_text_encoder, toy_contextualizer):
+    trainer = embedding_run(toy_text_encoder, toy_contextualizer, "--mlm_loss_weight", "0")
+    assert trainer.mlm is None
+    assert trainer.saved == {"modelspec.title": "x"}
+
+
+# --- what is tapped ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "clip_skip"), [("sd", None), ("sd", 2), ("sdxl", None), ("sd3", None), ("flux", 2)]
+)
+def test_the_states_are_those_that_the_unet_sees(toy_text_encoder, arch, clip_skip):
+    model = toy_text_encoder.model
+    ids = toy_text_encoder.tokenize(["a photo of a dog"])[:, 0]
+    output = model(ids, output_hidden_states=True, return_dict=True)
+    expected = {
+        ("sd", None): output.last_hidden_state,
+        ("sd", 2): toy_text_encoder.body.final_layer_norm(output.hidden_states[-2]),
+        ("sdxl", None): output.hidden_states[-2],
+        ("sd3", None): output.hidden_states[-2],
+        ("flux", 2): output.last_hidden_state,
+    }[arch, clip_skip]
+    wrapped = wrap_text_encoder(model, toy_text_encoder.tokenizer, arch=arch, clip_skip=clip_skip)
+    torch.testing.assert_close(wrapped.encode(ids), expected)
+
+
+def test_what_flux_sees_is_the_tapped_state_at_the_end_of_the_text(toy_text_encoder):
+    model, tokenizer = toy_text_encoder.model, toy_text_encoder.tokenizer
+    ids = toy_text_encoder.tokenize(["a photo of a dog"])[:, 0]
+    end = (ids == tokenizer.eos_token_id).int().argmax(dim=-1)
+    states = wrap_text_encoder(model, tokenizer, arch="flux", clip_skip=None).encode(ids)
+    torch.testing.assert_close(states[0, end], model(ids).pooler_output)
+
+
+def test_every_way_to_read_an_encoder_has_its_own_contextualizer(toy_text_encoder):
+    model, tokenizer = toy_text_encoder.model, toy_text_encoder.tokenizer
+    prints = {
+        wrap_text_encoder(model, tokenizer, arch=arch, clip_skip=skip).fingerprint()
+        for arch, skip in (("sd", None), ("sd", 2), ("sdxl", None))
+    }
+    assert len(prints) == 3
+    one = wrap_text_encoder(model, tokenizer, arch="sd", clip_skip=1).fingerprint()
+    assert one == toy_text_encoder.fingerprint()
+
+
+def test_two_encoders_need_two_contextualizer_files(toy_text_encoder, toy_contextualizer):
+    options = MLMOptions(mlm_contextualizer=str(toy_contextualizer))
+    term, accelerator = MLMTerm(options, seed=0), Accelerator(cpu=True)
+    term.add_text_encoder(toy_text_encoder, accelerator)
+    with pytest.raises(UserError, match="names 1 file"):
+        term.add_text_encoder(toy_text_encoder, accelerator)
+    both = f"{toy_contextualizer},{toy_contextualizer}"
+    term = MLMTerm(MLMOptions(mlm_contextualizer=both), seed=0)
+    for _ in range(2):
+        term.add_text_encoder(toy_text_encoder, accelerator)
+    assert len(term.encoders) == 2
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+def test_values_of_a_toml_are_brought_to_their_type():
+    args = parse(mlm_loss_weight="1e-2", placeholder_token="sks", mlm_batch_size=4.0)
+    options = read_mlm_options(args)
+    assert options.mlm_loss_weight == 0.01
+    assert options.placeholder_token == ("sks",)
+    assert options.mlm_batch_size == 4
+
+
+def test_token_string_names_the_placeholder():
+    assert read_mlm_options(parse(token_string="zxq")).placeholder_token == ("zxq",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlm_wieght": 1}, "unknown key 'mlm_wieght'"),
+        ({"mlm_loss_weight": "much"}, "mlm_loss_weight = 'much'"),
+        ({"mlm_probability": 1.5}, "mlm_probability = 1.5"),
+        ({"mlm_joint_share": 2}, "mlm_joint_share = 2"),
+        ({"mlm_start_step": 3, "mlm_end_step": 3}, "mlm_end_step = 3"),
+        ({"mlm_start_step": 4}, "lies behind the end"),
+    ],
+)
+def test_bad_options_are_one_line(changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_mlm_options(parse(**changes))
+    assert "\n" not in str(caught.value)
+
+
+# --- where the checkout is --------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    root = tmp_path / "sd-scripts"
+    (root / "library").mkdir(parents=True)
+    (root / "train_network.py").write_text("class NetworkTrainer:\n    def process_batch(self):\n")
+    return root
+
+
+def options_of(*argv):
+    return launch_options(argv)
+
+
+def test_without_a_checkout_the_standalone_trainer_runs(tmp_path):
+    assert find_checkout(options_of(), script=tmp_path / "x.py", environment={}) is None
+
+
+def test_a_checkout_is_found_by_flag_toml_environment_and_place(checkout, tmp_path):
+    elsewhere = tmp_path / "x.py"
+    flag = options_of("--sd_scripts_dir", str(checkout))
+    assert find_checkout(flag, script=elsewhere, environment={}) == checkout
+    (tmp_path / "run.toml").write_text(f"[mlm]\nsd_scripts_dir = '{checkout.as_posix()}'\n")
+    toml = options_of("--config_file", str(tmp_path / "run"))
+    assert find_checkout(toml, script=elsewhere, environment={}) == checkout
+    named = {"SD_SCRIPTS_DIR": str(checkout)}
+    assert find_checkout(options_of(), script=elsewhere, environment=named) == checkout
+    beside = checkout / "train_network_mlm.py"
+    assert find_checkout(options_of(), script=beside, environment={}) == checkout
+    alone = options_of("--host", "standalone", "--sd_scripts_dir", str(checkout))
+    assert find_checkout(alone, script=beside, environment=named) is None
+
+
+def test_a_flag_wins_over_the_toml(tmp_path):
+    (tmp_path / "run.toml").write_text('method = "dreambooth"\n[a]\nmlm_arch = "sdxl"\n')
+    options = options_of("--config_file", str(tmp_path / "run.toml"), "--mlm_arch", "sd")
+    assert (options.method, options.mlm_arch) == ("dreambooth", "sd")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sd_scripts_dir", "nowhere"], "no checkout of sd-scripts"),
+        (["--host", "sd-scripts"], "--host sd-scripts: where is it"),
+        (["--host", "kohya"], "host = 'kohya' is not allowed"),
+        (["--mlm_arch", "sd1"], "mlm_arch = 'sd1' is not allowed"),
+    ],
+)
+def test_a_wrong_place_is_one_line_and_exit_code_2(flags, message, capsys):
+    assert train_main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_checkout_without_the_seam_is_too_old(checkout):
+    (checkout / "train_network.py").write_text("class NetworkTrainer: ...\n")
+    with pytest.raises(UserError, match="too old"):
+        find_checkout(options_of("--sd_scripts_dir", str(checkout)), script="x.py", environment={})
+
+
+def test_libraries_of_another_major_version_are_refused_others_named(checkout, monkeypatch, caplog):
+    pins = "transformers==4.54.1\ndiffusers[torch]==0.32.1\n# accelerate==9.9\neinops==0.7.0\n"
+    (checkout / "requirements.txt").write_text(pins)
+    installed = {"transformers": "4.55.0", "diffusers": "0.32.1+local"}
+    monkeypatch.setattr(locate.importlib.metadata, "version", lambda name: installed[name])
+    monkeypatch.setattr(locate.logger, "propagate", True)
+    check_libraries(checkout)
+    assert "transformers 4.55.0 (wanted 4.54.1)" in caplog.text
+    assert "diffusers" not in caplog.text
+    installed["transformers"] = "5.6.0"
+    with pytest.raises(UserError, match="transformers 5.6.0 is installed"):
+        check_libraries(checkout)
+
+
+def test_a_missing_library_is_named(checkout, monkeypatch):
+    (checkout / "requirements.txt").write_text("transformers==4.54.1\n")
+
+    def version(name):
+        raise locate.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(locate.importlib.metadata, "version", version)
+    with pytest.raises(UserError, match="transformers is not installed"):
+        check_libraries(checkout)
+
+
+# --- which script -----------------------------------------------------------------------------
+
+
+def launch(**changes):
+    defaults = LaunchOptions("auto", None, "lora", "auto", None, None)
+    return choose_script(defaults._replace(**changes)).file
+
+
+def test_method_and_architecture_choose_the_script():
+    assert launch() == "train_network.py"
+    assert launch(mlm_arch="sdxl") == "sdxl_train_network.py"
+    assert launch(mlm_arch="sd3") == "sd3_train_network.py"
+    assert launch(mlm_arch="flux") == "flux_train_network.py"
+    assert launch(method="dreambooth") == "train_db.py"
+    assert launch(method="dreambooth", mlm_arch="sdxl") == "sdxl_train.py"
+    assert launch(method="textual_inversion") == "train_textual_inversion.py"
+    assert launch(mlm_script="fine_tune") == "fine_tune.py"
+    assert {script.file for script in SCRIPTS} >= {"fine_tune.py", "train_db.py"}
+
+
+@pytest.mark.parametrize("method", ["xti", "custom_diffusion", "pivotal"])
+def test_methods_that_kohya_does_not_have_live_in_the_standalone_trainer(method):
+    with pytest.raises(UserError, match="--host standalone"):
+        launch(method=method)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlm_arch": "flux", "method": "dreambooth"},
+        {"mlm_arch": "sd3", "method": "textual_inversion"},
+        {"mlm_script": "gen_img.py"},
+    ],
+)
+def test_scripts_without_a_place_for_the_term_are_refused(changes):
+    with pytest.raises(UserError, match="the MLM term"):
+        launch(**changes)
+
+
+@pytest.mark.parametrize(
+    ("key", "arch"),
+    [
+        ("cond_stage_model.transformer.x", "sd"),
+        ("conditioner.embedders.1.model.x", "sdxl"),
+        ("model.diffusion_model.joint_blocks.0.x", "sd3"),
+        ("double_blocks.0.img_attn.x", "flux"),
+        ("single_transformer_blocks.0.attn.x", "flux"),
+    ],
+)
+def test_a_file_says_its_architecture_by_its_names(tmp_path, key, arch):
+    for name in ("model.safetensors", "model.sft"):
+        save_file({key: torch.zeros(1)}, tmp_path / name)
+        assert architecture_of(str(tmp_path / name)) == arch
+
+
+def test_a_folder_says_its_architecture_by_its_pipeline(tmp_path, toy_folder):
+    assert architecture_of(str(toy_folder)) == "sd"
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    assert architecture_of(str(tmp_path)) == "sdxl"
+
+
+def test_an_unknown_model_is_asked_about():
+    with pytest.raises(UserError, match="--mlm_arch"):
+        architecture_of("someone/some-model")
+
+
+def test_importing_the_host_needs_no_sd_scripts():
+    code = (
+        "import sys\n"
+        "from mlm_plugin.sd_scripts import arguments, launch, locate, mixin, seams, term\n"
+        "print([m for m in ('library', 'train_network', 'peft') if m in sys.modules])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE
+    ).stdout
+    assert output.strip() == "[]"

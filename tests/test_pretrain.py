@@ -1,0 +1,208 @@
+"""Pretraining: it learns, its split is clean, it resumes to the same file."""
+
+import dataclasses
+import os
+import random
+import re
+import signal
+import sys
+
+import pytest
+import torch
+
+from mlm_plugin.config.pretraining import PretrainOptions, parse_pretrain
+from mlm_plugin.errors import UserError
+from mlm_plugin.mlm.contextualizer import load_contextualizer
+from mlm_plugin.pretrain import (
+    Corpus,
+    Interrupted,
+    learning_rate_share,
+    pretrain,
+    read_caption_files,
+)
+
+pretrain_module = sys.modules[pretrain.__module__]
+
+SMALL = PretrainOptions(
+    max_train_steps=20,
+    batch_size=16,
+    warmup_steps=5,
+    eval_every_n_steps=10,
+    num_held_out=32,
+    width=64,
+    num_layers=1,
+)
+
+
+def run(text_encoder, path, **changes):
+    return pretrain(
+        text_encoder, path, options=dataclasses.replace(SMALL, **changes), show_progress=False
+    )
+
+
+def test_it_learns_to_name_words_that_their_context_tells(toy_text_encoder, tmp_path):
+    """Captions in which one word fixes the other, in combinations that were not trained on."""
+    animals = ("cat", "dog", "horse", "bird", "fish", "bear", "fox", "owl")
+    places = ("beach", "forest", "street", "kitchen", "river", "garden", "tower", "bridge")
+    times = ("morning", "evening", "summer", "winter", "rain", "snow", "night", "autumn")
+    captions = [
+        f"{animal} {animal} {place} {place} {time} {time}"
+        for animal in animals
+        for place in places
+        for time in times
+    ]
+    scores = pretrain(
+        toy_text_encoder,
+        tmp_path / "c.safetensors",
+        options=dataclasses.replace(
+            SMALL, max_train_steps=300, batch_size=32, eval_every_n_steps=150, learning_rate=3e-3
+        ),
+        captions=captions,
+        show_progress=False,
+    )
+    assert scores.families["captions"].accuracy > 0.25  # knowing the position alone gives 1/8
+    assert len(scores.families) > 5
+    assert all(0 <= family.accuracy <= 1 for family in scores.families.values())
+    assert min(family.loss for family in scores.families.values()) <= scores.loss
+    assert max(family.loss for family in scores.families.values()) >= scores.loss
+
+
+def test_the_file_fits_the_text_encoder_and_says_how_good_it_is(toy_text_encoder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    before = {k: v.clone() for k, v in toy_text_encoder.model.state_dict().items()}
+    scores = run(toy_text_encoder, path)
+    network, facts = load_contextualizer(path, toy_text_encoder)
+    assert facts.accuracy == scores.accuracy
+    assert facts.num_steps == 20
+    assert facts.training["batch_size"] == 16
+    assert torch.isfinite(network.mask_vector).all()
+    start = toy_text_encoder.token_embedding.weight.mean(dim=0)
+    assert not torch.allclose(network.mask_vector, start)  # the vector is trained too
+    for name, tensor in toy_text_encoder.model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+    assert all(p.requires_grad for p in toy_text_encoder.model.parameters())
+    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def interrupt_at(step, number, monkeypatch):
+    """Send this process a signal while a pretraining is in ``step``."""
+    train_step = pretrain_module._Run.train_step
+
+    def train_and_interrupt(self):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return train_step(self)
+
+    monkeypatch.setattr(pretrain_module._Run, "train_step", train_and_interrupt)
+
+
+def test_an_interrupted_pretraining_ends_like_a_straight_one(
+    toy_text_encoder, tmp_path, monkeypatch
+):
+    run(toy_text_encoder, tmp_path / "straight.safetensors")
+    interrupt_at(7, signal.SIGINT, monkeypatch)
+    with pytest.raises(Interrupted) as stopped:
+        run(toy_text_encoder, tmp_path / "broken.safetensors")
+    assert stopped.value.exit_code == 130
+    assert not (tmp_path / "broken.safetensors").exists()
+    monkeypatch.undo()
+    run(toy_text_encoder, tmp_path / "broken.safetensors")
+    straight, _ = load_contextualizer(tmp_path / "straight.safetensors", toy_text_encoder)
+    resumed, _ = load_contextualizer(tmp_path / "broken.safetensors", toy_text_encoder)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_a_state_of_other_settings_is_not_continued(toy_text_encoder, tmp_path, monkeypatch):
+    path = tmp_path / "c.safetensors"
+    interrupt_at(5, signal.SIGTERM, monkeypatch)
+    with pytest.raises(Interrupted) as stopped:
+        run(toy_text_encoder, path)
+    assert stopped.value.exit_code == 143
+    monkeypatch.undo()
+    run(toy_text_encoder, path, seed=1)
+    other = tmp_path / "other.safetensors"
+    run(toy_text_encoder, other, seed=1)
+    a, b = (load_contextualizer(file, toy_text_encoder)[0] for file in (path, other))
+    assert torch.equal(a.mask_vector, b.mask_vector)
+
+
+def test_it_stops_when_the_held_out_loss_is_flat(toy_text_encoder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    run(toy_text_encoder, path, max_train_steps=500, learning_rate=0.0, eval_every_n_steps=2,
+        patience=2, warmup_steps=1)  # fmt: skip
+    _, facts = load_contextualizer(path, toy_text_encoder)
+    assert facts.num_steps == 6  # one look that counts as a gain, two without
+
+
+def test_training_and_held_out_text_never_meet():
+    corpus = Corpus(["my own caption number one", "another caption of mine"] * 3)
+    rng = random.Random(0)
+    trained = {corpus.draw(rng, held_out=False)[0] for _ in range(2000)}
+    held_out = {corpus.draw(rng, held_out=True)[0] for _ in range(200)}
+    assert not trained & held_out
+    assert any("caption" in text for text in trained | held_out)
+    assert not any("sks" in text or "{}" in text for text in trained | held_out)
+
+
+def test_captions_are_drawn_as_often_as_asked():
+    corpus = Corpus(["a caption of mine"] * 40 + ["another one"] * 40, caption_share=1.0)
+    rng = random.Random(0)
+    assert {corpus.draw(rng, held_out=False)[1] for _ in range(50)} == {"captions"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--caption_share", "1.5", "--captions", "c.txt"], "--caption_share = 1.5"),
+        (["--caption_share", "0.9"], "--caption_share = 0.9: does nothing without --captions"),
+        (["--num_layers", "-1"], "--num_layers = -1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_in_one_line(flags, named):
+    argv = ["--pretrained_model_name_or_path", "toy", "--output", "c.safetensors", *flags]
+    with pytest.raises(UserError, match=re.escape(named)):
+        parse_pretrain(argv)
+
+
+def test_without_blocks_every_word_is_named_from_its_own_state(toy_text_encoder, tmp_path):
+    path = tmp_path / "c.safetensors"
+    run(toy_text_encoder, path, num_layers=0)
+    network, _ = load_contextualizer(path, toy_text_encoder)
+    states = torch.randn(1, 6, network.sizes.hidden_size)
+    changed = states.clone()
+    changed[:, 3] += 1.0
+    is_token, places = torch.ones(1, 6, dtype=torch.bool), torch.tensor([4])
+    table = toy_text_encoder.token_embedding.weight
+    before, after = (network(s, is_token, places, table) for s in (states, changed))
+    assert torch.equal(before, after)
+
+
+def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
+    options = PretrainOptions(max_train_steps=1000, warmup_steps=100)
+    assert learning_rate_share(0, options) == pytest.approx(0.01)
+    assert learning_rate_share(100, options) == pytest.approx(1.0)
+    assert learning_rate_share(550, options) == pytest.approx(0.55)
+    assert learning_rate_share(1000, options) == pytest.approx(0.1)
+
+
+def test_caption_files_are_read_and_bad_ones_are_named(tmp_path):
+    good = tmp_path / "good.txt"
+    good.write_text("a cat\n\n  a dog \n", encoding="utf-8")
+    assert read_caption_files([good]) == ["a cat", "a dog"]
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00\x81")
+    for path in (empty, binary, tmp_path / "absent.txt"):
+        with pytest.raises(UserError, match=path.name):
+            read_caption_files([path])
+
+
+def test_a_wide_text_encoder_reads_a_step_in_pieces(toy_text_encoder, tmp_path, monkeypatch):
+    """One prompt more or less at once is no other training: rates and masks are the same."""
+    whole = run(toy_text_encoder, tmp_path / "whole.safetensors", max_train_steps=3)
+    monkeypatch.setattr(pretrain_module, "WIDE", 8)
+    monkeypatch.setattr(pretrain_module, "PIECE", 4)
+    pieces = run(toy_text_encoder, tmp_path / "pieces.safetensors", max_train_steps=3)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)
