@@ -35,10 +35,7 @@ from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS, Method
-from mlm_plugin.mlm_setup import (
-    mlm_schedule,
-    trigger_of,
-)
+from mlm_plugin.mlm_setup import mlm_schedule, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.pretrain import Interrupted
 from mlm_plugin.setup.builtin_names import (
@@ -55,7 +52,6 @@ from mlm_plugin.setup.data import (
     print_report,
     require_placeholders,
 )
-from mlm_plugin.setup.mlm_run import create_regularizer, prepare_term
 from mlm_plugin.setup.models import (
     cache_latents,
     cached_captions,
@@ -66,6 +62,7 @@ from mlm_plugin.setup.models import (
 )
 from mlm_plugin.setup.sampling import SampleDrawer
 from mlm_plugin.setup.saving import RunRecord, Saver
+from mlm_plugin.setup.term import attach_term, prepare_term
 from mlm_plugin.setup.tracking import check_trackers, log_folder, start_trackers, tracker_kind
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
@@ -219,7 +216,7 @@ def build_trainer(
     curves = _curve_logger(config, models, accelerator)
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
-    regularizer = term and create_regularizer(term, method, rank=accelerator.process_index)
+    regularizer = term and attach_term(term, config, method, rank=accelerator.process_index)
     prepare_models(config, models, method)
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
         cache_latents(config, dataset, models, accelerator)
