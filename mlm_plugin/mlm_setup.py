@@ -23,11 +23,11 @@ from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.contextualizer_file import LoadedContextualizer, contextualizer_settings
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.contextualizer import Contextualizer
-from mlm_plugin.mlm.encoder import EncoderHandle
+from mlm_plugin.mlm.encoder import EncoderHandle, TeacherTarget
 from mlm_plugin.mlm.masking import MaskingVocabulary
 from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptSet
 from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
-from mlm_plugin.mlm.teacher import TeacherTarget, compute_teacher_targets
+from mlm_plugin.mlm.teacher import compute_teacher_targets
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of

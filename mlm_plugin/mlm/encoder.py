@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.mlm.masking import MASK_ID, MaskingVocabulary
 
-if TYPE_CHECKING:
-    from mlm_plugin.mlm.teacher import TeacherTarget
+__all__ = ["EncoderHandle", "TeacherTarget", "mask_embedding"]
 
-__all__ = ["EncoderHandle", "mask_embedding"]
+
+class TeacherTarget(NamedTuple):
+    """A masked prompt with the class word, and what was predicted at its masked tokens."""
+
+    text: str  # with the concept
+    class_ids: list[int]  # with the class word, up to its EOS
+    masked_ids: list[int]  # the same with MASK_ID where a token was masked
+    labels: list[int]  # masked ids, IGNORE_INDEX elsewhere
+    teacher_ND: Tensor  # the contextualizer's features, in the order of the masked tokens
 
 
 @dataclass

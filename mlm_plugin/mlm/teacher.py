@@ -18,12 +18,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mlm_plugin.mlm.encoder import EncoderHandle
+from mlm_plugin.mlm.encoder import EncoderHandle, TeacherTarget
 from mlm_plugin.mlm.losses import masked_positions
 from mlm_plugin.mlm.masking import (
     IGNORE_INDEX,
@@ -33,19 +32,9 @@ from mlm_plugin.mlm.masking import (
 )
 from mlm_plugin.mlm.prompts import PromptPair
 
-__all__ = ["TeacherTarget", "align_to_prompt", "compute_teacher_targets"]
+__all__ = ["align_to_prompt", "compute_teacher_targets"]
 
 BATCH_SIZE = 32
-
-
-class TeacherTarget(NamedTuple):
-    """A masked prompt with the class word, and what was predicted at its masked tokens."""
-
-    text: str  # with the concept
-    class_ids: list[int]  # with the class word, up to its EOS
-    masked_ids: list[int]  # the same with MASK_ID where a token was masked
-    labels: list[int]  # masked ids, IGNORE_INDEX elsewhere
-    teacher_ND: Tensor  # the contextualizer's features, in the order of the masked tokens
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -153,9 +152,7 @@ def make_regularizer(method):
         )
     contextualizer.start_from(table, torch.ones(len(table)))
     options = MLMOptions(mlm_batch_size=3, mlm_prompt_set="living")
-    encoder = encoder_handle(
-        text_encoder, contextualizer, CONCEPTS, tokenize=partial(method.mlm_ids, text_encoder)
-    )
+    encoder = encoder_handle(text_encoder, contextualizer, CONCEPTS, tokenize=method.mlm_ids)
     return build_regularizer([encoder], options, prompts=prompts_for(options, CONCEPTS), seed=SEED)
 
 
