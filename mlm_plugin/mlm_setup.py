@@ -285,8 +285,9 @@ def teacher_targets_for(
         return []
     rng = random.Random(f"readings/{seed}")
     pairs = [prompts.sample(rng) for _ in range(NUM_TARGETS)]
+    own_dtype = contextualizer.mask_vector.dtype  # half in a small file: it stays as it is
     return compute_teacher_targets(
-        encoder_handle(text_encoder, contextualizer, concepts),
+        encoder_handle(text_encoder, contextualizer, concepts, dtype=own_dtype),
         pairs,
         mlm_probability=options.mlm_probability,
         replace=options.mlm_replace,
