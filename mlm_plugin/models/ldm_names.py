@@ -12,7 +12,8 @@ SDXL has both text encoders: ``conditioner.embedders.0.transformer.*`` and ``.1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,16 +21,15 @@ from torch import Tensor
 
 __all__ = [
     "CLIP_PREFIX",
+    "LDM_PARTS",
     "OPEN_CLIP_PREFIX",
-    "SDXL_CLIP_PREFIX",
     "SDXL_OPEN_CLIP_PREFIX",
     "UNET_PREFIX",
     "VAE_PREFIX",
+    "LdmPart",
     "LdmTensor",
     "clip_names",
     "open_clip_names",
-    "sdxl_clip_names",
-    "sdxl_open_clip_names",
     "to_ldm",
     "unet_names",
     "vae_names",
@@ -72,7 +72,7 @@ OPEN_CLIP_LAYER = {
     "layer_norm2": "ln_2",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
+    "out_proj": "attn.out_proj",
 }
 OPEN_CLIP_TOP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -99,6 +99,18 @@ class LdmTensor(NamedTuple):
     key: str
     third: int | None = None
     transposed: bool = False
+
+
+class LdmPart(NamedTuple):
+    """Where a network lies in an LDM checkpoint.
+
+    Attributes:
+        prefix: of all its tensors there.
+        places: a place for each of its weight names; takes all of them.
+    """
+
+    prefix: str
+    places: Callable[[Iterable[str]], dict[str, LdmTensor]]
 
 
 def unet_names(names: Iterable[str]) -> dict[str, LdmTensor]:
@@ -134,45 +146,32 @@ def vae_names(names: Iterable[str]) -> dict[str, LdmTensor]:
     return {name: LdmTensor(VAE_PREFIX + _vae_name(name, num_ups)) for name in names}
 
 
-def clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """LDM place of each ``CLIPTextModel`` weight in an SD 1.x checkpoint.
+def clip_names(names: Iterable[str], *, prefix: str = CLIP_PREFIX) -> dict[str, LdmTensor]:
+    """LDM place of each ``CLIPTextModel`` weight in an SD 1.x checkpoint, or below ``prefix``.
 
     ``names`` may be nested (``text_model.``, transformers < 5.6) or flat; LDM's are nested.
     """
-    return _clip_places(names, CLIP_PREFIX)
+    return {name: LdmTensor(f"{prefix}text_model.{_flat(name)}") for name in names}
 
 
-def sdxl_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """The same for the first text encoder of an SDXL checkpoint."""
-    return _clip_places(names, SDXL_CLIP_PREFIX)
+def open_clip_names(
+    names: Iterable[str], *, prefix: str = OPEN_CLIP_PREFIX
+) -> dict[str, LdmTensor]:
+    """OpenCLIP place of each CLIP text model's weight in an SD 2.x checkpoint, or below ``prefix``.
 
-
-def open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """OpenCLIP place of each ``CLIPTextModel`` weight in an SD 2.x checkpoint.
-
-    The checkpoint has one layer more than the text model: SD 2.x uses the state before the last.
-
-    Raises:
-        ValueError: a name that CLIP text models do not have.
-
-    Source: mlfoundations/open_clip ``src/open_clip/transformer.py`` ``ResidualAttentionBlock``.
-    """
-    return {name: _open_clip_place(_flat(name), OPEN_CLIP_PREFIX) for name in names}
-
-
-def sdxl_open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """The same for ``CLIPTextModelWithProjection``, the second text encoder of an SDXL checkpoint.
-
-    It has all layers, and the projection as OpenCLIP applies it: ``x @ text_projection``.
-    sd-scripts reads and writes that matrix as it lies, so it computes with the transposed one.
+    SD 2.x has one layer more than its text model: it uses the state before the last. SDXL has no
+    layer more, and the projection of ``CLIPTextModelWithProjection`` as OpenCLIP applies it:
+    ``x @ text_projection``. sd-scripts reads and writes that matrix as it lies, so it computes with
+    the transposed one.
 
     Raises:
         ValueError: a name that CLIP text models do not have.
 
-    Source: Stability-AI/generative-models ``sgm/modules/encoders/modules.py``
-    ``FrozenOpenCLIPEmbedder2``; diffusers ``loaders/single_file_utils.py``.
+    Source: mlfoundations/open_clip ``src/open_clip/transformer.py`` ``ResidualAttentionBlock``;
+    Stability-AI/generative-models ``sgm/modules/encoders/modules.py`` ``FrozenOpenCLIPEmbedder2``;
+    diffusers ``loaders/single_file_utils.py``.
     """
-    return {name: _open_clip_place(_flat(name), SDXL_OPEN_CLIP_PREFIX) for name in names}
+    return {name: _open_clip_place(_flat(name), prefix) for name in names}
 
 
 def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[str, Tensor]:
@@ -183,7 +182,7 @@ def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[
 
     Args:
         state: weights under library names.
-        names: a place for each of them, from ``unet_names`` and its sisters.
+        names: a place for each of them, as ``LdmPart.places`` gives them.
     """
     joined: dict[str, list[Tensor | None]] = {}
     for name, tensor in state.items():
@@ -240,10 +239,6 @@ def _inner(kind: str, rest: str, resnet: Mapping[str, str]) -> str:
     return f"{resnet.get(module, module)}.{leaf}" if kind == "resnets" else rest
 
 
-def _clip_places(names: Iterable[str], prefix: str) -> dict[str, LdmTensor]:
-    return {name: LdmTensor(f"{prefix}text_model.{_flat(name)}") for name in names}
-
-
 def _open_clip_place(name: str, prefix: str) -> LdmTensor:
     if name in OPEN_CLIP_TOP:
         return LdmTensor(prefix + OPEN_CLIP_TOP[name])
@@ -252,10 +247,10 @@ def _open_clip_place(name: str, prefix: str) -> LdmTensor:
     m = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if m is None:
         raise ValueError(f"no OpenCLIP name for the text encoder weight {name}")
-    layer = f"{prefix}transformer.resblocks.{m[1]}"
-    if m[2].removeprefix("self_attn.") in QKV:
-        return LdmTensor(f"{layer}.attn.in_proj_{m[3]}", QKV.index(m[2].removeprefix("self_attn.")))
-    return LdmTensor(f"{layer}.{OPEN_CLIP_LAYER[m[2]]}.{m[3]}")
+    layer, module = f"{prefix}transformer.resblocks.{m[1]}", m[2].removeprefix("self_attn.")
+    if module in QKV:
+        return LdmTensor(f"{layer}.attn.in_proj_{m[3]}", third=QKV.index(module))
+    return LdmTensor(f"{layer}.{OPEN_CLIP_LAYER[module]}.{m[3]}")
 
 
 def _flat(name: str) -> str:
@@ -264,3 +259,19 @@ def _flat(name: str) -> str:
 
 def _count(pattern: str, names: Iterable[str]) -> int:
     return 1 + max(int(m[1]) for name in names if (m := re.match(pattern, name)))
+
+
+UNET, VAE = LdmPart(UNET_PREFIX, unet_names), LdmPart(VAE_PREFIX, vae_names)
+LDM_PARTS = {
+    "sd_v1": {"unet": UNET, "text_encoder": LdmPart(CLIP_PREFIX, clip_names), "vae": VAE},
+    "sd_v2": {"unet": UNET, "text_encoder": LdmPart(OPEN_CLIP_PREFIX, open_clip_names), "vae": VAE},
+    "sdxl": {
+        "unet": UNET,
+        "text_encoder": LdmPart(SDXL_CLIP_PREFIX, partial(clip_names, prefix=SDXL_CLIP_PREFIX)),
+        "text_encoder_2": LdmPart(
+            SDXL_OPEN_CLIP_PREFIX, partial(open_clip_names, prefix=SDXL_OPEN_CLIP_PREFIX)
+        ),
+        "vae": VAE,
+    },
+}
+"""For each family, where its networks lie in a checkpoint, by diffusers' name."""
