@@ -48,16 +48,8 @@ OPEN_CLIP_LAYERS = f"{OPEN_CLIP_PREFIX}transformer.resblocks."
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")  # the second in SDXL
 MAX_LOGIT_SCALE = math.log(100)  # where CLIP's own training caps it
 PYTORCH_FORMAT = {"format": "pt"}  # metadata that transformers insists on
-PARTS = (
-    "scheduler",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "unet",
-    "vae",
-)
 INDEX = "model_index.json"
+FOLDER_ENTRIES = {INDEX, "scheduler", "tokenizer", "tokenizer_2", *Components._fields}
 
 
 class CheckpointCounts(NamedTuple):
@@ -163,7 +155,7 @@ def require_replaceable(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if folder.is_dir():
         entries = sorted(path.name for path in folder.iterdir())
-        foreign = [name for name in entries if name not in (INDEX, *PARTS)]
+        foreign = [name for name in entries if name not in FOLDER_ENTRIES]
         if not entries or (INDEX in entries and not foreign):
             return
         found = foreign[0] if foreign else f"{entries[0]} without {INDEX}"
@@ -329,24 +321,19 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     require_replaceable(folder)
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _replace(folder, temporary)
+        require_replaceable(folder)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    require_replaceable(folder)
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_suffix(".old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -30,7 +30,7 @@ from mlm_plugin.models.ldm_names import (
     VAE_PREFIX,
     vae_names,
 )
-from mlm_plugin.models.weights_files import read_shapes, read_weights
+from mlm_plugin.models.weights_files import read_weights
 
 __all__ = ["ARCHITECTURES", "CheckpointFile", "load_vae_file"]
 
@@ -60,7 +60,6 @@ class CheckpointFile:
     Args:
         name: the file.
         architecture: folder of configurations in place of the shipped ones.
-        header_only: read shapes alone; nothing can be loaded then.
 
     Attributes:
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
@@ -76,9 +75,9 @@ class CheckpointFile:
 
     tokenizers = ()
 
-    def __init__(self, name: str, *, architecture: Path | None = None, header_only: bool = False):
+    def __init__(self, name: str, *, architecture: Path | None = None):
         self.name, self.path = name, Path(name)
-        state = read_shapes(self.path) if header_only else read_weights(self.path)
+        state = read_weights(self.path)
         self.family = _family(state, path=self.path)
         self.configs = architecture or ARCHITECTURES / self.family
         _check_width(state, self.configs, path=self.path)

@@ -39,7 +39,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-OPTION = "--pretrained_model_name_or_path"
 SDXL_VERSION = "sdxl_base_v1-0"
 SDXL_CLIP_SKIP = 2
 # The betas of all Stable Diffusion 1.x, 2.x and XL models.
@@ -136,11 +135,7 @@ def load_stable_diffusion(
     """
     settings, name = settings or ModelSettings(), str(name_or_path)
     configs = None if architecture is None else Path(architecture)
-    source: Source
-    if Path(name).is_file():
-        source = CheckpointFile(name, architecture=configs)
-    else:
-        source = DiffusersFolder(find_folder(name, option=OPTION), name=name)
+    source = _open(name, find_folder, architecture=configs)
     networks = {
         part: source.load(part, settings.dtype) for part in ("unet", *text_parts(source.family))
     }
@@ -161,7 +156,7 @@ def empty_stable_diffusion(
 ) -> StableDiffusion:
     """What :func:`load_stable_diffusion` would load, on the meta device: weights are not read.
 
-    Reads configurations, or the header of a file; nothing is downloaded.
+    Reads configurations, or names and shapes of a file; nothing is downloaded.
 
     Args:
         name_or_path: as there.
@@ -172,11 +167,7 @@ def empty_stable_diffusion(
         UserError: as there, but for damaged weights.
     """
     settings, name = settings or ModelSettings(), str(name_or_path)
-    source: Source
-    if Path(name).is_file():
-        source = CheckpointFile(name, header_only=True)
-    else:
-        source = DiffusersFolder(find_local_folder(name, option=OPTION), name=name)
+    source = _open(name, find_local_folder)
     clips = text_parts(source.family)
     networks = {
         part: empty_network(part, source.configs / part).to("meta")
@@ -190,6 +181,13 @@ def empty_stable_diffusion(
             raise
         tokenizers = [spare_tokenizer() for _ in clips]
     return _assembled(source, Components(**networks), tokenizers, settings)
+
+
+def _open(name: str, find: Callable[..., Path], *, architecture: Path | None = None) -> Source:
+    if Path(name).is_file():
+        return CheckpointFile(name, architecture=architecture)
+    folder = find(name, option="--pretrained_model_name_or_path")
+    return DiffusersFolder(folder, name=name)
 
 
 def _load_vae(name: str, *, configs: Path, dtype: torch.dtype) -> nn.Module:
@@ -213,6 +211,7 @@ def _assembled(
             f"--v2 says {TITLES['sd_v2']}, but {source.name} is {TITLES[family]}: drop --v2"
         )
     prediction_type = _prediction_type(source, settings.v_parameterization)
+    suffix = "_v" if prediction_type == "v_prediction" else ""
     is_sdxl = family == "sdxl"
     clip_skip = _sdxl_clip_skip(settings.clip_skip) if is_sdxl else settings.clip_skip
     text_encoders = [
@@ -230,7 +229,7 @@ def _assembled(
         vae=_frozen(networks.vae, settings.vae_dtype),
         unet=_frozen(networks.unet, settings.dtype),
         noise_scheduler=_noise_scheduler(source.scheduler, prediction_type),
-        version=_version(family, prediction_type),
+        version=SDXL_VERSION if is_sdxl else f"{family}{suffix}",
         prediction_type=prediction_type,
         source=source.name,
     )
@@ -242,12 +241,6 @@ def _sdxl_clip_skip(given: int | None) -> int:
             "--clip_skip %d has no effect: SDXL always reads the state before the last layer", given
         )
     return SDXL_CLIP_SKIP
-
-
-def _version(family: str, prediction_type: str) -> str:
-    if family == "sdxl":
-        return SDXL_VERSION
-    return family + ("_v" if prediction_type == "v_prediction" else "")
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -60,9 +60,7 @@ def find_folder(source: str, *, option: str) -> Path:
             continue
         if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
             return folder
-    raise UserError(
-        f"{option}: {source} is neither a file or folder here nor on the hub ({reason})"
-    )
+    raise UserError(f"{option}: {source} is not a file or folder here, nor on the hub ({reason})")
 
 
 def find_local_folder(source: str, *, option: str) -> Path:

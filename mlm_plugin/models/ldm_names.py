@@ -1,8 +1,9 @@
 """Where Stable Diffusion 1.x, 2.x and XL weights lie in WebUI checkpoints, by library name.
 
 One table for both directions: a reader asks where a tensor lies in a checkpoint, a writer what to
-call it. The numbers of blocks and layers are read off the names, so toy models work as well. Knows
-no files and no model classes.
+call it. diffusers converts in one direction only, by code that takes checkpoint names apart, so it
+cannot tell a writer the names, nor a reader which tensors are left over. The numbers of blocks and
+layers are taken from the names, so toy models work as well. Knows no files and no model classes.
 
 LDM names: ``model.diffusion_model.*`` (U-Net), ``first_stage_model.*`` (VAE),
 ``cond_stage_model.transformer.*`` (SD 1 CLIP) and ``cond_stage_model.model.*`` (SD 2 OpenCLIP).
@@ -59,8 +60,8 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
-VAE_ATTENTION = {
+VAE_BLOCK = {
+    "conv_shortcut": "nin_shortcut",
     "group_norm": "norm",
     "to_q": "q",
     "to_k": "k",
@@ -80,9 +81,6 @@ OPEN_CLIP_TOP = {
     "final_layer_norm.weight": "ln_final.weight",
     "final_layer_norm.bias": "ln_final.bias",
 }
-VAE_BLOCK = re.compile(
-    r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|(?:down|up)samplers)\.(\d+)\.(.+)"
-)
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -174,7 +172,7 @@ def open_clip_names(
     return {name: _open_clip_place(_flat(name), prefix) for name in names}
 
 
-def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[str, Tensor]:
+def to_ldm(state: Mapping[str, Tensor], places: Mapping[str, LdmTensor]) -> dict[str, Tensor]:
     """Rename a module's state dict to LDM names and shapes.
 
     Query, key and value are joined where LDM keeps them in one tensor; the VAE's attention matrices
@@ -182,11 +180,11 @@ def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[
 
     Args:
         state: weights under library names.
-        names: a place for each of them, as ``LdmPart.places`` gives them.
+        places: one for each of them, as ``LdmPart.places`` gives them.
     """
     joined: dict[str, list[Tensor | None]] = {}
     for name, tensor in state.items():
-        key, third, transposed = names[name]
+        key, third, transposed = places[name]
         parts = joined.setdefault(key, [None] * (1 if third is None else 3))
         parts[third or 0] = tensor.T if transposed else tensor
     ldm = {key: torch.cat(parts) if len(parts) == 3 else parts[0] for key, parts in joined.items()}
@@ -202,11 +200,11 @@ def _unet_name(name: str, per_block: int, attentive: set[str]) -> str:
         return f"{UNET_TOP[module]}.{kind}"
     if m := re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
         index = 2 * int(m[2]) + (m[1] == "attentions")
-        return f"middle_block.{index}.{_inner(m[1], m[3], UNET_RESNET)}"
+        return f"middle_block.{index}.{_inner(m[3], UNET_RESNET)}"
     if m := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
         index = int(m[2]) * per_block + int(m[4])
         side = f"input_blocks.{index + 1}" if m[1] == "down" else f"output_blocks.{index}"
-        return f"{side}.{int(m[3] == 'attentions')}.{_inner(m[3], m[5], UNET_RESNET)}"
+        return f"{side}.{int(m[3] == 'attentions')}.{_inner(m[5], UNET_RESNET)}"
     if m := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
         return f"input_blocks.{(int(m[1]) + 1) * per_block}.0.op.{m[2]}"
     if m := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", name):
@@ -220,23 +218,22 @@ def _vae_name(name: str, num_ups: int) -> str:
         return name
     if m := re.match(r"(encoder|decoder)\.conv_norm_out\.(.+)", name):
         return f"{m[1]}.norm_out.{m[2]}"
-    if m := re.match(r"(encoder|decoder)\.mid_block\.resnets\.(\d+)\.(.+)", name):
-        return f"{m[1]}.mid.block_{int(m[2]) + 1}.{_inner('resnets', m[3], VAE_RESNET)}"
-    if m := re.match(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name):
-        return f"{m[1]}.mid.attn_1.{VAE_ATTENTION[m[2]]}.{m[3]}"
-    m = VAE_BLOCK.match(name)
-    if m is None:
-        raise ValueError(f"no LDM name for the VAE weight {name}")
-    block = int(m[2]) if m[1] == "encoder.down" else num_ups - 1 - int(m[2])
-    if m[3] == "resnets":
-        return f"{m[1]}.{block}.block.{m[4]}.{_inner('resnets', m[5], VAE_RESNET)}"
-    return f"{m[1]}.{block}.{m[3].removesuffix('rs')}.{m[5]}"
+    if m := re.match(r"(encoder|decoder)\.mid_block\.(resnet|attention)s\.(\d+)\.(.+)", name):
+        kind = "block" if m[2] == "resnet" else "attn"
+        return f"{m[1]}.mid.{kind}_{int(m[3]) + 1}.{_inner(m[4], VAE_BLOCK)}"
+    if m := re.match(r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(.+)", name):
+        block = int(m[2]) if m[1] == "encoder.down" else num_ups - 1 - int(m[2])
+        if resnet := re.match(r"resnets\.(\d+)\.(.+)", m[3]):
+            return f"{m[1]}.{block}.block.{resnet[1]}.{_inner(resnet[2], VAE_BLOCK)}"
+        if sampler := re.match(r"(downsample|upsample)rs\.0\.(.+)", m[3]):
+            return f"{m[1]}.{block}.{sampler[1]}.{sampler[2]}"
+    raise ValueError(f"no LDM name for the VAE weight {name}")
 
 
-def _inner(kind: str, rest: str, resnet: Mapping[str, str]) -> str:
-    """Name inside a residual or attention block; the U-Net's attention blocks agree with LDM's."""
-    module, _, leaf = rest.rpartition(".")
-    return f"{resnet.get(module, module)}.{leaf}" if kind == "resnets" else rest
+def _inner(name: str, table: Mapping[str, str]) -> str:
+    """Name inside a block. What the table lacks is the same in both, like the U-Net's attention."""
+    module, _, kind = name.rpartition(".")
+    return f"{table.get(module, module)}.{kind}"
 
 
 def _open_clip_place(name: str, prefix: str) -> LdmTensor:

@@ -615,7 +615,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 
     monkeypatch.setattr(diffusers_folder, "_download", refuse)
     message = error_of(load_stable_diffusion, "someone/some-model")
-    assert "someone/some-model is neither a file or folder here nor on the hub" in message
+    assert "someone/some-model is not a file or folder here, nor on the hub" in message
     assert "not cached" in message
 
 
