@@ -9,10 +9,9 @@ that the tokenizer knows already, which diffusers refuses. Knows no prompts and 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +129,8 @@ def load_subject(
     if checkpoint is not None:
         family = models.family
         del models  # the memory of a whole model, before the next one is loaded
-        if tokenizer_cache_dir is None:
-            settings = dataclasses.replace(settings, tokenizer_cache_dir=_tokenizer_of(base))
+        if not tokenizer_cache_dir:
+            settings = replace(settings, tokenizer_cache_dir=_tokenizer_of(base))
         models = _load_checkpoint(settings, checkpoint, base=base, family=family)
     pipeline = _pipeline(models, sampler)
     if lora is not None:

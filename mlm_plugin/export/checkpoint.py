@@ -136,8 +136,9 @@ def save_diffusers_folder(
             (temporary / part).mkdir()
             write = _write_text_encoder if part.startswith("text_encoder") else _write_network
             write(temporary / part, network, dtype)
-        for part, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=False):
-            _write_tokenizer(temporary / part, tokenizer)
+        names = ("tokenizer", "tokenizer_2") if is_sdxl else ("tokenizer",)
+        for name, tokenizer in zip(names, tokenizers, strict=True):
+            _write_tokenizer(temporary / name, tokenizer)
         # Stable Diffusion's samplers start one step later; diffusers warns of folders without it.
         scheduler = type(noise_scheduler).from_config(
             noise_scheduler.config, prediction_type=prediction_type, steps_offset=1

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x or XL from one WebUI checkpoint file, without the network.
 
-The family is read off the tensors, the configurations are shipped in ``architectures/``.
+The tensors tell the family; the configurations are shipped in ``architectures/``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OTHER_FILES = {
     "lora_unet_": "a LoRA (--network_weights loads it)",
     "lora_te": "a LoRA (--network_weights loads it)",
 }
-# In this order: each kind of file has the text encoder of none of the kinds before it.
+# The first one whose text encoder a file holds is the file's.
 FAMILIES = ("sdxl", "sd_v2", "sd_v1")
 FLAT_CLIP = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.0)\.transformer"
@@ -64,8 +64,8 @@ class CheckpointFile:
     Attributes:
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         configs: folder of configurations.
-        scheduler: what the file says of its scheduler.
-        tokenizers: none.
+        scheduler: the part of a scheduler's configuration that the file tells; mostly empty.
+        tokenizers: none: a file holds no tokenizer.
 
     Raises:
         UserError: unreadable file, or no checkpoint of these kinds.
@@ -127,7 +127,7 @@ def load_vae_file(path: Path, *, configs: Path, dtype: torch.dtype) -> nn.Module
 
 
 def _family(state: Mapping[str, Tensor], *, path: Path) -> str:
-    """``sd_v1``, ``sd_v2`` or ``sdxl``, by the text encoders that the checkpoint carries."""
+    """``sd_v1``, ``sd_v2`` or ``sdxl``, by the text encoders in the checkpoint."""
     for prefix, found in OTHER_FILES.items():
         if _has(state, prefix):
             raise wrong_architecture(path, found)
@@ -167,7 +167,7 @@ def _check_width(state: Mapping[str, Tensor], configs: Path, *, path: Path) -> N
 
 
 def _scheduler(state: Mapping[str, Tensor]) -> dict:
-    """What SDXL files that predict v say of themselves by empty tensors; others say nothing."""
+    """SDXL files that predict v say so by empty tensors; other files say nothing."""
     if "v_pred" not in state:
         return {}
     return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in state}

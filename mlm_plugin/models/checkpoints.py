@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x, 2.x and XL by name: a diffusers folder, a hub id or one checkpoint file.
 
-Puts the parts of a source together and settles what the options and the source say differently.
-Knows nothing of training.
+Puts the parts of a model together and resolves contradictions between it and the options. Knows
+nothing of training.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class ModelSettings:
     """What the options say of a model, besides its name.
 
     Attributes:
-        v2: ``--v2``. The weights decide; saying SD 2.x of an SD 1.x model is an error.
-        v_parameterization: ``--v_parameterization``. A diffusers folder knows its prediction type,
-            and the option must not contradict it; for a checkpoint file the option decides.
+        v2: ``--v2``. The weights decide; it is an error for a model that is not SD 2.x.
+        v_parameterization: ``--v_parameterization``. A diffusers folder says what it predicts, and
+            the option must not contradict it; for a checkpoint file the option decides.
         vae: replacement: diffusers folder (of the VAE, or with one in ``vae``), hub id or file.
         tokenizer_cache_dir: where to look for the tokenizer if the model has none.
         clip_skip: see ``TextEncoder``. SDXL always reads the state before the last layer, without
@@ -85,7 +85,7 @@ class StableDiffusion:
         version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), or
             ``sdxl_base_v1-0``, as kohya writes it into ``ss_base_model_version``.
         prediction_type: ``epsilon`` or ``v_prediction``: what training must aim at. Read this, not
-            the option: a diffusers folder knows its own.
+            the option: a diffusers folder says it itself.
         source: the model as given.
     """
 
@@ -204,7 +204,7 @@ def _find_tokenizers(source: Source, settings: ModelSettings) -> list:
 def _assembled(
     source: Source, networks: Components, tokenizers: Sequence, settings: ModelSettings
 ) -> StableDiffusion:
-    """The parts, frozen, as the options and the source together want them."""
+    """The model, frozen; where the options contradict its source, an error or a warning."""
     family = source.family
     if settings.v2 and family != "sd_v2":
         raise UserError(
@@ -244,7 +244,7 @@ def _sdxl_clip_skip(given: int | None) -> int:
 
 
 def _frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    nn.Module.to(module, dtype)  # diffusers' own warns of any cast
+    nn.Module.to(module, dtype)  # diffusers' own ``to`` warns about every cast
     return module.eval().requires_grad_(False)
 
 

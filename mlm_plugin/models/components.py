@@ -45,7 +45,7 @@ CLASSES = {
     "vae": AutoencoderKL,
 }
 MAX_NAMED = 3  # tensors named in an error
-# Tensors that checkpoints carry and these models do not use.
+# Tensors that checkpoints hold and these networks do not use.
 UNUSED = re.compile(
     r".*\bposition_ids"
     r"|cond_stage_model\.model\.(?:logit_scale|text_projection|attn_mask)"
@@ -98,7 +98,7 @@ def empty_network(part: str, folder: Path) -> nn.Module:
     config = CLIPTextConfig.from_pretrained(str(folder))
     with torch.device("meta"):
         clip = CLASSES[part](config)
-    # In no checkpoint, so they must have their values from the start.
+    # No checkpoint holds these, so they need their values now.
     position_ids = torch.arange(config.max_position_embeddings)[None]
     getattr(clip, "text_model", clip).embeddings.position_ids = position_ids
     return clip
@@ -115,16 +115,18 @@ def fill_weights(
 ) -> None:
     """Give a network all its weights, as copies in ``dtype``.
 
-    Copies, because the file may be mapped from disk and change while the model lives. Not by
-    diffusers' ``from_single_file`` or transformers' ``from_pretrained``: their versions differ in
-    the names they know (``text_model.`` is gone since transformers 5.6) and in what they do about
-    missing tensors, up to random weights or none; leftover ones they ignore.
+    Copies, because the file may be mapped from disk and change while the model lives.
+
+    This is stricter than diffusers' ``from_single_file`` and transformers' ``from_pretrained``.
+    Their versions differ in the names they know (``text_model.`` is gone since transformers 5.6)
+    and in what they do about missing tensors, from an error without a name to weights that are
+    random or stay on the meta device. They ignore leftover tensors.
 
     Args:
         network: may be on the meta device, if all its buffers are in its state dict.
         places_of: from the network's weight names to their places in ``state``.
         state: tensors by name; a matrix may be stored as a 1x1 convolution and vice versa.
-        prefix: the part of ``state`` that must be used up.
+        prefix: every tensor whose name begins so must be used.
         path: where ``state`` came from, for errors.
         dtype: of the filled weights.
 
@@ -148,7 +150,7 @@ def fill_weights(
 
 
 def plain_name(name: str) -> str:
-    """A library's name without what its versions differ in.
+    """A library's name for a weight, the same for all its versions.
 
     CLIP's names begin with ``text_model.`` before transformers 5.6 and do not since; the matrices
     of the VAE's attention have other names in files of older versions of diffusers.

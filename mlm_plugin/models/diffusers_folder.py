@@ -27,7 +27,7 @@ from mlm_plugin.models.weights_files import read_weights
 __all__ = ["DiffusersFolder", "find_folder", "find_local_folder", "load_vae_folder"]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
-MAX_REASON = 200  # characters of a library's own story in an error
+MAX_REASON = 200  # characters of a library's message that an error quotes
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS_NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>(?!safetensors|bin)\w+))?"
@@ -83,13 +83,13 @@ class DiffusersFolder:
     """A model as a diffusers folder.
 
     Args:
-        folder: of its parts.
+        folder: holds ``model_index.json`` and a folder for each part.
         name: what the user called it, for errors.
 
     Attributes:
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         configs: the folder, which has a configuration for each part.
-        scheduler: its scheduler's configuration; empty if it has none.
+        scheduler: configuration of its scheduler; empty if it has none.
         tokenizers: one for each text encoder; none if the folder lacks the first.
 
     Raises:

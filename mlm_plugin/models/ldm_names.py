@@ -91,7 +91,7 @@ class LdmTensor(NamedTuple):
         key: name of the checkpoint's tensor.
         third: ``None`` = all of it; 0, 1, 2 = the first, second or last third of its rows (OpenCLIP
             keeps query, key and value in one tensor).
-        transposed: rows are columns there (OpenCLIP multiplies by its projection from the right).
+        transposed: the transpose lies there (OpenCLIP multiplies by its projection on the right).
     """
 
     key: str
@@ -159,8 +159,8 @@ def open_clip_names(
 
     SD 2.x has one layer more than its text model: it uses the state before the last. SDXL has no
     layer more, and the projection of ``CLIPTextModelWithProjection`` as OpenCLIP applies it:
-    ``x @ text_projection``. sd-scripts reads and writes that matrix as it lies, so it computes with
-    the transposed one.
+    ``x @ text_projection``. sd-scripts reads and writes that matrix unchanged, so it computes with
+    its transpose.
 
     Raises:
         ValueError: a name that CLIP text models do not have.

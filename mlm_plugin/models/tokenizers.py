@@ -1,4 +1,4 @@
-"""Finding the CLIP tokenizers that a checkpoint file does not carry, without the network.
+"""Finds the CLIP tokenizers that a checkpoint file does not hold, without the network.
 
 Knows nothing of weights.
 """

@@ -29,7 +29,7 @@ __all__ = [
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-# What a clone without git-lfs has instead of the weights.
+# A clone without git-lfs has a file that begins so instead of the weights.
 POINTER_START = b"version https://git-lfs"
 
 
