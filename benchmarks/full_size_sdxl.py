@@ -122,10 +122,10 @@ def make_contextualizers(work: Path) -> None:
 
     from mlm_plugin.contextualizer_file import ContextualizerFacts, save_contextualizer
     from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
-    from mlm_plugin.models.checkpoints import load_stable_diffusion
+    from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 
     torch.manual_seed(0)
-    models = load_stable_diffusion(work / "diffusers", dtype=torch.bfloat16)
+    models = load_stable_diffusion(work / "diffusers", ModelSettings(dtype=torch.bfloat16))
     for text_encoder, path in zip(models.text_encoders, contextualizer_files(work), strict=True):
         table_VD = text_encoder.token_embedding.weight.detach()
         vocab_size, hidden_size = table_VD.shape

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from mlm_plugin.export.checkpoint import save_diffusers_folder
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
+from mlm_plugin.models.components import Components
 from mlm_plugin.models.ldm_names import CLIP_PREFIX, clip_names, to_ldm, unet_names, vae_names
 from mlm_plugin.models.tokenizers import load_tokenizer
 
@@ -83,8 +84,8 @@ def save_diffusers(models: Models, folder: Path, *, tokenizer: Path) -> None:
     )
     save_diffusers_folder(
         folder,
-        **models._asdict(),
-        tokenizer=load_tokenizer(tokenizer),
+        Components(**models._asdict()),
+        tokenizers=[load_tokenizer(tokenizer)],
         noise_scheduler=scheduler,
         prediction_type="epsilon",
     )

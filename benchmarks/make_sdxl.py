@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from mlm_plugin.export.checkpoint import save_checkpoint, save_diffusers_folder
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
+from mlm_plugin.models.components import Components
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
 
 WIDTHS = 32, 64  # of the tiny text encoders
@@ -103,9 +104,8 @@ def save_folder(models: Models, folder: Path, *, tokenizer: Path) -> None:
     )
     save_diffusers_folder(
         folder,
-        **models._asdict(),
-        tokenizer=first,
-        tokenizer_2=second_tokenizer(first),
+        Components(**models._asdict()),
+        tokenizers=[first, second_tokenizer(first)],
         noise_scheduler=scheduler,
         prediction_type="epsilon",
     )
@@ -113,7 +113,8 @@ def save_folder(models: Models, folder: Path, *, tokenizer: Path) -> None:
 
 def save_single_file(models: Models, path: Path) -> None:
     """Write the models as one ``.safetensors`` file with LDM names."""
-    save_checkpoint(path, **models._asdict(), family="sdxl", metadata={"format": "pt"})
+    networks = Components(**models._asdict())
+    save_checkpoint(path, networks, family="sdxl", metadata={"format": "pt"})
 
 
 def _config(part: str, *, tiny: bool) -> dict:

@@ -9,7 +9,7 @@ import torch
 
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.config.pretraining import PretrainCommand
-from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 from mlm_plugin.pretrain import Interrupted, Scores, pretrain_on_device, read_caption_files
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
@@ -24,8 +24,7 @@ def run_pretrain(command: PretrainCommand) -> int:
     captions = read_caption_files(command.captions)
     models = load_stable_diffusion(
         model_path(command.pretrained_model_name_or_path),
-        clip_skip=command.clip_skip,
-        tokenizer_cache_dir=command.tokenizer_cache_dir,
+        ModelSettings(clip_skip=command.clip_skip, tokenizer_cache_dir=command.tokenizer_cache_dir),
     )
     text_encoders = models.text_encoders
     del models  # the U-Net is not needed

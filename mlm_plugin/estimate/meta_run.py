@@ -66,7 +66,11 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
     """
     config = _for_shapes(config)
     on_meta = OnMeta()
-    models = empty_stable_diffusion(**model_settings(config), spare_tokenizer=_spare_tokenizer)
+    models = empty_stable_diffusion(
+        config.model.pretrained_model_name_or_path,
+        model_settings(config),
+        spare_tokenizer=_spare_tokenizer,
+    )
     check_model(config, is_sdxl=models.is_sdxl)
     concepts = _concepts(config)
     quantize_models(config, models, torch.device("meta"))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.custom_diffusion_files import read_delta
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS, read_embeddings, read_xti
-from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, StableDiffusion, load_stable_diffusion
 from mlm_plugin.models.components import TITLES
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.models.cross_attention import layer_codes, per_layer_conditioning
@@ -119,23 +119,19 @@ def load_subject(
         UserError: a file is missing, damaged, or made for another model.
     """
     _require_files(lora=lora, delta=delta, embedding=embedding, xti=xti)
-    load = functools.partial(
-        load_stable_diffusion,
-        clip_skip=clip_skip,
-        dtype=dtype,
-        tokenizer_cache_dir=tokenizer_cache_dir,
+    settings = ModelSettings(
+        clip_skip=clip_skip, dtype=dtype, tokenizer_cache_dir=tokenizer_cache_dir
     )
-    models = load(base)
+    models = load_stable_diffusion(base, settings)
     if models.is_sdxl:
         _refuse_on_sdxl(base, delta=delta, xti=xti)
     base_text_encoders = [_copy(text_encoder) for text_encoder in models.text_encoders]
     if checkpoint is not None:
         family = models.family
         del models  # the memory of a whole model, before the next one is loaded
-        load = functools.partial(
-            load, tokenizer_cache_dir=tokenizer_cache_dir or _tokenizer_of(base)
-        )
-        models = _load_checkpoint(load, checkpoint, base=base, family=family)
+        if not tokenizer_cache_dir:
+            settings = replace(settings, tokenizer_cache_dir=_tokenizer_of(base))
+        models = _load_checkpoint(settings, checkpoint, base=base, family=family)
     pipeline = _pipeline(models, sampler)
     if lora is not None:
         _load_lora(models, lora, lora_weight)
@@ -185,10 +181,11 @@ def _tokenizer_of(base: str) -> Path:
 
 
 def _load_checkpoint(
-    load: Callable[..., StableDiffusion], checkpoint: str, *, base: str, family: str
+    settings: ModelSettings, checkpoint: str, *, base: str, family: str
 ) -> StableDiffusion:
     try:
-        models = load(checkpoint, architecture=base if Path(base).is_dir() else None)
+        architecture = base if Path(base).is_dir() else None
+        models = load_stable_diffusion(checkpoint, settings, architecture=architecture)
     except UserError as error:
         reason = str(error).removeprefix("--pretrained_model_name_or_path: ")
         reason = reason.replace("--network_weights", "--lora")

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +23,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.components import Components
 from mlm_plugin.models.ldm_names import (
+    LDM_PARTS,
     OPEN_CLIP_PREFIX,
     SDXL_OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
-    clip_names,
-    open_clip_names,
-    sdxl_clip_names,
-    sdxl_open_clip_names,
     to_ldm,
-    unet_names,
-    vae_names,
 )
 from mlm_plugin.models.weights_files import for_file, write_weights
 
@@ -48,20 +44,12 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-TEXT_NAMES = {"sd_v1": clip_names, "sd_v2": open_clip_names, "sdxl": sdxl_clip_names}
+OPEN_CLIP_LAYERS = f"{OPEN_CLIP_PREFIX}transformer.resblocks."
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")  # the second in SDXL
 MAX_LOGIT_SCALE = math.log(100)  # where CLIP's own training caps it
 PYTORCH_FORMAT = {"format": "pt"}  # metadata that transformers insists on
-PARTS = (
-    "scheduler",
-    "text_encoder",
-    "text_encoder_2",
-    "tokenizer",
-    "tokenizer_2",
-    "unet",
-    "vae",
-)
 INDEX = "model_index.json"
+FOLDER_ENTRIES = {INDEX, "scheduler", "tokenizer", "tokenizer_2", *Components._fields}
 
 
 class CheckpointCounts(NamedTuple):
@@ -74,81 +62,57 @@ class CheckpointCounts(NamedTuple):
 
 def save_checkpoint(
     path: str | os.PathLike,
+    networks: Components,
     *,
-    unet: nn.Module,
-    text_encoder: nn.Module,
-    vae: nn.Module,
     family: str,
     metadata: Mapping[str, str],
-    text_encoder_2: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model as one ``.safetensors`` file with LDM names, all of it or nothing.
 
-    The modules stay as they are; tensors are copied only where dtype or device differ.
+    The networks stay as they are; tensors are copied only where dtype or device differ.
 
     Args:
         path: final name.
-        unet: diffusers ``UNet2DConditionModel``.
-        text_encoder: transformers ``CLIPTextModel``, with the vocabulary it came with.
-        vae: diffusers ``AutoencoderKL``.
+        networks: the text encoders with their original vocabulary.
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         metadata: strings, written as given.
-        text_encoder_2: SDXL's ``CLIPTextModelWithProjection``.
         dtype: of every tensor in the file; ``None`` keeps each one's.
 
     Raises:
-        ValueError: a module has a weight that the family does not have.
+        ValueError: a network has a weight that the family does not have.
     """
-    tensors = ldm_tensors(
-        unet=unet,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        vae=vae,
-        family=family,
-    )
-    _write(Path(path), tensors, metadata=metadata, dtype=dtype)
+    _write(Path(path), ldm_tensors(networks, family=family), metadata=metadata, dtype=dtype)
 
 
-def ldm_tensors(
-    *,
-    unet: nn.Module,
-    text_encoder: nn.Module,
-    vae: nn.Module,
-    family: str,
-    text_encoder_2: nn.Module | None = None,
-) -> dict[str, Tensor]:
-    """A model's weights under LDM names and in LDM shapes; views of the modules' where possible.
+def ldm_tensors(networks: Components, *, family: str) -> dict[str, Tensor]:
+    """A model's weights under LDM names and in LDM shapes; views of the networks' where possible.
 
     The names are those of an sd-scripts checkpoint made without a base file: without the buffers
     that older checkpoints carry (``alphas_cumprod``, ``position_ids``), which no reader needs.
 
     Raises:
-        ValueError: a module has a weight that the family does not have.
+        ValueError: a network has a weight that the family does not have.
 
     Source: sd-scripts ``save_stable_diffusion_checkpoint`` in ``library/model_util.py`` and
     ``library/sdxl_model_util.py``.
     """
-    assert (family == "sdxl") == (text_encoder_2 is not None), "SDXL has two text encoders"
-    return {
-        **_projections(_renamed(unet, unet_names), convolutions=family == "sd_v1"),
-        **_text_tensors(text_encoder, family=family),
-        **({} if text_encoder_2 is None else _sdxl_open_clip_tensors(text_encoder_2)),
-        **_renamed(vae, vae_names),
-    }
+    parts = networks.by_part()
+    assert parts.keys() == LDM_PARTS[family].keys(), "SDXL alone has two text encoders"
+    tensors: dict[str, Tensor] = {}
+    for part, network in parts.items():
+        state = network.state_dict()
+        tensors |= to_ldm(state, LDM_PARTS[family][part].places(state))
+    return tensors | _projections(tensors, convolutions=family == "sd_v1") | _unused(tensors)
 
 
 def save_diffusers_folder(
     folder: str | os.PathLike,
+    networks: Components,
     *,
-    unet: nn.Module,
-    text_encoder: nn.Module,
-    vae: nn.Module,
-    tokenizer,
+    tokenizers: Sequence,
     noise_scheduler,
     prediction_type: str,
-    text_encoder_2: nn.Module | None = None,
-    tokenizer_2=None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model as a diffusers folder (``StableDiffusion[XL]Pipeline``), all of it or nothing.
@@ -157,35 +121,30 @@ def save_diffusers_folder(
 
     Args:
         folder: final name.
-        unet: diffusers ``UNet2DConditionModel``.
-        text_encoder: transformers ``CLIPTextModel``.
-        vae: diffusers ``AutoencoderKL``.
-        tokenizer: its ``CLIPTokenizer``.
+        networks: of the model.
+        tokenizers: one ``CLIPTokenizer`` for each text encoder.
         noise_scheduler: diffusers scheduler with the betas of the model.
         prediction_type: ``epsilon`` or ``v_prediction``: what the U-Net was trained to predict.
-        text_encoder_2: SDXL's ``CLIPTextModelWithProjection``.
-        tokenizer_2: the tokenizer of that.
         dtype: of every tensor; ``None`` keeps each one's.
 
     Raises:
         UserError: see ``require_replaceable``.
     """
+    is_sdxl = networks.text_encoder_2 is not None
     with _whole_folder(Path(folder)) as temporary:
-        for part, model in (("unet", unet), ("vae", vae)):
-            model.save_config(temporary / part)
-            _write_part(temporary / part / "diffusion_pytorch_model.safetensors", model, dtype)
-        _write_text_encoder(temporary / "text_encoder", text_encoder, dtype)
-        _write_tokenizer(temporary / "tokenizer", tokenizer)
-        if text_encoder_2 is not None:
-            _write_text_encoder(temporary / "text_encoder_2", text_encoder_2, dtype)
-            _write_tokenizer(temporary / "tokenizer_2", tokenizer_2)
+        for part, network in networks.by_part().items():
+            (temporary / part).mkdir()
+            write = _write_text_encoder if part.startswith("text_encoder") else _write_network
+            write(temporary / part, network, dtype)
+        names = ("tokenizer", "tokenizer_2") if is_sdxl else ("tokenizer",)
+        for name, tokenizer in zip(names, tokenizers, strict=True):
+            _write_tokenizer(temporary / name, tokenizer)
         # Stable Diffusion's samplers start one step later; diffusers warns of folders without it.
         scheduler = type(noise_scheduler).from_config(
             noise_scheduler.config, prediction_type=prediction_type, steps_offset=1
         )
         scheduler.save_pretrained(temporary / "scheduler")
-        index = model_index(type(noise_scheduler).__name__, is_sdxl=text_encoder_2 is not None)
-        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(temporary / INDEX, model_index(type(scheduler).__name__, is_sdxl=is_sdxl))
 
 
 def require_replaceable(folder: str | os.PathLike) -> None:
@@ -197,7 +156,7 @@ def require_replaceable(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if folder.is_dir():
         entries = sorted(path.name for path in folder.iterdir())
-        foreign = [name for name in entries if name not in (INDEX, *PARTS)]
+        foreign = [name for name in entries if name not in FOLDER_ENTRIES]
         if not entries or (INDEX in entries and not foreign):
             return
         found = foreign[0] if foreign else f"{entries[0]} without {INDEX}"
@@ -230,12 +189,7 @@ def verify_checkpoint(path: str | os.PathLike) -> CheckpointCounts:
 # --- tensors of a checkpoint ---
 
 
-def _renamed(module: nn.Module, names) -> dict[str, Tensor]:
-    state = module.state_dict()
-    return to_ldm(state, names(state))
-
-
-def _projections(unet: Mapping[str, Tensor], *, convolutions: bool) -> dict[str, Tensor]:
+def _projections(tensors: Mapping[str, Tensor], *, convolutions: bool) -> dict[str, Tensor]:
     """Matrices around a transformer block as the family's U-Net has them: SD 1 as 1x1 convolutions.
 
     Diffusers models of either family may have either kind.
@@ -243,44 +197,34 @@ def _projections(unet: Mapping[str, Tensor], *, convolutions: bool) -> dict[str,
     end = (1, 1) if convolutions else ()
     return {
         name: tensor.reshape(*tensor.shape[:2], *end)
-        if name.endswith((".proj_in.weight", ".proj_out.weight"))
-        else tensor
-        for name, tensor in unet.items()
-    }
-
-
-def _text_tensors(text_encoder: nn.Module, *, family: str) -> dict[str, Tensor]:
-    tensors = _renamed(text_encoder, TEXT_NAMES[family])
-    return tensors | _unused_open_clip_tensors(tensors) if family == "sd_v2" else tensors
-
-
-def _sdxl_open_clip_tensors(text_encoder_2: nn.Module) -> dict[str, Tensor]:
-    tensors = _renamed(text_encoder_2, sdxl_open_clip_names)
-    like = tensors[f"{SDXL_OPEN_CLIP_PREFIX}ln_final.weight"]
-    return tensors | {f"{SDXL_OPEN_CLIP_PREFIX}logit_scale": _logit_scale(like)}
-
-
-def _logit_scale(like: Tensor) -> Tensor:
-    """Of OpenCLIP's training; readers expect it and never compute with it."""
-    return torch.tensor(MAX_LOGIT_SCALE, dtype=like.dtype)
-
-
-def _unused_open_clip_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What readers of SD 2.x expect of OpenCLIP and never compute with.
-
-    A layer after the last one that is used, here a copy of it; the projection into the space of
-    images, here the identity; and the scale of the logits.
-    """
-    layer = re.compile(rf"{re.escape(OPEN_CLIP_PREFIX)}transformer\.resblocks\.(\d+)\.(.+)")
-    last = max(int(m[1]) for name in tensors if (m := layer.fullmatch(name)))
-    like = tensors[f"{OPEN_CLIP_PREFIX}ln_final.weight"]
-    unused = {
-        f"{OPEN_CLIP_PREFIX}transformer.resblocks.{last + 1}.{m[2]}": tensor.clone()
         for name, tensor in tensors.items()
-        if (m := layer.fullmatch(name)) and int(m[1]) == last
+        if name.startswith(UNET_PREFIX) and name.endswith((".proj_in.weight", ".proj_out.weight"))
     }
-    unused[f"{OPEN_CLIP_PREFIX}text_projection"] = torch.eye(len(like), dtype=like.dtype)
-    unused[f"{OPEN_CLIP_PREFIX}logit_scale"] = _logit_scale(like)
+
+
+def _unused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What readers of SD 2.x and XL expect of OpenCLIP and never compute with.
+
+    The scale of the logits in training; in SD 2.x also a layer after the last one that is used,
+    here a copy of it, and the projection into the space of images, here the identity.
+    """
+    unused = {
+        f"{prefix}logit_scale": torch.tensor(MAX_LOGIT_SCALE, dtype=norm.dtype)
+        for prefix in (OPEN_CLIP_PREFIX, SDXL_OPEN_CLIP_PREFIX)
+        if (norm := tensors.get(f"{prefix}ln_final.weight")) is not None
+    }
+    layers = {
+        name: (int(m[1]), m[2])
+        for name in tensors
+        if (m := re.fullmatch(rf"{re.escape(OPEN_CLIP_LAYERS)}(\d+)\.(.+)", name))
+    }
+    if layers:
+        last, _ = max(layers.values())
+        like = tensors[f"{OPEN_CLIP_PREFIX}ln_final.weight"]
+        unused[f"{OPEN_CLIP_PREFIX}text_projection"] = torch.eye(len(like), dtype=like.dtype)
+        for name, (number, rest) in layers.items():
+            if number == last:
+                unused[f"{OPEN_CLIP_LAYERS}{last + 1}.{rest}"] = tensors[name].clone()
     return unused
 
 
@@ -298,20 +242,25 @@ def _write(
 # --- parts of a diffusers folder ---
 
 
-def _write_part(path: Path, module: nn.Module, dtype: torch.dtype | None) -> None:
-    _write(path, module.state_dict(), metadata=PYTORCH_FORMAT, dtype=dtype)
+def _write_network(folder: Path, network: nn.Module, dtype: torch.dtype | None) -> None:
+    network.save_config(folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    _write(path, network.state_dict(), metadata=PYTORCH_FORMAT, dtype=dtype)
 
 
 def _write_text_encoder(folder: Path, text_encoder: nn.Module, dtype: torch.dtype | None) -> None:
     """Nested names and ``torch_dtype``, which every version of transformers reads."""
-    folder.mkdir()
     config = json.loads(text_encoder.config.to_json_string())
     config.pop("dtype", None)
     config["architectures"] = [type(text_encoder).__name__]
     config["torch_dtype"] = str(dtype or text_encoder.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / "config.json", config)
     state = {_nested(name): tensor for name, tensor in text_encoder.state_dict().items()}
     _write(folder / "model.safetensors", state, metadata=PYTORCH_FORMAT, dtype=dtype)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _nested(name: str) -> str:
@@ -343,7 +292,8 @@ def model_index(scheduler: str, *, is_sdxl: bool = False) -> dict:
         scheduler: class name.
         is_sdxl: for ``StableDiffusionXLPipeline``, which has another text encoder and no checker.
     """
-    common = {
+    index = {
+        "_class_name": "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "scheduler": ["diffusers", scheduler],
@@ -352,20 +302,13 @@ def model_index(scheduler: str, *, is_sdxl: bool = False) -> dict:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    if is_sdxl:
-        return {
-            "_class_name": "StableDiffusionXLPipeline",
-            **common,
-            "force_zeros_for_empty_prompt": True,
-            "image_encoder": [None, None],
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        }
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        **common,
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
+    if not is_sdxl:
+        return index | {"requires_safety_checker": False, "safety_checker": [None, None]}
+    return index | {
+        "force_zeros_for_empty_prompt": True,
+        "image_encoder": [None, None],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
     }
 
 
@@ -379,24 +322,19 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     require_replaceable(folder)
     folder = folder.resolve()
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _replace(folder, temporary)
+        require_replaceable(folder)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    require_replaceable(folder)
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = new.with_suffix(".old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -121,20 +121,9 @@ class DreamBooth(Method):
     def export(self, to: Export) -> None:
         """One file in the original Stable Diffusion layout; a diffusers folder beside it."""
         models = self.models
-        names = ("text_encoder", "text_encoder_2")
-        encoders = dict(zip(names, models.text_encoders, strict=False))
-        parts = {
-            "unet": models.unet,
-            "vae": models.vae,
-            **{name: encoder.model for name, encoder in encoders.items()},
-        }
-        tokenizers = {
-            name.replace("text_encoder", "tokenizer"): encoder.tokenizer
-            for name, encoder in encoders.items()
-        }
         save_checkpoint(
             to.path,
-            **parts,
+            models.components,
             family=models.family,
             metadata=to.metadata("checkpoint"),
             dtype=to.dtype,
@@ -145,8 +134,8 @@ class DreamBooth(Method):
         for folder in self.files(to.path)[1:]:
             save_diffusers_folder(
                 folder,
-                **parts,
-                **tokenizers,
+                models.components,
+                tokenizers=[encoder.tokenizer for encoder in models.text_encoders],
                 noise_scheduler=scheduler,
                 prediction_type=models.prediction_type,
                 dtype=to.dtype,

@@ -1,14 +1,14 @@
 """Stable Diffusion 1.x, 2.x and XL by name: a diffusers folder, a hub id or one checkpoint file.
 
-Puts the parts of a source together and settles what the options and the source say differently.
-Knows nothing of training.
+Puts the parts of a model together and resolves contradictions between it and the options. Knows
+nothing of training.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,24 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.checkpoint_file import empty_file, load_file, load_vae_file
-from mlm_plugin.models.components import TITLES, ModelParts
+from mlm_plugin.models.checkpoint_file import ARCHITECTURES, CheckpointFile, load_vae_file
+from mlm_plugin.models.components import TITLES, Components, empty_network, text_parts
 from mlm_plugin.models.diffusers_folder import (
-    empty_folder,
+    DiffusersFolder,
     find_folder,
     find_local_folder,
-    load_folder,
     load_vae_folder,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.tokenizers import find_tokenizer, second_tokenizer
+from mlm_plugin.models.tokenizers import find_tokenizers
 
-__all__ = ["SDXL_VERSION", "StableDiffusion", "empty_stable_diffusion", "load_stable_diffusion"]
+__all__ = [
+    "SDXL_VERSION",
+    "ModelSettings",
+    "StableDiffusion",
+    "empty_stable_diffusion",
+    "load_stable_diffusion",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,35 @@ SDXL_VERSION = "sdxl_base_v1-0"
 SDXL_CLIP_SKIP = 2
 # The betas of all Stable Diffusion 1.x, 2.x and XL models.
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+Source = CheckpointFile | DiffusersFolder
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the options say of a model, besides its name.
+
+    Attributes:
+        v2: ``--v2``. The weights decide; it is an error for a model that is not SD 2.x.
+        v_parameterization: ``--v_parameterization``. A diffusers folder says what it predicts, and
+            the option must not contradict it; for a checkpoint file the option decides.
+        vae: replacement: diffusers folder (of the VAE, or with one in ``vae``), hub id or file.
+        tokenizer_cache_dir: where to look for the tokenizer if the model has none.
+        clip_skip: see ``TextEncoder``. SDXL always reads the state before the last layer, without
+            the final norm; another value has no effect, as in sd-scripts, and a warning says so.
+        max_token_length: see ``TextEncoder``.
+        dtype: of U-Net and text encoders.
+        vae_dtype: of the VAE.
+    """
+
+    v2: bool = False
+    v_parameterization: bool = False
+    vae: str | os.PathLike | None = None
+    tokenizer_cache_dir: str | os.PathLike | None = None
+    clip_skip: int | None = None
+    max_token_length: int | None = None
+    dtype: torch.dtype = torch.float32
+    vae_dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -51,7 +85,7 @@ class StableDiffusion:
         version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), or
             ``sdxl_base_v1-0``, as kohya writes it into ``ss_base_model_version``.
         prediction_type: ``epsilon`` or ``v_prediction``: what training must aim at. Read this, not
-            the option: a diffusers folder knows its own.
+            the option: a diffusers folder says it itself.
         source: the model as given.
     """
 
@@ -73,18 +107,17 @@ class StableDiffusion:
         """Whether the U-Net reads two text encoders, a pooled state and sizes."""
         return self.version == SDXL_VERSION
 
+    @property
+    def components(self) -> Components:
+        """The networks under diffusers' names."""
+        clips = [text_encoder.model for text_encoder in self.text_encoders]
+        return Components(self.unet, clips[0], self.vae, *clips[1:])
+
 
 def load_stable_diffusion(
     name_or_path: str | os.PathLike,
+    settings: ModelSettings | None = None,
     *,
-    v2: bool = False,
-    v_parameterization: bool = False,
-    vae: str | os.PathLike | None = None,
-    tokenizer_cache_dir: str | os.PathLike | None = None,
-    clip_skip: int | None = None,
-    max_token_length: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    vae_dtype: torch.dtype = torch.float32,
     architecture: str | os.PathLike | None = None,
 ) -> StableDiffusion:
     """Load a Stable Diffusion 1.x, 2.x or XL model, frozen and in eval mode, on the CPU.
@@ -92,16 +125,7 @@ def load_stable_diffusion(
     Args:
         name_or_path: diffusers folder, hub id (network or local hub cache), or a ``.safetensors`` /
             ``.ckpt`` checkpoint with WebUI names (no network).
-        v2: ``--v2``. The weights decide; saying SD 2.x of an SD 1.x model is an error.
-        v_parameterization: ``--v_parameterization``. A diffusers folder knows its prediction type,
-            and the option must not contradict it; for a checkpoint file the option decides.
-        vae: replacement: diffusers folder (of the VAE, or with one in ``vae``), hub id or file.
-        tokenizer_cache_dir: where to look for the tokenizer if the model has none.
-        clip_skip: see ``TextEncoder``. SDXL always reads the state before the last layer, without
-            the final norm; another value has no effect, as in sd-scripts, and a warning says so.
-        max_token_length: see ``TextEncoder``.
-        dtype: of U-Net and text encoders.
-        vae_dtype: of the VAE.
+        settings: defaults if not given.
         architecture: folder of configurations for checkpoint files, laid out as a diffusers folder,
             in place of the shipped ones (models of other sizes).
 
@@ -109,148 +133,106 @@ def load_stable_diffusion(
         UserError: nothing found, damaged or incomplete weights, another architecture than SD 1.x,
             2.x or XL base, an option that contradicts the model, or no tokenizer.
     """
-    path, configs = Path(name_or_path), None if architecture is None else Path(architecture)
-    parts = _load_parts(
-        str(name_or_path),
-        configs=configs,
-        dtype=dtype,
-        vae_dtype=vae_dtype if vae is None else None,
-    )
-    if not parts.tokenizers:
-        near = path.parent if path.is_file() else None
-        parts.tokenizers = _find_tokenizers(parts, cache_dir=tokenizer_cache_dir, near=near)
-    if vae is not None:
-        parts.vae = _load_vae(str(vae), family=parts.family, configs=configs, dtype=vae_dtype)
-    return _assembled(
-        parts,
-        source=str(name_or_path),
-        v2=v2,
-        v_parameterization=v_parameterization,
-        clip_skip=clip_skip,
-        max_token_length=max_token_length,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-    )
+    settings, name = settings or ModelSettings(), str(name_or_path)
+    configs = None if architecture is None else Path(architecture)
+    source = _open(name, find_folder, architecture=configs)
+    networks = {
+        part: source.load(part, settings.dtype) for part in ("unet", *text_parts(source.family))
+    }
+    if settings.vae is None:
+        networks["vae"] = source.load("vae", settings.vae_dtype)
+    tokenizers = source.tokenizers or _find_tokenizers(source, settings)
+    if settings.vae is not None:
+        shapes = configs or ARCHITECTURES / source.family
+        networks["vae"] = _load_vae(str(settings.vae), configs=shapes, dtype=settings.vae_dtype)
+    return _assembled(source, Components(**networks), tokenizers, settings)
 
 
 def empty_stable_diffusion(
     name_or_path: str | os.PathLike,
+    settings: ModelSettings | None = None,
     *,
-    v2: bool = False,
-    v_parameterization: bool = False,
-    tokenizer_cache_dir: str | os.PathLike | None = None,
     spare_tokenizer: Callable[[], Any] | None = None,
-    clip_skip: int | None = None,
-    max_token_length: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    vae_dtype: torch.dtype = torch.float32,
 ) -> StableDiffusion:
     """What :func:`load_stable_diffusion` would load, on the meta device: weights are not read.
 
-    Reads configurations, or the header of a file; nothing is downloaded.
+    Reads configurations, or names and shapes of a file; nothing is downloaded.
 
     Args:
-        name_or_path: as there, and so are the other options.
-        v2: see there.
-        v_parameterization: see there.
-        tokenizer_cache_dir: see there.
+        name_or_path: as there.
+        settings: as there; a replacement VAE has the shapes of the model's own.
         spare_tokenizer: makes a tokenizer where none is found; without it that is an error.
-        clip_skip: see there.
-        max_token_length: see there.
-        dtype: see there.
-        vae_dtype: see there.
 
     Raises:
         UserError: as there, but for damaged weights.
     """
-    path = Path(name_or_path)
-    if path.is_file():
-        parts = empty_file(path)
-    else:
-        folder = find_local_folder(str(name_or_path), option="--pretrained_model_name_or_path")
-        parts = empty_folder(folder, source=str(name_or_path))
-    if not parts.tokenizers:
-        try:
-            near = path.parent if path.is_file() else None
-            parts.tokenizers = _find_tokenizers(parts, cache_dir=tokenizer_cache_dir, near=near)
-        except UserError:
-            if spare_tokenizer is None:
-                raise
-            parts.tokenizers = [spare_tokenizer() for _ in parts.text_encoders]
-    return _assembled(
-        parts,
-        source=str(name_or_path),
-        v2=v2,
-        v_parameterization=v_parameterization,
-        clip_skip=clip_skip,
-        max_token_length=max_token_length,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-    )
+    settings, name = settings or ModelSettings(), str(name_or_path)
+    source = _open(name, find_local_folder)
+    clips = text_parts(source.family)
+    networks = {
+        part: empty_network(part, source.configs / part).to("meta")
+        for part in ("unet", *clips, "vae")
+    }
+    tokenizers = source.tokenizers
+    try:
+        tokenizers = tokenizers or _find_tokenizers(source, settings)
+    except UserError:
+        if spare_tokenizer is None:
+            raise
+        tokenizers = [spare_tokenizer() for _ in clips]
+    return _assembled(source, Components(**networks), tokenizers, settings)
+
+
+def _open(name: str, find: Callable[..., Path], *, architecture: Path | None = None) -> Source:
+    if Path(name).is_file():
+        return CheckpointFile(name, architecture=architecture)
+    folder = find(name, option="--pretrained_model_name_or_path")
+    return DiffusersFolder(folder, name=name)
+
+
+def _load_vae(name: str, *, configs: Path, dtype: torch.dtype) -> nn.Module:
+    if Path(name).is_file():
+        return load_vae_file(Path(name), configs=configs, dtype=dtype)
+    return load_vae_folder(find_folder(name, option="--vae"), source=f"--vae: {name}", dtype=dtype)
+
+
+def _find_tokenizers(source: Source, settings: ModelSettings) -> list:
+    near = source.path.parent if isinstance(source, CheckpointFile) else None
+    return find_tokenizers(source.family, cache_dir=settings.tokenizer_cache_dir, near=near)
 
 
 def _assembled(
-    parts: ModelParts,
-    *,
-    source: str,
-    v2: bool,
-    v_parameterization: bool,
-    clip_skip: int | None,
-    max_token_length: int | None,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype,
+    source: Source, networks: Components, tokenizers: Sequence, settings: ModelSettings
 ) -> StableDiffusion:
-    """The parts, frozen, as the options and the source together want them."""
-    if v2 and parts.family != "sd_v2":
+    """The model, frozen; where the options contradict its source, an error or a warning."""
+    family = source.family
+    if settings.v2 and family != "sd_v2":
         raise UserError(
-            f"--v2 says {TITLES['sd_v2']}, but {source} is {TITLES[parts.family]}: drop --v2"
+            f"--v2 says {TITLES['sd_v2']}, but {source.name} is {TITLES[family]}: drop --v2"
         )
-    prediction_type = _prediction_type(parts, source=source, v_parameterization=v_parameterization)
-    is_sdxl = parts.family == "sdxl"
-    if is_sdxl:
-        clip_skip = _sdxl_clip_skip(clip_skip)
+    prediction_type = _prediction_type(source, settings.v_parameterization)
+    suffix = "_v" if prediction_type == "v_prediction" else ""
+    is_sdxl = family == "sdxl"
+    clip_skip = _sdxl_clip_skip(settings.clip_skip) if is_sdxl else settings.clip_skip
     text_encoders = [
         TextEncoder(
             tokenizer,
-            _frozen(model, dtype),
+            _frozen(getattr(networks, part), settings.dtype),
             clip_skip=clip_skip,
-            max_token_length=max_token_length,
+            max_token_length=settings.max_token_length,
             final_norm=not is_sdxl,
         )
-        for tokenizer, model in zip(parts.tokenizers, parts.text_encoders, strict=True)
+        for tokenizer, part in zip(tokenizers, text_parts(family), strict=True)
     ]
     return StableDiffusion(
         text_encoders=text_encoders,
-        vae=_frozen(parts.vae, vae_dtype),
-        unet=_frozen(parts.unet, dtype),
-        noise_scheduler=_noise_scheduler(parts.scheduler, prediction_type),
-        version=_version(parts.family, prediction_type),
+        vae=_frozen(networks.vae, settings.vae_dtype),
+        unet=_frozen(networks.unet, settings.dtype),
+        noise_scheduler=_noise_scheduler(source.scheduler, prediction_type),
+        version=SDXL_VERSION if is_sdxl else f"{family}{suffix}",
         prediction_type=prediction_type,
-        source=source,
+        source=source.name,
     )
-
-
-def _load_parts(
-    source: str, *, configs: Path | None, dtype: torch.dtype, vae_dtype: torch.dtype | None
-) -> ModelParts:
-    if Path(source).is_file():
-        return load_file(Path(source), architecture=configs, dtype=dtype, vae_dtype=vae_dtype)
-    folder = find_folder(source, option="--pretrained_model_name_or_path")
-    return load_folder(folder, source=source, dtype=dtype, vae_dtype=vae_dtype)
-
-
-def _load_vae(source: str, *, family: str, configs: Path | None, dtype: torch.dtype) -> nn.Module:
-    if Path(source).is_file():
-        return load_vae_file(Path(source), family=family, architecture=configs, dtype=dtype)
-    folder = find_folder(source, option="--vae")
-    return load_vae_folder(folder, source=f"--vae: {source}", dtype=dtype)
-
-
-def _find_tokenizers(
-    parts: ModelParts, *, cache_dir: str | os.PathLike | None, near: Path | None
-) -> list:
-    first = find_tokenizer(sd2=parts.family == "sd_v2", cache_dir=cache_dir, near=near)
-    return [first] if len(parts.text_encoders) == 1 else [first, second_tokenizer(first)]
 
 
 def _sdxl_clip_skip(given: int | None) -> int:
@@ -261,36 +243,30 @@ def _sdxl_clip_skip(given: int | None) -> int:
     return SDXL_CLIP_SKIP
 
 
-def _version(family: str, prediction_type: str) -> str:
-    if family == "sdxl":
-        return SDXL_VERSION
-    return family + ("_v" if prediction_type == "v_prediction" else "")
-
-
 def _frozen(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    nn.Module.to(module, dtype)  # diffusers' own warns of any cast
+    nn.Module.to(module, dtype)  # diffusers' own ``to`` warns about every cast
     return module.eval().requires_grad_(False)
 
 
-def _prediction_type(parts: ModelParts, *, source: str, v_parameterization: bool) -> str:
-    if not parts.scheduler:
-        if parts.family == "sd_v2" and not v_parameterization:
+def _prediction_type(source: Source, v_parameterization: bool) -> str:
+    if not source.scheduler:
+        if source.family == "sd_v2" and not v_parameterization:
             logger.warning(
                 "%s is Stable Diffusion 2.x and does not say what it predicts: epsilon is assumed; "
                 "set --v_parameterization for 768-v models",
-                source,
+                source.name,
             )
         return "v_prediction" if v_parameterization else "epsilon"
-    known = parts.scheduler.get("prediction_type", "epsilon")
+    known = source.scheduler.get("prediction_type", "epsilon")
     if known not in ("epsilon", "v_prediction"):
         raise UserError(
-            f"{source}: its scheduler_config.json has prediction_type {known!r}; "
+            f"{source.name}: its scheduler_config.json has prediction_type {known!r}; "
             "this version trains epsilon and v_prediction"
         )
     if v_parameterization and known != "v_prediction":
         raise UserError(
-            f"--v_parameterization says v_prediction, but the scheduler_config.json of {source} "
-            f"says {known}: drop the option, or correct prediction_type there"
+            "--v_parameterization says v_prediction, but the scheduler_config.json of "
+            f"{source.name} says {known}: drop the option, or correct prediction_type there"
         )
     return known
 

@@ -1,17 +1,36 @@
-"""What a source of Stable Diffusion weights gives, and the errors all sources share."""
+"""The networks of a Stable Diffusion model: made empty, then given all their weights, or an error.
+
+Knows no file formats; names of tensors come from ``ldm_names`` or are the library's own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.ldm_names import LdmTensor
 
-__all__ = ["REFINER", "TITLES", "ModelParts", "read_json", "refuse_gaps", "wrong_architecture"]
+__all__ = [
+    "REFINER",
+    "TITLES",
+    "Components",
+    "empty_network",
+    "fill_weights",
+    "plain_name",
+    "plain_places",
+    "read_json",
+    "text_parts",
+    "wrong_architecture",
+]
 
 TITLES = {
     "sd_v1": "Stable Diffusion 1.x",
@@ -19,47 +38,137 @@ TITLES = {
     "sdxl": "Stable Diffusion XL",
 }
 REFINER = "the refiner of Stable Diffusion XL"
+CLASSES = {
+    "unet": UNet2DConditionModel,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "vae": AutoencoderKL,
+}
 MAX_NAMED = 3  # tensors named in an error
+# Tensors that checkpoints hold and these networks do not use.
+UNUSED = re.compile(
+    r".*\bposition_ids"
+    r"|cond_stage_model\.model\.(?:logit_scale|text_projection|attn_mask)"
+    r"|cond_stage_model\.transformer\.text_projection\.weight"
+    r"|conditioner\.embedders\.1\.model\.(?:logit_scale|attn_mask)"
+    r"|conditioner\.embedders\.0\.transformer\.(?:text_projection\.weight|logit_scale)"
+    r"|first_stage_model\.(?:loss|model_ema)\..*"
+)
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-@dataclass
-class ModelParts:
-    """The parts one source holds.
+class Components(NamedTuple):
+    """The networks of a model, under diffusers' names.
 
     Attributes:
-        family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
-        text_encoders: one; two in SDXL.
-        vae: ``None`` if not asked for.
-        tokenizers: one for each text encoder; none if the source has no first one.
-        scheduler: the source's own scheduler configuration; empty if it has none.
+        unet: ``UNet2DConditionModel``.
+        text_encoder: ``CLIPTextModel``.
+        vae: ``AutoencoderKL``.
+        text_encoder_2: SDXL's ``CLIPTextModelWithProjection``; ``None`` in SD 1.x and 2.x.
     """
 
-    family: str
     unet: nn.Module
-    text_encoders: list[nn.Module]
-    vae: nn.Module | None
-    tokenizers: list
-    scheduler: dict
+    text_encoder: nn.Module
+    vae: nn.Module
+    text_encoder_2: nn.Module | None = None
+
+    def by_part(self) -> dict[str, nn.Module]:
+        """The networks that the model has, by name."""
+        return {part: network for part, network in self._asdict().items() if network is not None}
+
+
+def text_parts(family: str) -> tuple[str, ...]:
+    """Names of the text encoders, in the order in which the U-Net reads their states."""
+    return ("text_encoder", "text_encoder_2") if family == "sdxl" else ("text_encoder",)
+
+
+def empty_network(part: str, folder: Path) -> nn.Module:
+    """A network on the meta device, to be filled.
+
+    Args:
+        part: name of a field of ``Components``.
+        folder: of its ``config.json``.
+
+    Raises:
+        UserError: the configuration cannot be read.
+    """
+    if not part.startswith("text_encoder"):
+        with torch.device("meta"):
+            return CLASSES[part].from_config(read_json(folder / "config.json"))
+    config = CLIPTextConfig.from_pretrained(str(folder))
+    with torch.device("meta"):
+        clip = CLASSES[part](config)
+    # No checkpoint holds these, so they need their values now.
+    position_ids = torch.arange(config.max_position_embeddings)[None]
+    getattr(clip, "text_model", clip).embeddings.position_ids = position_ids
+    return clip
+
+
+def fill_weights(
+    network: nn.Module,
+    places_of: Callable[[Iterable[str]], dict[str, LdmTensor]],
+    state: Mapping[str, Tensor],
+    *,
+    prefix: str,
+    path: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Give a network all its weights, as copies in ``dtype``.
+
+    Copies, because the file may be mapped from disk and change while the model lives.
+
+    This is stricter than diffusers' ``from_single_file`` and transformers' ``from_pretrained``.
+    Their versions differ in the names they know (``text_model.`` is gone since transformers 5.6)
+    and in what they do about missing tensors, from an error without a name to weights that are
+    random or stay on the meta device. They ignore leftover tensors.
+
+    Args:
+        network: may be on the meta device, if all its buffers are in its state dict.
+        places_of: from the network's weight names to their places in ``state``.
+        state: tensors by name; a matrix may be stored as a 1x1 convolution and vice versa.
+        prefix: every tensor whose name begins so must be used.
+        path: where ``state`` came from, for errors.
+        dtype: of the filled weights.
+
+    Raises:
+        UserError: tensors are missing, left over or of another shape.
+    """
+    wanted = network.state_dict()
+    places = places_of(wanted)
+    keys = {place.key for place in places.values()}
+    unexpected = (name for name in state if name.startswith(prefix) and name not in keys)
+    _refuse_gaps(
+        path,
+        missing=keys.difference(state),
+        unexpected=(name for name in unexpected if not UNUSED.fullmatch(name)),
+    )
+    filled = {
+        name: _shaped(state, places[name], like=like, path=path).to(dtype, copy=True)
+        for name, like in wanted.items()
+    }
+    network.load_state_dict(filled, assign=True)
+
+
+def plain_name(name: str) -> str:
+    """A library's name for a weight, the same for all its versions.
+
+    CLIP's names begin with ``text_model.`` before transformers 5.6 and do not since; the matrices
+    of the VAE's attention have other names in files of older versions of diffusers.
+    """
+    name = name.removeprefix("text_model.")
+    module, _, kind = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    return f"{parent}.{OLD_VAE_ATTENTION[leaf]}.{kind}" if leaf in OLD_VAE_ATTENTION else name
+
+
+def plain_places(names: Iterable[str]) -> dict[str, LdmTensor]:
+    """Places of weights in a state dict with plain names."""
+    return {name: LdmTensor(plain_name(name)) for name in names}
 
 
 def wrong_architecture(source: str | Path, found: str) -> UserError:
     """The error for a model of a kind that is not trained; ``found`` says what it is."""
     return UserError(f"{source} is {found}; this version trains {TITLES['sd_v1']}, 2.x and XL base")
-
-
-def refuse_gaps(source: str | Path, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise if tensors are missing or left over, naming the first few.
-
-    Raises:
-        UserError: ``missing`` or ``unexpected`` is not empty.
-    """
-    parts = []
-    for kind, names in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected))):
-        if names:
-            more = ", ..." if len(names) > MAX_NAMED else ""
-            parts.append(f"{kind} {len(names)} tensors ({', '.join(names[:MAX_NAMED])}{more})")
-    if parts:
-        raise UserError(f"{source} {' and '.join(parts)}: it does not fit its architecture")
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict:
@@ -74,3 +183,31 @@ def read_json(path: Path, *, optional: bool = False) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from error
+
+
+def _refuse_gaps(path: Path, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise if tensors are missing or left over, naming the first few."""
+    parts = []
+    for kind, names in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected))):
+        if names:
+            more = ", ..." if len(names) > MAX_NAMED else ""
+            parts.append(f"{kind} {len(names)} tensors ({', '.join(names[:MAX_NAMED])}{more})")
+    if parts:
+        raise UserError(f"{path} {' and '.join(parts)}: it does not fit its architecture")
+
+
+def _shaped(state: Mapping[str, Tensor], place: LdmTensor, *, like: Tensor, path: Path) -> Tensor:
+    tensor = state[place.key]
+    if place.third is not None:
+        tensor = tensor.chunk(3)[place.third]
+    if place.transposed:
+        tensor = tensor.T
+    if _matrix_shape(tensor) != _matrix_shape(like):
+        came, expected = tuple(tensor.shape), tuple(like.shape)
+        raise UserError(f"{path}: {place.key} has shape {came}, expected {expected}")
+    return tensor.reshape(like.shape).contiguous()
+
+
+def _matrix_shape(tensor: Tensor) -> list[int]:
+    shape = list(tensor.shape)
+    return shape[:2] if shape[2:] == [1, 1] else shape

@@ -11,30 +11,23 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.models.components import REFINER, ModelParts, read_json, wrong_architecture
-from mlm_plugin.models.load_weights import (
-    empty_pooled_text_encoder,
-    empty_text_encoder,
-    empty_unet,
-    empty_vae,
+from mlm_plugin.models.components import (
+    REFINER,
+    empty_network,
     fill_weights,
     plain_name,
     plain_places,
+    read_json,
+    text_parts,
+    wrong_architecture,
 )
 from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer, second_tokenizer
 from mlm_plugin.models.weights_files import read_weights
 
-__all__ = [
-    "empty_folder",
-    "empty_parts",
-    "find_folder",
-    "find_local_folder",
-    "load_folder",
-    "load_vae_folder",
-]
+__all__ = ["DiffusersFolder", "find_folder", "find_local_folder", "load_vae_folder"]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
-MAX_REASON = 200  # characters of a library's own story in an error
+MAX_REASON = 200  # characters of a library's message that an error quotes
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS_NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>(?!safetensors|bin)\w+))?"
@@ -67,7 +60,7 @@ def find_folder(source: str, *, option: str) -> Path:
             continue
         if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
             return folder
-    raise UserError(f"{option}: {source} is no file or folder here, nor on the hub ({reason})")
+    raise UserError(f"{option}: {source} is not a file or folder here, nor on the hub ({reason})")
 
 
 def find_local_folder(source: str, *, option: str) -> Path:
@@ -86,64 +79,42 @@ def find_local_folder(source: str, *, option: str) -> Path:
     raise UserError(f"{option}: {source} is not on this machine (a file, a folder or a hub id)")
 
 
-def empty_folder(folder: Path, *, source: str) -> ModelParts:
-    """What :func:`load_folder` would load, on the meta device: weights are not read.
+class DiffusersFolder:
+    """A model as a diffusers folder.
 
     Args:
-        folder: as there.
-        source: what the user called it, for errors.
+        folder: holds ``model_index.json`` and a folder for each part.
+        name: what the user called it, for errors.
+
+    Attributes:
+        family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
+        configs: the folder, which has a configuration for each part.
+        scheduler: configuration of its scheduler; empty if it has none.
+        tokenizers: one for each text encoder; none if the folder lacks the first.
 
     Raises:
         UserError: a configuration is missing or damaged, or it is a model of another kind.
     """
-    parts = empty_parts(folder, family=_family(folder, source=source))
-    parts.tokenizers = _tokenizers(folder, count=len(parts.text_encoders))
-    parts.scheduler = read_json(folder / "scheduler" / "scheduler_config.json", optional=True)
-    return parts
 
+    def __init__(self, folder: Path, *, name: str):
+        self.name, self.configs = name, folder
+        self.family = _family(folder, source=name)
+        self.scheduler = read_json(folder / "scheduler" / "scheduler_config.json", optional=True)
+        self.tokenizers = _tokenizers(folder, count=len(text_parts(self.family)))
 
-def empty_parts(folder: Path, *, family: str) -> ModelParts:
-    """Networks of the configurations in a folder, on the meta device, without a tokenizer."""
-    clips = [empty_text_encoder(folder / "text_encoder")]
-    if family == "sdxl":
-        clips.append(empty_pooled_text_encoder(folder / "text_encoder_2"))
-    return ModelParts(
-        family=family,
-        unet=empty_unet(folder / "unet"),
-        text_encoders=[clip.to("meta") for clip in clips],
-        vae=empty_vae(folder / "vae"),
-        tokenizers=[],
-        scheduler={},
-    )
+    def load(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """One of the networks, on the CPU.
 
+        Args:
+            part: name of a field of ``Components``.
+            dtype: of its weights.
 
-def load_folder(
-    folder: Path, *, source: str, dtype: torch.dtype, vae_dtype: torch.dtype | None
-) -> ModelParts:
-    """Load a diffusers folder part by part; the safety checker is never read.
-
-    Args:
-        folder: holds ``unet``, ``text_encoder``, ``vae``, ``tokenizer`` and ``scheduler``, in SDXL
-            also ``text_encoder_2`` and ``tokenizer_2``.
-        source: what the user called it, for errors.
-        dtype: of U-Net and text encoder.
-        vae_dtype: of the VAE; ``None`` = do not read it.
-
-    Raises:
-        UserError: a part is missing or damaged, or it is a model of another kind.
-    """
-    family = _family(folder, source=source)
-    clips = {"text_encoder": empty_text_encoder(folder / "text_encoder")}
-    if family == "sdxl":
-        clips["text_encoder_2"] = empty_pooled_text_encoder(folder / "text_encoder_2")
-    return ModelParts(
-        family=family,
-        unet=_load(folder / "unet", empty_unet(folder / "unet"), dtype=dtype),
-        text_encoders=[_load(folder / part, clip, dtype=dtype) for part, clip in clips.items()],
-        vae=_own_vae(folder, source=source, dtype=vae_dtype),
-        tokenizers=_tokenizers(folder, count=len(clips)),
-        scheduler=read_json(folder / "scheduler" / "scheduler_config.json", optional=True),
-    )
+        Raises:
+            UserError: the part is missing, damaged or incomplete.
+        """
+        if part == "vae":
+            return load_vae_folder(self.configs, source=self.name, dtype=dtype)
+        return _load(part, self.configs / part, dtype=dtype)
 
 
 def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Module:
@@ -155,7 +126,7 @@ def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Modu
     for place in (folder / "vae", folder):
         config = read_json(place / "config.json", optional=True)
         if config.get("_class_name") == "AutoencoderKL":
-            return _load(place, empty_vae(place), dtype=dtype)
+            return _load("vae", place, dtype=dtype)
     raise UserError(f"{source} holds no VAE (neither vae/config.json nor config.json of one)")
 
 
@@ -163,10 +134,6 @@ def _download(hub_id: str, *, variant: str | None) -> str:
     return DiffusionPipeline.download(
         hub_id, variant=variant, safety_checker=None, feature_extractor=None
     )
-
-
-def _own_vae(folder: Path, *, source: str, dtype: torch.dtype | None) -> nn.Module | None:
-    return None if dtype is None else load_vae_folder(folder, source=source, dtype=dtype)
 
 
 def _tokenizers(folder: Path, *, count: int) -> list:
@@ -187,59 +154,46 @@ def _family(folder: Path, *, source: str) -> str:
     is_sdxl = (folder / "text_encoder_2").is_dir()
     if is_sdxl and not (folder / "text_encoder").is_dir():
         raise wrong_architecture(source, REFINER)
-    for part in ("unet", "text_encoder", *(["text_encoder_2"] if is_sdxl else [])):
+    parts = ("unet", *text_parts("sdxl" if is_sdxl else "sd_v1"))
+    for part in parts:
         if not (folder / part / "config.json").is_file():
             raise UserError(
-                f"{source} is no diffusers model folder: {part}/config.json is missing "
+                f"{source} is not a diffusers model folder: {part}/config.json is missing "
                 "(give the folder that holds model_index.json, or a checkpoint file)"
             )
-    unet = read_json(folder / "unet" / "config.json")
-    text_encoder = read_json(folder / "text_encoder" / "config.json")
-    text_width = text_encoder.get("hidden_size", 512)
-    if is_sdxl:
-        second = read_json(folder / "text_encoder_2" / "config.json")
-        text_width += second.get("hidden_size", 512)
+    unet, *clips = [read_json(folder / part / "config.json") for part in parts]
     channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim", 1280)
     if channels != 4:
         raise wrong_architecture(source, f"{kind} with {channels} input channels")
-    if width != text_width:
+    if width != sum(clip.get("hidden_size", 512) for clip in clips):
         raise wrong_architecture(source, f"{kind} with context width {width}")
     if is_sdxl:
         return "sdxl"
-    openai_clip = text_encoder.get("hidden_act", "quick_gelu") == "quick_gelu"
+    openai_clip = clips[0].get("hidden_act", "quick_gelu") == "quick_gelu"
     return FAMILY_OF_WIDTH.get(width, "sd_v1" if openai_clip else "sd_v2")
 
 
-def _load(folder: Path, model: nn.Module, *, dtype: torch.dtype) -> nn.Module:
-    """Fill a part from its own folder.
-
-    Not by ``from_pretrained``: its versions differ in which names they know (``text_model.`` is
-    gone since transformers 5.6) and in what they do about missing tensors, up to random weights.
-    """
+def _load(part: str, folder: Path, *, dtype: torch.dtype) -> nn.Module:
+    """A part from its own folder."""
+    network = empty_network(part, folder)
     state = {}
     for path in _weights_files(folder):
         state |= {plain_name(name): tensor for name, tensor in read_weights(path).items()}
-    fill_weights(model, plain_places, state, prefix="", path=folder, dtype=dtype)
-    return model
+    fill_weights(network, plain_places, state, prefix="", path=folder, dtype=dtype)
+    return network
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The files of the chosen set of weights, safetensors where there are both kinds."""
-    variant = _variant(folder)
-    files = [
-        path
-        for path in sorted(folder.glob("*"))
-        if (match := WEIGHTS_NAME.fullmatch(path.name)) and match["variant"] == variant
-    ]
-    return [path for path in files if path.suffix == ".safetensors"] or files
+    """The plain set of weights, else fp16, else the first; safetensors where there are both kinds.
 
-
-def _variant(folder: Path) -> str | None:
-    """Which of a folder's sets of weights to load: the plain one, else fp16, else the first."""
-    matches = [WEIGHTS_NAME.fullmatch(path.name) for path in folder.glob("*")]
-    variants = {match["variant"] for match in matches if match}
-    if not variants:
+    Raises:
+        UserError: the folder holds no weights.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*")):
+        if match := WEIGHTS_NAME.fullmatch(path.name):
+            found.setdefault(match["variant"] or "", []).append(path)
+    if not found:
         raise UserError(f"{folder} holds no weights (*.safetensors or *.bin)")
-    if None in variants:
-        return None
-    return "fp16" if "fp16" in variants else min(variants)
+    files = found[min(found, key=lambda variant: (variant not in ("", "fp16"), variant))]
+    return [path for path in files if path.suffix == ".safetensors"] or files

@@ -1,8 +1,9 @@
 """Where Stable Diffusion 1.x, 2.x and XL weights lie in WebUI checkpoints, by library name.
 
 One table for both directions: a reader asks where a tensor lies in a checkpoint, a writer what to
-call it. The numbers of blocks and layers are read off the names, so toy models work as well. Knows
-no files and no model classes.
+call it. diffusers converts in one direction only, by code that takes checkpoint names apart, so it
+cannot tell a writer the names, nor a reader which tensors are left over. The numbers of blocks and
+layers are taken from the names, so toy models work as well. Knows no files and no model classes.
 
 LDM names: ``model.diffusion_model.*`` (U-Net), ``first_stage_model.*`` (VAE),
 ``cond_stage_model.transformer.*`` (SD 1 CLIP) and ``cond_stage_model.model.*`` (SD 2 OpenCLIP).
@@ -12,7 +13,8 @@ SDXL has both text encoders: ``conditioner.embedders.0.transformer.*`` and ``.1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,16 +22,15 @@ from torch import Tensor
 
 __all__ = [
     "CLIP_PREFIX",
+    "LDM_PARTS",
     "OPEN_CLIP_PREFIX",
-    "SDXL_CLIP_PREFIX",
     "SDXL_OPEN_CLIP_PREFIX",
     "UNET_PREFIX",
     "VAE_PREFIX",
+    "LdmPart",
     "LdmTensor",
     "clip_names",
     "open_clip_names",
-    "sdxl_clip_names",
-    "sdxl_open_clip_names",
     "to_ldm",
     "unet_names",
     "vae_names",
@@ -59,8 +60,8 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
-VAE_ATTENTION = {
+VAE_BLOCK = {
+    "conv_shortcut": "nin_shortcut",
     "group_norm": "norm",
     "to_q": "q",
     "to_k": "k",
@@ -72,7 +73,7 @@ OPEN_CLIP_LAYER = {
     "layer_norm2": "ln_2",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
+    "out_proj": "attn.out_proj",
 }
 OPEN_CLIP_TOP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -80,9 +81,6 @@ OPEN_CLIP_TOP = {
     "final_layer_norm.weight": "ln_final.weight",
     "final_layer_norm.bias": "ln_final.bias",
 }
-VAE_BLOCK = re.compile(
-    r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(resnets|(?:down|up)samplers)\.(\d+)\.(.+)"
-)
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -93,12 +91,24 @@ class LdmTensor(NamedTuple):
         key: name of the checkpoint's tensor.
         third: ``None`` = all of it; 0, 1, 2 = the first, second or last third of its rows (OpenCLIP
             keeps query, key and value in one tensor).
-        transposed: rows are columns there (OpenCLIP multiplies by its projection from the right).
+        transposed: the transpose lies there (OpenCLIP multiplies by its projection on the right).
     """
 
     key: str
     third: int | None = None
     transposed: bool = False
+
+
+class LdmPart(NamedTuple):
+    """Where a network lies in an LDM checkpoint.
+
+    Attributes:
+        prefix: of all its tensors there.
+        places: a place for each of its weight names; takes all of them.
+    """
+
+    prefix: str
+    places: Callable[[Iterable[str]], dict[str, LdmTensor]]
 
 
 def unet_names(names: Iterable[str]) -> dict[str, LdmTensor]:
@@ -134,48 +144,35 @@ def vae_names(names: Iterable[str]) -> dict[str, LdmTensor]:
     return {name: LdmTensor(VAE_PREFIX + _vae_name(name, num_ups)) for name in names}
 
 
-def clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """LDM place of each ``CLIPTextModel`` weight in an SD 1.x checkpoint.
+def clip_names(names: Iterable[str], *, prefix: str = CLIP_PREFIX) -> dict[str, LdmTensor]:
+    """LDM place of each ``CLIPTextModel`` weight in an SD 1.x checkpoint, or below ``prefix``.
 
     ``names`` may be nested (``text_model.``, transformers < 5.6) or flat; LDM's are nested.
     """
-    return _clip_places(names, CLIP_PREFIX)
+    return {name: LdmTensor(f"{prefix}text_model.{_flat(name)}") for name in names}
 
 
-def sdxl_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """The same for the first text encoder of an SDXL checkpoint."""
-    return _clip_places(names, SDXL_CLIP_PREFIX)
+def open_clip_names(
+    names: Iterable[str], *, prefix: str = OPEN_CLIP_PREFIX
+) -> dict[str, LdmTensor]:
+    """OpenCLIP place of each CLIP text model's weight in an SD 2.x checkpoint, or below ``prefix``.
 
-
-def open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """OpenCLIP place of each ``CLIPTextModel`` weight in an SD 2.x checkpoint.
-
-    The checkpoint has one layer more than the text model: SD 2.x uses the state before the last.
-
-    Raises:
-        ValueError: a name that CLIP text models do not have.
-
-    Source: mlfoundations/open_clip ``src/open_clip/transformer.py`` ``ResidualAttentionBlock``.
-    """
-    return {name: _open_clip_place(_flat(name), OPEN_CLIP_PREFIX) for name in names}
-
-
-def sdxl_open_clip_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """The same for ``CLIPTextModelWithProjection``, the second text encoder of an SDXL checkpoint.
-
-    It has all layers, and the projection as OpenCLIP applies it: ``x @ text_projection``.
-    sd-scripts reads and writes that matrix as it lies, so it computes with the transposed one.
+    SD 2.x has one layer more than its text model: it uses the state before the last. SDXL has no
+    layer more, and the projection of ``CLIPTextModelWithProjection`` as OpenCLIP applies it:
+    ``x @ text_projection``. sd-scripts reads and writes that matrix unchanged, so it computes with
+    its transpose.
 
     Raises:
         ValueError: a name that CLIP text models do not have.
 
-    Source: Stability-AI/generative-models ``sgm/modules/encoders/modules.py``
-    ``FrozenOpenCLIPEmbedder2``; diffusers ``loaders/single_file_utils.py``.
+    Source: mlfoundations/open_clip ``src/open_clip/transformer.py`` ``ResidualAttentionBlock``;
+    Stability-AI/generative-models ``sgm/modules/encoders/modules.py`` ``FrozenOpenCLIPEmbedder2``;
+    diffusers ``loaders/single_file_utils.py``.
     """
-    return {name: _open_clip_place(_flat(name), SDXL_OPEN_CLIP_PREFIX) for name in names}
+    return {name: _open_clip_place(_flat(name), prefix) for name in names}
 
 
-def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[str, Tensor]:
+def to_ldm(state: Mapping[str, Tensor], places: Mapping[str, LdmTensor]) -> dict[str, Tensor]:
     """Rename a module's state dict to LDM names and shapes.
 
     Query, key and value are joined where LDM keeps them in one tensor; the VAE's attention matrices
@@ -183,11 +180,11 @@ def to_ldm(state: Mapping[str, Tensor], names: Mapping[str, LdmTensor]) -> dict[
 
     Args:
         state: weights under library names.
-        names: a place for each of them, from ``unet_names`` and its sisters.
+        places: one for each of them, as ``LdmPart.places`` gives them.
     """
     joined: dict[str, list[Tensor | None]] = {}
     for name, tensor in state.items():
-        key, third, transposed = names[name]
+        key, third, transposed = places[name]
         parts = joined.setdefault(key, [None] * (1 if third is None else 3))
         parts[third or 0] = tensor.T if transposed else tensor
     ldm = {key: torch.cat(parts) if len(parts) == 3 else parts[0] for key, parts in joined.items()}
@@ -203,11 +200,11 @@ def _unet_name(name: str, per_block: int, attentive: set[str]) -> str:
         return f"{UNET_TOP[module]}.{kind}"
     if m := re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
         index = 2 * int(m[2]) + (m[1] == "attentions")
-        return f"middle_block.{index}.{_inner(m[1], m[3], UNET_RESNET)}"
+        return f"middle_block.{index}.{_inner(m[3], UNET_RESNET)}"
     if m := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
         index = int(m[2]) * per_block + int(m[4])
         side = f"input_blocks.{index + 1}" if m[1] == "down" else f"output_blocks.{index}"
-        return f"{side}.{int(m[3] == 'attentions')}.{_inner(m[3], m[5], UNET_RESNET)}"
+        return f"{side}.{int(m[3] == 'attentions')}.{_inner(m[5], UNET_RESNET)}"
     if m := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
         return f"input_blocks.{(int(m[1]) + 1) * per_block}.0.op.{m[2]}"
     if m := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", name):
@@ -221,27 +218,22 @@ def _vae_name(name: str, num_ups: int) -> str:
         return name
     if m := re.match(r"(encoder|decoder)\.conv_norm_out\.(.+)", name):
         return f"{m[1]}.norm_out.{m[2]}"
-    if m := re.match(r"(encoder|decoder)\.mid_block\.resnets\.(\d+)\.(.+)", name):
-        return f"{m[1]}.mid.block_{int(m[2]) + 1}.{_inner('resnets', m[3], VAE_RESNET)}"
-    if m := re.match(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name):
-        return f"{m[1]}.mid.attn_1.{VAE_ATTENTION[m[2]]}.{m[3]}"
-    m = VAE_BLOCK.match(name)
-    if m is None:
-        raise ValueError(f"no LDM name for the VAE weight {name}")
-    block = int(m[2]) if m[1] == "encoder.down" else num_ups - 1 - int(m[2])
-    if m[3] == "resnets":
-        return f"{m[1]}.{block}.block.{m[4]}.{_inner('resnets', m[5], VAE_RESNET)}"
-    return f"{m[1]}.{block}.{m[3].removesuffix('rs')}.{m[5]}"
+    if m := re.match(r"(encoder|decoder)\.mid_block\.(resnet|attention)s\.(\d+)\.(.+)", name):
+        kind = "block" if m[2] == "resnet" else "attn"
+        return f"{m[1]}.mid.{kind}_{int(m[3]) + 1}.{_inner(m[4], VAE_BLOCK)}"
+    if m := re.match(r"(encoder\.down|decoder\.up)_blocks\.(\d+)\.(.+)", name):
+        block = int(m[2]) if m[1] == "encoder.down" else num_ups - 1 - int(m[2])
+        if resnet := re.match(r"resnets\.(\d+)\.(.+)", m[3]):
+            return f"{m[1]}.{block}.block.{resnet[1]}.{_inner(resnet[2], VAE_BLOCK)}"
+        if sampler := re.match(r"(downsample|upsample)rs\.0\.(.+)", m[3]):
+            return f"{m[1]}.{block}.{sampler[1]}.{sampler[2]}"
+    raise ValueError(f"no LDM name for the VAE weight {name}")
 
 
-def _inner(kind: str, rest: str, resnet: Mapping[str, str]) -> str:
-    """Name inside a residual or attention block; the U-Net's attention blocks agree with LDM's."""
-    module, _, leaf = rest.rpartition(".")
-    return f"{resnet.get(module, module)}.{leaf}" if kind == "resnets" else rest
-
-
-def _clip_places(names: Iterable[str], prefix: str) -> dict[str, LdmTensor]:
-    return {name: LdmTensor(f"{prefix}text_model.{_flat(name)}") for name in names}
+def _inner(name: str, table: Mapping[str, str]) -> str:
+    """Name inside a block. What the table lacks is the same in both, like the U-Net's attention."""
+    module, _, kind = name.rpartition(".")
+    return f"{table.get(module, module)}.{kind}"
 
 
 def _open_clip_place(name: str, prefix: str) -> LdmTensor:
@@ -252,10 +244,10 @@ def _open_clip_place(name: str, prefix: str) -> LdmTensor:
     m = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if m is None:
         raise ValueError(f"no OpenCLIP name for the text encoder weight {name}")
-    layer = f"{prefix}transformer.resblocks.{m[1]}"
-    if m[2].removeprefix("self_attn.") in QKV:
-        return LdmTensor(f"{layer}.attn.in_proj_{m[3]}", QKV.index(m[2].removeprefix("self_attn.")))
-    return LdmTensor(f"{layer}.{OPEN_CLIP_LAYER[m[2]]}.{m[3]}")
+    layer, module = f"{prefix}transformer.resblocks.{m[1]}", m[2].removeprefix("self_attn.")
+    if module in QKV:
+        return LdmTensor(f"{layer}.attn.in_proj_{m[3]}", third=QKV.index(module))
+    return LdmTensor(f"{layer}.{OPEN_CLIP_LAYER[module]}.{m[3]}")
 
 
 def _flat(name: str) -> str:
@@ -264,3 +256,19 @@ def _flat(name: str) -> str:
 
 def _count(pattern: str, names: Iterable[str]) -> int:
     return 1 + max(int(m[1]) for name in names if (m := re.match(pattern, name)))
+
+
+UNET, VAE = LdmPart(UNET_PREFIX, unet_names), LdmPart(VAE_PREFIX, vae_names)
+LDM_PARTS = {
+    "sd_v1": {"unet": UNET, "text_encoder": LdmPart(CLIP_PREFIX, clip_names), "vae": VAE},
+    "sd_v2": {"unet": UNET, "text_encoder": LdmPart(OPEN_CLIP_PREFIX, open_clip_names), "vae": VAE},
+    "sdxl": {
+        "unet": UNET,
+        "text_encoder": LdmPart(SDXL_CLIP_PREFIX, partial(clip_names, prefix=SDXL_CLIP_PREFIX)),
+        "text_encoder_2": LdmPart(
+            SDXL_OPEN_CLIP_PREFIX, partial(open_clip_names, prefix=SDXL_OPEN_CLIP_PREFIX)
+        ),
+        "vae": VAE,
+    },
+}
+"""For each family, where its networks lie in a checkpoint, by diffusers' name."""

@@ -1,4 +1,4 @@
-"""Finding the CLIP tokenizers that a checkpoint file does not carry, without the network.
+"""Finds the CLIP tokenizers that a checkpoint file does not hold, without the network.
 
 Knows nothing of weights.
 """
@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer, CLIPTokenizerFast
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["find_tokenizer", "is_tokenizer_folder", "load_tokenizer", "second_tokenizer"]
+__all__ = ["find_tokenizers", "is_tokenizer_folder", "load_tokenizer", "second_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +26,19 @@ OPEN_CLIP_PADDING = "!"  # id 0
 FILES = ("vocab.json", "merges.txt")
 
 
-def find_tokenizer(
-    *, sd2: bool, cache_dir: str | os.PathLike | None = None, near: Path | None = None
-):
-    """Load the tokenizer of SD 1.x or 2.x from the first place that has it; no network.
+def find_tokenizers(
+    family: str, *, cache_dir: str | os.PathLike | None = None, near: Path | None = None
+) -> list:
+    """Load a model's tokenizers, two for SDXL, from the first place that has one; no network.
 
     Places, in order: ``cache_dir`` as sd-scripts fills it (``openai_clip-vit-large-patch14`` or
     ``stabilityai_stable-diffusion-2``, with or without a ``tokenizer`` folder inside),
     ``cache_dir`` itself, a ``tokenizer`` folder at ``near``, the local Hugging Face cache. SD 1.x
-    and 2.x share the vocabulary and differ in the padding, so either tokenizer serves both: the
-    padding is set here.
+    and 2.x share the vocabulary and differ in the padding, so either tokenizer serves both: SD 2.x
+    pads with ``!`` instead of the end token, which is set here.
 
     Args:
-        sd2: SD 2.x, which pads with ``!`` instead of the end token.
+        family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         cache_dir: ``--tokenizer_cache_dir``.
         near: folder of the checkpoint.
 
@@ -47,19 +47,21 @@ def find_tokenizer(
 
     Source: sd-scripts ``library/strategy_base.py`` ``_load_tokenizer``, ``library/strategy_sd.py``.
     """
-    for place in _places(sd2=sd2, cache_dir=cache_dir, near=near):
-        if is_tokenizer_folder(place):
-            logger.info("tokenizer: %s", place)
-            tokenizer = load_tokenizer(place)
-            tokenizer.pad_token = OPEN_CLIP_PADDING if sd2 else tokenizer.eos_token
-            return tokenizer
-    hub_id = SD2_TOKENIZER if sd2 else SD1_TOKENIZER
-    looked = "".join(f"{place}, " for place in (cache_dir, near and near / "tokenizer") if place)
-    raise UserError(
-        f"no CLIP tokenizer found (a checkpoint file carries none; looked in {looked}the Hugging "
-        f"Face cache): set --tokenizer_cache_dir to a folder with {' and '.join(FILES)}, or "
-        f"download {hub_id} once"
-    )
+    hub_ids = [SD1_TOKENIZER, SD2_TOKENIZER]
+    if family == "sd_v2":
+        hub_ids.reverse()
+    place = next(filter(is_tokenizer_folder, _places(hub_ids, cache_dir, near)), None)
+    if place is None:
+        tried = "".join(f"{place}, " for place in (cache_dir, near and near / "tokenizer") if place)
+        raise UserError(
+            f"no CLIP tokenizer found (a checkpoint file carries none; looked in {tried}the "
+            f"Hugging Face cache): set --tokenizer_cache_dir to a folder with "
+            f"{' and '.join(FILES)}, or download {hub_ids[0]} once"
+        )
+    logger.info("tokenizer: %s", place)
+    tokenizer = load_tokenizer(place)
+    tokenizer.pad_token = OPEN_CLIP_PADDING if family == "sd_v2" else tokenizer.eos_token
+    return [tokenizer, second_tokenizer(tokenizer)] if family == "sdxl" else [tokenizer]
 
 
 def second_tokenizer(tokenizer):
@@ -97,8 +99,9 @@ def _has_vocabulary(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 
 
-def _places(*, sd2: bool, cache_dir: str | os.PathLike | None, near: Path | None) -> Iterator[Path]:
-    hub_ids = (SD2_TOKENIZER, SD1_TOKENIZER) if sd2 else (SD1_TOKENIZER, SD2_TOKENIZER)
+def _places(
+    hub_ids: list[str], cache_dir: str | os.PathLike | None, near: Path | None
+) -> Iterator[Path]:
     if cache_dir is not None:
         for hub_id in hub_ids:
             cached = Path(cache_dir) / hub_id.replace("/", "_")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,20 +23,20 @@ __all__ = [
     "PICKLE_SUFFIXES",
     "WEIGHTS_SUFFIXES",
     "for_file",
-    "read_shapes",
     "read_weights",
     "write_weights",
 ]
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-# What a clone without git-lfs has instead of the weights.
+# A clone without git-lfs has a file that begins so instead of the weights.
 POINTER_START = b"version https://git-lfs"
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` or PyTorch file by name, mapped from disk where possible.
+    """Tensors of a ``.safetensors`` or PyTorch file by name.
 
+    Those of a ``.safetensors`` file are mapped: values are read from disk when they are used.
     Pickled files are read with ``weights_only=True``: code in them is refused, not run. A
     ``state_dict`` entry, as in Lightning checkpoints, is unwrapped.
 
@@ -47,37 +47,6 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     return _read_pickle(path)
-
-
-def read_shapes(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The same tensors on the meta device: of a ``.safetensors`` file only the header is read.
-
-    Raises:
-        UserError: as for :func:`read_weights`.
-    """
-    path = _readable(Path(path))
-    if path.suffix.lower() != ".safetensors":
-        return {name: tensor.to("meta") for name, tensor in _read_pickle(path).items()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
-def _readable(path: Path) -> Path:
-    if path.suffix.lower() not in WEIGHTS_SUFFIXES:
-        raise UserError(
-            f"{path}: unknown kind of weights file {path.suffix!r}; "
-            f"allowed: {', '.join(WEIGHTS_SUFFIXES)}"
-        )
-    with path.open("rb") as file:
-        if file.read(len(POINTER_START)) == POINTER_START:
-            raise UserError(
-                f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
-            )
-    return path
 
 
 def for_file(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,17 +74,27 @@ def write_weights(
             raise OSError(f"{path}: {_one_line(error)}") from error
 
 
+def _readable(path: Path) -> Path:
+    if path.suffix.lower() not in WEIGHTS_SUFFIXES:
+        raise UserError(
+            f"{path}: unknown kind of weights file {path.suffix!r}; "
+            f"allowed: {', '.join(WEIGHTS_SUFFIXES)}"
+        )
+    with path.open("rb") as file:
+        if file.read(len(POINTER_START)) == POINTER_START:
+            raise UserError(
+                f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
+            )
+    return path
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path} cannot be read as safetensors ({_one_line(error)}): is the download complete?"
-    )
+        raise UserError(
+            f"{path} cannot be read as safetensors ({_one_line(error)}): is the download complete?"
+        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from mlm_plugin.config.datasets import LATENT_STRIDE
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
-from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, StableDiffusion, load_stable_diffusion
 from mlm_plugin.models.quantized import quantize_linears
 from mlm_plugin.setup.sampling import SampleDrawer
 from mlm_plugin.training.caption_cache import CaptionCache
@@ -39,24 +38,24 @@ SMALL_SHARE = 0.5  # of the area a model was made at; smaller pictures are warne
 
 def load_models(config: TrainConfig) -> StableDiffusion:
     """The frozen base model on the CPU, in the precision that the method needs."""
-    return load_stable_diffusion(**model_settings(config), vae=config.model.vae)
+    return load_stable_diffusion(config.model.pretrained_model_name_or_path, model_settings(config))
 
 
-def model_settings(config: TrainConfig) -> dict[str, Any]:
-    """What the options say of a model, for ``load_stable_diffusion`` and its empty twin."""
+def model_settings(config: TrainConfig) -> ModelSettings:
+    """What the options say of the base model."""
     options = config.model
     dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
     in_fp32 = METHODS[config.schedule.method].trains_base_weights
-    return {
-        "name_or_path": options.pretrained_model_name_or_path,
-        "v2": options.v2,
-        "v_parameterization": options.v_parameterization,
-        "tokenizer_cache_dir": options.tokenizer_cache_dir,
-        "clip_skip": options.clip_skip,
-        "max_token_length": options.max_token_length,
-        "dtype": torch.float32 if in_fp32 else dtype,
-        "vae_dtype": torch.float32 if options.no_half_vae else dtype,
-    }
+    return ModelSettings(
+        v2=options.v2,
+        v_parameterization=options.v_parameterization,
+        vae=options.vae,
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
+        clip_skip=options.clip_skip,
+        max_token_length=options.max_token_length,
+        dtype=torch.float32 if in_fp32 else dtype,
+        vae_dtype=torch.float32 if options.no_half_vae else dtype,
+    )
 
 
 def warn_of_small_pictures(models: StableDiffusion, dataset: TrainDataset) -> None:

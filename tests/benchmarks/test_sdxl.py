@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 from mlm_plugin.networks.create import create_network
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 
@@ -53,7 +53,7 @@ def test_weights_are_drawn_in_their_precision_and_the_default_stays(made):
 
 def test_the_folder_is_a_model_that_the_trainer_loads(benchmark, made, tokenizer, tmp_path):
     benchmark("make_sdxl").save_folder(made, tmp_path / "model", tokenizer=tokenizer)
-    loaded = load_stable_diffusion(tmp_path / "model", dtype=torch.bfloat16)
+    loaded = load_stable_diffusion(tmp_path / "model", ModelSettings(dtype=torch.bfloat16))
     assert loaded.is_sdxl
     for name, tensor in loaded.unet.state_dict().items():
         assert torch.equal(tensor, made.unet.state_dict()[name]), name
@@ -65,9 +65,8 @@ def test_the_file_is_the_same_model(benchmark, made, tokenizer, tmp_path):
     make_sdxl.save_single_file(made, tmp_path / "sdxl.safetensors")
     loaded = load_stable_diffusion(
         tmp_path / "sdxl.safetensors",
+        ModelSettings(tokenizer_cache_dir=tokenizer, dtype=torch.bfloat16),
         architecture=tmp_path / "model",
-        tokenizer_cache_dir=tokenizer,
-        dtype=torch.bfloat16,
     )
     second = loaded.text_encoders[1].model
     expected = made.text_encoder_2.state_dict()

@@ -13,7 +13,7 @@ from mlm_plugin.estimate.meta_run import largest_batch
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import LABELS
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
-from mlm_plugin.models.checkpoints import empty_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, empty_stable_diffusion
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,8 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("family", COUNTS)
 def test_a_model_without_weights_has_the_known_counts(family, tokenizer_folder):
-    models = empty_stable_diffusion(ARCHITECTURES / family, tokenizer_cache_dir=tokenizer_folder)
+    settings = ModelSettings(tokenizer_cache_dir=tokenizer_folder)
+    models = empty_stable_diffusion(ARCHITECTURES / family, settings)
     networks = [models.unet, *(te.model for te in models.text_encoders)]
     assert tuple(map(count, networks)) == COUNTS[family]
     assert count(models.vae) == VAE_COUNT
@@ -54,7 +55,7 @@ def test_a_checkpoint_file_is_known_by_its_header(tmp_path, tokenizer_folder):
     path = tmp_path / "model.safetensors"
     prefixes = ("model.diffusion_model.out.0", "conditioner.embedders.0.transformer.x")
     save_file({f"{prefix}.weight": torch.zeros(1) for prefix in prefixes}, path)
-    models = empty_stable_diffusion(path, tokenizer_cache_dir=tokenizer_folder)
+    models = empty_stable_diffusion(path, ModelSettings(tokenizer_cache_dir=tokenizer_folder))
     assert models.is_sdxl
 
 

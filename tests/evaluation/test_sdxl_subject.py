@@ -58,11 +58,7 @@ def files(toy_folder, toy_sdxl_folder, tmp_path_factory):
 
 
 def _save(path, models):
-    clips = {f"text_encoder{n}": encoder.model
-             for n, encoder in zip(("", "_2"), models.text_encoders, strict=False)}  # fmt: skip
-    save_checkpoint(
-        path, unet=models.unet, vae=models.vae, **clips, family=models.family, metadata={}
-    )
+    save_checkpoint(path, models.components, family=models.family, metadata={})
 
 
 def load(base, **files):

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,7 +27,8 @@ from mlm_plugin.export.checkpoint import (
 )
 from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
-from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
+from mlm_plugin.models.components import Components
 
 # family -> number and digest of names and shapes; from tests/reference/derive_checkpoint.py
 SD_SCRIPTS_TENSORS = {
@@ -57,21 +57,13 @@ SMALL = {
 }
 
 
-class Parts(NamedTuple):
-    """The three networks of a model."""
-
-    unet: UNet2DConditionModel
-    text_encoder: CLIPTextModel
-    vae: AutoencoderKL
-
-
 def config_of(family, part):
     return json.loads((ARCHITECTURES / family / part / "config.json").read_text())
 
 
 def build(family, *, changes=None):
     changes = changes or {"unet": {}, "vae": {}, "text_encoder": {}}
-    return Parts(
+    return Components(
         unet=UNet2DConditionModel.from_config(config_of(family, "unet") | changes["unet"]),
         text_encoder=CLIPTextModel(
             CLIPTextConfig(**config_of(family, "text_encoder") | changes["text_encoder"])
@@ -92,21 +84,20 @@ def scheduler():
 
 def folder_parts(parts, toy_folder):
     return {
-        **parts._asdict(),
-        "tokenizer": tokenizer_of(toy_folder),
+        "networks": parts,
+        "tokenizers": [tokenizer_of(toy_folder)],
         "noise_scheduler": scheduler(),
         "prediction_type": "epsilon",
     }
 
 
 @pytest.fixture(scope="module")
-def sd1(toy_folder) -> Parts:
-    model = load_stable_diffusion(toy_folder)
-    return Parts(model.unet, model.text_encoders[0].model, model.vae)
+def sd1(toy_folder) -> Components:
+    return load_stable_diffusion(toy_folder).components
 
 
 @pytest.fixture(scope="module")
-def sd2() -> Parts:
+def sd2() -> Components:
     torch.manual_seed(3)
     return build("sd_v2", changes=SMALL)
 
@@ -117,7 +108,7 @@ def saved(request, tmp_path_factory, toy_folder):
     family = request.param
     parts = request.getfixturevalue("sd1" if family == "sd_v1" else "sd2")
     root = tmp_path_factory.mktemp(family)
-    save_checkpoint(root / "x.safetensors", **parts._asdict(), family=family, metadata={})
+    save_checkpoint(root / "x.safetensors", parts, family=family, metadata={})
     save_diffusers_folder(root / "x", **folder_parts(parts, toy_folder))
     return family, parts, root / "x.safetensors", root / "x"
 
@@ -132,7 +123,7 @@ def assert_same(left: nn.Module, right: nn.Module) -> None:
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
-def assert_same_parts(model, parts: Parts) -> None:
+def assert_same_parts(model, parts: Components) -> None:
     assert_same(model.unet, parts.unet)
     assert_same(model.vae, parts.vae)
     encoders = getattr(model, "text_encoders", None)
@@ -158,9 +149,8 @@ def full_disk():
 
 def test_our_loader_reads_back_every_tensor(saved, toy_folder):
     family, parts, path, folder = saved
-    model = load_stable_diffusion(
-        path, architecture=folder, tokenizer_cache_dir=toy_folder / "tokenizer"
-    )
+    settings = ModelSettings(tokenizer_cache_dir=toy_folder / "tokenizer")
+    model = load_stable_diffusion(path, settings, architecture=folder)
     assert_same_parts(model, parts)
     assert model.version == family
 
@@ -177,9 +167,7 @@ def test_diffusers_reads_back_every_tensor(saved):
 def test_names_and_shapes_are_those_that_sd_scripts_writes(family):
     with torch.device("meta"):
         parts = build(family)
-    shapes = {
-        name: tuple(t.shape) for name, t in ldm_tensors(**parts._asdict(), family=family).items()
-    }
+    shapes = {name: tuple(t.shape) for name, t in ldm_tensors(parts, family=family).items()}
     lines = "\n".join(f"{name} {shapes[name]}" for name in sorted(shapes))
     digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
     assert (len(shapes), digest) == SD_SCRIPTS_TENSORS[family]
@@ -190,7 +178,7 @@ def test_text_encoders_of_any_transformers_version_get_the_same_names(sd1, neste
     state = flat(sd1.text_encoder)
     body = getattr(sd1.text_encoder, "text_model", sd1.text_encoder)
     module = nn.ModuleDict({"text_model": body}) if nested else body
-    tensors = ldm_tensors(unet=sd1.unet, text_encoder=module, vae=sd1.vae, family="sd_v1")
+    tensors = ldm_tensors(sd1._replace(text_encoder=module), family="sd_v1")
     prefix = "cond_stage_model.transformer.text_model."
     found = {n.removeprefix(prefix) for n in tensors if n.startswith("cond_stage_model.")}
     assert found == state.keys()
@@ -201,14 +189,14 @@ def test_text_encoders_of_any_transformers_version_get_the_same_names(sd1, neste
 def test_projections_have_the_shape_of_the_family_whatever_the_unet_has(sd2, linear, family, shape):
     config = config_of("sd_v2", "unet") | SMALL["unet"] | {"use_linear_projection": linear}
     unet = UNet2DConditionModel.from_config(config)
-    tensors = ldm_tensors(unet=unet, text_encoder=sd2.text_encoder, vae=sd2.vae, family=family)
+    tensors = ldm_tensors(sd2._replace(unet=unet), family=family)
     assert tensors[PROJ_IN].shape == shape
     weight = unet.down_blocks[0].attentions[0].proj_in.weight
     assert torch.equal(tensors[PROJ_IN].flatten(), weight.flatten())
 
 
 def test_the_tensors_that_sd2_never_uses_have_harmless_values(sd2):
-    tensors = ldm_tensors(**sd2._asdict(), family="sd_v2")
+    tensors = ldm_tensors(sd2, family="sd_v2")
     layers = [
         {
             name.removeprefix(start): tensor
@@ -229,7 +217,7 @@ def test_a_weight_that_checkpoints_do_not_have_is_refused_and_nothing_is_written
     unet.adapter = nn.Linear(2, 2)
     parts = sd1._replace(unet=unet)
     with pytest.raises(ValueError, match=r"adapter\.weight"):
-        save_checkpoint(tmp_path / "x.safetensors", **parts._asdict(), family="sd_v1", metadata={})
+        save_checkpoint(tmp_path / "x.safetensors", parts, family="sd_v1", metadata={})
     assert not names_below(tmp_path)
 
 
@@ -240,8 +228,8 @@ def test_a_weight_that_checkpoints_do_not_have_is_refused_and_nothing_is_written
 def test_every_tensor_has_the_save_precision_and_the_model_keeps_its_own(tmp_path, sd2, precision):
     dtype = SAVE_DTYPES[precision]
     path = tmp_path / "x.safetensors"
-    save_checkpoint(path, **sd2._asdict(), family="sd_v2", metadata={}, dtype=dtype)
-    loaded, live = load_file(path), ldm_tensors(**sd2._asdict(), family="sd_v2")
+    save_checkpoint(path, sd2, family="sd_v2", metadata={}, dtype=dtype)
+    loaded, live = load_file(path), ldm_tensors(sd2, family="sd_v2")
     assert loaded.keys() == live.keys()
     for name, tensor in loaded.items():
         assert tensor.dtype == (dtype or torch.float32)
@@ -253,7 +241,7 @@ def test_without_a_save_precision_each_part_keeps_its_own(tmp_path, sd1):
     half = UNet2DConditionModel.from_config(sd1.unet.config).half()
     path = tmp_path / "x.safetensors"
     parts = sd1._replace(unet=half)
-    save_checkpoint(path, **parts._asdict(), family="sd_v1", metadata={})
+    save_checkpoint(path, parts, family="sd_v1", metadata={})
     for name, tensor in load_file(path).items():
         is_unet = name.startswith("model.diffusion_model.")
         assert tensor.dtype == (torch.float16 if is_unet else torch.float32)
@@ -262,7 +250,7 @@ def test_without_a_save_precision_each_part_keeps_its_own(tmp_path, sd1):
 def test_metadata_is_written_as_given(tmp_path, sd1):
     metadata = {"modelspec.title": "größer", "ss_steps": "3"}
     path = tmp_path / "x.safetensors"
-    save_checkpoint(path, **sd1._asdict(), family="sd_v1", metadata=metadata)
+    save_checkpoint(path, sd1, family="sd_v1", metadata=metadata)
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == metadata
 
@@ -270,10 +258,10 @@ def test_metadata_is_written_as_given(tmp_path, sd1):
 def test_weights_that_need_no_change_are_not_copied(sd1):
     live = {
         tensor.untyped_storage().data_ptr()
-        for module in sd1
+        for module in sd1.by_part().values()
         for tensor in module.state_dict().values()
     }
-    tensors = ldm_tensors(**sd1._asdict(), family="sd_v1")
+    tensors = ldm_tensors(sd1, family="sd_v1")
     assert {tensor.untyped_storage().data_ptr() for tensor in tensors.values()} == live
 
 
@@ -281,7 +269,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, sd1, full_disk):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
     with pytest.raises(OSError, match="large"):
-        save_checkpoint(path, **sd1._asdict(), family="sd_v1", metadata={})
+        save_checkpoint(path, sd1, family="sd_v1", metadata={})
     assert path.read_bytes() == b"old"
     assert names_below(tmp_path) == ["x.safetensors"]
 
@@ -309,7 +297,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, sd1, value, dtype):
         unet.conv_in.weight[0, 0, 0, 0] = value
     parts = sd1._replace(unet=unet)
     path = tmp_path / "x.safetensors"
-    save_checkpoint(path, **parts._asdict(), family="sd_v1", metadata={}, dtype=dtype)
+    save_checkpoint(path, parts, family="sd_v1", metadata={}, dtype=dtype)
     with pytest.raises(UserError, match=rf"1 of \d+ tensors hold NaN or infinity.*{CONV_IN}"):
         verify_checkpoint(path)
 
@@ -423,16 +411,14 @@ def test_diffusers_reads_a_full_size_checkpoint(tmp_path, toy_folder, family):
     save_diffusers_folder(folder, **folder_parts(parts, toy_folder))
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
-    save_checkpoint(path, **parts._asdict(), family=family, metadata={})
+    save_checkpoint(path, parts, family=family, metadata={})
     pipeline = StableDiffusionPipeline.from_single_file(
         str(path), config=str(folder), local_files_only=True, torch_dtype=torch.float16
     )
     assert_same_parts(pipeline, parts)
     del pipeline
-    model = load_stable_diffusion(
-        path,
-        tokenizer_cache_dir=toy_folder / "tokenizer",
-        dtype=torch.float16,
-        vae_dtype=torch.float16,
+    settings = ModelSettings(
+        tokenizer_cache_dir=toy_folder / "tokenizer", dtype=torch.float16, vae_dtype=torch.float16
     )
+    model = load_stable_diffusion(path, settings)
     assert_same_parts(model, parts)

@@ -22,7 +22,8 @@ from mlm_plugin.export.checkpoint import (
     verify_checkpoint,
 )
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
-from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
+from mlm_plugin.models.components import Components
 
 # Number and digest of names and shapes; from tests/reference/derive_checkpoint.py. The projection
 # of the real model is square, so the digest does not depend on which way it lies.
@@ -31,8 +32,7 @@ CLIP_G = "conditioner.embedders.1.model."
 
 
 def parts_of(model):
-    clip_l, clip_g = (text_encoder.model for text_encoder in model.text_encoders)
-    return {"unet": model.unet, "text_encoder": clip_l, "text_encoder_2": clip_g, "vae": model.vae}
+    return model.components.by_part()
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +50,15 @@ def saved(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("sdxl")
     save_checkpoint(
         root / "x.safetensors",
-        **parts_of(model),
+        model.components,
         family="sdxl",
         metadata={"modelspec.title": "x"},
         dtype=torch.float16,
     )
-    first, second = (text_encoder.tokenizer for text_encoder in model.text_encoders)
     save_diffusers_folder(
         root / "x",
-        **parts_of(model),
-        tokenizer=first,
-        tokenizer_2=second,
+        model.components,
+        tokenizers=[text_encoder.tokenizer for text_encoder in model.text_encoders],
         noise_scheduler=model.noise_scheduler,
         prediction_type="epsilon",
         dtype=torch.float16,
@@ -80,13 +78,13 @@ def test_names_and_shapes_are_those_that_sd_scripts_writes():
         return json.loads((ARCHITECTURES / "sdxl" / part / "config.json").read_text())
 
     with torch.device("meta"):
-        tensors = ldm_tensors(
+        networks = Components(
             unet=UNet2DConditionModel.from_config(config("unet")),
             text_encoder=CLIPTextModel(CLIPTextConfig(**config("text_encoder"))),
             text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**config("text_encoder_2"))),
             vae=AutoencoderKL.from_config(config("vae")),
-            family="sdxl",
         )
+        tensors = ldm_tensors(networks, family="sdxl")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     lines = "\n".join(f"{name} {shapes[name]}" for name in sorted(shapes))
     digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
@@ -96,9 +94,8 @@ def test_names_and_shapes_are_those_that_sd_scripts_writes():
 def test_our_loader_reads_back_every_tensor(saved, model, toy_sdxl_folder):
     file, folder = saved
     for path in (file, folder):
-        loaded = load_stable_diffusion(
-            path, architecture=folder, tokenizer_cache_dir=toy_sdxl_folder / "tokenizer"
-        )
+        settings = ModelSettings(tokenizer_cache_dir=toy_sdxl_folder / "tokenizer")
+        loaded = load_stable_diffusion(path, settings, architecture=folder)
         assert loaded.is_sdxl
         for ours, theirs in zip(parts_of(model).values(), parts_of(loaded).values(), strict=True):
             assert all(
@@ -151,12 +148,7 @@ def test_text_encoders_of_any_transformers_version_get_the_same_names(saved, mod
         body = getattr(parts[name], "text_model", parts[name])
         bodies.append(nn.ModuleDict({"text_model": body}) if nested else body)
     bodies[1].text_projection = parts["text_encoder_2"].text_projection
-    tensors = ldm_tensors(
-        unet=model.unet,
-        text_encoder=bodies[0],
-        text_encoder_2=bodies[1],
-        vae=model.vae,
-        family="sdxl",
-    )
+    networks = Components(model.unet, bodies[0], model.vae, bodies[1])
+    tensors = ldm_tensors(networks, family="sdxl")
     del bodies[1].text_projection
     assert tensors.keys() == load_file(saved[0]).keys()

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from mlm_plugin.errors import UserError
 from mlm_plugin.models import diffusers_folder
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
-from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 from mlm_plugin.models.ldm_names import (
     clip_names,
     open_clip_names,
@@ -87,7 +87,10 @@ class Made:
 
     def load(self, path: Path | None = None, **options):
         options = {"architecture": self.folder, "tokenizer_cache_dir": self.tokenizer} | options
-        return load_stable_diffusion(path or self.file, **options)
+        architecture = options.pop("architecture")
+        return load_stable_diffusion(
+            path or self.file, ModelSettings(**options), architecture=architecture
+        )
 
 
 @pytest.fixture(scope="module")
@@ -574,7 +577,7 @@ def test_the_folders_scheduler_decides_betas_and_prediction(folder):
     assert model.noise_scheduler.config.clip_sample is False
     assert type(model.noise_scheduler).__name__ == "DDPMScheduler"
     edit_json(config, prediction_type="epsilon")
-    message = error_of(load_stable_diffusion, folder, v_parameterization=True)
+    message = error_of(load_stable_diffusion, folder, ModelSettings(v_parameterization=True))
     assert "--v_parameterization" in message
     assert "epsilon" in message
     edit_json(config, prediction_type="sample")
@@ -590,7 +593,7 @@ def test_a_file_gets_the_betas_of_stable_diffusion(made):
 def test_a_folder_without_a_scheduler_follows_the_option(folder):
     shutil.rmtree(folder / "scheduler")
     assert load_stable_diffusion(folder).prediction_type == "epsilon"
-    model = load_stable_diffusion(folder, v_parameterization=True)
+    model = load_stable_diffusion(folder, ModelSettings(v_parameterization=True))
     assert model.prediction_type == "v_prediction"
 
 
@@ -612,7 +615,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 
     monkeypatch.setattr(diffusers_folder, "_download", refuse)
     message = error_of(load_stable_diffusion, "someone/some-model")
-    assert "someone/some-model is no file or folder here, nor on the hub" in message
+    assert "someone/some-model is not a file or folder here, nor on the hub" in message
     assert "not cached" in message
 
 
@@ -722,7 +725,8 @@ def test_no_tokenizer_anywhere_says_where_one_may_lie(made, tmp_path, given):
 def test_a_folder_without_a_tokenizer_takes_the_cached_one(made, folder):
     shutil.rmtree(folder / "tokenizer")
     assert "no CLIP tokenizer found" in error_of(load_stable_diffusion, folder)
-    model = load_stable_diffusion(folder, tokenizer_cache_dir=made.tokenizer.parent)
+    settings = ModelSettings(tokenizer_cache_dir=made.tokenizer.parent)
+    model = load_stable_diffusion(folder, settings)
     assert model.text_encoders[0].tokenizer is not None
 
 
@@ -741,14 +745,10 @@ def test_a_full_size_sd15_file_gives_every_tensor_of_its_folder(made, tmp_path):
     make_sd15.save_diffusers(models, tmp_path / "diffusers", tokenizer=made.tokenizer)
     make_sd15.save_single_file(models, tmp_path / "sd15.safetensors")
     del models
-    from_folder = load_stable_diffusion(
-        tmp_path / "diffusers", dtype=torch.float16, vae_dtype=torch.float16
+    settings = ModelSettings(
+        tokenizer_cache_dir=made.tokenizer, dtype=torch.float16, vae_dtype=torch.float16
     )
-    from_file = load_stable_diffusion(
-        tmp_path / "sd15.safetensors",
-        tokenizer_cache_dir=made.tokenizer,
-        dtype=torch.float16,
-        vae_dtype=torch.float16,
-    )
+    from_folder = load_stable_diffusion(tmp_path / "diffusers", settings)
+    from_file = load_stable_diffusion(tmp_path / "sd15.safetensors", settings)
     assert_same_model(from_file, from_folder)
     assert from_file.version == "sd_v1"

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.checkpoint import save_checkpoint
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
-from mlm_plugin.models.checkpoints import load_stable_diffusion
+from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 from mlm_plugin.models.tokenizers import second_tokenizer
 
 CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -30,19 +30,11 @@ def made(toy_sdxl_folder, tmp_path_factory):
     """The toy as a folder and as a file, what is in the file, and how to load it."""
     model = load_stable_diffusion(toy_sdxl_folder)
     path = tmp_path_factory.mktemp("sdxl") / "sdxl.safetensors"
-    clip_l, clip_g = (text_encoder.model for text_encoder in model.text_encoders)
-    parts = {"unet": model.unet, "text_encoder": clip_l, "text_encoder_2": clip_g, "vae": model.vae}
-    save_checkpoint(path, **parts, family="sdxl", metadata={})
+    save_checkpoint(path, model.components, family="sdxl", metadata={})
 
     def load(path=path, **options):
-        return load_stable_diffusion(
-            path,
-            **{
-                "architecture": toy_sdxl_folder,
-                "tokenizer_cache_dir": toy_sdxl_folder / "tokenizer",
-                **options,
-            },
-        )
+        settings = {"tokenizer_cache_dir": toy_sdxl_folder / "tokenizer"} | options
+        return load_stable_diffusion(path, ModelSettings(**settings), architecture=toy_sdxl_folder)
 
     return SimpleNamespace(path=path, state=load_file(path), load=load, model=model)
 
