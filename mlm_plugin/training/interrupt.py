@@ -7,9 +7,17 @@ import signal
 import threading
 from types import FrameType
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "Stopped"]
 
 logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A signal ended the run at a step boundary."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("stopped by a signal")
+        self.exit_code = exit_code
 
 
 class StopRequest:
