@@ -20,7 +20,7 @@ from mlm_plugin.config.checks import (
     check_config,
     check_model,
 )
-from mlm_plugin.config.datasets import Concept, resolve_datasets
+from mlm_plugin.config.datasets import Concept, DatasetConfig, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
@@ -124,9 +124,7 @@ def train(argv: Sequence[str]) -> int:
     concepts = find_concepts(config, datasets)
     METHODS[config.schedule.method].check(config, concepts)
     if config.run.check or config.dataset.debug_dataset:
-        dataset = create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
-        report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
-        print("\n".join(report.lines()))
+        _print_data(config, datasets, concepts)
         return 0
     require_writable(config.output.output_dir, "output_dir")
     accelerator = create_accelerator(config)
@@ -153,6 +151,15 @@ def train(argv: Sequence[str]) -> int:
         return 1
     accelerator.state.destroy_process_group()
     return 0
+
+
+def _print_data(
+    config: TrainConfig, datasets: Sequence[DatasetConfig], concepts: Sequence[Concept]
+) -> None:
+    """What ``--check`` says of the data; no model is loaded for it."""
+    dataset = create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
+    report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
+    print("\n".join(report.lines()))
 
 
 def build_trainer(
@@ -199,7 +206,7 @@ def build_trainer(
         method=method,
         loader=create_loader(config, order, device=accelerator.device),
         objective=Objective(
-            diffusion=_diffusion_loss(config, models, accelerator.device),
+            _diffusion_loss(config, models, accelerator.device),
             mlm=MLMTerm(regularizer, mlm_schedule(config.mlm)) if regularizer else None,
             encode=captions,
         ),

@@ -60,7 +60,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
-    if accelerator.device.type == "cuda":  # where the card has it; convolutions do so anyway
+    if accelerator.device.type == "cuda":  # TF32 where the GPU has it; convolutions use it anyway
         torch.set_float32_matmul_precision("high")
     return accelerator
 

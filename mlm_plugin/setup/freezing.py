@@ -1,4 +1,4 @@
-"""From which step on a part of the method is trained no more: the ``stop_*_training`` options."""
+"""When parts of the method are frozen during a run: the ``stop_*_training`` options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOP_OPTIONS = {
     "textencoder2": ("stop_text_encoder2_training", "stop_text_encoder_training"),
     "embedding": ("stop_embedding_training",),
 }
-"""What says when a part is trained no more; the first that is given counts."""
+"""The options that say when a part is frozen; the first that is given counts."""
 
 
 class _Stop(NamedTuple):
@@ -32,7 +32,7 @@ class _Stop(NamedTuple):
 
 
 def freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict[str, int]:
-    """From which step each part that is frozen early is trained no more.
+    """The optimizer step at which each part that does not train to the end is frozen.
 
     Raises:
         UserError: nothing would be left to train, or the MLM term could never act.

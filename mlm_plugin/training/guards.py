@@ -57,7 +57,7 @@ def explain_losses(
 ) -> NonFiniteLoss | None:
     """Why the first bad loss among a process's batches is not finite; ``None`` if all are.
 
-    Tells a VAE that overflows (SDXL's own does in fp16) from weights that went astray.
+    Tells a VAE that overflows (SDXL's own does in fp16) from weights that diverged.
     """
     for batch, of_batch in zip(batches, losses, strict=True):
         if all(map(math.isfinite, of_batch)):

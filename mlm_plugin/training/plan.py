@@ -48,7 +48,7 @@ class Optimization:
         optimizer: prepared by the accelerator.
         scheduler: prepared by the accelerator.
         max_grad_norm: norm to which gradients are clipped; 0 = not at all.
-        freeze_at: the optimizer step, from 0, from which a part of the method is trained no more.
+        freeze_at: the optimizer step, from 0, at which a part of the method is frozen.
         fused_steps: steps the U-Net inside the backward pass; for one batch per step on one
             process, without a gradient scaler.
     """

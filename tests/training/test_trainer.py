@@ -269,7 +269,7 @@ def test_the_term_acts_on_its_steps_only(toy_folder, dataset):
     assert curve[1].mlm_weight == pytest.approx(0.2)
 
 
-# --- parts that are trained no further ------------------------------------------------------
+# --- parts that are frozen during the run ---------------------------------------------------
 
 OF_PART = {"textencoder": "lora_te_", "unet": "lora_unet_", "embedding": "embedding."}
 
@@ -367,7 +367,7 @@ def test_the_term_stays_while_the_u_net_is_frozen(toy_folder, dataset):
 
 
 def test_the_term_ends_with_the_last_part_of_the_text_side(toy_folder, dataset):
-    """Pivotal tuning: rows and the text encoder's LoRA both lie before the states."""
+    """Pivotal tuning: token embeddings and the text encoder's LoRA both lie before the states."""
     rates = dataclasses.replace(RATES, embedding_lr=1e-3)
     freeze_at = {"embedding": 2, "textencoder": 4}
     _, history = run_with_history(
@@ -443,7 +443,7 @@ class Poison(Callback):
             trainer.save_state(self.folder)
 
 
-def test_a_vae_that_overflows_is_told_from_weights_that_went_astray(toy_folder, dataset):
+def test_a_vae_that_overflows_is_told_from_weights_that_diverged(toy_folder, dataset):
     trainer = make_trainer(toy_folder, dataset)
     trainer.models.vae.quant_conv.bias.data.fill_(math.inf)
     with pytest.raises(
