@@ -320,11 +320,7 @@ class Trainer:
         )
 
     def load_state(self, folder: Path) -> None:
-        """Go on from a state folder.
-
-        Raises:
-            UserError: the folder is not a state, or not one of this run.
-        """
+        """Go on from a state folder; refuses one that is not of this run (``state.py``)."""
         self.progress = load_state(
             folder, accelerator=self.accelerator, method=self.method, identity=self.identity
         )
