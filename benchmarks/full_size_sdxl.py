@@ -120,13 +120,8 @@ def make_contextualizers(work: Path) -> None:
     """Write a contextualizer for each text encoder, fitted to its table and not trained."""
     import torch
 
-    from mlm_plugin.mlm.contextualizer import (
-        Contextualizer,
-        ContextualizerFacts,
-        ContextualizerSizes,
-        default_width,
-        save_contextualizer,
-    )
+    from mlm_plugin.contextualizer_file import ContextualizerFacts, save_contextualizer
+    from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
     from mlm_plugin.models.checkpoints import load_stable_diffusion
 
     torch.manual_seed(0)

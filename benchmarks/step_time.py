@@ -49,15 +49,12 @@ from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.files import atomic_path
 from mlm_plugin.methods import LoRAMethod
-from mlm_plugin.mlm.contextualizer import (
-    Contextualizer,
-    ContextualizerSizes,
-    default_width,
-)
-from mlm_plugin.mlm.joint_prompts import JointPrompts, PromptPair
-from mlm_plugin.mlm.regularizer import MLMRegularizer, TextTap
-from mlm_plugin.mlm.teacher import take_readings
-from mlm_plugin.mlm_setup import build_regularizer, mlm_target, prompts_for, text_tap
+from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
+from mlm_plugin.mlm.encoder import EncoderHandle
+from mlm_plugin.mlm.prompts import JointPrompts, PromptPair
+from mlm_plugin.mlm.regularizer import MLMRegularizer
+from mlm_plugin.mlm.teacher import compute_teacher_targets
+from mlm_plugin.mlm_setup import build_regularizer, encoder_handle, mlm_target, prompts_for
 from mlm_plugin.models.checkpoints import SDXL_CLIP_SKIP, SDXL_VERSION, StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
@@ -74,7 +71,7 @@ CONCEPT = Concept("sks", "dog")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes")
 SEED = 0
-NUM_READINGS = 64
+NUM_TARGETS = 64
 SHAPES = {"tiny": make_sd15, "sd15": make_sd15, "tiny_sdxl": make_sdxl, "sdxl": make_sdxl}
 """Who makes the models; ``tiny`` in the name has few channels."""
 
@@ -240,12 +237,12 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     reached = [te for te, on in zip(models.text_encoders, trained, strict=True) if on]
     contextualizers = [untrained_contextualizer(text_encoder, args) for text_encoder in reached]
     prompts = LongPrompts(prompts_for(config.mlm, [CONCEPT]), args.mlm_prompt_tokens, reached[0])
-    taps = [
-        with_readings(text_tap(*pair, [CONCEPT], dtype=dtype), pair[0], prompts, config.mlm)
+    encoders = [
+        with_targets(encoder_handle(*pair, [CONCEPT], dtype=dtype), prompts, config.mlm)
         for pair in zip(reached, contextualizers, strict=True)
     ]
     method = LoRAMethod.prepare(models, config, [CONCEPT])
-    regularizer = build_regularizer(taps, config.mlm, prompts=prompts, seed=0)
+    regularizer = build_regularizer(encoders, config.mlm, prompts=prompts, seed=0)
     enable_checkpointing(models, args.gradient_checkpointing)
     num_steps = 2 * (args.num_warmup + args.num_pairs + args.num_memory_pairs)
     optimizer = create_optimizer(
@@ -351,23 +348,21 @@ def joined(pairs: Sequence[PromptPair]) -> PromptPair:
     return PromptPair(*(" ".join(texts) for texts in zip(*pairs, strict=True)))
 
 
-def with_readings(
-    tap: TextTap, text_encoder: TextEncoder, prompts: LongPrompts, options: MLMOptions
-) -> TextTap:
-    """The tap with the targets of ``mlm_target = class``, fewer than a training takes."""
+def with_targets(
+    encoder: EncoderHandle, prompts: LongPrompts, options: MLMOptions
+) -> EncoderHandle:
+    """The encoder with the targets of ``mlm_target = class``, fewer than a training takes."""
     if mlm_target(options, [CONCEPT]) == "word":
-        return tap
+        return encoder
     rng = random.Random(0)
-    readings = take_readings(
-        text_encoder,
-        tap.contextualizer,
-        [prompts.sample(rng) for _ in range(NUM_READINGS)],
-        vocabulary=tap.vocabulary,
+    targets = compute_teacher_targets(
+        encoder,
+        [prompts.sample(rng) for _ in range(NUM_TARGETS)],
         mlm_probability=options.mlm_probability,
         replace=options.mlm_replace,
         rng=rng,
     )
-    return replace(tap, readings=readings)
+    return replace(encoder, teacher_targets=targets)
 
 
 def untrained_contextualizer(text_encoder: TextEncoder, args: argparse.Namespace) -> Contextualizer:
@@ -396,15 +391,15 @@ def enable_checkpointing(models: StableDiffusion, enabled: bool) -> None:
 
 def mean_tokens(regularizer: MLMRegularizer, *, num_calls: int) -> float:
     """Mean number of tokens of a padded prompt batch, BOS and EOS included."""
-    rng, tap = random.Random(0), regularizer.taps[0]
-    texts = [reading.text for reading in tap.readings]
+    rng, encoder = random.Random(0), regularizer.encoders[0]
+    texts = [target.text for target in encoder.teacher_targets]
     batches = [
         rng.choices(texts, k=regularizer.batch_size)
         if texts
         else [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
         for _ in range(num_calls)
     ]
-    return statistics.mean(tap.tokenize(prompts, rng).shape[1] for prompts in batches)
+    return statistics.mean(encoder.tokenize(prompts, rng).shape[1] for prompts in batches)
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,56 +1,199 @@
-"""From options to a regularizer: prompts, contextualizer, taps. Shared by the hosts."""
+"""From options to the regularizer: prepare, attach. Both hosts take this way.
+
+Before anything is trained, :class:`MLMSetup` finds the contextualizer of each text encoder and
+computes the teacher targets. The host then puts into the text encoders what it trains, and
+:meth:`MLMSetup.attach` returns the regularizer.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OPTIONS, MLMOptions
-from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
+from mlm_plugin.contextualizer_file import LoadedContextualizer, contextualizer_settings
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import cache_dir
-from mlm_plugin.mlm.contextualizer import (
-    Contextualizer,
-    ContextualizerFacts,
-    load_contextualizer,
-)
-from mlm_plugin.mlm.joint_prompts import JointPrompts, Member
+from mlm_plugin.mlm.contextualizer import Contextualizer
+from mlm_plugin.mlm.encoder import EncoderHandle, TeacherTarget
 from mlm_plugin.mlm.masking import MaskingVocabulary
-from mlm_plugin.mlm.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, category_of
-from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule, TextTap
-from mlm_plugin.mlm.teacher import Reading, take_readings
+from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptSet
+from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
+from mlm_plugin.mlm.teacher import compute_teacher_targets
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.pretrain import pretrain
+from mlm_plugin.pretrain import find_contextualizer
+from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of
 
 __all__ = [
-    "LoadedContextualizer",
-    "auto_contextualizer_path",
+    "MLMSetup",
+    "PreparedEncoder",
     "build_regularizer",
-    "contextualizer_settings",
-    "find_contextualizer",
+    "encoder_handle",
     "mlm_schedule",
     "mlm_target",
-    "pretrain_on_device",
     "prompt_set_names",
     "prompts_for",
-    "readings_for",
-    "text_tap",
+    "teacher_targets_for",
     "trigger_of",
 ]
 
 logger = logging.getLogger(__name__)
 
-NUM_READINGS = 1024
-POOR_ACCURACY = 0.02  # of a contextualizer; about what naming the most frequent word gives
+NUM_TARGETS = 1024
+
+Tokenize = Callable[[TextEncoder, list[str], random.Random], Tensor]
+"""A method's own way to make ids ``(B, L)`` of prompts."""
+
+
+@dataclass
+class PreparedEncoder:
+    """A text encoder that the term reaches, and what was made for it while it was untrained."""
+
+    text_encoder: TextEncoder
+    contextualizer: LoadedContextualizer
+    teacher_targets: list[TeacherTarget] | None = None  # not yet computed; empty: not needed
+
+
+class MLMSetup:
+    """The term of one run, from its options to the regularizer.
+
+    Concepts (:meth:`use_concepts`) and text encoders (:meth:`prepare`) come in any order, as the
+    host has them, and :meth:`attach` ends the set-up.
+
+    Args:
+        options: the ``mlm`` group of a run.
+        seed: of the run; ``mlm_seed`` takes precedence.
+
+    Attributes:
+        encoders: prepared so far.
+        concepts: empty until they are known.
+        prompts: where prompts come from, once the concepts are known.
+    """
+
+    def __init__(self, options: MLMOptions, *, seed: int):
+        self.options = options
+        self.seed = seed if options.mlm_seed is None else options.mlm_seed
+        self.encoders: list[PreparedEncoder] = []
+        self.concepts: tuple[Concept, ...] = ()
+        self.prompts: JointPrompts | None = None
+
+    def use_concepts(self, concepts: Sequence[Concept], *, captions: Iterable[str] = ()) -> None:
+        """Say what is learned; the captions may serve as prompts.
+
+        Raises:
+            UserError: a prompt set that cannot be loaded, or captions without the concept.
+        """
+        self.concepts = tuple(concepts)
+        self.prompts = prompts_for(self.options, concepts, captions=captions)
+
+    def prepare(
+        self,
+        text_encoders: Sequence[TextEncoder],
+        accelerator: Accelerator,
+        *,
+        more_may_come: bool = False,
+    ) -> None:
+        """Find or pretrain contextualizers, and compute teacher targets.
+
+        The host's random numbers stay as they were.
+
+        Args:
+            text_encoders: untrained.
+            accelerator: its device does the work; one process pretrains, the others find the file.
+            more_may_come: whether the host may prepare further text encoders later.
+
+        Raises:
+            UserError: a given file does not fit.
+        """
+        settings = contextualizer_settings(
+            self.options.mlm_contextualizer,
+            len(self.encoders) + len(text_encoders),
+            more_may_come=more_may_come,
+        )[len(self.encoders) :]
+        for text_encoder, setting in zip(text_encoders, settings, strict=False):
+            with (
+                _kept_random_state(),
+                accelerator.main_process_first(),
+                _on_device(text_encoder.model, accelerator.device),
+            ):
+                found = find_contextualizer(
+                    text_encoder, setting, show_progress=accelerator.is_local_main_process
+                )
+            self.encoders.append(PreparedEncoder(text_encoder, found))
+        self.compute_targets(accelerator)
+
+    def compute_targets(self, accelerator: Accelerator) -> None:
+        """Teacher targets of the text encoders that lack them, once the concepts are known."""
+        if self.prompts is None:
+            return
+        for encoder in self.encoders:
+            if encoder.teacher_targets is None:
+                with _on_device(encoder.text_encoder.model, accelerator.device):
+                    encoder.teacher_targets = teacher_targets_for(
+                        encoder.text_encoder,
+                        encoder.contextualizer.network,
+                        self.concepts,
+                        self.options,
+                        prompts=self.prompts,
+                        seed=self.seed,
+                    )
+
+    def attach(
+        self, *, rank: int, dtype: torch.dtype, tokenize: Tokenize | None = None
+    ) -> MLMRegularizer:
+        """The term on text encoders that hold what is trained.
+
+        Args:
+            rank: of this process; each draws prompts of its own.
+            dtype: precision of the contextualizers; their loss is fp32 in any case.
+            tokenize: prompts to ids, if the method has its own way.
+        """
+        handles = [
+            encoder_handle(
+                encoder.text_encoder,
+                encoder.contextualizer.network,
+                self.concepts,
+                teacher_targets=encoder.teacher_targets or (),
+                tokenize=tokenize,
+                dtype=dtype,
+            )
+            for encoder in self.encoders
+        ]
+        seed = f"{self.seed}/{rank}"
+        return build_regularizer(handles, self.options, prompts=self.prompts, seed=seed)
+
+
+def build_regularizer(
+    encoders: Sequence[EncoderHandle],
+    options: MLMOptions,
+    *,
+    prompts: JointPrompts,
+    seed: int | str,
+) -> MLMRegularizer:
+    """Join prompts, masks and text encoders.
+
+    Args:
+        encoders: one for each text encoder, from :func:`encoder_handle`.
+        options: batch size, rate, replacement.
+        prompts: where prompts come from.
+        seed: names the stream; give each process its own.
+    """
+    return MLMRegularizer(
+        encoders,
+        lambda rng: prompts.sample(rng).text,
+        batch_size=options.mlm_batch_size,
+        mlm_probability=options.mlm_probability,
+        replace=options.mlm_replace,
+        seed=seed,
+    )
 
 
 def prompts_for(
@@ -90,140 +233,6 @@ def trigger_of(concepts: Sequence[Concept]) -> str | None:
     return ", ".join(concept.text for concept in concepts) or None
 
 
-def auto_contextualizer_path(text_encoder: TextEncoder) -> Path:
-    """Where the contextualizer of a text encoder is kept between runs."""
-    made_for = f"{text_encoder.fingerprint()}-{text_encoder.tokenizer_fingerprint()}"
-    return cache_dir() / "contextualizers" / f"{made_for}-r{RECIPE}.safetensors"
-
-
-class LoadedContextualizer(NamedTuple):
-    """A contextualizer and where it comes from."""
-
-    network: Contextualizer
-    facts: ContextualizerFacts
-    digest: str  # of its file, 16 hex digits
-
-
-def contextualizer_settings(
-    setting: str, num_text_encoders: int, *, more_may_come: bool = False
-) -> list[str]:
-    """``mlm_contextualizer`` of each text encoder; files for several stand between commas.
-
-    Args:
-        setting: a file, several, or ``auto``, which serves any number.
-        num_text_encoders: how many need one.
-        more_may_come: whether further names are for text encoders that are not known yet.
-
-    Raises:
-        UserError: another number of files.
-    """
-    if setting == "auto":
-        return [setting] * num_text_encoders
-    is_one = Path(setting).is_file()
-    settings = [setting] if is_one else [part.strip() for part in setting.split(",")]
-    num_extra = len(settings) - num_text_encoders
-    if num_extra < 0 or (num_extra > 0 and not more_may_come):
-        needed = f"{num_text_encoders}{' or more' if more_may_come else ''}"
-        raise UserError(
-            f"mlm_contextualizer = {setting!r} names {len(settings)} file(s), needed: {needed}; "
-            "give one for each text encoder that is trained, with commas between, or 'auto'"
-        )
-    return settings
-
-
-def find_contextualizer(
-    text_encoder: TextEncoder, setting: str, *, show_progress: bool = True
-) -> LoadedContextualizer:
-    """The given file, or with ``auto`` the cached one: made if it is missing or damaged.
-
-    Call it before anything is trained: pretraining needs the text encoder as it came.
-
-    Raises:
-        UserError: the given file does not fit the text encoder.
-        Interrupted: a signal stopped the pretraining.
-    """
-    if setting != "auto":
-        return _load(Path(setting), text_encoder)
-    path = auto_contextualizer_path(text_encoder)
-    if path.is_file():
-        try:
-            return _load(path, text_encoder)
-        except UserError as error:
-            logger.warning("%s; making it anew", error)
-    logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
-    options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
-    pretrain_on_device(text_encoder, path, options=options, show_progress=show_progress)
-    return _load(path, text_encoder)
-
-
-def _load(path: Path, text_encoder: TextEncoder) -> LoadedContextualizer:
-    network, facts = load_contextualizer(path, text_encoder)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    share = f"{path.name} names {facts.accuracy:.0%} of hidden held-out words"
-    if facts.accuracy < POOR_ACCURACY:
-        logger.warning("%s: it can teach little; pretrain it for longer", share)
-    else:
-        logger.info("%s", share)
-    return LoadedContextualizer(network, facts, digest)
-
-
-def is_small(text_encoder: TextEncoder) -> bool:
-    """Whether the encoder is far smaller than the ones Stable Diffusion has (768 and up)."""
-    return text_encoder.token_embedding.embedding_dim < 512
-
-
-def pretrain_on_device(
-    text_encoder: TextEncoder,
-    path: Path,
-    *,
-    options: PretrainOptions,
-    captions: Sequence[str] = (),
-    show_progress: bool = True,
-):
-    """Pretrain where the text encoder lies; in bf16 where the GPU has it, else in fp32."""
-    weight = text_encoder.token_embedding.weight
-    dtype, device = weight.dtype, weight.device
-    if device.type == "cpu" and not is_small(text_encoder):
-        logger.warning(
-            "pretraining the contextualizer of a full-size text encoder on a CPU takes hours; "
-            "a GPU takes minutes, and the file can be carried over (--mlm_contextualizer FILE)"
-        )
-    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    text_encoder.model.float()  # lossless for half weights, and undone below
-    try:
-        return pretrain(
-            text_encoder,
-            path,
-            options=options,
-            captions=captions,
-            autocast=lambda: torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext(),
-            show_progress=show_progress,
-        )
-    finally:
-        text_encoder.model.to(dtype)
-
-
-def build_regularizer(
-    taps: Sequence[TextTap], options: MLMOptions, *, prompts: JointPrompts, seed: int | str
-) -> MLMRegularizer:
-    """Join prompts, masks and the tapped text encoders.
-
-    Args:
-        taps: one for each text encoder, from :func:`text_tap`.
-        options: batch size, rate, replacement.
-        prompts: where prompts come from.
-        seed: names the stream; give each process its own.
-    """
-    return MLMRegularizer(
-        taps,
-        lambda rng: prompts.sample(rng).text,
-        batch_size=options.mlm_batch_size,
-        mlm_probability=options.mlm_probability,
-        replace=options.mlm_replace,
-        seed=seed,
-    )
-
-
 def mlm_target(options: MLMOptions, concepts: Sequence[Concept]) -> str:
     """``mlm_target`` with ``auto`` decided: ``class`` or ``word``.
 
@@ -241,90 +250,6 @@ def mlm_target(options: MLMOptions, concepts: Sequence[Concept]) -> str:
     return "word" if nameless else "class"
 
 
-def readings_for(
-    text_encoder: TextEncoder,
-    contextualizer: Contextualizer,
-    concepts: Sequence[Concept],
-    options: MLMOptions,
-    *,
-    prompts: JointPrompts,
-    seed: int,
-) -> list[Reading]:
-    """The targets of ``mlm_target = class``; none for ``word``.
-
-    Call it before anything is trained. Text encoders of one run get the same prompts.
-
-    Args:
-        text_encoder: as it came.
-        contextualizer: made for it; moved to its device.
-        concepts: what is never hidden.
-        options: target, rate, replacement.
-        prompts: where prompts come from.
-        seed: of the run; processes share it.
-    """
-    if mlm_target(options, concepts) == "word":
-        return []
-    rng = random.Random(f"readings/{seed}")
-    pairs = [prompts.sample(rng) for _ in range(NUM_READINGS)]
-    return take_readings(
-        text_encoder,
-        contextualizer.to(text_encoder.token_embedding.weight.device),
-        pairs,
-        vocabulary=_masking_vocabulary(text_encoder, concepts),
-        mlm_probability=options.mlm_probability,
-        replace=options.mlm_replace,
-        rng=rng,
-    )
-
-
-def text_tap(
-    text_encoder: TextEncoder,
-    contextualizer: Contextualizer,
-    concepts: Sequence[Concept],
-    *,
-    readings: Sequence[Reading] = (),
-    tokenize: Callable[[list[str], random.Random], Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> TextTap:
-    """Where the regularizer touches a text encoder.
-
-    Args:
-        text_encoder: with everything in place that is trained in it.
-        contextualizer: made for it; moved to its device.
-        concepts: what is never masked.
-        readings: the term's targets, from :func:`readings_for`.
-        tokenize: prompts to ids, if the method has its own way.
-        dtype: precision of the contextualizer; its loss is fp32 in any case.
-    """
-    embedding = text_encoder.token_embedding
-    # rows that a host added behind the vocabulary are no answers
-    table = embedding.weight.detach()[: contextualizer.sizes.vocab_size]
-    if embedding.weight.requires_grad:  # the output table must not follow the training
-        table = table.clone()
-    return TextTap(
-        tokenize=tokenize or (lambda prompts, _rng: text_encoder.tokenize_trimmed(prompts)),
-        encode=text_encoder.encode_storing,
-        embedding=embedding,
-        contextualizer=contextualizer.to(table.device, dtype),
-        vocabulary=_masking_vocabulary(text_encoder, concepts),
-        token_table=table,
-        readings=readings,
-    )
-
-
-def _masking_vocabulary(
-    text_encoder: TextEncoder, concepts: Sequence[Concept]
-) -> MaskingVocabulary:
-    protected = [word for concept in concepts for word in concept]
-    if text_encoder.token_rows is not None:  # no vocabulary holds their tokens: never a target
-        protected += text_encoder.token_rows.tokens
-    return MaskingVocabulary.from_tokenizer(
-        text_encoder.tokenizer,
-        protected=protected,
-        low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
-    )
-
-
 def mlm_schedule(options: MLMOptions) -> MLMSchedule:
     """When and how strongly the term acts."""
     return MLMSchedule(
@@ -333,3 +258,115 @@ def mlm_schedule(options: MLMOptions) -> MLMSchedule:
         start_step=options.mlm_start_step,
         end_step=options.mlm_end_step,
     )
+
+
+def teacher_targets_for(
+    text_encoder: TextEncoder,
+    contextualizer: Contextualizer,
+    concepts: Sequence[Concept],
+    options: MLMOptions,
+    *,
+    prompts: JointPrompts,
+    seed: int,
+) -> list[TeacherTarget]:
+    """The targets of ``mlm_target = class``; none for ``word``.
+
+    Text encoders of one run get the same prompts.
+
+    Args:
+        text_encoder: untrained.
+        contextualizer: made for it; moved to its device.
+        concepts: what is never masked.
+        options: target, rate, replacement.
+        prompts: where prompts come from.
+        seed: of the run; processes share it.
+    """
+    if mlm_target(options, concepts) == "word":
+        return []
+    rng = random.Random(f"readings/{seed}")
+    pairs = [prompts.sample(rng) for _ in range(NUM_TARGETS)]
+    own_dtype = contextualizer.mask_vector.dtype  # half in a small file: it stays as it is
+    return compute_teacher_targets(
+        encoder_handle(text_encoder, contextualizer, concepts, dtype=own_dtype),
+        pairs,
+        mlm_probability=options.mlm_probability,
+        replace=options.mlm_replace,
+        rng=rng,
+    )
+
+
+def encoder_handle(
+    text_encoder: TextEncoder,
+    contextualizer: Contextualizer,
+    concepts: Sequence[Concept],
+    *,
+    teacher_targets: Sequence[TeacherTarget] = (),
+    tokenize: Tokenize | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> EncoderHandle:
+    """Where the regularizer touches a text encoder.
+
+    Args:
+        text_encoder: untrained for the teacher, else with what is trained in place.
+        contextualizer: made for it; moved to its device.
+        concepts: what is never masked.
+        teacher_targets: from :func:`teacher_targets_for`.
+        tokenize: prompts to ids, if the method has its own way.
+        dtype: precision of the contextualizer.
+    """
+    embedding = text_encoder.token_embedding
+    # embeddings that a host added after the vocabulary are not answers
+    table = embedding.weight.detach()[: contextualizer.sizes.vocab_size]
+    if embedding.weight.requires_grad:  # the output table must not follow the training
+        table = table.clone()
+
+    def token_ids(prompts: list[str], rng: random.Random) -> Tensor:
+        if tokenize is not None:
+            return tokenize(text_encoder, prompts, rng)
+        return text_encoder.tokenize_trimmed(prompts)
+
+    return EncoderHandle(
+        tokenize=token_ids,
+        encode=text_encoder.encode_storing,
+        embedding=embedding,
+        contextualizer=contextualizer.to(table.device, dtype),
+        vocabulary=_masking_vocabulary(text_encoder, concepts),
+        token_table=table,
+        teacher_targets=teacher_targets,
+    )
+
+
+def _masking_vocabulary(
+    text_encoder: TextEncoder, concepts: Sequence[Concept]
+) -> MaskingVocabulary:
+    protected = [word for concept in concepts for word in concept]
+    if text_encoder.token_rows is not None:  # their ids are in no vocabulary: never a target
+        protected += text_encoder.token_rows.tokens
+    return MaskingVocabulary.from_tokenizer(
+        text_encoder.tokenizer,
+        protected=protected,
+        low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
+    )
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Leave the host's random streams as they were."""
+    python, array = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(array)
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model on a device inside the block; hosts place their models themselves."""
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)

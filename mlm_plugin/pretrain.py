@@ -1,6 +1,6 @@
-"""Pretraining of a contextualizer: text in, one frozen file out, once per text encoder.
+"""Pretraining of a contextualizer: text in, one file out, once per text encoder.
 
-The text encoder stays frozen; the contextualizer's blocks and the mask vector learn to name hidden
+The text encoder stays frozen; the contextualizer's blocks and the mask vector learn to name masked
 words of built-in contexts around hundreds of ordinary subjects (never a concept token) and of the
 user's own captions. Knows no images and no concept. Shapes: B prompts, L tokens.
 """
@@ -22,25 +22,37 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
-from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
-from mlm_plugin.mlm.contextualizer import (
-    Contextualizer,
+from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
+from mlm_plugin.contextualizer_file import (
     ContextualizerFacts,
-    ContextualizerSizes,
-    MaskedWordLoss,
-    default_width,
-    masked_word_loss,
+    LoadedContextualizer,
+    cached_contextualizer_path,
+    load_and_report,
     save_contextualizer,
 )
-from mlm_plugin.mlm.mask_token import mask_embedding
-from mlm_plugin.mlm.masking import MaskingVocabulary, mask_tokens, tokens_before_padding
-from mlm_plugin.mlm.prompts import BUILTIN, FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet, subjects
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
+from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
+from mlm_plugin.mlm.encoder import mask_embedding
+from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
+from mlm_plugin.mlm.masking import MaskingVocabulary, mask_tokens, prompt_attention_mask
+from mlm_plugin.mlm.prompts import PromptSet
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, subjects
+from mlm_plugin.prompt_sets.files import BUILTIN
 from mlm_plugin.training.interrupt import StopRequest
 
-__all__ = ["Corpus", "FamilyScores", "Interrupted", "Scores", "pretrain", "read_caption_files"]
+__all__ = [
+    "Corpus",
+    "FamilyScores",
+    "Interrupted",
+    "Scores",
+    "find_contextualizer",
+    "is_small",
+    "pretrain",
+    "pretrain_on_device",
+    "read_caption_files",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +137,67 @@ def read_caption_files(paths: Iterable[str | Path]) -> list[str]:
             raise UserError(f"--captions: {path} holds no caption; write one per line")
         captions += found
     return captions
+
+
+def find_contextualizer(
+    text_encoder: TextEncoder, setting: str, *, show_progress: bool = True
+) -> LoadedContextualizer:
+    """The given file, or with ``auto`` the cached one: pretrained if it is missing or damaged.
+
+    Call it before anything is trained: pretraining needs the untrained text encoder.
+
+    Raises:
+        UserError: the given file does not fit the text encoder.
+        Interrupted: a signal stopped the pretraining.
+    """
+    if setting != "auto":
+        return load_and_report(setting, text_encoder)
+    path = cached_contextualizer_path(text_encoder)
+    if path.is_file():
+        try:
+            return load_and_report(path, text_encoder)
+        except UserError as error:
+            logger.warning("%s; making it again", error)
+    logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
+    options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
+    pretrain_on_device(text_encoder, path, options=options, show_progress=show_progress)
+    return load_and_report(path, text_encoder)
+
+
+def is_small(text_encoder: TextEncoder) -> bool:
+    """Whether the encoder is far smaller than those of Stable Diffusion (768 and up)."""
+    return text_encoder.token_embedding.embedding_dim < 512
+
+
+def pretrain_on_device(
+    text_encoder: TextEncoder,
+    path: Path,
+    *,
+    options: PretrainOptions,
+    captions: Sequence[str] = (),
+    show_progress: bool = True,
+) -> Scores:
+    """Pretrain on the text encoder's device; in bf16 where the GPU has it, else in fp32."""
+    weight = text_encoder.token_embedding.weight
+    dtype, device = weight.dtype, weight.device
+    if device.type == "cpu" and not is_small(text_encoder):
+        logger.warning(
+            "pretraining the contextualizer of a full-size text encoder on a CPU takes hours; "
+            "a GPU takes minutes, and the file can be carried over (--mlm_contextualizer FILE)"
+        )
+    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    text_encoder.model.float()  # lossless for half weights, and undone below
+    try:
+        return pretrain(
+            text_encoder,
+            path,
+            options=options,
+            captions=captions,
+            autocast=lambda: torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext(),
+            show_progress=show_progress,
+        )
+    finally:
+        text_encoder.model.to(dtype)
 
 
 def pretrain(
@@ -270,7 +343,7 @@ class _Run:
             return
         state = torch.load(self.state_path, map_location=self.table.device, weights_only=True)
         if state["made_for"] != self._made_for():
-            logger.warning("%s belongs to other settings; starting anew", self.state_path.name)
+            logger.warning("%s belongs to other settings; starting again", self.state_path.name)
             return
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -317,7 +390,9 @@ class _Run:
                 self.network,
                 self.text_encoder.encode(masked.input_ids.to(device)),
                 labels_BL=masked.labels,
-                is_token_BL=tokens_before_padding(ids_BL, self.vocabulary.eos_token_id).to(device),
+                attention_mask_BL=prompt_attention_mask(ids_BL, self.vocabulary.eos_token_id).to(
+                    device
+                ),
                 token_table_VD=self.table,
             )
 

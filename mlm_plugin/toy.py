@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mlm_plugin.files import cached_folder
-from mlm_plugin.mlm.prompts import BUILTIN, PromptSet, subjects
+from mlm_plugin.mlm.prompts import PromptSet
+from mlm_plugin.prompt_sets.english import subjects
+from mlm_plugin.prompt_sets.files import BUILTIN
 
 __all__ = ["TOY", "build_toy_data", "build_toy_model", "toy_data", "toy_model"]
 

@@ -18,7 +18,7 @@ ROWS = [
     ("export",),
     ("methods",),
     ("training",),
-    ("pretrain",),
+    ("contextualizer_file", "pretrain"),
     ("mlm_setup",),
     ("toy", "pocket"),
     ("setup",),

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mlm_plugin.config.pretraining import PretrainOptions, parse_pretrain
+from mlm_plugin.contextualizer_file import load_contextualizer
 from mlm_plugin.errors import UserError
-from mlm_plugin.mlm.contextualizer import load_contextualizer
 from mlm_plugin.pretrain import (
     Corpus,
     Interrupted,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.methods.base import Method
-from mlm_plugin.mlm.masking import tokens_before_padding
+from mlm_plugin.mlm.losses import class_anchor, context_anchor, encoder_anchor, positions_outside
+from mlm_plugin.mlm.masking import prompt_attention_mask
 from mlm_plugin.mlm.regularizer import MLMOutput
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.networks.create import Network
@@ -25,64 +26,7 @@ __all__ = [
     "RIVALS",
     "OutputPreservation",
     "TextRival",
-    "class_anchor",
-    "context_anchor",
-    "encoder_anchor",
-    "outside_of",
 ]
-
-
-def context_anchor(states_BLD: Tensor, frozen_BMD: Tensor, kept: Sequence[Pairs]) -> Tensor:
-    """``mean_i 1 - cos(h_i, g_i)`` over the tokens around the concept.
-
-    Args:
-        states_BLD: of prompts with the concept.
-        frozen_BMD: of the same prompts with the class word, by the frozen encoder.
-        kept: for each prompt the positions i in the one and in the other.
-
-    Source: CoRe (arXiv 2408.15914) equation 3, context embedding regularization, with the cosine
-    over the width.
-    """
-    parts = [
-        1 - F.cosine_similarity(states_LD[ours], frozen_MD[theirs], dim=-1)
-        for states_LD, frozen_MD, (ours, theirs) in zip(states_BLD, frozen_BMD, kept, strict=True)
-    ]
-    return torch.cat(parts).mean()
-
-
-def encoder_anchor(states_BLD: Tensor, frozen_BLD: Tensor, is_token_BL: Tensor) -> Tensor:
-    """``mean_i 1 - cos(h_i, g_i)`` over all tokens of prompts without the concept.
-
-    Source: TextBoost (arXiv 2409.08248), knowledge preservation loss.
-    """
-    return (1 - F.cosine_similarity(states_BLD, frozen_BLD, dim=-1))[is_token_BL].mean()
-
-
-def class_anchor(pooled_BD: Tensor, frozen_BD: Tensor) -> Tensor:
-    """``mean 1 - cos(pool(concept), pool(class))`` of whole prompts, read at their EOS.
-
-    Source: ClassDiffusion (arXiv 2405.17532), semantic preservation loss.
-    """
-    return (1 - F.cosine_similarity(pooled_BD, frozen_BD, dim=-1)).mean()
-
-
-Pairs = tuple[list[int], list[int]]
-
-
-def outside_of(ids_L: Sequence[int], concept_ids: Sequence[int], num_class_tokens: int) -> Pairs:
-    """Positions outside of the concept, and where the class-word prompt has the same tokens.
-
-    Args:
-        ids_L: of the prompt up to its EOS, the concept in it.
-        concept_ids: of the concept, without BOS and EOS.
-        num_class_tokens: what stands in its place in the other prompt.
-    """
-    length = len(concept_ids)
-    starts = range(len(ids_L) - length + 1)
-    start = next(i for i in starts if list(ids_L[i : i + length]) == list(concept_ids))
-    ours = [*range(start), *range(start + length, len(ids_L))]
-    shift = num_class_tokens - length
-    return ours, [i if i < start else i + shift for i in ours]
 
 
 class TextRival:
@@ -128,17 +72,19 @@ class TextRival:
         class_ids_BM = self._ids(contexts, self.concept.class_token)
         concept_ids = self._bare_ids(self.concept.text)
         num_class_tokens = len(self._bare_ids(self.concept.class_token))
-        lengths = self._is_token(ids_BL).sum(dim=1).tolist()
+        lengths = self._attention_mask(ids_BL).sum(dim=1).tolist()
         kept = [
-            outside_of(ids_L[:length], concept_ids, num_class_tokens)
+            positions_outside(ids_L[:length], concept_ids, num_class_tokens)
             for ids_L, length in zip(ids_BL.tolist(), lengths, strict=True)
         ]
         return context_anchor(self.text_encoder.encode(ids_BL), self._target(class_ids_BM), kept)
 
     def _encoder_anchor(self, contexts: Sequence[str]) -> Tensor:
         ids_BL = self._ids(contexts, self.concept.class_token)
-        is_token_BL = self._is_token(ids_BL)
-        return encoder_anchor(self.text_encoder.encode(ids_BL), self._target(ids_BL), is_token_BL)
+        attention_mask_BL = self._attention_mask(ids_BL)
+        return encoder_anchor(
+            self.text_encoder.encode(ids_BL), self._target(ids_BL), attention_mask_BL
+        )
 
     def _class_anchor(self, contexts: Sequence[str]) -> Tensor:
         ids_BL = self._ids(contexts, self.concept.text)
@@ -153,11 +99,11 @@ class TextRival:
         text = self.text_encoder.expand(words)  # learned rows have tokens of their own
         return self.text_encoder.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _is_token(self, ids_BL: Tensor) -> Tensor:
-        return tokens_before_padding(ids_BL, self.text_encoder.tokenizer.eos_token_id)
+    def _attention_mask(self, ids_BL: Tensor) -> Tensor:
+        return prompt_attention_mask(ids_BL, self.text_encoder.tokenizer.eos_token_id)
 
     def _at_eos(self, states_BLD: Tensor, ids_BL: Tensor) -> Tensor:
-        ends_B = self._is_token(ids_BL).sum(dim=1) - 1
+        ends_B = self._attention_mask(ids_BL).sum(dim=1) - 1
         return states_BLD[torch.arange(len(states_BLD)), ends_B.to(states_BLD.device)]
 
     @torch.no_grad()

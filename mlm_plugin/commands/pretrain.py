@@ -9,9 +9,8 @@ import torch
 
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.config.pretraining import PretrainCommand
-from mlm_plugin.mlm_setup import pretrain_on_device
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.pretrain import Interrupted, Scores, read_caption_files
+from mlm_plugin.pretrain import Interrupted, Scores, pretrain_on_device, read_caption_files
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 

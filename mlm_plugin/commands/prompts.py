@@ -16,7 +16,10 @@ from functools import cache
 from pathlib import Path
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.mlm.prompts import BUILTIN, SYNTAXES, PromptSet, category_of
+from mlm_plugin.mlm.prompts import PromptSet
+from mlm_plugin.prompt_sets.english import category_of
+from mlm_plugin.prompt_sets.files import BUILTIN
+from mlm_plugin.prompt_sets.grammar import SYNTAXES
 
 __all__ = ["estimated_tokens", "run_prompts"]
 

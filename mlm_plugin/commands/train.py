@@ -27,10 +27,7 @@ from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
-from mlm_plugin.mlm_setup import (
-    mlm_schedule,
-    trigger_of,
-)
+from mlm_plugin.mlm_setup import mlm_schedule, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.pretrain import Interrupted
 from mlm_plugin.setup.accelerator import create_accelerator, shared_seed
@@ -45,7 +42,6 @@ from mlm_plugin.setup.data import (
     print_report,
     require_placeholders,
 )
-from mlm_plugin.setup.mlm_run import create_regularizer, prepare_term
 from mlm_plugin.setup.models import (
     cache_latents,
     cached_captions,
@@ -57,6 +53,7 @@ from mlm_plugin.setup.models import (
 from mlm_plugin.setup.optimization import create_optimization, create_plan
 from mlm_plugin.setup.sampling import SampleDrawer, sample_drawer
 from mlm_plugin.setup.saving import RunRecord, Saver
+from mlm_plugin.setup.term import attach_term, prepare_term
 from mlm_plugin.setup.tracking import curve_loggers
 from mlm_plugin.training.callbacks import Callback
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
@@ -182,7 +179,7 @@ def build_trainer(
 
     set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
-    regularizer = term and create_regularizer(term, method, rank=accelerator.process_index)
+    regularizer = term and attach_term(term, config, method, rank=accelerator.process_index)
     prepare_models(config, models, method)
     cache_latents(config, dataset, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes

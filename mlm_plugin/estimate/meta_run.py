@@ -32,17 +32,15 @@ from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.estimate.optimizer_states import OptimizerBytes, optimizer_bytes
 from mlm_plugin.estimate.step import Training
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
-from mlm_plugin.mlm.contextualizer import (
-    Contextualizer,
-    ContextualizerSizes,
-    default_width,
-)
-from mlm_plugin.mlm.joint_prompts import JointPrompts
-from mlm_plugin.mlm.regularizer import MLMRegularizer, TextTap
-from mlm_plugin.mlm_setup import is_small, prompts_for, text_tap
+from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
+from mlm_plugin.mlm.encoder import EncoderHandle
+from mlm_plugin.mlm.prompts import JointPrompts
+from mlm_plugin.mlm.regularizer import MLMRegularizer
+from mlm_plugin.mlm_setup import encoder_handle, prompts_for
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import load_tokenizer
+from mlm_plugin.pretrain import is_small
 from mlm_plugin.setup.models import model_settings, prepare_models, quantize_models
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
@@ -201,12 +199,12 @@ def _regularizer(
     if not options.mlm_loss_weight:
         return None
     reached = trained_text_encoders(config, num_text_encoders=len(encoders))
-    taps = [
-        text_tap(
+    handles = [
+        encoder_handle(
             text_encoder,
             _contextualizer(text_encoder),
             concepts,
-            tokenize=partial(method.mlm_ids, text_encoder),
+            tokenize=method.mlm_ids,
             dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
         )
         for text_encoder, is_reached in zip(encoders, reached, strict=True)
@@ -214,9 +212,9 @@ def _regularizer(
     ]
     if options.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
         options = config.replace(mlm_prompt_set="auto").mlm
-    drawn = itertools.cycle(_longest_prompts(config, taps[0], prompts_for(options, concepts)))
+    drawn = itertools.cycle(_longest_prompts(config, handles[0], prompts_for(options, concepts)))
     return MLMRegularizer(
-        taps,
+        handles,
         lambda _rng: next(drawn),
         batch_size=options.mlm_batch_size,
         mlm_probability=options.mlm_probability,
@@ -224,11 +222,13 @@ def _regularizer(
     )
 
 
-def _longest_prompts(config: TrainConfig, tap: TextTap, source: JointPrompts) -> list[str]:
+def _longest_prompts(
+    config: TrainConfig, encoder: EncoderHandle, source: JointPrompts
+) -> list[str]:
     """The batch with the longest prompts of several."""
     rng, size = random.Random(0), config.mlm.mlm_batch_size
     drawn = ([source.sample(rng).text for _ in range(size)] for _ in range(NUM_DRAWS))
-    return max(drawn, key=lambda prompts: tap.tokenize(prompts, rng).shape[1])
+    return max(drawn, key=lambda prompts: encoder.tokenize(prompts, rng).shape[1])
 
 
 def _contextualizer(text_encoder: TextEncoder) -> Contextualizer:

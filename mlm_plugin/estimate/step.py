@@ -106,9 +106,9 @@ def _hold_text_encoders(training: Training, live: LiveBytes) -> None:
 
 def _hold_term(training: Training, live: LiveBytes) -> None:
     if training.regularizer:
-        for tap in training.regularizer.taps:
-            live.hold(_weights(tap.contextualizer), CONTEXTUALIZERS)
-            live.hold([tap.token_table], CONTEXTUALIZERS if _is_copy(tap) else TEXT)
+        for encoder in training.regularizer.encoders:
+            live.hold(_weights(encoder.contextualizer), CONTEXTUALIZERS)
+            live.hold([encoder.token_table], CONTEXTUALIZERS if _is_copy(encoder) else TEXT)
 
 
 def step_peak(training: Training) -> Moment:
@@ -229,5 +229,8 @@ def _weights(module: torch.nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _is_copy(tap) -> bool:
-    return tap.token_table.untyped_storage()._cdata != tap.embedding.weight.untyped_storage()._cdata
+def _is_copy(encoder) -> bool:
+    return (
+        encoder.token_table.untyped_storage()._cdata
+        != encoder.embedding.weight.untyped_storage()._cdata
+    )

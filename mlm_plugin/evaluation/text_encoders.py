@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
+from mlm_plugin.contextualizer_file import (
+    cached_contextualizer_path,
+    contextualizer_settings,
+    load_contextualizer,
+)
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt
 from mlm_plugin.evaluation.options import NO_MODEL, EvaluateOptions
 from mlm_plugin.evaluation.results import ENCODER_NAMES
 from mlm_plugin.evaluation.subject import Subject
 from mlm_plugin.evaluation.text_space import measure_text_space
-from mlm_plugin.mlm.contextualizer import Contextualizer, load_contextualizer
-from mlm_plugin.mlm_setup import (
-    auto_contextualizer_path,
-    contextualizer_settings,
-    find_contextualizer,
-    is_small,
-)
+from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.pretrain import find_contextualizer, is_small
 from mlm_plugin.setup.builtin_names import contextualizer_path
 
 __all__ = ["check_contextualizers", "measure_text", "text_protocol"]
@@ -98,7 +98,7 @@ def _contextualizer(
     """The one for a base text encoder; not made anew where that would take hours."""
     if setting == NO_MODEL:
         return None
-    at_hand = setting != "auto" or auto_contextualizer_path(base).is_file()
+    at_hand = setting != "auto" or cached_contextualizer_path(base).is_file()
     if not at_hand and device.type == "cpu" and not is_small(base):
         logger.warning(
             "masked words are left out: there is no contextualizer for %s yet, and pretraining one "

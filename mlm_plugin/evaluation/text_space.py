@@ -18,13 +18,14 @@ from torch import Tensor
 
 from mlm_plugin.evaluation.eval_prompts import with_class, with_concept
 from mlm_plugin.evaluation.measures import intra_distance, mean_with_interval, paired_cosine
-from mlm_plugin.mlm.contextualizer import Contextualizer, masked_word_loss
-from mlm_plugin.mlm.mask_token import mask_embedding
+from mlm_plugin.mlm.contextualizer import Contextualizer
+from mlm_plugin.mlm.encoder import mask_embedding
+from mlm_plugin.mlm.losses import masked_word_loss
 from mlm_plugin.mlm.masking import (
     MaskedTokens,
     MaskingVocabulary,
     mask_tokens,
-    tokens_before_padding,
+    prompt_attention_mask,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
@@ -185,7 +186,7 @@ def masked_words(
         mlm_probability=MLM_PROBABILITY,
         rng=random.Random(f"evaluate/masks/{seed}"),
     )
-    is_token_BL = tokens_before_padding(ids_BL, vocabulary.eos_token_id)
+    is_token_BL = prompt_attention_mask(ids_BL, vocabulary.eos_token_id)
     parts = [
         _named(text_encoder, contextualizer, masked, is_token_BL, reading=k)
         for k in range(1 if rows is None else rows.num_variants)
@@ -211,7 +212,7 @@ def _named(
         contextualizer,
         hidden_BLD,
         labels_BL=masked.labels,
-        is_token_BL=is_token_BL.to(device),
+        attention_mask_BL=is_token_BL.to(device),
         token_table_VD=table_VD,
     )
     accuracy = int(result.num_correct) / max(result.num_masked, 1)
@@ -347,7 +348,7 @@ def encoder_drift(
     prompt, and would count more than any word.
     """
     ids_BL = base_text_encoder.tokenize_trimmed(list(prompts))
-    is_token_BL = tokens_before_padding(ids_BL, base_text_encoder.tokenizer.eos_token_id)
+    is_token_BL = prompt_attention_mask(ids_BL, base_text_encoder.tokenizer.eos_token_id)
     is_token_BL[:, 0] = False
     now, before = (
         encoder.encode(ids_BL).float().cpu()[is_token_BL]

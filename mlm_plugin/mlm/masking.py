@@ -1,8 +1,8 @@
 """Masking of prompts: ids in, masked ids and labels out.
 
-Pure functions over token ids; knows no model and no prompt set. Shapes: B prompts, L tokens.
-Whole words are masked, at least one per prompt, content words first (methods after Devlin et al.
-2018 and, for short captions, the "content words" remedy of data-efficient MLM).
+Pure functions over token ids; they know no model and no prompt set. Whole words are masked, at
+least one per prompt, content words first (after Devlin et al. 2018 and, for short captions, the
+"content words" remedy of data-efficient MLM).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = [
     "MaskedTokens",
     "MaskingVocabulary",
     "mask_tokens",
-    "tokens_before_padding",
+    "prompt_attention_mask",
 ]
 
 MASK_ID = -1
-"""Stands for [MASK] in the ids. No vocabulary holds it: a hook on the embedding resolves it."""
+"""Stands for [MASK] in the ids. It is in no vocabulary: a hook on the embedding resolves it."""
 
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers."""
@@ -39,19 +39,19 @@ Word = tuple[int, ...]
 class MaskedTokens(NamedTuple):
     """Result of :func:`mask_tokens`."""
 
-    input_ids: Tensor  # (B, L) long, MASK_ID where a token was hidden
-    labels: Tensor  # (B, L) long, the hidden id, IGNORE_INDEX elsewhere
+    input_ids: Tensor  # (B, L) long, MASK_ID where a token was masked
+    labels: Tensor  # (B, L) long, the masked id, IGNORE_INDEX elsewhere
 
 
 @dataclass(frozen=True)
 class MaskingVocabulary:
-    """What masking must know of a tokenizer and of the concept.
+    """What masking must know about a tokenizer and about the concept.
 
     Attributes:
         ends_word: ids that close a word (CLIP's BPE marks them with ``</w>``).
         bos_token_id: id of the first token.
         eos_token_id: id that ends the prompt; everything from the first one on is padding.
-        punctuation: ids without a letter or digit; they are never masked, as they teach nothing.
+        punctuation: ids without a letter or digit; never masked, for they teach nothing.
         protected: words that are never masked: placeholder tokens and the class word.
         low_priority: function words and words of neutral prefixes ("a photo of").
         replacements: ids that 80/10/10 masking may put in a word's place.
@@ -125,7 +125,7 @@ def mask_tokens(
     rng: random.Random,
     replace: str = "mask",
 ) -> MaskedTokens:
-    """Hide random context words of each prompt.
+    """Mask random context words of each prompt.
 
     Per prompt ``max(1, round(mlm_probability * words))`` words are drawn without replacement among
     those that are neither protected nor punctuation (rounded at random, so that the rate holds on
@@ -135,10 +135,10 @@ def mask_tokens(
     Args:
         input_ids_BL: token ids, shape ``(B, L)``, long, on the CPU.
         vocabulary: word ends, specials, protected words.
-        mlm_probability: share of maskable words to hide, in (0, 1].
+        mlm_probability: share of the maskable words to mask, in (0, 1].
         rng: the caller's own stream.
-        replace: ``"mask"`` hides every chosen word behind MASK_ID; ``"bert"`` hides 80 %, puts a
-            random word's token in place of 10 % and leaves 10 % as they are.
+        replace: ``"mask"`` replaces every chosen word by MASK_ID; ``"bert"`` does so with 80 %,
+            puts a random token in place of 10 % and leaves 10 % unchanged.
 
     Returns:
         Masked ids and labels, both ``(B, L)``.
@@ -161,8 +161,8 @@ def mask_tokens(
     return MaskedTokens(masked_BL, labels_BL)
 
 
-def tokens_before_padding(ids_BL: Tensor, eos_token_id: int) -> Tensor:
-    """True up to the first EOS, false behind it (SD 1 pads with EOS, SD 2 with "!")."""
+def prompt_attention_mask(ids_BL: Tensor, eos_token_id: int) -> Tensor:
+    """True up to the first EOS, false after it (SD 1 pads with EOS, SD 2 with "!")."""
     num_eos_before = (ids_BL == eos_token_id).cumsum(dim=1) - (ids_BL == eos_token_id).long()
     return num_eos_before == 0
 

@@ -1,11 +1,8 @@
-"""Prompt sets: contexts in which a concept may stand, drawn one at a time.
+"""Prompts that hold the concept: sets of contexts, and drawing from them.
 
-A set is data: a TOML file with word lists and families of templates (schema in ``grammar``), a text
-file with one context per line, or the captions of a dataset. This file loads them and draws; it
-knows no tokenizer and no masking.
-
-"a" and "an" are corrected from the word that follows, so templates simply say "a". In tag syntax
-every tag loses its leading article.
+A set comes from a TOML file with word lists and families of templates, from a text file with one
+context per line (``prompt_sets/files.py``), or from the captions of a data set. Several concepts
+share prompts: one of them at a time, or two in one picture.
 """
 
 from __future__ import annotations
@@ -19,51 +16,22 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import read_text
-from mlm_plugin.prompt_sets.english import (
-    FUNCTION_WORDS,
-    NEUTRAL_WORDS,
-    category_of,
-    correct_articles,
-    dreambench_prompts,
-    is_dreambench,
-    normal_form,
-    subjects,
-    tag_style,
+from mlm_plugin.prompt_sets.english import is_dreambench
+from mlm_plugin.prompt_sets.files import (
+    find_set_file,
+    joint_prompt_tables,
+    read_contexts,
+    read_families,
 )
-from mlm_plugin.prompt_sets.grammar import (
-    SETS,
-    SYNTAXES,
-    Alternatives,
-    Family,
-    Template,
-    WordLists,
-    merged_tables,
-)
+from mlm_plugin.prompt_sets.grammar import SYNTAXES, Alternatives, Family, Template
 
-__all__ = [
-    "BUILTIN",
-    "FUNCTION_WORDS",
-    "NEUTRAL_WORDS",
-    "SYNTAXES",
-    "Context",
-    "PromptSet",
-    "category_of",
-    "correct_articles",
-    "dreambench_prompts",
-    "is_dreambench",
-    "normal_form",
-    "subjects",
-]
+__all__ = ["Context", "JointPrompts", "Member", "PromptPair", "PromptSet", "draw_relation"]
 
 logger = logging.getLogger(__name__)
 
-BUILTIN: tuple[str, ...] = ("living", "person", "object", "building", "style")
-
-_DEFAULT_TEMPERATURE = 4.0
 _MAX_REDRAWS = 1000
+_JOINT = joint_prompt_tables()
 
 
 class Context(NamedTuple):
@@ -78,12 +46,19 @@ class Context(NamedTuple):
 
 
 class PromptSet:
-    """A set of contexts for one concept; see the module docstring for where they come from.
+    """A set of contexts for one concept.
 
     Families are drawn with probability proportional to ``weight * size ** (1 / temperature)``:
     1 draws every prompt alike, larger values let small families be heard. Inside a family every
-    prompt is equally likely. Source of the rule: T5, arXiv 1910.10683, section 3.5.2
-    (temperature-scaled mixing).
+    prompt is equally likely.
+
+    Args:
+        name: for messages.
+        families: named grammars.
+        temperature: of the draw among families.
+        verbatim: the user's own lines; evaluation prompts among them are drawn too.
+
+    Source of the rule: T5, arXiv 1910.10683, section 3.5.2 (temperature-scaled mixing).
     """
 
     def __init__(
@@ -91,12 +66,10 @@ class PromptSet:
         name: str,
         families: Sequence[Family],
         *,
-        syntax: str,
-        temperature: float = _DEFAULT_TEMPERATURE,
+        temperature: float = 1.0,
         verbatim: bool = False,
     ):
         self.name = name
-        self.syntax = syntax
         self._families = tuple(families)
         self._temperature = temperature
         self._verbatim = verbatim
@@ -107,33 +80,26 @@ class PromptSet:
         """Load a built-in set by name, or a ``.toml`` or ``.txt`` file by path.
 
         Args:
-            name_or_path: one of ``BUILTIN``; or a TOML file (schema in ``grammar``); or a text file
-                with one context per line, ``{}`` for the concept, ``#`` for comments.
-            syntax: "natural" or "tags"; which templates of a TOML file are used. A text file is
+            name_or_path: one of ``BUILTIN``, or a file of the user's own.
+            syntax: "natural" or "tags": which templates of a TOML file are used. A text file is
                 taken as it is written.
 
         Raises:
-            UserError: unknown name, missing file, or a mistake in the file (with its place).
+            UserError: an unknown name, a missing file, or a mistake in the file (with its place).
         """
         if syntax not in SYNTAXES:
             raise UserError(f"mlm_prompt_syntax: {syntax!r} is not one of {', '.join(SYNTAXES)}")
-        if str(name_or_path) in BUILTIN:
-            return _from_toml(SETS / f"{name_or_path}.toml", syntax=syntax)
-        path = Path(name_or_path).expanduser()
-        if path.suffix not in (".toml", ".txt"):
-            raise UserError(
-                f"mlm_prompt_set: {str(name_or_path)!r} is neither a built-in set "
-                f"({', '.join(BUILTIN)}) nor a .toml or .txt file{did_you_mean(path.name, BUILTIN)}"
-            )
-        if not path.is_file():
-            raise UserError(f"mlm_prompt_set: there is no file {path}")
-        return _from_toml(path, syntax=syntax) if path.suffix == ".toml" else _from_text(path)
+        path = find_set_file(name_or_path)
+        if path.suffix == ".txt":
+            return cls._from_lines(path.stem, read_contexts(path))
+        families, temperature = read_families(path, syntax=syntax)
+        return cls(path.stem, families, temperature=temperature)
 
     @classmethod
     def from_captions(
         cls, captions: Iterable[str], *, concept: str, others: Sequence[str] = ()
     ) -> PromptSet:
-        """Make contexts of the captions that hold ``concept`` and at least one word more.
+        """Make contexts of the captions that hold ``concept`` and at least one more word.
 
         The concept is found as whole words, in any case. If a caption holds it twice, the first is
         the slot and the other stays as text. Captions that cannot be used are skipped; a warning
@@ -182,7 +148,7 @@ class PromptSet:
                 len(lines),
             )
         family = Family(name, Alternatives(Template((line,)) for line in lines), str)
-        return cls(name, [family], syntax="natural", verbatim=True)
+        return cls(name, [family], verbatim=True)
 
     def draw(self, rng: random.Random) -> Context:
         """Draw a family by temperature, then one of its prompts; constant time.
@@ -209,13 +175,7 @@ class PromptSet:
         chosen = [family for family in self._families if family.name in families]
         if not chosen:
             return self
-        return PromptSet(
-            self.name,
-            chosen,
-            syntax=self.syntax,
-            temperature=self._temperature,
-            verbatim=self._verbatim,
-        )
+        return PromptSet(self.name, chosen, temperature=self._temperature, verbatim=self._verbatim)
 
     def counts(self) -> dict[str, int]:
         """Prompts per family, neutral prefixes not counted.
@@ -252,39 +212,81 @@ def _shares(families: Sequence[Family], temperature: float) -> list[float]:
     return [math.exp(log - max(logs)) for log in logs]
 
 
-def _from_text(path: Path) -> PromptSet:
-    lines = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        if (found := line.count("{}")) != 1:
-            raise UserError(
-                f"{path}, line {number}: {found} slots {{}} in {line!r}; "
-                "write {} exactly once, where the concept goes"
-            )
-        lines.append(line)
-    if not lines:
-        raise UserError(f"{path}: no prompts; write one per line, with {{}} for the concept")
-    return PromptSet._from_lines(path.stem, lines)
+class Member(NamedTuple):
+    """A concept and the contexts it may stand in."""
+
+    prompt_set: PromptSet
+    text: str  # "sks dog"
+    class_text: str = ""  # "dog"
 
 
-def _from_toml(path: Path, *, syntax: str) -> PromptSet:
-    tables = merged_tables(path)
-    lists = WordLists(tables["lists"], where=str(path))
-    polish = correct_articles if syntax == "natural" else tag_style
-    families = [
-        Family(
-            name,
-            Alternatives(map(lists.template, family[syntax])),
-            polish,
-            weight=family.get("weight", 1.0),
-            prefixes=tables["prefixes"].get(syntax, ()) if family.get("prefix", True) else (),
+class PromptPair(NamedTuple):
+    """A prompt with its concepts, and the same with their class words in their places."""
+
+    text: str
+    class_text: str
+
+
+class JointPrompts:
+    """Prompts that hold one concept of several, or two of them.
+
+    A joint prompt takes its context from the first concept's set, from the families that suit two.
+    A style comes second: "sks dog in the style of zwx art". A context that names the other concept
+    already, as a caption may, is filled with the first alone.
+
+    Args:
+        members: the concepts.
+        joint_share: probability of two concepts in a prompt; without effect for a single member,
+            whose prompts are drawn exactly as by its set.
+
+    Source of the idea: two concepts in one prompt, as in Custom Diffusion, arXiv 2212.04488.
+    """
+
+    def __init__(self, members: Sequence[Member], *, joint_share: float = 0.5):
+        assert members, "no concept"
+        assert len({member.text for member in members}) == len(members), "a concept is named twice"
+        assert 0 <= joint_share <= 1, joint_share
+        self._members = tuple(members)
+        self._joint_share = joint_share
+        self._joint_sets = {
+            (member.text, kind): member.prompt_set.only(families)
+            for member in members
+            for kind, families in _JOINT["families"].items()
+        }
+
+    def sample(self, rng: random.Random) -> PromptPair:
+        """Draw a prompt."""
+        if len(self._members) > 1 and rng.random() < self._joint_share:
+            return self._sample_joint(rng, rng.sample(self._members, 2))
+        member = rng.choice(self._members) if len(self._members) > 1 else self._members[0]
+        return _filled(member.prompt_set.draw(rng), member)
+
+    def _sample_joint(self, rng: random.Random, pair: Sequence[Member]) -> PromptPair:
+        first, second = sorted(pair, key=_is_style)  # stable: two of a kind stay as drawn
+        kind = ("things", "thing_in_style", "styles")[sum(map(_is_style, pair))]
+        context = self._joint_sets[first.text, kind].draw(rng)
+        if second.text.lower() in context.text.lower():
+            return _filled(context, first)
+        relation = draw_relation(rng, kind=kind)
+        return PromptPair(
+            context.fill(f"{first.text} {relation} {second.text}"),
+            context.fill(f"{first.class_text} {relation} {second.class_text}"),
         )
-        for name, family in tables["families"].items()
-        if syntax in family
-    ]
-    if not families:
-        raise UserError(f"{path}: no family has {syntax} templates; add `{syntax} = [...]` to one")
-    temperature = tables.get("temperature", _DEFAULT_TEMPERATURE)
-    return PromptSet(path.stem, families, syntax=syntax, temperature=temperature)
+
+
+def draw_relation(rng: random.Random, *, kind: str = "things") -> str:
+    """What stands between two concepts, such as "next to".
+
+    Args:
+        rng: source of the draw.
+        kind: "things", "thing_in_style" (the style is the second) or "styles".
+    """
+    return rng.choice(_JOINT["relations"][kind])
+
+
+def _filled(context: Context, member: Member) -> PromptPair:
+    return PromptPair(context.fill(member.text), context.fill(member.class_text))
+
+
+def _is_style(member: Member) -> bool:
+    return member.prompt_set.name == "style"

@@ -1,11 +1,8 @@
 """The regularizer: context-rich prompts in, one scalar out.
 
-``loss = diffusion loss + weight * MLM loss``: hide words around the concept, run the text encoder
-that is being trained, let the frozen contextualizer name the hidden words. The gradient reaches
+``loss = diffusion loss + weight * MLM loss``: mask words around the concept, run the text encoder
+that is being trained, let the frozen contextualizer predict the masked words. The gradient reaches
 whatever is trained before the text encoder's output.
-
-Knows no trainer, no command line and no text-encoder class: a host hands over a :class:`TextTap`
-per text encoder. Shapes: B prompts, L tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,58 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mlm_plugin.mlm.contextualizer import Contextualizer, MaskedWordLoss, masked_word_loss
-from mlm_plugin.mlm.mask_token import mask_embedding
-from mlm_plugin.mlm.masking import (
-    MaskedTokens,
-    MaskingVocabulary,
-    mask_tokens,
-    tokens_before_padding,
-)
-from mlm_plugin.mlm.teacher import Reading, moved_onto
+from mlm_plugin.mlm.encoder import EncoderHandle
+from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
+from mlm_plugin.mlm.masking import MaskedTokens, mask_tokens, prompt_attention_mask
+from mlm_plugin.mlm.teacher import align_to_prompt
 
-__all__ = ["MLMOutput", "MLMRegularizer", "MLMSchedule", "TextTap"]
-
-
-class MLMOutput(NamedTuple):
-    """What one call gives back. Tensors stay on the device; reading them waits for it."""
-
-    loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
-    accuracy: Tensor  # 0-d fp32, share of hidden tokens named rightly, without gradient
-    num_masked: int
-    losses: tuple[Tensor, ...] = ()  # what the loss is the mean of, one per text encoder
-
-
-@dataclass
-class TextTap:
-    """Where the regularizer touches one text encoder of a host.
-
-    Attributes:
-        tokenize: prompts to ids ``(B, L)``, padded to the longest, on the CPU. The random stream is
-            for encoders with several readings of a prompt (XTI); B may then be a multiple.
-        encode: ids ``(B, L)`` to the very states the U-Net is conditioned on, ``(B, L, D)``.
-        embedding: the encoder's token embedding layer (takes the mask vector by hook).
-        contextualizer: made for this encoder; frozen here.
-        vocabulary: word ends and the words that are never masked.
-        token_table: ``(V, D)``, frozen output table; a copy where the host trains the embeddings.
-        readings: what the encoder as it came makes of prompts with the class word; the term's
-            targets. Without them the hidden words themselves are the targets.
-    """
-
-    tokenize: Callable[[list[str], random.Random], Tensor]
-    encode: Callable[[Tensor], Tensor]
-    embedding: nn.Embedding
-    contextualizer: Contextualizer
-    vocabulary: MaskingVocabulary
-    token_table: Tensor
-    readings: Sequence[Reading] = ()
-
-    def __post_init__(self):
-        self.contextualizer.require_trained()
-        self.contextualizer.requires_grad_(False).eval()
-        assert not self.token_table.requires_grad, "the output table must be frozen"
+__all__ = ["MLMOutput", "MLMRegularizer", "MLMSchedule"]
 
 
 @dataclass(frozen=True)
@@ -93,24 +46,34 @@ class MLMSchedule:
         return self.weight * self.every_n_steps if due else 0.0
 
 
+class MLMOutput(NamedTuple):
+    """What one call returns. Tensors stay on the device; reading them waits for it."""
+
+    loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
+    accuracy: Tensor  # 0-d fp32, share of masked tokens named correctly, without gradient
+    num_masked: int
+    losses: tuple[Tensor, ...] = ()  # what the loss is the mean of, one per text encoder
+
+
 class MLMRegularizer:
-    """Computes the MLM loss of drawn prompts: freshly made ones, or those of the taps' readings.
+    """Computes the MLM loss of prompts: freshly drawn, or those of the teacher targets.
 
     Every call draws from a stream of its own, named by seed and call number: the host's random
-    numbers stay as they were, and a resumed run goes on with the same prompts without stored state.
+    numbers stay as they were, and a resumed run continues with the same prompts without any stored
+    state.
 
     Args:
-        taps: one per text encoder; all see the same prompts, and have readings of the same or none.
+        encoders: one per text encoder; all see the same prompts, with or without teacher targets.
         sample_prompt: draws one prompt that holds the concept.
         batch_size: B, prompts per call.
-        mlm_probability: share of context words to hide.
+        mlm_probability: share of the context words to mask.
         replace: ``"mask"`` or ``"bert"`` (80/10/10).
         seed: names the stream; give each process its own.
     """
 
     def __init__(
         self,
-        taps: Sequence[TextTap],
+        encoders: Sequence[EncoderHandle],
         sample_prompt: Callable[[random.Random], str],
         *,
         batch_size: int,
@@ -118,9 +81,10 @@ class MLMRegularizer:
         replace: str = "mask",
         seed: int | str = 0,
     ):
-        assert taps, "a regularizer needs at least one text encoder"
-        assert len({len(tap.readings) for tap in taps}) == 1, "text encoders see the same prompts"
-        self.taps = list(taps)
+        assert encoders, "a regularizer needs at least one text encoder"
+        num_targets = {len(encoder.teacher_targets) for encoder in encoders}
+        assert len(num_targets) == 1, "text encoders see the same prompts"
+        self.encoders = list(encoders)
         self.sample_prompt = sample_prompt
         self.batch_size = batch_size
         self.mlm_probability = mlm_probability
@@ -130,12 +94,12 @@ class MLMRegularizer:
     def __call__(self, call: int) -> MLMOutput:
         """The term for call number ``call`` (0, 1, ...)."""
         rng = random.Random(f"mlm/{self.seed}/{call}")
-        if readings := self.taps[0].readings:
-            drawn = rng.choices(range(len(readings)), k=self.batch_size)
-            parts = [self._loss_of_readings(tap, drawn, rng) for tap in self.taps]
+        if targets := self.encoders[0].teacher_targets:
+            drawn = rng.choices(range(len(targets)), k=self.batch_size)
+            parts = [self._against_teacher(encoder, drawn, rng) for encoder in self.encoders]
         else:
             prompts = [self.sample_prompt(rng) for _ in range(self.batch_size)]
-            parts = [self._loss_of_words(tap, prompts, rng) for tap in self.taps]
+            parts = [self._against_words(encoder, prompts, rng) for encoder in self.encoders]
         num_masked = sum(part.num_masked for part in parts)
         num_correct = sum(part.num_correct for part in parts)
         losses = tuple(part.loss for part in parts)
@@ -146,45 +110,47 @@ class MLMRegularizer:
             losses=losses,
         )
 
-    def _loss_of_words(
-        self, tap: TextTap, prompts: list[str], rng: random.Random
+    def _against_words(
+        self, encoder: EncoderHandle, prompts: list[str], rng: random.Random
     ) -> MaskedWordLoss:
-        ids_BL = tap.tokenize(prompts, rng)
+        ids_BL = encoder.tokenize(prompts, rng)
         masked = mask_tokens(
             ids_BL,
-            tap.vocabulary,
+            encoder.vocabulary,
             mlm_probability=self.mlm_probability,
             rng=rng,
             replace=self.replace,
         )
-        return _loss_of(tap, ids_BL, masked)
+        return _loss(encoder, ids_BL, masked)
 
-    def _loss_of_readings(
-        self, tap: TextTap, drawn: Sequence[int], rng: random.Random
+    def _against_teacher(
+        self, encoder: EncoderHandle, drawn: Sequence[int], rng: random.Random
     ) -> MaskedWordLoss:
-        readings = [tap.readings[number] for number in drawn]
-        ids_BL = tap.tokenize([reading.text for reading in readings], rng)
-        # the encoder may have several readings of a prompt: rows are a multiple of the prompts
-        readings = readings * (len(ids_BL) // len(readings))
-        moved = [moved_onto(*pair) for pair in zip(readings, ids_BL.tolist(), strict=True)]
-        masked_ids, labels, found = zip(*moved, strict=True)
-        wanted = [reading.vectors_ND[rows] for reading, rows in zip(readings, found, strict=True)]
+        targets = [encoder.teacher_targets[number] for number in drawn]
+        ids_BL = encoder.tokenize([target.text for target in targets], rng)
+        targets = targets * (len(ids_BL) // len(targets))  # XTI may encode a prompt several times
+        aligned = [align_to_prompt(*pair) for pair in zip(targets, ids_BL.tolist(), strict=True)]
+        masked_ids, labels, found = zip(*aligned, strict=True)
+        teacher = [target.teacher_ND[rows] for target, rows in zip(targets, found, strict=True)]
         masked = MaskedTokens(torch.tensor(masked_ids), torch.tensor(labels))
-        return _loss_of(tap, ids_BL, masked, wanted_ND=torch.cat(wanted))
+        return _loss(encoder, ids_BL, masked, teacher_ND=torch.cat(teacher))
 
 
-def _loss_of(
-    tap: TextTap, ids_BL: Tensor, masked: MaskedTokens, *, wanted_ND: Tensor | None = None
+def _loss(
+    encoder: EncoderHandle,
+    ids_BL: Tensor,
+    masked: MaskedTokens,
+    *,
+    teacher_ND: Tensor | None = None,
 ) -> MaskedWordLoss:
-    device = tap.token_table.device
-    is_token_BL = tokens_before_padding(ids_BL, tap.vocabulary.eos_token_id)
-    with mask_embedding(tap.embedding, tap.contextualizer.mask_vector):
-        hidden_BLD = tap.encode(masked.input_ids.to(device, non_blocking=True))
+    attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
+    if teacher_ND is not None:
+        teacher_ND = teacher_ND.to(encoder.device, non_blocking=True)
     return masked_word_loss(
-        tap.contextualizer,
-        hidden_BLD,
+        encoder.contextualizer,
+        encoder.encode_masked(masked.input_ids),
         labels_BL=masked.labels,
-        is_token_BL=is_token_BL.to(device, non_blocking=True),
-        token_table_VD=tap.token_table,
-        wanted_ND=None if wanted_ND is None else wanted_ND.to(device, non_blocking=True),
+        attention_mask_BL=attention_mask_BL.to(encoder.device, non_blocking=True),
+        token_table_VD=encoder.token_table,
+        teacher_ND=teacher_ND,
     )

@@ -1,16 +1,16 @@
-"""Readings: what the untouched text encoder tells the contextualizer about a hidden word.
+"""Teacher targets: what the contextualizer predicts from the untrained text encoder.
 
-The word that was hidden is one of many that fit, and no text encoder can tell which; asked for it,
-the term mostly passes on this noise. A reading is the question without the noise: the same prompt
-with the class word in the concept's place, the same words hidden, and the distribution that the
-contextualizer then gives for each. The term compares distributions (``mlm_target = class``), so it
-is zero while the concept leaves its sentence alone.
+The word that was masked is one of many that fit, and no text encoder can tell which one; asked for
+it, the term mostly passes on this noise. The teacher asks the same question without the noise: the
+same prompt with the class word in the concept's place, the same words masked, and the distribution
+that the contextualizer then predicts for each. The student is compared with that distribution
+(``mlm_target = class``).
 
-Readings are taken before anything is trained, and kept as vectors: the training holds no second
-text encoder. Shapes: B prompts, L tokens, D width, N hidden tokens.
+Targets are computed before anything is trained, and kept as vectors: no second text encoder is held
+in memory during the training.
 
-Source of soft targets: Hinton et al. 2015, arXiv 1503.02531; that a class word is what a concept
-should behave like among other words: CoRe, arXiv 2408.15914.
+Source: soft targets from Hinton et al. 2015, arXiv 1503.02531; the class word as what a concept
+should behave like among other words from CoRe, arXiv 2408.15914.
 """
 
 from __future__ import annotations
@@ -18,114 +18,94 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from difflib import SequenceMatcher
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mlm_plugin.mlm.contextualizer import Contextualizer, places_of
-from mlm_plugin.mlm.joint_prompts import PromptPair
-from mlm_plugin.mlm.mask_token import mask_embedding
+from mlm_plugin.mlm.encoder import EncoderHandle, TeacherTarget
+from mlm_plugin.mlm.losses import masked_positions
 from mlm_plugin.mlm.masking import (
     IGNORE_INDEX,
     MaskedTokens,
-    MaskingVocabulary,
     mask_tokens,
-    tokens_before_padding,
+    prompt_attention_mask,
 )
-from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.mlm.prompts import PromptPair
 
-__all__ = ["Reading", "moved_onto", "take_readings"]
+__all__ = ["align_to_prompt", "compute_teacher_targets"]
 
 BATCH_SIZE = 32
 
 
-class Reading(NamedTuple):
-    """A prompt of the class word with hidden words, and what was read at them."""
-
-    text: str  # with the concept
-    ids: list[int]  # with the class word, up to its EOS
-    masked_ids: list[int]  # the same with MASK_ID where a token was hidden
-    labels: list[int]  # hidden ids, IGNORE_INDEX elsewhere
-    vectors_ND: Tensor  # the contextualizer's answers, in the order of the hidden tokens
-
-
 @torch.no_grad()
-def take_readings(
-    text_encoder: TextEncoder,
-    contextualizer: Contextualizer,
+def compute_teacher_targets(
+    encoder: EncoderHandle,
     pairs: Sequence[PromptPair],
     *,
-    vocabulary: MaskingVocabulary,
     mlm_probability: float,
     replace: str,
     rng: random.Random,
-) -> list[Reading]:
-    """One reading of each prompt.
+) -> list[TeacherTarget]:
+    """One target for each prompt.
 
     Args:
-        text_encoder: as it came.
-        contextualizer: made for it, on its device.
-        pairs: prompts.
-        vocabulary: what is never hidden.
-        mlm_probability: share of the context words to hide.
+        encoder: untrained.
+        pairs: prompts with the concept and with the class word.
+        mlm_probability: share of the context words to mask.
         replace: ``"mask"`` or ``"bert"``, as in :func:`mask_tokens`.
         rng: source of the masks.
     """
-    readings = []
+    targets = []
     for start in range(0, len(pairs), BATCH_SIZE):
         batch = pairs[start : start + BATCH_SIZE]
-        ids_BL = text_encoder.tokenize_trimmed([pair.class_text for pair in batch])
+        ids_BL = encoder.tokenize([pair.class_text for pair in batch], rng)
         masked = mask_tokens(
-            ids_BL, vocabulary, mlm_probability=mlm_probability, rng=rng, replace=replace
+            ids_BL, encoder.vocabulary, mlm_probability=mlm_probability, rng=rng, replace=replace
         )
-        is_token_BL = tokens_before_padding(ids_BL, vocabulary.eos_token_id)
-        vectors_ND = _read(text_encoder, contextualizer, masked, is_token_BL)
-        read = vectors_ND.split((masked.labels != IGNORE_INDEX).sum(dim=1).tolist())
-        lengths = is_token_BL.sum(dim=1).tolist()
+        attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
+        features_ND = _features(encoder, masked, attention_mask_BL)
+        by_prompt = features_ND.split((masked.labels != IGNORE_INDEX).sum(dim=1).tolist())
+        lengths = attention_mask_BL.sum(dim=1).tolist()
         for row, pair in enumerate(batch):
             ids, masked_ids, labels = (
                 tensor[row, : lengths[row]].tolist() for tensor in (ids_BL, *masked)
             )
-            readings.append(Reading(pair.text, ids, masked_ids, labels, read[row]))
-    return readings
+            targets.append(TeacherTarget(pair.text, ids, masked_ids, labels, by_prompt[row]))
+    return targets
 
 
-def moved_onto(reading: Reading, ids_L: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Hide the same words in the prompt that holds the concept.
+def _features(encoder: EncoderHandle, masked: MaskedTokens, attention_mask_BL: Tensor) -> Tensor:
+    """``(N, D)``, in fp32 on the CPU."""
+    features_ND = encoder.contextualizer.features(
+        encoder.encode_masked(masked.input_ids),
+        attention_mask_BL.to(encoder.device),
+        masked_positions(masked.labels).to(encoder.device),
+    )
+    return features_ND.float().cpu()
+
+
+def align_to_prompt(
+    target: TeacherTarget, ids_L: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Mask the same words in the prompt that holds the concept.
 
     Args:
-        reading: of the prompt with the class word.
+        target: of the prompt with the class word.
         ids_L: of the prompt with the concept, padding included.
 
     Returns:
-        masked ids and labels, as long as ``ids_L``, and which of the N hidden tokens are there: the
-        longer of two prompts may be cut off at its end.
+        masked ids and labels, as long as ``ids_L``, and which of the N masked tokens were found:
+        the longer of two prompts may be cut off at its end.
     """
     masked, labels, found = list(ids_L), [IGNORE_INDEX] * len(ids_L), []
-    hidden = (place for place, label in enumerate(reading.labels) if label != IGNORE_INDEX)
-    number_of = {place: number for number, place in enumerate(hidden)}
+    hidden = (position for position, label in enumerate(target.labels) if label != IGNORE_INDEX)
+    number_of = {position: number for number, position in enumerate(hidden)}
     for start, our_start, size in SequenceMatcher(
-        None, reading.ids, ids_L, autojunk=False
+        None, target.class_ids, ids_L, autojunk=False
     ).get_matching_blocks():
-        for place in range(start, start + size):
-            if place in number_of:
-                ours = our_start + place - start
-                masked[ours], labels[ours] = reading.masked_ids[place], reading.labels[place]
-                found.append(number_of[place])
+        for position in range(start, start + size):
+            if position in number_of:
+                ours = our_start + position - start
+                masked[ours], labels[ours] = target.masked_ids[position], target.labels[position]
+                found.append(number_of[position])
     return masked, labels, found
-
-
-def _read(
-    text_encoder: TextEncoder,
-    contextualizer: Contextualizer,
-    masked: MaskedTokens,
-    is_token_BL: Tensor,
-) -> Tensor:
-    """``(N, D)``, in fp32 on the CPU."""
-    device = text_encoder.token_embedding.weight.device
-    with mask_embedding(text_encoder.token_embedding, contextualizer.mask_vector):
-        hidden_BLD = text_encoder.encode(masked.input_ids)
-    places_N = places_of(masked.labels).to(device)
-    vectors_ND = contextualizer.read(hidden_BLD, is_token_BL.to(device), places_N)
-    return vectors_ND.float().cpu()

@@ -88,7 +88,7 @@ class MLMTrainerMixin:
                     model, tokenizer, arch=self.mlm_arch, clip_skip=args.clip_skip
                 )
                 self.mlm.add_text_encoder(text_encoder, given["accelerator"])
-        if not self.mlm.encoders:
+        if not self.mlm.setup.encoders:
             raise UserError(
                 without_gradient(self.mlm.options, "no CLIP text encoder is trained here")
             )

@@ -80,7 +80,7 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
             for loader in args:
-                if isinstance(loader, DataLoader) and not term.concepts:
+                if isinstance(loader, DataLoader) and not term.setup.concepts:
                     term.use_data(loader.dataset)
                     term.attach(self)
             return original(self, *args, **kwargs)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,21 +22,8 @@ from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig, con
 from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
-from mlm_plugin.mlm.joint_prompts import JointPrompts
 from mlm_plugin.mlm.regularizer import MLMRegularizer
-from mlm_plugin.mlm.teacher import Reading
-from mlm_plugin.mlm_setup import (
-    LoadedContextualizer,
-    build_regularizer,
-    contextualizer_settings,
-    find_contextualizer,
-    mlm_schedule,
-    mlm_target,
-    prompt_set_names,
-    prompts_for,
-    readings_for,
-    text_tap,
-)
+from mlm_plugin.mlm_setup import MLMSetup, mlm_schedule, mlm_target, prompt_set_names
 from mlm_plugin.models.text_encoder import TextEncoder
 
 __all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "without_gradient", "wrap_text_encoder"]
@@ -97,39 +82,22 @@ class MLMTerm:
     ):
         self.options = options
         self.schedule = mlm_schedule(options)
-        seed = seed if options.mlm_seed is None else options.mlm_seed
-        self.seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        if seed is None:
+            seed = random.SystemRandom().randrange(2**32)
+        self.setup = MLMSetup(options, seed=seed)
         self.expand = expand
         self.step = 0
         self.call = 0
         self.parts: LossParts | None = None
-        self.encoders: list[tuple[TextEncoder, LoadedContextualizer]] = []
-        self.concepts: tuple[Concept, ...] = ()
-        self.prompts: JointPrompts | None = None
-        self._readings: list[list[Reading]] = []
         self._regularizer: MLMRegularizer | None = None
 
     def add_text_encoder(self, text_encoder: TextEncoder, accelerator: Accelerator) -> None:
-        """Find the contextualizer of a text encoder, which is as its checkpoint has it.
+        """Prepare a text encoder, which is still untrained.
 
         Raises:
-            UserError: the given file does not fit.
+            UserError: the given contextualizer does not fit.
         """
-        settings = contextualizer_settings(
-            self.options.mlm_contextualizer, len(self.encoders) + 1, more_may_come=True
-        )
-        with (
-            _kept_random_state(),
-            accelerator.main_process_first(),  # one process pretrains, the others find its file
-            _on_device(text_encoder.model, accelerator.device),
-        ):
-            found = find_contextualizer(
-                text_encoder,
-                settings[len(self.encoders)],
-                show_progress=accelerator.is_local_main_process,
-            )
-        self.encoders.append((text_encoder, found))
-        self._take_readings(accelerator)
+        self.setup.prepare([text_encoder], accelerator, more_may_come=True)
 
     def use_data(self, dataset_group: Any) -> None:
         """Take concepts and captions from the data, as far as the options do not name them.
@@ -140,13 +108,11 @@ class MLMTerm:
         datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
         config = TrainConfig(mlm=self.options)
         found = concepts_of(config, [_as_config(dataset) for dataset in datasets], required=True)
-        self.concepts = tuple(
-            Concept(self.expand(concept.placeholder_token), concept.class_token)
-            for concept in found
-        )
         texts = {c.placeholder_token: self.expand(c.placeholder_token) for c in found}
-        captions = [_replaced(caption, texts) for caption in _captions(datasets)]
-        self.prompts = prompts_for(self.options, self.concepts, captions=captions)
+        self.setup.use_concepts(
+            [Concept(texts[c.placeholder_token], c.class_token) for c in found],
+            captions=[_replaced(caption, texts) for caption in _captions(datasets)],
+        )
 
     def attach(self, accelerator: Accelerator) -> None:
         """Be ready for the first step, and keep counters beside the states that kohya saves.
@@ -154,7 +120,7 @@ class MLMTerm:
         States without them load, and plain trainers load states with them: the file is beside
         those that accelerate counts.
         """
-        self._take_readings(accelerator)
+        self.setup.compute_targets(accelerator)
 
         def save(_models, _weights, output_dir):
             with atomic_path(Path(output_dir) / STATE_FILE) as temporary:
@@ -200,53 +166,31 @@ class MLMTerm:
 
     def metadata(self) -> dict[str, str]:
         """``ss_mlm_*`` of the saved file."""
+        concepts = self.setup.concepts
         values: dict[str, Any] = {
             f"ss_{name}": getattr(self.options, name)
             for name, entry in OPTIONS.items()
             if entry.group == "mlm" and name.startswith("mlm_")
         }
         values |= {
-            "ss_mlm_target": mlm_target(self.options, self.concepts),
-            "ss_mlm_prompt_set": prompt_set_names(self.options, self.concepts),
-            "ss_mlm_contextualizer": ", ".join(found.digest for _, found in self.encoders),
-            "ss_mlm_seed": self.seed,
+            "ss_mlm_target": mlm_target(self.options, concepts),
+            "ss_mlm_prompt_set": prompt_set_names(self.options, concepts),
+            "ss_mlm_contextualizer": ", ".join(
+                encoder.contextualizer.digest for encoder in self.setup.encoders
+            ),
+            "ss_mlm_seed": self.setup.seed,
             "ss_mlm_version": __version__,
             "ss_mlm_host": "sd-scripts",
-            "ss_mlm_placeholder_token": ", ".join(c.placeholder_token for c in self.concepts),
-            "ss_mlm_class_token": ", ".join(c.class_token for c in self.concepts),
+            "ss_mlm_placeholder_token": ", ".join(c.placeholder_token for c in concepts),
+            "ss_mlm_class_token": ", ".join(c.class_token for c in concepts),
         }
         return {key: str(value) for key, value in values.items()}
-
-    def _take_readings(self, accelerator: Accelerator) -> None:
-        """Of the text encoders that have none, once there are prompts; nothing is trained yet."""
-        for text_encoder, found in self.encoders[len(self._readings) :] if self.prompts else ():
-            with _on_device(text_encoder.model, accelerator.device):
-                readings = readings_for(
-                    text_encoder,
-                    found.network,
-                    self.concepts,
-                    self.options,
-                    prompts=self.prompts,
-                    seed=self.seed,
-                )
-            self._readings.append(readings)
 
     def _regularizer_for(self, accelerator: Accelerator) -> MLMRegularizer:
         """Made at the first use, when models have their place, precision and trained weights."""
         if self._regularizer is None:
             dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-            taps = [
-                text_tap(text_encoder, found.network, self.concepts, readings=readings, dtype=dtype)
-                for (text_encoder, found), readings in zip(
-                    self.encoders, self._readings, strict=True
-                )
-            ]
-            self._regularizer = build_regularizer(
-                taps,
-                self.options,
-                prompts=self.prompts,
-                seed=f"{self.seed}/{accelerator.process_index}",
-            )
+            self._regularizer = self.setup.attach(rank=accelerator.process_index, dtype=dtype)
         return self._regularizer
 
 
@@ -303,26 +247,3 @@ def _replaced(text: str, replacements: dict[str, str]) -> str:
         if old != new:
             text = text.replace(old, new)
     return text
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Give the host its random streams back as they were."""
-    python, array = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(array)
-
-
-@contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Pretraining happens where the run will; the host places its models itself."""
-    before = next(model.parameters()).device
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(before)

@@ -12,18 +12,14 @@ from pathlib import Path
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OutputOptions, TrainConfig
+from mlm_plugin.contextualizer_file import LoadedContextualizer
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
 from mlm_plugin.methods import Export
-from mlm_plugin.mlm_setup import (
-    LoadedContextualizer,
-    mlm_target,
-    prompt_set_names,
-    trigger_of,
-)
+from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.optimizers import optimizer_description

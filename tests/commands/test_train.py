@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from mlm_plugin.cli import train_main
 from mlm_plugin.config.options import TOKEN_METHODS
 from mlm_plugin.config.pretraining import PretrainOptions
-from mlm_plugin.mlm_setup import auto_contextualizer_path, find_contextualizer
-from mlm_plugin.pretrain import pretrain
+from mlm_plugin.contextualizer_file import cached_contextualizer_path
+from mlm_plugin.pretrain import find_contextualizer, pretrain
 
 ROOT = Path(__file__).parents[2]
 QUICK = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
@@ -304,7 +304,7 @@ def test_the_auto_contextualizer_is_made_once_and_found_again(toy_text_encoder, 
     from mlm_plugin import mlm_setup
 
     monkeypatch.setattr(mlm_setup, "SMALL_ENCODER", QUICK)
-    path = auto_contextualizer_path(toy_text_encoder)
+    path = cached_contextualizer_path(toy_text_encoder)
     path.unlink(missing_ok=True)
     made = find_contextualizer(toy_text_encoder, "auto", show_progress=False)
     before = path.stat().st_mtime_ns
@@ -314,7 +314,7 @@ def test_the_auto_contextualizer_is_made_once_and_found_again(toy_text_encoder, 
     path.write_bytes(path.read_bytes()[:1000])  # a damaged file is made anew
     assert find_contextualizer(toy_text_encoder, "auto", show_progress=False).facts == made.facts
     toy_text_encoder.clip_skip = 2
-    assert auto_contextualizer_path(toy_text_encoder) != path
+    assert cached_contextualizer_path(toy_text_encoder) != path
 
 
 def test_a_term_that_would_start_after_the_end_is_refused(arguments, capsys):

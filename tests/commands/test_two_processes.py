@@ -113,9 +113,9 @@ def shared_run(arguments, rank):
     epoch = [batch.image_paths for batch in trainer.loader]
     prompts = []
     if isinstance(trainer.regularizer, MLMRegularizer):
-        tap = trainer.regularizer.taps[0]
-        tokenize = tap.tokenize
-        tap.tokenize = lambda texts, rng: prompts.extend(texts) or tokenize(texts, rng)
+        encoder = trainer.regularizer.encoders[0]
+        tokenize = encoder.tokenize
+        encoder.tokenize = lambda texts, rng: prompts.extend(texts) or tokenize(texts, rng)
     trainer.run()
     seen = {"before": before, "weights": weights_of(trainer)}
     return seen | {"epoch": epoch, "prompts": prompts}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from mlm_plugin.contextualizer_file import load_contextualizer
 from mlm_plugin.evaluation.eval_prompts import with_class, with_concept
 from mlm_plugin.evaluation.text_space import (
     embedding_measures,
@@ -15,7 +16,6 @@ from mlm_plugin.evaluation.text_space import (
     random_words,
     set_distances,
 )
-from mlm_plugin.mlm.contextualizer import load_contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import TokenRows
 

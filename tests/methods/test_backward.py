@@ -34,7 +34,7 @@ def tensors_of(trainer):
     """What lies on the device for the whole run."""
     models = trainer.models
     networks = [models.unet, models.vae, *(te.model for te in models.text_encoders)]
-    networks += [tap.contextualizer for tap in trainer.regularizer.taps]
+    networks += [encoder.contextualizer for encoder in trainer.regularizer.encoders]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     return [*tensors, *trainer.method.parameters()]
 

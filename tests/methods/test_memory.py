@@ -27,7 +27,7 @@ def real_peak(trainer):
     """Bytes at the peak of the second step of a real run on the CPU."""
     live, models = LiveBytes("cpu"), trainer.models
     networks = [models.unet, *(te.model for te in models.text_encoders)]
-    networks += [tap.contextualizer for tap in trainer.regularizer.taps]
+    networks += [encoder.contextualizer for encoder in trainer.regularizer.encoders]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     live.hold([*tensors, *trainer.method.parameters()], "resident")
     trainer.callbacks = [StartAnew(live)]

@@ -169,8 +169,8 @@ def test_the_term_leaves_out_a_text_encoder_that_is_not_trained(
     second = toy_sdxl_contextualizers.split(",")[1]
     rates = {"text_encoder_lr": [0, 1e-3], "unet_lr": 1e-3}
     trainer = sdxl_trainer_of("lora", mlm_contextualizer=second, **rates)
-    (tap,) = trainer.regularizer.taps
-    assert tap.embedding is trainer.models.text_encoders[1].token_embedding
+    (encoder,) = trainer.regularizer.encoders
+    assert encoder.embedding is trainer.models.text_encoders[1].token_embedding
     with pytest.raises(UserError, match=r"names 2 file\(s\), needed: 1"):
         sdxl_trainer_of("lora", **rates)
 

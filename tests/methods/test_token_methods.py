@@ -240,10 +240,10 @@ def test_a_frozen_text_encoder_stays_and_the_term_is_refused(trainer_of):
 
 def test_the_term_compares_with_the_table_as_it_was(trainer_of):
     trainer = trainer_of("dreambooth", mlm_loss_weight=1)
-    (tap,) = trainer.regularizer.taps
-    before = tap.token_table.clone()
+    (encoder,) = trainer.regularizer.encoders
+    before = encoder.token_table.clone()
     trainer.run()
-    assert torch.equal(tap.token_table, before)
+    assert torch.equal(encoder.token_table, before)
     assert not torch.equal(table(trainer), before)
 
 
@@ -312,9 +312,9 @@ def test_prompts_of_the_term_hold_one_or_both_concepts(trainer_of, two_concepts)
 
 def test_no_concept_word_of_either_is_hidden(trainer_of, two_concepts):
     trainer = trainer_of("textual_inversion", train_data_dir=two_concepts, mlm_probability=1)
-    (tap,) = trainer.regularizer.taps
-    ids = tap.tokenize(["sks dog next to zwx cat on a hill"], random.Random(0))
-    masked = mask_tokens(ids, tap.vocabulary, mlm_probability=1.0, rng=random.Random(0))
+    (encoder,) = trainer.regularizer.encoders
+    ids = encoder.tokenize(["sks dog next to zwx cat on a hill"], random.Random(0))
+    masked = mask_tokens(ids, encoder.vocabulary, mlm_probability=1.0, rng=random.Random(0))
     kept = ids[masked.input_ids != MASK_ID].tolist()
     tokens = trainer.models.text_encoders[0].tokenizer.convert_ids_to_tokens(kept)
     assert tokens[1:-1] == ["<|row_0_0|>", "dog</w>", "<|row_1_0|>", "cat</w>"]

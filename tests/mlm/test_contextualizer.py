@@ -5,17 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from mlm_plugin.errors import UserError
-from mlm_plugin.mlm.contextualizer import (
-    Contextualizer,
+from mlm_plugin.contextualizer_file import (
     ContextualizerFacts,
-    ContextualizerSizes,
     load_contextualizer,
-    masked_word_loss,
     save_contextualizer,
 )
-from mlm_plugin.mlm.mask_token import mask_embedding
-from mlm_plugin.mlm.masking import IGNORE_INDEX, MASK_ID, tokens_before_padding
+from mlm_plugin.errors import UserError
+from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
+from mlm_plugin.mlm.encoder import mask_embedding
+from mlm_plugin.mlm.losses import masked_word_loss
+from mlm_plugin.mlm.masking import IGNORE_INDEX, MASK_ID, prompt_attention_mask
 
 SIZES = ContextualizerSizes(hidden_size=32, vocab_size=50, width=64, num_layers=2)
 
@@ -65,7 +64,7 @@ def test_the_loss_at_labelled_rows_equals_transformers_masked_lm_loss(network, b
     reference = bert(input_ids=torch.zeros_like(labels), labels=labels).loss
 
     result = masked_word_loss(
-        network, hidden, labels_BL=labels, is_token_BL=is_token, token_table_VD=table
+        network, hidden, labels_BL=labels, attention_mask_BL=is_token, token_table_VD=table
     )
     torch.testing.assert_close(result.loss, reference)
     assert result.num_masked == 3
@@ -80,7 +79,7 @@ def test_without_labels_the_loss_is_a_zero_with_a_graph(network, batch):
         network,
         hidden,
         labels_BL=torch.full_like(labels, IGNORE_INDEX),
-        is_token_BL=is_token,
+        attention_mask_BL=is_token,
         token_table_VD=torch.randn(50, 32),
     )
     result.loss.backward()
@@ -95,7 +94,7 @@ def test_padding_does_not_change_the_answer(network, batch):
     disturbed = torch.where(is_token[..., None], hidden, torch.randn_like(hidden) * 100)
     a, b = (
         masked_word_loss(
-            network, states, labels_BL=labels, is_token_BL=is_token, token_table_VD=table
+            network, states, labels_BL=labels, attention_mask_BL=is_token, token_table_VD=table
         ).loss
         for states in (hidden, disturbed)
     )
@@ -106,7 +105,11 @@ def test_attention_goes_both_ways(network, batch):
     hidden, labels, is_token = batch
     hidden.requires_grad_(True)
     masked_word_loss(
-        network, hidden, labels_BL=labels, is_token_BL=is_token, token_table_VD=torch.randn(50, 32)
+        network,
+        hidden,
+        labels_BL=labels,
+        attention_mask_BL=is_token,
+        token_table_VD=torch.randn(50, 32),
     ).loss.backward()
     assert (hidden.grad[0, 0] != 0).any()  # before the hidden word at 2
     assert (hidden.grad[0, 8] != 0).any()  # and after it
@@ -117,13 +120,13 @@ def test_the_loss_is_fp32_in_half_precision(network, batch):
     hidden, labels, is_token = batch
     table = torch.randn(50, 32)
     full = masked_word_loss(
-        network, hidden, labels_BL=labels, is_token_BL=is_token, token_table_VD=table
+        network, hidden, labels_BL=labels, attention_mask_BL=is_token, token_table_VD=table
     )
     half = masked_word_loss(
         network.bfloat16(),
         hidden.bfloat16(),
         labels_BL=labels,
-        is_token_BL=is_token,
+        attention_mask_BL=is_token,
         token_table_VD=table,
     )
     assert half.loss.dtype == torch.float32
@@ -208,4 +211,4 @@ def test_the_hook_is_removed_when_the_block_fails():
 def test_padding_begins_behind_the_first_eos():
     ids = torch.tensor([[1, 5, 9, 9, 9], [1, 5, 6, 9, 0]])
     expected = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
-    assert torch.equal(tokens_before_padding(ids, 9), expected)
+    assert torch.equal(prompt_attention_mask(ids, 9), expected)

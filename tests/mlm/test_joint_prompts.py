@@ -6,13 +6,12 @@ from itertools import permutations
 
 import pytest
 
-from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.mlm import joint_prompts
-from mlm_plugin.mlm.joint_prompts import JointPrompts, Member, draw_relation
-from mlm_plugin.mlm.prompts import BUILTIN, SYNTAXES, PromptSet
+from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptSet, draw_relation
 from mlm_plugin.prompt_sets.english import is_dreambench
+from mlm_plugin.prompt_sets.files import BUILTIN, joint_prompt_tables
+from mlm_plugin.prompt_sets.grammar import SYNTAXES
 
-TABLES = read_toml(joint_prompts.SETS / "tables" / "joint_prompts.toml")
+TABLES = joint_prompt_tables()
 
 
 def _members(*pairs, syntax="natural"):

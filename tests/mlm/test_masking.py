@@ -203,7 +203,8 @@ def test_the_real_clip_vocabulary_is_split_into_words(clip_vocabulary):
 
 @pytest.mark.parametrize("syntax", ["natural", "tags"])
 def test_punctuation_is_never_a_target(toy_text_encoder, syntax):
-    from mlm_plugin.mlm.prompts import FUNCTION_WORDS, NEUTRAL_WORDS, PromptSet
+    from mlm_plugin.mlm.prompts import PromptSet
+    from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
 
     tokenizer = toy_text_encoder.tokenizer
     vocabulary = MaskingVocabulary.from_tokenizer(

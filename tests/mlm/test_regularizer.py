@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 
-from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, masked_word_loss
-from mlm_plugin.mlm.mask_token import mask_embedding
+from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
+from mlm_plugin.mlm.encoder import EncoderHandle, mask_embedding
+from mlm_plugin.mlm.losses import masked_word_loss
 from mlm_plugin.mlm.masking import IGNORE_INDEX, MASK_ID, MaskingVocabulary
-from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule, TextTap
+from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
 
 PROMPTS = [
     "a photo of sks dog on the beach",
@@ -17,7 +18,7 @@ PROMPTS = [
 ]
 
 
-def make_tap(text_encoder, **changes):
+def make_handle(text_encoder, **changes):
     table = text_encoder.token_embedding.weight.detach()
     contextualizer = Contextualizer(
         ContextualizerSizes(hidden_size=32, vocab_size=len(table), width=64, num_layers=2)
@@ -33,16 +34,16 @@ def make_tap(text_encoder, **changes):
         ),
         "token_table": table,
     }
-    return TextTap(**parts | changes)
+    return EncoderHandle(**parts | changes)
 
 
-def make_regularizer(*taps, **settings):
+def make_regularizer(*encoders, **settings):
     settings = {"batch_size": 4, "mlm_probability": 0.3, "seed": 0} | settings
-    return MLMRegularizer(taps, lambda rng: rng.choice(PROMPTS), **settings)
+    return MLMRegularizer(encoders, lambda rng: rng.choice(PROMPTS), **settings)
 
 
 def test_one_call_gives_a_finite_loss_and_counts_its_words(toy_text_encoder):
-    output = make_regularizer(make_tap(toy_text_encoder))(0)
+    output = make_regularizer(make_handle(toy_text_encoder))(0)
     assert output.loss.ndim == 0
     assert output.loss.dtype == torch.float32
     assert torch.isfinite(output.loss)
@@ -51,42 +52,42 @@ def test_one_call_gives_a_finite_loss_and_counts_its_words(toy_text_encoder):
 
 
 def test_the_gradient_reaches_the_text_encoder_and_never_the_contextualizer(toy_text_encoder):
-    tap = make_tap(toy_text_encoder)
-    make_regularizer(tap)(0).loss.backward()
+    encoder = make_handle(toy_text_encoder)
+    make_regularizer(encoder)(0).loss.backward()
     for name, parameter in toy_text_encoder.model.named_parameters():
         assert parameter.grad is not None, name
-    assert all(p.grad is None for p in tap.contextualizer.parameters())
-    assert not tap.contextualizer.training
+    assert all(p.grad is None for p in encoder.contextualizer.parameters())
+    assert not encoder.contextualizer.training
 
 
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_the_gradient_reaches_the_concept_for_masks_on_either_side(toy_text_encoder, side):
     """CLIP is causal: without a bidirectional head, words before it would teach nothing."""
-    tap = make_tap(toy_text_encoder)
+    encoder = make_handle(toy_text_encoder)
     ids_BL = toy_text_encoder.tokenize_trimmed(["a painting of sks dog on a beach"])
-    words = tap.vocabulary.split_words(ids_BL[0].tolist())
+    words = encoder.vocabulary.split_words(ids_BL[0].tolist())
     start, end = words[1] if side == "before" else words[-1]
     labels = torch.full_like(ids_BL, IGNORE_INDEX)
     labels[0, start:end] = ids_BL[0, start:end]
     masked = ids_BL.clone()
     masked[0, start:end] = MASK_ID
-    with mask_embedding(tap.embedding, tap.contextualizer.mask_vector):
-        hidden = tap.encode(masked)
+    with mask_embedding(encoder.embedding, encoder.contextualizer.mask_vector):
+        hidden = encoder.encode(masked)
     loss = masked_word_loss(
-        tap.contextualizer,
+        encoder.contextualizer,
         hidden,
         labels_BL=labels,
-        is_token_BL=torch.ones_like(ids_BL).bool(),
-        token_table_VD=tap.token_table,
+        attention_mask_BL=torch.ones_like(ids_BL).bool(),
+        token_table_VD=encoder.token_table,
     ).loss
     loss.backward()
     concept = toy_text_encoder.tokenizer("sks", add_special_tokens=False).input_ids
-    grad = tap.embedding.weight.grad[concept]
+    grad = encoder.embedding.weight.grad[concept]
     assert (grad.abs().sum(dim=1) > 0).all()
 
 
 def test_the_hosts_random_streams_stay_as_they_were(toy_text_encoder):
-    regularizer = make_regularizer(make_tap(toy_text_encoder))
+    regularizer = make_regularizer(make_handle(toy_text_encoder))
     torch.manual_seed(3)
     random.seed(3)
     expected = (torch.rand(4), random.random())
@@ -98,12 +99,12 @@ def test_the_hosts_random_streams_stay_as_they_were(toy_text_encoder):
 
 
 def test_a_call_is_named_by_seed_and_number_alone(toy_text_encoder):
-    tap = make_tap(toy_text_encoder)
-    straight = [make_regularizer(tap)(call).loss for call in range(3)]
-    resumed = make_regularizer(tap)(2).loss
+    encoder = make_handle(toy_text_encoder)
+    straight = [make_regularizer(encoder)(call).loss for call in range(3)]
+    resumed = make_regularizer(encoder)(2).loss
     assert torch.equal(resumed, straight[2])
     assert not torch.equal(straight[0], straight[1])
-    assert not torch.equal(make_regularizer(tap, seed=1)(0).loss, straight[0])
+    assert not torch.equal(make_regularizer(encoder, seed=1)(0).loss, straight[0])
 
 
 def test_several_text_encoders_see_the_same_prompts_and_their_losses_are_averaged(
@@ -115,9 +116,9 @@ def test_several_text_encoders_see_the_same_prompts_and_their_losses_are_average
         seen.append(list(prompts))
         return toy_text_encoder.tokenize_trimmed(prompts)
 
-    tap = make_tap(toy_text_encoder, tokenize=tokenize)
-    single = make_regularizer(tap)(0)
-    double = make_regularizer(tap, tap)(0)
+    encoder = make_handle(toy_text_encoder, tokenize=tokenize)
+    single = make_regularizer(encoder)(0)
+    double = make_regularizer(encoder, encoder)(0)
     assert seen[1] == seen[2] == seen[0]
     assert double.num_masked >= single.num_masked + 4
     assert torch.isfinite(double.loss)
@@ -130,11 +131,11 @@ def test_a_tap_reads_prompts_with_the_stream_of_the_call(toy_text_encoder):
         draws.append(rng.random())
         return toy_text_encoder.tokenize_trimmed(prompts)
 
-    regularizer = make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize))
+    regularizer = make_regularizer(make_handle(toy_text_encoder, tokenize=tokenize))
     for call in (0, 1, 1):
         regularizer(call)
     assert draws[0] != draws[1] == draws[2]
-    make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize), seed=1)(1)
+    make_regularizer(make_handle(toy_text_encoder, tokenize=tokenize), seed=1)(1)
     assert draws[3] != draws[1]
 
 
@@ -144,15 +145,15 @@ def test_a_tap_may_read_each_prompt_several_times(toy_text_encoder):
     def tokenize_twice(prompts, _rng):
         return toy_text_encoder.tokenize_trimmed(prompts).repeat(2, 1)
 
-    single = make_regularizer(make_tap(toy_text_encoder))(0)
-    double = make_regularizer(make_tap(toy_text_encoder, tokenize=tokenize_twice))(0)
+    single = make_regularizer(make_handle(toy_text_encoder))(0)
+    double = make_regularizer(make_handle(toy_text_encoder, tokenize=tokenize_twice))(0)
     assert torch.isfinite(double.loss)
     assert double.num_masked > single.num_masked
 
 
 def test_prompts_without_context_give_zero_and_not_nan(toy_text_encoder):
     regularizer = MLMRegularizer(
-        [make_tap(toy_text_encoder)], lambda rng: "sks dog", batch_size=2, mlm_probability=0.3
+        [make_handle(toy_text_encoder)], lambda rng: "sks dog", batch_size=2, mlm_probability=0.3
     )
     output = regularizer(0)
     output.loss.backward()
@@ -165,7 +166,7 @@ def test_a_tap_refuses_a_contextualizer_without_mask_vector(toy_text_encoder):
     table = toy_text_encoder.token_embedding.weight.detach()
     fresh = Contextualizer(ContextualizerSizes(hidden_size=32, vocab_size=len(table)))
     with pytest.raises(ValueError, match="never trained"):
-        make_tap(toy_text_encoder, contextualizer=fresh)
+        make_handle(toy_text_encoder, contextualizer=fresh)
 
 
 @pytest.mark.parametrize(

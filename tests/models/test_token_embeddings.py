@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.mlm.mask_token import mask_embedding
+from mlm_plugin.mlm.encoder import mask_embedding
 from mlm_plugin.mlm.masking import MASK_ID
 from mlm_plugin.models.token_embeddings import TokenRows, initial_rows
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
+from mlm_plugin.contextualizer_file import load_contextualizer
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.metric_models import load_clip
-from mlm_plugin.mlm.contextualizer import load_contextualizer
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.pocket import shipped
 from mlm_plugin.pocket.oracle import load_oracle

@@ -517,7 +517,7 @@ def run_sd3(run, raw_contextualizer):
 
 
 def tapped_clips(trainer):
-    return [text_encoder.model for text_encoder, _ in trainer.mlm.encoders]
+    return [encoder.text_encoder.model for encoder in trainer.mlm.setup.encoders]
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -645,7 +645,7 @@ def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder
     assert set(logs[3]) == {"loss/epoch"}
     assert logs[0]["loss"] == logs[0]["loss/diffusion"]
     assert (term.step, term.call) == (3, 3)
-    assert [concept.text for concept in term.concepts] == ["sks dog"]
+    assert [concept.text for concept in term.setup.concepts] == ["sks dog"]
 
 
 def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
@@ -745,12 +745,12 @@ def test_textual_inversion_learns_its_rows_with_the_term(toy_text_encoder, toy_c
     assert trainer.mlm.call == 2
     assert trainer.saved["modelspec.title"] == "x"
     assert trainer.saved["ss_mlm_placeholder_token"] == "zxq zxq1"
-    (tap,) = trainer.mlm._regularizer.taps
-    assert len(tap.token_table) == tap.contextualizer.sizes.vocab_size
+    (encoder,) = trainer.mlm._regularizer.encoders
+    assert len(encoder.token_table) == encoder.contextualizer.sizes.vocab_size
     first, second = (
         toy_text_encoder.tokenizer.convert_tokens_to_ids(word) for word in ("zxq", "zxq1")
     )
-    assert {(first,), (second,)} <= tap.vocabulary.protected
+    assert {(first,), (second,)} <= encoder.vocabulary.protected
     assert trainer.gradient.abs().sum() > 0
 
 
@@ -810,7 +810,7 @@ def test_two_encoders_need_two_contextualizer_files(toy_text_encoder, toy_contex
     term = MLMTerm(MLMOptions(mlm_contextualizer=both), seed=0)
     for _ in range(2):
         term.add_text_encoder(toy_text_encoder, accelerator)
-    assert len(term.encoders) == 2
+    assert len(term.setup.encoders) == 2
 
 
 # --- options ----------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.mlm.regularizer import MLMSchedule
-from mlm_plugin.mlm_setup import build_regularizer, prompts_for, text_tap
+from mlm_plugin.mlm_setup import build_regularizer, encoder_handle, prompts_for
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.training import rollback
 from mlm_plugin.training.callbacks import Callback
@@ -146,10 +145,8 @@ def make_regularizer(method):
         )
     contextualizer.start_from(table, torch.ones(len(table)))
     options = MLMOptions(mlm_batch_size=3, mlm_prompt_set="living")
-    tap = text_tap(
-        text_encoder, contextualizer, CONCEPTS, tokenize=partial(method.mlm_ids, text_encoder)
-    )
-    return build_regularizer([tap], options, prompts=prompts_for(options, CONCEPTS), seed=SEED)
+    encoder = encoder_handle(text_encoder, contextualizer, CONCEPTS, tokenize=method.mlm_ids)
+    return build_regularizer([encoder], options, prompts=prompts_for(options, CONCEPTS), seed=SEED)
 
 
 def run(*args, **settings):

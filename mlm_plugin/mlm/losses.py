@@ -1,0 +1,155 @@
+"""The losses of the method and of its neighbours, each a short pure function.
+
+Symbols: ``h`` states of the encoder being trained, ``g`` of the untrained one; ``p`` what the
+contextualizer predicts from h, ``q`` from g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_plugin.mlm.contextualizer import Contextualizer
+from mlm_plugin.mlm.masking import IGNORE_INDEX
+
+__all__ = [
+    "MaskedWordLoss",
+    "class_anchor",
+    "context_anchor",
+    "encoder_anchor",
+    "masked_cross_entropy",
+    "masked_positions",
+    "masked_word_loss",
+    "positions_outside",
+    "teacher_kl",
+]
+
+PositionPairs = tuple[list[int], list[int]]
+
+
+def masked_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """``-1/N sum_i log p_i(x_i)``: name the masked tokens x.
+
+    Without a masked token it is a zero that still belongs to the graph.
+
+    Source: Devlin et al. 2018; as the loss of arXiv 2410.10058, according to public reviews.
+    """
+    return F.cross_entropy(logits_NV, labels_N, reduction="sum") / max(1, len(labels_N))
+
+
+def teacher_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
+    """``1/N sum_i KL(q_i || p_i)``: predict what the teacher predicts.
+
+    Source: knowledge distillation, Hinton et al. 2015, arXiv 1503.02531.
+    """
+    log_p_NV = logits_NV.log_softmax(dim=-1)
+    log_q_NV = teacher_logits_NV.log_softmax(dim=-1)
+    divergence = F.kl_div(log_p_NV, log_q_NV, reduction="sum", log_target=True)
+    return divergence / max(1, len(logits_NV))
+
+
+class MaskedWordLoss(NamedTuple):
+    """The loss at the masked tokens, and how many of them were named correctly."""
+
+    loss: Tensor  # 0-d fp32, mean over the N masked tokens; 0 without any
+    num_correct: Tensor  # 0-d long
+    num_masked: int  # N
+
+
+def masked_word_loss(
+    contextualizer: Contextualizer,
+    hidden_BLD: Tensor,
+    *,
+    labels_BL: Tensor,
+    attention_mask_BL: Tensor,
+    token_table_VD: Tensor,
+    teacher_ND: Tensor | None = None,
+) -> MaskedWordLoss:
+    """What the contextualizer predicts at the masked tokens, against words or against a teacher.
+
+    Args:
+        contextualizer: predicts the words.
+        hidden_BLD: states h of the masked prompts.
+        labels_BL: masked ids, IGNORE_INDEX elsewhere; on the CPU, so that no device is waited for.
+        attention_mask_BL: false for padding.
+        token_table_VD: the tied output table.
+        teacher_ND: the contextualizer's features of g. With them the loss is :func:`teacher_kl`,
+            without :func:`masked_cross_entropy`.
+    """
+    device = hidden_BLD.device
+    positions_N = masked_positions(labels_BL)
+    labels_N = labels_BL.flatten()[positions_N].to(device, non_blocking=True)
+    logits_NV = contextualizer(
+        hidden_BLD, attention_mask_BL, positions_N.to(device, non_blocking=True), token_table_VD
+    )
+    if teacher_ND is None:
+        loss = masked_cross_entropy(logits_NV, labels_N)
+    else:
+        loss = teacher_kl(logits_NV, contextualizer.logits(teacher_ND, token_table_VD))
+    num_correct = (logits_NV.detach().argmax(dim=-1) == labels_N).sum()
+    return MaskedWordLoss(loss, num_correct, len(positions_N))
+
+
+def masked_positions(labels_BL: Tensor) -> Tensor:
+    """Where labels ask for a word, as indices into the ``B L`` positions, ``(N,)``."""
+    return (labels_BL != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+
+
+def context_anchor(
+    states_BLD: Tensor, frozen_BMD: Tensor, positions: Sequence[PositionPairs]
+) -> Tensor:
+    """``mean_i 1 - cos(h_i, g_i)`` over the tokens around the concept.
+
+    Args:
+        states_BLD: h of prompts with the concept.
+        frozen_BMD: g of the same prompts with the class word.
+        positions: for each prompt the positions i in the one and in the other, as
+            :func:`positions_outside` gives them.
+
+    Source: CoRe, arXiv 2408.15914, equation 3, with the cosine over the width.
+    """
+    parts = [
+        1 - F.cosine_similarity(states_LD[ours], frozen_MD[theirs], dim=-1)
+        for states_LD, frozen_MD, (ours, theirs) in zip(
+            states_BLD, frozen_BMD, positions, strict=True
+        )
+    ]
+    return torch.cat(parts).mean()
+
+
+def encoder_anchor(states_BLD: Tensor, frozen_BLD: Tensor, attention_mask_BL: Tensor) -> Tensor:
+    """``mean_i 1 - cos(h_i, g_i)`` over all tokens of prompts without the concept.
+
+    Source: TextBoost, arXiv 2409.08248, knowledge preservation loss.
+    """
+    return (1 - F.cosine_similarity(states_BLD, frozen_BLD, dim=-1))[attention_mask_BL].mean()
+
+
+def class_anchor(pooled_BD: Tensor, frozen_BD: Tensor) -> Tensor:
+    """``mean 1 - cos(h_EOS, g_EOS)``: whole prompts with the concept against the class word.
+
+    Source: ClassDiffusion, arXiv 2405.17532, semantic preservation loss.
+    """
+    return (1 - F.cosine_similarity(pooled_BD, frozen_BD, dim=-1)).mean()
+
+
+def positions_outside(
+    ids_L: Sequence[int], concept_ids: Sequence[int], num_class_tokens: int
+) -> PositionPairs:
+    """Positions outside the concept, and of the same tokens in the prompt with the class word.
+
+    Args:
+        ids_L: of the prompt up to its EOS, the concept in it.
+        concept_ids: of the concept, without BOS and EOS.
+        num_class_tokens: length of the class word, which stands in its place in the other prompt.
+    """
+    length = len(concept_ids)
+    starts = range(len(ids_L) - length + 1)
+    start = next(i for i in starts if list(ids_L[i : i + length]) == list(concept_ids))
+    ours = [*range(start), *range(start + length, len(ids_L))]
+    shift = num_class_tokens - length
+    return ours, [i if i < start else i + shift for i in ours]
