@@ -301,9 +301,7 @@ def test_output_config_writes_a_toml_that_gives_the_same_run(arguments, tmp_path
 
 
 def test_the_auto_contextualizer_is_made_once_and_found_again(toy_text_encoder, monkeypatch):
-    from mlm_plugin import mlm_setup
-
-    monkeypatch.setattr(mlm_setup, "SMALL_ENCODER", QUICK)
+    monkeypatch.setattr("mlm_plugin.pretrain.SMALL_ENCODER", QUICK)
     path = cached_contextualizer_path(toy_text_encoder)
     path.unlink(missing_ok=True)
     made = find_contextualizer(toy_text_encoder, "auto", show_progress=False)
@@ -311,7 +309,7 @@ def test_the_auto_contextualizer_is_made_once_and_found_again(toy_text_encoder, 
     found = find_contextualizer(toy_text_encoder, "auto", show_progress=False)
     assert found.digest == made.digest
     assert path.stat().st_mtime_ns == before
-    path.write_bytes(path.read_bytes()[:1000])  # a damaged file is made anew
+    path.write_bytes(path.read_bytes()[:1000])  # a damaged file is made again
     assert find_contextualizer(toy_text_encoder, "auto", show_progress=False).facts == made.facts
     toy_text_encoder.clip_skip = 2
     assert cached_contextualizer_path(toy_text_encoder) != path

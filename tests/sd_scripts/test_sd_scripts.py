@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mlm_plugin import mlm_setup
 from mlm_plugin.cli import train_main
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.config.pretraining import PretrainOptions
@@ -579,7 +578,7 @@ def test_contextualizers_are_made_for_half_weights_which_stay_as_they_were(
 ):
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
     small = PretrainOptions(max_train_steps=2, batch_size=4, eval_every_n_steps=2, num_held_out=8)
-    monkeypatch.setattr(mlm_setup, "SMALL_ENCODER", small)
+    monkeypatch.setattr("mlm_plugin.pretrain.SMALL_ENCODER", small)
     model = toy_text_encoder.model.to(dtype)
     before = copy.deepcopy(model.state_dict())
     term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=3)
@@ -1001,7 +1000,7 @@ def test_an_unknown_model_is_asked_about():
 def test_importing_the_host_needs_no_sd_scripts():
     code = (
         "import sys\n"
-        "from mlm_plugin.sd_scripts import arguments, launch, locate, mixin, seams, term\n"
+        "from mlm_plugin.sd_scripts import arguments, launch, locate, mixin, patches, term\n"
         "print([m for m in ('library', 'train_network', 'peft') if m in sys.modules])"
     )
     output = subprocess.run(
