@@ -59,10 +59,13 @@ from mlm_plugin.models.checkpoints import SDXL_CLIP_SKIP, SDXL_VERSION, StableDi
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
+from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.optimizers import create_optimizer
+from mlm_plugin.training.plan import MLMTerm, Objective, Optimization, TrainPlan
 from mlm_plugin.training.schedulers import create_scheduler
-from mlm_plugin.training.trainer import Listener, StepResult, Trainer, TrainPlan
+from mlm_plugin.training.state import RunIdentity
+from mlm_plugin.training.trainer import Trainer
 
 CONCEPT = Concept("sks", "dog")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -112,7 +115,7 @@ class OneBatch:
         return iter([self.batch] * self.length)
 
 
-class StepClock(Listener):
+class StepClock(Callback):
     """Seconds of every step and, in the steps that ``measures`` names, the peak above the start."""
 
     def __init__(self, device: torch.device, *, measures: Iterable[int]):
@@ -252,22 +255,21 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     clock = StepClock(device, measures=range(num_steps - 2 * args.num_memory_pairs, num_steps))
     trainer = Trainer(
         accelerator=accelerator,
-        models=models,
         method=method,
         loader=OneBatch(resolution=args.resolution, length=num_steps),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        diffusion_loss=DiffusionLoss(
-            models.noise_scheduler,
-            config.loss,
-            prediction_type=models.prediction_type,
-            device=device,
+        objective=Objective(
+            DiffusionLoss(
+                models.noise_scheduler,
+                config.loss,
+                prediction_type=models.prediction_type,
+                device=device,
+            ),
+            mlm=MLMTerm(regularizer, Alternating(config.mlm.mlm_loss_weight)),
         ),
+        optimization=Optimization(optimizer, scheduler),
         plan=TrainPlan(num_steps=num_steps, batches_per_epoch=num_steps),
-        seed=0,
-        regularizer=regularizer,
-        mlm_schedule=Alternating(config.mlm.mlm_loss_weight),
-        listeners=[clock],
+        identity=RunIdentity(seed=0),
+        callbacks=[clock],
     )
     return Bench(trainer, clock, contextualizers, mean_tokens(regularizer, num_calls=50))
 

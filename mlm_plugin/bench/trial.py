@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from mlm_plugin.bench.plan import METHOD_FLAGS, Arm, BenchPlan
 from mlm_plugin.bench.rivals import RIVALS, OutputPreservation, TextRival
-from mlm_plugin.commands.train import build_trainer, create_accelerator
+from mlm_plugin.commands.train import build_trainer
 from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.datasets import Concept as ConceptWords
 from mlm_plugin.config.datasets import resolve_datasets
@@ -49,9 +49,11 @@ from mlm_plugin.pocket.shipped import CONTEXTUALIZER
 from mlm_plugin.pocket.train_vae import encode
 from mlm_plugin.pocket.world import render
 from mlm_plugin.pretrain import pretrain
+from mlm_plugin.setup.accelerator import create_accelerator
 from mlm_plugin.setup.data import create_dataset, find_concepts
+from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.samples import as_image
-from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+from mlm_plugin.training.trainer import Trainer
 
 __all__ = [
     "Look",
@@ -205,7 +207,7 @@ def train_and_watch(
     with _output_to(folder / "log.txt"):
         trainer = _create_trainer(arm, concept, seed, workshop, folder)
         watcher = Watcher(concept, seed, workshop, workshop.plan.looks[arm.method])
-        trainer.listeners = [watcher, *(trainer.listeners if keep_files else ())]
+        trainer.callbacks = [watcher, *(trainer.callbacks if keep_files else ())]
         trainer.run()
     return watcher
 
@@ -334,7 +336,7 @@ def _class_images(concept: Concept, workshop: Workshop) -> Path:
     return folder
 
 
-class Watcher(Listener):
+class Watcher(Callback):
     """Looks at the model at the given steps, and keeps the time of the steps between.
 
     Attributes:

@@ -22,8 +22,8 @@ from mlm_plugin.methods.base import Method
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.forward import batch_diffusion_loss, term_output
 from mlm_plugin.training.rollback import LIMIT
-from mlm_plugin.training.trainer import batch_diffusion_loss, term_output
 
 __all__ = ["LABELS", "Moment", "Training", "caching_peak", "optimizer_peak", "step_peak"]
 

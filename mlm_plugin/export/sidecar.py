@@ -29,9 +29,6 @@ def write_sidecar(
     base_model_version: str,
     activation_text: str,
     description: str = "",
-    preferred_weight: float = 0.0,
-    negative_text: str = "",
-    notes: str = "",
 ) -> Path | None:
     """Write the JSON that A1111's user metadata editor reads.
 
@@ -40,9 +37,6 @@ def write_sidecar(
         base_model_version: ``ss_base_model_version``, e.g. ``sd_v1``.
         activation_text: the words that a click on the LoRA puts into the prompt.
         description: shown on the card.
-        preferred_weight: 0 lets the WebUI choose.
-        negative_text: put into the negative prompt.
-        notes: free text.
 
     Returns:
         The file, or ``None`` where one was there already.
@@ -57,9 +51,9 @@ def write_sidecar(
         "description": description,
         "sd version": _version(base_model_version),
         "activation text": activation_text,
-        "preferred weight": preferred_weight,
-        "negative text": negative_text,
-        "notes": notes,
+        "preferred weight": 0.0,  # the WebUI chooses
+        "negative text": "",
+        "notes": "",
     }
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")

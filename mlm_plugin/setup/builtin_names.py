@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["contexts_path", "contextualizer_path", "data_path", "model_path"]
+from mlm_plugin.config.options import TrainConfig
+
+__all__ = [
+    "contexts_path",
+    "contextualizer_path",
+    "data_path",
+    "model_path",
+    "with_built_in_paths",
+]
 
 
 def _toy_model() -> Path:
@@ -50,7 +58,7 @@ def _pocket_contexts() -> Path:
 def model_path(name: str | None) -> str | None:
     """``pretrained_model_name_or_path``: ``toy`` and ``pocket`` become folders of models.
 
-    A folder or file of the user's that has such a name comes first, here and below.
+    A folder or file of the user's that has such a name takes precedence, here and below.
 
     Raises:
         UserError: the package came without the pocket model; here and below.
@@ -71,6 +79,16 @@ def contexts_path(name: str | None) -> str | None:
 def contextualizer_path(name: str | None) -> str | None:
     """``mlm_contextualizer``: ``pocket`` is that of the pocket model."""
     return _path(name, pocket=_pocket_contextualizer)
+
+
+def with_built_in_paths(config: TrainConfig) -> TrainConfig:
+    """The options with ``toy`` and ``pocket`` replaced by the paths that they stand for."""
+    return config.replace(
+        pretrained_model_name_or_path=model_path(config.model.pretrained_model_name_or_path),
+        train_data_dir=data_path(config.dataset.train_data_dir),
+        mlm_prompt_set=contexts_path(config.mlm.mlm_prompt_set),
+        mlm_contextualizer=contextualizer_path(config.mlm.mlm_contextualizer),
+    )
 
 
 def _path(name: str | None, **built_in: Callable[[], Path]) -> str | None:

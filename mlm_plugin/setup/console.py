@@ -18,7 +18,7 @@ def setup_console(options: LogOptions) -> None:
 
     Processes other than the first only report warnings.
     """
-    for stream in (sys.stdout, sys.stderr):  # a console of few letters must not end a run
+    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"

@@ -1,12 +1,16 @@
-"""The data of a run in the standalone host: concepts, data set, and what is said of both."""
+"""The data of a run: concepts, data set, the order of its batches, and what is said of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
 from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
 from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
-from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.data.dataset import Batch, EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.data.templates import load_templates
 from mlm_plugin.errors import UserError
@@ -14,11 +18,18 @@ from mlm_plugin.mlm_setup import mlm_target
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_embeddings import placeholder_pattern
 
-__all__ = ["create_dataset", "find_concepts", "print_report", "require_placeholders"]
+__all__ = [
+    "create_dataset",
+    "create_loader",
+    "create_order",
+    "find_concepts",
+    "print_report",
+    "require_placeholders",
+]
 
 
 def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tuple[Concept, ...]:
-    """What is learned; it must be known where token rows or the MLM term need it.
+    """What is learned; it must be known where token embeddings or the MLM term need it.
 
     Raises:
         UserError: it is needed and not known, or ``mlm_target`` asks for a class word it lacks.
@@ -52,8 +63,33 @@ def create_dataset(
     )
 
 
+def create_order(
+    config: TrainConfig, dataset: TrainDataset, accelerator: Accelerator
+) -> EpochOrder:
+    """Which batches this process takes, epoch by epoch."""
+    return EpochOrder(
+        dataset,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        batches_per_step=config.schedule.gradient_accumulation_steps,
+    )
+
+
+def create_loader(
+    config: TrainConfig, order: EpochOrder, *, device: torch.device
+) -> DataLoader[Batch]:
+    """Loads those batches, for a training on ``device``."""
+    workers = config.schedule.max_data_loader_n_workers
+    return make_loader(
+        order,
+        num_workers=min(workers, torch.multiprocessing.cpu_count()),
+        persistent_workers=config.schedule.persistent_data_loader_workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
 def require_placeholders(dataset: TrainDataset, concepts: Sequence[Concept]) -> None:
-    """Refuse rows that no caption holds: they would learn nothing from the pictures.
+    """Refuse placeholders that no caption holds: they would learn nothing from the pictures.
 
     Raises:
         UserError: names the placeholder and what the first caption holds.

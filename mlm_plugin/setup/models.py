@@ -117,7 +117,12 @@ def _use_xformers(models: StableDiffusion) -> None:
 def cache_latents(
     config: TrainConfig, dataset: TrainDataset, models: StableDiffusion, accelerator: Accelerator
 ) -> None:
-    """Encode the pictures while the U-Net makes room: both at once are the peak of an SDXL run."""
+    """Encode the pictures now, where the options ask for it.
+
+    The U-Net leaves the device meanwhile: both at once are the peak of an SDXL run.
+    """
+    if not (config.dataset.cache_latents or config.dataset.cache_latents_to_disk):
+        return
     vae = models.vae
     models.unet.to("cpu")
     _free_cached_memory(accelerator.device)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.training.samples import generate_samples, parse_sample_prompts, sample_due
-from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+from mlm_plugin.mlm_setup import trigger_of
+from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.samples import (
+    SampleFiles,
+    SampleModels,
+    generate_samples,
+    parse_sample_prompts,
+    sample_due,
+)
+from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["SampleDrawer"]
+__all__ = ["SampleDrawer", "sample_drawer"]
 
 
-class SampleDrawer(Listener):
+class SampleDrawer(Callback):
     """Draws the prompts of ``sample_prompts`` into ``{output_dir}/sample``.
 
     Args:
@@ -58,16 +68,26 @@ class SampleDrawer(Listener):
         with trainer.evaluating():
             paths = generate_samples(
                 self.prompts,
-                unet=models.unet,
-                vae=models.vae,
-                encode=trainer.encode,
-                noise_scheduler=models.noise_scheduler,
-                prediction_type=models.prediction_type,
-                output_dir=self.folder,
-                step=trainer.progress.current_step,
-                epoch=epoch,
-                name=self.name,
+                SampleModels(
+                    models.unet,
+                    models.vae,
+                    trainer.encode,
+                    models.noise_scheduler,
+                    models.prediction_type,
+                    accelerator.autocast,
+                ),
+                SampleFiles(self.folder, trainer.progress.current_step, epoch, self.name),
                 sampler=options.sample_sampler,
-                autocast=accelerator.autocast,
             )
         self.newest = paths[0] if paths else self.newest
+
+
+def sample_drawer(config: TrainConfig, concepts: Sequence[Concept]) -> SampleDrawer | None:
+    """What draws the samples of a run, or ``None`` without ``sample_prompts``.
+
+    Raises:
+        UserError: the prompt file cannot be read.
+    """
+    if not config.sampling.sample_prompts:
+        return None
+    return SampleDrawer(config, trigger=trigger_of(concepts))

@@ -21,8 +21,9 @@ from mlm_plugin.export.sidecar import write_preview, write_sidecar
 from mlm_plugin.methods import Export
 from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.optimizers import optimizer_description
-from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["RunRecord", "Saver", "removed_epoch", "removed_step"]
 
@@ -101,7 +102,7 @@ class RunRecord:
         )
 
 
-class Saver(Listener):
+class Saver(Callback):
     """Writes files and states when they are due, and removes those that are too old.
 
     Args:
@@ -195,7 +196,7 @@ class Saver(Listener):
         return self.options.save_state or self.options.save_state_on_train_end
 
     def _try_to_save(self, trainer: Trainer, name: str, *, epoch: int) -> None:
-        """Save on the way; a full disk then does not end a run that may find room later."""
+        """Save on the way; a full disk then does not end a run that may find space later."""
         try:
             self._save(trainer, name, epoch=epoch)
         except (OSError, UserError) as error:

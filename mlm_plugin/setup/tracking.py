@@ -13,8 +13,11 @@ from mlm_plugin.config.options import LogOptions, TrainConfig
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.logs import CurveLogger
 
-__all__ = ["check_trackers", "log_folder", "start_trackers", "tracker_kind"]
+__all__ = ["check_trackers", "curve_loggers", "log_folder", "start_trackers", "tracker_kind"]
 
 TRACKER_NAME = "network_train"  # kohya's, so that old dashboards find the runs
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -63,3 +66,23 @@ def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
         config=values if options.log_config else None,
         init_kwargs=settings,
     )
+
+
+def curve_loggers(
+    config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
+) -> list[CurveLogger]:
+    """Start the trackers and make what logs to them; empty where nothing is logged.
+
+    To be called before the method is prepared, whose training the drift is measured from.
+    """
+    if not tracker_kind(config.logging):
+        return []
+    start_trackers(config, accelerator)
+    if config.dataset.cache_text_encoder_outputs:  # the text encoders are away, and do not move
+        return [CurveLogger({})]
+    numbers = [""] if len(models.text_encoders) == 1 else ["1", "2"]
+    drifts = {
+        f"te{number}/drift_cos": TextDrift(text_encoder, autocast=accelerator.autocast)
+        for number, text_encoder in zip(numbers, models.text_encoders, strict=True)
+    }
+    return [CurveLogger(drifts)]

@@ -1,4 +1,4 @@
-"""Captions encoded once, before the training, so that the text encoders can leave the card.
+"""Captions encoded once, before the training, so that the text encoders can leave the GPU.
 
 Knows neither encoders nor data sets: it is given a way to encode and every caption there will be.
 """

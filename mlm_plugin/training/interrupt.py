@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants at the next step, so that nothing is lost."""
+"""Ctrl-C and SIGTERM end a loop after the step that is under way, so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import signal
 import threading
 from types import FrameType
 
-__all__ = ["StopRequest"]
+__all__ = ["StopRequest", "Stopped"]
 
 logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A signal ended the run at a step boundary."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("stopped by a signal")
+        self.exit_code = exit_code
 
 
 class StopRequest:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
+from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.drift import TextDrift
-from mlm_plugin.training.trainer import Listener, StepResult, Trainer
+from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["CurveLogger"]
 
-DRIFT_LOOKS = 50  # times per run that the text encoder's drift is measured
+NUM_DRIFTS = 50  # times per run that the text encoder's drift is measured
 
 
-class CurveLogger(Listener):
+class CurveLogger(Callback):
     """Sends numbers to the accelerator's trackers after every optimizer step.
 
     Args:
@@ -45,7 +46,7 @@ class CurveLogger(Listener):
             values["mlm/accuracy"] = result.mlm_accuracy
             for number, loss in enumerate(result.mlm_losses, start=1):
                 values[f"loss/mlm_te{number}"] = loss
-        if step % max(1, trainer.plan.num_steps // DRIFT_LOOKS) == 0:
+        if step % max(1, trainer.plan.num_steps // NUM_DRIFTS) == 0:
             trainer.method.train(False)
             values |= {tag: drift() for tag, drift in self.drifts.items()}
             trainer.method.train(True)
@@ -64,7 +65,7 @@ class CurveLogger(Listener):
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Flush the trackers."""
-        # not accelerator.end_training(): other listeners still need the process group it destroys
+        # not accelerator.end_training(): other callbacks still need the process group it destroys
         for tracker in trainer.accelerator.trackers:
             tracker.finish()
 

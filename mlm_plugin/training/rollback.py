@@ -24,7 +24,7 @@ class StepBefore:
     """Weights, optimizer, scheduler and progress as they were before the last optimizer step.
 
     The optimizer's tensors belong to it: a schedule-free average without its other half would be
-    worth nothing. Buffers are allocated once. Networks whose weights and optimizer take more than
+    useless. Buffers are allocated once. Networks whose weights and optimizer take more than
     ``LIMIT`` have no copy. Random states are not kept, so a repeated step sees other noise.
     """
 
@@ -56,7 +56,7 @@ class StepBefore:
 
     @torch.no_grad()
     def restore(self) -> Progress | None:
-        """Put everything back; the progress of then, or ``None`` where nothing is kept.
+        """Put everything back; returns the progress of that moment, ``None`` if nothing is kept.
 
         The buffers become the optimizer's tensors, so it works once.
         """

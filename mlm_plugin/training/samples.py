@@ -39,6 +39,9 @@ from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
 __all__ = [
     "SAMPLERS",
     "TRIGGER",
+    "DenoiseSettings",
+    "SampleFiles",
+    "SampleModels",
     "SamplePrompt",
     "as_image",
     "create_sampler",
@@ -48,7 +51,6 @@ __all__ = [
     "parse_sample_prompts",
     "random_state_kept",
     "sample_due",
-    "sample_file_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,63 @@ class SamplePrompt:
     sample_sampler: str | None = None  # None = the run's sampler
 
 
+class SampleModels(NamedTuple):
+    """What draws.
+
+    Attributes:
+        unet: on the device where to draw.
+        vae: on any device; is moved to the U-Net's and back.
+        encode: captions as the training has them, so that clip skip and long prompts hold.
+        noise_scheduler: its betas are used.
+        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
+        autocast: mixed precision of the run.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    encode: Callable[[Sequence[str]], Conditioning]
+    noise_scheduler: DDPMScheduler
+    prediction_type: str
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+
+class SampleFiles(NamedTuple):
+    """Where pictures go, and what their names say.
+
+    Attributes:
+        output_dir: the run's output folder; pictures go to ``sample`` in it.
+        step: optimizer steps done.
+        epoch: epochs done if one has just ended, else ``None``.
+        name: the run's output name.
+    """
+
+    output_dir: Path
+    step: int
+    epoch: int | None = None
+    name: str | None = None
+
+    def path(self, index: int, seed: int | None) -> Path:
+        """``{name}_{e000001 or 000100}_{index}_{time}_{seed}.png``, as sd-scripts names samples."""
+        when = f"{self.step:06d}" if self.epoch is None else f"e{self.epoch:06d}"
+        parts = [self.name, when, f"{index:02d}", time.strftime("%Y%m%d%H%M%S"), seed]
+        file_name = "_".join(str(part) for part in parts if part is not None) + ".png"
+        return self.output_dir / "sample" / file_name
+
+
+class DenoiseSettings(NamedTuple):
+    """How noise becomes a picture.
+
+    Attributes:
+        size: height and width in pixels, multiples of 8.
+        num_steps: steps of the sampler.
+        scale: classifier-free guidance; 1 and less = none.
+    """
+
+    size: tuple[int, int]
+    num_steps: int
+    scale: float
+
+
 class Sampler(NamedTuple):
     """A scheduler of diffusers and the settings that make it the sampler of that name."""
 
@@ -88,11 +147,11 @@ def parse_sample_prompts(path: str | Path, *, trigger: str | None = None) -> lis
     such lines or of dicts.
 
     Args:
-        path: The file.
-        trigger: Text that takes the place of ``[trigger]``.
+        path: the file.
+        trigger: text that takes the place of ``[trigger]``.
 
     Raises:
-        UserError: The file cannot be read or a prompt holds something unknown; names file and line.
+        UserError: the file cannot be read or a prompt holds something unknown; names file and line.
 
     Source: sd-scripts ``library/train_util.py`` ``line_to_prompt_dict`` and ``load_prompts``; there
     the prompt's own text is also searched for options and mistakes are passed over.
@@ -121,11 +180,11 @@ def sample_due(
     """Whether to draw now. ``every_n_epochs`` switches ``every_n_steps`` off.
 
     Args:
-        step: Optimizer steps done; 0 = before the first.
-        epoch: Epochs done if one has just ended, else None.
+        step: optimizer steps done; 0 = before the first.
+        epoch: epochs done if one has just ended, else None.
         every_n_steps: None = not by steps.
         every_n_epochs: None = not by epochs.
-        at_first: Draw at step 0, which the other two never do.
+        at_first: draw at step 0, which the other two never do.
 
     Source: sd-scripts ``library/train_util.py`` ``sample_images_common``.
     """
@@ -136,86 +195,60 @@ def sample_due(
     return every_n_steps is not None and epoch is None and step % every_n_steps == 0
 
 
-def sample_file_name(
-    index: int, *, name: str | None, step: int, epoch: int | None, seed: int | None
-) -> str:
-    """``{name}_{e000001 or 000100}_{index}_{time}_{seed}.png``, as sd-scripts names samples."""
-    when = f"{step:06d}" if epoch is None else f"e{epoch:06d}"
-    parts = [name, when, f"{index:02d}", time.strftime("%Y%m%d%H%M%S"), seed]
-    return "_".join(str(part) for part in parts if part is not None) + ".png"
-
-
 @torch.no_grad()
 def generate_samples(
     prompts: Sequence[SamplePrompt],
+    models: SampleModels,
+    files: SampleFiles,
     *,
-    unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    encode: Callable[[Sequence[str]], Conditioning],
-    noise_scheduler: DDPMScheduler,
-    prediction_type: str,
-    output_dir: str | Path,
-    step: int,
-    epoch: int | None = None,
-    name: str | None = None,
     sampler: str = "ddim",
-    eval_modules: Iterable[nn.Module] = (),
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[Path]:
-    """Draw all prompts into ``output_dir/sample``.
+    """Draw all prompts.
 
     Args:
-        prompts: From ``parse_sample_prompts``.
-        unet: On the device where to draw.
-        vae: On any device; is moved to the U-Net's and back.
-        encode: captions as the training has them, so that clip skip and long prompts hold.
-        noise_scheduler: Its betas are used.
-        prediction_type: ``"epsilon"`` or ``"v_prediction"``.
-        output_dir: The run's output folder.
-        step: Optimizer steps done, for the file names.
-        epoch: Epochs done if one has just ended, for the file names.
-        name: The run's output name.
-        sampler: For prompts without their own.
-        eval_modules: Besides U-Net and VAE, what has to be in eval mode: text encoder, network.
-        autocast: Mixed precision of the run.
+        prompts: from ``parse_sample_prompts``.
+        models: in any mode; modes, devices and random streams are put back.
+        files: where the pictures go.
+        sampler: for prompts without their own.
 
     Returns:
         The files, in the order of the prompts.
 
     Raises:
-        UserError: An unknown sampler, or one whose package is missing.
+        UserError: an unknown sampler, or one whose package is missing.
     """
-    device = next(unet.parameters()).device
-    vae_device = next(vae.parameters()).device
+    device = next(models.unet.parameters()).device
+    vae_device = next(models.vae.parameters()).device
     paths = []
-    with random_state_kept(device), _eval_mode((unet, vae, *eval_modules)):
+    with random_state_kept(device), _eval_mode((models.unet, models.vae)):
         try:
-            vae.to(device)
+            models.vae.to(device)
             for index, prompt in enumerate(prompts):
-                scheduler = create_sampler(
-                    prompt.sample_sampler or sampler,
-                    noise_scheduler,
-                    prediction_type=prediction_type,
-                )
-                with autocast():
-                    latents = denoise(
-                        unet,
-                        encode([prompt.negative_prompt, prompt.prompt]),
-                        scheduler,
-                        size=(_rounded(prompt.height), _rounded(prompt.width)),
-                        num_steps=prompt.sample_steps,
-                        scale=prompt.scale,
-                        generator=_generator(prompt.seed),
-                    )
-                file_name = sample_file_name(
-                    index, name=name, step=step, epoch=epoch, seed=prompt.seed
-                )
-                paths.append(Path(output_dir) / "sample" / file_name)
+                latents = _sample(prompt, models, sampler)
+                paths.append(files.path(index, prompt.seed))
                 with atomic_path(paths[-1]) as temporary:
-                    decode_latents(vae, latents).save(temporary)
+                    decode_latents(models.vae, latents).save(temporary)
         finally:
-            vae.to(vae_device)
+            models.vae.to(vae_device)
     return paths
+
+
+def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
+    """Latents of one prompt."""
+    scheduler = create_sampler(
+        prompt.sample_sampler or sampler,
+        models.noise_scheduler,
+        prediction_type=models.prediction_type,
+    )
+    size = _rounded(prompt.height), _rounded(prompt.width)
+    with models.autocast():
+        return denoise(
+            models.unet,
+            models.encode([prompt.negative_prompt, prompt.prompt]),
+            scheduler,
+            DenoiseSettings(size, prompt.sample_steps, prompt.scale),
+            generator=_generator(prompt.seed),
+        )
 
 
 def create_sampler(
@@ -224,7 +257,7 @@ def create_sampler(
     """The diffusers scheduler of kohya's name, with the betas of the trained model.
 
     Raises:
-        UserError: An unknown name, or a missing package (``lms`` needs scipy).
+        UserError: an unknown name, or a missing package (``lms`` needs scipy).
     """
     if name not in SAMPLERS:
         raise UserError(f"sampler {name!r} is not known; expected one of {', '.join(SAMPLERS)}")
@@ -250,27 +283,23 @@ def denoise(
     unet: UNet2DConditionModel,
     prompts: Conditioning,
     scheduler: SchedulerMixin,
+    settings: DenoiseSettings,
     *,
-    size: tuple[int, int],
-    num_steps: int,
-    scale: float,
     generator: torch.Generator,
 ) -> Tensor:
     """From noise to latents with classifier-free guidance: ``uncond + scale (cond - uncond)``.
 
     Args:
-        unet: The model.
-        prompts: Conditioning of the negative and of the positive prompt, B = 2.
-        scheduler: The sampler.
-        size: Height and width in pixels, multiples of 8.
-        num_steps: Steps of the sampler.
-        scale: Guidance; 1 and less = none.
-        generator: On the CPU; all noise comes from it.
+        unet: the model.
+        prompts: conditioning of the negative and of the positive prompt, B = 2.
+        scheduler: the sampler.
+        settings: size, steps, guidance.
+        generator: on the CPU; all noise comes from it.
 
     Returns:
         fp32 latents, ``(1, C, height / 8, width / 8)``.
     """
-    weight = next(unet.parameters())
+    weight, (size, num_steps, scale) = next(unet.parameters()), settings
     scheduler.set_timesteps(num_steps, device=weight.device)
     shape = (1, unet.config.in_channels, size[0] // LATENT_SCALE, size[1] // LATENT_SCALE)
     latents = torch.randn(shape, generator=generator).to(weight.device)

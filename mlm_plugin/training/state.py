@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -23,8 +23,8 @@ from mlm_plugin.methods.base import Method
 
 __all__ = [
     "Progress",
-    "check_progress",
-    "check_settings",
+    "RunIdentity",
+    "check_state",
     "load_state",
     "read_progress",
     "save_state",
@@ -55,6 +55,21 @@ class Progress:
     num_processes: int = 1
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run must have in common with a state that it goes on from.
+
+    Attributes:
+        seed: of data order, noise and MLM prompts.
+        num_processes: processes that share the batches.
+        settings: options on which a state depends, by name; without any, they are not compared.
+    """
+
+    seed: int
+    num_processes: int = 1
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
 def save_state(
     folder: Path,
     *,
@@ -66,7 +81,7 @@ def save_state(
     """Write a state folder; it has its final name only when it is complete.
 
     Every process must call it: each adds its random state. ``settings`` are the options on which
-    the state depends, by name, for :func:`check_settings`.
+    the state depends, by name, for :func:`check_state`.
     """
     unfinished = _shared_temporary_folder(folder, accelerator)
     try:
@@ -107,45 +122,46 @@ def read_progress(folder: Path) -> Progress:
     """Where the run of a state folder stood.
 
     Raises:
-        UserError: if the folder is no state of this trainer.
+        UserError: the folder is not a state of this trainer.
     """
     values = _read_values(folder)
-    missing = {field.name for field in fields(Progress)} - values.keys()
+    names = {item.name for item in fields(Progress)}
+    missing = names - values.keys()
     if missing:
         raise UserError(
             f"resume: {folder} was written by another trainer ({PROGRESS_FILE} lacks "
             f"{', '.join(sorted(missing))}); start a new run from its files instead "
             "(network_weights, weights)"
         )
-    return Progress(**{field.name: values[field.name] for field in fields(Progress)})
+    return Progress(**{name: values[name] for name in names})
 
 
-def check_progress(folder: Path, *, seed: int, num_processes: int) -> Progress:
-    """Where the run of a state folder stood; refused where other batches and prompts would follow.
+def check_state(folder: Path, identity: RunIdentity) -> Progress:
+    """Where the run of a state folder stood; refused where another run would follow from it.
+
+    Other seeds or numbers of processes mean other batches and prompts; with other settings, the
+    optimizer would bring the old ones. A state without settings (of an earlier version) has none to
+    compare.
 
     Raises:
-        UserError: the folder is no state, or belongs to another seed or number of processes.
+        UserError: the folder is not a state, or not one of this run; names what differs.
     """
     progress = read_progress(folder)
-    if progress.seed != seed:
-        raise UserError(f"resume: {folder} was trained with seed {progress.seed}, now it is {seed}")
-    if progress.num_processes != num_processes:
+    if progress.seed != identity.seed:
+        raise UserError(
+            f"resume: {folder} was trained with seed {progress.seed}, now it is {identity.seed}"
+        )
+    if progress.num_processes != identity.num_processes:
         raise UserError(
             f"resume: {folder} was trained with {progress.num_processes} process(es), now there "
-            f"are {num_processes}; start as many as before, or start a new run from its files "
-            "(network_weights, weights)"
+            f"are {identity.num_processes}; start as many as before, or start a new run from its "
+            "files (network_weights, weights)"
         )
+    _check_settings(folder, identity.settings)
     return progress
 
 
-def check_settings(folder: Path, settings: Mapping[str, str]) -> None:
-    """Refuse a state whose run had other settings: its optimizer would bring the old ones.
-
-    A state without settings (of an earlier version), or a caller without any, is not compared.
-
-    Raises:
-        UserError: names every setting that differs, then and now.
-    """
+def _check_settings(folder: Path, settings: Mapping[str, str]) -> None:
     before = _read_values(folder).get("settings")
     if not before or not settings:
         return
@@ -164,21 +180,15 @@ def check_settings(folder: Path, settings: Mapping[str, str]) -> None:
 
 
 def load_state(
-    folder: Path,
-    *,
-    accelerator: Accelerator,
-    method: Method,
-    seed: int,
-    settings: Mapping[str, str],
+    folder: Path, *, accelerator: Accelerator, method: Method, identity: RunIdentity
 ) -> Progress:
     """Take over weights, optimizer, scheduler and random states; returns where the run stood.
 
     Raises:
-        UserError: if the folder is no state, or belongs to another seed, number of processes,
+        UserError: the folder is not a state, or belongs to another seed, number of processes,
             optimizer or other settings.
     """
-    progress = check_progress(folder, seed=seed, num_processes=accelerator.num_processes)
-    check_settings(folder, settings)
+    progress = check_state(folder, identity)
     method.load_state_dict(load_file(folder / WEIGHTS_FILE))
     try:
         accelerator.load_state(str(folder))
@@ -196,5 +206,5 @@ def _read_values(folder: Path) -> dict:
         return json.loads((folder / PROGRESS_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"resume: {folder} is no training state ({error}); give a folder that ends in -state"
+            f"resume: {folder} is not a training state ({error}); give a folder that ends in -state"
         ) from error

@@ -17,7 +17,7 @@ from mlm_plugin.bench.run import run_bench
 from mlm_plugin.bench.trial import Workshop, flags_of, run_trial
 from mlm_plugin.errors import UserError
 from mlm_plugin.pocket.concepts import REPORTED, TUNING
-from mlm_plugin.training.trainer import Listener
+from mlm_plugin.training.callbacks import Callback
 
 LOOKS = dict.fromkeys(METHOD_FLAGS, (1, 2))
 SMALL = dataclasses.replace(
@@ -49,7 +49,7 @@ def test_no_two_arms_share_a_name():
     assert {arm.name for arm in SHORT.arms} <= set(names)
 
 
-class Losses(Listener):
+class Losses(Callback):
     def __init__(self):
         self.diffusion, self.terms = [], []
 
@@ -60,10 +60,10 @@ class Losses(Listener):
 
 def losses_of(arm, workshop, tmp_path):
     trainer = trial._create_trainer(arm, REPORTED[0], 0, workshop, tmp_path)
-    listener = Losses()
-    trainer.listeners = [listener]
+    callback = Losses()
+    trainer.callbacks = [callback]
     trainer.run()
-    return listener
+    return callback
 
 
 @pytest.mark.parametrize("regularizer", ["mlm", "core", "output_preservation"])

@@ -24,13 +24,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
-from mlm_plugin.commands.train import SHARDING, build_trainer, create_accelerator
+from mlm_plugin.commands.train import build_trainer
 from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.networks.kohya_names import part_of
+from mlm_plugin.setup.accelerator import SHARDING, create_accelerator
 from mlm_plugin.setup.data import create_dataset, find_concepts
-from mlm_plugin.training.trainer import Listener, NonFiniteLoss, Stopped
+from mlm_plugin.training.callbacks import Callback
+from mlm_plugin.training.guards import NonFiniteLoss
+from mlm_plugin.training.interrupt import Stopped
 
 ROOT = Path(__file__).parents[2]
 SEED = 1
@@ -88,7 +91,7 @@ class BothRanks:
         return self.regularizers[call % 2](call // 2)
 
 
-class SignalAfter(Listener):
+class SignalAfter(Callback):
     """Sends this process SIGTERM once a number of steps is done."""
 
     def __init__(self, step):
@@ -132,7 +135,7 @@ def stopped_run(arguments, rank):
     """A signal reaches rank 1 alone."""
     trainer = start(arguments)
     if rank == 1:
-        trainer.listeners.append(SignalAfter(1))
+        trainer.callbacks.append(SignalAfter(1))
     try:
         trainer.run()
     except Stopped as stopped:

@@ -2,11 +2,12 @@
 
 import pytest
 
-from mlm_plugin.commands.train import build_trainer, create_accelerator
+from mlm_plugin.commands.train import build_trainer
 from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.datasets import concepts_of, resolve_datasets
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.setup.accelerator import create_accelerator
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def trainer_of(toy_folder, toy_pictures, toy_contextualizer, _fresh_accelerator)
             concepts=concepts_of(config, datasets, required=True),
             seed=1,
         )
-        trainer.listeners = []  # nothing is saved by itself
+        trainer.callbacks = []  # nothing is saved by itself
         return trainer
 
     return make

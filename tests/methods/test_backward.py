@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from mlm_plugin.config.options import METHOD_NAMES, SDXL_METHODS
 from mlm_plugin.errors import UserError
 from mlm_plugin.estimate.live_bytes import LiveBytes
-from mlm_plugin.training.trainer import Listener, NonFiniteLoss
+from mlm_plugin.training.callbacks import Callback
+from mlm_plugin.training.guards import NonFiniteLoss
 
 aten = torch.ops.aten
 WEIGHT = 0.5
@@ -202,7 +203,7 @@ def test_steps_inside_the_backward_pass_look_at_the_loss_before_it(trainer_of, m
 # --- steps inside the backward pass ------------------------------------------------------------
 
 
-class After(Listener):
+class After(Callback):
     """Keeps the weights after every step, and after two steps puts another loss in place."""
 
     def __init__(self, loss=None):
@@ -223,8 +224,8 @@ def dreambooth(trainer_of, *, loss=None, **options):
         **options,
     }
     trainer = trainer_of("dreambooth", mlm_loss_weight=0.5, **options)
-    trainer.listeners = [After(loss)]
-    return trainer, trainer.listeners[0]
+    trainer.callbacks = [After(loss)]
+    return trainer, trainer.callbacks[0]
 
 
 def assert_same(a, b):

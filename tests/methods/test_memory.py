@@ -7,12 +7,12 @@ from mlm_plugin.config.options import METHOD_NAMES, SDXL_METHODS
 from mlm_plugin.estimate.live_bytes import LiveBytes, storage_bytes
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
-from mlm_plugin.training.trainer import Listener
+from mlm_plugin.training.callbacks import Callback
 
 CLOSE = 0.10
 
 
-class StartAnew(Listener):
+class StartAnew(Callback):
     """The first step makes the optimizer's states; peaks count from the second."""
 
     def __init__(self, live):
@@ -30,7 +30,7 @@ def real_peak(trainer):
     networks += [encoder.contextualizer for encoder in trainer.regularizer.encoders]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     live.hold([*tensors, *trainer.method.parameters()], "resident")
-    trainer.listeners = [StartAnew(live)]
+    trainer.callbacks = [StartAnew(live)]
     with live:
         trainer.run()
     return live.peak

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from mlm_plugin.config.options import METHOD_NAMES
 from mlm_plugin.export.xti_pipeline import load_xti
 from mlm_plugin.methods import METHODS, Export
-from mlm_plugin.training.samples import create_sampler, denoise
+from mlm_plugin.training.samples import DenoiseSettings, create_sampler, denoise
 
 PROMPT, NEGATIVE = "a photo of sks dog on the beach", "blurry"
 STEPS, SCALE, SIDE = 4, 4.0, 64
@@ -70,9 +70,7 @@ def own_sample(trainer, *, seed=3):
             models.unet,
             method.encode([NEGATIVE, PROMPT]),
             create_sampler("ddim", models.noise_scheduler, prediction_type="epsilon"),
-            size=(SIDE, SIDE),
-            num_steps=STEPS,
-            scale=SCALE,
+            DenoiseSettings(size=(SIDE, SIDE), num_steps=STEPS, scale=SCALE),
             generator=torch.Generator().manual_seed(seed),
         )
         pixels = models.vae.decode(latents / models.vae.config.scaling_factor).sample

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from mlm_plugin.config.options import SDXL_METHODS
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import Export
-from mlm_plugin.training.samples import create_sampler, denoise
+from mlm_plugin.training.samples import DenoiseSettings, create_sampler, denoise
 
 PROMPT, NEGATIVE = "a photo of sks dog on the beach", "blurry"
 STEPS, SCALE, SIDE = 3, 4.0, 64
@@ -31,9 +31,7 @@ def own_sample(trainer):
             models.unet,
             trainer.encode([NEGATIVE, PROMPT]),
             create_sampler("ddim", models.noise_scheduler, prediction_type="epsilon"),
-            size=(SIDE, SIDE),
-            num_steps=STEPS,
-            scale=SCALE,
+            DenoiseSettings(size=(SIDE, SIDE), num_steps=STEPS, scale=SCALE),
             generator=torch.Generator().manual_seed(3),
         )
         pixels = models.vae.decode(latents / models.vae.config.scaling_factor).sample

@@ -5,7 +5,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.conditioning import encode_captions
-from mlm_plugin.training.samples import create_sampler, decode_latents, denoise
+from mlm_plugin.training.samples import DenoiseSettings, create_sampler, decode_latents, denoise
 
 PROMPT, NEGATIVE = "a photo of sks dog on the beach", "blurry"
 
@@ -20,9 +20,7 @@ def test_a_sample_is_the_picture_of_the_diffusers_pipeline(toy_sdxl_folder):
             models.unet,
             encode_captions(models.text_encoders, [NEGATIVE, PROMPT]),
             create_sampler("ddim", models.noise_scheduler, prediction_type="epsilon"),
-            size=(64, 96),
-            num_steps=3,
-            scale=4.0,
+            DenoiseSettings(size=(64, 96), num_steps=3, scale=4.0),
             generator=torch.Generator().manual_seed(3),
         )
         ours = decode_latents(models.vae, latents)

@@ -23,28 +23,24 @@ from mlm_plugin.mlm.regularizer import MLMSchedule
 from mlm_plugin.mlm_setup import build_regularizer, encoder_handle, prompts_for
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.training import rollback
-from mlm_plugin.training import trainer as trainer_module
+from mlm_plugin.training.callbacks import Callback
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.guards import NonFiniteLatents, NonFiniteLoss
+from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import create_optimizer
+from mlm_plugin.training.plan import MLMTerm, Objective, Optimization, TrainPlan
 from mlm_plugin.training.schedulers import create_scheduler
-from mlm_plugin.training.trainer import (
-    Listener,
-    NonFiniteLatents,
-    NonFiniteLoss,
-    Stopped,
-    Trainer,
-    TrainPlan,
-    _buckets,
-)
+from mlm_plugin.training.state import RunIdentity
+from mlm_plugin.training.trainer import Trainer
 
 SEED = 7
 RATES = OptimizerOptions(unet_lr=1e-3, text_encoder_lr=(1e-3,))
 CONCEPTS = (Concept("sks", "dog"),)
 
 
-class Curve(Listener):
+class Curve(Callback):
     """Remembers every step."""
 
     def __init__(self):
@@ -54,7 +50,7 @@ class Curve(Listener):
         self.results.append(result)
 
 
-class StopAfter(Listener):
+class StopAfter(Callback):
     """Behaves like Ctrl-C after a number of steps, and keeps the state."""
 
     def __init__(self, step, folder):
@@ -87,7 +83,7 @@ def make_trainer(
     num_steps=6,
     mlm_weight=None,
     accumulation=1,
-    listeners=(),
+    callbacks=(),
     schedule=None,
     dropout=None,
     optimizer_type="AdamW",
@@ -122,21 +118,18 @@ def make_trainer(
     set_seed(SEED)
     return Trainer(
         accelerator=accelerator,
-        models=models,
         method=method,
         loader=make_loader(order),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        diffusion_loss=DiffusionLoss(
-            models.noise_scheduler, LossOptions(), prediction_type=models.prediction_type
+        objective=Objective(
+            DiffusionLoss(
+                models.noise_scheduler, LossOptions(), prediction_type=models.prediction_type
+            ),
+            mlm=MLMTerm(regularizer, schedule) if regularizer else None,
         ),
+        optimization=Optimization(optimizer, scheduler, freeze_at=freeze_at or {}),
         plan=TrainPlan(num_steps, len(order), gradient_accumulation_steps=accumulation),
-        seed=SEED,
-        regularizer=regularizer,
-        mlm_schedule=schedule,
-        listeners=listeners,
-        settings=options,
-        freeze_at=freeze_at,
+        identity=RunIdentity(SEED, settings=options or {}),
+        callbacks=callbacks,
     )
 
 
@@ -158,7 +151,7 @@ def make_regularizer(method):
 
 def run(*args, **settings):
     curve = Curve()
-    trainer = make_trainer(*args, listeners=[curve], **settings)
+    trainer = make_trainer(*args, callbacks=[curve], **settings)
     trainer.run()
     return trainer.method.state_dict(), curve.results
 
@@ -186,6 +179,38 @@ def test_the_term_changes_the_text_encoder_and_not_the_noise(toy_folder, dataset
     assert plain_curve[0].mlm is None
 
 
+def gradients(trainer):
+    return [None if p.grad is None else p.grad.clone() for p in trainer.method.parameters()]
+
+
+def test_a_step_has_the_gradients_of_diffusion_plus_weight_times_mlm(toy_folder, dataset):
+    trainer = make_trainer(toy_folder, dataset, mlm_weight=0.25)
+    trainer.loader.sampler.start_epoch(0)
+    batch = next(iter(trainer.loader))
+    set_seed(SEED)
+    (trainer._diffusion_loss(batch) + 0.25 * trainer._term(0).loss).backward()
+    together = gradients(trainer)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    set_seed(SEED)
+    trainer._backward(batch, 0, trainer._mlm_weight())
+    for ours, theirs in zip(gradients(trainer), together, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_the_gradient_of_both_losses_together_is_clipped(toy_folder, dataset):
+    trainer = make_trainer(toy_folder, dataset, num_steps=2, mlm_weight=10.0)
+    trainer.max_grad_norm, norms, step = 1e-4, [], trainer.optimizer.step
+
+    def step_and_measure():
+        found = [g.flatten() for g in gradients(trainer) if g is not None]
+        norms.append(torch.cat(found).norm().item())
+        step()
+
+    trainer.optimizer.step = step_and_measure
+    trainer.run()
+    assert norms == pytest.approx([1e-4, 1e-4], rel=1e-3)
+
+
 def test_the_term_alone_moves_only_the_text_encoder(toy_folder, dataset):
     trainer = make_trainer(toy_folder, dataset, mlm_weight=1.0)
     trainer.regularizer(0).loss.backward()
@@ -206,11 +231,11 @@ def test_an_interrupted_run_ends_bit_identical_to_a_straight_one(
 
     stopper = StopAfter(stop_at, tmp_path / "a-state")
     with pytest.raises(Stopped) as stopped:
-        make_trainer(toy_folder, dataset, listeners=[stopper], **settings).run()
+        make_trainer(toy_folder, dataset, callbacks=[stopper], **settings).run()
     assert stopped.value.exit_code == 130
 
     curve = Curve()
-    trainer = make_trainer(toy_folder, dataset, listeners=[curve], **settings)
+    trainer = make_trainer(toy_folder, dataset, callbacks=[curve], **settings)
     torch.rand(5)  # whatever the new process drew before
     trainer.load_state(tmp_path / "a-state")
     trainer.run()
@@ -241,21 +266,12 @@ def test_the_term_acts_on_its_steps_only(toy_folder, dataset):
     assert curve[1].mlm_weight == pytest.approx(0.2)
 
 
-def test_buckets_hold_every_tensor_once_by_precision_and_size(monkeypatch):
-    monkeypatch.setattr(trainer_module, "BUCKET", 100)
-    sizes = [(10, torch.float32), (10, torch.bfloat16), (10, torch.float32), (50, torch.float32)]
-    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in sizes]
-    buckets = list(_buckets(parameters))
-    assert [[p.nbytes for p in bucket] for bucket in buckets] == [[20], [40, 40], [200]]
-    assert sorted(map(id, itertools.chain(*buckets))) == sorted(map(id, parameters))
-
-
-# --- parts that are trained no further ------------------------------------------------------
+# --- parts that are frozen during the run ---------------------------------------------------
 
 OF_PART = {"textencoder": "lora_te_", "unet": "lora_unet_", "embedding": "embedding."}
 
 
-class History(Listener):
+class History(Callback):
     """Keeps the trained tensors, as they are after every step, and what the steps gave."""
 
     def __init__(self):
@@ -278,7 +294,7 @@ class History(Listener):
 
 def run_with_history(*args, **settings):
     history = History()
-    trainer = make_trainer(*args, listeners=[history], **settings)
+    trainer = make_trainer(*args, callbacks=[history], **settings)
     trainer.run()
     return trainer, history
 
@@ -331,7 +347,7 @@ def test_the_term_ends_once_nothing_on_the_text_side_is_trained(toy_folder, data
     regularizer = trainer.regularizer
     trainer.regularizer = lambda number: calls.append(number) or regularizer(number)
     curve = Curve()
-    trainer.listeners = [curve]
+    trainer.callbacks = [curve]
     trainer.run()
     assert calls == [0, 1, 2, 3]
     assert [r.mlm is not None for r in curve.results] == [True] * 4 + [False] * 2
@@ -348,7 +364,7 @@ def test_the_term_stays_while_the_u_net_is_frozen(toy_folder, dataset):
 
 
 def test_the_term_ends_with_the_last_part_of_the_text_side(toy_folder, dataset):
-    """Pivotal tuning: rows and the text encoder's LoRA both lie before the states."""
+    """Pivotal tuning: token embeddings and the text encoder's LoRA both lie before the states."""
     rates = dataclasses.replace(RATES, embedding_lr=1e-3)
     freeze_at = {"embedding": 2, "textencoder": 4}
     _, history = run_with_history(
@@ -376,10 +392,10 @@ def test_a_resumed_run_freezes_as_the_straight_one(toy_folder, dataset, tmp_path
     straight, straight_history = run_with_history(toy_folder, dataset, **settings)
     stopper = StopAfter(stop_at, tmp_path / "a-state")
     with pytest.raises(Stopped):
-        make_trainer(toy_folder, dataset, listeners=[stopper], **settings).run()
+        make_trainer(toy_folder, dataset, callbacks=[stopper], **settings).run()
 
     history = History()
-    resumed = make_trainer(toy_folder, dataset, listeners=[history], **settings)
+    resumed = make_trainer(toy_folder, dataset, callbacks=[history], **settings)
     resumed.load_state(tmp_path / "a-state")
     resumed.run()
     assert_same(straight.method.state_dict(), resumed.method.state_dict())
@@ -398,7 +414,7 @@ def test_accumulated_gradients_of_a_frozen_part_are_none_of_its_steps(toy_folder
 
 def test_a_bad_loss_after_freezing_goes_back_and_leaves_the_frozen_part(toy_folder, dataset):
     poison = Poison(nan_loss)
-    trainer = make_trainer(toy_folder, dataset, listeners=[poison], freeze_at={"textencoder": 1})
+    trainer = make_trainer(toy_folder, dataset, callbacks=[poison], freeze_at={"textencoder": 1})
     with pytest.raises(NonFiniteLoss):
         trainer.run()
     assert_same(poison.stopped, poison.states[0])
@@ -406,7 +422,7 @@ def test_a_bad_loss_after_freezing_goes_back_and_leaves_the_frozen_part(toy_fold
     assert all(not parameter.requires_grad for parameter in trainer.method.parts()["textencoder"])
 
 
-class Poison(Listener):
+class Poison(Callback):
     """Replaces the diffusion loss after two steps and remembers what each step left."""
 
     def __init__(self, loss, folder=None):
@@ -424,7 +440,7 @@ class Poison(Listener):
             trainer.save_state(self.folder)
 
 
-def test_a_vae_that_overflows_is_told_from_weights_that_went_astray(toy_folder, dataset):
+def test_a_vae_that_overflows_is_told_from_weights_that_diverged(toy_folder, dataset):
     trainer = make_trainer(toy_folder, dataset)
     trainer.models.vae.quant_conv.bias.data.fill_(math.inf)
     with pytest.raises(
@@ -446,7 +462,7 @@ def test_a_non_finite_loss_goes_back_to_the_step_before(
         pytest.importorskip("schedulefree")
     settings = {"optimizer_type": optimizer_type}
     poison = Poison(nan_loss, tmp_path / "a-state")
-    trainer = make_trainer(toy_folder, dataset, listeners=[poison], **settings)
+    trainer = make_trainer(toy_folder, dataset, callbacks=[poison], **settings)
     with pytest.raises(NonFiniteLoss, match="loss is nan at step 3"):
         trainer.run()
     assert_same(poison.stopped, poison.states[0])  # step 2 made the weights that failed
@@ -500,8 +516,8 @@ def test_an_infinite_gradient_stops_before_it_reaches_the_weights(
     toy_folder, dataset, max_grad_norm
 ):
     poison = Poison(None)
-    trainer = make_trainer(toy_folder, dataset, listeners=[poison])
-    trainer.plan = dataclasses.replace(trainer.plan, max_grad_norm=max_grad_norm)
+    trainer = make_trainer(toy_folder, dataset, callbacks=[poison])
+    trainer.max_grad_norm = max_grad_norm
     parameter = trainer.method.parameters()[0]
     poison.loss = lambda *_args, **_more: (parameter - parameter.detach()).abs().sqrt().sum()
     with pytest.raises(NonFiniteLoss, match="gradient is (nan|inf) at step 3"):
@@ -515,7 +531,7 @@ def test_a_network_too_large_for_a_copy_keeps_its_last_weights(
 ):
     monkeypatch.setattr(rollback, "LIMIT", 1000)
     poison = Poison(nan_loss)
-    trainer = make_trainer(toy_folder, dataset, listeners=[poison])
+    trainer = make_trainer(toy_folder, dataset, callbacks=[poison])
     with pytest.raises(NonFiniteLoss):
         trainer.run()
     assert_same(poison.stopped, poison.states[1])
@@ -526,7 +542,7 @@ def test_a_network_too_large_for_a_copy_keeps_its_last_weights(
 def test_saving_every_step_changes_nothing_for_a_schedule_free_optimizer(toy_folder, dataset):
     pytest.importorskip("schedulefree")
 
-    class SaveEveryStep(Listener):
+    class SaveEveryStep(Callback):
         def __init__(self):
             self.moved = False
 
@@ -539,7 +555,7 @@ def test_saving_every_step_changes_nothing_for_a_schedule_free_optimizer(toy_fol
     settings = {"optimizer_type": "AdamWScheduleFree"}
     plain, _ = run(toy_folder, dataset, **settings)
     saver = SaveEveryStep()
-    trainer = make_trainer(toy_folder, dataset, listeners=[saver], **settings)
+    trainer = make_trainer(toy_folder, dataset, callbacks=[saver], **settings)
     trainer.run()
     assert saver.moved  # the saved weights are the averaged ones
     assert_same(plain, trainer.method.state_dict())
@@ -571,12 +587,12 @@ def curve_logger(trainer):
 
 
 def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset, tmp_path):
-    class Exchange(Listener):
+    class Exchange(Callback):
         def on_train_end(self, trainer):
             torch.distributed.barrier()  # as saving a state does
 
     trainer = make_trainer(toy_folder, dataset, num_steps=1)
-    trainer.listeners = [curve_logger(trainer), Exchange()]
+    trainer.callbacks = [curve_logger(trainer), Exchange()]
     tracker = MemoryTracker()
     trainer.accelerator.trackers = [tracker]
     torch.distributed.init_process_group(
@@ -593,7 +609,7 @@ def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset
 
 def test_an_epoch_without_steps_of_its_own_has_no_average(toy_folder, dataset):
     trainer = make_trainer(toy_folder, dataset, num_steps=4)
-    trainer.listeners = [curve_logger(trainer)]
+    trainer.callbacks = [curve_logger(trainer)]
     tracker = MemoryTracker()
     trainer.accelerator.trackers = [tracker]
     trainer.progress = dataclasses.replace(
@@ -604,10 +620,10 @@ def test_an_epoch_without_steps_of_its_own_has_no_average(toy_folder, dataset):
     assert not any("loss/epoch_average" in values for values in tracker.logged)
 
 
-def test_an_epoch_ends_with_its_last_batch_and_listeners_hear_of_it(toy_folder, dataset):
+def test_an_epoch_ends_with_its_last_batch_and_callbacks_hear_of_it(toy_folder, dataset):
     events = []
 
-    class Notes(Listener):
+    class Notes(Callback):
         def on_train_start(self, trainer):
             events.append("start")
 
@@ -621,7 +637,7 @@ def test_an_epoch_ends_with_its_last_batch_and_listeners_hear_of_it(toy_folder, 
             events.append("end")
 
     assert len(dataset) == 3  # five pictures in batches of two
-    make_trainer(toy_folder, dataset, num_steps=5, accumulation=2, listeners=[Notes()]).run()
+    make_trainer(toy_folder, dataset, num_steps=5, accumulation=2, callbacks=[Notes()]).run()
     assert events == ["start", 1, 2, "epoch 1", 3, 4, "epoch 2", 5, "end"]
 
 
@@ -630,13 +646,13 @@ def test_a_state_of_another_seed_or_trainer_is_refused(toy_folder, dataset, tmp_
     trainer.run()
     trainer.save_state(tmp_path / "a-state")
     other = make_trainer(toy_folder, dataset)
-    other.progress.seed = 8
+    other.identity = dataclasses.replace(other.identity, seed=8)
     with pytest.raises(ValueError, match="seed 7, now it is 8"):
         other.load_state(tmp_path / "a-state")
     (tmp_path / "a-state" / "train_state.json").write_text('{"current_epoch": 1}')
     with pytest.raises(ValueError, match="network_weights"):
         trainer.load_state(tmp_path / "a-state")
-    with pytest.raises(ValueError, match="no training state"):
+    with pytest.raises(ValueError, match="not a training state"):
         trainer.load_state(tmp_path / "absent-state")
 
 
@@ -645,7 +661,8 @@ def test_a_state_of_other_settings_is_refused_by_name(toy_folder, dataset, tmp_p
     trainer = make_trainer(toy_folder, dataset, options=options)
     trainer.save_state(tmp_path / "a-state")
     trainer.load_state(tmp_path / "a-state")
-    trainer.settings = {"unet_lr": "1e-06", "optimizer_type": "AdamW", "network_dim": "4"}
+    settings = {"unet_lr": "1e-06", "optimizer_type": "AdamW", "network_dim": "4"}
+    trainer.identity = dataclasses.replace(trainer.identity, settings=settings)
     with pytest.raises(UserError) as refused:
         trainer.load_state(tmp_path / "a-state")
     for text in (
@@ -674,11 +691,11 @@ def test_a_state_of_other_optimizer_groups_is_refused(toy_folder, dataset, tmp_p
 
 
 def test_any_error_saves_the_steps_done_and_stays_the_error(toy_folder, dataset, tmp_path, caplog):
-    class Unwell(Listener):
+    class Unwell(Callback):
         def on_stop(self, trainer):
             raise OSError("disk full")
 
-    class Save(Listener):
+    class Save(Callback):
         def on_stop(self, trainer):
             trainer.save_state(tmp_path / "a-state")
 
@@ -686,7 +703,7 @@ def test_any_error_saves_the_steps_done_and_stays_the_error(toy_folder, dataset,
         raise FileNotFoundError("a picture is gone")
 
     poison = Poison(vanish)
-    trainer = make_trainer(toy_folder, dataset, num_steps=4, listeners=[poison, Unwell(), Save()])
+    trainer = make_trainer(toy_folder, dataset, num_steps=4, callbacks=[poison, Unwell(), Save()])
     with pytest.raises(FileNotFoundError, match="a picture is gone"):
         trainer.run()
     assert "disk full" in caplog.text
@@ -699,14 +716,14 @@ def test_any_error_saves_the_steps_done_and_stays_the_error(toy_folder, dataset,
 def test_an_error_before_the_first_step_saves_nothing(toy_folder, dataset):
     stops = []
 
-    class Save(Listener):
+    class Save(Callback):
         def on_stop(self, trainer):
             stops.append(trainer)
 
     def vanish(*_args, **_more):
         raise FileNotFoundError("a picture is gone")
 
-    trainer = make_trainer(toy_folder, dataset, listeners=[Save()])
+    trainer = make_trainer(toy_folder, dataset, callbacks=[Save()])
     trainer.diffusion_loss = vanish
     with pytest.raises(FileNotFoundError):
         trainer.run()

@@ -7,14 +7,16 @@ import random
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 from mlm_plugin.data.sources import read_dataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.training.class_images import (
+from mlm_plugin.training.draw_class_images import (
     SETTINGS_FILE,
+    ClassImageSettings,
     draw_class_images,
     missing_class_images,
 )
@@ -36,20 +38,23 @@ def unet_calls(models):
     handle.remove()
 
 
-def draw(folder, models, num_images=3, **settings):
+def draw(folder, models, num_images=3, caption_extension=".txt", **settings):
     settings = {
         "prompt": PROMPT,
         "model": models.source,
-        "load": lambda: models,
-        "device": torch.device("cpu"),
         "size": (64, 72),
         "seed": 0,
-        "caption_extension": ".txt",
         "num_steps": 2,
-        "show_progress": False,
         **settings,
     }
-    return draw_class_images(folder, num_images=num_images, **settings)
+    return draw_class_images(
+        folder,
+        ClassImageSettings(**settings),
+        num_images=num_images,
+        caption_extension=caption_extension,
+        load=lambda: models,
+        accelerator=Accelerator(cpu=True),
+    )
 
 
 def contents(folder):

@@ -5,7 +5,7 @@ import pytest
 from mlm_plugin.config.datasets import folder_name, resolve_datasets
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
-from mlm_plugin.setup.class_images import _folder
+from mlm_plugin.setup.class_image_folders import _folder
 
 
 def folders(parent, *names):

@@ -1,4 +1,4 @@
-"""``generate_class_images``: regularization images that the base model draws before training."""
+"""``generate_class_images``: one regularization folder per class, filled before training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.prompt_sets.english import correct_articles
-from mlm_plugin.training.class_images import draw_class_images
+from mlm_plugin.training.draw_class_images import ClassImageSettings, draw_class_images
 
 __all__ = ["prepare_class_images"]
 
@@ -58,22 +58,27 @@ def prepare_class_images(
     if accelerator.is_main_process:
         load = functools.cache(models)  # once for all classes, and only to draw
         for name, folder in folders.items():
-            prompt = config.finetune.class_prompt or correct_articles(f"a photo of a {name}")
-            logger.info("class images: %s, prompt %r", folder, prompt)
+            settings = _settings(config, name)
+            logger.info("class images: %s, prompt %r", folder, settings.prompt)
             draw_class_images(
                 folder,
-                prompt=prompt,
+                settings,
                 num_images=config.finetune.generate_class_images,
-                model=config.model.pretrained_model_name_or_path,
-                load=load,
-                device=accelerator.device,
-                size=_size(config.dataset.resolution),
-                seed=SEED,
                 caption_extension=config.dataset.caption_extension,
-                autocast=accelerator.autocast,
+                load=load,
+                accelerator=accelerator,
             )
     accelerator.wait_for_everyone()
     return config.replace(reg_data_dir=str(root))
+
+
+def _settings(config: TrainConfig, class_token: str) -> ClassImageSettings:
+    return ClassImageSettings(
+        prompt=config.finetune.class_prompt or correct_articles(f"a photo of a {class_token}"),
+        model=config.model.pretrained_model_name_or_path,
+        seed=SEED,
+        size=_size(config.dataset.resolution),
+    )
 
 
 def _folder(root: Path, class_token: str) -> Path:

@@ -13,12 +13,15 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from mlm_plugin.data.images import list_images
@@ -26,9 +29,15 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, read_text, require_writable
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
-from mlm_plugin.training.samples import create_sampler, decode_latents, denoise, random_state_kept
+from mlm_plugin.training.samples import (
+    DenoiseSettings,
+    create_sampler,
+    decode_latents,
+    denoise,
+    random_state_kept,
+)
 
-__all__ = ["SETTINGS_FILE", "draw_class_images", "missing_class_images"]
+__all__ = ["SETTINGS_FILE", "ClassImageSettings", "draw_class_images", "missing_class_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,16 +47,26 @@ _CLASS_IMAGE = re.compile(r"class_(\d{6,})\.png")
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """What decides how the pictures look; ``size`` is height and width."""
+class ClassImageSettings:
+    """What decides how the pictures look. All of it is kept beside them, in ``SETTINGS_FILE``.
+
+    Attributes:
+        prompt: e.g. ``a photo of a dog``; also the caption.
+        model: name of the model.
+        seed: picture i gets its noise from (seed, i).
+        size: height and width in pixels, multiples of 8.
+        sampler: kohya's name, see ``SAMPLERS``.
+        num_steps: of the sampler.
+        scale: classifier-free guidance.
+    """
 
     prompt: str
     model: str
     seed: int
-    size: list[int]
-    sampler: str
-    num_steps: int
-    scale: float
+    size: tuple[int, int]
+    sampler: str = "ddim"
+    num_steps: int = 50
+    scale: float = 7.5
 
 
 def missing_class_images(folder: str | os.PathLike, num_images: int) -> list[int]:
@@ -64,20 +83,12 @@ def missing_class_images(folder: str | os.PathLike, num_images: int) -> list[int
 @torch.no_grad()
 def draw_class_images(
     folder: str | os.PathLike,
+    settings: ClassImageSettings,
     *,
-    prompt: str,
     num_images: int,
-    model: str,
-    load: Callable[[], StableDiffusion],
-    device: torch.device,
-    size: tuple[int, int],
-    seed: int,
     caption_extension: str,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    sampler: str = "ddim",
-    num_steps: int = 50,
-    scale: float = 7.5,
-    show_progress: bool = True,
+    load: Callable[[], StableDiffusion],
+    accelerator: Accelerator,
 ) -> list[Path]:
     """Fill a folder up to ``num_images`` pictures: ``class_000000.png`` and so on, with captions.
 
@@ -85,19 +96,11 @@ def draw_class_images(
 
     Args:
         folder: pictures that are there count, the user's own too.
-        prompt: e.g. ``a photo of a dog``; also the caption.
+        settings: how the pictures look.
         num_images: how many pictures the folder shall hold.
-        model: name of the model, which the pictures are held to.
-        load: gives that model, untrained and in eval mode; called only if a picture is missing.
-        device: where to draw.
-        size: height and width in pixels, multiples of 8.
-        seed: picture i gets its noise from (seed, i).
         caption_extension: of the caption files.
-        autocast: mixed precision of the run.
-        sampler: kohya's name, see ``SAMPLERS``.
-        num_steps: of the sampler.
-        scale: classifier-free guidance.
-        show_progress: whether to show a bar.
+        load: gives the model, untrained and in eval mode; called only if a picture is missing.
+        accelerator: device and mixed precision.
 
     Returns:
         The pictures drawn by this call.
@@ -110,64 +113,52 @@ def draw_class_images(
     ``train_dreambooth.py``, whose pictures are nameless, uncaptioned and taken from any prompt.
     """
     folder = Path(folder)
-    settings = _Settings(prompt, model, seed, list(size), sampler, num_steps, float(scale))
     missing = missing_class_images(folder, num_images)
     drawn = _drawn(_pictures(folder))
     known = _read_settings(folder) if drawn else None
     if known is not None:
         _refuse_others(folder, known, settings, keys=None if missing else ALWAYS_CHECKED)
         for index in drawn:
-            _write_caption(_path(folder, index), prompt, caption_extension)
+            _write_caption(_path(folder, index), settings.prompt, caption_extension)
     if not missing:
         return []
     require_writable(folder, "folder of class images")
     models = load()
     _write_settings(folder, settings)
-    bar = tqdm(
-        total=num_images,
-        initial=num_images - len(missing),
-        desc="class images",
-        disable=not show_progress,
-    )
-    with bar, _on_device(models, device), random_state_kept(device):
-        with autocast():
-            prompts = encode_captions(models.text_encoders, ["", prompt])
+    bar = tqdm(total=num_images, initial=num_images - len(missing), desc="class images")
+    with bar, _on_device(models, accelerator.device), random_state_kept(accelerator.device):
+        with accelerator.autocast():
+            prompts = encode_captions(models.text_encoders, ["", settings.prompt])
         for index in missing:
             path = _path(folder, index)
             # First, so that no picture is ever without.
-            _write_caption(path, prompt, caption_extension)
-            _draw(path, prompts, index, settings, models=models, autocast=autocast)
+            _write_caption(path, settings.prompt, caption_extension)
+            with accelerator.autocast():
+                latents = _latents(models, prompts, settings, index)
+            _save(path, decode_latents(models.vae, latents), models.vae.dtype)
             bar.update()
     return [_path(folder, index) for index in missing]
 
 
-def _draw(
-    path: Path,
-    prompts: Conditioning,
-    index: int,
-    settings: _Settings,
-    *,
-    models: StableDiffusion,
-    autocast: Callable[[], AbstractContextManager],
-) -> None:
+def _latents(
+    models: StableDiffusion, prompts: Conditioning, settings: ClassImageSettings, index: int
+) -> Tensor:
     scheduler = create_sampler(
         settings.sampler, models.noise_scheduler, prediction_type=models.prediction_type
     )
-    with autocast():
-        latents = denoise(
-            models.unet,
-            prompts,
-            scheduler,
-            size=tuple(settings.size),
-            num_steps=settings.num_steps,
-            scale=settings.scale,
-            generator=_generator(settings.seed, index),
-        )
-    picture = decode_latents(models.vae, latents)
+    return denoise(
+        models.unet,
+        prompts,
+        scheduler,
+        DenoiseSettings(settings.size, settings.num_steps, settings.scale),
+        generator=_generator(settings.seed, index),
+    )
+
+
+def _save(path: Path, picture: Image.Image, dtype: torch.dtype) -> None:
     if picture.getbbox() is None:  # black all over: it would be trained on from now on
         raise UserError(
-            f"{path}: the picture is black, the VAE overflowed in {models.vae.dtype}; "
-            "set no_half_vae"
+            f"{path}: the picture is black, the VAE overflowed in {dtype}; set no_half_vae"
         )
     with atomic_path(path) as temporary:
         picture.save(temporary)
@@ -182,14 +173,14 @@ def _generator(seed: int, index: int) -> torch.Generator:
 @contextmanager
 def _on_device(models: StableDiffusion, device: torch.device) -> Iterator[None]:
     modules = [*(te.model for te in models.text_encoders), models.unet, models.vae]
-    homes = [next(module.parameters()).device for module in modules]
+    origins = [next(module.parameters()).device for module in modules]
     try:
         for module in modules:
             module.to(device)
         yield
     finally:
-        for module, home in zip(modules, homes, strict=True):
-            module.to(home)
+        for module, origin in zip(modules, origins, strict=True):
+            module.to(origin)
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -212,8 +203,13 @@ def _write_caption(picture: Path, prompt: str, extension: str) -> None:
             temporary.write_text(f"{prompt}\n", encoding="utf-8")
 
 
-def _write_settings(folder: Path, settings: _Settings) -> None:
-    text = json.dumps(asdict(settings), indent=2, ensure_ascii=False)
+def _as_json(settings: ClassImageSettings) -> dict[str, Any]:
+    """As a JSON file gives them back, which knows no tuples."""
+    return {**asdict(settings), "size": list(settings.size), "scale": float(settings.scale)}
+
+
+def _write_settings(folder: Path, settings: ClassImageSettings) -> None:
+    text = json.dumps(_as_json(settings), indent=2, ensure_ascii=False)
     with atomic_path(folder / SETTINGS_FILE) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
 
@@ -233,10 +229,10 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_others(
-    folder: Path, known: dict[str, Any], wanted: _Settings, *, keys: tuple[str, ...] | None
+    folder: Path, known: dict[str, Any], wanted: ClassImageSettings, *, keys: tuple[str, ...] | None
 ) -> None:
     """Raise if a setting of ``keys`` (None = all) differs; say so if another one does."""
-    for key, value in asdict(wanted).items():
+    for key, value in _as_json(wanted).items():
         if known.get(key) == value:
             continue
         difference = (
@@ -246,6 +242,6 @@ def _refuse_others(
             logger.info("%s; they are used as they are", difference)
             continue
         raise UserError(
-            f"{difference}; choose another folder, delete this one to draw anew, or delete its "
+            f"{difference}; choose another folder, delete this one to draw again, or delete its "
             f"{SETTINGS_FILE} to keep the pictures and only fill up"
         )

@@ -1,0 +1,89 @@
+"""How long a run is and how it steps: plan, optimizer, schedule, steps in the backward pass."""
+
+from __future__ import annotations
+
+import math
+
+from accelerate import Accelerator
+
+from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.errors import UserError
+from mlm_plugin.methods import Method
+from mlm_plugin.setup.freezing import freeze_steps
+from mlm_plugin.training.fused_steps import FusedSteps
+from mlm_plugin.training.optimizers import create_optimizer, steps_one_by_one
+from mlm_plugin.training.plan import Optimization, TrainPlan
+from mlm_plugin.training.schedulers import create_scheduler
+
+__all__ = ["create_optimization", "create_plan"]
+
+
+def create_plan(config: TrainConfig, *, batches_per_epoch: int) -> TrainPlan:
+    """The length of the run.
+
+    Raises:
+        UserError: the run ends before the MLM term would begin.
+    """
+    schedule = config.schedule
+    steps_per_epoch = math.ceil(batches_per_epoch / schedule.gradient_accumulation_steps)
+    num_steps = schedule.max_train_steps
+    if schedule.max_train_epochs is not None:
+        num_steps = schedule.max_train_epochs * steps_per_epoch
+    if config.mlm.mlm_loss_weight and config.mlm.mlm_start_step >= num_steps:
+        raise UserError(
+            f"mlm_start_step = {config.mlm.mlm_start_step}: the run ends after {num_steps} "
+            "steps, the MLM term would never act; start it earlier"
+        )
+    return TrainPlan(
+        num_steps=num_steps,
+        batches_per_epoch=batches_per_epoch,
+        gradient_accumulation_steps=schedule.gradient_accumulation_steps,
+    )
+
+
+def create_optimization(
+    config: TrainConfig, method: Method, plan: TrainPlan, accelerator: Accelerator
+) -> Optimization:
+    """Optimizer and schedule of what the method trains, and when its parts are frozen.
+
+    Raises:
+        UserError: options that do not fit each other or the length of the run.
+    """
+    options = config.optimizer
+    optimizer = create_optimizer(
+        options.optimizer_type,
+        method.parameter_groups(options),
+        learning_rate=options.learning_rate,
+        optimizer_args=options.optimizer_args,
+    )
+    scheduler = create_scheduler(
+        optimizer,
+        options,
+        num_training_steps=plan.num_steps,
+        num_processes=accelerator.num_processes,
+    )
+    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
+    return Optimization(
+        optimizer,
+        scheduler,
+        max_grad_norm=options.max_grad_norm,
+        fused_steps=_fused_steps(options, method, optimizer),
+        freeze_at=freeze_steps(config, method, num_steps=plan.num_steps),
+    )
+
+
+def _fused_steps(options: OptimizerOptions, method: Method, optimizer) -> FusedSteps | None:
+    """Steps of the U-Net inside the backward pass, where ``fused_backward_pass`` asks for them.
+
+    Raises:
+        UserError: an optimizer that cannot step tensors one by one.
+    """
+    if not options.fused_backward_pass:
+        return None
+    if not steps_one_by_one(optimizer):
+        raise UserError(
+            f"fused_backward_pass cannot go with optimizer_type = {options.optimizer_type!r}, "
+            "which is not known to step tensors one by one; use Adafactor, AdamW or AdamW8bit"
+        )
+    unet = method.parts()["unet"]  # the text encoders' gradients are complete after both losses
+    return FusedSteps(unet, optimizer, max_grad_norm=options.max_grad_norm)

@@ -1,0 +1,78 @@
+"""What a training loop tells the outside: the numbers of each step, and where it stands.
+
+Saving, sampling and logging are callbacks; the loop knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mlm_plugin.training.trainer import Trainer
+
+__all__ = ["Callback", "StepResult"]
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step was: means over its batches, ready to log."""
+
+    loss: float  # diffusion + weight * mlm
+    diffusion: float
+    mlm: float | None = None  # before the weight; None where the term did not act
+    mlm_weight: float = 0.0
+    mlm_accuracy: float | None = None
+    mlm_losses: tuple[float, ...] = ()  # of each text encoder, where there are several
+    extras: dict[str, Tensor | float] | None = None  # tensors on the device, read when logged
+
+    @classmethod
+    def mean_of(cls, losses_NK: Sequence[Sequence[float]], weight: float) -> StepResult:
+        """The mean over N batches.
+
+        Args:
+            losses_NK: of each batch the denoising loss, and where ``weight`` is not 0 the MLM loss,
+                its accuracy and its loss for each text encoder.
+            weight: of the MLM loss.
+        """
+        diffusion, *of_term = (sum(column) / len(column) for column in zip(*losses_NK, strict=True))
+        if not weight:
+            return cls(loss=diffusion, diffusion=diffusion)
+        mlm, accuracy, *by_encoder = of_term
+        return cls(
+            loss=diffusion + weight * mlm,
+            diffusion=diffusion,
+            mlm=mlm,
+            mlm_weight=weight,
+            mlm_accuracy=accuracy,
+            mlm_losses=tuple(by_encoder) if len(by_encoder) > 1 else (),
+        )
+
+    def summary(self) -> dict[str, str]:
+        """The numbers beside the progress bar."""
+        shown = {"loss": f"{self.loss:.4f}", "diffusion": f"{self.diffusion:.4f}"}
+        if self.mlm is not None:
+            shown |= {"mlm": f"{self.mlm:.3f}", "mlm_acc": f"{self.mlm_accuracy:.0%}"}
+        return shown
+
+
+class Callback:
+    """Called as the training goes on; overrides what it needs. Methods run on every process."""
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Before the first step (also when resumed)."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """After an optimizer step; ``trainer.progress`` counts it already."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After an epoch's last step."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last step."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """A signal, a non-finite loss or another error ends the run early."""
