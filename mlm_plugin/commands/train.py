@@ -23,18 +23,15 @@ from accelerate.utils import (
     set_seed,
 )
 
-from mlm_plugin.config.checks import (
-    check_config,
-    check_model,
-)
 from mlm_plugin.config.datasets import Concept, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
-from mlm_plugin.config.options import TOKEN_METHODS, OptimizerOptions, TrainConfig
+from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
-from mlm_plugin.methods import METHODS, Method
+from mlm_plugin.methods import METHODS, STOP_OPTIONS, Method
+from mlm_plugin.methods.checks import check_config, check_model
 from mlm_plugin.mlm_setup import (
     mlm_schedule,
     trigger_of,
@@ -90,26 +87,7 @@ RESUME_SETTINGS = (
     "method",
     "train_batch_size",
     "gradient_accumulation_steps",
-    "network_module",
-    "network_dim",
-    "network_alpha",
-    "network_args",
-    "network_train_unet_only",
-    "network_train_text_encoder_only",
-    "num_vectors_per_token",
-    "no_train_text_encoder",
     "learning_rate",
-    "unet_lr",
-    "text_encoder_lr",
-    "learning_rate_te",
-    "learning_rate_te1",
-    "learning_rate_te2",
-    "embedding_lr",
-    "stop_unet_training",
-    "stop_text_encoder_training",
-    "stop_text_encoder1_training",
-    "stop_text_encoder2_training",
-    "stop_embedding_training",
     "optimizer_type",
     "optimizer_args",
     "lr_scheduler",
@@ -117,6 +95,8 @@ RESUME_SETTINGS = (
     "lr_scheduler_args",
     "lr_warmup_steps",
 )
+"""What every training state depends on; ``Method.state_options`` has the rest."""
+
 SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -124,15 +104,6 @@ SHARDING = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 """What `accelerate launch` sets where it is to split models; here they are not prepared for it."""
-
-STOP_OPTIONS = {
-    "unet": ("stop_unet_training",),
-    "textencoder": ("stop_text_encoder_training",),
-    "textencoder1": ("stop_text_encoder1_training", "stop_text_encoder_training"),
-    "textencoder2": ("stop_text_encoder2_training", "stop_text_encoder_training"),
-    "embedding": ("stop_embedding_training",),
-}
-"""What says when a part is trained no more; the first that is given counts."""
 
 
 def train(argv: Sequence[str]) -> int:
@@ -201,7 +172,7 @@ def build_trainer(
     if resume:  # refused before anything is loaded
         check_progress(resume, seed=seed, num_processes=accelerator.num_processes)
         check_settings(resume, settings)
-    if config.schedule.method in TOKEN_METHODS:
+    if METHODS[config.schedule.method].learns_tokens:
         require_placeholders(dataset, concepts)
     if config.dataset.cache_text_encoder_outputs:
         dataset.fixed_captions()  # refuses those that change
@@ -290,9 +261,11 @@ def _settings_of(
 ) -> dict[str, str]:
     """What must be the same when a run is resumed: it is in the state, or names positions in it."""
     options = config.to_flat()
+    # of all methods, so that states can be compared whatever each was trained with
+    names = {*RESUME_SETTINGS}.union(*(method.state_options() for method in METHODS.values()))
     pictures = "".join(f"{i.path.name}/{i.repeats}/{i.bucket}" for i in dataset.images)
     digest = hashlib.sha256(pictures.encode()).hexdigest()[:16]
-    return {name: str(options[name]) for name in RESUME_SETTINGS} | {
+    return {name: str(options[name]) for name in sorted(names)} | {
         "concepts": str(trigger_of(concepts)),
         "pictures": digest,
     }

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from mlm_plugin.config.checks import mlm_obstacle, trained_text_encoders
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
-from mlm_plugin.methods import WEIGHT_DTYPES, Method
+from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.mlm.joint_prompts import JointPrompts
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm.teacher import Reading
@@ -80,8 +79,9 @@ def prepare_term(
     options = config.mlm
     if options.mlm_loss_weight == 0:
         return None
-    if obstacle := mlm_obstacle(config, num_text_encoders=len(models.text_encoders)):
-        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {obstacle}")
+    method = METHODS[config.schedule.method]
+    if reason := method.why_no_gradient(config, num_text_encoders=len(models.text_encoders)):
+        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {reason}")
     seed = seed if options.mlm_seed is None else options.mlm_seed
     prompts = prompts_for(options, concepts, captions=_captions(dataset))
     reached = _reached(config, models)
@@ -137,5 +137,6 @@ def _captions(dataset: TrainDataset) -> list[str]:
 
 def _reached(config: TrainConfig, models: StableDiffusion) -> list[TextEncoder]:
     """The text encoders before whose output something is trained."""
-    trained = trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
+    method = METHODS[config.schedule.method]
+    trained = method.trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
     return [te for te, is_trained in zip(models.text_encoders, trained, strict=True) if is_trained]
