@@ -5,6 +5,7 @@ A new method gets all of this by its line in ``METHOD_CLASSES`` and its row here
 
 import dataclasses
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import numpy as np
@@ -39,11 +40,7 @@ def base_weights(models):
 
 
 def may_change(name, method):
-    part, _, rest = name.partition(".")
-    return any(
-        prefix == f"{part}." or f"{part}.{'.'.join(rest.split('.')[-3:-1])}" == prefix
-        for prefix in ROWS[method].changed
-    )
+    return any(fnmatchcase(name, pattern) for pattern in ROWS[method].changed)
 
 
 def fixed_loss(trainer):
@@ -166,14 +163,14 @@ ROWS = {
     "lora": Row(client_lora, (), NETWORK | STOP_UNET | STOP_TEXT),
     "dreambooth": Row(
         client_dreambooth,
-        ("unet.", "text_encoder."),
+        ("unet.*", "text_encoder.*"),
         {"no_train_text_encoder", "save_diffusers_folder"} | RATES_TE | STOP_UNET | STOP_TEXT,
     ),
     "textual_inversion": Row(client_textual_inversion, (), TOKENS),
     "xti": Row(client_xti, (), TOKENS | {"xti_mlm_layers"}),
     "custom_diffusion": Row(
         client_custom_diffusion,
-        ("unet.attn2.to_k", "unet.attn2.to_v"),
+        ("unet.*.attn2.to_[kv].weight",),
         TOKENS | {"delta_lora_rank"} | STOP_UNET,
     ),
     "pivotal": Row(
