@@ -26,7 +26,7 @@ from mlm_plugin.methods.learned_tokens import (
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["CustomDiffusion"]
 
@@ -65,7 +65,7 @@ class CustomDiffusion(LearnsTokens):
     def __init__(
         self,
         models: StableDiffusion,
-        learned_tokens: TokenRows,
+        learned_tokens: LearnedTokens,
         *,
         dtype: torch.dtype = torch.float32,
         lora_rank: int | None = None,

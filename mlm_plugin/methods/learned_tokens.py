@@ -24,8 +24,8 @@ from mlm_plugin.methods.facts import why_untrained
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import (
-    TokenRows,
-    initial_rows,
+    LearnedTokens,
+    initial_embeddings,
     initial_tokens,
     placeholder_pattern,
 )
@@ -87,7 +87,7 @@ class LearnsTokens(Method):
     own_state_options = ("num_vectors_per_token",)
     learns_tokens = True
 
-    learned_tokens: list[TokenRows]
+    learned_tokens: list[LearnedTokens]
 
     @classmethod
     def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
@@ -101,7 +101,7 @@ class LearnsTokens(Method):
         check_tokens(config.embedding, concepts)
 
     @property
-    def only_tokens(self) -> TokenRows:
+    def only_tokens(self) -> LearnedTokens:
         """The learned tokens where there is one text encoder."""
         (tokens,) = self.learned_tokens
         return tokens
@@ -113,12 +113,12 @@ class LearnsTokens(Method):
 
     def embedding_parameters(self) -> list[nn.Parameter]:
         """The token embeddings of every text encoder."""
-        return [tensor for tokens in self.learned_tokens for tensor in tokens.rows.values()]
+        return [tensor for tokens in self.learned_tokens for tensor in tokens.embeddings.values()]
 
     def embeddings(self) -> dict[str, list[Tensor]]:
         """Embeddings ``(N, D)`` of each text encoder by placeholder, of the first variant."""
         return {
-            name: [tokens.rows[name][0] for tokens in self.learned_tokens]
+            name: [tokens.embeddings[name][0] for tokens in self.learned_tokens]
             for name in self.placeholders
         }
 
@@ -131,7 +131,7 @@ def create_tokens(
     num_variants: int = 1,
     init_words: Sequence[str] = (),
     read: Callable[[str], Tensor] | None = None,
-) -> TokenRows:
+) -> LearnedTokens:
     """A learned token for the placeholder of every concept, started as the options say.
 
     Args:
@@ -151,22 +151,23 @@ def create_tokens(
     read = read or partial(_read_for, index=0, count=1)
     classes = [concept.class_token for concept in concepts]
     words = options.init_word or [*init_words, *classes[len(init_words) :]]
+    num_vectors = options.num_vectors_per_token
     embeddings = {}
     for i, concept in enumerate(concepts):
         if options.weights:
             start, origin = _fitting(options.weights[i], read, text_encoder), options.weights[i]
         else:
-            start = initial_rows(text_encoder, words[i], num_vectors=options.num_vectors_per_token)
-            tokens = initial_tokens(text_encoder, words[i], options.num_vectors_per_token)
+            start = initial_embeddings(text_encoder, words[i], num_vectors=num_vectors)
+            tokens = initial_tokens(text_encoder, words[i], num_vectors)
             origin = " ".join(text_encoder.tokenizer.convert_ids_to_tokens(tokens))
         logger.info("%s: its embedding starts at %s", concept.placeholder_token, origin)
         embeddings[concept.placeholder_token] = start.expand(num_variants, *start.shape[-2:])
-    return TokenRows(text_encoder, embeddings)
+    return LearnedTokens(text_encoder, embeddings)
 
 
 def create_all_tokens(
     models: StableDiffusion, options: EmbeddingOptions, concepts: Sequence[Concept]
-) -> list[TokenRows]:
+) -> list[LearnedTokens]:
     """The learned tokens of every text encoder, as :func:`create_tokens` makes them.
 
     Raises:

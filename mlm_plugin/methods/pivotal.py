@@ -29,7 +29,7 @@ from mlm_plugin.methods.learned_tokens import (
 )
 from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["Pivotal"]
 
@@ -58,7 +58,7 @@ class Pivotal(LearnsTokens, LoRAMethod):
         self,
         models: StableDiffusion,
         options: NetworkOptions,
-        learned_tokens: Sequence[TokenRows],
+        learned_tokens: Sequence[LearnedTokens],
         *,
         bundle: bool = False,
     ):

@@ -20,7 +20,7 @@ from mlm_plugin.methods.learned_tokens import (
     webui_words,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["TextualInversion"]
 
@@ -35,7 +35,7 @@ class TextualInversion(LearnsTokens):
     Source: Gal et al. 2022, arXiv 2208.01618; sd-scripts ``train_textual_inversion.py``.
     """
 
-    def __init__(self, models: StableDiffusion, learned_tokens: Sequence[TokenRows]):
+    def __init__(self, models: StableDiffusion, learned_tokens: Sequence[LearnedTokens]):
         super().__init__(models)
         self.learned_tokens = list(learned_tokens)
 

@@ -36,7 +36,7 @@ from mlm_plugin.models.cross_attention import (
 )
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["XTI"]
 
@@ -59,7 +59,7 @@ class XTI(TextualInversion):
     supports_sdxl = False
 
     def __init__(
-        self, models: StableDiffusion, learned_tokens: TokenRows, *, all_layers: bool = False
+        self, models: StableDiffusion, learned_tokens: LearnedTokens, *, all_layers: bool = False
     ):
         super().__init__(models, [learned_tokens])
         self.all_layers = all_layers
@@ -108,7 +108,7 @@ class XTI(TextualInversion):
 
     def export(self, to: Export) -> None:
         """sd-scripts' XTI format, and the layers' average as an ordinary embedding."""
-        codes, embeddings = layer_codes(self.models.unet), self.only_tokens.rows
+        codes, embeddings = layer_codes(self.models.unet), self.only_tokens.embeddings
         for file, tensor in zip(self._full_files(to.path), embeddings.values(), strict=True):
             metadata = to.metadata("textual-inversion")
             save_xti(file, tensor, metadata=metadata, dtype=to.dtype, codes=codes)

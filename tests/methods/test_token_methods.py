@@ -32,7 +32,7 @@ def export(trainer, path, **settings):
 
 
 def embeddings(trainer):
-    learned = trainer.method.only_tokens.rows
+    learned = trainer.method.only_tokens.embeddings
     return {name: tensor.detach().clone() for name, tensor in learned.items()}
 
 
