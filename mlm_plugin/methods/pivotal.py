@@ -68,10 +68,9 @@ class Pivotal(LearnsTokens, LoRAMethod):
     @classmethod
     def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
         """Either part is enough; see ``MethodFacts.why_no_gradient``."""
-        count = num_text_encoders
-        return LearnsTokens.why_no_gradient(
-            config, num_text_encoders=count
-        ) and LoRAMethod.why_no_gradient(config, num_text_encoders=count)
+        if LearnsTokens.why_no_gradient(config) is None:
+            return None
+        return LoRAMethod.why_no_gradient(config, num_text_encoders=num_text_encoders)
 
     @classmethod
     def prepare(
