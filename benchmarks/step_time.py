@@ -43,12 +43,11 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mlm_plugin.config.checks import trained_text_encoders
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.files import atomic_path
-from mlm_plugin.methods import LoRAMethod
+from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import EncoderHandle
 from mlm_plugin.mlm.prompts import JointPrompts, PromptPair
@@ -233,7 +232,7 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     device, dtype = accelerator.device, DTYPES[args.mixed_precision]
     set_seed(SEED)
     models = random_models(args, tokenizer_folder, device=device, dtype=dtype)
-    trained = trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
+    trained = LoRAMethod.trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
     reached = [te for te, on in zip(models.text_encoders, trained, strict=True) if on]
     contextualizers = [untrained_contextualizer(text_encoder, args) for text_encoder in reached]
     prompts = LongPrompts(prompts_for(config.mlm, [CONCEPT]), args.mlm_prompt_tokens, reached[0])

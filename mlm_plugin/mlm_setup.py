@@ -340,8 +340,8 @@ def _masking_vocabulary(
     text_encoder: TextEncoder, concepts: Sequence[Concept]
 ) -> MaskingVocabulary:
     protected = [word for concept in concepts for word in concept]
-    if text_encoder.token_rows is not None:  # their ids are in no vocabulary: never a target
-        protected += text_encoder.token_rows.tokens
+    if text_encoder.learned_tokens is not None:  # their ids are in no vocabulary: never a target
+        protected += text_encoder.learned_tokens.tokens
     return MaskingVocabulary.from_tokenizer(
         text_encoder.tokenizer,
         protected=protected,

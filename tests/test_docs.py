@@ -13,7 +13,8 @@ import pytest
 
 from mlm_plugin.cli import COMMANDS
 from mlm_plugin.config.loading import load_config, options_markdown
-from mlm_plugin.config.options import METHOD_NAMES, OPTIONS, MLMOptions
+from mlm_plugin.config.methods import METHOD_CLASSES
+from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import parse_pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +183,7 @@ def methods_in_tables(path):
 
 @pytest.mark.parametrize("page", [README, METHOD], ids=lambda page: page.name)
 def test_every_method_has_its_row(page):
-    assert set(METHOD_NAMES) <= methods_in_tables(page)
+    assert set(METHOD_CLASSES) <= methods_in_tables(page)
 
 
 def test_readme_gives_a_command_for_every_method():
@@ -191,7 +192,7 @@ def test_readme_gives_a_command_for_every_method():
         load_config([str(ROOT / p) if p.startswith("presets/") else p for p in shlex.split(c)[2:]])
         for c in with_preset
     ]
-    assert {config.schedule.method for config in configs} == set(METHOD_NAMES)
+    assert {config.schedule.method for config in configs} == set(METHOD_CLASSES)
 
 
 # --- references -----------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from mlm_plugin.bench.plan import METHOD_FLAGS, Arm, BenchPlan
 from mlm_plugin.bench.rivals import RIVALS, OutputPreservation, TextRival
 from mlm_plugin.commands.train import build_trainer
-from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.datasets import Concept as ConceptWords
 from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import load_config
@@ -30,6 +29,7 @@ from mlm_plugin.evaluation.measures import mean_cosine_to, paired_cosine
 from mlm_plugin.evaluation.metric_models import Clip, load_clip
 from mlm_plugin.files import atomic_path
 from mlm_plugin.methods import METHODS
+from mlm_plugin.methods.checks import check_config
 from mlm_plugin.mlm.regularizer import MLMOutput, MLMSchedule
 from mlm_plugin.models.checkpoints import StableDiffusion, load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlm_plugin.config.checks import check_config
 from mlm_plugin.config.options import LogOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.estimate.meta_run import largest_batch, meta_training, pixels_of
@@ -12,6 +11,7 @@ from mlm_plugin.estimate.options import FAMILIES, EstimateCommand
 from mlm_plugin.estimate.savings import changes_worth_trying
 from mlm_plugin.estimate.step import caching_peak, optimizer_peak, step_peak
 from mlm_plugin.estimate.table import Estimate, Saving, report_lines, saving_lines
+from mlm_plugin.methods.checks import check_config
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console

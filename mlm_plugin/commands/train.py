@@ -16,17 +16,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from mlm_plugin.config.checks import (
-    check_config,
-    check_model,
-)
 from mlm_plugin.config.datasets import Concept, DatasetConfig, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
-from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
+from mlm_plugin.methods.checks import check_config, check_model
 from mlm_plugin.mlm_setup import mlm_schedule, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.pretrain import Interrupted
@@ -71,26 +68,7 @@ RESUME_SETTINGS = (
     "method",
     "train_batch_size",
     "gradient_accumulation_steps",
-    "network_module",
-    "network_dim",
-    "network_alpha",
-    "network_args",
-    "network_train_unet_only",
-    "network_train_text_encoder_only",
-    "num_vectors_per_token",
-    "no_train_text_encoder",
     "learning_rate",
-    "unet_lr",
-    "text_encoder_lr",
-    "learning_rate_te",
-    "learning_rate_te1",
-    "learning_rate_te2",
-    "embedding_lr",
-    "stop_unet_training",
-    "stop_text_encoder_training",
-    "stop_text_encoder1_training",
-    "stop_text_encoder2_training",
-    "stop_embedding_training",
     "optimizer_type",
     "optimizer_args",
     "lr_scheduler",
@@ -226,7 +204,7 @@ def _refuse_before_loading(
     """
     if config.schedule.resume:
         check_state(Path(config.schedule.resume), identity)
-    if config.schedule.method in TOKEN_METHODS:
+    if METHODS[config.schedule.method].learns_tokens:
         require_placeholders(dataset, concepts)
     if config.dataset.cache_text_encoder_outputs:
         dataset.fixed_captions()  # refuses those that change
@@ -279,9 +257,11 @@ def _settings_of(
 ) -> dict[str, str]:
     """What must be the same when a run is resumed: it is in the state, or names positions in it."""
     options = config.to_flat()
+    # of all methods, so that states can be compared whatever each was trained with
+    names = {*RESUME_SETTINGS}.union(*(method.state_options() for method in METHODS.values()))
     pictures = "".join(f"{i.path.name}/{i.repeats}/{i.bucket}" for i in dataset.images)
     digest = hashlib.sha256(pictures.encode()).hexdigest()[:16]
-    return {name: str(options[name]) for name in RESUME_SETTINGS} | {
+    return {name: str(options[name]) for name in sorted(names)} | {
         "concepts": str(trigger_of(concepts)),
         "pictures": digest,
     }

@@ -1,156 +1,62 @@
-"""Which options go together: what can be said before data or a model is opened.
+"""Which options go together, whatever the method: what options alone can tell.
 
-Errors are ``UserError``; a setting without effect is warned about by name. Rules that depend on
-one optimizer (Adafactor, Prodigy) live with the optimizers, rules about subsets in ``datasets``.
+Rules that depend on the method live in ``methods.checks``, those of one optimizer (Adafactor,
+Prodigy) with the optimizers, those about subsets in ``datasets``.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from mlm_plugin.config.options import (
-    FROZEN_UNET_METHODS,
-    NETWORK_METHODS,
-    OPTIONS,
-    SDXL_METHODS,
-    TOKEN_METHODS,
-    MLMOptions,
-    TrainConfig,
-    text_encoder_lrs,
-)
-from mlm_plugin.errors import UserError
+from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 
 __all__ = [
-    "check_config",
-    "check_model",
-    "mlm_obstacle",
+    "Rule",
     "mlm_range_errors",
-    "trained_text_encoders",
+    "option_errors",
+    "option_warnings",
+    "without_effect",
 ]
-
-logger = logging.getLogger(__name__)
 
 NUM_TRAIN_TIMESTEPS = 1000
 MAX_SEED = 2**32 - 1  # numpy takes no larger one
 
 
-def check_config(config: TrainConfig) -> None:
-    """Refuse options that contradict each other; warn about those without effect.
-
-    Raises:
-        UserError: The first contradiction found.
+def option_errors(config: TrainConfig) -> Iterator[str]:
+    """Options that contradict each other, the most basic first.
 
     Source: sd-scripts library/train_util.py verify_training_args, get_scheduler_fix.
     """
     for check in _CHECKS:
-        if message := next(check(config), None):
-            raise UserError(message)
-    for message in _warnings(config):
-        logger.warning("%s", message)
+        yield from check(config)
 
 
-def check_model(config: TrainConfig, *, is_sdxl: bool) -> None:
-    """The same as :func:`check_config`, for what only the loaded model can tell.
-
-    Raises:
-        UserError: the method does not read this kind of model.
-
-    Source: sd-scripts library/sdxl_train_util.py verify_sdxl_training_args.
-    """
-    method = config.schedule.method
-    if is_sdxl and method not in SDXL_METHODS:
-        raise UserError(
-            f"method = {method!r} is for Stable Diffusion 1 and 2, and "
-            f"{config.model.pretrained_model_name_or_path} is SDXL; use one of "
-            f"{', '.join(SDXL_METHODS)}"
-        )
-    if not is_sdxl:
-        names = [name for name in _OF_TWO_TEXT_ENCODERS if name in config.changed()]
-        if len(config.optimizer.text_encoder_lr or ()) > 1:
-            names.append("the second text_encoder_lr")
-        for name in names:
-            logger.warning("%s has no effect: this model has one text encoder", name)
+def option_warnings(config: TrainConfig) -> Iterator[str]:
+    """Settings without effect, and those that are doubtful."""
+    yield from without_effect(config, _RULES)
+    if config.loss.zero_terminal_snr and not config.model.v_parameterization:
+        yield "zero_terminal_snr is meant for v_parameterization: at SNR 0 noise says nothing"
+    if config.model.v2 and config.model.clip_skip is not None:
+        yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
 
 
-def mlm_obstacle(config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
-    """Why the MLM term could have no gradient, in the words of the options; None if it can.
+class Rule(NamedTuple):
+    """Options that are read only where ``is_read`` says so of the flat options."""
 
-    Args:
-        config: all options.
-        num_text_encoders: of the model; 2 as long as it is not known.
-    """
-    method = config.schedule.method
-    rows = [rate for rate in _rates(config) if rate.part == "embedding"]
-    if any(rate.value for rate in rows):
-        return None
-    if method in NETWORK_METHODS and config.network.network_train_unet_only:
-        return "network_train_unet_only trains no text encoder"
-    if method == "dreambooth" and config.finetune.no_train_text_encoder:
-        return "no_train_text_encoder leaves the text encoder untrained"
-    rates = _text_encoder_rates(config, num_text_encoders)
-    if not any(rate.value for rate in rates):
-        options = dict.fromkeys(rate.option for rate in rates or rows)
-        what = "the text encoder" if rates else "the rows"
-        return f"{' = 0 and '.join(options)} = 0 leaves {what} untrained"
-    if method in NETWORK_METHODS and config.network.network_module.startswith("lycoris"):
-        presets = [arg for arg in config.network.network_args if arg.startswith("preset=unet-")]
-        if presets:
-            return f"network_args {presets[0]} trains no text encoder"
-    return None
+    options: tuple[str, ...]
+    otherwise: str  # ends "has no effect ..."; {name} is the value of an option
+    is_read: Callable[[Mapping[str, Any]], Any]
 
 
-def trained_text_encoders(config: TrainConfig, *, num_text_encoders: int) -> list[bool]:
-    """For each text encoder of the model, whether anything is trained before its output."""
-    if mlm_obstacle(config, num_text_encoders=num_text_encoders):
-        return [False] * num_text_encoders
-    if any(rate.value for rate in _rates(config) if rate.part == "embedding"):
-        return [True] * num_text_encoders
-    return [bool(rate.value) for rate in _text_encoder_rates(config, num_text_encoders)]
-
-
-class _Rate(NamedTuple):
-    part: str
-    option: str  # the one that sets it
-    value: float
-
-
-def _rates(config: TrainConfig) -> list[_Rate]:
-    """The learning rate of every part that the method may train, with two text encoders."""
-    method, rates = config.schedule.method, []
-    if method in NETWORK_METHODS:
-        rates.append(_rate(config, "unet", "unet_lr"))
-    elif method in ("dreambooth", "custom_diffusion"):
-        rates.append(_rate(config, "unet", "learning_rate"))
-    rates += _text_encoder_rates(config, 2)
-    if method in TOKEN_METHODS:
-        rates.append(_rate(config, "embedding", "embedding_lr"))
-    return rates
-
-
-def _text_encoder_rates(config: TrainConfig, num_text_encoders: int) -> list[_Rate]:
-    """One for each text encoder that is trained, its weights or its LoRA; none for rows."""
-    method, part = config.schedule.method, "textencoder"
-    if method in NETWORK_METHODS:
-        option = "text_encoder_lr" if config.optimizer.text_encoder_lr else "learning_rate"
-        lrs = text_encoder_lrs(config.optimizer, num_text_encoders)
-        return [_Rate(part, option, lr) for lr in lrs]
-    if method != "dreambooth" or config.finetune.no_train_text_encoder:
-        return []
-    if num_text_encoders == 1:
-        return [_rate(config, part, "learning_rate_te")]
-    names = ("learning_rate_te1", "learning_rate_te2")
-    return [_rate(config, part, name, "learning_rate_te") for name in names]
-
-
-def _rate(config: TrainConfig, part: str, *options: str) -> _Rate:
-    """The first of the options that is given, else ``learning_rate``."""
-    for option in options:
-        value = getattr(config.optimizer, option)
-        if value is not None:
-            return _Rate(part, option, value)
-    return _Rate(part, "learning_rate", config.optimizer.learning_rate)
+def without_effect(config: TrainConfig, rules: Iterable[Rule]) -> Iterator[str]:
+    """Options that were changed although the others leave them unread; one line per reason."""
+    flat, changed = config.to_flat(), config.changed()
+    for rule in rules:
+        names = [name for name in rule.options if name in changed]
+        if names and not rule.is_read(flat):
+            verb = "has" if len(names) == 1 else "have"
+            yield f"{', '.join(names)} {verb} no effect {rule.otherwise.format_map(flat)}"
 
 
 def _required(config: TrainConfig) -> Iterator[str]:
@@ -161,15 +67,6 @@ def _required(config: TrainConfig) -> Iterator[str]:
     ends_early = config.run.check or config.dataset.debug_dataset
     if config.output.output_dir is None and not ends_early:
         yield "output_dir is missing: give the folder for the trained files"
-
-
-def _model(config: TrainConfig) -> Iterator[str]:
-    kind, method = config.model.quantize_unet, config.schedule.method
-    if kind != "no" and method not in FROZEN_UNET_METHODS:
-        yield (
-            f"quantize_unet = {kind!r} cannot go with method = {method!r}, which trains weights of "
-            f"the U-Net itself; leave it out, or use {', '.join(FROZEN_UNET_METHODS)}"
-        )
 
 
 def _network(config: TrainConfig) -> Iterator[str]:
@@ -190,14 +87,6 @@ def _network(config: TrainConfig) -> Iterator[str]:
 
 def _learning(config: TrainConfig) -> Iterator[str]:
     schedule = config.schedule
-    rates = _rates(config)
-    for rate in rates:
-        if rate.value < 0:
-            yield f"{rate.option} = {rate.value:g}: a learning rate must not be negative"
-    if not any(rate.value for rate in rates):
-        names = dict.fromkeys(rate.option for rate in rates)
-        verb = "are all" if len(names) > 1 else "is"
-        yield f"{' and '.join(names)} {verb} 0: nothing would be trained"
     if len(config.optimizer.text_encoder_lr or ()) > 2:
         values = ", ".join(f"{value:g}" for value in config.optimizer.text_encoder_lr)
         yield f"text_encoder_lr = {values}: no model here has more than two text encoders"
@@ -260,11 +149,6 @@ def _fused(config: TrainConfig) -> Iterator[str]:
     schedule = config.schedule
     if not config.optimizer.fused_backward_pass:
         return
-    if schedule.method != "dreambooth":
-        yield (
-            f"fused_backward_pass with method = {schedule.method!r}: its gradients are small; "
-            "leave it out, it is for dreambooth"
-        )
     if schedule.gradient_accumulation_steps > 1:
         yield (
             f"fused_backward_pass cannot go with gradient_accumulation_steps = "
@@ -303,12 +187,6 @@ def _data(config: TrainConfig) -> Iterator[str]:
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
         if getattr(data, name) > 1:
             yield f"{name} = {getattr(data, name):g}: a probability must be from 0 to 1"
-    if data.cache_text_encoder_outputs and mlm_obstacle(config) is None:
-        yield (
-            "cache_text_encoder_outputs cannot go with training what lies before the text "
-            "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0) "
-            "or no_train_text_encoder (dreambooth), or leave it out"
-        )
     if data.use_object_template and data.use_style_template:
         yield "use_object_template and use_style_template exclude each other; keep one"
     if data.conditioning_data_dir is not None and not data.masked_loss:
@@ -355,51 +233,14 @@ def mlm_range_errors(mlm: MLMOptions, *, num_steps: int | None) -> Iterator[str]
 
 
 def _mlm(config: TrainConfig) -> Iterator[str]:
-    mlm, schedule = config.mlm, config.schedule
+    schedule = config.schedule
     by_steps = schedule.max_train_epochs is None
-    yield from mlm_range_errors(mlm, num_steps=schedule.max_train_steps if by_steps else None)
-    if mlm.mlm_loss_weight == 0:
-        return
-    if obstacle := mlm_obstacle(config):
-        yield (
-            f"mlm_loss_weight = {mlm.mlm_loss_weight:g} asks for the MLM term, but {obstacle}, so "
-            "it would change nothing; train what lies before the text encoder's output, or set "
-            "mlm_loss_weight = 0"
-        )
-
-
-def _warnings(config: TrainConfig) -> Iterator[str]:
-    yield from _unread_partners(config)
-    network, loss = config.network, config.loss
-    uses_network = config.schedule.method in NETWORK_METHODS
-    if (
-        uses_network
-        and (network.network_dim or 1) > 1
-        and network.network_alpha == OPTIONS["network_alpha"].default
-    ):
-        yield (
-            f"network_alpha is 1 with network_dim = {network.network_dim}: the LoRA is scaled by "
-            f"1/{network.network_dim}; give network_alpha = {network.network_dim} for scale 1"
-        )
-    if loss.zero_terminal_snr and not config.model.v_parameterization:
-        yield "zero_terminal_snr is meant for v_parameterization: at SNR 0 noise says nothing"
-    if config.model.v2 and config.model.clip_skip is not None:
-        yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
-
-
-def _unread_partners(config: TrainConfig) -> Iterator[str]:
-    """Options that were changed although the others leave them unread; one line per reason."""
-    flat, changed = config.to_flat(), config.changed()
-    for rule in _READ_WITH:
-        names = [name for name in rule.options if name in changed]
-        if names and not rule.is_read(flat):
-            verb = "has" if len(names) == 1 else "have"
-            yield f"{', '.join(names)} {verb} no effect {rule.otherwise.format_map(flat)}"
+    num_steps = schedule.max_train_steps if by_steps else None
+    yield from mlm_range_errors(config.mlm, num_steps=num_steps)
 
 
 _CHECKS = (
     _required,
-    _model,
     _network,
     _embedding,
     _finetune,
@@ -412,35 +253,18 @@ _CHECKS = (
 )
 
 
-class _Rule(NamedTuple):
-    """Options that are read only where ``is_read`` says so of the flat options."""
-
-    options: tuple[str, ...]
-    otherwise: str  # ends "has no effect ..."; {name} is the value of an option
-    is_read: Callable[[Mapping[str, Any]], Any]
-
-
-def _without(options: str, *partners: str) -> _Rule:
+def _without(options: str, *partners: str) -> Rule:
     """``options`` (names between spaces) are read if one of ``partners`` is on."""
-    return _Rule(
+    return Rule(
         tuple(options.split()),
         f"without {' or '.join(partners)}",
         lambda flat: any(flat[partner] for partner in partners),
     )
 
 
-def _of_methods(options: str, *methods: str) -> _Rule:
-    """``options`` (names between spaces) are read by these methods only."""
-    return _Rule(
-        tuple(options.split()),
-        "with method = {method}",
-        lambda flat: flat["method"] in methods,
-    )
-
-
-def _with_scheduler(name: str, *schedulers: str) -> _Rule:
+def _with_scheduler(name: str, *schedulers: str) -> Rule:
     """Option ``name`` is read by these schedulers of kohya's names only."""
-    return _Rule(
+    return Rule(
         (name,),
         f"without lr_scheduler = {' or '.join(schedulers)}",
         lambda flat: not flat["lr_scheduler_type"] and flat["lr_scheduler"] in schedulers,
@@ -459,41 +283,13 @@ _MLM_DETAILS = tuple(
     name for name in OPTIONS if name.startswith("mlm_") and name != "mlm_loss_weight"
 )
 
-_OF_TWO_TEXT_ENCODERS = (
-    "learning_rate_te1",
-    "learning_rate_te2",
-    "stop_text_encoder1_training",
-    "stop_text_encoder2_training",
-)
-_TEXT_ENCODER_RATES = "learning_rate_te learning_rate_te1 learning_rate_te2"
-_TEXT_ENCODER_STOPS = (
-    "stop_text_encoder_training stop_text_encoder1_training stop_text_encoder2_training"
-)
-_NETWORK_OPTIONS = " ".join(name for name, entry in OPTIONS.items() if entry.group == "network")
-
-_READ_WITH = (
-    _of_methods(f"{_NETWORK_OPTIONS} unet_lr text_encoder_lr", *NETWORK_METHODS),
-    _of_methods(
-        "num_vectors_per_token init_word weights embedding_lr stop_embedding_training",
-        *TOKEN_METHODS,
-    ),
-    _of_methods(_TEXT_ENCODER_STOPS, "lora", "pivotal", "dreambooth"),
-    _of_methods("stop_unet_training", "lora", "pivotal", "dreambooth", "custom_diffusion"),
-    _of_methods(f"no_train_text_encoder {_TEXT_ENCODER_RATES} save_diffusers_folder", "dreambooth"),
-    _of_methods("delta_lora_rank", "custom_diffusion"),
-    _of_methods("bundle_embedding", "pivotal"),
-    _of_methods("xti_mlm_layers", "xti"),
+_RULES = (
     _without("class_prompt", "generate_class_images"),
     _without("xti_mlm_layers", "mlm_loss_weight"),
-    _Rule(
-        tuple(f"{_TEXT_ENCODER_RATES} {_TEXT_ENCODER_STOPS}".split()),
-        "with no_train_text_encoder",
-        lambda flat: not flat["no_train_text_encoder"] or flat["method"] != "dreambooth",
-    ),
     _without("noise_offset_random_strength", "noise_offset"),
     _without("ip_noise_gamma_random_strength", "ip_noise_gamma"),
     _without("multires_noise_discount", "multires_noise_iterations"),
-    _Rule(
+    Rule(
         ("huber_schedule", "huber_c", "huber_scale"),
         "with loss_type = {loss_type}",
         lambda flat: flat["loss_type"] not in ("l1", "l2"),
@@ -508,23 +304,23 @@ _READ_WITH = (
         "cosine_with_min_lr",
         "warmup_stable_decay",
     ),
-    _Rule(
+    Rule(
         ("lr_scheduler",),
         "with lr_scheduler_type = {lr_scheduler_type}",
         lambda flat: not flat["lr_scheduler_type"],
     ),
-    _Rule(
+    Rule(
         ("unet_lr",),
         "with network_train_text_encoder_only",
         lambda flat: not flat["network_train_text_encoder_only"] or not flat["unet_lr"],
     ),
     # A rate of 0 says the same as the switch.
-    _Rule(
+    Rule(
         ("text_encoder_lr",),
         "with network_train_unet_only",
         lambda flat: not flat["network_train_unet_only"] or not any(flat["text_encoder_lr"]),
     ),
-    _Rule(
+    Rule(
         ("dynamo_backend",),
         "without torch_compile",
         lambda flat: flat["torch_compile"] or flat["dynamo_backend"] == "no",
@@ -545,20 +341,20 @@ _READ_WITH = (
         "save_last_n_epochs save_last_n_epochs_state", "save_every_n_epochs", "save_n_epoch_ratio"
     ),
     _without("save_last_n_steps_state save_last_n_epochs_state", "save_state"),
-    _Rule(
+    Rule(
         ("save_every_n_epochs",),
         "with save_n_epoch_ratio = {save_n_epoch_ratio}, which wins",
         lambda flat: flat["save_n_epoch_ratio"] is None,
     ),
     _without("log_prefix", "logging_dir"),
     _without("log_tracker_name log_tracker_config log_config", "logging_dir", "log_with"),
-    _Rule(
+    Rule(
         ("wandb_run_name", "wandb_api_key"),
         "without log_with = wandb or all",
         lambda flat: flat["log_with"] in ("wandb", "all"),
     ),
     _without("sample_sampler", "sample_prompts"),
-    _Rule(
+    Rule(
         ("sample_prompts",),
         "without sample_every_n_epochs, sample_every_n_steps or sample_at_first",
         lambda flat: (
@@ -566,6 +362,6 @@ _READ_WITH = (
         ),
     ),
     _without(" ".join(_MLM_DETAILS), "mlm_loss_weight"),
-    _Rule(("mlm_prompt_syntax",), "with mlm_prompt_set = {mlm_prompt_set}", _reads_syntax),
+    Rule(("mlm_prompt_syntax",), "with mlm_prompt_set = {mlm_prompt_set}", _reads_syntax),
 )
-"""What reads an option, as the rooms that do it are written."""
+"""What reads an option, as the code that reads it is written."""

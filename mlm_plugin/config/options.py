@@ -17,18 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mlm_plugin.config.methods import METHOD_CLASSES
+
 __all__ = [
     "ALIASES",
-    "FROZEN_UNET_METHODS",
     "GROUPS",
-    "METHOD_NAMES",
-    "NETWORK_METHODS",
     "NO_EFFECT",
     "OPTIONS",
     "REFUSED",
-    "SDXL_METHODS",
     "SWITCH_ALIASES",
-    "TOKEN_METHODS",
     "DatasetOptions",
     "Declined",
     "EmbeddingOptions",
@@ -46,31 +43,7 @@ __all__ = [
     "ScheduleOptions",
     "TrainConfig",
     "known_names",
-    "text_encoder_lrs",
 ]
-
-METHOD_NAMES = (
-    "lora",
-    "dreambooth",
-    "textual_inversion",
-    "xti",
-    "custom_diffusion",
-    "pivotal",
-)
-"""What ``method`` may be; ``methods.METHODS`` has an entry for each."""
-
-NETWORK_METHODS = ("lora", "pivotal")
-"""Methods that train a network on top of the model."""
-
-TOKEN_METHODS = ("textual_inversion", "xti", "custom_diffusion", "pivotal")
-"""Methods that train token rows for the placeholder; their runs must know the concept."""
-
-
-SDXL_METHODS = ("lora", "dreambooth", "textual_inversion", "pivotal")
-"""Methods that read SDXL; the others are made of one text encoder's states."""
-
-FROZEN_UNET_METHODS = ("lora", "textual_inversion", "xti", "pivotal")
-"""Methods that leave the U-Net's own weights as they are."""
 
 
 def option(
@@ -255,30 +228,29 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class EmbeddingOptions:
-    """Learned token rows: methods textual_inversion, xti, custom_diffusion and pivotal."""
+    """Learned token embeddings: methods textual_inversion, xti, custom_diffusion and pivotal."""
 
     num_vectors_per_token: int = option(
-        1, "Rows per placeholder; more hold more detail and take more of the prompt.", at_least=1
+        1, "Vectors per placeholder; more hold more detail and take more of the prompt.", at_least=1
     )
     init_word: tuple[str, ...] | None = option(
         None,
-        "Word whose rows the learned ones start from, one per concept, or `id:42170` for a token "
-        "by number; the class word if not given.",
+        "Word whose embedding the learned one starts from, one per concept, or `id:42170` for a "
+        "token by number; the class word if not given.",
     )
     weights: tuple[str, ...] | None = option(
         None,
-        "Embedding files whose rows the training starts from, one per concept (.safetensors, .pt, "
-        ".bin).",
+        "Embedding files that the training starts from, one per concept (.safetensors, .pt, .bin).",
         path=True,
     )
     xti_mlm_layers: str = option(
         "sample",
-        "MLM term of xti: `sample` reads each prompt with the rows of one random layer, `all` with "
-        "those of every layer in turn (as many times the cost).",
+        "MLM term of xti: `sample` reads each prompt with the embeddings of one random layer, "
+        "`all` with those of every layer in turn (as many times the cost).",
         choices=("sample", "all"),
     )
     bundle_embedding: bool = option(
-        False, "Put the rows into the LoRA file too, as A1111's bundled embedding (pivotal)."
+        False, "Put the embeddings into the LoRA file too, as A1111's bundled embedding (pivotal)."
     )
 
 
@@ -330,7 +302,7 @@ class OptimizerOptions:
         None, "The same of SDXL's second text encoder, bigG; learning_rate_te if not given."
     )
     embedding_lr: float | None = option(
-        None, "Learning rate of learned token rows; learning_rate if not given."
+        None, "Learning rate of learned token embeddings; learning_rate if not given."
     )
     stop_text_encoder_training: int | float | None = option(
         None,
@@ -350,7 +322,8 @@ class OptimizerOptions:
     )
     stop_embedding_training: int | float | None = option(
         None,
-        "Freeze learned token rows from this optimizer step on, or from this share of the run.",
+        "Freeze learned token embeddings from this optimizer step on, or from this share of the "
+        "run.",
         convert=_stop_step,
     )
     stop_unet_training: int | float | None = option(
@@ -410,7 +383,7 @@ class OptimizerOptions:
 class ScheduleOptions:
     """Length, batch, precision and repeatability of the run."""
 
-    method: str = option("lora", "What is trained.", choices=METHOD_NAMES)
+    method: str = option("lora", "What is trained.", choices=tuple(METHOD_CLASSES))
     max_train_steps: int = option(1600, "Length of the run in optimizer steps.", at_least=1)
     max_train_epochs: int | None = option(
         None, "Length in epochs; wins over max_train_steps.", at_least=1, zero_is_off=True
@@ -936,7 +909,7 @@ REFUSED: dict[str, Declined] = {
     "loraplus_unet_lr_ratio": Declined(0.0, _LORAPLUS),
     "loraplus_text_encoder_lr_ratio": Declined(0.0, _LORAPLUS),
     "cache_text_encoder_outputs_to_disk": Declined(
-        False, "captions are encoded anew in every run; use cache_text_encoder_outputs"
+        False, "captions are encoded again in every run; use cache_text_encoder_outputs"
     ),
 }
 
@@ -980,7 +953,7 @@ class TrainConfig:
         """A copy with options changed by their flat names.
 
         Raises:
-            KeyError: For a name that is no option.
+            KeyError: For a name that is not an option.
         """
         changed: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
@@ -1070,15 +1043,6 @@ GROUPS: dict[str, type] = {
 OPTIONS: dict[str, Option] = {
     name: entry for group, cls in GROUPS.items() for name, entry in _read_fields(group, cls).items()
 }
-
-
-def text_encoder_lrs(options: OptimizerOptions, num_text_encoders: int) -> tuple[float, ...]:
-    """``text_encoder_lr`` of each text encoder: one value serves all, none is learning_rate.
-
-    Source: sd-scripts networks/lora.py prepare_optimizer_params_with_multiple_te_lrs.
-    """
-    given = options.text_encoder_lr or (options.learning_rate,)
-    return (*given, *given[-1:] * num_text_encoders)[:num_text_encoders]
 
 
 def known_names() -> set[str]:

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mlm_plugin.config.checks import check_model, trained_text_encoders
 from mlm_plugin.config.datasets import (
     BUCKET_STEP,
     LATENT_STRIDE,
@@ -32,6 +31,7 @@ from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.estimate.optimizer_states import OptimizerBytes, optimizer_bytes
 from mlm_plugin.estimate.step import Training
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
+from mlm_plugin.methods.checks import check_model
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import EncoderHandle
 from mlm_plugin.mlm.prompts import JointPrompts
@@ -202,7 +202,7 @@ def _regularizer(
     options, encoders = config.mlm, method.models.text_encoders
     if not options.mlm_loss_weight:
         return None
-    reached = trained_text_encoders(config, num_text_encoders=len(encoders))
+    reached = method.trained_text_encoders(config, num_text_encoders=len(encoders))
     handles = [
         encoder_handle(
             text_encoder,

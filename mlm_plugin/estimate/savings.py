@@ -1,12 +1,12 @@
-"""What would save memory in a training: other options, one at a time. Knows no torch."""
+"""What would save memory in a training: other options, one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mlm_plugin.config.checks import mlm_obstacle
-from mlm_plugin.config.options import FROZEN_UNET_METHODS, NETWORK_METHODS, TrainConfig
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.methods import METHODS
 
 __all__ = ["Change", "changes_worth_trying"]
 
@@ -68,7 +68,7 @@ def _may_fuse(config: TrainConfig) -> bool:
     schedule, optimizer = config.schedule, config.optimizer
     kind = optimizer.optimizer_type.lower()
     return (
-        schedule.method == "dreambooth"
+        METHODS[schedule.method].supports_fused_backward
         and not optimizer.fused_backward_pass
         and schedule.gradient_accumulation_steps == 1
         and schedule.mixed_precision != "fp16"
@@ -79,6 +79,7 @@ def _may_fuse(config: TrainConfig) -> bool:
 def _smaller(config: TrainConfig) -> Iterator[Change]:
     """Changes of sizes."""
     schedule, mlm = config.schedule, config.mlm
+    method = METHODS[schedule.method]
     if schedule.train_batch_size > 1:
         half = schedule.train_batch_size // 2
         yield Change(
@@ -90,9 +91,9 @@ def _smaller(config: TrainConfig) -> Iterator[Change]:
         half = mlm.mlm_batch_size // 2
         yield Change(f"mlm_batch_size = {half}", {"mlm_batch_size": half}, "a noisier term")
     rank = config.network.network_dim or 4
-    if schedule.method in NETWORK_METHODS and rank > 4:
+    if method.trains_network and rank > 4:
         yield Change(f"network_dim = {rank // 2}", {"network_dim": rank // 2}, "less detail")
-    if schedule.method in FROZEN_UNET_METHODS and config.model.quantize_unet == "no":
+    if not method.trains_base_weights and config.model.quantize_unet == "no":
         for kind, price in QUANTIZED.items():
             yield Change(f'quantize_unet = "{kind}"', {"quantize_unet": kind}, price)
     for precision in ("fp16", "bf16"):
@@ -103,5 +104,6 @@ def _smaller(config: TrainConfig) -> Iterator[Change]:
 
 def _without_term(config: TrainConfig) -> Iterator[Change]:
     """What the MLM term costs; it is what this program is for, so it comes last."""
-    if config.mlm.mlm_loss_weight and not mlm_obstacle(config):
+    method = METHODS[config.schedule.method]
+    if config.mlm.mlm_loss_weight and method.why_no_gradient(config) is None:
         yield Change("mlm_loss_weight = 0", {"mlm_loss_weight": 0.0}, "the MLM term")

@@ -29,7 +29,7 @@ from mlm_plugin.models.cross_attention import layer_codes, per_layer_conditionin
 from mlm_plugin.models.diffusers_folder import find_local_folder
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 from mlm_plugin.networks.create import create_network, read_weights
 from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS, part_of
 from mlm_plugin.training.samples import create_sampler
@@ -70,8 +70,8 @@ class Subject:
         """Move everything that draws; returns itself."""
         self.pipeline.to(device)
         for text_encoder in self.text_encoders:
-            if text_encoder.token_rows is not None:
-                text_encoder.token_rows.to(device)
+            if text_encoder.learned_tokens is not None:
+                text_encoder.learned_tokens.to(device)
         return self
 
     def release_drawing(self) -> None:
@@ -310,4 +310,4 @@ def _add_rows(
             f"{path} is of width {rows_KND.shape[-1]}, the text encoder of width {width}: use a "
             "file trained on this kind of model (768 = SD 1.x, 1024 = SD 2.x, 768 and 1280 = SDXL)"
         )
-    TokenRows(text_encoder, {placeholder_token: rows_KND}).requires_grad_(False)
+    LearnedTokens(text_encoder, {placeholder_token: rows_KND}).requires_grad_(False)

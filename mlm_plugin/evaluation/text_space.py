@@ -174,7 +174,7 @@ def masked_words(
 
     Source: the training's own term (``mlm/regularizer.py``), on evaluation prompts.
     """
-    rows = text_encoder.token_rows
+    rows = text_encoder.learned_tokens
     words = [*protected, *(rows.tokens if rows is not None else [])]
     vocabulary = MaskingVocabulary.from_tokenizer(
         text_encoder.tokenizer, protected=words, low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
@@ -259,7 +259,8 @@ def embedding_measures(
 
 def _rows_of(text_encoder: TextEncoder, word: str) -> Tensor:
     """Input vectors of a word: learned rows if it is a placeholder, else rows of the table."""
-    learned = text_encoder.token_rows.rows if text_encoder.token_rows is not None else {}
+    tokens = text_encoder.learned_tokens
+    learned = tokens.embeddings if tokens is not None else {}
     if word in learned:
         return learned[word].detach().flatten(0, 1)
     ids = text_encoder.tokenizer(word, add_special_tokens=False).input_ids
@@ -273,7 +274,7 @@ def pooled_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
     """
     ids_BL = text_encoder.tokenize_trimmed(list(prompts))
     eos_B = (ids_BL == text_encoder.tokenizer.eos_token_id).int().argmax(dim=1)
-    rows = text_encoder.token_rows
+    rows = text_encoder.learned_tokens
     states = []
     for k in range(1 if rows is None else rows.num_variants):
         hidden_BLD = text_encoder.encode(_reading(text_encoder, ids_BL, k)).float().cpu()
@@ -358,7 +359,7 @@ def encoder_drift(
 
 
 def _reading(text_encoder: TextEncoder, ids_BL: Tensor, k: int) -> Tensor:
-    rows = text_encoder.token_rows
+    rows = text_encoder.learned_tokens
     return ids_BL if rows is None else rows.variant(ids_BL, k)
 
 

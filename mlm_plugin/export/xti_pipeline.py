@@ -26,7 +26,7 @@ from mlm_plugin.models.cross_attention import (
 )
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -70,8 +70,9 @@ def load_xti(
             "use a file trained on the same kind of model (768 = SD 1.x, 1024 = SD 2.x)"
         )
     conditioning = per_layer_conditioning(pipeline.unet)
-    token_rows = TokenRows(text_encoder, {placeholder_token: rows_KND}).requires_grad_(False)
-    return XTIPrompts(pipeline, text_encoder, token_rows, conditioning)
+    learned_tokens = LearnedTokens(text_encoder, {placeholder_token: rows_KND})
+    learned_tokens.requires_grad_(False)
+    return XTIPrompts(pipeline, text_encoder, learned_tokens, conditioning)
 
 
 class XTIPrompts:
@@ -81,22 +82,22 @@ class XTIPrompts:
         self,
         pipeline: StableDiffusionPipeline,
         text_encoder: TextEncoder,
-        token_rows: TokenRows,
+        learned_tokens: LearnedTokens,
         conditioning: PerLayerConditioning,
     ):
         self._pipeline = pipeline
         self._text_encoder = text_encoder
-        self._token_rows = token_rows
+        self._learned_tokens = learned_tokens
         self._conditioning = conditioning
 
     @torch.no_grad()
     def encode(self, prompt: str | list[str]) -> Tensor:
         """Text states of all layers for prompts, with or without placeholder: ``(B, K L, D)``."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        self._token_rows.to(self._pipeline._execution_device)  # it may have moved since loading
+        self._learned_tokens.to(self._pipeline._execution_device)  # it may have moved since loading
         return encode_per_layer(self._text_encoder, prompts)
 
     def remove(self) -> None:
         """Take everything off the pipeline's U-Net and text encoder."""
         self._conditioning.remove()
-        self._token_rows.remove()
+        self._learned_tokens.remove()

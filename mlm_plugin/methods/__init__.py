@@ -1,20 +1,13 @@
 """The methods: what is trained when a concept is learned."""
 
-from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method
-from mlm_plugin.methods.custom_diffusion import CustomDiffusion
-from mlm_plugin.methods.dreambooth import DreamBooth
-from mlm_plugin.methods.lora import LoRAMethod
-from mlm_plugin.methods.pivotal import Pivotal
-from mlm_plugin.methods.textual_inversion import TextualInversion
-from mlm_plugin.methods.xti import XTI
+from pkgutil import resolve_name
 
-__all__ = ["METHODS", "WEIGHT_DTYPES", "Export", "LoRAMethod", "Method"]
+from mlm_plugin.config.methods import METHOD_CLASSES
+from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method
+from mlm_plugin.methods.facts import STOP_OPTIONS
+
+__all__ = ["METHODS", "STOP_OPTIONS", "WEIGHT_DTYPES", "Export", "Method"]
 
 METHODS: dict[str, type[Method]] = {
-    "lora": LoRAMethod,
-    "dreambooth": DreamBooth,
-    "textual_inversion": TextualInversion,
-    "xti": XTI,
-    "custom_diffusion": CustomDiffusion,
-    "pivotal": Pivotal,
+    name: resolve_name(place) for name, place in METHOD_CLASSES.items()
 }

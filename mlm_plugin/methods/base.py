@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.errors import UserError
+from mlm_plugin.methods.facts import MethodFacts, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.models.text_encoder import TextEncoder
@@ -27,19 +28,14 @@ __all__ = [
     "Export",
     "Method",
     "Part",
-    "group_of",
-    "numbered",
-    "stored",
-    "take_over",
-    "text_encoder_parts",
+    "load_into",
+    "named_parameters",
+    "on_cpu",
+    "parameter_group",
 ]
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """``mixed_precision`` and the precision of frozen weights under it."""
-
-Part = str
-"""What is frozen together: ``unet``, ``textencoder`` (kohya's names), ``textencoder1`` and
-``textencoder2`` of SDXL, or ``embedding``."""
 
 
 class Export(NamedTuple):
@@ -57,17 +53,12 @@ class Export(NamedTuple):
     dtype: torch.dtype | None = None
 
 
-class Method(ABC):
+class Method(MethodFacts, ABC):
     """A way to teach a model a concept.
 
     A method is made by :meth:`prepare`, which puts into the models what it trains and freezes the
     rest. The defaults here suit a method that conditions the U-Net on plain encoded captions.
-
-    Attributes:
-        trains_base_weights: weights of the model itself are trained: load it in fp32.
     """
-
-    trains_base_weights = False
 
     def __init__(self, models: StableDiffusion):
         self.models = models
@@ -98,21 +89,24 @@ class Method(ABC):
     def parts(self) -> dict[Part, list[nn.Parameter]]:
         """Everything that may be trained, by what is frozen together."""
 
-    @abstractmethod
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Optimizer groups with ``params``, ``lr`` and ``name``; parts with rate 0 have none."""
+        groups = []
+        for part, parameters in self.parts().items():
+            groups += parameter_group(part, parameters, self.learning_rate_of(part, options).value)
+        return groups
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a training state holds: everything that is trained, exactly."""
-        return stored(numbered(self.parts()))
+        return on_cpu(named_parameters(self.parts()))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Load what :meth:`state_dict` gave.
 
         Raises:
             UserError: names or shapes that this method does not have.
         """
-        take_over(numbered(self.parts()), state)
+        load_into(named_parameters(self.parts()), state)
 
     @abstractmethod
     def export(self, to: Export) -> None:
@@ -130,7 +124,7 @@ class Method(ABC):
             UserError: a value is not finite, or a name is unknown to other programs.
         """
 
-    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+    def webui_files(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """The files that WebUIs show to their users, and what calls the concepts there.
 
         An empty mapping is for all concepts by their placeholders; another one names those that the
@@ -167,7 +161,7 @@ class Method(ABC):
     ) -> Tensor:
         """Ids of MLM prompts, ``(B, L)`` on the CPU, padded to the longest.
 
-        ``rng`` is for methods with more than one reading of a prompt.
+        ``rng`` is for methods that read a prompt in more than one way.
         """
         return text_encoder.tokenize_trimmed(prompts)
 
@@ -182,13 +176,7 @@ class Method(ABC):
         return {}
 
 
-def text_encoder_parts(models: StableDiffusion) -> list[Part]:
-    """The part that each text encoder's weights are."""
-    numbers = range(1, len(models.text_encoders) + 1)
-    return [f"textencoder{n}" for n in numbers] if len(numbers) > 1 else ["textencoder"]
-
-
-def numbered(parts: Mapping[Part, Sequence[nn.Parameter]]) -> dict[str, Tensor]:
+def named_parameters(parts: Mapping[Part, Sequence[nn.Parameter]]) -> dict[str, Tensor]:
     """Parameters by part and number, e.g. ``unet.0``."""
     return {
         f"{part}.{number}": parameter
@@ -197,14 +185,14 @@ def numbered(parts: Mapping[Part, Sequence[nn.Parameter]]) -> dict[str, Tensor]:
     }
 
 
-def stored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as a file takes them: on the CPU, without a copy where they lie there already."""
+def on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a file takes them; those that lie on the CPU already are not copied."""
     return {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 @torch.no_grad()
-def take_over(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy what :func:`stored` gave into the same weights.
+def load_into(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy what :func:`on_cpu` gave into the same weights.
 
     Raises:
         UserError: tensors are missing, left over or of another shape; nothing is copied then.
@@ -224,18 +212,10 @@ def take_over(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Non
         weight.copy_(state[name])
 
 
-def group_of(
-    name: Part, parameters: Sequence[nn.Parameter], rate: float | None, otherwise: float
+def parameter_group(
+    name: Part, parameters: Sequence[nn.Parameter], lr: float
 ) -> list[dict[str, Any]]:
-    """One optimizer group, or none where the rate is 0; such parameters are frozen.
-
-    Args:
-        name: of the part.
-        parameters: of the group.
-        rate: learning rate; ``None`` = ``otherwise``.
-        otherwise: ``learning_rate``.
-    """
-    lr = otherwise if rate is None else rate
+    """One optimizer group, or none where the rate is 0; such parameters are frozen."""
     for parameter in parameters:
         parameter.requires_grad_(lr != 0)
     if lr == 0 or not parameters:

@@ -1,39 +1,39 @@
-"""Custom Diffusion: keys and values of the cross-attention, and a token row."""
+"""Custom Diffusion: keys and values of the cross-attention, and token embeddings."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.export.custom_diffusion_files import delta_to_lora, save_delta, verify_delta
 from mlm_plugin.export.lora_files import save_lora
-from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Part, group_of
+from mlm_plugin.methods.base import WEIGHT_DTYPES, Export
+from mlm_plugin.methods.facts import Part
 from mlm_plugin.methods.learned_tokens import (
-    LearnsRows,
-    create_rows,
+    LearnsTokens,
+    create_tokens,
     embeddings_beside,
     save_embeddings,
     verify_embeddings,
-    words_of,
+    webui_words,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["CustomDiffusion"]
 
 logger = logging.getLogger(__name__)
 
 RARE_TOKENS = (42170, 47629, 43514)
-"""Where the rows of the first concepts start: tokens that captions hardly ever hold.
+"""Where the embeddings of the first concepts start: tokens that captions hardly ever hold.
 
 Source: adobe-research/custom-diffusion; two of them are inner pieces of words, which no text gives.
 """
@@ -41,15 +41,15 @@ Source: adobe-research/custom-diffusion; two of them are inner pieces of words, 
 LORA = "_lora"
 
 
-class CustomDiffusion(LearnsRows):
-    """Trains ``to_k`` and ``to_v`` of every cross-attention layer, and the placeholders' rows.
+class CustomDiffusion(LearnsTokens):
+    """Trains ``to_k`` and ``to_v`` of every cross-attention layer, and token embeddings.
 
-    The MLM term reaches the rows only. Keys and values at the first token (BOS) get no gradient:
-    they are the same for every prompt and would carry whatever all pictures share.
+    The MLM term reaches the embeddings only. Keys and values at the first token (BOS) get no
+    gradient: they are the same for every prompt and would carry whatever all pictures share.
 
     Args:
         models: the base, in fp32.
-        rows: on the text encoder.
+        learned_tokens: on the text encoder.
         dtype: precision of what is frozen.
         lora_rank: also export the change as a LoRA of this rank.
 
@@ -57,18 +57,21 @@ class CustomDiffusion(LearnsRows):
     ``examples/custom_diffusion``.
     """
 
+    rate_options = {"unet": (), **LearnsTokens.rate_options}
+    own_options = (*LearnsTokens.own_options, "delta_lora_rank")
     trains_base_weights = True
+    supports_sdxl = False
 
     def __init__(
         self,
         models: StableDiffusion,
-        rows: TokenRows,
+        learned_tokens: LearnedTokens,
         *,
         dtype: torch.dtype = torch.float32,
         lora_rank: int | None = None,
     ):
         super().__init__(models)
-        self.rows, self.lora_rank = [rows], lora_rank
+        self.learned_tokens, self.lora_rank = [learned_tokens], lora_rank
         names = cross_attention_names(models.unet)
         layers = {
             f"{name}.{matrix}": models.unet.get_submodule(f"{name}.{matrix}")
@@ -89,9 +92,9 @@ class CustomDiffusion(LearnsRows):
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> CustomDiffusion:
-        """Keys and values as they are, rows at rare tokens; see ``Method.prepare``."""
+        """Keys and values as they are, embeddings at rare tokens; see ``Method.prepare``."""
         (text_encoder,) = models.text_encoders
-        rows = create_rows(
+        learned_tokens = create_tokens(
             text_encoder,
             config.embedding,
             concepts,
@@ -99,22 +102,14 @@ class CustomDiffusion(LearnsRows):
         )
         return cls(
             models,
-            rows,
+            learned_tokens,
             dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
             lora_rank=config.finetune.delta_lora_rank,
         )
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
-        """Keys and values, and the rows."""
-        return {"unet": list(self.matrices.values()), "embedding": self.row_parameters()}
-
-    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
-        """Keys and values with ``learning_rate``, rows with ``embedding_lr`` or the same."""
-        parts, rate = self.parts(), options.learning_rate
-        return [
-            *group_of("unet", parts["unet"], None, rate),
-            *group_of("embedding", parts["embedding"], options.embedding_lr, rate),
-        ]
+        """Keys and values, and the token embeddings."""
+        return {"unet": list(self.matrices.values()), "embedding": self.embedding_parameters()}
 
     def files(self, path: Path) -> list[Path]:
         """Keys and values, embeddings, and the LoRA where one is asked for."""
@@ -148,9 +143,9 @@ class CustomDiffusion(LearnsRows):
         found = f"keys and values of {verify_delta(path)} layers"
         return f"{found}, {verify_embeddings(self._embeddings(path))}"
 
-    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+    def webui_files(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """Embeddings, called by their files' names, and the LoRA that goes with them."""
-        embeddings = words_of(self._embeddings(path), self.placeholders)
+        embeddings = webui_words(self._embeddings(path), self.placeholders)
         together = {name: word for words in embeddings.values() for name, word in words.items()}
         return {**embeddings, **dict.fromkeys(self._loras(path), together)}
 

@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from mlm_plugin.config.checks import trained_text_encoders
+from mlm_plugin.config.checks import Rule
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.export.checkpoint import (
     require_replaceable,
     save_checkpoint,
     save_diffusers_folder,
     verify_checkpoint,
 )
-from mlm_plugin.methods.base import (
-    WEIGHT_DTYPES,
-    Export,
-    Method,
-    Part,
-    group_of,
-    text_encoder_parts,
-)
+from mlm_plugin.methods.base import WEIGHT_DTYPES, Export, Method
+from mlm_plugin.methods.facts import LearningRate, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS
 
 __all__ = ["DreamBooth"]
 
@@ -45,7 +39,30 @@ class DreamBooth(Method):
     Source: Ruiz et al. 2022, arXiv 2208.12242; sd-scripts ``train_db.py`` and ``sdxl_train.py``.
     """
 
+    rate_options = {
+        "unet": (),
+        "textencoder": ("learning_rate_te",),
+        "textencoder1": ("learning_rate_te1", "learning_rate_te"),
+        "textencoder2": ("learning_rate_te2", "learning_rate_te"),
+    }
+    own_options = ("no_train_text_encoder", "save_diffusers_folder")
+    own_state_options = ("no_train_text_encoder",)
+    rules = (
+        Rule(
+            (
+                "learning_rate_te",
+                "learning_rate_te1",
+                "learning_rate_te2",
+                "stop_text_encoder_training",
+                "stop_text_encoder1_training",
+                "stop_text_encoder2_training",
+            ),
+            "with no_train_text_encoder",
+            lambda flat: not flat["no_train_text_encoder"],
+        ),
+    )
     trains_base_weights = True
+    supports_fused_backward = True
 
     def __init__(
         self,
@@ -60,7 +77,7 @@ class DreamBooth(Method):
         self.diffusers_folder = diffusers_folder
         self.zero_terminal_snr = zero_terminal_snr
         self.trained: dict[Part, nn.Module] = {"unet": models.unet}
-        parts = text_encoder_parts(models)
+        parts = TEXT_ENCODER_PARTS[len(models.text_encoders)]
         trained = train_text_encoders or [True] * len(parts)
         for part, text_encoder, is_trained in zip(
             parts, models.text_encoders, trained, strict=True
@@ -71,6 +88,21 @@ class DreamBooth(Method):
                 text_encoder.model.to(frozen_dtype)
         for module in self.trained.values():
             module.requires_grad_(True)
+
+    @classmethod
+    def learning_rates(
+        cls, config: TrainConfig, *, num_text_encoders: int = 2
+    ) -> dict[Part, LearningRate]:
+        """Of the U-Net alone with ``no_train_text_encoder``."""
+        rates = super().learning_rates(config, num_text_encoders=num_text_encoders)
+        return {"unet": rates["unet"]} if config.finetune.no_train_text_encoder else rates
+
+    @classmethod
+    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """A frozen text encoder; see ``MethodFacts.why_no_gradient``."""
+        if config.finetune.no_train_text_encoder:
+            return "no_train_text_encoder leaves the text encoder untrained"
+        return super().why_no_gradient(config, num_text_encoders=num_text_encoders)
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
@@ -86,7 +118,7 @@ class DreamBooth(Method):
         """All weights, or those with a learning rate; see ``Method.prepare``."""
         return cls(
             models,
-            train_text_encoders=trained_text_encoders(
+            train_text_encoders=cls.trained_text_encoders(
                 config, num_text_encoders=len(models.text_encoders)
             ),
             frozen_dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
@@ -97,22 +129,6 @@ class DreamBooth(Method):
     def parts(self) -> dict[Part, list[nn.Parameter]]:
         """Weights of the U-Net and of the text encoders that are trained."""
         return {part: list(module.parameters()) for part, module in self.trained.items()}
-
-    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
-        """U-Net with ``learning_rate``, text encoders with ``learning_rate_te`` or the same.
-
-        ``learning_rate_te1`` and ``learning_rate_te2`` win over that in SDXL.
-        """
-        te, te1, te2 = (getattr(options, f"learning_rate_te{number}") for number in ("", "1", "2"))
-        rates = {
-            "textencoder": te,
-            "textencoder1": te if te1 is None else te1,
-            "textencoder2": te if te2 is None else te2,
-        }
-        groups = []
-        for part, parameters in self.parts().items():
-            groups += group_of(part, parameters, rates.get(part), options.learning_rate)
-        return groups
 
     def files(self, path: Path) -> list[Path]:
         """The checkpoint, and the folder where one is asked for."""

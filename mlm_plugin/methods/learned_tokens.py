@@ -1,4 +1,4 @@
-"""What the methods that learn token rows share: where rows start, and the files they end in."""
+"""What the methods that learn token embeddings share: where these start, and their files."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from mlm_plugin.export.embedding_files import (
     verify_embedding,
 )
 from mlm_plugin.methods.base import Export, Method
+from mlm_plugin.methods.facts import why_untrained
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import (
-    TokenRows,
-    initial_rows,
+    LearnedTokens,
+    initial_embeddings,
     initial_tokens,
     placeholder_pattern,
 )
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS
 
 __all__ = [
-    "LearnsRows",
-    "check_rows",
-    "create_all_rows",
-    "create_rows",
+    "LearnsTokens",
+    "check_tokens",
+    "create_all_tokens",
+    "create_tokens",
     "embedding_files",
     "embeddings_beside",
     "save_embeddings",
     "verify_embeddings",
-    "words_of",
+    "webui_words",
 ]
 
 logger = logging.getLogger(__name__)
@@ -48,17 +49,17 @@ BESIDE = "_embedding"
 MAX_SHARE = 0.5  # of a caption's tokens that a placeholder may take
 
 
-def check_rows(
+def check_tokens(
     options: EmbeddingOptions,
     concepts: Sequence[Concept],
     *,
     read: Callable[[str], Sequence[Tensor]] = read_embeddings,
 ) -> None:
-    """What can be said of the rows before a model is loaded.
+    """What can be said of the token embeddings before a model is loaded.
 
     Raises:
         UserError: a placeholder that other words would be taken for, not one word or file per
-            concept, or a file that is no such embedding.
+            concept, or a file that is not such an embedding.
     """
     for concept in concepts:
         _refuse_ambiguous(concept, concepts)
@@ -72,41 +73,57 @@ def check_rows(
             )
 
 
-class LearnsRows(Method):
-    """A method whose rows start at words or at ordinary embeddings.
+class LearnsTokens(Method):
+    """A method that learns token embeddings for the placeholders.
+
+    They start at those of words, or at embedding files.
 
     Attributes:
-        rows: of each text encoder, under the same placeholders.
+        learned_tokens: of each text encoder, under the same placeholders.
     """
 
-    rows: list[TokenRows]
+    rate_options = {"embedding": ("embedding_lr",)}
+    own_options = ("num_vectors_per_token", "init_word", "weights")
+    own_state_options = ("num_vectors_per_token",)
+    learns_tokens = True
+
+    learned_tokens: list[LearnedTokens]
+
+    @classmethod
+    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """Frozen token embeddings; see ``MethodFacts.why_no_gradient``."""
+        rate = cls.learning_rate_of("embedding", config.optimizer)
+        return why_untrained([rate], "the token embeddings")
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
         """Placeholders, first words and files; see ``Method.check``."""
-        check_rows(config.embedding, concepts)
+        check_tokens(config.embedding, concepts)
 
     @property
-    def only_rows(self) -> TokenRows:
-        """The rows where there is one text encoder."""
-        (rows,) = self.rows
-        return rows
+    def only_tokens(self) -> LearnedTokens:
+        """The learned tokens where there is one text encoder."""
+        (tokens,) = self.learned_tokens
+        return tokens
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """What the rows stand for."""
-        return self.rows[0].placeholders
+        """What the token embeddings stand for."""
+        return self.learned_tokens[0].placeholders
 
-    def row_parameters(self) -> list[nn.Parameter]:
-        """The rows of every text encoder."""
-        return [tensor for rows in self.rows for tensor in rows.rows.values()]
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The token embeddings of every text encoder."""
+        return [tensor for tokens in self.learned_tokens for tensor in tokens.embeddings.values()]
 
     def embeddings(self) -> dict[str, list[Tensor]]:
-        """Rows ``(N, D)`` of each text encoder by placeholder, of the first variant."""
-        return {name: [rows.rows[name][0] for rows in self.rows] for name in self.placeholders}
+        """Embeddings ``(N, D)`` of each text encoder by placeholder, of the first variant."""
+        return {
+            name: [tokens.embeddings[name][0] for tokens in self.learned_tokens]
+            for name in self.placeholders
+        }
 
 
-def create_rows(
+def create_tokens(
     text_encoder: TextEncoder,
     options: EmbeddingOptions,
     concepts: Sequence[Concept],
@@ -114,18 +131,18 @@ def create_rows(
     num_variants: int = 1,
     init_words: Sequence[str] = (),
     read: Callable[[str], Tensor] | None = None,
-) -> TokenRows:
-    """Rows for the placeholder of every concept, as the options want them to start.
+) -> LearnedTokens:
+    """A learned token for the placeholder of every concept, started as the options say.
 
     Args:
         text_encoder: gets placeholders and hooks.
-        options: number of vectors, first words or files; seen by :func:`check_rows`.
+        options: number of vectors, first words or files; seen by :func:`check_tokens`.
         concepts: at least one.
         num_variants: K, alike at the start.
         init_words: where the first concepts start if the options do not say; else at the class
             word.
-        read: an embedding file to its rows ``(N, D)`` or ``(K, N, D)``; else for a model with one
-            text encoder.
+        read: an embedding file to its vectors ``(N, D)`` or ``(K, N, D)``; else for a model with
+            one text encoder.
 
     Raises:
         UserError: a word or a file that does not fit the text encoder.
@@ -134,30 +151,31 @@ def create_rows(
     read = read or partial(_read_for, index=0, count=1)
     classes = [concept.class_token for concept in concepts]
     words = options.init_word or [*init_words, *classes[len(init_words) :]]
-    rows = {}
+    num_vectors = options.num_vectors_per_token
+    embeddings = {}
     for i, concept in enumerate(concepts):
         if options.weights:
             start, origin = _fitting(options.weights[i], read, text_encoder), options.weights[i]
         else:
-            start = initial_rows(text_encoder, words[i], num_vectors=options.num_vectors_per_token)
-            tokens = initial_tokens(text_encoder, words[i], options.num_vectors_per_token)
+            start = initial_embeddings(text_encoder, words[i], num_vectors=num_vectors)
+            tokens = initial_tokens(text_encoder, words[i], num_vectors)
             origin = " ".join(text_encoder.tokenizer.convert_ids_to_tokens(tokens))
-        logger.info("%s: its rows start at %s", concept.placeholder_token, origin)
-        rows[concept.placeholder_token] = start.expand(num_variants, *start.shape[-2:])
-    return TokenRows(text_encoder, rows)
+        logger.info("%s: its embedding starts at %s", concept.placeholder_token, origin)
+        embeddings[concept.placeholder_token] = start.expand(num_variants, *start.shape[-2:])
+    return LearnedTokens(text_encoder, embeddings)
 
 
-def create_all_rows(
+def create_all_tokens(
     models: StableDiffusion, options: EmbeddingOptions, concepts: Sequence[Concept]
-) -> list[TokenRows]:
-    """Rows of every text encoder of the model, as :func:`create_rows` makes them.
+) -> list[LearnedTokens]:
+    """The learned tokens of every text encoder, as :func:`create_tokens` makes them.
 
     Raises:
         UserError: a word or a file that does not fit a text encoder, or their number.
     """
     count = len(models.text_encoders)
     return [
-        create_rows(
+        create_tokens(
             text_encoder,
             options,
             concepts,
@@ -168,7 +186,7 @@ def create_all_rows(
 
 
 def embedding_files(path: Path, placeholders: Sequence[str]) -> list[Path]:
-    """Files of the rows beside (or, for one placeholder, at) ``path``; no two are the same."""
+    """Embedding files beside (or, for one placeholder, at) ``path``; no two are the same."""
     if len(placeholders) == 1:
         return [path]
     names = [re.sub(r"[^\w-]+", "_", placeholder).strip("_") for placeholder in placeholders]
@@ -178,7 +196,7 @@ def embedding_files(path: Path, placeholders: Sequence[str]) -> list[Path]:
 
 
 def embeddings_beside(path: Path, placeholders: Sequence[str]) -> list[Path]:
-    """Files of the rows where ``path`` itself is another kind of file."""
+    """Embedding files where ``path`` itself is another kind of file."""
     return embedding_files(path.with_name(f"{path.stem}{BESIDE}{path.suffix}"), placeholders)
 
 
@@ -190,11 +208,11 @@ def save_embeddings(
     Args:
         to: metadata and precision.
         files: one for each placeholder.
-        embeddings: by placeholder, rows ``(N, D)`` of each text encoder.
+        embeddings: by placeholder, vectors ``(N, D)`` for each text encoder.
     """
-    for file, rows in zip(files, embeddings.values(), strict=True):
+    for file, vectors in zip(files, embeddings.values(), strict=True):
         metadata = to.metadata("textual-inversion")
-        tensors = dict(zip(EMBEDDING_KEYS[len(rows)], rows, strict=True))
+        tensors = dict(zip(EMBEDDING_KEYS[len(vectors)], vectors, strict=True))
         save_embedding(file, tensors, metadata=metadata, dtype=to.dtype)
 
 
@@ -204,7 +222,7 @@ def verify_embeddings(files: Sequence[Path]) -> str:
     return f"{sum(counts)} vector(s) in {len(files)} embedding file(s)"
 
 
-def words_of(files: Sequence[Path], placeholders: Sequence[str]) -> dict[Path, dict[str, str]]:
+def webui_words(files: Sequence[Path], placeholders: Sequence[str]) -> dict[Path, dict[str, str]]:
     """What WebUIs call the placeholder of each embedding: the name of its file."""
     return {
         file: {placeholder: file.stem}
@@ -213,20 +231,20 @@ def words_of(files: Sequence[Path], placeholders: Sequence[str]) -> dict[Path, d
 
 
 def _refuse_ambiguous(concept: Concept, concepts: Sequence[Concept]) -> None:
-    """Every place where the placeholder stands is given to its rows; there must be no others."""
+    """Every place where the placeholder stands gets its embedding; there must be no others."""
     placeholder = concept.placeholder_token
     pattern = placeholder_pattern([placeholder])
     if placeholder.lower() in FUNCTION_WORDS:
         raise UserError(
-            f"placeholder_token = {placeholder!r} is an everyday word, and its rows would stand "
-            "for it in every prompt; take a word that no prompt holds, like sks"
+            f"placeholder_token = {placeholder!r} is an everyday word, and its embedding would "
+            "stand for it in every prompt; take a word that no prompt holds, like sks"
         )
     for other in concepts:
         taken = other.class_token if other is concept else other.text
         if pattern.search(taken):
             raise UserError(
-                f"placeholder_token = {placeholder!r} also stands in {taken!r}, so its rows would "
-                "be read there too; take a word that nothing else is called by, like sks"
+                f"placeholder_token = {placeholder!r} also stands in {taken!r}, so its embedding "
+                "would be read there too; take a word that nothing else is called by, like sks"
             )
 
 
@@ -254,18 +272,18 @@ def _read_for(file: str, *, index: int, count: int) -> Tensor:
     tensors = read_embeddings(file)
     if len(tensors) != count:
         raise UserError(
-            f"weights: {file} holds rows for {len(tensors)} text encoder(s), this model has "
-            f"{count}; use an embedding of this kind of model"
+            f"weights: {file} holds embeddings for {len(tensors)} text encoder(s), this "
+            f"model has {count}; use an embedding of this kind of model"
         )
     return tensors[index]
 
 
 def _fitting(file: str, read: Callable[[str], Tensor], text_encoder: TextEncoder) -> Tensor:
-    rows = read(file)
-    width, expected = rows.shape[-1], text_encoder.token_embedding.embedding_dim
+    vectors = read(file)
+    width, expected = vectors.shape[-1], text_encoder.token_embedding.embedding_dim
     if width != expected:
         raise UserError(
             f"weights: {file} holds vectors of width {width}, this text encoder has {expected}; "
             "use an embedding of this kind of model"
         )
-    return rows
+    return vectors

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import (
-    NetworkOptions,
-    OptimizerOptions,
-    TrainConfig,
-    text_encoder_lrs,
-)
+from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
 from mlm_plugin.export.lora_files import save_lora, verify_lora
-from mlm_plugin.methods.base import Export, Method, Part
+from mlm_plugin.methods.base import Export, Method
+from mlm_plugin.methods.facts import TEXT_ENCODERS, Part
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.networks.create import create_network
+from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS
 
 __all__ = ["LoRAMethod"]
 
@@ -30,6 +28,18 @@ class LoRAMethod(Method):
         models: the frozen base; adapters are put into it in place.
         options: rank, alpha, module, which parts are trained.
     """
+
+    rate_options = {"unet": ("unet_lr",), **dict.fromkeys(TEXT_ENCODERS, ("text_encoder_lr",))}
+    own_options = tuple(option.name for option in fields(NetworkOptions))
+    own_state_options = (
+        "network_module",
+        "network_dim",
+        "network_alpha",
+        "network_args",
+        "network_train_unet_only",
+        "network_train_text_encoder_only",
+    )
+    trains_network = True
 
     def __init__(self, models: StableDiffusion, options: NetworkOptions):
         super().__init__(models)
@@ -48,6 +58,20 @@ class LoRAMethod(Method):
         )
 
     @classmethod
+    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """No modules or no rate for the text encoder; see ``MethodFacts.why_no_gradient``."""
+        network = config.network
+        if network.network_train_unet_only:
+            return "network_train_unet_only trains no text encoder"
+        if reason := super().why_no_gradient(config, num_text_encoders=num_text_encoders):
+            return reason
+        if network.network_module.startswith("lycoris"):
+            for argument in network.network_args:
+                if argument.startswith("preset=unet-"):
+                    return f"network_args {argument} trains no text encoder"
+        return None
+
+    @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> LoRAMethod:
@@ -60,10 +84,10 @@ class LoRAMethod(Method):
 
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Groups by part; ``unet_lr`` and ``text_encoder_lr`` fall back to ``learning_rate``."""
-        unet_lr = options.learning_rate if options.unet_lr is None else options.unet_lr
+        text_parts = TEXT_ENCODER_PARTS[len(self.models.text_encoders)]
         return self.network.parameter_groups(
-            unet_lr=unet_lr,
-            text_encoder_lrs=text_encoder_lrs(options, len(self.models.text_encoders)),
+            unet_lr=self.learning_rate_of("unet", options).value,
+            text_encoder_lrs=[self.learning_rate_of(part, options).value for part in text_parts],
         )
 
     def train(self, mode: bool = True) -> None:
@@ -87,7 +111,7 @@ class LoRAMethod(Method):
         return self.network.kohya_state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over adapter weights in kohya's names."""
+        """Load adapter weights in kohya's names."""
         self.network.load_kohya_state_dict(state)
 
     def files(self, path: Path) -> list[Path]:

@@ -1,59 +1,54 @@
-"""Textual Inversion: a few token rows are learned, the model stays as it is."""
+"""Textual Inversion: a few token embeddings are learned, the model stays as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import OptimizerOptions, TrainConfig
-from mlm_plugin.methods.base import Export, Part, group_of
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.methods.base import Export
+from mlm_plugin.methods.facts import Part
 from mlm_plugin.methods.learned_tokens import (
-    LearnsRows,
-    create_all_rows,
+    LearnsTokens,
+    create_all_tokens,
     embedding_files,
     save_embeddings,
     verify_embeddings,
-    words_of,
+    webui_words,
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["TextualInversion"]
 
 
-class TextualInversion(LearnsRows):
-    """Only the placeholders' rows are parameters: no optimizer state for the vocabulary.
+class TextualInversion(LearnsTokens):
+    """Only the placeholders' embeddings are parameters: no optimizer state for the vocabulary.
 
     Args:
         models: the frozen base.
-        rows: on each of its text encoders.
+        learned_tokens: on each of its text encoders.
 
     Source: Gal et al. 2022, arXiv 2208.01618; sd-scripts ``train_textual_inversion.py``.
     """
 
-    def __init__(self, models: StableDiffusion, rows: Sequence[TokenRows]):
+    def __init__(self, models: StableDiffusion, learned_tokens: Sequence[LearnedTokens]):
         super().__init__(models)
-        self.rows = list(rows)
+        self.learned_tokens = list(learned_tokens)
 
     @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> TextualInversion:
-        """Rows as ``init_word`` or ``weights`` say; see ``Method.prepare``."""
-        return cls(models, create_all_rows(models, config.embedding, concepts))
+        """Embeddings that start as ``init_word`` or ``weights`` say; see ``Method.prepare``."""
+        return cls(models, create_all_tokens(models, config.embedding, concepts))
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:
-        """The rows."""
-        return {"embedding": self.row_parameters()}
-
-    def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
-        """One group with ``embedding_lr``, else ``learning_rate``."""
-        rows = self.parts()["embedding"]
-        return group_of("embedding", rows, options.embedding_lr, options.learning_rate)
+        """The token embeddings."""
+        return {"embedding": self.embedding_parameters()}
 
     def files(self, path: Path) -> list[Path]:
         """One embedding per placeholder."""
@@ -63,9 +58,9 @@ class TextualInversion(LearnsRows):
         """Embeddings in the format of kohya, A1111, ComfyUI and diffusers."""
         save_embeddings(to, self.files(to.path), self.embeddings())
 
-    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+    def webui_files(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """Every embedding, called by its file's name."""
-        return words_of(self.files(path), self.placeholders)
+        return webui_words(self.files(path), self.placeholders)
 
     def verify(self, path: Path) -> str:
         """Count the vectors."""

@@ -1,4 +1,4 @@
-"""Extended Textual Inversion (XTI, P+): rows of their own for every cross-attention layer.
+"""Extended Textual Inversion (XTI, P+): token embeddings for every cross-attention layer.
 
 A caption is encoded once per layer, all in one batch, and every layer of the U-Net attends to its
 own encoding. Shapes: K layers, B captions, N windows, L tokens, D width.
@@ -19,12 +19,12 @@ from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.export.embedding_files import layer_average, read_rows, save_xti
 from mlm_plugin.methods.base import Export
 from mlm_plugin.methods.learned_tokens import (
-    check_rows,
-    create_rows,
+    check_tokens,
+    create_tokens,
     embedding_files,
     save_embeddings,
     verify_embeddings,
-    words_of,
+    webui_words,
 )
 from mlm_plugin.methods.textual_inversion import TextualInversion
 from mlm_plugin.models.checkpoints import StableDiffusion
@@ -36,7 +36,7 @@ from mlm_plugin.models.cross_attention import (
 )
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["XTI"]
 
@@ -44,41 +44,46 @@ AVERAGE = "_average"
 
 
 class XTI(TextualInversion):
-    """Textual Inversion with one set of rows per layer.
+    """Textual Inversion with one set of token embeddings per layer.
 
     Args:
         models: the frozen base; its attention layers learn to take their own text states.
-        rows: K variants of each placeholder, one per cross-attention layer.
-        all_layers: whether the MLM term reads every prompt with every layer's rows; else each
-            prompt is read with those of one random layer, which gives the same gradient on average.
+        learned_tokens: K variants of each placeholder, one per cross-attention layer.
+        all_layers: whether the MLM term reads every prompt with the embeddings of every layer; else
+            with those of one random layer, which gives the same gradient on average.
 
     Source: Voynov et al. 2023, arXiv 2303.09522; sd-scripts ``train_textual_inversion_XTI.py``.
     """
 
-    def __init__(self, models: StableDiffusion, rows: TokenRows, *, all_layers: bool = False):
-        super().__init__(models, [rows])
+    own_options = (*TextualInversion.own_options, "xti_mlm_layers")
+    supports_sdxl = False
+
+    def __init__(
+        self, models: StableDiffusion, learned_tokens: LearnedTokens, *, all_layers: bool = False
+    ):
+        super().__init__(models, [learned_tokens])
         self.all_layers = all_layers
         self.conditioning = per_layer_conditioning(models.unet)
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
         """Placeholders, first words and files; see ``Method.check``."""
-        check_rows(config.embedding, concepts, read=lambda file: [read_rows(file)])
+        check_tokens(config.embedding, concepts, read=lambda file: [read_rows(file)])
 
     @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> XTI:
-        """Rows alike in all layers, or those of an XTI file; see ``Method.prepare``."""
+        """Embeddings alike in all layers, or those of an XTI file; see ``Method.prepare``."""
         (text_encoder,) = models.text_encoders
-        rows = create_rows(
+        learned_tokens = create_tokens(
             text_encoder,
             config.embedding,
             concepts,
             num_variants=len(cross_attention_names(models.unet)),
             read=partial(read_rows, codes=layer_codes(models.unet)),
         )
-        return cls(models, rows, all_layers=config.embedding.xti_mlm_layers == "all")
+        return cls(models, learned_tokens, all_layers=config.embedding.xti_mlm_layers == "all")
 
     def encode(self, captions: Sequence[str]) -> Conditioning:
         """Conditioning of all layers, joined: ``(B, K L, D)``."""
@@ -90,11 +95,12 @@ class XTI(TextualInversion):
     ) -> Tensor:
         """Ids of each prompt for one random layer ``(B, L)``, or for every layer ``(K B, L)``."""
         ids_BL = text_encoder.tokenize_trimmed(prompts)
-        layers = range(self.only_rows.num_variants)
+        tokens = self.only_tokens
+        layers = range(tokens.num_variants)
         if self.all_layers:
-            return torch.cat([self.only_rows.variant(ids_BL, k) for k in layers])
+            return torch.cat([tokens.variant(ids_BL, k) for k in layers])
         drawn_B1 = torch.tensor([[rng.choice(layers)] for _ in prompts])
-        return self.only_rows.variant(ids_BL, drawn_B1)
+        return tokens.variant(ids_BL, drawn_B1)
 
     def files(self, path: Path) -> list[Path]:
         """Per placeholder the full file, then the averages for WebUIs."""
@@ -102,23 +108,23 @@ class XTI(TextualInversion):
 
     def export(self, to: Export) -> None:
         """sd-scripts' XTI format, and the layers' average as an ordinary embedding."""
-        codes, rows = layer_codes(self.models.unet), self.only_rows.rows
-        for file, tensor in zip(self._full_files(to.path), rows.values(), strict=True):
+        codes, embeddings = layer_codes(self.models.unet), self.only_tokens.embeddings
+        for file, tensor in zip(self._full_files(to.path), embeddings.values(), strict=True):
             metadata = to.metadata("textual-inversion")
             save_xti(file, tensor, metadata=metadata, dtype=to.dtype, codes=codes)
-        averages = {name: [layer_average(tensor)] for name, tensor in rows.items()}
+        averages = {name: [layer_average(tensor)] for name, tensor in embeddings.items()}
         save_embeddings(to, self._average_files(to.path), averages)
 
-    def cards(self, path: Path) -> dict[Path, Mapping[str, str]]:
+    def webui_files(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """The averages, called by their files' names: WebUIs cannot read the full files."""
-        return words_of(self._average_files(path), self.placeholders)
+        return webui_words(self._average_files(path), self.placeholders)
 
     def verify(self, path: Path) -> str:
         """Count the vectors."""
         verify_embeddings(self.files(path))
         (average, *_) = self._average_files(path)
         return (
-            f"{self.only_rows.num_variants} layers; WebUIs cannot use them apart: {average.name} "
+            f"{self.only_tokens.num_variants} layers; WebUIs cannot use them apart: {average.name} "
             "is their average, less faithful to the concept"
         )
 

@@ -1,4 +1,4 @@
-"""Captions encoded once for every cross-attention layer, with the rows of that layer."""
+"""Captions encoded once for every cross-attention layer, with the embeddings of that layer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def encode_per_layer(text_encoder: TextEncoder, captions: Sequence[str]) -> Tens
     """Conditioning of all layers, ``(B, K L, D)``: one pass of ``K B`` captions, then joined.
 
     Args:
-        text_encoder: with learned rows of K variants, one per layer.
+        text_encoder: with learned tokens of K variants, one per layer.
         captions: B texts.
 
     Source: sd-scripts ``train_textual_inversion_XTI.py``, which loops over the layers.
     """
-    rows = text_encoder.token_rows
-    assert rows is not None, "per-layer encoding needs rows per layer"
+    tokens = text_encoder.learned_tokens
+    assert tokens is not None, "per-layer encoding needs learned tokens for each layer"
     ids_BNL = text_encoder.tokenize(captions)
-    ids_KBNL = torch.stack([rows.variant(ids_BNL, k) for k in range(rows.num_variants)])
+    ids_KBNL = torch.stack([tokens.variant(ids_BNL, k) for k in range(tokens.num_variants)])
     states = text_encoder.encode_windows(ids_KBNL.flatten(0, 1))
-    return join_layers(states.unflatten(0, (rows.num_variants, len(captions))))
+    return join_layers(states.unflatten(0, (tokens.num_variants, len(captions))))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from mlm_plugin.models.token_embeddings import TokenRows
+    from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["PooledStates", "TextEncoder"]
 
@@ -48,7 +48,7 @@ class TextEncoder:
             SDXL and SD 3 take the state as it is. Source: ``library/strategy_sdxl.py``.
 
     Attributes:
-        token_rows: placeholders that stand for learned vectors; ``TokenRows`` puts itself here.
+        learned_tokens: placeholders that stand for learned vectors; they put themselves here.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class TextEncoder:
         self.clip_skip = clip_skip
         self.max_token_length = max_token_length
         self.final_norm = final_norm
-        self.token_rows: TokenRows | None = None
+        self.learned_tokens: LearnedTokens | None = None
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -119,7 +119,7 @@ class TextEncoder:
 
     def expand(self, caption: str) -> str:
         """The caption with its placeholders as the tokenizer knows them."""
-        return caption if self.token_rows is None else self.token_rows.expand(caption)
+        return caption if self.learned_tokens is None else self.learned_tokens.expand(caption)
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
         """States of one window, ``(B, L) -> (B, L, D)``, L <= 77, clip skip applied."""

@@ -1,8 +1,8 @@
-"""Learned token rows beside a frozen token table: the words of Textual Inversion and its kin.
+"""Learned token embeddings beside a frozen table: the words of Textual Inversion and its kin.
 
-The vocabulary is not resized: added rows would bring optimizer state for the whole table, and would
-move pooling and exports. A placeholder ("sks") stands in captions as a word; in the ids it becomes
-tokens of its own, and a hook on the embedding layer answers those with the learned rows.
+The vocabulary is not resized: added entries would bring optimizer state for the whole table, and
+would move pooling and exports. A placeholder ("sks") stands in captions as a word; in the ids it
+becomes tokens of its own, and a hook on the embedding layer answers those with what was learned.
 
 Knows no loss, no trainer and no files. Shapes: B captions, L tokens, N vectors per placeholder, K
 variants of a placeholder (the cross-attention layers of XTI, else 1), D width of the text encoder.
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["TokenRows", "initial_rows", "initial_tokens", "placeholder_pattern"]
+__all__ = ["LearnedTokens", "initial_embeddings", "initial_tokens", "placeholder_pattern"]
 
 ID_PREFIX = "id:"
 
 
 def initial_tokens(text_encoder: TextEncoder, init_word: str, num_vectors: int) -> list[int]:
-    """Ids of the tokens that N rows start at.
+    """Ids of the tokens that N embeddings start at.
 
-    A word of more tokens than there are rows gives its last ones, the head of an English compound
-    ("toy" of "duck toy"); one of fewer gives them again and again.
+    A word of more tokens than there are embeddings gives its last ones, the head of an English
+    compound ("toy" of "duck toy"); one of fewer gives them again and again.
 
     Raises:
         UserError: a word without tokens, or a number outside the vocabulary.
@@ -52,8 +52,8 @@ def initial_tokens(text_encoder: TextEncoder, init_word: str, num_vectors: int) 
     return [ids[n % len(ids)] for n in range(num_vectors)]
 
 
-def initial_rows(text_encoder: TextEncoder, init_word: str, *, num_vectors: int) -> Tensor:
-    """Rows to start from: those of the tokens of a word, ``(N, D)`` fp32.
+def initial_embeddings(text_encoder: TextEncoder, init_word: str, *, num_vectors: int) -> Tensor:
+    """Embeddings to start from: those of the tokens of a word, ``(N, D)`` fp32.
 
     Args:
         text_encoder: whose table is read.
@@ -70,38 +70,42 @@ def initial_rows(text_encoder: TextEncoder, init_word: str, *, num_vectors: int)
     return text_encoder.token_embedding.weight.detach()[ids].float().clone()
 
 
-class TokenRows(nn.Module):
+class LearnedTokens(nn.Module):
     """Placeholders that a text encoder reads as learned vectors, from here to :meth:`remove`.
 
     Args:
         text_encoder: gets a tokenizer that knows the placeholders, and hooks on its embedding.
-        rows: initial vectors of each placeholder, ``(K, N, D)``; K is the same for all.
+        embeddings: initial vectors of each placeholder, ``(K, N, D)``; K is the same for all.
 
     Attributes:
-        rows: the trained parameters by placeholder, ``(K, N, D)`` fp32.
+        embeddings: the trained parameters by placeholder, ``(K, N, D)`` fp32.
         num_variants: K.
     """
 
-    def __init__(self, text_encoder: TextEncoder, rows: Mapping[str, Tensor]):
+    def __init__(self, text_encoder: TextEncoder, embeddings: Mapping[str, Tensor]):
         super().__init__()
-        assert len({len(tensor) for tensor in rows.values()}) == 1, "as many variants of each"
-        assert text_encoder.token_rows is None, "this text encoder has learned rows already"
+        assert len({len(tensor) for tensor in embeddings.values()}) == 1, "as many variants of each"
+        assert text_encoder.learned_tokens is None, "this text encoder has learned tokens already"
         device = text_encoder.token_embedding.weight.device
         self._parameters_of = nn.ParameterList(
             nn.Parameter(tensor.detach().to(device, torch.float32).clone())
-            for tensor in rows.values()
+            for tensor in embeddings.values()
         )
-        self.placeholders = tuple(rows)
+        self.placeholders = tuple(embeddings)
         self.num_variants = len(self._parameters_of[0])
         self._text_encoder, self._old_tokenizer = text_encoder, text_encoder.tokenizer
         self._tokens = {
             placeholder: [f"<|row_{i}_{j}|>" for j in range(tensor.shape[0] * tensor.shape[1])]
-            for i, (placeholder, tensor) in enumerate(rows.items())
+            for i, (placeholder, tensor) in enumerate(embeddings.items())
         }
         self._first_id = self._extend_tokenizer()
         # variant k of a token stands k * (vectors of its placeholder) ids behind variant 0
         self._stride = torch.tensor(
-            [tensor.shape[1] for tensor in rows.values() for _ in range(tensor[..., 0].numel())]
+            [
+                tensor.shape[1]
+                for tensor in embeddings.values()
+                for _ in range(tensor[..., 0].numel())
+            ]
         )
         self._pattern = placeholder_pattern(self.placeholders)
         self._hidden_ids: list[Tensor] = []
@@ -110,16 +114,16 @@ class TokenRows(nn.Module):
             embedding.register_forward_pre_hook(self._hide),
             embedding.register_forward_hook(self._reveal),
         ]
-        text_encoder.token_rows = self
+        text_encoder.learned_tokens = self
 
     @property
-    def rows(self) -> dict[str, nn.Parameter]:
-        """Learned rows by placeholder, ``(K, N, D)``."""
+    def embeddings(self) -> dict[str, nn.Parameter]:
+        """Learned embeddings by placeholder, ``(K, N, D)``."""
         return dict(zip(self.placeholders, self._parameters_of, strict=True))
 
     @property
     def tokens(self) -> list[str]:
-        """Every token that stands for a learned row, as the tokenizer knows it."""
+        """Every token that stands for a learned vector, as the tokenizer knows it."""
         return [token for tokens in self._tokens.values() for token in tokens]
 
     def expand(self, caption: str) -> str:
@@ -133,16 +137,16 @@ class TokenRows(nn.Module):
             ids: ids of variant 0, any shape.
             k: from 0 to K - 1; a tensor must broadcast to ``ids``.
         """
-        is_row = ids >= self._first_id
+        is_learned = ids >= self._first_id
         stride = self._stride.to(ids.device)[(ids - self._first_id).clamp(min=0)]
-        return torch.where(is_row, ids + k * stride, ids)
+        return torch.where(is_learned, ids + k * stride, ids)
 
     def remove(self) -> None:
         """Take hooks and placeholders off the text encoder."""
         for handle in self._handles:
             handle.remove()
         self._text_encoder.tokenizer = self._old_tokenizer
-        self._text_encoder.token_rows = None
+        self._text_encoder.learned_tokens = None
 
     def _extend_tokenizer(self) -> int:
         """Give the encoder a tokenizer with our tokens; returns the first of their ids."""
@@ -152,7 +156,7 @@ class TokenRows(nn.Module):
         assert ids == list(range(ids[0], ids[0] + len(ids))), "added tokens have ids in a row"
         self._text_encoder.tokenizer = tokenizer
         self._words = [
-            " ".join(self._tokens[placeholder][: self.rows[placeholder].shape[1]])
+            " ".join(self._tokens[placeholder][: self.embeddings[placeholder].shape[1]])
             for placeholder in _longest_first(self.placeholders)
         ]
         return ids[0]
@@ -163,9 +167,9 @@ class TokenRows(nn.Module):
 
     def _reveal(self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         ids_BL = self._hidden_ids.pop()
-        table_ND = torch.cat([rows.flatten(0, 1) for rows in self._parameters_of])
-        rows_BLD = F.embedding((ids_BL - self._first_id).clamp(min=0), table_ND)
-        return torch.where((ids_BL >= self._first_id)[..., None], rows_BLD.to(output), output)
+        table_ND = torch.cat([tensor.flatten(0, 1) for tensor in self._parameters_of])
+        learned_BLD = F.embedding((ids_BL - self._first_id).clamp(min=0), table_ND)
+        return torch.where((ids_BL >= self._first_id)[..., None], learned_BLD.to(output), output)
 
 
 def placeholder_pattern(placeholders: Sequence[str]) -> re.Pattern[str]:

@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
-from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import Batch, EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.data.templates import load_templates
 from mlm_plugin.errors import UserError
+from mlm_plugin.methods import METHODS
 from mlm_plugin.mlm_setup import mlm_target
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_embeddings import placeholder_pattern
@@ -35,8 +36,8 @@ def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tup
         UserError: it is needed and not known, or ``mlm_target`` asks for a class word it lacks.
     """
     uses_term = config.mlm.mlm_loss_weight > 0
-    trains_tokens = config.schedule.method in TOKEN_METHODS
-    concepts = concepts_of(config, datasets, required=trains_tokens or uses_term)
+    learns_tokens = METHODS[config.schedule.method].learns_tokens
+    concepts = concepts_of(config, datasets, required=learns_tokens or uses_term)
     if uses_term:
         mlm_target(config.mlm, concepts)
     return concepts
@@ -118,7 +119,7 @@ def print_report(
 ) -> None:
     """Say what was found: pictures, captions, buckets, concepts."""
     text_encoder = models.text_encoders[0]  # a second one has the same vocabulary
-    learned = config.schedule.method in TOKEN_METHODS
+    learned = METHODS[config.schedule.method].learns_tokens
     num_vectors = config.embedding.num_vectors_per_token
 
     def count_tokens(caption: str) -> int:

@@ -8,20 +8,12 @@ from typing import NamedTuple
 
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.errors import UserError
+from mlm_plugin.methods import STOP_OPTIONS
 from mlm_plugin.methods.base import Method, Part
 
 __all__ = ["freeze_steps"]
 
 logger = logging.getLogger(__name__)
-
-STOP_OPTIONS = {
-    "unet": ("stop_unet_training",),
-    "textencoder": ("stop_text_encoder_training",),
-    "textencoder1": ("stop_text_encoder1_training", "stop_text_encoder_training"),
-    "textencoder2": ("stop_text_encoder2_training", "stop_text_encoder_training"),
-    "embedding": ("stop_embedding_training",),
-}
-"""The options that say when a part is frozen; the first that is given counts."""
 
 
 class _Stop(NamedTuple):

@@ -160,7 +160,7 @@ class Saver(Callback):
         names = [str(files[0])]
         names += [f"{file.name}/" if file.is_dir() else file.name for file in files[1:]]
         print(f"wrote {', '.join(names)} ({found})")
-        for file, words in method.cards(path).items():
+        for file, words in method.webui_files(path).items():
             self._write_card(file, words)
 
     def on_stop(self, trainer: Trainer) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 
-from mlm_plugin.config.checks import mlm_obstacle, trained_text_encoders
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
-from mlm_plugin.methods import WEIGHT_DTYPES, Method
+from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.models.checkpoints import StableDiffusion
@@ -44,9 +43,10 @@ def prepare_term(
     options, num_text_encoders = config.mlm, len(models.text_encoders)
     if options.mlm_loss_weight == 0:
         return None
-    if obstacle := mlm_obstacle(config, num_text_encoders=num_text_encoders):
-        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {obstacle}")
-    trained = trained_text_encoders(config, num_text_encoders=num_text_encoders)
+    method = METHODS[config.schedule.method]
+    if reason := method.why_no_gradient(config, num_text_encoders=num_text_encoders):
+        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {reason}")
+    trained = method.trained_text_encoders(config, num_text_encoders=num_text_encoders)
     reached = zip(models.text_encoders, trained, strict=True)
     setup = MLMSetup(options, seed=seed)
     setup.use_concepts(concepts, captions=_captions(dataset))

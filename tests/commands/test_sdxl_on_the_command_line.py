@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mlm_plugin.cli import main, train_main
-from mlm_plugin.config.options import SDXL_METHODS
+from mlm_plugin.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
+SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
 FIRST_STEP = "text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
 
 

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
-from mlm_plugin.config.options import TOKEN_METHODS
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.contextualizer_file import cached_contextualizer_path
+from mlm_plugin.methods import METHODS
 from mlm_plugin.pretrain import find_contextualizer, pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -340,14 +340,14 @@ def test_a_file_that_cannot_be_saved_on_the_way_does_not_end_the_run(
     assert names_in(tmp_path / "out") == ["dog.json", "dog.safetensors"]
 
 
-@pytest.mark.parametrize("method", ["lora", "dreambooth", *TOKEN_METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_token_methods_ask_for_the_concept_even_without_the_mlm_term(
     arguments, tmp_path, capsys, method
 ):
     (tmp_path / "data" / "10_").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "data" / "10_" / "a.png")
     flags = ["--train_data_dir", str(tmp_path / "data"), "--mlm_loss_weight", "0", "--check"]
-    asks = method in TOKEN_METHODS
+    asks = METHODS[method].learns_tokens
     assert train_main([*arguments, *flags, "--method", method]) == (2 if asks else 0)
     assert ("the run needs to know the concept" in capsys.readouterr().err) == asks
     flags += ["--placeholder_token", "sks", "--class_token", "duck toy"]

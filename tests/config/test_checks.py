@@ -1,39 +1,24 @@
-"""Contradictions end the run before a model is opened; settings without effect are named."""
+"""Options that do not go together end the run before a model is opened; others are named."""
 
 import logging
 from pathlib import Path
 
 import pytest
 
-from mlm_plugin.config.checks import check_config, check_model, mlm_obstacle, trained_text_encoders
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.config.options import (
-    METHOD_NAMES,
-    OPTIONS,
-    SDXL_METHODS,
-    TOKEN_METHODS,
-    TrainConfig,
-)
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
+from mlm_plugin.methods.checks import check_config  # with what the method says of the options
 
 PRESETS = sorted((Path(__file__).parents[2] / "presets").glob("*.toml"))
 USABLE = TrainConfig().replace(
     pretrained_model_name_or_path="model", output_dir="out", network_alpha=4.0, network_dim=4
 )
-NO_NETWORK = TrainConfig().replace(pretrained_model_name_or_path="model", output_dir="out")
 
 
 def test_a_plain_run_passes_without_a_word(caplog):
     check_config(USABLE)
     assert not caplog.records
-
-
-@pytest.mark.parametrize("method", METHOD_NAMES)
-def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, caplog):
-    config = NO_NETWORK.replace(method=method)
-    check_config(config)
-    assert not caplog.records
-    assert mlm_obstacle(config) is None
 
 
 @pytest.mark.parametrize(
@@ -45,26 +30,10 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
             {"network_train_unet_only": True, "network_train_text_encoder_only": True},
             ["network_train_unet_only", "network_train_text_encoder_only"],
         ),
-        (
-            {"quantize_unet": "nf4", "method": "dreambooth"},
-            ["quantize_unet = 'nf4'", "method = 'dreambooth'", "lora, textual_inversion, xti"],
-        ),
-        ({"quantize_unet": "int8", "method": "custom_diffusion"}, ["quantize_unet = 'int8'"]),
         ({"dim_from_weights": True}, ["dim_from_weights", "network_weights"]),
         ({"network_dropout": 1.0}, ["network_dropout"]),
         ({"network_args": ("conv_dim",)}, ["network_args", "key=value"]),
         ({"text_encoder_lr": (1e-4, 1e-5, 0.0)}, ["0.0001, 1e-05, 0", "two text encoders"]),
-        ({"text_encoder_lr": (1e-4, -1e-5)}, ["text_encoder_lr = -1e-05", "negative"]),
-        ({"cache_text_encoder_outputs": True}, ["cache_text_encoder_outputs", "unet_only"]),
-        (
-            {"cache_text_encoder_outputs": True, "method": "textual_inversion"},
-            ["cache_text_encoder_outputs"],
-        ),
-        ({"unet_lr": -1.0}, ["unet_lr"]),
-        (
-            {"unet_lr": 0.0, "text_encoder_lr": (0.0,)},
-            ["unet_lr and text_encoder_lr are all 0", "nothing would be trained"],
-        ),
         ({"lr_warmup_steps": 100}, ["lr_warmup_steps", "constant_with_warmup"]),
         (
             {"lr_warmup_steps": 0.1, "lr_scheduler_type": "CosineAnnealingLR"},
@@ -83,10 +52,6 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
         ({"seed": 2**32}, ["seed = 4294967296"]),
         ({"full_fp16": True}, ["full_fp16", "mixed_precision"]),
         ({"full_bf16": True, "mixed_precision": "fp16"}, ["full_bf16", "'bf16'"]),
-        (
-            {"fused_backward_pass": True},
-            ["fused_backward_pass", "method = 'lora'", "dreambooth"],
-        ),
         (
             {
                 "fused_backward_pass": True,
@@ -144,282 +109,6 @@ def test_a_contradiction_names_its_options(changes, parts):
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"method": "lora", "learning_rate": 0.0}, "learning_rate is 0"),
-        (
-            {"method": "lora", "unet_lr": 0.0, "text_encoder_lr": (0.0,)},
-            "unet_lr and text_encoder_lr are all 0",
-        ),
-        (
-            {"method": "dreambooth", "learning_rate": 0.0, "learning_rate_te": 0.0},
-            "learning_rate and learning_rate_te are all 0",
-        ),
-        (
-            {"method": "dreambooth", "learning_rate": 0.0, "no_train_text_encoder": True},
-            "learning_rate is 0",
-        ),
-        ({"method": "textual_inversion", "embedding_lr": 0.0}, "embedding_lr is 0"),
-        ({"method": "xti", "learning_rate": 0.0}, "learning_rate is 0"),
-        (
-            {"method": "custom_diffusion", "learning_rate": 0.0},
-            "learning_rate is 0",
-        ),
-        (
-            {
-                "method": "pivotal",
-                "unet_lr": 0.0,
-                "text_encoder_lr": (0.0,),
-                "embedding_lr": 0.0,
-            },
-            "unet_lr and text_encoder_lr and embedding_lr are all 0",
-        ),
-    ],
-)
-def test_a_run_whose_rates_are_all_0_is_refused_by_their_names(changes, said):
-    with pytest.raises(UserError, match="nothing would be trained") as caught:
-        check_config(NO_NETWORK.replace(**changes))
-    assert said in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("method", "trained", "untrained"),
-    [
-        ("lora", {"unet_lr": 1e-4}, {}),
-        ("lora", {"text_encoder_lr": (1e-4,)}, {"embedding_lr": 1e-4, "learning_rate_te": 1e-4}),
-        ("dreambooth", {"learning_rate_te": 1e-6}, {"unet_lr": 1e-4, "embedding_lr": 1e-4}),
-        ("textual_inversion", {"embedding_lr": 5e-4}, {"unet_lr": 1e-4, "learning_rate_te": 1e-4}),
-        ("xti", {"embedding_lr": 5e-4}, {"text_encoder_lr": (1e-4,)}),
-        ("custom_diffusion", {"embedding_lr": 5e-4}, {"unet_lr": 1e-4}),
-        ("pivotal", {"embedding_lr": 5e-4}, {"learning_rate_te": 1e-4}),
-    ],
-)
-def test_a_method_is_trained_by_its_own_rates_alone(method, trained, untrained):
-    config = NO_NETWORK.replace(method=method, learning_rate=0.0, mlm_loss_weight=0.0)
-    check_config(config.replace(**trained))
-    with pytest.raises(UserError, match="nothing would be trained"):
-        check_config(config.replace(**untrained))
-
-
-@pytest.mark.parametrize(
-    ("method", "changes", "named"),
-    [
-        ("lora", {"unet_lr": -1.0}, "unet_lr = -1"),
-        ("dreambooth", {"learning_rate_te": -1.0}, "learning_rate_te = -1"),
-        ("custom_diffusion", {"learning_rate": -1.0, "embedding_lr": 1.0}, "learning_rate = -1"),
-        ("xti", {"embedding_lr": -1.0}, "embedding_lr = -1"),
-    ],
-)
-def test_a_negative_rate_is_refused_by_its_name(method, changes, named):
-    with pytest.raises(UserError, match=named):
-        check_config(NO_NETWORK.replace(method=method, **changes))
-
-
-WITHOUT_GRADIENT = [
-    ({"network_train_unet_only": True}, "network_train_unet_only"),
-    ({"text_encoder_lr": (0.0,)}, "text_encoder_lr = 0"),
-    ({"learning_rate": 0.0, "unet_lr": 1e-4}, "learning_rate = 0"),
-    (
-        {"network_module": "lycoris.kohya", "network_args": ("preset=unet-transformer-only",)},
-        "preset=unet-transformer-only",
-    ),
-    ({"method": "dreambooth", "no_train_text_encoder": True}, "no_train_text_encoder"),
-    ({"method": "dreambooth", "learning_rate_te": 0.0}, "learning_rate_te = 0"),
-    ({"method": "custom_diffusion", "embedding_lr": 0.0}, "embedding_lr = 0"),
-    (
-        {"method": "pivotal", "embedding_lr": 0.0, "text_encoder_lr": (0.0,), "unet_lr": 1e-4},
-        "text_encoder_lr = 0",
-    ),
-    (
-        {"method": "pivotal", "embedding_lr": 0.0, "network_train_unet_only": True},
-        "network_train_unet_only",
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "named"), WITHOUT_GRADIENT)
-def test_mlm_without_a_gradient_is_refused_with_the_reason(changes, named):
-    config = USABLE.replace(**changes)
-    assert named in mlm_obstacle(config)
-    with pytest.raises(UserError, match=named) as caught:
-        check_config(config)
-    assert "mlm_loss_weight = 0" in str(caught.value)
-    check_config(config.replace(mlm_loss_weight=0.0))
-    assert mlm_obstacle(USABLE) is None
-
-
-@pytest.mark.parametrize("method", TOKEN_METHODS)
-def test_rows_give_the_mlm_term_its_gradient_whatever_else_is_off(method):
-    config = NO_NETWORK.replace(method=method, learning_rate=0.0, embedding_lr=1e-3)
-    assert mlm_obstacle(config) is None
-    assert mlm_obstacle(config.replace(text_encoder_lr=(0.0,), unet_lr=0.0)) is None
-    assert mlm_obstacle(config.replace(network_train_unet_only=True)) is None
-    assert mlm_obstacle(config.replace(no_train_text_encoder=True, learning_rate_te=0.0)) is None
-
-
-def test_pivotal_needs_rows_or_text_encoder_modules_for_the_mlm_term():
-    pivotal = NO_NETWORK.replace(method="pivotal")
-    assert mlm_obstacle(pivotal.replace(embedding_lr=0.0)) is None
-    assert mlm_obstacle(pivotal.replace(network_train_unet_only=True)) is None
-    assert mlm_obstacle(pivotal.replace(embedding_lr=0.0, network_train_unet_only=True))
-
-
-def test_a_method_minds_only_its_own_obstacles():
-    dreambooth = NO_NETWORK.replace(method="dreambooth")
-    assert mlm_obstacle(dreambooth.replace(network_train_unet_only=True)) is None
-    assert mlm_obstacle(dreambooth.replace(text_encoder_lr=(0.0,), embedding_lr=0.0)) is None
-    assert mlm_obstacle(dreambooth.replace(learning_rate=0.0, learning_rate_te=1e-6)) is None
-    assert mlm_obstacle(dreambooth.replace(learning_rate=0.0)).startswith("learning_rate = 0")
-    assert "learning_rate_te" in mlm_obstacle(dreambooth.replace(learning_rate_te=0.0))
-    assert mlm_obstacle(USABLE.replace(no_train_text_encoder=True, learning_rate_te=0.0)) is None
-    assert mlm_obstacle(USABLE.replace(embedding_lr=0.0)) is None
-
-
-def test_the_text_encoder_rate_of_a_lora_falls_back_to_learning_rate():
-    frozen = USABLE.replace(learning_rate=0.0, unet_lr=1e-4)
-    assert mlm_obstacle(frozen).startswith("learning_rate = 0")
-    assert mlm_obstacle(frozen.replace(text_encoder_lr=(5e-5,))) is None
-    assert mlm_obstacle(USABLE.replace(text_encoder_lr=(0.0,))).startswith("text_encoder_lr = 0")
-
-
-def test_with_two_text_encoders_one_that_is_trained_is_enough_for_the_mlm_term():
-    second = USABLE.replace(text_encoder_lr=(0.0, 1e-4))
-    assert mlm_obstacle(second) is None
-    assert mlm_obstacle(second, num_text_encoders=1).startswith("text_encoder_lr = 0")
-    dreambooth = NO_NETWORK.replace(method="dreambooth", learning_rate_te1=0.0)
-    assert mlm_obstacle(dreambooth) is None
-    none = dreambooth.replace(learning_rate_te2=0.0)
-    assert mlm_obstacle(none).startswith("learning_rate_te1 = 0 and learning_rate_te2 = 0 leaves")
-    assert mlm_obstacle(none, num_text_encoders=1) is None  # it has learning_rate_te
-    assert mlm_obstacle(dreambooth.replace(learning_rate_te=0.0)).startswith("learning_rate_te1")
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, [True, True]),
-        ({"text_encoder_lr": (1e-4,)}, [True, True]),
-        ({"text_encoder_lr": (1e-4, 0.0)}, [True, False]),
-        ({"network_train_unet_only": True}, [False, False]),
-        ({"method": "dreambooth", "learning_rate_te1": 0.0}, [False, True]),
-        (
-            {"method": "dreambooth", "learning_rate_te": 0.0, "learning_rate_te1": 1e-6},
-            [True, False],
-        ),
-        ({"method": "dreambooth", "no_train_text_encoder": True}, [False, False]),
-        ({"method": "textual_inversion"}, [True, True]),
-        ({"method": "pivotal", "text_encoder_lr": (0.0, 0.0)}, [True, True]),
-        ({"method": "pivotal", "embedding_lr": 0.0, "text_encoder_lr": (0.0, 1.0)}, [False, True]),
-    ],
-)
-def test_the_mlm_term_reaches_the_text_encoders_before_whose_output_something_is_trained(
-    changes, expected
-):
-    assert trained_text_encoders(NO_NETWORK.replace(**changes), num_text_encoders=2) == expected
-
-
-@pytest.mark.parametrize("method", METHOD_NAMES)
-def test_a_method_made_of_one_text_encoder_refuses_sdxl(method):
-    config = NO_NETWORK.replace(method=method)
-    check_model(config, is_sdxl=False)
-    if method in SDXL_METHODS:
-        check_model(config, is_sdxl=True)
-        return
-    with pytest.raises(UserError, match=rf"method = '{method}'.* model is SDXL; use one of lora"):
-        check_model(config, is_sdxl=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"text_encoder_lr": (1e-4, 1e-5)}, "the second text_encoder_lr"),
-        ({"stop_text_encoder2_training": 5}, "stop_text_encoder2_training"),
-        ({"method": "dreambooth", "learning_rate_te1": 1e-6}, "learning_rate_te1"),
-    ],
-)
-def test_an_option_of_the_second_text_encoder_is_named_where_there_is_none(changes, named, caplog):
-    config = NO_NETWORK.replace(**changes)
-    check_model(config, is_sdxl=True)
-    assert not caplog.records
-    check_model(config, is_sdxl=False)
-    assert [record.getMessage().split(" has no effect")[0] for record in caplog.records] == [named]
-
-
-READERS = {
-    **{name: {"lora", "pivotal"} for name, entry in OPTIONS.items() if entry.group == "network"},
-    "unet_lr": {"lora", "pivotal"},
-    "text_encoder_lr": {"lora", "pivotal"},
-    "num_vectors_per_token": set(TOKEN_METHODS),
-    "init_word": set(TOKEN_METHODS),
-    "weights": set(TOKEN_METHODS),
-    "embedding_lr": set(TOKEN_METHODS),
-    "stop_embedding_training": set(TOKEN_METHODS),
-    "xti_mlm_layers": {"xti"},
-    "bundle_embedding": {"pivotal"},
-    "delta_lora_rank": {"custom_diffusion"},
-    "no_train_text_encoder": {"dreambooth"},
-    "learning_rate_te": {"dreambooth"},
-    "learning_rate_te1": {"dreambooth"},
-    "learning_rate_te2": {"dreambooth"},
-    "save_diffusers_folder": {"dreambooth"},
-    "stop_text_encoder_training": {"lora", "pivotal", "dreambooth"},
-    "stop_text_encoder1_training": {"lora", "pivotal", "dreambooth"},
-    "stop_text_encoder2_training": {"lora", "pivotal", "dreambooth"},
-    "stop_unet_training": {"lora", "pivotal", "dreambooth", "custom_diffusion"},
-}
-"""Which methods read an option; those that are not here are read by all."""
-
-VALUES = {
-    "network_module": "lycoris.kohya",
-    "network_args": ("conv_dim=4",),
-    "network_weights": "a.safetensors",
-    "network_dropout": 0.1,
-    "unet_lr": 1e-4,
-    "text_encoder_lr": (1e-4,),
-    "init_word": ("dog",),
-    "weights": ("a.pt",),
-    "embedding_lr": 1e-4,
-    "stop_embedding_training": 5,
-    "xti_mlm_layers": "all",
-    "learning_rate_te": 1e-6,
-    "learning_rate_te1": 1e-6,
-    "learning_rate_te2": 1e-6,
-    "stop_text_encoder_training": 0.5,
-    "stop_unet_training": 5,
-}
-"""A value that is not the default, where True and 4 are no values."""
-
-
-PARTNERS = {"dim_from_weights": {"network_weights": "a.safetensors"}}
-
-
-@pytest.mark.parametrize("method", METHOD_NAMES)
-@pytest.mark.parametrize("name", READERS)
-def test_an_option_is_named_where_the_method_does_not_read_it(name, method, caplog):
-    value = VALUES.get(name, True if OPTIONS[name].kind is bool else 4)
-    config = NO_NETWORK.replace(method=method, mlm_loss_weight=0.0, **PARTNERS.get(name, {}))
-    check_config(config.replace(**{name: value}))
-    said = [r.getMessage() for r in caplog.records if f"with method = {method}" in r.getMessage()]
-    assert len(said) == (method not in READERS[name])
-    assert all(name in message.split(" ha")[0].split(", ") for message in said)
-
-
-def test_options_of_another_method_are_named_together(caplog):
-    check_config(NO_NETWORK.replace(method="xti", network_dim=8, unet_lr=1e-4, network_alpha=8.0))
-    check_config(NO_NETWORK.replace(method="dreambooth", init_word=("dog",), embedding_lr=1e-3))
-    assert [record.getMessage() for record in caplog.records] == [
-        "network_dim, network_alpha, unet_lr have no effect with method = xti",
-        "init_word, embedding_lr have no effect with method = dreambooth",
-    ]
-
-
-def test_every_option_of_the_new_groups_says_which_methods_read_it():
-    of_data = {"class_prompt", "generate_class_images"}  # regularization images suit all methods
-    names = {n for n, entry in OPTIONS.items() if entry.group in ("embedding", "finetune")}
-    assert names - of_data <= READERS.keys()
 
 
 @pytest.mark.parametrize(
@@ -519,24 +208,6 @@ def test_a_doubtful_setting_is_named_once(changes, named, caplog):
 def test_a_setting_that_is_read_is_not_complained_of(changes, caplog):
     check_config(USABLE.replace(**changes))
     assert not caplog.records
-
-
-def test_what_a_frozen_text_encoder_leaves_unread_is_named(caplog):
-    config = NO_NETWORK.replace(method="dreambooth", no_train_text_encoder=True)
-    config = config.replace(mlm_loss_weight=0.0, save_diffusers_folder=True)
-    check_config(config)
-    assert not caplog.records
-    check_config(config.replace(learning_rate_te=1e-6, stop_text_encoder_training=0.5))
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        "learning_rate_te, stop_text_encoder_training have no effect with no_train_text_encoder"
-    )
-
-
-@pytest.mark.parametrize("method", ["dreambooth", "textual_inversion", "xti", "custom_diffusion"])
-def test_the_scale_of_a_network_is_no_matter_where_none_is_trained(method, caplog):
-    check_config(NO_NETWORK.replace(method=method, network_dim=32))
-    assert "network_alpha is 1" not in caplog.text
 
 
 def test_warmup_is_fine_where_the_scheduler_or_the_optimizer_handles_it():

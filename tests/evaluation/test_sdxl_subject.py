@@ -162,7 +162,7 @@ def test_the_base_text_encoders_stay_as_they_were(toy_sdxl_folder, files):
     untouched = load_stable_diffusion(toy_sdxl_folder).text_encoders
     for base, before in zip(subject.base_text_encoders, untouched, strict=True):
         assert base.fingerprint() == before.fingerprint()
-        assert base.token_rows is None
+        assert base.learned_tokens is None
         with torch.no_grad():
             states = base.encode_captions([PROMPT])
             torch.testing.assert_close(states, before.encode_captions([PROMPT]))

@@ -17,7 +17,7 @@ from mlm_plugin.evaluation.text_space import (
     set_distances,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 
 TEMPLATES = ["a {} on the beach", "a {} wearing a red hat", "a {} in the snow", "a wet {}"]
 
@@ -72,7 +72,7 @@ def test_the_embedding_has_the_norm_and_direction_it_was_given(toy_text_encoder)
     across_D = torch.randn_like(class_D)
     across_D -= class_D * (across_D @ class_D) / class_D.square().sum()
     rows_KND = torch.stack([3 * class_D, 3 * class_D.norm() * across_D / across_D.norm()])[None]
-    TokenRows(toy_text_encoder, {"sks": rows_KND})
+    LearnedTokens(toy_text_encoder, {"sks": rows_KND})
     found = embedding_measures(toy_text_encoder, placeholder_token="sks", class_token="dog")
     assert found["norm"] == pytest.approx(3 * class_D.norm().item(), rel=1e-4)
     assert found["cosine"] == pytest.approx(0.5, abs=1e-4)  # one along, one across
@@ -105,7 +105,7 @@ def test_the_same_words_are_hidden_whatever_stands_in_the_slot(toy_text_encoder,
 
 def test_every_layers_reading_of_a_placeholder_counts(toy_text_encoder, contextualizer):
     table_VD = toy_text_encoder.token_embedding.weight.detach()
-    rows = TokenRows(toy_text_encoder, {"sks": table_VD[[5, 900]][:, None]})
+    rows = LearnedTokens(toy_text_encoder, {"sks": table_VD[[5, 900]][:, None]})
     prompts = [with_concept(template, "sks", "dog") for template in TEMPLATES]
     with torch.no_grad():
         assert pooled_states(toy_text_encoder, prompts).shape[:2] == (2, 4)
@@ -115,7 +115,7 @@ def test_every_layers_reading_of_a_placeholder_counts(toy_text_encoder, contextu
     singles = []
     rows.remove()
     for row in (5, 900):
-        single = TokenRows(toy_text_encoder, {"sks": table_VD[[row]][:, None]})
+        single = LearnedTokens(toy_text_encoder, {"sks": table_VD[[row]][:, None]})
         with torch.no_grad():
             singles.append(
                 masked_words(

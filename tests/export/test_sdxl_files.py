@@ -23,7 +23,7 @@ from mlm_plugin.export.embedding_files import (
 from mlm_plugin.export.lora_files import bundled_embeddings, save_lora, verify_lora
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.conditioning import encode_captions
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 from mlm_plugin.networks.create import create_network
 
 CHECKOUT = os.environ.get("SD_SCRIPTS_DIR")  # read here: tests run without it
@@ -167,7 +167,7 @@ def test_sd_scripts_reads_the_file_and_we_read_its_file(tmp_path, suffix):
 def test_diffusers_reads_learned_rows_as_our_encoders_do(tmp_path, models, pipeline, num_vectors):
     rows = rows_of(num_vectors)
     for text_encoder, tensor in zip(models.text_encoders, rows, strict=True):
-        TokenRows(text_encoder, {"sks": tensor[None]})
+        LearnedTokens(text_encoder, {"sks": tensor[None]})
     captions = ["a photo of sks dog", "sks", "a dog! and sks!"]
     states, pooled = encode_captions(models.text_encoders, captions)
 

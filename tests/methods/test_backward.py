@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mlm_plugin.config.options import METHOD_NAMES, SDXL_METHODS
 from mlm_plugin.errors import UserError
 from mlm_plugin.estimate.live_bytes import LiveBytes
+from mlm_plugin.methods import METHODS
 from mlm_plugin.training.callbacks import Callback
 from mlm_plugin.training.guards import NonFiniteLoss
 
+SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
 aten = torch.ops.aten
 WEIGHT = 0.5
 LYCORIS = ("locon", "loha", "lokr", "ia3", "dylora", "glora", "diag-oft", "boft", "full")
@@ -56,7 +57,7 @@ def assert_passes_add_up(trainer):
 # --- gradients --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_two_passes_give_the_gradients_of_the_sum(name, trainer_of):
     assert_passes_add_up(trainer_of(name))
 
@@ -97,7 +98,7 @@ def test_a_gradient_scaler_scales_both_passes(trainer_of):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_what_the_first_pass_kept_is_gone_before_the_second(name, checkpointing, trainer_of):
     options = {"gradient_checkpointing": True} if checkpointing else {}
     trainer = trainer_of(name, cache_latents=True, **options)
@@ -179,7 +180,7 @@ def reads_of_a_step(trainer, monkeypatch):
     return reads.reads
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_waits_for_its_device_once(name, trainer_of, monkeypatch):
     trainer = trainer_of(name, min_snr_gamma=5, noise_offset=0.05)
     assert reads_of_a_step(trainer, monkeypatch) == ["tolist"]

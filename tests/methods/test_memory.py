@@ -3,12 +3,13 @@
 import pytest
 
 from mlm_plugin.commands.estimate import estimate_of
-from mlm_plugin.config.options import METHOD_NAMES, SDXL_METHODS
 from mlm_plugin.estimate.live_bytes import LiveBytes, storage_bytes
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
+from mlm_plugin.methods import METHODS
 from mlm_plugin.training.callbacks import Callback
 
+SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
 CLOSE = 0.10
 
 
@@ -53,7 +54,7 @@ def predicted(method, folder, **options):
     return estimate_of(parse_estimate([*flags, "--cache_latents"]).config)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_step_takes_what_was_predicted(method, trainer_of, toy_folder):
     trainer = trainer_of(method, steps=2, optimizer_type="SGDNesterov", cache_latents=True)
     moment = predicted(method, toy_folder, optimizer_type="SGDNesterov").moments["training step"]

@@ -1,31 +1,27 @@
 """Every method of the table: it learns, changes only what it should, resumes, and its files load.
 
-A new method gets all of this by its line in ``METHODS`` and one in ``CLIENTS``.
+A new method gets all of this by its line in ``METHOD_CLASSES`` and its row here.
 """
 
 import dataclasses
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from mlm_plugin.config.options import METHOD_NAMES
+from mlm_plugin.config.methods import METHOD_CLASSES
+from mlm_plugin.config.options import OPTIONS, TrainConfig
 from mlm_plugin.export.xti_pipeline import load_xti
 from mlm_plugin.methods import METHODS, Export
+from mlm_plugin.methods.checks import check_config
 from mlm_plugin.training.samples import DenoiseSettings, create_sampler, denoise
 
 PROMPT, NEGATIVE = "a photo of sks dog on the beach", "blurry"
 STEPS, SCALE, SIDE = 4, 4.0, 64
-
-CHANGED = {  # of the base model; everything else stays bit for bit
-    "lora": (),
-    "textual_inversion": (),
-    "xti": (),
-    "pivotal": (),
-    "custom_diffusion": ("unet.attn2.to_k", "unet.attn2.to_v"),
-    "dreambooth": ("unet.", "text_encoder."),
-}
 
 
 def base_weights(models):
@@ -44,11 +40,7 @@ def base_weights(models):
 
 
 def may_change(name, method):
-    part, _, rest = name.partition(".")
-    return any(
-        prefix == f"{part}." or f"{part}.{'.'.join(rest.split('.')[-3:-1])}" == prefix
-        for prefix in CHANGED[method]
-    )
+    return any(fnmatchcase(name, pattern) for pattern in ROWS[method].changed)
 
 
 def fixed_loss(trainer):
@@ -138,19 +130,56 @@ def client_dreambooth(folder, files):
     return pipeline, texts()
 
 
-CLIENTS = {
-    "lora": client_lora,
-    "dreambooth": client_dreambooth,
-    "textual_inversion": client_textual_inversion,
-    "xti": client_xti,
-    "custom_diffusion": client_custom_diffusion,
-    "pivotal": client_pivotal,
+NETWORK = {
+    *(name for name, entry in OPTIONS.items() if entry.group == "network"),
+    *("unet_lr", "text_encoder_lr"),
+}
+TOKENS = {
+    *("num_vectors_per_token", "init_word", "weights"),
+    *("embedding_lr", "stop_embedding_training"),
+}
+STOP_UNET = {"stop_unet_training"}
+STOP_TEXT = {f"stop_text_encoder{number}_training" for number in ("", "1", "2")}
+RATES_TE = {f"learning_rate_te{number}" for number in ("", "1", "2")}
+
+
+class Row(NamedTuple):
+    """What a method is held to.
+
+    Attributes:
+        client: the program that loads its files, and what draws the concept there.
+        changed: weights of the base model that it may change; all others stay bit for bit.
+        reads: options that not every method reads.
+    """
+
+    client: Callable
+    changed: tuple[str, ...]
+    reads: set[str]
+
+
+ROWS = {
+    "lora": Row(client_lora, (), NETWORK | STOP_UNET | STOP_TEXT),
+    "dreambooth": Row(
+        client_dreambooth,
+        ("unet.*", "text_encoder.*"),
+        {"no_train_text_encoder", "save_diffusers_folder"} | RATES_TE | STOP_UNET | STOP_TEXT,
+    ),
+    "textual_inversion": Row(client_textual_inversion, (), TOKENS),
+    "xti": Row(client_xti, (), TOKENS | {"xti_mlm_layers"}),
+    "custom_diffusion": Row(
+        client_custom_diffusion,
+        ("unet.*.attn2.to_[kv].weight",),
+        TOKENS | {"delta_lora_rank"} | STOP_UNET,
+    ),
+    "pivotal": Row(
+        client_pivotal, (), NETWORK | TOKENS | {"bundle_embedding"} | STOP_UNET | STOP_TEXT
+    ),
 }
 
 
-def test_every_method_is_an_option_and_has_a_client():
-    assert tuple(METHODS) == METHOD_NAMES
-    assert METHODS.keys() == CLIENTS.keys() == CHANGED.keys()
+def test_every_method_is_an_option_and_has_a_row():
+    assert OPTIONS["method"].choices == tuple(METHOD_CLASSES)
+    assert METHODS.keys() == METHOD_CLASSES.keys() == ROWS.keys()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -181,7 +210,7 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(name, trainer_of, toy
     assert files[0] == path
     assert sorted(files) == sorted(tmp_path.iterdir())
     assert trainer.method.verify(path)
-    pipeline, prompts = CLIENTS[name](toy_folder, files)
+    pipeline, prompts = ROWS[name].client(toy_folder, files)
     sample = own_sample(trainer)
     assert np.abs(sample - untrained).max() > 1e-2, "the training must show"
     np.testing.assert_allclose(client_sample(pipeline, trainer, **prompts), sample, atol=1e-3)
@@ -230,3 +259,57 @@ def test_a_frozen_part_stays_as_it_is(name, trainer_of):
         assert not any(p.requires_grad for p in trainer.method.parts()[part])
     assert trainer.method.parameters() == []
     assert not trainer.method.trains_text_side
+
+
+# --- options ---
+
+PLAIN = TrainConfig().replace(pretrained_model_name_or_path="model", output_dir="out")
+OWN_OPTIONS = sorted(set().union(*(row.reads for row in ROWS.values())))
+
+VALUES = {
+    "network_module": "lycoris.kohya",
+    "network_args": ("conv_dim=4",),
+    "network_weights": "a.safetensors",
+    "network_dropout": 0.1,
+    "unet_lr": 1e-4,
+    "text_encoder_lr": (1e-4,),
+    "init_word": ("dog",),
+    "weights": ("a.pt",),
+    "embedding_lr": 1e-4,
+    "stop_embedding_training": 5,
+    "xti_mlm_layers": "all",
+    "learning_rate_te": 1e-6,
+    "learning_rate_te1": 1e-6,
+    "learning_rate_te2": 1e-6,
+    "stop_text_encoder_training": 0.5,
+    "stop_unet_training": 5,
+}
+"""A value that is not the default, where True and 4 are no values."""
+
+PARTNERS = {"dim_from_weights": {"network_weights": "a.safetensors"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", OWN_OPTIONS)
+def test_an_option_is_named_where_the_method_does_not_read_it(name, method, caplog):
+    value = VALUES.get(name, True if OPTIONS[name].kind is bool else 4)
+    config = PLAIN.replace(method=method, mlm_loss_weight=0.0, **PARTNERS.get(name, {}))
+    check_config(config.replace(**{name: value}))
+    said = [r.getMessage() for r in caplog.records if f"with method = {method}" in r.getMessage()]
+    assert len(said) == (name not in ROWS[method].reads)
+    assert all(name in message.split(" ha")[0].split(", ") for message in said)
+
+
+def test_options_of_another_method_are_named_together(caplog):
+    check_config(PLAIN.replace(method="xti", network_dim=8, unet_lr=1e-4, network_alpha=8.0))
+    check_config(PLAIN.replace(method="dreambooth", init_word=("dog",), embedding_lr=1e-3))
+    assert [record.getMessage() for record in caplog.records] == [
+        "network_dim, network_alpha, unet_lr have no effect with method = xti",
+        "init_word, embedding_lr have no effect with method = dreambooth",
+    ]
+
+
+def test_every_option_of_the_new_groups_says_which_methods_read_it():
+    of_data = {"class_prompt", "generate_class_images"}  # regularization images suit all methods
+    names = {n for n, entry in OPTIONS.items() if entry.group in ("embedding", "finetune")}
+    assert names - of_data <= set(OWN_OPTIONS)

@@ -8,19 +8,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
-from mlm_plugin.config.options import SDXL_METHODS
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
-from mlm_plugin.methods import Export
+from mlm_plugin.methods import METHODS, Export
 from mlm_plugin.training.samples import DenoiseSettings, create_sampler, denoise
 
 PROMPT, NEGATIVE = "a photo of sks dog on the beach", "blurry"
 STEPS, SCALE, SIDE = 3, 4.0, 64
-PARTS = {
-    "lora": {"unet", "textencoder1", "textencoder2"},
-    "dreambooth": {"unet", "textencoder1", "textencoder2"},
-    "textual_inversion": {"embedding"},
-    "pivotal": {"unet", "textencoder1", "textencoder2", "embedding"},
-}
+SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
 
 
 def own_sample(trainer):
@@ -56,28 +51,28 @@ def client_sample(pipeline, trainer, word):
 
 
 def add_embedding(pipeline, file):
-    """Learned rows in both encoders, as diffusers' guide of pivotal tuning loads them."""
-    rows = load_file(file)
+    """Learned embeddings in both encoders, as diffusers' guide of pivotal tuning loads them."""
+    embeddings = load_file(file)
     for key, encoder, tokenizer in (
         ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
         ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),
     ):
         pipeline.load_textual_inversion(
-            rows[key], token="<learned>", text_encoder=encoder, tokenizer=tokenizer
+            embeddings[key], token="<learned>", text_encoder=encoder, tokenizer=tokenizer
         )
 
 
 def client_of(method, folder, files):
     """The pipeline with the files in it, and the word that calls the concept."""
-    if method == "dreambooth":
+    if method.trains_base_weights:
         pipeline = StableDiffusionXLPipeline.from_single_file(
             str(files[0]), config=str(folder), local_files_only=True
         )
         return pipeline, "sks"
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
-    if method in ("lora", "pivotal"):
+    if method.trains_network:
         pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name)
-    if method == "lora":
+    if not method.learns_tokens:
         return pipeline, "sks"
     add_embedding(pipeline, files[-1])
     return pipeline, "<learned>"
@@ -87,9 +82,11 @@ def client_of(method, folder, files):
 def test_it_learns_and_its_files_draw_the_trainers_picture(
     name, sdxl_trainer_of, toy_sdxl_folder, tmp_path
 ):
-    rates = {"embedding_lr": 2e-2} if "embedding" in PARTS[name] else {}
+    method = METHODS[name]
+    rates = {"embedding_lr": 2e-2} if method.learns_tokens else {}
     trainer = sdxl_trainer_of(name, steps=4, **rates)
-    assert trainer.method.parts().keys() == PARTS[name]
+    parts = method.learning_rates(TrainConfig(), num_text_encoders=2).keys()
+    assert trainer.method.parts().keys() == parts
     untrained = own_sample(trainer)
     trainer.run()
     path = tmp_path / "x.safetensors"
@@ -97,13 +94,13 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(
     files = trainer.method.files(path)
     assert sorted(files) == sorted(tmp_path.iterdir())
     assert trainer.method.verify(path)
-    pipeline, word = client_of(name, toy_sdxl_folder, files)
+    pipeline, word = client_of(method, toy_sdxl_folder, files)
     sample = own_sample(trainer)
     assert np.abs(sample - untrained).max() > 1e-2, "the training must show"
     np.testing.assert_allclose(client_sample(pipeline, trainer, word), sample, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dreambooth", "pivotal"])  # weights; adapters and rows
+@pytest.mark.parametrize("name", ["dreambooth", "pivotal"])  # weights; adapters and embeddings
 def test_a_resumed_run_ends_bit_identical_to_a_straight_one(name, sdxl_trainer_of, tmp_path):
     straight = sdxl_trainer_of(name, steps=2, mlm_loss_weight=0.1)
     straight.run()
@@ -132,7 +129,7 @@ def test_the_term_has_a_loss_and_a_gradient_for_each_text_encoder(name, sdxl_tra
     }
     assert reached.pop("unet", 0) == 0
     if "embedding" in reached:
-        assert reached["embedding"] == 2  # the rows of either encoder
+        assert reached["embedding"] == 2  # those of either encoder
     assert all(reached.values())
 
 
@@ -210,7 +207,7 @@ def test_a_method_of_one_text_encoder_is_refused(name, sdxl_trainer_of):
         sdxl_trainer_of(name)
 
 
-def test_rows_for_another_number_of_text_encoders_are_refused(
+def test_embeddings_for_another_number_of_text_encoders_are_refused(
     trainer_of, sdxl_trainer_of, tmp_path
 ):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
@@ -218,10 +215,10 @@ def test_rows_for_another_number_of_text_encoders_are_refused(
         method = make("textual_inversion").method
         method.export(Export(path, metadata=lambda kind: {}))
     again = sdxl_trainer_of("textual_inversion", weights=two).method
-    assert torch.equal(again.row_parameters()[1], method.row_parameters()[1])
-    with pytest.raises(UserError, match=r"rows for 1 text encoder\(s\), this model has 2"):
+    assert torch.equal(again.embedding_parameters()[1], method.embedding_parameters()[1])
+    with pytest.raises(UserError, match=r"embeddings for 1 text encoder\(s\), this model has 2"):
         sdxl_trainer_of("textual_inversion", weights=one)
-    with pytest.raises(UserError, match=r"rows for 2 text encoder\(s\), this model has 1"):
+    with pytest.raises(UserError, match=r"embeddings for 2 text encoder\(s\), this model has 1"):
         trainer_of("textual_inversion", weights=two)
 
 

@@ -1,4 +1,4 @@
-"""What is special about each method that learns rows or weights."""
+"""What is special about each method that learns token embeddings or weights."""
 
 import logging
 import random
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import TOKEN_METHODS, TrainConfig
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embedding_files import layer_average
 from mlm_plugin.methods import METHODS, Export
@@ -23,14 +23,17 @@ from mlm_plugin.mlm.masking import MASK_ID, mask_tokens
 from mlm_plugin.models.cross_attention import split_layers
 from mlm_plugin.models.text_encoder import TextEncoder
 
+TOKEN_METHODS = [name for name, method in METHODS.items() if method.learns_tokens]
+
 
 def export(trainer, path, **settings):
     trainer.method.export(Export(path, metadata=lambda kind: {"kind": kind}, **settings))
     return trainer.method.files(path)
 
 
-def rows(trainer):
-    return {name: tensor.detach().clone() for name, tensor in trainer.method.only_rows.rows.items()}
+def embeddings(trainer):
+    learned = trainer.method.only_tokens.embeddings
+    return {name: tensor.detach().clone() for name, tensor in learned.items()}
 
 
 def table(trainer):
@@ -42,19 +45,19 @@ def token_id(trainer, word):
     return found
 
 
-# --- where rows start ---
+# --- where embeddings start ---
 
 
-def test_rows_start_at_the_class_word_or_at_the_word_that_is_given(trainer_of):
+def test_embeddings_start_at_the_class_word_or_at_the_word_that_is_given(trainer_of):
     plain = trainer_of("textual_inversion")
-    assert torch.equal(rows(plain)["sks"][0], table(plain)[[token_id(plain, "dog")]])
+    assert torch.equal(embeddings(plain)["sks"][0], table(plain)[[token_id(plain, "dog")]])
     given = trainer_of("textual_inversion", init_word="cat", num_vectors_per_token=3)
-    assert torch.equal(rows(given)["sks"][0], table(given)[[token_id(given, "cat")] * 3])
+    assert torch.equal(embeddings(given)["sks"][0], table(given)[[token_id(given, "cat")] * 3])
 
 
 def test_a_class_of_two_words_starts_at_its_head(trainer_of):
     trainer = trainer_of("textual_inversion", placeholder_token="sks", class_token="dog house")
-    assert torch.equal(rows(trainer)["sks"][0], table(trainer)[[token_id(trainer, "house")]])
+    assert torch.equal(embeddings(trainer)["sks"][0], table(trainer)[[token_id(trainer, "house")]])
 
 
 def test_an_embedding_is_gone_on_with(trainer_of, tmp_path):
@@ -62,7 +65,7 @@ def test_an_embedding_is_gone_on_with(trainer_of, tmp_path):
     first.run()
     (path,) = export(first, tmp_path / "x.safetensors")
     second = trainer_of("textual_inversion", num_vectors_per_token=2, weights=path)
-    assert torch.equal(rows(second)["sks"], rows(first)["sks"])
+    assert torch.equal(embeddings(second)["sks"], embeddings(first)["sks"])
 
 
 def test_an_embedding_of_another_kind_of_model_is_refused(trainer_of, tmp_path):
@@ -136,7 +139,7 @@ def test_no_two_concepts_share_a_file(names):
 # --- XTI ---
 
 
-def test_every_layer_is_conditioned_on_the_rows_of_that_layer(trainer_of):
+def test_every_layer_is_conditioned_on_the_embeddings_of_that_layer(trainer_of):
     trainer = trainer_of("xti")
     trainer.run()
     method, (text_encoder,) = trainer.method, trainer.models.text_encoders
@@ -145,7 +148,7 @@ def test_every_layer_is_conditioned_on_the_rows_of_that_layer(trainer_of):
         states_KBLD = split_layers(method.encode(captions).states, 16)
         ids_BL = text_encoder.tokenize(captions)[:, 0]
         for k in range(16):
-            expected = text_encoder.encode(method.only_rows.variant(ids_BL, k))
+            expected = text_encoder.encode(method.only_tokens.variant(ids_BL, k))
             torch.testing.assert_close(states_KBLD[k], expected)
     assert not torch.equal(states_KBLD[0, 0], states_KBLD[1, 0])
     torch.testing.assert_close(states_KBLD[0, 1], states_KBLD[1, 1])  # it holds no row
@@ -155,7 +158,7 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
     trainer, prompts = trainer_of("xti"), ["a sks dog at sea", "sks dog"]
     method, (text_encoder,) = trainer.method, trainer.models.text_encoders
     plain_BL = text_encoder.tokenize_trimmed(prompts)
-    every = torch.stack([method.only_rows.variant(plain_BL, k) for k in range(16)])
+    every = torch.stack([method.only_tokens.variant(plain_BL, k) for k in range(16)])
     rng, seen = random.Random(0), set()
     for _ in range(100):
         ids_BL = method.mlm_ids(text_encoder, prompts, rng)
@@ -167,15 +170,15 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
     assert torch.equal(method.mlm_ids(text_encoder, prompts, rng), every.flatten(0, 1))
 
 
-def test_xti_goes_on_with_rows_of_its_own_and_with_those_of_textual_inversion(trainer_of, tmp_path):
+def test_xti_goes_on_with_its_own_files_and_with_those_of_textual_inversion(trainer_of, tmp_path):
     first = trainer_of("xti")
     first.run()
     full, average = export(first, tmp_path / "x.safetensors")
     assert len(load_file(full)) == 16
-    assert torch.equal(load_file(average)["emb_params"], layer_average(rows(first)["sks"]))
-    assert torch.equal(rows(trainer_of("xti", weights=full))["sks"], rows(first)["sks"])
-    spread = rows(trainer_of("xti", weights=average))["sks"]
-    assert torch.equal(spread, layer_average(rows(first)["sks"]).expand(16, 1, 32))
+    assert torch.equal(load_file(average)["emb_params"], layer_average(embeddings(first)["sks"]))
+    assert torch.equal(embeddings(trainer_of("xti", weights=full))["sks"], embeddings(first)["sks"])
+    spread = embeddings(trainer_of("xti", weights=average))["sks"]
+    assert torch.equal(spread, layer_average(embeddings(first)["sks"]).expand(16, 1, 32))
 
 
 # --- Custom Diffusion ---
@@ -200,7 +203,7 @@ def test_only_keys_and_values_are_held_in_fp32(trainer_of):
     trainer.run()
 
 
-def test_rows_start_at_rare_tokens_of_clips_vocabulary(toy_text_encoder):
+def test_embeddings_start_at_rare_tokens_of_clips_vocabulary(toy_text_encoder):
     config = CLIPTextConfig(
         vocab_size=49408, hidden_size=8, intermediate_size=8, num_attention_heads=1,
         num_hidden_layers=1,
@@ -260,7 +263,7 @@ def test_a_diffusers_folder_is_the_same_model(trainer_of, tmp_path):
 # --- pivotal ---
 
 
-def test_rows_lie_beside_the_lora_and_in_it_on_request(trainer_of, tmp_path):
+def test_embeddings_lie_beside_the_lora_and_in_it_on_request(trainer_of, tmp_path):
     trainer = trainer_of("pivotal", bundle_embedding=True)
     trainer.run()
     lora, embedding = export(trainer, tmp_path / "x.safetensors")
@@ -286,12 +289,12 @@ def two_concepts(toy_pictures, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["textual_inversion", "xti", "custom_diffusion", "pivotal"])
-def test_two_concepts_learn_rows_of_their_own(trainer_of, two_concepts, tmp_path, method):
+def test_two_concepts_learn_embeddings_of_their_own(trainer_of, two_concepts, tmp_path, method):
     trainer = trainer_of(method, train_data_dir=two_concepts, mlm_loss_weight=1)
-    before = rows(trainer)
+    before = embeddings(trainer)
     assert list(before) == ["sks", "zwx"]
     trainer.run()
-    after = rows(trainer)
+    after = embeddings(trainer)
     assert all(not torch.equal(before[name], after[name]) for name in before)
     names = {path.name for path in export(trainer, tmp_path / "x.safetensors")}
     assert any(name.endswith("_sks.safetensors") for name in names)

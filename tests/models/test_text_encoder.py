@@ -5,7 +5,7 @@ import torch
 
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.token_embeddings import TokenRows
+from mlm_plugin.models.token_embeddings import LearnedTokens
 from mlm_plugin.models.tokenizers import second_tokenizer
 
 LONG = " ".join(["dog beach rain hat chair snow"] * 20)
@@ -142,7 +142,7 @@ def test_learned_tokens_do_not_move_the_pooled_state(pooling_encoder):
     (dog,) = pooling_encoder.tokenizer("dog", add_special_tokens=False).input_ids
     captions = ["a photo of a dog!", "dog"]
     expected = pooling_encoder.encode_captions_pooled(captions)
-    rows = TokenRows(pooling_encoder, {"sks": table[None, None, dog]})
+    rows = LearnedTokens(pooling_encoder, {"sks": table[None, None, dog]})
     found = pooling_encoder.encode_captions_pooled([c.replace("dog", "sks") for c in captions])
     torch.testing.assert_close(found.pooled, expected.pooled)
     torch.testing.assert_close(found.states, expected.states)

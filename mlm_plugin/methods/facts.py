@@ -1,0 +1,160 @@
+"""What is true of a method before anything is loaded: its parts, its options, its use of the term.
+
+A method states most of this as class attributes; the rest follows from them. Knows options only,
+no models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from mlm_plugin.config.checks import Rule
+from mlm_plugin.config.options import OptimizerOptions, TrainConfig
+from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS
+
+__all__ = [
+    "STOP_OPTIONS",
+    "TEXT_ENCODERS",
+    "LearningRate",
+    "MethodFacts",
+    "Part",
+    "why_untrained",
+]
+
+Part = str
+"""What is frozen together: ``unet``, ``textencoder`` (kohya's names), ``textencoder1`` and
+``textencoder2`` of SDXL, or ``embedding``."""
+
+TEXT_ENCODERS: tuple[Part, ...] = ("textencoder", "textencoder1", "textencoder2")
+
+STOP_OPTIONS: dict[Part, tuple[str, ...]] = {
+    "unet": ("stop_unet_training",),
+    "textencoder": ("stop_text_encoder_training",),
+    "textencoder1": ("stop_text_encoder1_training", "stop_text_encoder_training"),
+    "textencoder2": ("stop_text_encoder2_training", "stop_text_encoder_training"),
+    "embedding": ("stop_embedding_training",),
+}
+"""What says when a part is trained no more; the first that is given counts."""
+
+
+class LearningRate(NamedTuple):
+    """The learning rate of a part, and the option that sets it."""
+
+    option: str
+    value: float
+
+
+class MethodFacts:
+    """The facts of a method. What is not said here holds for most of them.
+
+    Attributes:
+        rate_options: the parts that the method trains. Each has the options that set its learning
+            rate: the first that is given counts, and ``learning_rate`` where none is.
+        own_options: options that are read besides the rates and the stops of these parts. Those of
+            other methods have no effect, and the user is told.
+        own_state_options: those of them that a training state depends on.
+        rules: when options of the method have no effect.
+        supports_sdxl: a model may have two text encoders.
+        supports_fused_backward: ``fused_backward_pass`` is worth it.
+        trains_base_weights: weights of the U-Net itself are trained. Then the model is loaded in
+            fp32, and ``quantize_unet`` is refused.
+        trains_network: a network is trained on top of the model.
+        learns_tokens: the placeholders get token embeddings of their own, so the run must know
+            the concepts.
+    """
+
+    rate_options: ClassVar[Mapping[Part, tuple[str, ...]]]
+    own_options: ClassVar[tuple[str, ...]] = ()
+    own_state_options: ClassVar[tuple[str, ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    supports_sdxl: ClassVar[bool] = True
+    supports_fused_backward: ClassVar[bool] = False
+    trains_base_weights: ClassVar[bool] = False
+    trains_network: ClassVar[bool] = False
+    learns_tokens: ClassVar[bool] = False
+
+    @classmethod
+    def options_read(cls) -> set[str]:
+        """Options that this method reads and others may not."""
+        return {*cls.own_options, *cls._options_of_parts()}
+
+    @classmethod
+    def state_options(cls) -> set[str]:
+        """Options that must be the same when a run of this method is resumed."""
+        return {*cls.own_state_options, *cls._options_of_parts()}
+
+    @classmethod
+    def learning_rate_of(cls, part: Part, options: OptimizerOptions) -> LearningRate:
+        """The learning rate of a part."""
+        for option in cls.rate_options[part]:
+            value = _value_for(part, getattr(options, option))
+            if value is not None:
+                return LearningRate(option, value)
+        return LearningRate("learning_rate", options.learning_rate)
+
+    @classmethod
+    def learning_rates(
+        cls, config: TrainConfig, *, num_text_encoders: int = 2
+    ) -> dict[Part, LearningRate]:
+        """The learning rate of every part that the options may train.
+
+        Args:
+            config: all options.
+            num_text_encoders: of the model; 2 as long as it is not known.
+        """
+        others = set(TEXT_ENCODERS).difference(TEXT_ENCODER_PARTS[num_text_encoders])
+        parts = [part for part in cls.rate_options if part not in others]
+        return {part: cls.learning_rate_of(part, config.optimizer) for part in parts}
+
+    @classmethod
+    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """Why the MLM term could have no gradient, in the words of the options; None if it can.
+
+        Whether the term acts is decided here alone, as long as there are only options; what is
+        trained now, :attr:`Method.trains_text_side` tells.
+
+        Args:
+            config: all options.
+            num_text_encoders: of the model; 2 as long as it is not known.
+        """
+        rates = cls.learning_rates(config, num_text_encoders=num_text_encoders)
+        of_text = [rate for part, rate in rates.items() if part in TEXT_ENCODERS]
+        if not of_text:
+            return f"method = {config.schedule.method!r} trains no text encoder"
+        return why_untrained(of_text, "the text encoder")
+
+    @classmethod
+    def trained_text_encoders(cls, config: TrainConfig, *, num_text_encoders: int) -> list[bool]:
+        """For each text encoder of the model, whether anything is trained before its output."""
+        if cls.why_no_gradient(config, num_text_encoders=num_text_encoders):
+            return [False] * num_text_encoders
+        rates = cls.learning_rates(config, num_text_encoders=num_text_encoders)
+        trained = {part for part, rate in rates.items() if rate.value}
+        text_parts = TEXT_ENCODER_PARTS[num_text_encoders]
+        return ["embedding" in trained or part in trained for part in text_parts]
+
+    @classmethod
+    def _options_of_parts(cls) -> set[str]:
+        options = [*cls.rate_options.values(), *(STOP_OPTIONS[part] for part in cls.rate_options)]
+        return {name for names in options for name in names}
+
+
+def why_untrained(rates: Iterable[LearningRate], what: str) -> str | None:
+    """Names the options that leave something untrained; None where a rate is not 0."""
+    rates = list(rates)
+    if any(rate.value for rate in rates):
+        return None
+    options = dict.fromkeys(rate.option for rate in rates)
+    return f"{' = 0 and '.join(options)} = 0 leaves {what} untrained"
+
+
+def _value_for(part: Part, value: Any) -> float | None:
+    """The value for a part; the last one of a tuple serves every further text encoder.
+
+    Source: sd-scripts networks/lora.py prepare_optimizer_params_with_multiple_te_lrs.
+    """
+    if not isinstance(value, tuple):
+        return value
+    number = int(part == "textencoder2")
+    return value[min(number, len(value) - 1)] if value else None
