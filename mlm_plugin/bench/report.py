@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from mlm_plugin.bench.summary import ArmKey, Difference, Record, Row, curves, duels, summarize
 from mlm_plugin.evaluation.charts import Point, scatter_chart
 from mlm_plugin.evaluation.measures import Mean, mean_with_interval
-from mlm_plugin.evaluation.page import page, section, table
+from mlm_plugin.evaluation.rendering import Figure, Section, Table, sections_page
 
 __all__ = ["html_report", "markdown_table"]
 
@@ -37,39 +36,25 @@ def markdown_table(records: Sequence[Record]) -> str:
 
 
 def html_report(results: Mapping[str, Any]) -> str:
-    """The page: table, plots, settings."""
+    """The page: tables, plots, settings."""
     records = results["records"]
     rows = summarize(records)
-    parts = [
-        "<header><h1>Pocket bench</h1></header>",
-        section(
-            "Methods and regularizers",
-            _html_table(HEADINGS, [_cells(row) for row in rows]),
-            lead=LEAD,
-        ),
+    sections = [
+        Section("Methods and regularizers", Table([_cells(row) for row in rows], HEADINGS), LEAD)
     ]
     if rivals := _duel_rows(records):
-        duel_table = _html_table(DUEL_HEADINGS, rivals)
-        parts.append(section("The term against its rivals", duel_table, lead=DUEL_LEAD))
+        table = Table(rivals, DUEL_HEADINGS)
+        sections.append(Section("The term against its rivals", table, DUEL_LEAD))
     for method in dict.fromkeys(row.arm.method for row in rows if row.arm.method != "base"):
-        parts.append(section(f"{method}: fidelity against identity", _plane(method, records)))
+        sections.append(Section(f"{method}: fidelity against identity", _plane(method, records)))
     facts = [(name, str(value)) for name, value in results.items() if name != "records"]
-    parts.append(section("Settings", table(facts)))
-    return page("Pocket bench", "\n".join(parts))
+    return sections_page("Pocket bench", [*sections, Section("Settings", Table(facts))])
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
     lines.insert(1, "|" + "---|" * len(headings))
     return "\n".join(lines) + "\n"
-
-
-def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _duel_rows(records: Sequence[Record]) -> list[list[str]]:
@@ -98,7 +83,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _plane(method: str, records: Sequence[Record]) -> str:
+def _plane(method: str, records: Sequence[Record]) -> Figure:
     """One dot per arm and step, the last with its name: the way from upper left to lower right."""
     points = []
     arms = [arm for arm in curves(records).items() if arm[0].method == method]
@@ -112,7 +97,7 @@ def _plane(method: str, records: Sequence[Record]) -> str:
         "one of each arm with its name. "
         "Up and to the right is better."
     )
-    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
+    return Figure(chart, caption)
 
 
 def _point(

@@ -24,21 +24,22 @@ from mlm_plugin.evaluation.eval_prompts import (
     load_templates,
     picture_seed,
 )
+from mlm_plugin.evaluation.evaluated_model import Subject, load_subject
+from mlm_plugin.evaluation.evaluation_page import evaluation_page
 from mlm_plugin.evaluation.generate import PICTURES, claim_folder, draw_pictures
-from mlm_plugin.evaluation.image_space import find_masks, find_photos, score_pictures
+from mlm_plugin.evaluation.image_measures import find_masks, find_photos, score_pictures
 from mlm_plugin.evaluation.metric_models import Clip, Dino, load_clip, load_dino
 from mlm_plugin.evaluation.options import NO_MODEL, EvaluateCommand, EvaluateOptions
-from mlm_plugin.evaluation.oracle_space import (
+from mlm_plugin.evaluation.oracle_judge import (
     OracleJudge,
     find_oracle,
     load_oracle_judge,
     why_not_judged,
 )
-from mlm_plugin.evaluation.report import single_report, write_report
+from mlm_plugin.evaluation.rendering import write_report
 from mlm_plugin.evaluation.results import measure_key, measures_of, value_of, write_results
-from mlm_plugin.evaluation.subject import Subject, load_subject
 from mlm_plugin.evaluation.text_encoders import check_contextualizers, measure_text, text_protocol
-from mlm_plugin.evaluation.text_space import headline
+from mlm_plugin.evaluation.text_measures import headline
 from mlm_plugin.files import require_writable
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
@@ -71,7 +72,7 @@ def run_evaluate(command: EvaluateCommand) -> int:
         return 0
     results = _evaluate(options, output, text_only=command.text_only)
     write_results(output, results)
-    report = write_report(output, single_report(results, output))
+    report = write_report(output, evaluation_page(results, output))
     _print_measures(results)
     print(f"wrote {report}")
     return 0

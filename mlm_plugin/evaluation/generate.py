@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt, picture_seed
-from mlm_plugin.evaluation.subject import Subject
+from mlm_plugin.evaluation.evaluated_model import Subject
 from mlm_plugin.files import atomic_path, read_text
 from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.training.samples import decode_latents

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt
+from mlm_plugin.evaluation.evaluated_model import Subject
 from mlm_plugin.evaluation.options import NO_MODEL, EvaluateOptions
 from mlm_plugin.evaluation.results import ENCODER_NAMES
-from mlm_plugin.evaluation.subject import Subject
-from mlm_plugin.evaluation.text_space import measure_text_space
+from mlm_plugin.evaluation.text_measures import measure_text_space
 from mlm_plugin.mlm.contextualizer import Contextualizer, load_contextualizer
 from mlm_plugin.mlm_setup import (
     auto_contextualizer_path,

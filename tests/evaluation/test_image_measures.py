@@ -6,7 +6,7 @@ from PIL import Image
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import evaluation_prompts
-from mlm_plugin.evaluation.image_space import cut_out, find_masks, find_photos, score_pictures
+from mlm_plugin.evaluation.image_measures import cut_out, find_masks, find_photos, score_pictures
 from mlm_plugin.evaluation.metric_models import load_clip, load_dino
 
 PROMPTS = evaluation_prompts(["a {}", "a {} asleep"], placeholder_token="sks", class_token="dog")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import evaluation_prompts, picture_seed
+from mlm_plugin.evaluation.evaluated_model import load_subject
 from mlm_plugin.evaluation.generate import draw_pictures
-from mlm_plugin.evaluation.subject import load_subject
 from mlm_plugin.export.checkpoint import save_checkpoint
 from mlm_plugin.export.embedding_files import save_embedding
 from mlm_plugin.models import checkpoint_file

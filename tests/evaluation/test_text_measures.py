@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlm_plugin.evaluation.eval_prompts import with_class, with_concept
-from mlm_plugin.evaluation.text_space import (
+from mlm_plugin.evaluation.text_measures import (
     embedding_measures,
     encoder_drift,
     masked_words,

@@ -26,7 +26,7 @@ from mlm_plugin.evaluation.measures import (
     paired_cosine,
 )
 from mlm_plugin.evaluation.metric_models import Clip, Dino
-from mlm_plugin.evaluation.oracle_space import OracleJudge, oracle_columns
+from mlm_plugin.evaluation.oracle_judge import OracleJudge, oracle_columns
 from mlm_plugin.evaluation.results import IMAGE_MEASURES
 
 __all__ = ["cut_out", "find_masks", "find_photos", "score_pictures"]

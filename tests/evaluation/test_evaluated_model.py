@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.evaluation.subject import load_subject
+from mlm_plugin.evaluation.evaluated_model import load_subject
 from mlm_plugin.export.custom_diffusion_files import save_delta
 from mlm_plugin.export.embedding_files import save_embedding, save_xti
 from mlm_plugin.export.xti_pipeline import load_xti
