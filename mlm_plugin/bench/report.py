@@ -15,21 +15,21 @@ from mlm_plugin.evaluation.rendering import Figure, Section, Table, sections_pag
 __all__ = ["html_report", "markdown_table"]
 
 HEADINGS = (
-    "arm", "runs", "prompt fidelity", "identity", "CLIP-T", "CLIP-I", "ms / step",
+    "setting", "runs", "prompt fidelity", "identity", "CLIP-T", "CLIP-I", "ms / step",
     "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
 )  # fmt: skip
 DUEL_HEADINGS = (
-    "MLM arm", "rival", "runs", "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
+    "MLM setting", "rival", "runs", "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
 )  # fmt: skip
 DUEL_LEAD = "The MLM term minus the rival, same concepts and seeds; positive: the term is better."
 LEAD = (
-    "At the last look, mean ± 95 % interval over concepts x seeds. Differences are to the plain "
-    "run of the same method with the same seed, with p of a paired sign-flip test."
+    "At the last evaluation, mean ± 95 % interval over concepts x seeds. Differences are to the "
+    "plain run of the same method with the same seed, with p of a paired sign-flip test."
 )
 
 
 def markdown_table(records: Sequence[Record]) -> str:
-    """One line per arm; then, where there are rivals, one for each of them."""
+    """One line per setting; then, where there are rivals, one for each of them."""
     text = _markdown(HEADINGS, [_cells(row) for row in summarize(records)])
     rivals = _duel_rows(records)
     return f"{text}\n{DUEL_LEAD}\n\n{_markdown(DUEL_HEADINGS, rivals)}" if rivals else text
@@ -84,37 +84,36 @@ def _cells(row: Row) -> list[str]:
 
 
 def _plane(method: str, records: Sequence[Record]) -> Figure:
-    """One dot per arm and step, the last with its name: the way from upper left to lower right."""
+    """One dot per setting and step, the last one with its name."""
     points = []
-    arms = [arm for arm in curves(records).items() if arm[0].method == method]
-    for series, (arm, runs) in enumerate(arms):
-        steps = sorted({look["step"] for looks in runs.values() for look in looks})
+    settings = [item for item in curves(records).items() if item[0].method == method]
+    for series, (setting, runs) in enumerate(settings):
+        steps = sorted({record["step"] for curve in runs.values() for record in curve})
         for step in steps:
-            points.append(_point(arm, runs, step, series, is_last=step == steps[-1]))
+            points.append(_point(setting, runs, step, series, is_last=step == steps[-1]))
     chart = scatter_chart(points, x_title="identity", y_title="prompt fidelity", joined=True)
     caption = (
-        "Means over concepts x seeds; one dot per look, joined in the order of steps, the last "
-        "one of each arm with its name. "
-        "Up and to the right is better."
+        "Means over concepts x seeds; one dot per evaluation, joined in the order of steps, the "
+        "last one of each setting with its name. Up and to the right is better."
     )
     return Figure(chart, caption)
 
 
 def _point(
-    arm: ArmKey,
+    setting: ArmKey,
     runs: Mapping[Any, Sequence[Record]],
     step: int,
     series: int,
     *,
     is_last: bool,
 ) -> Point:
-    looks = [look for curve in runs.values() for look in curve if look["step"] == step]
+    found = [record for curve in runs.values() for record in curve if record["step"] == step]
 
     def mean(name: str) -> float:
-        return mean_with_interval(torch.tensor([look[name] for look in looks])).mean
+        return mean_with_interval(torch.tensor([record[name] for record in found])).mean
 
-    title = f"{arm.title}, step {step}"
-    label = arm.title.removeprefix(f"{arm.method} + ") if is_last else ""
+    title = f"{setting.title}, step {step}"
+    label = setting.title.removeprefix(f"{setting.method} + ") if is_last else ""
     x, y = mean("identity"), mean("prompt_fidelity")
     return Point(x, y, title, series=series, label=label, faint=not is_last)
 
