@@ -331,10 +331,11 @@ def _load_xti(
 def _load_embedding(models: StableDiffusion, path: str, placeholder_token: str) -> None:
     embeddings, count = read_embeddings(path), len(models.text_encoders)
     if len(embeddings) != count:
+        keys = ", ".join(EMBEDDING_KEYS[count])
         raise UserError(
             f"--embedding {path}: holds rows for {len(embeddings)} text encoder(s), "
-            f"{models.source} is {TITLES[models.family]} and needs {count} ({', '.join(EMBEDDING_KEYS[count])}): use "
-            "a file trained on this kind of model"
+            f"{models.source} is {TITLES[models.family]} and needs {count} ({keys}): use a file "
+            "trained on this kind of model"
         )
     for text_encoder, tokens_ND in zip(models.text_encoders, embeddings, strict=True):
         _add_embeddings(text_encoder, tokens_ND[None], placeholder_token, path)
