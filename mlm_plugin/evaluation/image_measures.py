@@ -241,7 +241,7 @@ def _summary(per_prompt: Sequence[Mapping[str, float | None]]) -> dict[str, Any]
     for name in IMAGE_MEASURES:
         values = [row[name] for row in per_prompt if row.get(name) is not None]
         if values:
-            summary[name] = mean_with_interval(torch.tensor(values))._asdict()
+            summary[name] = mean_with_interval(torch.tensor(values, dtype=torch.float64))._asdict()
     if "clip_t" in summary:
         summary["clip_t"]["custom_concept_101"] = custom_concept_score(summary["clip_t"]["mean"])
     return summary
