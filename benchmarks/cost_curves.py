@@ -18,12 +18,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlm_plugin.evaluation.charts import Point, scatter_chart
-from mlm_plugin.evaluation.page import page, section, table
+from mlm_plugin.evaluation.rendering import Figure, Section, Table, sections_page
 from mlm_plugin.files import atomic_path
 
 HERE = Path(__file__).resolve().parent
@@ -111,15 +110,13 @@ def markdown_table(curves: Sequence[Mapping[str, Any]]) -> str:
 
 def html_page(result: Mapping[str, Any]) -> str:
     """One plot for each curve, then the settings."""
-    parts = ["<header><h1>Cost of the MLM term</h1></header>"]
-    for curve in result["curves"]:
-        parts.append(section(curve["title"], plot(curve)))
+    sections = [Section(curve["title"], plot(curve)) for curve in result["curves"]]
     facts = [(name, str(value)) for name, value in result.items() if name != "curves"]
-    parts.append(section("Settings", table(facts)))
-    return page("Cost of the MLM term", "\n".join(parts))
+    sections.append(Section("Settings", Table(facts)))
+    return sections_page("Cost of the MLM term", sections)
 
 
-def plot(curve: Mapping[str, Any]) -> str:
+def plot(curve: Mapping[str, Any]) -> Figure:
     """Time and memory that the term adds, in percent of a step without it."""
     dots, last = [], curve["points"][-1]
     names = ("processor time", "memory") if curve["on_cpu"] else ("time", "memory")
@@ -132,7 +129,7 @@ def plot(curve: Mapping[str, Any]) -> str:
             dots.append(Point(point["x"], added, title, series=series, label=label))
     chart = scatter_chart(dots, x_title=curve["title"], y_title="added by the term, %", joined=True)
     caption = "A step with the term against one without, medians; memory at its peak."
-    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
+    return Figure(chart, caption)
 
 
 def curves_of(args: argparse.Namespace) -> list[dict[str, Any]]:

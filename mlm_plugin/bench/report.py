@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import torch
@@ -11,65 +10,51 @@ import torch
 from mlm_plugin.bench.summary import ArmKey, Difference, Record, Row, curves, duels, summarize
 from mlm_plugin.evaluation.charts import Point, scatter_chart
 from mlm_plugin.evaluation.measures import Mean, mean_with_interval
-from mlm_plugin.evaluation.page import page, section, table
+from mlm_plugin.evaluation.rendering import Figure, Section, Table, sections_page
 
 __all__ = ["html_report", "markdown_table"]
 
 HEADINGS = (
-    "arm", "runs", "prompt fidelity", "identity", "CLIP-T", "CLIP-I", "ms / step",
+    "setting", "runs", "prompt fidelity", "identity", "CLIP-T", "CLIP-I", "ms / step",
     "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
 )  # fmt: skip
 DUEL_HEADINGS = (
-    "MLM arm", "rival", "runs", "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
+    "MLM setting", "rival", "runs", "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
 )  # fmt: skip
 DUEL_LEAD = "The MLM term minus the rival, same concepts and seeds; positive: the term is better."
 LEAD = (
-    "At the last look, mean ± 95 % interval over concepts x seeds. Differences are to the plain "
-    "run of the same method with the same seed, with p of a paired sign-flip test."
+    "At the last evaluation, mean ± 95 % interval over concepts x seeds. Differences are to the "
+    "plain run of the same method with the same seed, with p of a paired sign-flip test."
 )
 
 
 def markdown_table(records: Sequence[Record]) -> str:
-    """One line per arm; then, where there are rivals, one for each of them."""
+    """One line per setting; then, where there are rivals, one for each of them."""
     text = _markdown(HEADINGS, [_cells(row) for row in summarize(records)])
     rivals = _duel_rows(records)
     return f"{text}\n{DUEL_LEAD}\n\n{_markdown(DUEL_HEADINGS, rivals)}" if rivals else text
 
 
 def html_report(results: Mapping[str, Any]) -> str:
-    """The page: table, plots, settings."""
+    """The page: tables, plots, settings."""
     records = results["records"]
     rows = summarize(records)
-    parts = [
-        "<header><h1>Pocket bench</h1></header>",
-        section(
-            "Methods and regularizers",
-            _html_table(HEADINGS, [_cells(row) for row in rows]),
-            lead=LEAD,
-        ),
+    sections = [
+        Section("Methods and regularizers", Table([_cells(row) for row in rows], HEADINGS), LEAD)
     ]
     if rivals := _duel_rows(records):
-        duel_table = _html_table(DUEL_HEADINGS, rivals)
-        parts.append(section("The term against its rivals", duel_table, lead=DUEL_LEAD))
+        table = Table(rivals, DUEL_HEADINGS)
+        sections.append(Section("The term against its rivals", table, DUEL_LEAD))
     for method in dict.fromkeys(row.arm.method for row in rows if row.arm.method != "base"):
-        parts.append(section(f"{method}: fidelity against identity", _plane(method, records)))
+        sections.append(Section(f"{method}: fidelity against identity", _plane(method, records)))
     facts = [(name, str(value)) for name, value in results.items() if name != "records"]
-    parts.append(section("Settings", table(facts)))
-    return page("Pocket bench", "\n".join(parts))
+    return sections_page("Pocket bench", [*sections, Section("Settings", Table(facts))])
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
     lines.insert(1, "|" + "---|" * len(headings))
     return "\n".join(lines) + "\n"
-
-
-def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows
-    )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _duel_rows(records: Sequence[Record]) -> list[list[str]]:
@@ -98,38 +83,37 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _plane(method: str, records: Sequence[Record]) -> str:
-    """One dot per arm and step, the last with its name: the way from upper left to lower right."""
+def _plane(method: str, records: Sequence[Record]) -> Figure:
+    """One dot per setting and step, the last one with its name."""
     points = []
-    arms = [arm for arm in curves(records).items() if arm[0].method == method]
-    for series, (arm, runs) in enumerate(arms):
-        steps = sorted({look["step"] for looks in runs.values() for look in looks})
+    settings = [item for item in curves(records).items() if item[0].method == method]
+    for series, (setting, runs) in enumerate(settings):
+        steps = sorted({record["step"] for curve in runs.values() for record in curve})
         for step in steps:
-            points.append(_point(arm, runs, step, series, is_last=step == steps[-1]))
+            points.append(_point(setting, runs, step, series, is_last=step == steps[-1]))
     chart = scatter_chart(points, x_title="identity", y_title="prompt fidelity", joined=True)
     caption = (
-        "Means over concepts x seeds; one dot per look, joined in the order of steps, the last "
-        "one of each arm with its name. "
-        "Up and to the right is better."
+        "Means over concepts x seeds; one dot per evaluation, joined in the order of steps, the "
+        "last one of each setting with its name. Up and to the right is better."
     )
-    return f"<figure>{chart}<figcaption>{escape(caption)}</figcaption></figure>"
+    return Figure(chart, caption)
 
 
 def _point(
-    arm: ArmKey,
+    setting: ArmKey,
     runs: Mapping[Any, Sequence[Record]],
     step: int,
     series: int,
     *,
     is_last: bool,
 ) -> Point:
-    looks = [look for curve in runs.values() for look in curve if look["step"] == step]
+    found = [record for curve in runs.values() for record in curve if record["step"] == step]
 
     def mean(name: str) -> float:
-        return mean_with_interval(torch.tensor([look[name] for look in looks])).mean
+        return mean_with_interval(torch.tensor([record[name] for record in found])).mean
 
-    title = f"{arm.title}, step {step}"
-    label = arm.title.removeprefix(f"{arm.method} + ") if is_last else ""
+    title = f"{setting.title}, step {step}"
+    label = setting.title.removeprefix(f"{setting.method} + ") if is_last else ""
     x, y = mean("identity"), mean("prompt_fidelity")
     return Point(x, y, title, series=series, label=label, faint=not is_last)
 

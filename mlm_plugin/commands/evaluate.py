@@ -1,4 +1,4 @@
-"""`mlm-plugin evaluate`: draw, score, report; every step goes on where it was stopped."""
+"""`mlm-plugin evaluate`: draw, score, report; an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,21 +24,27 @@ from mlm_plugin.evaluation.eval_prompts import (
     load_templates,
     picture_seed,
 )
-from mlm_plugin.evaluation.generate import PICTURES, claim_folder, draw_pictures
-from mlm_plugin.evaluation.image_space import find_masks, find_photos, score_pictures
+from mlm_plugin.evaluation.evaluated_model import (
+    EvaluatedModel,
+    LearnedFiles,
+    LoadSettings,
+    load_evaluated_model,
+)
+from mlm_plugin.evaluation.evaluation_page import evaluation_page
+from mlm_plugin.evaluation.generate import PICTURES, DrawingSettings, claim_folder, draw_pictures
+from mlm_plugin.evaluation.image_measures import Judges, find_masks, find_photos, score_pictures
 from mlm_plugin.evaluation.metric_models import Clip, Dino, load_clip, load_dino
 from mlm_plugin.evaluation.options import NO_MODEL, EvaluateCommand, EvaluateOptions
-from mlm_plugin.evaluation.oracle_space import (
+from mlm_plugin.evaluation.oracle_judge import (
     OracleJudge,
     find_oracle,
     load_oracle_judge,
     why_not_judged,
 )
-from mlm_plugin.evaluation.report import single_report, write_report
+from mlm_plugin.evaluation.rendering import write_report
 from mlm_plugin.evaluation.results import measure_key, measures_of, value_of, write_results
-from mlm_plugin.evaluation.subject import Subject, load_subject
 from mlm_plugin.evaluation.text_encoders import check_contextualizers, measure_text, text_protocol
-from mlm_plugin.evaluation.text_space import headline
+from mlm_plugin.evaluation.text_measures import headline
 from mlm_plugin.files import require_writable
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
@@ -47,7 +53,7 @@ __all__ = ["run_evaluate"]
 
 logger = logging.getLogger(__name__)
 
-JUDGED = ("checkpoint", "lora", "embedding", "delta", "xti")
+LEARNED = ("checkpoint", "lora", "embedding", "delta", "xti")
 # Options that do not change how pictures look.
 NOT_IN_PICTURES = {"train_data_dir", "output", "prompts", "num_images_per_prompt", "batch_size",
                    "clip_model", "dino_model", "masks", "mlm_contextualizer", "label",
@@ -71,7 +77,7 @@ def run_evaluate(command: EvaluateCommand) -> int:
         return 0
     results = _evaluate(options, output, text_only=command.text_only)
     write_results(output, results)
-    report = write_report(output, single_report(results, output))
+    report = write_report(output, evaluation_page(results, output))
     _print_measures(results)
     print(f"wrote {report}")
     return 0
@@ -88,61 +94,39 @@ def _print_measures(results: dict[str, Any]) -> None:
         print(f"  {measure.title:<{width}} {value:8.4f}   {measure.meaning}")
 
 
+class _Pictures(NamedTuple):
+    """What was drawn, and how it was scored."""
+
+    files: Sequence[Sequence[Path]]  # by prompt
+    photos: Sequence[Path]
+    scores: dict[str, Any]
+    protocol: dict[str, str]
+
+
 def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dict[str, Any]:
+    """Everything that ``results.json`` holds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = evaluation_prompts(
         load_templates(options.prompts, class_token=options.class_token),
         placeholder_token=options.placeholder_token,
         class_token=options.class_token,
     )
-    files = _digests(options)
     load = functools.cache(lambda: _load(options, device))
-    scores, pictures, photos, judges = _no_scores(len(prompts)), [[] for _ in prompts], [], {}
-    if not text_only:
-        photos = find_photos(data_path(options.train_data_dir))
-        masks = find_masks(options.masks)
-        clip, dino = _judges(options, device)  # before hours of drawing: they may be missing
-        oracle, oracle_protocol = _oracle(options, prompts)
-        claim_folder(output, _picture_settings(options, prompts, files))
-        pictures = draw_pictures(
-            output,
-            prompts,
-            load=load,
-            num_images=options.num_images_per_prompt,
-            seed=options.seed,
-            steps=options.steps,
-            scale=options.scale,
-            negative_prompt=options.negative_prompt,
-            resolution=options.resolution,
-            batch_size=options.batch_size,
-        )
-        scores = score_pictures(
-            pictures, prompts, photos, clip=clip, dino=dino, masks=masks, oracle=oracle
-        )
-        judges = _protocol(clip, dino, scores, masked=bool(masks)) | oracle_protocol
-    subject = load()
-    text = measure_text(options, subject, prompts, device)
+    files = _digests(options)
+    if text_only:
+        pictures = _no_pictures(len(prompts))
+    else:
+        pictures = _draw_and_score(options, output, prompts, files, load=load, device=device)
+    model = load()
+    text = measure_text(options, model, prompts, device)
     return {
-        "created": time.strftime("%Y-%m-%d %H:%M %z"),
-        "label": options.label or _label(options),
-        "concept": {
-            "placeholder_token": options.placeholder_token,
-            "class_token": options.class_token,
-        },
-        "model": {
-            "family": subject.family,
-            "resolution": options.resolution or subject.resolution,
-        },
-        "settings": dataclasses.asdict(options),
-        "files": files,
-        "versions": _versions(device),
-        "judges": judges | text_protocol(text),
-        "measures": scores["measures"],
-        "references": scores["references"],
-        "photos": [str(photo) for photo in photos],
+        **_description(options, model, files, device),
+        "judges": pictures.protocol | text_protocol(text),
+        "measures": pictures.scores["measures"],
+        "references": pictures.scores["references"],
+        "photos": [str(photo) for photo in pictures.photos],
         "prompts": [
-            _prompt_row(options, prompt, scores, files_of, index=i)
-            for i, (prompt, files_of) in enumerate(zip(prompts, pictures, strict=True))
+            _prompt_row(options, prompt, pictures, index=i) for i, prompt in enumerate(prompts)
         ],
         "text": text,
         "text_headline": {
@@ -153,29 +137,91 @@ def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dic
     }
 
 
-def _load(options: EvaluateOptions, device: torch.device) -> Subject:
+def _draw_and_score(
+    options: EvaluateOptions,
+    output: Path,
+    prompts: Sequence[EvaluationPrompt],
+    files: dict[str, Any],
+    *,
+    load: Callable[[], EvaluatedModel],
+    device: torch.device,
+) -> _Pictures:
+    photos = find_photos(data_path(options.train_data_dir))
+    masks = find_masks(options.masks)
+    clip, dino = _metric_models(options, device)  # before hours of drawing: they may be missing
+    oracle, oracle_protocol = _oracle(options, prompts)
+    claim_folder(output, _picture_settings(options, prompts, files))
+    settings = DrawingSettings(
+        num_images=options.num_images_per_prompt,
+        seed=options.seed,
+        steps=options.steps,
+        scale=options.scale,
+        negative_prompt=options.negative_prompt,
+        resolution=options.resolution,
+        batch_size=options.batch_size,
+    )
+    pictures = draw_pictures(output, prompts, settings, load=load)
+    judges = Judges(clip, dino, oracle)
+    scores = score_pictures(pictures, prompts, photos, judges, masks=masks)
+    protocol = _protocol(judges, scores, masked=bool(masks)) | oracle_protocol
+    return _Pictures(pictures, photos, scores, protocol)
+
+
+def _no_pictures(num_prompts: int) -> _Pictures:
+    scores = {
+        "measures": {},
+        "references": {},
+        "per_prompt": [{} for _ in range(num_prompts)],
+        "per_picture": [[] for _ in range(num_prompts)],
+    }
+    return _Pictures([[] for _ in range(num_prompts)], [], scores, {})
+
+
+def _description(
+    options: EvaluateOptions, model: EvaluatedModel, files: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What was evaluated, when, and with what."""
+    return {
+        "created": time.strftime("%Y-%m-%d %H:%M %z"),
+        "label": options.label or _label(options),
+        "concept": {
+            "placeholder_token": options.placeholder_token,
+            "class_token": options.class_token,
+        },
+        "model": {
+            "family": model.family,
+            "resolution": options.resolution or model.resolution,
+        },
+        "settings": dataclasses.asdict(options),
+        "files": files,
+        "versions": _versions(device),
+    }
+
+
+def _load(options: EvaluateOptions, device: torch.device) -> EvaluatedModel:
     precision = options.precision
     if precision == "auto":
         precision = "fp16" if device.type == "cuda" else "fp32"
-    subject = load_subject(
-        model_path(options.pretrained_model_name_or_path),
-        placeholder_token=options.placeholder_token,
-        checkpoint=options.checkpoint,
-        lora=options.lora,
-        lora_weight=options.lora_weight,
-        embedding=options.embedding,
-        delta=options.delta,
-        xti=options.xti,
+    files = {field.name: getattr(options, field.name) for field in dataclasses.fields(LearnedFiles)}
+    settings = LoadSettings(
         clip_skip=options.clip_skip,
         sampler=options.sampler,
         dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision],
         tokenizer_cache_dir=options.tokenizer_cache_dir,
     )
-    check_contextualizers(options, subject)  # before hours of drawing: they may not fit
-    return subject.to(device)
+    model = load_evaluated_model(
+        model_path(options.pretrained_model_name_or_path),
+        LearnedFiles(**files),
+        placeholder_token=options.placeholder_token,
+        settings=settings,
+    )
+    check_contextualizers(options, model)  # before hours of drawing: they may not fit
+    return model.to(device)
 
 
-def _judges(options: EvaluateOptions, device: torch.device) -> tuple[Clip | None, Dino | None]:
+def _metric_models(
+    options: EvaluateOptions, device: torch.device
+) -> tuple[Clip | None, Dino | None]:
     clip = load_clip(options.clip_model, device=device) if options.clip_model != NO_MODEL else None
     dino = load_dino(options.dino_model, device=device) if options.dino_model != NO_MODEL else None
     return clip, dino
@@ -214,16 +260,16 @@ def _picture_settings(
     settings = {
         name: value
         for name, value in dataclasses.asdict(options).items()
-        if name not in NOT_IN_PICTURES and name not in JUDGED
+        if name not in NOT_IN_PICTURES and name not in LEARNED
     }
-    digests = {name: files[name]["sha256"] if name in files else None for name in JUDGED}
+    digests = {name: files[name]["sha256"] if name in files else None for name in LEARNED}
     return settings | digests | {"prompts": [prompt.prompt for prompt in prompts]}
 
 
 def _digests(options: EvaluateOptions) -> dict[str, dict[str, str]]:
-    """Path and SHA-256 of the files judged; a folder has the digest of its name."""
+    """Path and SHA-256 of the trained files; a folder has the digest of its name."""
     found = {}
-    for name in JUDGED:
+    for name in LEARNED:
         path = getattr(options, name)
         if path is None:
             continue
@@ -239,20 +285,16 @@ def _digests(options: EvaluateOptions) -> dict[str, dict[str, str]]:
 
 
 def _label(options: EvaluateOptions) -> str:
-    judged = [getattr(options, name) for name in JUDGED if getattr(options, name)]
-    if not judged:
+    paths = [getattr(options, name) for name in LEARNED if getattr(options, name)]
+    if not paths:
         return "base model"
-    return " + ".join(Path(path).stem for path in judged)
+    return " + ".join(Path(path).stem for path in paths)
 
 
 def _prompt_row(
-    options: EvaluateOptions,
-    prompt: EvaluationPrompt,
-    scores: dict[str, Any],
-    files: Sequence[Path],
-    *,
-    index: int,
+    options: EvaluateOptions, prompt: EvaluationPrompt, pictures: _Pictures, *, index: int
 ) -> dict[str, Any]:
+    scores = pictures.scores
     return {
         **prompt._asdict(),
         "scores": scores["per_prompt"][index],
@@ -262,24 +304,14 @@ def _prompt_row(
                 "seed": picture_seed(options.seed, prompt.template, number),
                 "scores": scores["per_picture"][index][number],
             }
-            for number, file in enumerate(files)
+            for number, file in enumerate(pictures.files[index])
         ],
     }
 
 
-def _no_scores(num_prompts: int) -> dict[str, Any]:
-    return {
-        "measures": {},
-        "references": {},
-        "per_prompt": [{} for _ in range(num_prompts)],
-        "per_picture": [[] for _ in range(num_prompts)],
-    }
-
-
-def _protocol(
-    clip: Clip | None, dino: Dino | None, scores: dict[str, Any], *, masked: bool
-) -> dict[str, str]:
+def _protocol(judges: Judges, scores: dict[str, Any], *, masked: bool) -> dict[str, str]:
     """How the pictures were scored, for the report."""
+    clip, dino = judges.clip, judges.dino
     how = {}
     if clip:
         how["CLIP"] = clip.name
@@ -299,8 +331,8 @@ def _protocol(
     if masked:
         counts = scores["num_masked"]
         how["Masks"] = (
-            f"of {counts['pictures']} pictures and {counts['photos']} photos; the rest is laid in "
-            "the mean colour"
+            f"of {counts['pictures']} pictures and {counts['photos']} photos; the rest is filled "
+            "with the mean colour"
         )
     how["Intervals"] = "95 % by Student's t over prompts, one mean each"
     return how

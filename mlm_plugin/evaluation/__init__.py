@@ -1,1 +1,1 @@
-"""Measures of what a training gave: pictures, text states, and a report to look at."""
+"""Measures of a trained concept: pictures, text encoder states, and report pages."""

@@ -1,27 +1,42 @@
-"""Charts as SVG text: numbers in, one element out, coloured by the page's style sheet.
+"""Charts as SVG elements, drawn by matplotlib: numbers in, markup out.
 
-Knows no measures and no files. Series are numbered from 0 and take the page's colours ``s0``,
-``s1``, ...
+Knows no measures and no files.
 """
 
 from __future__ import annotations
 
-import math
+import io
+import re
+import warnings
 from collections.abc import Sequence
-from html import escape
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-__all__ = ["Bar", "Line", "Point", "bar_chart", "dot_chart", "nice_ticks", "scatter_chart"]
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
-NUM_SERIES = 6  # colours of the page; further series begin anew
-WIDTH, HEIGHT = 680, 400
-LEFT, RIGHT, TOP, BOTTOM = 58, 20, 14, 48
-ROW = 30  # pixels of a bar or of a row of dots
-CHARACTER = 6.9  # width of one, about, at the labels' size
+__all__ = ["Bar", "Line", "Point", "bar_chart", "dot_chart", "scatter_chart"]
+
+STYLE = Path(__file__).with_name("charts.mplstyle")
+SOFT, RULE = "#63636a", "#e3e0d9"  # as in the style
+MAX_LABEL = 52  # characters
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 class Point(NamedTuple):
-    """A dot of a scatter chart; half widths of its intervals draw a cross, a label a text."""
+    """A dot of a scatter chart.
+
+    Attributes:
+        x: horizontal position.
+        y: vertical position.
+        title: shown while the pointer is over it.
+        series: number of its colour.
+        label: printed beside it.
+        x_interval: half width of a horizontal error bar.
+        y_interval: half height of a vertical error bar.
+        faint: small and pale.
+    """
 
     x: float
     y: float
@@ -34,14 +49,14 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A dashed line at a height of a scatter chart."""
+    """A dashed horizontal line across a scatter chart."""
 
     y: float
     label: str
 
 
 class Bar(NamedTuple):
-    """A bar from 0, with the text at its end."""
+    """A bar that starts at 0, with a text at its end."""
 
     label: str
     value: float
@@ -49,17 +64,7 @@ class Bar(NamedTuple):
     series: int = 0
 
 
-def nice_ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from below ``low`` to above ``high``."""
-    if not high > low:
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
+@matplotlib.rc_context(fname=STYLE)
 def scatter_chart(
     points: Sequence[Point],
     *,
@@ -67,152 +72,99 @@ def scatter_chart(
     y_title: str,
     lines: Sequence[Line] = (),
     joined: bool = False,
-) -> str:
-    """Dots over two round axes; hovering a dot shows its title.
-
-    ``joined`` draws a way through the dots of each series, in their order.
-    """
-    x_ticks = nice_ticks(*_extent([(p.x, p.x_interval) for p in points]))
-    heights = [(p.y, p.y_interval) for p in points] + [(line.y, None) for line in lines]
-    y_ticks = nice_ticks(*_extent(heights))
-
-    def x_of(x: float) -> float:
-        return LEFT + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - LEFT - RIGHT)
-
-    def y_of(y: float) -> float:
-        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-    parts = []
-    for tick in y_ticks:
-        parts.append(_line(LEFT, y_of(tick), WIDTH - RIGHT, y_of(tick), "grid"))
-        parts.append(_text(LEFT - 10, y_of(tick) + 4, _number(tick, y_ticks), "tick", "end"))
-    for tick in x_ticks:
-        parts.append(_line(x_of(tick), TOP, x_of(tick), HEIGHT - BOTTOM, "grid"))
-        parts.append(
-            _text(x_of(tick), HEIGHT - BOTTOM + 18, _number(tick, x_ticks), "tick", "middle")
-        )
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_title, "axis", "middle"))
-    parts.append(
-        f'<text class="axis" text-anchor="middle" transform="translate(14 '
-        f'{(TOP + HEIGHT - BOTTOM) / 2:.1f}) rotate(-90)">{escape(y_title)}</text>'
-    )
+) -> Markup:
+    """Dots in a plane; ``joined`` connects those of each series, in their order."""
+    chart = _Chart()
+    chart.axes.set(xlabel=x_title, ylabel=y_title)
     for line in lines:
-        parts.append(_line(LEFT, y_of(line.y), WIDTH - RIGHT, y_of(line.y), "reference"))
-        parts.append(_text(WIDTH - RIGHT - 6, y_of(line.y) - 6, line.label, "tick", "end"))
+        chart.axes.axhline(line.y, color=SOFT, linewidth=0.8, linestyle=(0, (4, 4)))
+        across = chart.axes.get_yaxis_transform()
+        chart.text(line.label, (1, line.y), (-4, 3), xycoords=across, ha="right", color=SOFT)
     for series in dict.fromkeys(point.series for point in points) if joined else ():
-        way = " ".join(
-            f"{x_of(point.x):.1f},{y_of(point.y):.1f}" for point in points if point.series == series
-        )
-        parts.append(
-            f'<polyline class="interval {_color(series)}" style="fill:none" points="{way}"/>'
-        )
-    for point in sorted(points, key=lambda p: not p.faint):
-        x, y, color = x_of(point.x), y_of(point.y), _color(point.series)
-        if point.x_interval is not None:
-            ends = x_of(point.x - point.x_interval), x_of(point.x + point.x_interval)
-            parts.append(_line(ends[0], y, ends[1], y, f"interval {color}"))
-        if point.y_interval is not None:
-            ends = y_of(point.y - point.y_interval), y_of(point.y + point.y_interval)
-            parts.append(_line(x, ends[0], x, ends[1], f"interval {color}"))
-        radius = 3 if point.faint else 5
-        classes = f"dot {color}{' faint' if point.faint else ''}"
-        parts.append(
-            f'<circle class="{classes}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">'
-            f"<title>{escape(point.title)}</title></circle>"
-        )
-        if point.label:
-            parts.append(_text(x + radius + 3, y - radius + 1, point.label, "label"))
-    return _svg(WIDTH, HEIGHT, parts, f"{y_title} against {x_title}")
+        xy = zip(*[(p.x, p.y) for p in points if p.series == series], strict=True)
+        chart.mark("curve", *xy, color=f"C{series}", alpha=0.7)
+    for point in sorted(points, key=lambda point: not point.faint):
+        x, y, title, series, label, x_interval, y_interval, faint = point
+        halves = y_interval, x_interval
+        chart.axes.errorbar(x, y, *halves, fmt="none", ecolor=f"C{series}", alpha=0.7)
+        chart.dot(x, y, series, title, **({"markersize": 5, "alpha": 0.35} if faint else {}))
+        chart.text(label, (x, y), (4, 4))
+    return chart.svg(f"{y_title} against {x_title}")
 
 
-def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
+@matplotlib.rc_context(fname=STYLE)
+def bar_chart(bars: Sequence[Bar], *, title: str) -> Markup:
     """Horizontal bars on a common scale from 0; negative values have no bar."""
-    left = 16 + CHARACTER * max(len(bar.label) for bar in bars)
-    right = 16 + CHARACTER * max(len(bar.text) for bar in bars)
-    top = max(max(bar.value for bar in bars), 1e-12)
-    parts = []
+    chart = _Chart(rows=[bar.label for bar in bars])
+    chart.axes.grid(visible=False)
+    chart.axes.set_xticks([])
+    chart.axes.set_xlim(0, max(1e-12, *(bar.value for bar in bars)))
     for row, bar in enumerate(bars):
-        y = row * ROW
-        length = max(0.0, bar.value) / top * (WIDTH - left - right)
-        parts.append(_text(left - 12, y + 20, bar.label, "label", "end"))
-        parts.append(
-            f'<rect class="bar {_color(bar.series)}" x="{left:.1f}" y="{y + 7}" '
-            f'width="{max(length, 1):.1f}" height="{ROW - 12}" rx="2"/>'
-        )
-        parts.append(_text(left + length + 8, y + 20, bar.text, "label"))
-    return _svg(WIDTH, ROW * len(bars) + 4, parts, title)
+        length = max(0.0, bar.value)
+        chart.axes.barh(row, length, height=0.66, color=f"C{bar.series}")
+        chart.text(bar.text, (length, row), (6, 0), va="center")
+    return chart.svg(title)
 
 
+@matplotlib.rc_context(fname=STYLE)
 def dot_chart(
     rows: Sequence[tuple[str, Sequence[float | None]]], *, title: str, names: Sequence[str]
-) -> str:
-    """One row per text, one dot per series, joined by a line: who is ahead where.
+) -> Markup:
+    """One row per text and in it one dot per series, joined by a line.
 
     Args:
         rows: label and a value for each series.
         title: of the axis.
-        names: of the series, for hovering.
+        names: of the series, shown while the pointer is over a dot.
     """
-    known = [value for _, values in rows for value in values if value is not None]
-    ticks = nice_ticks(min(known), max(known))
-    longest = max(len(label) for label, _ in rows)
-    left = 18 + CHARACTER * min(longest, 52)
-    height = ROW * 0.8
-
-    def x_of(value: float) -> float:
-        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (WIDTH + 120 - left - RIGHT)
-
-    bottom = height * len(rows) + 6
-    parts = []
-    for tick in ticks:
-        parts.append(_line(x_of(tick), 0, x_of(tick), bottom, "grid"))
-        parts.append(_text(x_of(tick), bottom + 18, _number(tick, ticks), "tick", "middle"))
-    parts.append(_text((left + WIDTH + 120 - RIGHT) / 2, bottom + 38, title, "axis", "middle"))
-    for row, (label, values) in enumerate(rows):
-        y = height * (row + 0.5) + 3
-        short = label if len(label) <= 52 else f"{label[:51]}…"
-        parts.append(_text(left - 14, y + 4, short, "label", "end"))
-        here = [value for value in values if value is not None]
-        if here:
-            parts.append(_line(x_of(min(here)), y, x_of(max(here)), y, "span"))
-        for series, value in enumerate(values):
-            if value is not None:
-                parts.append(
-                    f'<circle class="dot {_color(series)}" cx="{x_of(value):.1f}" cy="{y:.1f}" '
-                    f'r="5"><title>{escape(f"{names[series]}: {value:.3f}")}</title></circle>'
-                )
-    return _svg(WIDTH + 120, bottom + 44, parts, title)
+    chart = _Chart(rows=[label for label, _ in rows])
+    chart.axes.grid(visible=False, axis="y")
+    chart.axes.set_xlabel(title)
+    for row, (_, values) in enumerate(rows):
+        known = {series: value for series, value in enumerate(values) if value is not None}
+        if known:
+            chart.axes.hlines(row, min(known.values()), max(known.values()), color=RULE, lw=2.4)
+        for series, value in known.items():
+            chart.dot(value, row, series, f"{names[series]}: {value:.3f}")
+    return chart.svg(title)
 
 
-def _extent(values: Sequence[tuple[float, float | None]]) -> tuple[float, float]:
-    low = min(value - (half or 0) for value, half in values)
-    high = max(value + (half or 0) for value, half in values)
-    return low, high
+class _Chart:
+    """One plot, free of pyplot's global state; with ``rows``, one labelled row for each text."""
 
+    def __init__(self, rows: Sequence[str] = ()):
+        self.figure = Figure()
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.groups: dict[str, str] = {}
+        if rows:
+            self.figure.set_figheight(0.27 * len(rows))
+            labels = [text if len(text) <= MAX_LABEL else f"{text[:51]}…" for text in rows]
+            self.axes.set_yticks(range(len(rows)), labels, color=matplotlib.rcParams["text.color"])
+            self.axes.set_ylim(len(rows) - 0.5, -0.5)
 
-def _number(value: float, ticks: Sequence[float]) -> str:
-    step = ticks[1] - ticks[0]
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:.{digits}f}"
+    def mark(self, kind: str, *values: Any, title: str = "", **look: Any) -> None:
+        """Plot a curve or dot that is an SVG group of the class ``kind``, with a title."""
+        name = f"{kind}-{len(self.groups)}"
+        self.groups[name] = Markup('<g class="{}"><title>{}</title>').format(kind, title)
+        self.axes.plot(*values, gid=name, **look)
 
+    def dot(self, x: float, y: float, series: int, title: str, **look: Any) -> None:
+        self.mark("dot", x, y, "o", title=title, color=f"C{series}", zorder=3, **look)
 
-def _color(series: int) -> str:
-    return f"s{series % NUM_SERIES}"
+    def text(self, text: str, xy: tuple[float, float], offset: tuple[int, int], **look) -> None:
+        look = {"xycoords": "data", **look}
+        self.axes.annotate(text, xy, offset, textcoords="offset points", **look)
 
-
-def _line(x1: float, y1: float, x2: float, y2: float, name: str) -> str:
-    return f'<line class="{name}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def _text(x: float, y: float, text: str, name: str, anchor: str = "start") -> str:
-    return (
-        f'<text class="{name}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-    )
-
-
-def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="{escape(title, quote=True)}">{"".join(parts)}</svg>'
-    )
+    def svg(self, title: str) -> Markup:
+        """The SVG element, without ids that would be there twice in a page."""
+        for artist in self.figure.findobj():
+            artist.set_clip_on(False)  # dots on an edge are drawn whole
+        file = io.StringIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # the browser has fonts for other scripts
+            self.figure.savefig(file, format="svg", metadata=NO_METADATA)
+        _, start, rest = file.getvalue().partition("<svg ")
+        label = Markup('role="img" aria-label="{}" ').format(title)
+        groups = re.compile(r'<g id="([^"]*)"(/?)>')
+        body = groups.sub(lambda group: self.groups.get(group[1], f"<g{group[2]}>"), rest)
+        return Markup(f"{start}{label}{body}")

@@ -1,13 +1,14 @@
-"""Draws the pictures of an evaluation into a folder, and goes on where it was stopped.
+"""Draws the pictures of an evaluation into a folder; an interrupted run continues.
 
-Every picture has its own seed, named by prompt and number, so the set is the same however often the
-drawing was interrupted. Knows no measures.
+The seed of a picture depends on its prompt and number alone, so the set is the same however often
+the run was interrupted. Knows no measures.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,45 @@ from tqdm import tqdm
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt, picture_seed
-from mlm_plugin.evaluation.subject import Subject
+from mlm_plugin.evaluation.evaluated_model import EvaluatedModel
 from mlm_plugin.files import atomic_path, read_text
 from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.training.samples import decode_latents
 
-__all__ = ["PICTURES", "SETTINGS_FILE", "claim_folder", "draw_pictures", "picture_name"]
+__all__ = [
+    "PICTURES",
+    "SETTINGS_FILE",
+    "DrawingSettings",
+    "claim_folder",
+    "draw_pictures",
+    "picture_name",
+]
 
 PICTURES = "pictures"  # sub-folder
 SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class DrawingSettings:
+    """How pictures are drawn.
+
+    Attributes:
+        num_images: pictures per prompt.
+        seed: names the noise.
+        steps: of the sampler.
+        scale: classifier-free guidance.
+        negative_prompt: for all.
+        resolution: side in pixels; None = the model's own.
+        batch_size: pictures drawn at once.
+    """
+
+    num_images: int
+    seed: int
+    steps: int
+    scale: float
+    negative_prompt: str = ""
+    resolution: int | None = None
+    batch_size: int = 4
 
 
 def picture_name(prompt: int, number: int) -> str:
@@ -35,7 +66,7 @@ def picture_name(prompt: int, number: int) -> str:
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write down what the pictures of a folder are made with, or hold it to what it says.
+    """Record what the pictures of a folder are drawn with, or check it against the record.
 
     Args:
         folder: the output folder.
@@ -71,15 +102,9 @@ def _short(value: Any, *, limit: int = 60) -> str:
 def draw_pictures(
     folder: Path,
     prompts: Sequence[EvaluationPrompt],
+    settings: DrawingSettings,
     *,
-    load: Callable[[], Subject],
-    num_images: int,
-    seed: int,
-    steps: int,
-    scale: float,
-    negative_prompt: str = "",
-    resolution: int | None = None,
-    batch_size: int = 4,
+    load: Callable[[], EvaluatedModel],
     show_progress: bool = True,
 ) -> list[list[Path]]:
     """Draw what is missing; existing pictures stay.
@@ -87,14 +112,8 @@ def draw_pictures(
     Args:
         folder: the output folder; pictures go to its ``pictures``.
         prompts: what to draw.
+        settings: how to draw it.
         load: gives the model on its device; called only if a picture is missing.
-        num_images: pictures per prompt.
-        seed: names the noise.
-        steps: of the sampler.
-        scale: classifier-free guidance.
-        negative_prompt: for all.
-        resolution: side in pixels; None = the model's own.
-        batch_size: pictures drawn at once.
         show_progress: whether to show a bar.
 
     Returns:
@@ -104,59 +123,46 @@ def draw_pictures(
         UserError: the U-Net overflowed in half precision.
     """
     files = [
-        [folder / PICTURES / picture_name(i, j) for j in range(num_images)]
+        [folder / PICTURES / picture_name(i, j) for j in range(settings.num_images)]
         for i in range(len(prompts))
     ]
     missing = [[j for j, file in enumerate(row) if not file.is_file()] for row in files]
     num_missing = sum(map(len, missing))
     if not num_missing:
         return files
-    subject = load()
-    total = len(prompts) * num_images
+    model = load()
+    total = len(prompts) * settings.num_images
     bar = tqdm(total=total, initial=total - num_missing, desc="pictures", disable=not show_progress)
     with bar:
-        for i, numbers in enumerate(missing):
-            for start in range(0, len(numbers), batch_size):
-                batch = numbers[start : start + batch_size]
-                seeds = [picture_seed(seed, prompts[i].template, j) for j in batch]
-                pictures = _draw(
-                    subject,
-                    prompts[i].prompt,
-                    seeds,
-                    steps=steps,
-                    scale=scale,
-                    negative_prompt=negative_prompt,
-                    resolution=resolution,
-                )
-                for j, picture in zip(batch, pictures, strict=True):
-                    with atomic_path(files[i][j]) as temporary:
+        for prompt, row, numbers in zip(prompts, files, missing, strict=True):
+            for start in range(0, len(numbers), settings.batch_size):
+                batch = numbers[start : start + settings.batch_size]
+                for j, picture in zip(batch, _draw(model, prompt, batch, settings), strict=True):
+                    with atomic_path(row[j]) as temporary:
                         picture.save(temporary)
                 bar.update(len(batch))
     return files
 
 
 def _draw(
-    subject: Subject,
-    prompt: str,
-    seeds: Sequence[int],
-    *,
-    steps: int,
-    scale: float,
-    negative_prompt: str,
-    resolution: int | None,
+    model: EvaluatedModel,
+    prompt: EvaluationPrompt,
+    numbers: Sequence[int],
+    settings: DrawingSettings,
 ) -> list[Image.Image]:
     """Pictures of one prompt; noise comes from the CPU, so that a seed holds on every machine.
 
-    SDXL is told the picture's own size and no crop, and an empty negative prompt is encoded as any
-    other, as in training.
+    SDXL is told the picture's own size and no crop. An empty negative prompt is encoded like any
+    other text, as in training.
     """
-    pipeline, side = subject.pipeline, resolution or subject.resolution
+    pipeline, side = model.pipeline, settings.resolution or model.resolution
+    seeds = [picture_seed(settings.seed, prompt.template, number) for number in numbers]
     latents_NChw = pipeline(
-        **_pipeline_inputs(subject.encode([negative_prompt, prompt])),
+        **_pipeline_inputs(model.encode([settings.negative_prompt, prompt.prompt])),
         num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        num_inference_steps=steps,
-        guidance_scale=scale,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.scale,
         height=side,
         width=side,
         output_type="latent",

@@ -59,7 +59,7 @@ def mean_cosine_to(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 
 
 def intra_distance(a_ND: Tensor) -> float | None:
-    """``2 / (N (N - 1)) sum_{i<j} (1 - cos(a_i, a_j))``; None below two rows.
+    """``2 / (N (N - 1)) sum_{i<j} (1 - cos(a_i, a_j))``; None for fewer than two rows.
 
     Diversity with the pictures of one prompt (0: all alike); the spread of prompts with their
     pooled states (small: the prompts have collapsed).

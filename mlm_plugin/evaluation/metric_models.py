@@ -113,7 +113,7 @@ def load_clip(name: str, *, device: torch.device | str = "cpu") -> Clip:
     """A CLIP by folder or hub id, fp32, frozen.
 
     Raises:
-        UserError: it is not here and cannot be downloaded, or is no CLIP.
+        UserError: it is not here and cannot be downloaded, or is not a CLIP.
     """
     model = _load(lambda: CLIPModel.from_pretrained(name), name, option="clip_model")
     tokenizer = _load(lambda: CLIPTokenizer.from_pretrained(name), name, option="clip_model")
@@ -128,7 +128,7 @@ def load_dino(name: str, *, device: torch.device | str = "cpu") -> Dino:
     takes its place: shorter side to 256/224 of the input, then the middle, bicubic.
 
     Raises:
-        UserError: it is not here and cannot be downloaded, or is no ViT.
+        UserError: it is not here and cannot be downloaded, or is not a ViT.
 
     Source: facebookresearch/dino ``eval_knn.py``; CustomConcept101 ``evaluate.py``.
     """

@@ -30,16 +30,20 @@ class EvaluateOptions:
     pretrained_model_name_or_path: str | None = _option(
         None, "Base model: folder, hub id or file, as in training.", "MODEL"
     )
-    lora: str | None = _option(None, "A LoRA to judge.", "FILE")
+    lora: str | None = _option(None, "A LoRA to evaluate.", "FILE")
     lora_weight: float = _option(1.0, "Strength of the LoRA.")
     embedding: str | None = _option(
-        None, "Learned rows of the placeholder; for SDXL with clip_l and clip_g.", "FILE"
+        None,
+        "Token embeddings of the placeholder; for SDXL with clip_l and clip_g.",
+        "FILE",
     )
     checkpoint: str | None = _option(
         None, "A whole trained model; the base stays the measure of drift.", "MODEL"
     )
     delta: str | None = _option(None, "Keys and values of Custom Diffusion (SD 1 and 2).", "FILE")
-    xti: str | None = _option(None, "Rows for every cross-attention layer (SD 1 and 2).", "FILE")
+    xti: str | None = _option(
+        None, "Token embeddings for every cross-attention layer (SD 1 and 2).", "FILE"
+    )
     placeholder_token: str = _option(
         "sks", "Word that stands for the concept; '' draws the plain class.", "WORD"
     )
@@ -85,7 +89,7 @@ class EvaluateOptions:
         "As in training, for SDXL one of each text encoder with a comma between; none = without.",
         "FILE",
     )
-    label: str | None = _option(None, "Name in reports; else that of the file judged.", "TEXT")
+    label: str | None = _option(None, "Name in reports; else that of the trained file.", "TEXT")
 
 
 class EvaluateCommand(NamedTuple):
@@ -117,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlm-plugin evaluate",
         allow_abbrev=False,
         description="Draw pictures of a learned concept, score them and the text encoder, and "
-        "write results.json, results.csv, text.csv and report.html. Goes on where it was stopped.",
+        "write results.json, results.csv, text.csv and report.html. An interrupted run continues.",
     )
     types = {"int": int, "float": float}
     for item in dataclasses.fields(EvaluateOptions):
@@ -134,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text_only", action="store_true", help="Measure the text encoders alone, no pictures."
     )
     parser.add_argument(
-        "--compare", nargs="+", metavar="DIR", help="Finished evaluations to lay side by side."
+        "--compare", nargs="+", metavar="DIR", help="Finished evaluations to show side by side."
     )
     return parser
 
@@ -160,5 +164,5 @@ def _check(options: EvaluateOptions, *, text_only: bool) -> None:
             raise UserError(f"--{one} and --{other} change the same layers or words: give one")
     if (options.embedding or options.xti) and not options.placeholder_token:
         raise UserError(
-            "--placeholder_token is empty: name the word that the learned rows stand for"
+            "--placeholder_token is empty: name the word that the embeddings were learned for"
         )

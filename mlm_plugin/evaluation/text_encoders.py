@@ -14,10 +14,10 @@ from mlm_plugin.contextualizer_file import (
     load_contextualizer,
 )
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt
+from mlm_plugin.evaluation.evaluated_model import EvaluatedModel
 from mlm_plugin.evaluation.options import NO_MODEL, EvaluateOptions
 from mlm_plugin.evaluation.results import ENCODER_NAMES
-from mlm_plugin.evaluation.subject import Subject
-from mlm_plugin.evaluation.text_space import measure_text_space
+from mlm_plugin.evaluation.text_measures import ConceptPrompts, measure_text_encoder
 from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer, is_small
@@ -28,13 +28,13 @@ __all__ = ["check_contextualizers", "measure_text", "text_protocol"]
 logger = logging.getLogger(__name__)
 
 
-def check_contextualizers(options: EvaluateOptions, subject: Subject) -> None:
+def check_contextualizers(options: EvaluateOptions, model: EvaluatedModel) -> None:
     """Read the files given, so that one that does not fit is found before anything is drawn.
 
     Raises:
         UserError: another number of files, or one made for another text encoder.
     """
-    bases = subject.base_text_encoders
+    bases = model.base_text_encoders
     for setting, base in zip(_contextualizers(options, len(bases)), bases, strict=True):
         if setting not in (NO_MODEL, "auto"):
             load_contextualizer(setting, base)
@@ -42,28 +42,26 @@ def check_contextualizers(options: EvaluateOptions, subject: Subject) -> None:
 
 def measure_text(
     options: EvaluateOptions,
-    subject: Subject,
+    model: EvaluatedModel,
     prompts: Sequence[EvaluationPrompt],
     device: torch.device,
 ) -> dict[str, Any]:
     """Measures of each text encoder by its name, one after the other to spare the device."""
-    names = ENCODER_NAMES[len(subject.text_encoders)]
+    names = ENCODER_NAMES[len(model.text_encoders)]
     settings = _contextualizers(options, len(names))
-    subject.release_drawing()
+    concept_prompts = ConceptPrompts(
+        [prompt.template for prompt in prompts], options.placeholder_token, options.class_token
+    )
+    model.release_drawing()
     text = {}
     for name, setting, text_encoder, base in zip(
-        names, settings, subject.text_encoders, subject.base_text_encoders, strict=True
+        names, settings, model.text_encoders, model.base_text_encoders, strict=True
     ):
         text_encoder.model.float()  # small differences matter here
         base.model.to(device)
-        text[name] = measure_text_space(
-            text_encoder,
-            base,
-            _contextualizer(setting, base, name, device),
-            templates=[prompt.template for prompt in prompts],
-            placeholder_token=options.placeholder_token,
-            class_token=options.class_token,
-            seed=options.seed,
+        contextualizer = _contextualizer(setting, base, name, device)
+        text[name] = measure_text_encoder(
+            text_encoder, base, contextualizer, prompts=concept_prompts, seed=options.seed
         )
         base.model.to("cpu")
     return text
@@ -79,7 +77,7 @@ def text_protocol(text: dict[str, Any]) -> dict[str, str]:
     if not counts:
         return {}
     shown = " and ".join(map(str, sorted(counts)))
-    return {"Masked words": f"{shown} hidden tokens, the same words in all three readings"}
+    return {"Masked words": f"{shown} hidden tokens, the same words in all three cases"}
 
 
 def _contextualizers(options: EvaluateOptions, count: int) -> list[str]:
@@ -95,7 +93,7 @@ def _contextualizers(options: EvaluateOptions, count: int) -> list[str]:
 def _contextualizer(
     setting: str, base: TextEncoder, name: str, device: torch.device
 ) -> Contextualizer | None:
-    """The one for a base text encoder; not made anew where that would take hours."""
+    """The one for a base text encoder; not pretrained where that would take hours."""
     if setting == NO_MODEL:
         return None
     at_hand = setting != "auto" or cached_contextualizer_path(base).is_file()

@@ -84,5 +84,5 @@ def test_table_and_page_name_every_arm_once_and_escape_it():
     page = html_report({"model": "<b>", "records": records})
     assert "lora + mlm 0.1" in page
     assert "&lt;b&gt;" in page
-    assert page.count("<circle") == 4  # one per arm and look
-    assert page.count("<polyline") == 2  # one per arm
+    assert page.count('<g class="dot">') == 4  # one per arm and look
+    assert page.count('<g class="curve">') == 2  # one per arm

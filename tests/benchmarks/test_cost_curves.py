@@ -63,7 +63,7 @@ def test_points_that_are_there_become_table_and_plots(curves, tmp_path, monkeypa
     assert row in capsys.readouterr().out
     assert row in (tmp_path / "curves.md").read_text()
     html = (tmp_path / "curves.html").read_text()
-    assert html.count("<polyline") == 2, "time and memory"
+    assert html.count('<g class="curve">') == 2, "time and memory"
     assert "MLM prompts per step 8: +8.0 % processor time" in html
     (curve,) = json.loads((tmp_path / "curves.json").read_text())["curves"]
     assert [p["x"] for p in curve["points"]] == [4, 8]

@@ -1,9 +1,10 @@
-"""What is judged: a base model with the files of a training, in a pipeline of diffusers.
+"""The model that is evaluated: a base model with the files of a training, in a diffusers pipeline.
 
-Custom Diffusion is loaded by diffusers itself, as a user of these files would. A LoRA is put on by
-the trainer's own network, for diffusers passes over alphas that differ between layers. Learned rows
-stand beside the token table (``models/token_embeddings.py``), so that the placeholder may be a word
-that the tokenizer knows already, which diffusers refuses. Knows no prompts and no measures.
+Custom Diffusion is loaded by diffusers itself, as a user of these files would. A LoRA is applied by
+the trainer's own network, because diffusers ignores alphas that differ between layers. Learned
+token embeddings are kept beside the token table (``models/token_embeddings.py``), so that the
+placeholder may be a word that the tokenizer already knows, which diffusers refuses. Knows no
+prompts and no measures.
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ from mlm_plugin.networks.create import create_network, read_weights
 from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS, part_of
 from mlm_plugin.training.samples import create_sampler
 
-__all__ = ["Pipeline", "Subject", "load_subject"]
+__all__ = ["EvaluatedModel", "LearnedFiles", "LoadSettings", "Pipeline", "load_evaluated_model"]
 
 LORA_UP = "lora_up.weight"
 # Layers that read text states, by the end of their name.
 READS_TEXT = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+Encode = Callable[[Sequence[str]], Conditioning]
+"""Prompts to what the U-Net is conditioned on."""
 
 
 @dataclass
-class Subject:
+class EvaluatedModel:
     """A model that draws a concept, frozen, in eval mode.
 
     Attributes:
@@ -58,7 +61,7 @@ class Subject:
     pipeline: Pipeline
     text_encoders: list[TextEncoder]
     base_text_encoders: list[TextEncoder]
-    encode: Callable[[Sequence[str]], Conditioning]
+    encode: Encode
     family: str
 
     @property
@@ -66,7 +69,7 @@ class Subject:
         """Side in pixels of the pictures that the model was made for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
-    def to(self, device: torch.device) -> Subject:
+    def to(self, device: torch.device) -> EvaluatedModel:
         """Move everything that draws; returns itself."""
         self.pipeline.to(device)
         for text_encoder in self.text_encoders:
@@ -82,70 +85,101 @@ class Subject:
             torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class LearnedFiles:
+    """The files of a training; with none of them the base model itself is evaluated.
+
+    Attributes:
+        checkpoint: a trained model that draws in place of the base model.
+        lora: LoRA file with kohya's key names.
+        lora_weight: its strength.
+        embedding: Textual Inversion file.
+        delta: keys and values of Custom Diffusion; not for SDXL.
+        xti: file with token embeddings for every layer; not for SDXL.
+    """
+
+    checkpoint: str | None = None
+    lora: str | None = None
+    lora_weight: float = 1.0
+    embedding: str | None = None
+    delta: str | None = None
+    xti: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How a model is loaded.
+
+    Attributes:
+        clip_skip: as in training.
+        sampler: kohya's name, see ``SAMPLERS``.
+        dtype: of U-Net and text encoders. The VAE is fp32: SDXL's overflows in fp16.
+        tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for; else the checkpoint
+            is read with the tokenizer of the base model.
+    """
+
+    clip_skip: int | None = None
+    sampler: str = "ddim"
+    dtype: torch.dtype = torch.float32
+    tokenizer_cache_dir: str | None = None
+
+
 @torch.no_grad()
-def load_subject(
+def load_evaluated_model(
     base: str,
+    files: LearnedFiles = LearnedFiles(),
     *,
     placeholder_token: str,
-    checkpoint: str | None = None,
-    lora: str | None = None,
-    lora_weight: float = 1.0,
-    embedding: str | None = None,
-    delta: str | None = None,
-    xti: str | None = None,
-    clip_skip: int | None = None,
-    sampler: str = "ddim",
-    dtype: torch.dtype = torch.float32,
-    tokenizer_cache_dir: str | None = None,
-) -> Subject:
+    settings: LoadSettings = LoadSettings(),
+) -> EvaluatedModel:
     """Load a base model and what was learned on it.
 
     Args:
         base: diffusers folder, hub id or checkpoint file.
-        placeholder_token: what the rows of ``embedding`` and ``xti`` stand for.
-        checkpoint: a trained model that draws in the base model's place.
-        lora: LoRA file in kohya's spelling.
-        lora_weight: its strength.
-        embedding: Textual Inversion file.
-        delta: Custom Diffusion's keys and values; not for SDXL.
-        xti: file with rows for every layer; not for SDXL.
-        clip_skip: as in training.
-        sampler: kohya's name, see ``SAMPLERS``.
-        dtype: of U-Net and text encoders. The VAE is fp32: SDXL's overflows in fp16.
-        tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for; else that of the
-            base model serves the checkpoint.
+        files: of the training.
+        placeholder_token: the word that ``files.embedding`` and ``files.xti`` were learned for.
+        settings: how to load them.
 
     Raises:
         UserError: a file is missing, damaged, or made for another model.
     """
-    _require_files(lora=lora, delta=delta, embedding=embedding, xti=xti)
-    settings = ModelSettings(
-        clip_skip=clip_skip, dtype=dtype, tokenizer_cache_dir=tokenizer_cache_dir
-    )
-    models = load_stable_diffusion(base, settings)
+    _require_files(lora=files.lora, delta=files.delta, embedding=files.embedding, xti=files.xti)
+    models = load_stable_diffusion(base, _model_settings(settings))
     if models.is_sdxl:
-        _refuse_on_sdxl(base, delta=delta, xti=xti)
+        _refuse_on_sdxl(base, delta=files.delta, xti=files.xti)
     base_text_encoders = [_copy(text_encoder) for text_encoder in models.text_encoders]
-    if checkpoint is not None:
+    if files.checkpoint is not None:
         family = models.family
         del models  # the memory of a whole model, before the next one is loaded
-        if not tokenizer_cache_dir:
-            settings = replace(settings, tokenizer_cache_dir=_tokenizer_of(base))
-        models = _load_checkpoint(settings, checkpoint, base=base, family=family)
-    pipeline = _pipeline(models, sampler)
-    if lora is not None:
-        _load_lora(models, lora, lora_weight)
-    if delta is not None:
-        _load_delta(pipeline, delta)
-    if xti is not None:
-        encode = _load_xti(pipeline, models.text_encoders[0], xti, placeholder_token)
-    else:
-        if embedding is not None:
-            _load_embedding(models, embedding, placeholder_token)
-        encode = functools.partial(encode_captions, models.text_encoders)
+        models = _load_checkpoint(files.checkpoint, settings, base=base, family=family)
+    pipeline = _pipeline(models, settings.sampler)
+    encode = _load_files(models, pipeline, files, placeholder_token)
     for module in (models.unet, models.vae, *(encoder.model for encoder in models.text_encoders)):
         module.eval().requires_grad_(False)
-    return Subject(pipeline, models.text_encoders, base_text_encoders, encode, models.family)
+    return EvaluatedModel(pipeline, models.text_encoders, base_text_encoders, encode, models.family)
+
+
+def _model_settings(settings: LoadSettings) -> ModelSettings:
+    return ModelSettings(
+        clip_skip=settings.clip_skip,
+        dtype=settings.dtype,
+        tokenizer_cache_dir=settings.tokenizer_cache_dir,
+    )
+
+
+def _load_files(
+    models: StableDiffusion, pipeline: Pipeline, files: LearnedFiles, placeholder_token: str
+) -> Encode:
+    """Put what was learned into the models; returns what encodes prompts with it."""
+    if files.lora is not None:
+        _load_lora(models, files.lora, files.lora_weight)
+    if files.delta is not None:
+        _load_delta(pipeline, files.delta)
+    if files.xti is not None:
+        return _load_xti(pipeline, models.text_encoders[0], files.xti, placeholder_token)
+    if files.embedding is not None:
+        _load_embedding(models, files.embedding, placeholder_token)
+    return functools.partial(encode_captions, models.text_encoders)
 
 
 def _require_files(**paths: str | None) -> None:
@@ -181,11 +215,14 @@ def _tokenizer_of(base: str) -> Path:
 
 
 def _load_checkpoint(
-    settings: ModelSettings, checkpoint: str, *, base: str, family: str
+    checkpoint: str, settings: LoadSettings, *, base: str, family: str
 ) -> StableDiffusion:
     try:
+        own = _model_settings(settings)
+        if not own.tokenizer_cache_dir:
+            own = replace(own, tokenizer_cache_dir=_tokenizer_of(base))
         architecture = base if Path(base).is_dir() else None
-        models = load_stable_diffusion(checkpoint, settings, architecture=architecture)
+        models = load_stable_diffusion(checkpoint, own, architecture=architecture)
     except UserError as error:
         reason = str(error).removeprefix("--pretrained_model_name_or_path: ")
         reason = reason.replace("--network_weights", "--lora")
@@ -282,32 +319,33 @@ def _load_delta(pipeline: Pipeline, path: str) -> None:
 
 def _load_xti(
     pipeline: Pipeline, text_encoder: TextEncoder, path: str, placeholder_token: str
-) -> Callable[[Sequence[str]], Conditioning]:
-    rows_KND = read_xti(path, codes=layer_codes(pipeline.unet))
-    _add_rows(text_encoder, rows_KND, placeholder_token, path)
+) -> Encode:
+    tokens_KND = read_xti(path, codes=layer_codes(pipeline.unet))
+    _add_embeddings(text_encoder, tokens_KND, placeholder_token, path)
     per_layer_conditioning(pipeline.unet)
     return lambda prompts: Conditioning(encode_per_layer(text_encoder, prompts))
 
 
 def _load_embedding(models: StableDiffusion, path: str, placeholder_token: str) -> None:
-    rows, count = read_embeddings(path), len(models.text_encoders)
-    if len(rows) != count:
+    embeddings, count = read_embeddings(path), len(models.text_encoders)
+    if len(embeddings) != count:
+        keys = ", ".join(EMBEDDING_KEYS[count])
         raise UserError(
-            f"--embedding {path}: holds rows for {len(rows)} text encoder(s), {models.source} is "
-            f"{TITLES[models.family]} and needs {count} ({', '.join(EMBEDDING_KEYS[count])}): use "
-            "a file trained on this kind of model"
+            f"--embedding {path}: holds rows for {len(embeddings)} text encoder(s), "
+            f"{models.source} is {TITLES[models.family]} and needs {count} ({keys}): use a file "
+            "trained on this kind of model"
         )
-    for text_encoder, rows_ND in zip(models.text_encoders, rows, strict=True):
-        _add_rows(text_encoder, rows_ND[None], placeholder_token, path)
+    for text_encoder, tokens_ND in zip(models.text_encoders, embeddings, strict=True):
+        _add_embeddings(text_encoder, tokens_ND[None], placeholder_token, path)
 
 
-def _add_rows(
-    text_encoder: TextEncoder, rows_KND: Tensor, placeholder_token: str, path: str
+def _add_embeddings(
+    text_encoder: TextEncoder, tokens_KND: Tensor, placeholder_token: str, path: str
 ) -> None:
     width = text_encoder.token_embedding.embedding_dim
-    if rows_KND.shape[-1] != width:
+    if tokens_KND.shape[-1] != width:
         raise UserError(
-            f"{path} is of width {rows_KND.shape[-1]}, the text encoder of width {width}: use a "
+            f"{path} is of width {tokens_KND.shape[-1]}, the text encoder of width {width}: use a "
             "file trained on this kind of model (768 = SD 1.x, 1024 = SD 2.x, 768 and 1280 = SDXL)"
         )
-    LearnedTokens(text_encoder, {placeholder_token: rows_KND}).requires_grad_(False)
+    LearnedTokens(text_encoder, {placeholder_token: tokens_KND}).requires_grad_(False)

@@ -7,11 +7,12 @@ import torch
 
 from mlm_plugin.contextualizer_file import load_contextualizer
 from mlm_plugin.evaluation.eval_prompts import with_class, with_concept
-from mlm_plugin.evaluation.text_space import (
+from mlm_plugin.evaluation.text_measures import (
+    ConceptPrompts,
     embedding_measures,
     encoder_drift,
     masked_words,
-    measure_text_space,
+    measure_text_encoder,
     pooled_states,
     random_words,
     set_distances,
@@ -128,13 +129,11 @@ def test_every_layers_reading_of_a_placeholder_counts(toy_text_encoder, contextu
 
 
 def test_without_a_contextualizer_the_other_measures_are_taken(toy_text_encoder):
-    found = measure_text_space(
+    found = measure_text_encoder(
         toy_text_encoder,
         copy_of(toy_text_encoder),
         None,
-        templates=TEMPLATES,
-        placeholder_token="sks",
-        class_token="dog",
+        prompts=ConceptPrompts(TEMPLATES, "sks", "dog"),
     )
     assert found["masked_words"] is None
     assert found["drift"]["everyday"] == pytest.approx(0, abs=1e-6)

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.evaluation.subject import load_subject
+from mlm_plugin.evaluation.evaluated_model import LearnedFiles, load_evaluated_model
 from mlm_plugin.export.custom_diffusion_files import save_delta
 from mlm_plugin.export.embedding_files import save_embedding, save_xti
 from mlm_plugin.export.xti_pipeline import load_xti
@@ -65,9 +65,13 @@ def files(toy_folder, tmp_path):
             for kind in ("embedding", "xti", "delta", "lora", "half")}  # fmt: skip
 
 
+def load(base, **files):
+    return load_evaluated_model(str(base), LearnedFiles(**files), placeholder_token="sks")
+
+
 @pytest.mark.parametrize("kind", ["lora", "embedding", "delta", "xti"])
 def test_a_file_draws_what_a_user_of_diffusers_gets(toy_folder, files, kind):
-    subject = load_subject(str(toy_folder), placeholder_token="sks", **{kind: files[kind]})
+    subject = load(toy_folder, **{kind: files[kind]})
     pipeline = StableDiffusionPipeline.from_pretrained(toy_folder)
     plain = theirs(StableDiffusionPipeline.from_pretrained(toy_folder), subject)
     if kind == "lora":
@@ -90,7 +94,7 @@ def test_a_file_draws_what_a_user_of_diffusers_gets(toy_folder, files, kind):
 
 
 def test_the_base_text_encoder_stays_as_it_was(toy_folder, toy_text_encoder, files):
-    subject = load_subject(str(toy_folder), placeholder_token="sks", lora=files["lora"])
+    subject = load(toy_folder, lora=files["lora"])
     (base,) = subject.base_text_encoders
     assert base.fingerprint() == toy_text_encoder.fingerprint()
     with torch.no_grad():
@@ -100,18 +104,15 @@ def test_the_base_text_encoder_stays_as_it_was(toy_folder, toy_text_encoder, fil
 
 
 def test_a_lora_of_weight_0_changes_nothing(toy_folder, files):
-    load = {"placeholder_token": "sks", "lora": files["lora"]}
-    off = load_subject(str(toy_folder), lora_weight=0.0, **load)
-    plain = load_subject(str(toy_folder), placeholder_token="sks")
+    off = load(toy_folder, lora=files["lora"], lora_weight=0.0)
+    plain = load(toy_folder)
     torch.testing.assert_close(ours(off), ours(plain), atol=1e-5, rtol=1e-5)
 
 
 def test_half_the_alpha_is_half_the_weight(toy_folder, files):
-    half = load_subject(str(toy_folder), placeholder_token="sks", lora=files["half"])
-    weak = load_subject(
-        str(toy_folder), placeholder_token="sks", lora=files["lora"], lora_weight=0.5
-    )
-    full = load_subject(str(toy_folder), placeholder_token="sks", lora=files["lora"])
+    half = load(toy_folder, lora=files["half"])
+    weak = load(toy_folder, lora=files["lora"], lora_weight=0.5)
+    full = load(toy_folder, lora=files["lora"])
     torch.testing.assert_close(ours(half), ours(weak), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(ours(half), ours(full), atol=1e-2)
 
@@ -121,9 +122,7 @@ def test_a_checkpoint_draws_in_the_base_models_place(toy_folder, tmp_path):
     with torch.no_grad():
         trained.text_encoder.get_input_embeddings().weight.mul_(1.5)
     trained.save_pretrained(tmp_path / "trained")
-    subject = load_subject(
-        str(toy_folder), placeholder_token="sks", checkpoint=str(tmp_path / "trained")
-    )
+    subject = load(toy_folder, checkpoint=str(tmp_path / "trained"))
     torch.testing.assert_close(ours(subject), theirs(trained, subject), atol=1e-4, rtol=1e-4)
     base, now = (encoder.token_embedding.weight
                  for (encoder,) in (subject.base_text_encoders, subject.text_encoders))  # fmt: skip
@@ -133,16 +132,14 @@ def test_a_checkpoint_draws_in_the_base_models_place(toy_folder, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "embedding", "delta", "xti"])
 def test_a_missing_file_is_one_line(toy_folder, kind):
     with pytest.raises(UserError, match=f"--{kind}: there is no file none.safetensors"):
-        load_subject(str(toy_folder), placeholder_token="sks", **{kind: "none.safetensors"})
+        load(toy_folder, **{kind: "none.safetensors"})
 
 
 def test_files_of_another_model_are_one_line(toy_folder, tmp_path):
     path = tmp_path / "wide.safetensors"
     save_embedding(path, {"emb_params": torch.randn(1, 768)}, metadata={"a": "b"})
     with pytest.raises(UserError, match="width 768"):
-        load_subject(str(toy_folder), placeholder_token="sks", embedding=str(path))
+        load(toy_folder, embedding=str(path))
     save_file({"x.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "no_lora.safetensors")
     with pytest.raises(UserError, match="--lora"):
-        load_subject(
-            str(toy_folder), placeholder_token="sks", lora=str(tmp_path / "no_lora.safetensors")
-        )
+        load(toy_folder, lora=str(tmp_path / "no_lora.safetensors"))

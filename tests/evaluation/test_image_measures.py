@@ -6,7 +6,13 @@ from PIL import Image
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import evaluation_prompts
-from mlm_plugin.evaluation.image_space import cut_out, find_masks, find_photos, score_pictures
+from mlm_plugin.evaluation.image_measures import (
+    Judges,
+    cut_out,
+    find_masks,
+    find_photos,
+    score_pictures,
+)
 from mlm_plugin.evaluation.metric_models import load_clip, load_dino
 
 PROMPTS = evaluation_prompts(["a {}", "a {} asleep"], placeholder_token="sks", class_token="dog")
@@ -21,13 +27,13 @@ def save(path, seed):
 
 @pytest.fixture
 def judges(tiny_clip, tiny_dino):
-    return {"clip": load_clip(str(tiny_clip)), "dino": load_dino(str(tiny_dino))}
+    return Judges(load_clip(str(tiny_clip)), load_dino(str(tiny_dino)))
 
 
 def test_copies_of_the_only_photo_are_wholly_alike_and_not_diverse(tmp_path, judges):
     photo = save(tmp_path / "photo.png", 0)
     pictures = [[save(tmp_path / f"{i}_{j}.png", 0) for j in range(2)] for i in range(2)]
-    scores = score_pictures(pictures, PROMPTS, [photo], masks={}, **judges)
+    scores = score_pictures(pictures, PROMPTS, [photo], judges, masks={})
     for name in ("clip_i", "dino"):
         assert scores["measures"][name]["mean"] == pytest.approx(1, abs=1e-5)
     assert scores["measures"]["diversity_dino"]["mean"] == pytest.approx(0, abs=1e-5)
@@ -51,7 +57,7 @@ def test_foregrounds_are_compared_with_foregrounds_and_backgrounds_with_backgrou
         Image.fromarray(left).save(masks / f"{name}.png")
     other = save(tmp_path / "other.png", 2)  # without a mask
     scores = score_pictures(
-        [[drawn, other], [other]], PROMPTS, [photo], masks=find_masks(str(masks)), **judges
+        [[drawn, other], [other]], PROMPTS, [photo], judges, masks=find_masks(str(masks))
     )
     first = scores["per_picture"][0]
     assert first[0]["dino_fg"] == pytest.approx(1, abs=1e-5)
@@ -74,7 +80,7 @@ def test_what_is_cut_away_gets_the_colour_given():
 
 def test_without_judges_nothing_is_scored(tmp_path):
     photo = save(tmp_path / "photo.png", 0)
-    scores = score_pictures([[photo], [photo]], PROMPTS, [photo], clip=None, dino=None, masks={})
+    scores = score_pictures([[photo], [photo]], PROMPTS, [photo], Judges(), masks={})
     assert scores["measures"] == {}
 
 

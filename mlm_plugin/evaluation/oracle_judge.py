@@ -33,8 +33,8 @@ class OracleJudge(NamedTuple):
 
     Attributes:
         name: file and digest.
-        accuracy: share of true pictures that it reads rightly, by attribute; may be empty.
-        concept: whose look counts.
+        accuracy: share of true pictures that it reads correctly, by attribute; may be empty.
+        concept: whose appearance counts.
         labels: what the prompts ask for.
     """
 
@@ -96,15 +96,15 @@ def oracle_columns(
         ``identity``, ``prompt_fidelity`` and ``seen_<attribute>`` for everything that is asked.
     """
     pixels = torch.stack([image_tensor(image) for image in images])
-    reading = judge.oracle(pixels)
+    seen = judge.oracle(pixels)
     columns = {"identity": identity(pixels, judge.concept).tolist()}
     caption = judge.labels.captions.get(prompt.template)
     if caption is None:
         return columns
     captions = [caption] * len(images)
     if set(caption.said) - {"subject"}:
-        columns["prompt_fidelity"] = prompt_fidelity(reading, captions).tolist()
-    right = seen_right(reading, captions)
+        columns["prompt_fidelity"] = prompt_fidelity(seen, captions).tolist()
+    right = seen_right(seen, captions)
     return columns | {f"seen_{name}": right[name].tolist() for name in caption.said}
 
 

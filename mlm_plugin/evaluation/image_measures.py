@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,17 +26,28 @@ from mlm_plugin.evaluation.measures import (
     paired_cosine,
 )
 from mlm_plugin.evaluation.metric_models import Clip, Dino
-from mlm_plugin.evaluation.oracle_space import OracleJudge, oracle_columns
+from mlm_plugin.evaluation.oracle_judge import OracleJudge, oracle_columns
 from mlm_plugin.evaluation.results import IMAGE_MEASURES
 
-__all__ = ["cut_out", "find_masks", "find_photos", "score_pictures"]
+__all__ = ["Judges", "cut_out", "find_masks", "find_photos", "score_pictures"]
 
 
-class ImageModel(Protocol):
-    """What turns pictures into features."""
+PartScorer = Callable[[Sequence[Path], Sequence[Image.Image]], list[float | None]]
+"""Files and their pictures to scores; None for a file without a mask."""
 
-    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """``(N, D)``."""
+
+class Judges(NamedTuple):
+    """The models that score pictures; None = without its measures.
+
+    Attributes:
+        clip: for CLIP-T, CLIP-I and diversity.
+        dino: for DINO and diversity.
+        oracle: of a pocket model, for what a prompt asks and for identity.
+    """
+
+    clip: Clip | None = None
+    dino: Dino | None = None
+    oracle: OracleJudge | None = None
 
 
 def find_photos(folder: str) -> list[Path]:
@@ -91,25 +102,21 @@ def score_pictures(
     pictures: Sequence[Sequence[Path]],
     prompts: Sequence[EvaluationPrompt],
     photos: Sequence[Path],
+    judges: Judges,
     *,
-    clip: Clip | None,
-    dino: Dino | None,
     masks: Mapping[str, Path],
-    oracle: OracleJudge | None = None,
 ) -> dict[str, Any]:
     """All image measures.
 
     DINO-FG (DINO-BG) is DINO on foregrounds (backgrounds) of both photos and pictures, over those
-    that have a mask; a high DINO-BG says that the photos' surroundings came along.
+    that have a mask; a high DINO-BG says that the photos' surroundings were learned too.
 
     Args:
         pictures: files by prompt.
         prompts: what they were drawn from.
         photos: of the concept.
-        clip: for CLIP-T, CLIP-I and diversity; None = without.
-        dino: for DINO and diversity; None = without.
+        judges: the models that score.
         masks: from :func:`find_masks`.
-        oracle: of a pocket model, for what was asked and for identity; None = without.
 
     Returns:
         ``measures``: mean over prompts with its interval; ``per_prompt``; ``per_picture`` by
@@ -119,30 +126,13 @@ def score_pictures(
     Raises:
         UserError: a picture or mask cannot be read.
     """
-    originals = _open_all(photos)
-    photo_clip = clip.image_features(originals) if clip else None
-    photo_dino = dino.image_features(originals) if dino else None
-    texts = clip.text_features([prompt.text for prompt in prompts]) if clip else None
-    parts = _part_scorers(dino, photos, originals, masks) if dino else {}
+    reference = _reference(photos, judges, masks)
+    texts = [prompt.text for prompt in prompts]
+    text_clip = judges.clip.text_features(texts) if judges.clip else [None] * len(texts)
     per_picture: list[list[dict[str, float | None]]] = []
     per_prompt: list[dict[str, float | None]] = []
-    for index, files in enumerate(pictures):
-        images = _open_all(files)
-        columns: dict[str, list[float | None]] = {}
-        diversity: dict[str, float | None] = {}
-        if clip:
-            features = clip.image_features(images)
-            columns["clip_t"] = paired_cosine(features, texts[index].expand_as(features)).tolist()
-            columns["clip_i"] = mean_cosine_to(features, photo_clip).tolist()
-            diversity["diversity_clip"] = intra_distance(features)
-        if dino:
-            features = dino.image_features(images)
-            columns["dino"] = mean_cosine_to(features, photo_dino).tolist()
-            diversity["diversity_dino"] = intra_distance(features)
-        for name, score in parts.items():
-            columns[name] = score(files, images)
-        if oracle:
-            columns |= oracle_columns(oracle, prompts[index], images)
+    for files, prompt, text_D in zip(pictures, prompts, text_clip, strict=True):
+        columns, diversity = _score_prompt(files, prompt, text_D, judges, reference)
         per_picture.append(
             [{name: column[j] for name, column in columns.items()} for j in range(len(files))]
         )
@@ -151,7 +141,7 @@ def score_pictures(
         "measures": _summary(per_prompt),
         "per_prompt": per_prompt,
         "per_picture": per_picture,
-        "references": _references(photo_clip, photo_dino),
+        "references": _references(reference.photo_clip, reference.photo_dino),
         "num_masked": {
             "pictures": sum(file.stem in masks for files in pictures for file in files),
             "photos": sum(photo.stem in masks for photo in photos),
@@ -159,12 +149,56 @@ def score_pictures(
     }
 
 
+class _Reference(NamedTuple):
+    """What the pictures of all prompts are compared with."""
+
+    photo_clip: Tensor | None
+    photo_dino: Tensor | None
+    parts: dict[str, PartScorer]
+
+
+def _reference(photos: Sequence[Path], judges: Judges, masks: Mapping[str, Path]) -> _Reference:
+    images = _open_all(photos)
+    return _Reference(
+        photo_clip=judges.clip.image_features(images) if judges.clip else None,
+        photo_dino=judges.dino.image_features(images) if judges.dino else None,
+        parts=_part_scorers(judges.dino, photos, images, masks) if judges.dino else {},
+    )
+
+
+def _score_prompt(
+    files: Sequence[Path],
+    prompt: EvaluationPrompt,
+    text_D: Tensor | None,
+    judges: Judges,
+    reference: _Reference,
+) -> tuple[dict[str, list[float | None]], dict[str, float | None]]:
+    """Scores of every picture of a prompt, and how varied the pictures are."""
+    images = _open_all(files)
+    columns: dict[str, list[float | None]] = {}
+    diversity: dict[str, float | None] = {}
+    if judges.clip:
+        features = judges.clip.image_features(images)
+        columns["clip_t"] = paired_cosine(features, text_D.expand_as(features)).tolist()
+        columns["clip_i"] = mean_cosine_to(features, reference.photo_clip).tolist()
+        diversity["diversity_clip"] = intra_distance(features)
+    if judges.dino:
+        features = judges.dino.image_features(images)
+        columns["dino"] = mean_cosine_to(features, reference.photo_dino).tolist()
+        diversity["diversity_dino"] = intra_distance(features)
+    for name, score in reference.parts.items():
+        columns[name] = score(files, images)
+    if judges.oracle:
+        columns |= oracle_columns(judges.oracle, prompt, images)
+    return columns, diversity
+
+
 def _part_scorers(
     dino: Dino,
     photos: Sequence[Path],
     originals: Sequence[Image.Image],
     masks: Mapping[str, Path],
-) -> dict[str, Callable[[Sequence[Path], Sequence[Image.Image]], list[float | None]]]:
+) -> dict[str, PartScorer]:
     """DINO on what is in the masks and on what is not; none where no photo has a mask."""
     if not any(photo.stem in masks for photo in photos):
         return {}
@@ -207,7 +241,7 @@ def _summary(per_prompt: Sequence[Mapping[str, float | None]]) -> dict[str, Any]
     for name in IMAGE_MEASURES:
         values = [row[name] for row in per_prompt if row.get(name) is not None]
         if values:
-            summary[name] = mean_with_interval(torch.tensor(values))._asdict()
+            summary[name] = mean_with_interval(torch.tensor(values, dtype=torch.float64))._asdict()
     if "clip_t" in summary:
         summary["clip_t"]["custom_concept_101"] = custom_concept_score(summary["clip_t"]["mean"])
     return summary

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import evaluation_prompts, picture_seed
-from mlm_plugin.evaluation.generate import draw_pictures
-from mlm_plugin.evaluation.subject import load_subject
+from mlm_plugin.evaluation.evaluated_model import LearnedFiles, LoadSettings, load_evaluated_model
+from mlm_plugin.evaluation.generate import DrawingSettings, draw_pictures
 from mlm_plugin.export.checkpoint import save_checkpoint
 from mlm_plugin.export.embedding_files import save_embedding
 from mlm_plugin.models import checkpoint_file
@@ -61,8 +61,13 @@ def _save(path, models):
     save_checkpoint(path, models.components, family=models.family, metadata={})
 
 
-def load(base, **files):
-    return load_subject(str(base), placeholder_token="sks", **files)
+def load(base, *, files=None, **settings):
+    return load_evaluated_model(
+        str(base),
+        LearnedFiles(**(files or {})),
+        placeholder_token="sks",
+        settings=LoadSettings(**settings),
+    )
 
 
 def ours(subject, folder, **how):
@@ -72,11 +77,9 @@ def ours(subject, folder, **how):
     ((file,),) = draw_pictures(
         folder,
         prompts,
+        DrawingSettings(num_images=1, seed=0, **(settings | how)),
         load=lambda: subject,
-        num_images=1,
-        seed=0,
         show_progress=False,
-        **(settings | how),
     )
     return np.asarray(Image.open(file)).astype(int)
 
@@ -125,7 +128,7 @@ def client(folder, files, kinds):
     "kinds", [(), ("lora",), ("embedding",), ("lora", "embedding"), ("checkpoint",)]
 )
 def test_files_draw_what_a_user_of_diffusers_gets(kinds, toy_sdxl_folder, files, tmp_path):
-    subject = load(toy_sdxl_folder, **{kind: getattr(files, kind) for kind in kinds})
+    subject = load(toy_sdxl_folder, files={kind: getattr(files, kind) for kind in kinds})
     pipeline, word = client(toy_sdxl_folder, files, kinds)
     picture = ours(subject, tmp_path)
     expected = theirs(pipeline, subject, PROMPT.replace("sks", word))
@@ -147,18 +150,14 @@ def test_a_checkpoint_file_is_a_base_model_too(toy_sdxl_folder, files, tmp_path,
     shapes.mkdir()
     (shapes / "sdxl").symlink_to(toy_sdxl_folder)
     monkeypatch.setattr(checkpoint_file, "ARCHITECTURES", shapes)
-    subject = load_subject(
-        files.checkpoint,
-        placeholder_token="sks",
-        tokenizer_cache_dir=str(toy_sdxl_folder / "tokenizer"),
-    )
+    subject = load(files.checkpoint, tokenizer_cache_dir=str(toy_sdxl_folder / "tokenizer"))
     assert subject.family == "sdxl"
-    same = ours(load(toy_sdxl_folder, checkpoint=files.checkpoint), tmp_path / "same")
+    same = ours(load(toy_sdxl_folder, files={"checkpoint": files.checkpoint}), tmp_path / "same")
     assert (ours(subject, tmp_path) == same).all()
 
 
 def test_the_base_text_encoders_stay_as_they_were(toy_sdxl_folder, files):
-    subject = load(toy_sdxl_folder, lora=files.lora, embedding=files.embedding)
+    subject = load(toy_sdxl_folder, files={"lora": files.lora, "embedding": files.embedding})
     untouched = load_stable_diffusion(toy_sdxl_folder).text_encoders
     for base, before in zip(subject.base_text_encoders, untouched, strict=True):
         assert base.fingerprint() == before.fingerprint()
@@ -172,13 +171,13 @@ def test_in_half_precision_the_size_is_the_models_own_and_the_vae_fp32(
     toy_sdxl_folder, files, tmp_path
 ):
     learned = {"lora": files.lora, "embedding": files.embedding}
-    subject = load(toy_sdxl_folder, dtype=torch.bfloat16, **learned)
+    subject = load(toy_sdxl_folder, files=learned, dtype=torch.bfloat16)
     assert subject.pipeline.unet.dtype == torch.bfloat16
     assert subject.pipeline.vae.dtype == torch.float32
     assert subject.resolution == 128
     picture = ours(subject, tmp_path, resolution=None, steps=1)
     assert picture.shape == (128, 128, 3)
-    full = ours(load(toy_sdxl_folder, **learned), tmp_path / "full", resolution=None, steps=1)
+    full = ours(load(toy_sdxl_folder, files=learned), tmp_path / "full", resolution=None, steps=1)
     assert abs(picture - full).mean() < 3
 
 
@@ -190,8 +189,9 @@ def test_a_u_net_that_overflows_is_one_line(toy_sdxl_folder, tmp_path):
 
 
 def test_an_embedding_inside_a_lora_is_left_out(toy_sdxl_folder, files, tmp_path):
-    bundled = ours(load(toy_sdxl_folder, lora=files.bundled_lora), tmp_path)
-    assert (bundled == ours(load(toy_sdxl_folder, lora=files.lora), tmp_path / "plain")).all()
+    bundled = ours(load(toy_sdxl_folder, files={"lora": files.bundled_lora}), tmp_path)
+    plain = ours(load(toy_sdxl_folder, files={"lora": files.lora}), tmp_path / "plain")
+    assert (bundled == plain).all()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_an_embedding_inside_a_lora_is_left_out(toy_sdxl_folder, files, tmp_path
 )
 def test_files_of_sd_1_are_refused_on_sdxl(option, file, message, toy_sdxl_folder, files):
     with pytest.raises(UserError, match=message):
-        load(toy_sdxl_folder, **{option: getattr(files, file)})
+        load(toy_sdxl_folder, files={option: getattr(files, file)})
 
 
 @pytest.mark.parametrize(
@@ -222,4 +222,4 @@ def test_files_of_sd_1_are_refused_on_sdxl(option, file, message, toy_sdxl_folde
 )
 def test_files_of_sdxl_are_refused_on_sd_1(option, file, message, toy_folder, files):
     with pytest.raises(UserError, match=message):
-        load(toy_folder, **{option: getattr(files, file)})
+        load(toy_folder, files={option: getattr(files, file)})

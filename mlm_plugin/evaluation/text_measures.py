@@ -3,13 +3,14 @@
 How well the hidden words around the concept can be told, how far the concept stands from its class,
 whether prompts with it have become alike, and how far the encoder has moved on text without it.
 
-Shapes: B prompts, L tokens, D width, K readings of a placeholder (XTI's layers, else 1).
+Shapes: B prompts, L tokens, D width, K variants of a placeholder (XTI's layers, else 1).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +33,14 @@ from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
 from mlm_plugin.training.drift import PROBES
 
 __all__ = [
+    "ConceptPrompts",
     "MaskedWords",
     "embedding_measures",
     "encoder_drift",
     "has_projection",
     "headline",
     "masked_words",
-    "measure_text_space",
+    "measure_text_encoder",
     "pooled_states",
     "projected_states",
     "projection_drift",
@@ -52,102 +54,117 @@ MLM_PROBABILITY = 0.25
 
 
 class MaskedWords(NamedTuple):
-    """Cross-entropy in nats per hidden token, share named rightly, number of hidden tokens."""
+    """Cross-entropy in nats per hidden token, share predicted correctly, number of them."""
 
     loss: float
     accuracy: float
     num_masked: int
 
 
+@dataclass(frozen=True)
+class ConceptPrompts:
+    """Evaluation prompts, with the concept and with its class word alone.
+
+    Attributes:
+        templates: with ``{}`` for the concept.
+        placeholder_token: "" = the plain class is evaluated.
+        class_token: the class word.
+    """
+
+    templates: Sequence[str]
+    placeholder_token: str
+    class_token: str
+
+    @property
+    def with_concept(self) -> list[str]:
+        """Such as "a sks dog in the jungle"."""
+        return [with_concept(t, self.placeholder_token, self.class_token) for t in self.templates]
+
+    @property
+    def with_class(self) -> list[str]:
+        """Such as "a dog in the jungle"."""
+        return [with_class(t, self.class_token) for t in self.templates]
+
+
 @torch.no_grad()
-def measure_text_space(
+def measure_text_encoder(
     text_encoder: TextEncoder,
     base_text_encoder: TextEncoder,
     contextualizer: Contextualizer | None,
     *,
-    templates: Sequence[str],
-    placeholder_token: str,
-    class_token: str,
+    prompts: ConceptPrompts,
     seed: int = 0,
 ) -> dict[str, Any]:
     """All measures of one text encoder, by group.
 
-    ``masked_words`` is None without a contextualizer, ``projected`` but for SDXL's second encoder.
+    ``masked_words`` is None without a contextualizer; ``projected`` is None except for SDXL's
+    second text encoder.
 
     Args:
         text_encoder: with everything learned in place.
-        base_text_encoder: as it was before.
+        base_text_encoder: the untrained encoder.
         contextualizer: made for the base text encoder.
-        templates: evaluation prompts with ``{}``.
-        placeholder_token: "" = the plain class is judged.
-        class_token: the class word.
+        prompts: what is encoded.
         seed: of masks and random words.
     """
-    concept_prompts = [with_concept(t, placeholder_token, class_token) for t in templates]
-    class_prompts = [with_class(t, class_token) for t in templates]
     words = None
     if contextualizer is not None:
-        words = _masked_words_by_filler(
-            text_encoder,
-            contextualizer,
-            templates,
-            placeholder_token=placeholder_token,
-            class_token=class_token,
-            seed=seed,
-        )
-    distances = set_distances(text_encoder, concept_prompts, class_prompts)
+        words = _masked_words_by_filler(text_encoder, contextualizer, prompts, seed=seed)
+    distances = set_distances(text_encoder, prompts.with_concept, prompts.with_class)
     per_prompt = distances.pop("per_prompt")
-    projected = None
-    if has_projection(text_encoder):
-        projected = set_distances(
-            text_encoder, concept_prompts, class_prompts, states=projected_states
-        )
-        del projected["per_prompt"]
-        projected["drift"] = projection_drift(text_encoder, base_text_encoder, PROBES)
     return {
         "masked_words": words,
         "embedding": embedding_measures(
-            text_encoder, placeholder_token=placeholder_token, class_token=class_token
+            text_encoder,
+            placeholder_token=prompts.placeholder_token,
+            class_token=prompts.class_token,
         ),
         "distances": distances,
         "distance_per_prompt": per_prompt,
         "drift": {
             "everyday": encoder_drift(text_encoder, base_text_encoder, PROBES),
-            "class": encoder_drift(text_encoder, base_text_encoder, class_prompts),
+            "class": encoder_drift(text_encoder, base_text_encoder, prompts.with_class),
         },
-        "projected": projected,
+        "projected": _projected(text_encoder, base_text_encoder, prompts),
     }
+
+
+def _projected(
+    text_encoder: TextEncoder, base_text_encoder: TextEncoder, prompts: ConceptPrompts
+) -> dict[str, Any] | None:
+    """Distances and drift of the pooled text; None for an encoder without one."""
+    if not has_projection(text_encoder):
+        return None
+    found = set_distances(
+        text_encoder, prompts.with_concept, prompts.with_class, states=projected_states
+    )
+    del found["per_prompt"]
+    return found | {"drift": projection_drift(text_encoder, base_text_encoder, PROBES)}
 
 
 def _masked_words_by_filler(
     text_encoder: TextEncoder,
     contextualizer: Contextualizer,
-    templates: Sequence[str],
+    prompts: ConceptPrompts,
     *,
-    placeholder_token: str,
-    class_token: str,
     seed: int,
 ) -> dict[str, Any]:
-    """The three readings: with the concept, with the class word alone, with a random word."""
-    strangers = random_words(text_encoder, NUM_RANDOM_WORDS, seed=seed)
+    """With the concept, with the class word alone, and with a random word in its place."""
+    random_fillers = random_words(text_encoder, NUM_RANDOM_WORDS, seed=seed)
+    protected = [prompts.placeholder_token, prompts.class_token, *random_fillers]
     prompts_of = {
-        "concept": [with_concept(t, placeholder_token, class_token) for t in templates],
-        "class": [with_class(t, class_token) for t in templates],
+        "concept": prompts.with_concept,
+        "class": prompts.with_class,
         "random": [
-            with_concept(t, strangers[i % len(strangers)], class_token)
-            for i, t in enumerate(templates)
+            with_concept(template, random_fillers[i % len(random_fillers)], prompts.class_token)
+            for i, template in enumerate(prompts.templates)
         ],
     }
-    protected = [placeholder_token, class_token, *strangers]
     return {
         name: masked_words(
-            text_encoder,
-            contextualizer,
-            prompts,
-            protected=protected,
-            seed=seed,
+            text_encoder, contextualizer, texts, protected=protected, seed=seed
         )._asdict()
-        for name, prompts in prompts_of.items()
+        for name, texts in prompts_of.items()
     }
 
 
@@ -160,7 +177,7 @@ def masked_words(
     protected: Sequence[str],
     seed: int,
 ) -> MaskedWords:
-    """``-1/N sum log p(hidden token | states)`` and the share of hidden tokens named rightly.
+    """``-1/N sum log p(hidden token | states)`` and the share of hidden tokens predicted correctly.
 
     Every prompt is masked several times. Protected words are never hidden and do not count, so the
     same seed hides the same context words whatever stands in the slot.
@@ -188,7 +205,7 @@ def masked_words(
     )
     is_token_BL = prompt_attention_mask(ids_BL, vocabulary.eos_token_id)
     parts = [
-        _named(text_encoder, contextualizer, masked, is_token_BL, reading=k)
+        _named(text_encoder, contextualizer, masked, is_token_BL, variant=k)
         for k in range(1 if rows is None else rows.num_variants)
     ]
     loss, accuracy = torch.tensor([part[:2] for part in parts]).mean(dim=0).tolist()
@@ -201,13 +218,13 @@ def _named(
     masked: MaskedTokens,
     is_token_BL: Tensor,
     *,
-    reading: int,
+    variant: int,
 ) -> MaskedWords:
     table_VD = text_encoder.token_embedding.weight[: contextualizer.sizes.vocab_size]
     device = table_VD.device
     contextualizer = contextualizer.to(device)
     with mask_embedding(text_encoder.token_embedding, contextualizer.mask_vector):
-        hidden_BLD = text_encoder.encode(_reading(text_encoder, masked.input_ids, reading))
+        hidden_BLD = text_encoder.encode(_variant(text_encoder, masked.input_ids, variant))
     result = masked_word_loss(
         contextualizer,
         hidden_BLD,
@@ -234,31 +251,31 @@ def random_words(text_encoder: TextEncoder, count: int, *, seed: int) -> list[st
 def embedding_measures(
     text_encoder: TextEncoder, *, placeholder_token: str, class_token: str
 ) -> dict[str, float] | None:
-    """Norm of the concept's input rows and their cosine to the class word's; None without concept.
+    """Norm of the concept's embeddings, cosine to the class word's; None without concept.
 
-    ``norm``: mean |v| over rows and layers; ``class_norm``: the same of the class word;
-    ``table_norm``: mean |v| of the whole table; ``cosine``: mean over rows of cos(v, mean class
-    row). A norm far above the table's shouts the rest of a prompt down.
+    ``norm``: mean |v| over tokens and layers; ``class_norm``: the same of the class word;
+    ``table_norm``: mean |v| of the whole table; ``cosine``: mean over tokens of cos(v, mean
+    class embedding). A norm far above the table's drowns out the rest of a prompt.
 
     Source: the norm and direction of V* in "semantic collapse" (Embedding-Adjustment).
     """
     if not placeholder_token:
         return None
     table_VD = text_encoder.token_embedding.weight.float()
-    rows_ND = _rows_of(text_encoder, placeholder_token)
-    class_ND = _rows_of(text_encoder, class_token)
-    cosine = F.cosine_similarity(rows_ND, class_ND.mean(dim=0, keepdim=True), dim=-1).mean()
+    concept_ND = _embeddings_of(text_encoder, placeholder_token)
+    class_ND = _embeddings_of(text_encoder, class_token)
+    cosine = F.cosine_similarity(concept_ND, class_ND.mean(dim=0, keepdim=True), dim=-1).mean()
     return {
-        "norm": rows_ND.norm(dim=-1).mean().item(),
+        "norm": concept_ND.norm(dim=-1).mean().item(),
         "class_norm": class_ND.norm(dim=-1).mean().item(),
         "table_norm": table_VD.norm(dim=-1).mean().item(),
         "cosine": cosine.item(),
-        "num_vectors": len(rows_ND),
+        "num_vectors": len(concept_ND),
     }
 
 
-def _rows_of(text_encoder: TextEncoder, word: str) -> Tensor:
-    """Input vectors of a word: learned rows if it is a placeholder, else rows of the table."""
+def _embeddings_of(text_encoder: TextEncoder, word: str) -> Tensor:
+    """Token embeddings of a word, learned or from the table."""
     tokens = text_encoder.learned_tokens
     learned = tokens.embeddings if tokens is not None else {}
     if word in learned:
@@ -277,7 +294,7 @@ def pooled_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
     rows = text_encoder.learned_tokens
     states = []
     for k in range(1 if rows is None else rows.num_variants):
-        hidden_BLD = text_encoder.encode(_reading(text_encoder, ids_BL, k)).float().cpu()
+        hidden_BLD = text_encoder.encode(_variant(text_encoder, ids_BL, k)).float().cpu()
         states.append(hidden_BLD[torch.arange(len(ids_BL)), eos_B])
     return torch.stack(states)
 
@@ -358,13 +375,13 @@ def encoder_drift(
     return (1 - paired_cosine(now, before)).mean().item()
 
 
-def _reading(text_encoder: TextEncoder, ids_BL: Tensor, k: int) -> Tensor:
+def _variant(text_encoder: TextEncoder, ids_BL: Tensor, k: int) -> Tensor:
     rows = text_encoder.learned_tokens
     return ids_BL if rows is None else rows.variant(ids_BL, k)
 
 
 def headline(text: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of one text encoder that a table of runs has room for."""
+    """The numbers of one text encoder that a table of runs shows."""
     words = text["masked_words"]
     embedding = text["embedding"] or {}
     return {
