@@ -1,1 +1,1 @@
-"""Research beside the package: the pocket model's training, the comparison of methods, benchmarks."""
+"""Beside the package: training of the pocket model, comparison of methods, benchmarks."""

@@ -24,7 +24,7 @@ ROWS = [
     ("setup",),
     ("evaluation", "estimate"),
     ("sd_scripts", "commands"),
-    ("bench",),
+    ("demo",),
     ("cli",),
 ]
 ROW_OF = {name: number for number, names in enumerate(ROWS) for name in names}
@@ -63,6 +63,7 @@ def test_a_module_imports_only_from_its_own_row_and_the_rows_above(path):
         parts = module.split(".")
         if parts[0] == "mlm_plugin" and len(parts) > 1 and parts[1] in ROW_OF:
             assert ROW_OF[parts[1]] <= ROW_OF[room], f"{room} must not import {module}"
+        assert parts[0] != "research", f"{room} is installed, research is not"
         assert parts[0] not in FORBIDDEN.get(room, ()), f"{room} must not know {parts[0]}"
 
 

@@ -1,7 +1,7 @@
 """One training of a concept on a pocket model, evaluated on the way.
 
-Trains through the standalone trainer, as a user would; only the evaluations are added. Runs with
-equal concept and seed share data order, noise and the noise of test pictures, whatever else differs.
+Trains through the standalone trainer, as a user would; only the evaluations are added. Runs of one
+concept with equal seeds share data order, noise and the noise of test pictures.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The MLM term against a rival on the same method: ours minus theirs, at the last evaluation."""
+    """The MLM term against a rival on the same method: ours minus theirs after the last step."""
 
     ours: SettingKey
     theirs: SettingKey
@@ -97,7 +97,7 @@ def curves(records: Sequence[Record]) -> dict[SettingKey, dict[RunKey, list[Reco
 def fidelity_at(identity: float, curve: Sequence[Record]) -> float:
     """Best prompt fidelity of a run among models of at least this identity.
 
-    Linear between the evaluations that no other one of the run beats on both counts. Below the least
+    Linear between the evaluations that no other one beats on both counts. Below the least
     identity of these it is their highest fidelity; ``nan`` above the greatest.
     """
     points = sorted((record["identity"], record["prompt_fidelity"]) for record in curve)
@@ -112,7 +112,7 @@ def fidelity_at(identity: float, curve: Sequence[Record]) -> float:
 def matched_difference(
     ours: Mapping[RunKey, Sequence[Record]], theirs: Mapping[RunKey, Sequence[Record]]
 ) -> Difference | None:
-    """Fidelity of one setting over another at the greatest identity that both runs of a pair reach."""
+    """Fidelity of one setting over another at the greatest identity that both runs reach."""
     values = []
     for run in sorted(ours.keys() & theirs.keys()):
         reached = min(max(record["identity"] for record in runs[run]) for runs in (ours, theirs))

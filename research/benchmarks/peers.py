@@ -5,8 +5,8 @@ same batch, precision, rank, optimizer and gradient checkpointing, U-Net and tex
 programs take turns, some steps each and round after round, so whatever else the machine does falls
 on all of them. The peers are checkouts on this machine; one is enough:
 
-    python -m research.benchmarks.peers --shape sd15 --tokenizer FOLDER --output F.json --work FOLDER \
-        --diffusers_examples diffusers/examples/dreambooth --sd_scripts sd-scripts
+    python -m research.benchmarks.peers --shape sd15 --tokenizer FOLDER --output F.json \
+        --work FOLDER --diffusers_examples diffusers/examples/dreambooth --sd_scripts sd-scripts
 
 The MLM term is off, because no peer has it. Each peer is compared with a run of ours in the same
 interpreter (``--diffusers_python``, ``--sd_scripts_python``) that caches latents if the peer does:

@@ -1,6 +1,6 @@
 """Runs a trainer's script and notes time and memory of its optimizer steps, whoever wrote it.
 
-    python -m research.benchmarks.probe REPORT.json [--num_steps N] [--num_warmup W] -- SCRIPT.py [...]
+    python research/benchmarks/probe.py REPORT.json [--num_steps N] [--num_warmup W] -- SCRIPT [...]
 
 A step is what lies between the ends of two calls of ``optimizer.step``: fetching the batch, both
 passes, the optimizer, whatever the trainer logs. After step N the process ends at once, so nothing

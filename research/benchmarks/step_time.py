@@ -3,8 +3,8 @@
 The real trainer with random weights. One run in one process, whose steps alternate: on, off, on,
 off; so whatever else the machine does falls on both alike.
 
-    python -m research.benchmarks.step_time --shape sd15 --resolution 512 --output F.json --tokenizer FOLDER
-    python -m research.benchmarks.step_time --shape sdxl --resolution 1024 --output F.json --tokenizer FOLDER
+    python -m research.benchmarks.step_time --shape sd15 --resolution 512 --output F.json \
+        --tokenizer FOLDER
 
 ``ratio_time`` is the ratio of the medians, ``ratio_time_paired`` the median of the ratios of
 neighbouring steps. For a busy machine, with ``OMP_NUM_THREADS=1``: ``ratio_time_fastest`` compares

@@ -1,4 +1,4 @@
-"""The bench on a miniature: every setting runs as asked, pairs share their noise, and it resumes."""
+"""The bench on a miniature: every setting runs as asked, pairs share noise, and it resumes."""
 
 import dataclasses
 import json
