@@ -247,9 +247,9 @@ def _put_on_head(canvas: np.ndarray, hat: Sprite, wearer: Sprite, top: int, left
 
 def _put_beside(canvas, thing: Sprite, left: int, right: int, bottom: int, rng: Generator) -> None:
     height, width = thing.letters.shape
-    room_left, room_right = left, SIDE - right
-    on_right = room_right > room_left or (room_right == room_left and rng.random() < 0.5)
-    column = right + (room_right - width) // 2 if on_right else (room_left - width) // 2
+    space_left, space_right = left, SIDE - right
+    on_right = space_right > space_left or (space_right == space_left and rng.random() < 0.5)
+    column = right + (space_right - width) // 2 if on_right else (space_left - width) // 2
     column = int(np.clip(column, 0, SIDE - width))
     _put_plain(canvas, thing.letters, bottom - height + 1, column)
 
