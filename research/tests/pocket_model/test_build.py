@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from transformers import CLIPTokenizer
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.pocket.captions import Caption, all_words
@@ -106,11 +107,6 @@ def test_the_text_encoder_is_the_clip_text_tower(tiny_pocket):
 
 
 def test_words_of_the_world_are_whole_tokens(tmp_path):
-    from transformers import CLIPTokenizer
-
-    from mlm_plugin.pocket.build import FULL
-    from mlm_plugin.pocket.train_clip import build_tokenizer
-
     build_tokenizer(tmp_path, num_merges=FULL.num_merges)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     split = [w for w in all_words() if len(tokenizer(w, add_special_tokens=False).input_ids) > 1]
