@@ -16,6 +16,7 @@ from research.pocket_model.__main__ import main
 from research.pocket_model.build import FULL, TINY, build
 from research.pocket_model.networks import new_vae
 from research.pocket_model.quality import BARS, held_out_prompts, judge, missed_bars
+from research.pocket_model.train_clip import build_tokenizer
 from research.pocket_model.train_loop import Interrupted, Job, TrainPlan, run_train_loop
 from research.pocket_model.train_oracle import save_oracle
 from research.pocket_model.train_vae import vae_loss
