@@ -1,4 +1,4 @@
-"""The command `mlm-plugin`. Imports a room only when its command is asked for."""
+"""The command `mlm-plugin`. Imports a package only when its command is asked for."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ commands:
   prompts         print or count the prompts of a prompt set
   estimate        predict the GPU memory of a training, part by part, without loading anything
   evaluate        draw, score and report what was learned; --compare lays runs side by side
-  pocket build    train a small world of pixel pictures and its model, to try methods on
-  pocket concept  write a thing that model has never seen: pictures to learn, prompts to test
+  pocket concept  write a thing the built-in model has never seen: pictures and test prompts
   pocket demo     learn one thing plain and with the MLM term, and show both
-  pocket bench    compare methods and regularizers on such things, with the truth known
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 
 `mlm-plugin COMMAND --help` lists the options of a command.\
@@ -65,7 +63,7 @@ def _pretrain(argv: Sequence[str]) -> int:
 
 
 def _pocket(argv: Sequence[str]) -> int:
-    from mlm_plugin.bench.command import run_pocket
+    from mlm_plugin.demo.command import run_pocket
 
     return run_pocket(argv)
 
@@ -143,7 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mlm-plugin {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"error: {name!r} is no command; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"error: {name!r} is not a command; choose one of {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
         return 2
     return run_command(COMMANDS[name], arguments[1:])
 

@@ -22,8 +22,19 @@ README = ROOT / "README.md"
 METHOD = ROOT / "docs" / "method.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 OPTIONS_PAGE = ROOT / "docs" / "options.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "research" / "README.md",
+    ROOT / "research" / "benchmarks" / "README.md",
+]
+PACKAGES = ("mlm_plugin", "research")
 TRAIN = "python train_network_mlm.py"
+
+
+def page_name(page):
+    return page.relative_to(ROOT).as_posix()
 
 
 def text_of(path):
@@ -49,10 +60,10 @@ def train_commands():
 
 
 def file_tree():
-    """Paths of the map of all files and the phrase of each."""
-    (block, *_) = fences(ARCHITECTURE)
+    """Paths of the maps of all files and the phrase of each."""
+    maps = [block for block in fences(ARCHITECTURE) if block.split("/")[0] in PACKAGES]
     entries, folders = {}, []
-    for line in block.splitlines():
+    for line in "".join(maps).splitlines():
         name, _, phrase = line.strip().partition(" ")
         depth = (len(line) - len(line.lstrip())) // 2
         folders[depth:] = [name]
@@ -75,8 +86,9 @@ def test_every_entry_of_the_file_tree_has_its_phrase():
 def test_every_module_is_in_the_file_tree():
     modules = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "mlm_plugin").rglob("*.py")
-        if path.name != "__init__.py"
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "__init__.py" and not path.is_relative_to(ROOT / "research" / "tests")
     }
     assert modules - set(file_tree()) == set()
 
@@ -109,10 +121,21 @@ def test_a_training_command_parses(command):
     assert load_config(arguments).model.pretrained_model_name_or_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_subcommand_named_in_a_page_exists(page):
     named = re.findall(r"(?:`|^ *)mlm-plugin ([a-z-]+)", text_of(page), flags=re.MULTILINE)
     assert set(named) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_module_of_research_that_a_page_runs_can_be_run(page):
+    named = set(re.findall(r"python -m (research[\w.]*)", text_of(page)))
+    paths = {name: ROOT / name.replace(".", "/") for name in named}
+    assert [
+        name
+        for name, path in paths.items()
+        if not path.with_suffix(".py").is_file() and not (path / "__main__.py").is_file()
+    ] == []
 
 
 def test_readme_names_every_subcommand_but_train_which_has_its_own_script():
@@ -181,7 +204,7 @@ def methods_in_tables(path):
     return set(re.findall(r"^\| `(\w+)` \|", text_of(path), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", [README, METHOD], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, METHOD], ids=page_name)
 def test_every_method_has_its_row(page):
     assert set(METHOD_CLASSES) <= methods_in_tables(page)
 
@@ -215,13 +238,13 @@ def test_the_equation_table_is_found():
     assert len(equation_rows()) >= 12
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_relative_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text_of(page))
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_paths_in_running_text_exist(page):
-    named = re.findall(r"`((?:docs|presets|tests|benchmarks|mlm_plugin)/[\w./]*)`", text_of(page))
+    named = re.findall(r"`((?:docs|presets|tests|research|mlm_plugin)/[\w./]*)`", text_of(page))
     assert [path for path in named if not (ROOT / path).exists()] == []

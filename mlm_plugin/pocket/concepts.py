@@ -17,8 +17,16 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, require_writable
 from mlm_plugin.pocket.captions import Caption, write_caption
 from mlm_plugin.pocket.prompt_labels import write_labels
-from mlm_plugin.pocket.stage import generator_of
-from mlm_plugin.pocket.world import ATTRIBUTES, NO_COMPANION, Paint, Scene, draw_scene, render
+from mlm_plugin.pocket.world import (
+    ATTRIBUTES,
+    NO_COMPANION,
+    RGB,
+    Paint,
+    Scene,
+    draw_scene,
+    generator_of,
+    render,
+)
 from mlm_plugin.prompt_sets.english import is_dreambench
 
 __all__ = [
@@ -63,24 +71,25 @@ class Concept:
         return f"{self.token} {self.scene.subject}"
 
 
-def _concept(token, subject, pattern, size, position, background, main) -> Concept:
+def _concept(name: str, pattern: str, position: str, background: str, main: RGB) -> Concept:
     """The second colour is the first one, lighter: the autoencoder keeps such patterns."""
+    token, subject = name.split()
     light = tuple(round(value + 0.55 * (255 - value)) for value in main)
     colour = ATTRIBUTES["colour"][0]  # not drawn, since the paint takes its place
-    scene = Scene(subject, colour, pattern, size, position, background, paint=Paint(main, light))
+    scene = Scene(subject, colour, pattern, "large", position, background, paint=Paint(main, light))
     return Concept(token, scene)
 
 
 REPORTED = (
-    _concept("sks", "dog", "striped", "large", "left", "meadow", (0, 168, 160)),
-    _concept("zwx", "robot", "checkered", "large", "right", "snow", (190, 215, 40)),
-    _concept("ohwx", "cup", "striped", "large", "middle", "city", (236, 120, 20)),
-    _concept("ktn", "bird", "checkered", "large", "left", "desert", (20, 200, 220)),
+    _concept("sks dog", "striped", "left", "meadow", (0, 168, 160)),
+    _concept("zwx robot", "checkered", "right", "snow", (190, 215, 40)),
+    _concept("ohwx cup", "striped", "middle", "city", (236, 120, 20)),
+    _concept("ktn bird", "checkered", "left", "desert", (20, 200, 220)),
 )
 TUNING = (
-    _concept("vvq", "cat", "striped", "large", "right", "beach", (150, 90, 40)),
-    _concept("qxj", "car", "checkered", "large", "middle", "forest", (230, 60, 220)),
-    _concept("hta", "fish", "striped", "large", "left", "night", (128, 140, 30)),
+    _concept("vvq cat", "striped", "right", "beach", (150, 90, 40)),
+    _concept("qxj car", "checkered", "middle", "forest", (230, 60, 220)),
+    _concept("hta fish", "striped", "left", "night", (128, 140, 30)),
 )
 """Settings are chosen on these and reported on the others."""
 
@@ -99,7 +108,7 @@ def find_concept(name: str, *, named_by: str = "--concept") -> Concept:
 
 def training_scenes(concept: Concept, *, number: int = NUM_PICTURES) -> list[Scene]:
     """Scenes that differ in what has no label alone: clouds, stars, a pixel of shift."""
-    rng = generator_of(f"training {concept.name}", 0, 0)
+    rng = generator_of(f"training {concept.name}")
     return [replace(concept.scene, seed=int(rng.integers(2**31))) for _ in range(number)]
 
 
@@ -108,7 +117,7 @@ def prompt_templates(concept: Concept, *, number: int = NUM_PROMPTS) -> list[Cap
 
     They are named by the concept, so that every run is asked the same.
     """
-    rng = generator_of(f"test {concept.name}", 0, 0)
+    rng = generator_of(f"test {concept.name}")
     found: dict[str, Caption] = {}
     while len(found) < number:
         scene = draw_scene(rng, held_out=None)
@@ -131,7 +140,7 @@ def contexts(
         number: of texts, all different.
         families: the attributes that they may name.
     """
-    rng = generator_of(f"contexts {concept.name}", 0, 0)
+    rng = generator_of(f"contexts {concept.name}")
     tested = {_asked(caption) for caption in prompt_templates(concept)} | {frozenset()}
     found: dict[str, None] = {}
     while len(found) < number:

@@ -58,12 +58,12 @@ def read_labels(path: Path) -> PromptLabels:
     try:
         content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: is not valid JSON; write it anew by {COMMAND}") from error
+        raise UserError(f"{path}: is not valid JSON; write it again by {COMMAND}") from error
     if not isinstance(content, dict) or not isinstance(content.get("concept"), str):
-        raise UserError(f'{path}: names no "concept"; write it anew by {COMMAND}')
+        raise UserError(f'{path}: names no "concept"; write it again by {COMMAND}')
     prompts = content.get("prompts")
     if not isinstance(prompts, dict):
-        raise UserError(f'{path}: has no table of "prompts"; write it anew by {COMMAND}')
+        raise UserError(f'{path}: has no table of "prompts"; write it again by {COMMAND}')
     captions = {text: Caption(text, _checked(said, text, path)) for text, said in prompts.items()}
     return PromptLabels(content["concept"], captions)
 

@@ -1,6 +1,6 @@
 """Was the prompt drawn, and is it still the concept?
 
-Knows no model: readings, pictures and labels in, numbers out. Shapes: B pictures.
+Knows no model: predictions, pictures and labels in, numbers out. Shapes: B pictures.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlm_plugin.pocket.captions import Caption
 from mlm_plugin.pocket.concepts import Concept
-from mlm_plugin.pocket.oracle import Reading
+from mlm_plugin.pocket.oracle import Predictions
 from mlm_plugin.pocket.world import ATTRIBUTES, SIZES, thing_alone
 
 __all__ = ["identity", "prompt_fidelity", "seen_right"]
@@ -23,15 +23,15 @@ IDENTITY_SCALE = 0.2
 """Difference at which a thing is itself to 1/e."""
 
 
-def seen_right(reading: Reading, prompts: Sequence[Caption]) -> dict[str, Tensor]:
+def seen_right(predictions: Predictions, prompts: Sequence[Caption]) -> dict[str, Tensor]:
     """By attribute ``(B,)``: 1 where it is seen as asked, 0 where not, nan where it is not asked.
 
     Args:
-        reading: of B pictures.
+        predictions: of B pictures.
         prompts: what each was asked for.
     """
     found = {}
-    for name, logits in reading.logits.items():
+    for name, logits in predictions.logits.items():
         values = ATTRIBUTES[name]
         asked = [values.index(p.said[name]) if name in p.said else -1 for p in prompts]
         wanted = torch.tensor(asked, device=logits.device)
@@ -40,12 +40,12 @@ def seen_right(reading: Reading, prompts: Sequence[Caption]) -> dict[str, Tensor
     return found
 
 
-def prompt_fidelity(reading: Reading, prompts: Sequence[Caption]) -> Tensor:
+def prompt_fidelity(predictions: Predictions, prompts: Sequence[Caption]) -> Tensor:
     """Share of what was asked that is seen, ``(B,)``; nan where nothing was.
 
     The subject is left out: it is the concept's own and counts in :func:`identity`.
     """
-    right = seen_right(reading, prompts)
+    right = seen_right(predictions, prompts)
     return torch.stack([right[name] for name in right if name != "subject"]).nanmean(dim=0)
 
 

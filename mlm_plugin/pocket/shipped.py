@@ -1,4 +1,4 @@
-"""The pocket model as it ships inside the package, and as programs load it.
+"""The pocket model that ships with the package, and its folder as programs load it.
 
 What can be made from the rest is left out of the package: the text encoder is CLIP's text tower,
 and both tokenizers are one. Knows no training.
@@ -17,7 +17,7 @@ from mlm_plugin.pocket.concepts import REPORTED, contexts, write_concept
 __all__ = [
     "CONTEXTUALIZER",
     "SHIPPED",
-    "pack",
+    "TOKENIZER_FILES",
     "pocket_concept",
     "pocket_model",
     "save_text_encoder",
@@ -29,7 +29,6 @@ CONTEXTUALIZER = "contextualizer.safetensors"
 TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
 )  # fmt: skip
-LEFT_OUT = ("stages", "text_encoder", *(f"clip/{name}" for name in TOKENIZER_FILES))
 
 
 def pocket_model() -> Path:
@@ -41,8 +40,8 @@ def pocket_model() -> Path:
     card = SHIPPED / "quality.json"
     if not card.is_file():
         raise UserError(
-            "pocket: this package has no built-in pocket model; make one with "
-            "`mlm-plugin pocket build --output DIR` and give its folder"
+            "pocket: this package has no built-in pocket model; make one in a checkout with "
+            "`python -m research.pocket_model --output DIR` and give its folder"
         )
     digest = hashlib.sha256(card.read_bytes()).hexdigest()[:12]
     return cached_folder(f"pocket-{digest}/model", lambda folder: unpack(SHIPPED, folder))
@@ -56,36 +55,6 @@ def pocket_concept() -> Path:
     return cached_folder(
         f"pocket-{concept.token}-{digest}", lambda folder: write_concept(concept, folder)
     )
-
-
-def pack(built: Path, target: Path) -> int:
-    """Copy what ships of a built model; returns the bytes.
-
-    Args:
-        built: folder that ``mlm-plugin pocket build`` wrote.
-        target: new folder.
-    """
-    size = 0
-    for path in sorted(built.rglob("*")):
-        name = path.relative_to(built).as_posix()
-        if path.is_dir() or any(name == out or name.startswith(f"{out}/") for out in LEFT_OUT):
-            continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if name == CONTEXTUALIZER:
-            _copy_in_half(path, target / name)
-        else:
-            shutil.copyfile(path, target / name)
-        size += (target / name).stat().st_size
-    return size
-
-
-def _copy_in_half(source: Path, target: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    with safe_open(source, framework="pt") as file:
-        metadata = file.metadata()
-    save_file({name: value.half() for name, value in load_file(source).items()}, target, metadata)
 
 
 def unpack(packed: Path, target: Path) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "Paint",
     "Scene",
     "draw_scene",
+    "generator_of",
     "held_out_pair",
     "held_out_pairs",
     "is_held_out",
@@ -40,9 +41,9 @@ __all__ = [
     "things_in",
 ]
 
-PICTURE_SIDE = (
-    2 * SIDE
-)  # every art pixel is 2x2, so that an autoencoder of factor 8 has 8x8 latents
+PICTURE_SIDE = 2 * SIDE
+"""Every art pixel is 2x2, so that an autoencoder of factor 8 has 8x8 latents."""
+
 NO_COMPANION = "none"
 
 RGB = tuple[int, int, int]
@@ -118,6 +119,11 @@ class Scene:
     paint: Paint | None = None
 
 
+def generator_of(name: str, seed: int = 0, step: int = 0) -> Generator:
+    """The random stream of this name, seed and step."""
+    return np.random.default_rng([zlib.crc32(name.encode()), seed, step])
+
+
 def named_paint(colour: str) -> Paint:
     """The paint of a colour that captions name."""
     return COLOURS[colour]
@@ -164,7 +170,7 @@ def draw_scene(rng: Generator, *, held_out: bool | None = False, **fixed: str) -
 
     Args:
         rng: the stream.
-        held_out: whether it has a held-out pair; ``None`` = as it comes.
+        held_out: whether it has a held-out pair; ``None`` = either.
         fixed: attributes that are not drawn.
     """
     while True:
@@ -241,9 +247,9 @@ def _put_on_head(canvas: np.ndarray, hat: Sprite, wearer: Sprite, top: int, left
 
 def _put_beside(canvas, thing: Sprite, left: int, right: int, bottom: int, rng: Generator) -> None:
     height, width = thing.letters.shape
-    room_left, room_right = left, SIDE - right
-    on_right = room_right > room_left or (room_right == room_left and rng.random() < 0.5)
-    column = right + (room_right - width) // 2 if on_right else (room_left - width) // 2
+    space_left, space_right = left, SIDE - right
+    on_right = space_right > space_left or (space_right == space_left and rng.random() < 0.5)
+    column = right + (space_right - width) // 2 if on_right else (space_left - width) // 2
     column = int(np.clip(column, 0, SIDE - width))
     _put_plain(canvas, thing.letters, bottom - height + 1, column)
 

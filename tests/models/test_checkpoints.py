@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 import re
@@ -27,6 +26,7 @@ from mlm_plugin.models.ldm_names import (
     unet_names,
     vae_names,
 )
+from research.benchmarks import make_sd15
 
 UNET_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SD2_TINY = {
@@ -44,17 +44,6 @@ SD2_TINY = {
     },
     "vae": {"block_out_channels": [32, 32, 32, 32]},
 }
-
-
-def load_builder():
-    path = Path(__file__).parents[2] / "benchmarks" / "make_sd15.py"
-    spec = importlib.util.spec_from_file_location("make_sd15", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_sd15 = load_builder()
 
 
 def write_tokenizer(folder: Path) -> Path:

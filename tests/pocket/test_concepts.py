@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlm_plugin.bench.command import run_pocket
+from mlm_plugin.demo.command import run_pocket
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import load_templates
 from mlm_plugin.pocket.captions import (

@@ -1,4 +1,4 @@
-"""Scores of readings written by hand: what was asked is seen, and the concept is itself."""
+"""Scores of predictions written by hand: what was asked is seen, and the concept is itself."""
 
 import math
 from dataclasses import replace
@@ -7,33 +7,40 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mlm_plugin.data.images import image_tensor
 from mlm_plugin.pocket.captions import Caption
 from mlm_plugin.pocket.concepts import REPORTED, TUNING, Concept
-from mlm_plugin.pocket.oracle import Reading
-from mlm_plugin.pocket.pictures import scene_pixels
+from mlm_plugin.pocket.oracle import Predictions
 from mlm_plugin.pocket.scores import identity, prompt_fidelity, seen_right
-from mlm_plugin.pocket.world import ATTRIBUTES, COLOURS, NO_COMPANION, Scene, thing_alone
+from mlm_plugin.pocket.world import (
+    ATTRIBUTES,
+    COLOURS,
+    NO_COMPANION,
+    Scene,
+    render,
+    thing_alone,
+)
 
 SCENE = Scene("dog", "red", "dotted", "large", "left", "meadow")
 CONCEPTS = (*REPORTED, *TUNING)
 every_concept = pytest.mark.parametrize("concept", CONCEPTS, ids=lambda concept: concept.name)
 
 
-def reading_of(*scenes):
-    """What an oracle without fault reads in pictures of these scenes."""
+def predictions_of(*scenes):
+    """What an oracle without fault sees in pictures of these scenes."""
     logits = {
         name: F.one_hot(
             torch.tensor([values.index(getattr(scene, name)) for scene in scenes]), len(values)
         ).float()
         for name, values in ATTRIBUTES.items()
     }
-    return Reading(logits)
+    return Predictions(logits)
 
 
 def test_an_attribute_is_right_wrong_or_not_asked():
-    reading = reading_of(SCENE, replace(SCENE, background="snow"))
+    predictions = predictions_of(SCENE, replace(SCENE, background="snow"))
     prompts = [Caption("", {"background": "meadow"}), Caption("", {"background": "sea"})]
-    right = seen_right(reading, prompts)
+    right = seen_right(predictions, prompts)
     assert right["background"].tolist() == [1, 0]
     assert set(right) == set(ATTRIBUTES)
     assert right["position"].isnan().all()
@@ -41,30 +48,32 @@ def test_an_attribute_is_right_wrong_or_not_asked():
 
 def test_prompt_fidelity_is_the_share_of_what_was_asked():
     said = {"subject": "dog", "background": "meadow", "position": "left", "companion": "crown"}
-    reading = reading_of(SCENE, replace(SCENE, companion="crown"), replace(SCENE, position="right"))
-    fidelity = prompt_fidelity(reading, [Caption("", said)] * 3)
+    predictions = predictions_of(
+        SCENE, replace(SCENE, companion="crown"), replace(SCENE, position="right")
+    )
+    fidelity = prompt_fidelity(predictions, [Caption("", said)] * 3)
     torch.testing.assert_close(fidelity, torch.tensor([2 / 3, 1, 1 / 3]))
 
 
 def test_the_subject_counts_as_identity_and_not_as_fidelity():
-    reading = reading_of(SCENE, SCENE)
+    predictions = predictions_of(SCENE, SCENE)
     prompts = [
         Caption("", {"subject": "cat", "background": "meadow"}),
         Caption("", {"subject": "dog"}),
     ]
-    fidelity = prompt_fidelity(reading, prompts)
+    fidelity = prompt_fidelity(predictions, prompts)
     assert fidelity[0] == 1
     assert fidelity[1].isnan()
 
 
 def test_a_companion_may_be_asked_not_to_be_there():
     prompts = [Caption("", {"companion": NO_COMPANION})] * 2
-    reading = reading_of(SCENE, replace(SCENE, companion="crown"))
-    assert prompt_fidelity(reading, prompts).tolist() == [1, 0]
+    predictions = predictions_of(SCENE, replace(SCENE, companion="crown"))
+    assert prompt_fidelity(predictions, prompts).tolist() == [1, 0]
 
 
 def pictures_of(*scenes):
-    return scene_pixels(scenes)
+    return torch.stack([image_tensor(render(scene)) for scene in scenes])
 
 
 @every_concept

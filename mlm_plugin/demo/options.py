@@ -1,0 +1,75 @@
+"""The trainer's options for a concept on a pocket model. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["BATCH_SIZE", "LORA", "MLM_BATCH_SIZE", "MLM_WEIGHT", "Paths", "as_argv", "mlm_options",
+           "run_options"]  # fmt: skip
+
+BATCH_SIZE = 4
+MLM_BATCH_SIZE = 16
+MLM_WEIGHT = 0.1
+LORA: Mapping[str, str] = {
+    "network_dim": "8",
+    "network_alpha": "8",
+    "learning_rate": "5e-3",
+    "lr_scheduler": "cosine",  # so that the last evaluation sees settled weights
+}
+
+
+class Paths(NamedTuple):
+    """What a run reads and writes.
+
+    Attributes:
+        model: folder of a pocket model.
+        data: kohya data folder.
+        output: folder of the trained files.
+    """
+
+    model: Path
+    data: Path
+    output: Path
+
+
+def run_options(paths: Paths, *, method: str, num_steps: int, seed: int) -> dict[str, str]:
+    """Options that every run has, without the MLM term."""
+    return {
+        "pretrained_model_name_or_path": str(paths.model),
+        "train_data_dir": str(paths.data),
+        "resolution": "64",
+        "output_dir": str(paths.output),
+        "method": method,
+        "train_batch_size": str(BATCH_SIZE),
+        "max_train_steps": str(num_steps),
+        "max_data_loader_n_workers": "0",
+        "cache_latents": "true",
+        "seed": str(seed),
+        "mlm_loss_weight": "0",
+    }
+
+
+def mlm_options(weight: float, *, prompts: Path, contextualizer: Path) -> dict[str, str]:
+    """Options of the MLM term.
+
+    Args:
+        weight: of the term.
+        prompts: text file with ``{}`` for the concept.
+        contextualizer: its file.
+    """
+    return {
+        "mlm_loss_weight": str(weight),
+        "mlm_batch_size": str(MLM_BATCH_SIZE),
+        "mlm_prompt_set": str(prompts),
+        "mlm_contextualizer": str(contextualizer),
+    }
+
+
+def as_argv(options: Mapping[str, str]) -> list[str]:
+    """The command line; ``"true"`` stands for a flag without a value."""
+    argv = []
+    for name, value in options.items():
+        argv += [f"--{name}"] if value == "true" else [f"--{name}", value]
+    return argv

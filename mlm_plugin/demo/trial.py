@@ -1,0 +1,187 @@
+"""One training of a concept on a pocket model, evaluated on the way.
+
+Trains through the standalone trainer, as a user would; only the evaluations are added. Runs of one
+concept with equal seeds share data order, noise and the noise of test pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mlm_plugin.commands.train import build_trainer
+from mlm_plugin.config.datasets import Concept as ConceptWords
+from mlm_plugin.config.datasets import resolve_datasets
+from mlm_plugin.config.loading import load_config
+from mlm_plugin.demo.options import as_argv
+from mlm_plugin.methods import METHODS
+from mlm_plugin.methods.checks import check_config
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.pocket.captions import Caption
+from mlm_plugin.pocket.concepts import Concept, prompt_templates
+from mlm_plugin.pocket.oracle import Oracle
+from mlm_plugin.pocket.scores import identity, prompt_fidelity
+from mlm_plugin.pocket.text_to_image import Sampling, TextToImage, generate
+from mlm_plugin.setup.accelerator import create_accelerator
+from mlm_plugin.setup.data import create_dataset, find_concepts
+from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.samples import as_image
+from mlm_plugin.training.trainer import Trainer
+
+__all__ = [
+    "ConceptTest",
+    "Evaluation",
+    "EvaluationCallback",
+    "Scores",
+    "as_images",
+    "create_trainer",
+    "mean_of",
+    "output_to",
+    "pipeline_of",
+]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over the test prompts."""
+
+    prompt_fidelity: float
+    identity: float
+
+
+class Evaluation(NamedTuple):
+    """One picture or more per test prompt, ``(B, 3, 64, 64)`` in [-1, 1], and their scores."""
+
+    scores: Scores
+    pictures: Tensor
+
+
+@dataclass(frozen=True)
+class ConceptTest:
+    """Draws the test prompts of a concept and scores the pictures.
+
+    Attributes:
+        concept: whose prompts.
+        seed: names the noise of the pictures.
+        oracle: sees what is in a picture.
+        sampling: how pictures are drawn.
+        num_pictures: for each prompt.
+    """
+
+    concept: Concept
+    seed: int
+    oracle: Oracle
+    sampling: Sampling
+    num_pictures: int
+
+    def evaluate(self, model: TextToImage, words: str | None = None) -> Evaluation:
+        """Draw every test prompt and score the pictures.
+
+        Args:
+            model: what draws.
+            words: stand in the concept's place; ``None``: its name.
+        """
+        prompts = [p for p in prompt_templates(self.concept) for _ in range(self.num_pictures)]
+        texts = [prompt.text.replace("{}", words or self.concept.name) for prompt in prompts]
+        pictures = generate(texts, model, self.sampling, seed=1000 * self.seed)
+        return Evaluation(self.score(pictures, prompts), pictures)
+
+    def score(self, pictures: Tensor, prompts: Sequence[Caption]) -> Scores:
+        """Mean scores of pictures, one for each prompt."""
+        with torch.no_grad():
+            predictions = self.oracle(pictures)
+        return Scores(
+            prompt_fidelity=mean_of(prompt_fidelity(predictions, prompts)),
+            identity=mean_of(identity(pictures, self.concept)),
+        )
+
+
+class EvaluationCallback(Callback):
+    """Evaluates the model after the given steps.
+
+    Attributes:
+        evaluations: by step.
+    """
+
+    def __init__(self, test: ConceptTest, steps: Collection[int]):
+        self.test, self.steps = test, frozenset(steps)
+        self.evaluations: dict[int, Evaluation] = {}
+
+    @property
+    def last(self) -> Evaluation:
+        """The latest evaluation."""
+        return self.evaluations[max(self.evaluations)]
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Evaluate, if this is one of the steps."""
+        step = trainer.progress.current_step
+        if step in self.steps:
+            with trainer.evaluating():
+                self.evaluations[step] = self.test.evaluate(_trained_pipeline(trainer))
+
+
+def create_trainer(options: Mapping[str, str]) -> tuple[Trainer, Sequence[ConceptWords]]:
+    """A trainer by its options, and the concepts as its prompts call them.
+
+    Args:
+        options: of the ``train`` command, ``seed`` among them.
+
+    Raises:
+        UserError: as the ``train`` command has it.
+    """
+    config = load_config(as_argv(options))
+    check_config(config)
+    datasets = resolve_datasets(config)
+    concepts = find_concepts(config, datasets)
+    METHODS[config.schedule.method].check(config, concepts)
+    seed = config.schedule.seed
+    trainer = build_trainer(
+        config,
+        accelerator=create_accelerator(config),
+        dataset=create_dataset(config, datasets, concepts, seed=seed),
+        concepts=concepts,
+        seed=seed,
+    )
+    return trainer, concepts
+
+
+def pipeline_of(models: StableDiffusion) -> TextToImage:
+    """The untrained model as it draws."""
+    (text_encoder,) = models.text_encoders
+    return TextToImage(models.unet, models.vae, text_encoder.encode_captions)
+
+
+def _trained_pipeline(trainer: Trainer) -> TextToImage:
+    models = trainer.models
+    return TextToImage(
+        models.unet, models.vae, lambda captions: trainer.method.encode(captions).states
+    )
+
+
+def as_images(pictures: Tensor) -> list[Image.Image]:
+    """Pictures in [-1, 1] as Pillow has them."""
+    return [as_image(picture) for picture in pictures]
+
+
+def mean_of(values: Tensor) -> float:
+    """Mean with five decimals."""
+    return round(float(values.float().mean()), 5)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Within the block, what is printed goes to a new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield

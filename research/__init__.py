@@ -1,0 +1,1 @@
+"""Beside the package: training of the pocket model, comparison of methods, benchmarks."""

@@ -1,0 +1,1 @@
+"""Trains the pocket model that ships with the package."""
