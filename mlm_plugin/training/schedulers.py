@@ -90,6 +90,8 @@ def create_scheduler(
         total, num_steps(options.lr_warmup_steps, total), num_steps(options.lr_decay_steps, total)
     )
     settings = parse_arguments("lr_scheduler_args", options.lr_scheduler_args)
+    if uses_relative_step(optimizer):
+        _warn_relative_step(options)
     kind = _kind(optimizer, options)
     shown = options.lr_scheduler_type or scheduler_name(optimizer, options)
     if kind in WITHOUT_WARMUP and lengths.warmup:
@@ -128,12 +130,9 @@ def num_steps(length: int | float, total: int) -> int:
 
 def _kind(optimizer: Optimizer, options: OptimizerOptions) -> str:
     """One of ``SCHEDULERS``, or ``custom`` for a class in ``lr_scheduler_type``."""
-    if uses_relative_step(optimizer):
-        _warn_relative_step(options)
-        return "adafactor"
-    if options.lr_scheduler_type:
+    name = scheduler_name(optimizer, options)
+    if options.lr_scheduler_type and not uses_relative_step(optimizer):
         return "custom"
-    name = options.lr_scheduler
     if name.startswith("adafactor:"):
         return "adafactor"
     if name not in SCHEDULERS:
