@@ -20,6 +20,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.custom_diffusion_files import read_delta
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS, read_embeddings, read_xti
@@ -268,9 +269,8 @@ def _load_lora(models: StableDiffusion, path: str, weight: float) -> None:
     if not any(key.endswith(LORA_UP) for key in state):
         raise UserError(f"--lora {path}: holds no {LORA_UP}; give a LoRA in kohya's spelling")
     _refuse_other_lora(models, state, path)
-    network = create_network(
-        "networks.lora", models=models, weights=path, dim_from_weights=True, **_parts_of(state)
-    )
+    options = NetworkOptions(network_weights=path, dim_from_weights=True, **_parts_of(state))
+    network = create_network(models, options)
     network.load_kohya_state_dict(
         {
             key: tensor * weight if key.endswith(LORA_UP) else tensor
@@ -302,10 +302,10 @@ def _refuse_other_lora(models: StableDiffusion, state: Mapping[str, Tensor], pat
 
 
 def _parts_of(state: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Which of the models the file adapts."""
+    """Options for the models that the file adapts."""
     return {
-        "train_unet": any(key.startswith("lora_unet") for key in state),
-        "train_text_encoder": any(key.startswith("lora_te") for key in state),
+        "network_train_text_encoder_only": not any(key.startswith("lora_unet") for key in state),
+        "network_train_unet_only": not any(key.startswith("lora_te") for key in state),
     }
 
 

@@ -19,7 +19,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.weights_files import for_file, write_weights
-from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, is_known_key, is_text_encoder_name
+from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, is_known_key, part_of
 
 __all__ = [
     "SAVE_DTYPES",
@@ -76,16 +76,16 @@ def save_lora(
         torch.save(tensors, temporary)
 
 
-def bundled_embeddings(rows: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+def bundled_embeddings(embeddings: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """Embeddings ``(N, D)`` of each text encoder, by their word, as A1111 reads them out of a LoRA.
 
     Source: stable-diffusion-webui ``extensions-builtin/Lora/networks.py`` (``bundle_emb``).
     """
     keys = {1: ("string_to_param.*",), 2: EMBEDDING_KEYS[2]}
     return {
-        f"{BUNDLE_PREFIX}{word.replace('.', '_')}.{key}": rows_ND.detach().cpu()
-        for word, tensors in rows.items()
-        for key, rows_ND in zip(keys[len(tensors)], tensors, strict=True)
+        f"{BUNDLE_PREFIX}{word.replace('.', '_')}.{key}": tensor_ND.detach().cpu()
+        for word, tensors in embeddings.items()
+        for key, tensor_ND in zip(keys[len(tensors)], tensors, strict=True)
     }
 
 
@@ -133,5 +133,5 @@ def verify_lora(path: str | os.PathLike) -> LoraCounts:
             f"e.g. {broken[0]}; use an earlier save and train again with a lower learning rate"
         )
     names = {key.partition(".")[0] for key in adapters}
-    num_text_encoder = sum(map(is_text_encoder_name, names))
-    return LoraCounts(text_encoder=num_text_encoder, unet=len(names) - num_text_encoder)
+    num_unet = sum(part_of(name) == "unet" for name in names)
+    return LoraCounts(text_encoder=len(names) - num_unet, unet=num_unet)

@@ -32,7 +32,7 @@ from mlm_plugin import __version__
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.models.checkpoints import SDXL_VERSION
-from mlm_plugin.networks.create import parse_network_args
+from mlm_plugin.networks.network_args import parse_network_args
 
 if TYPE_CHECKING:
     from mlm_plugin.data.sources import ImageInfo

@@ -44,18 +44,7 @@ class LoRAMethod(Method):
     def __init__(self, models: StableDiffusion, options: NetworkOptions):
         super().__init__(models)
         self.max_norm = options.scale_weight_norms
-        self.network = create_network(
-            options.network_module,
-            models=models,
-            dim=options.network_dim,
-            alpha=options.network_alpha,
-            dropout=options.network_dropout,
-            network_args=options.network_args,
-            train_unet=not options.network_train_text_encoder_only,
-            train_text_encoder=not options.network_train_unet_only,
-            weights=options.network_weights,
-            dim_from_weights=options.dim_from_weights,
-        )
+        self.network = create_network(models, options)
 
     @classmethod
     def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 INT8_MAX = 127
 NF4_BLOCK = 64  # weights that share one scale, as in QLoRA
-UNET_CLASSES = ("Transformer2DModel",)
+BLOCK_CLASS = "Transformer2DModel"
 
 
 class Packed(NamedTuple):
@@ -108,21 +108,15 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("scale_bits", packed.scales.view(torch.int32))
         self.register_buffer("precision", layer.weight.new_empty(0), persistent=False)
 
-    def unpacked(self) -> Tensor:
-        """The weight ``(O, I)`` that it computes with."""
+    def unpacked(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight ``(O, I)`` that it computes with, in its own precision or in another."""
+        packed = Packed(self.weight.detach(), self.scale_bits.view(torch.float32))
         shape = torch.Size((self.out_features, self.in_features))
-        return _unpacked(self.weight, self.scale_bits, self.kind, shape, self.precision.dtype)
+        return FORMATS[self.kind].unpack(packed, shape, dtype or self.precision.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(..., I) -> (..., O)``, as the layer would under the autocast of its precision."""
-        return _Frozen.apply(
-            inputs.to(self.precision.dtype),
-            self.weight,
-            self.scale_bits,
-            self.bias,
-            self.kind,
-            torch.Size((self.out_features, self.in_features)),
-        )
+        return _Frozen.apply(inputs.to(self.precision.dtype), self)
 
     def extra_repr(self) -> str:
         """As of a linear layer, and the format."""
@@ -130,34 +124,16 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Frozen(torch.autograd.Function):
-    """A linear map whose weight is unpacked anew in the backward pass instead of being kept."""
+    """A linear map whose weight is unpacked again in the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(
-        ctx,
-        inputs: Tensor,
-        codes: Tensor,
-        scale_bits: Tensor,
-        bias: Tensor | None,
-        kind: str,
-        shape: torch.Size,
-    ) -> Tensor:
-        ctx.save_for_backward(codes, scale_bits)
-        ctx.kind, ctx.shape = kind, shape
-        weight_OI = _unpacked(codes, scale_bits, kind, shape, inputs.dtype)
-        return nn.functional.linear(inputs, weight_OI, bias)
+    def forward(ctx, inputs: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(inputs, layer.unpacked(), layer.bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight_OI = _unpacked(*ctx.saved_tensors, ctx.kind, ctx.shape, gradient.dtype)
-        return gradient @ weight_OI, None, None, None, None, None
-
-
-def _unpacked(
-    codes: Tensor, scale_bits: Tensor, kind: str, shape: torch.Size, dtype: torch.dtype
-) -> Tensor:
-    packed = Packed(codes.detach(), scale_bits.view(torch.float32))
-    return FORMATS[kind].unpack(packed, shape, dtype)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.unpacked(gradient.dtype), None
 
 
 def quantize_linears(unet: nn.Module, kind: str, *, device: torch.device | str) -> int:
@@ -178,7 +154,7 @@ def quantize_linears(unet: nn.Module, kind: str, *, device: torch.device | str) 
     Raises:
         UserError: the format's library is not there.
     """
-    blocks = [block for block in unet.modules() if type(block).__name__ in UNET_CLASSES]
+    blocks = [block for block in unet.modules() if type(block).__name__ == BLOCK_CLASS]
     count = 0
     for block in blocks:
         for name, layer in list(block.named_modules()):

@@ -1,12 +1,14 @@
-"""What the networks have in common: the plan they are made by, learning rates, weights of a file.
+"""``Network``: what the trainer needs of a network, and what LoRA and LyCORIS have in common.
 
-Knows no kind of adapter; its modules are seen through ``named_parameters`` alone.
+Knows no kind of adapter; its modules are seen through ``named_parameters`` alone. Knows nothing of
+losses, optimizers or metadata.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,21 +16,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.networks.kohya_names import (
-    TEXT_ENCODER_PARTS,
     canonical_name,
     in_file_shape,
     part_of,
+    text_encoder_name,
     unet_name,
 )
-from mlm_plugin.networks.lora import LoraModule
+from mlm_plugin.networks.lora import LoraModule, MaxNorm
 from mlm_plugin.networks.network_args import LoraPlus
 
-__all__ = ["AdapterNetwork", "NetworkPlan", "as_in_file", "check_keys", "fit_shape"]
+__all__ = ["Network", "NetworkPlan"]
 
 logger = logging.getLogger(__name__)
 
+# Those of networks.lora.
+DEFAULT_RANK = 4
 NUM_NAMES_SHOWN = 3
 TITLES = {
     "textencoder": "text encoder",
@@ -39,47 +44,94 @@ TITLES = {
 
 
 class NetworkPlan(NamedTuple):
-    """What ``create_network`` was asked for, checked and with defaults filled in."""
+    """A network that is to be made."""
 
-    text_encoders: tuple[nn.Module, ...]  # two in SDXL
-    unet: nn.Module
-    train_text_encoder: bool
-    train_unet: bool
-    dim: int
-    alpha: float  # 0 means dim
-    dropout: float | None
-    args: dict[str, str]
-    dims_from: dict[str, Tensor] | None
+    options: NetworkOptions
+    args: dict[str, str]  # network_args
+    models: dict[str, nn.Module]  # by kohya's names of the parts, text encoders first
     unet_names: Mapping[str, str]  # in SDXL, see ``kohya_names.sdxl_unet_names``; else empty
+    weights: dict[str, Tensor] | None  # of the file it starts from, under the names of this model
 
     @property
-    def text_parts(self) -> dict[str, nn.Module]:
-        """Text encoders by kohya's names."""
-        names = TEXT_ENCODER_PARTS[len(self.text_encoders)]
-        return dict(zip(names, self.text_encoders, strict=True))
+    def rank(self) -> int:
+        """Of all layers that have no rank of their own."""
+        return self.options.network_dim or DEFAULT_RANK
 
-    def unet_name(self, module_name: str) -> str:
-        """Name in the file of a U-Net module."""
+    @property
+    def ranks_from(self) -> dict[str, Tensor] | None:
+        """Weights that every layer's rank and alpha are taken from."""
+        return self.weights if self.options.dim_from_weights else None
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        """Two in SDXL."""
+        return [model for part, model in self.models.items() if part != "unet"]
+
+    @property
+    def unet(self) -> nn.Module:
+        """The U-Net."""
+        return self.models["unet"]
+
+    @property
+    def train_unet(self) -> bool:
+        """Whether the U-Net is adapted."""
+        return not self.options.network_train_text_encoder_only
+
+    @property
+    def train_text_encoder(self) -> bool:
+        """Whether the text encoders are adapted."""
+        return not self.options.network_train_unet_only
+
+    def file_name(self, part: str, module_name: str) -> str:
+        """Name in the file of a module, by its path in the model."""
+        if part != "unet":
+            return text_encoder_name(module_name, part)
         name = unet_name(module_name)
         return self.unet_names.get(name, name)
 
 
-class AdapterNetwork(ABC):
-    """The part of ``networks.Network`` that is the same for every kind of adapter.
+class Network(ABC):
+    """Adapters on frozen models.
 
     Args:
-        modules: adapters by part, text encoders first and ``unet`` last.
+        modules: adapters by part, under kohya's names: ``textencoder``, or ``textencoder1`` and
+            ``textencoder2`` in SDXL, and ``unet`` last.
         loraplus: learning-rate ratios of the up projections.
     """
 
     def __init__(
-        self,
-        modules: Mapping[str, Iterable[LoraModule | nn.Module]],
-        *,
-        loraplus: LoraPlus,
+        self, modules: Mapping[str, Iterable[LoraModule | nn.Module]], *, loraplus: LoraPlus
     ):
         self.modules_of = {part: list(members) for part, members in modules.items()}
         self.loraplus = loraplus
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> None:
+        """Move the network's own weights; they stay fp32."""
+
+    @abstractmethod
+    def train(self, mode: bool) -> None:
+        """Turn dropout on or off."""
+
+    @abstractmethod
+    def set_enabled(self, enabled: bool) -> None:
+        """Let every adapter act, or none, so that the base model computes as without them."""
+
+    @abstractmethod
+    def apply_max_norm(self, max_norm: float) -> MaxNorm:
+        """Scale down modules whose norm exceeds the limit (``scale_weight_norms``)."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Weights and alphas by their keys in files, in the shapes that they have in memory."""
+
+    @abstractmethod
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over some or all of :meth:`weights`, in their shapes.
+
+        Raises:
+            UserError: For an alpha that this network cannot take over.
+        """
 
     @property
     def modules(self) -> list[LoraModule | nn.Module]:
@@ -96,67 +148,81 @@ class AdapterNetwork(ABC):
         """Adapted layers of the U-Net."""
         return len(self.modules_of["unet"])
 
-    def parameter_groups(
-        self, *, unet_lr: float, text_encoder_lrs: Sequence[float]
-    ) -> list[dict[str, Any]]:
-        """See ``Network``. Source: sd-scripts ``networks/lora.py`` ``prepare_optimizer_params``."""
-        text_parts = [part for part in self.modules_of if part != "unet"]
-        rates = dict(zip(text_parts, _per_part(text_encoder_lrs, len(text_parts)), strict=True))
-        groups = []
-        for name, modules in self.modules_of.items():
-            lr = rates.get(name, unet_lr)
-            ratio = self.loraplus.unet if name == "unet" else self.loraplus.text_encoder
-            split: dict[str, list[nn.Parameter]] = {name: [], f"{name} plus": []}
-            for module in modules:
-                for tensor_name, parameter in module.named_parameters():
-                    is_plus = ratio is not None and "lora_up" in tensor_name
-                    split[f"{name} plus" if is_plus else name].append(parameter)
-            for group_name, parameters in split.items():
-                group_lr = lr * ratio if group_name != name and ratio is not None else lr
-                for parameter in parameters:
-                    parameter.requires_grad_(group_lr != 0)
-                if parameters and group_lr != 0:
-                    groups.append({"params": parameters, "lr": group_lr, "name": group_name})
-        return groups
-
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """See ``Network``."""
+        """Its own weights by part."""
         return {
             name: [parameter for module in modules for _, parameter in module.named_parameters()]
             for name, modules in self.modules_of.items()
         }
 
     def parameters(self) -> list[nn.Parameter]:
-        """See ``Network``."""
+        """The weights that are trained."""
         members = [parameter for part in self.parts().values() for parameter in part]
         return [parameter for parameter in members if parameter.requires_grad]
 
+    def parameter_groups(
+        self, *, unet_lr: float, text_encoder_lrs: Sequence[float]
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups ``{"params", "lr", "name"}``, text encoders first.
+
+        Names are those of :meth:`parts`, and with LoRA+ the same with `` plus``. A part with
+        learning rate 0 gets no group and no gradient, but stays in the file. Of two text encoders
+        each has its own rate, or both the only one given.
+
+        Source: sd-scripts ``networks/lora.py`` ``prepare_optimizer_params``.
+        """
+        text_parts = [part for part in self.modules_of if part != "unet"]
+        rates = dict(zip(text_parts, _per_part(text_encoder_lrs, len(text_parts)), strict=True))
+        groups = []
+        for name, modules in self.modules_of.items():
+            lr = rates.get(name, unet_lr)
+            ratio = self.loraplus.unet if name == "unet" else self.loraplus.text_encoder
+            named = [item for module in modules for item in module.named_parameters()]
+            plus = [p for key, p in named if ratio is not None and "lora_up" in key]
+            others = [p for key, p in named if ratio is None or "lora_up" not in key]
+            groups.append({"params": others, "lr": lr, "name": name})
+            if ratio is not None:
+                groups.append({"params": plus, "lr": lr * ratio, "name": f"{name} plus"})
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(group["lr"] != 0)
+        return [group for group in groups if group["params"] and group["lr"] != 0]
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """See ``Network``."""
+        """Within the block the base model computes exactly as without the network."""
         try:
             self.set_enabled(False)
             yield
         finally:
             self.set_enabled(True)
 
-    @abstractmethod
-    def set_enabled(self, enabled: bool) -> None:
-        """Let every adapter act, or none, so that the base model computes as without them."""
+    def kohya_state_dict(self) -> dict[str, Tensor]:
+        """Contiguous CPU copies of the weights under kohya's keys and in kohya's shapes."""
+        return {key: _copy(in_file_shape(key, value)) for key, value in self.weights().items()}
 
-    def of_trained_parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those weights of a file that belong to a model which is adapted, under kohya's names.
+    def load_kohya_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights over from a file.
 
         Raises:
-            UserError: If there are none.
+            UserError: If keys or shapes do not fit this network.
         """
+        state, own = self._of_trained_parts(state), self.weights()
+        _check_keys(state, known=own)
+        self.take_weights(
+            {key: _fit_shape(key, tensor, own[key].shape) for key, tensor in state.items()}
+        )
+
+    def _of_trained_parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those weights of a file that belong to a model which is adapted, under kohya's names."""
         state = {canonical_name(key): value for key, value in state.items()}
         untrained = {part for part, modules in self.modules_of.items() if not modules}
         kept = {key: value for key, value in state.items() if part_of(key) not in untrained}
-        for part in sorted({part_of(key) for key in state.keys() - kept.keys()}):
+        left_out = Counter(part_of(key) for key in state.keys() - kept.keys())
+        for part, count in sorted(left_out.items()):
             logger.warning(
                 "network_weights: %d tensors of the %s are left out, it is not trained",
-                sum(part_of(key) == part for key in state),
+                count,
                 TITLES[part],
             )
         if not kept:
@@ -171,17 +237,8 @@ def _per_part(rates: Sequence[float], count: int) -> list[float]:
     return list(rates[:count])
 
 
-def as_in_file(key: str, tensor: Tensor) -> Tensor:
-    """A contiguous CPU copy of a weight in the shape that it has in kohya's files."""
-    return _copy(in_file_shape(key, tensor))
-
-
-def check_keys(state: Mapping[str, Tensor], *, known: Iterable[str]) -> None:
-    """Refuse tensors that a network does not know, and warn of those that it lacks.
-
-    Raises:
-        UserError: With the number of unknown tensors and the first names.
-    """
+def _check_keys(state: Mapping[str, Tensor], *, known: Iterable[str]) -> None:
+    """Refuse tensors that a network does not know, and warn of those that it lacks."""
     known = set(known)
     unknown = sorted(state.keys() - known)
     if unknown:
@@ -199,12 +256,8 @@ def check_keys(state: Mapping[str, Tensor], *, known: Iterable[str]) -> None:
         )
 
 
-def fit_shape(key: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Bring a tensor of a file into a shape that differs by ones at the end at most.
-
-    Raises:
-        UserError: If it differs by more.
-    """
+def _fit_shape(key: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Bring a tensor of a file into a shape that differs by ones at the end at most."""
     bare = tuple(tensor.shape)
     while len(bare) > len(shape) and bare[-1] == 1:
         bare = bare[:-1]

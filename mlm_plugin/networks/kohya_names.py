@@ -14,7 +14,7 @@ Knows nothing of LoRA itself, of models or of files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -23,13 +23,11 @@ from mlm_plugin.models import ldm_names
 __all__ = [
     "BUNDLE_PREFIX",
     "TEXT_ENCODER_PARTS",
-    "TEXT_ENCODER_PREFIX",
-    "UNET_PREFIX",
     "canonical_name",
     "in_file_shape",
     "is_known_key",
-    "is_text_encoder_name",
     "part_of",
+    "renamed",
     "sdxl_unet_names",
     "text_encoder_name",
     "unet_name",
@@ -127,9 +125,18 @@ def canonical_name(name: str) -> str:
     return _FLAT_TEXT_ENCODER.sub(rf"{TEXT_ENCODER_PREFIX}\1_text_model_", name)
 
 
-def is_text_encoder_name(name: str) -> bool:
-    """Whether a module or tensor name belongs to a text encoder."""
-    return name.startswith(TEXT_ENCODER_PREFIX)
+def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors under other names of their modules, where there is another.
+
+    Args:
+        state: tensors by ``module.tensor``.
+        names: other names of modules.
+    """
+    result = {}
+    for key, tensor in state.items():
+        module, dot, rest = key.partition(".")
+        result[f"{names.get(module, module)}{dot}{rest}"] = tensor
+    return result
 
 
 def in_file_shape(key: str, tensor: Tensor) -> Tensor:

@@ -16,29 +16,37 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mlm_plugin.models.quantized import QuantizedLinear
-from mlm_plugin.networks.kohya_names import text_encoder_name, unet_name
 
 __all__ = [
     "Dropouts",
     "LoraModule",
     "LoraTarget",
     "MaxNorm",
+    "Ranks",
     "inject_lora",
     "limit_norms",
-    "text_encoder_targets",
-    "unet_targets",
-    "weight_targets",
+    "lora_targets",
+    "with_ranks_of",
 ]
 
 ADAPTER = "default"
-UNET_CLASSES = ("Transformer2DModel",)
-UNET_CONV_CLASSES = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
-TEXT_ENCODER_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+BLOCKS = ("Transformer2DModel", "CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+CONV_BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 LAYERS = (nn.Linear, QuantizedLinear, nn.Conv2d)
+
+
+class Ranks(NamedTuple):
+    """Rank and alpha of each kind of layer."""
+
+    linear: int  # linear layers and 1x1 convolutions
+    linear_alpha: float
+    conv: int | None = None  # 3x3 convolutions; None leaves them and their blocks out
+    conv_alpha: float = 1.0
 
 
 class LoraTarget(NamedTuple):
@@ -97,26 +105,23 @@ class Dropouts:
         return ranks
 
     def _rank_mask(self, ranks: Tensor) -> Tensor:
-        is_conv = ranks.ndim == 4
-        num_ranks = ranks.shape[1] if is_conv else ranks.shape[-1]
-        kept_Br = torch.rand((ranks.shape[0], num_ranks), device=ranks.device) > self.rank_dropout
-        between = ranks.ndim - 2
-        return kept_Br[:, :, None, None] if is_conv else kept_Br[(slice(None), *[None] * between)]
+        num_ranks = ranks.shape[1 if ranks.ndim == 4 else -1]
+        kept_Br = torch.rand((len(ranks), num_ranks), device=ranks.device) > self.rank_dropout
+        if ranks.ndim == 4:
+            return kept_Br[:, :, None, None]
+        return kept_Br[:, None] if ranks.ndim == 3 else kept_Br
 
 
 class LoraModule:
     """The LoRA of one layer: ``org(x) + up(down(x)) * alpha / rank``.
 
     Args:
-        target: which layer.
+        kohya_name: name in the file.
         layer: peft's wrapper of that layer.
     """
 
-    def __init__(self, target: LoraTarget, layer: nn.Module):
-        self.kohya_name = target.kohya_name
-        self.rank = target.rank
-        self.layer = layer
-        self.alpha = target.alpha
+    def __init__(self, kohya_name: str, layer: LoraLayer):
+        self.kohya_name, self.layer = kohya_name, layer
 
     @property
     def down(self) -> nn.Parameter:
@@ -129,19 +134,24 @@ class LoraModule:
         return self.layer.lora_B[ADAPTER].weight
 
     @property
+    def rank(self) -> int:
+        """``r``."""
+        return self.layer.r[ADAPTER]
+
+    @property
     def alpha(self) -> float:
         """Scale times rank."""
-        return self._alpha
+        return self.layer.lora_alpha[ADAPTER]
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self._alpha = float(value)
-        self.layer.scaling[ADAPTER] = self.scale
+        self.layer.lora_alpha[ADAPTER] = value
+        self.layer.scaling[ADAPTER] = value / self.rank
 
     @property
     def scale(self) -> float:
         """What the LoRA's output is multiplied by."""
-        return self._alpha / self.rank
+        return self.layer.scaling[ADAPTER]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained weights under their names in the file."""
@@ -152,62 +162,44 @@ class LoraModule:
         """Let the LoRA act, or give the bare layer's own output, bit by bit."""
         trained = [(parameter, parameter.requires_grad) for _, parameter in self.named_parameters()]
         self.layer.enable_adapters(enabled)
-        # peft has set it anew; here learning rates decide.
+        # peft has changed it, but here learning rates decide.
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
 
-def unet_targets(
-    unet: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    conv_rank: int | None = None,
-    conv_alpha: float = 1.0,
-    name_of: Callable[[str], str] = unet_name,
+def lora_targets(
+    model: nn.Module, ranks: Ranks, *, name_of: Callable[[str], str]
 ) -> list[LoraTarget]:
-    """Layers of the U-Net that ``networks.lora`` adapts.
+    """Layers of a U-Net or of CLIP that ``networks.lora`` adapts.
 
-    Every linear layer and 1x1 convolution of the attention blocks; with ``conv_rank`` also those of
-    the residual, down- and upsampling blocks (at ``rank``) and their 3x3 convolutions (at
-    ``conv_rank``). SD 1.5: 192 layers, with ``conv_rank`` 278; SDXL: 722 and 788.
+    In the U-Net every linear layer and 1x1 convolution of the attention blocks; with a rank for
+    convolutions also those of the residual, down- and upsampling blocks, and their 3x3
+    convolutions. SD 1.5: 192 layers, with convolutions 278; SDXL: 722 and 788. In CLIP all linear
+    layers, 6 in each block.
 
     Args:
-        unet: diffusers' model.
-        rank: of linear layers and 1x1 convolutions.
-        alpha: of these.
-        conv_rank: of 3x3 convolutions; ``None`` leaves them out.
-        conv_alpha: of these.
+        model: diffusers' or transformers' model.
+        ranks: by kind of layer.
         name_of: from a layer's path to its name in the file.
 
     Source: sd-scripts ``networks/lora.py`` ``LoRANetwork.__init__``.
     """
-    classes = UNET_CLASSES if conv_rank is None else UNET_CLASSES + UNET_CONV_CLASSES
     targets = []
-    for name, layer in _layers_within(unet, classes):
+    blocks = BLOCKS if ranks.conv is None else BLOCKS + CONV_BLOCKS
+    for name, layer in _layers_within(model, blocks):
         if _is_pointwise(layer):
-            targets.append(LoraTarget(name, name_of(name), rank, alpha))
-        elif conv_rank is not None:
-            targets.append(LoraTarget(name, name_of(name), conv_rank, conv_alpha))
+            targets.append(LoraTarget(name, name_of(name), ranks.linear, ranks.linear_alpha))
+        elif ranks.conv is not None:
+            targets.append(LoraTarget(name, name_of(name), ranks.conv, ranks.conv_alpha))
     return targets
 
 
-def text_encoder_targets(
-    text_encoder: nn.Module, *, rank: int, alpha: float, part: str = "textencoder"
-) -> list[LoraTarget]:
-    """Layers of CLIP that ``networks.lora`` adapts: all linear ones, 6 in each block."""
-    return [
-        LoraTarget(name, text_encoder_name(name, part), rank, alpha)
-        for name, _ in _layers_within(text_encoder, TEXT_ENCODER_CLASSES)
-    ]
-
-
-def weight_targets(targets: Iterable[LoraTarget], state: Mapping[str, Tensor]) -> list[LoraTarget]:
+def with_ranks_of(state: Mapping[str, Tensor], targets: Iterable[LoraTarget]) -> list[LoraTarget]:
     """Those targets that a file has weights for, with the file's rank and alpha.
 
     Args:
-        targets: candidates of any rank.
         state: tensors under canonical kohya names; a missing alpha means alpha = rank.
+        targets: candidates of any rank.
     """
     chosen = []
     for target in targets:
@@ -238,7 +230,7 @@ def inject_lora(
     if not targets:
         return []
     inject_adapter_in_model(_peft_config(targets), model, adapter_name=ADAPTER)
-    modules = [LoraModule(target, model.get_submodule(target.module_name)) for target in targets]
+    modules = [LoraModule(t.kohya_name, model.get_submodule(t.module_name)) for t in targets]
     for module in modules:
         _initialize(module)
         if dropouts.any:

@@ -9,30 +9,26 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.quantized import QuantizedLinear
-from mlm_plugin.networks.base import (
-    AdapterNetwork,
-    NetworkPlan,
-    as_in_file,
-    check_keys,
-    fit_shape,
-)
-from mlm_plugin.networks.kohya_names import canonical_name, part_of
+from mlm_plugin.networks.base import Network, NetworkPlan
+from mlm_plugin.networks.kohya_names import part_of, renamed
 from mlm_plugin.networks.lora import MaxNorm
 from mlm_plugin.networks.network_args import (
     COMMON_ARGS,
     LoraPlus,
+    checked_number,
     describe_unknown,
-    probability,
+    number,
 )
 
 __all__ = ["LycorisNetwork", "create_lycoris"]
@@ -41,60 +37,42 @@ logger = logging.getLogger(__name__)
 
 LYCORIS_ARGS = (
     *COMMON_ARGS,
-    "algo",
-    "preset",
-    "dropout",
-    "use_tucker",
-    "use_cp",
-    "use_conv_cp",
-    "disable_conv_cp",
-    "use_scalar",
-    "block_size",
-    "train_norm",
-    "constraint",
-    "constrain",
-    "rescaled",
-    "dora_wd",
-    "wd_on_output",
-    "full_matrix",
-    "bypass_mode",
-    "rs_lora",
-    "unbalanced_factorization",
-    "decompose_both",
-    "factor",
-    "warn_on_unmatched",
-)
+    "algo", "preset", "dropout", "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp",
+    "use_scalar", "block_size", "train_norm", "constraint", "constrain", "rescaled", "dora_wd",
+    "wd_on_output", "full_matrix", "bypass_mode", "rs_lora", "unbalanced_factorization",
+    "decompose_both", "factor", "warn_on_unmatched",
+)  # fmt: skip
 ADDING_ALGOS = ("lora", "locon", "loha", "lokr")
 """Algorithms that can add to a layer's output and need not read its weight."""
 
 
-class LycorisNetwork(AdapterNetwork):
+class Layer(NamedTuple):
+    """A module of one of the models."""
+
+    module: nn.Module
+    file_name: str
+
+
+class LycorisNetwork(Network):
     """A network of the LyCORIS package.
 
     Presets like ``unet-only`` leave the text encoder without modules.
 
     Args:
         network: LyCORIS' own network, applied to the models.
-        text_parts: names of the text encoders.
-        file_names: names of modules in files, by LyCORIS' own.
-        loraplus: learning-rate ratios of the up projections.
+        plan: what it was made by.
+        layers: modules of the models by LyCORIS' names.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        text_parts: Iterable[str],
-        file_names: Mapping[str, str],
-        loraplus: LoraPlus,
-    ):
-        modules = {
-            part: [m for m in network.text_encoder_loras if part_of(m.lora_name) == part]
-            for part in text_parts
+    def __init__(self, network: nn.Module, plan: NetworkPlan, layers: Mapping[str, Layer]):
+        adapters = [*network.text_encoder_loras, *network.unet_loras]
+        parts = {
+            part: [adapter for adapter in adapters if part_of(adapter.lora_name) == part]
+            for part in plan.models
         }
-        super().__init__({**modules, "unet": network.unet_loras}, loraplus=loraplus)
+        super().__init__(parts, loraplus=LoraPlus.from_args(plan.args))
         self.network = network
-        self.file_names = file_names
+        self.file_names = {name: layer.file_name for name, layer in layers.items()}
 
     def to(self, device: torch.device | str) -> None:
         """See ``Network``."""
@@ -105,46 +83,34 @@ class LycorisNetwork(AdapterNetwork):
         self.network.train(mode)
 
     def set_enabled(self, enabled: bool) -> None:
-        """See ``AdapterNetwork``."""
+        """See ``Network``."""
         for module in self.modules:
             if enabled:
                 module.apply_to()
             else:
                 module.restore()
 
-    def kohya_state_dict(self) -> dict[str, Tensor]:
-        """See ``Network``."""
-        return {key: as_in_file(key, value) for key, (_, value) in self._own_weights().items()}
-
-    def load_kohya_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Network``. The file's alphas must be the configured ones, LyCORIS keeps them."""
-        state = self.of_trained_parts(state)
-        own = self._own_weights()
-        check_keys(state, known=own.keys())
-        loaded = {}
-        for key, tensor in state.items():
-            own_key, value = own[key]
-            if key.endswith(".alpha") and not math.isclose(tensor, value, rel_tol=1e-2):
-                raise UserError(
-                    f"network_weights: {key} is {float(tensor):g}, this network has "
-                    f"{float(value):g}; set network_alpha (conv_alpha) as the file was trained"
-                )
-            loaded[own_key] = fit_shape(key, tensor, value.shape)
-        self.network.load_state_dict(loaded, strict=False)
-
-    def _own_weights(self) -> dict[str, tuple[str, Tensor]]:
-        """LyCORIS' own names and weights, by the names in files."""
-        own = {}
-        for key, value in self.network.state_dict().items():
-            module, dot, rest = key.partition(".")
-            own[f"{self.file_names.get(module, module)}{dot}{rest}"] = key, value
-        return own
-
     def apply_max_norm(self, max_norm: float) -> MaxNorm:
         """See ``Network``. LyCORIS has its own definition, and none for some algorithms."""
         device = next(self.network.parameters()).device
         scaled, mean, largest = self.network.apply_max_norm_regularization(max_norm, device)
         return MaxNorm(int(scaled), float(mean), float(largest))
+
+    def weights(self) -> dict[str, Tensor]:
+        """See ``Network``."""
+        return renamed(self.network.state_dict(), self.file_names)
+
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """See ``Network``. The file's alphas must be the configured ones, LyCORIS keeps them."""
+        own = self.weights()
+        for key, alpha in weights.items():
+            if key.endswith(".alpha") and not math.isclose(alpha, own[key], rel_tol=1e-2):
+                raise UserError(
+                    f"network_weights: {key} is {float(alpha):g}, this network has "
+                    f"{float(own[key]):g}; set network_alpha (conv_alpha) as the file was trained"
+                )
+        own_names = {file_name: name for name, file_name in self.file_names.items()}
+        self.network.load_state_dict(renamed(weights, own_names), strict=False)
 
 
 def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
@@ -161,31 +127,29 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
         ) from error
     _check_args(plan.args, lycoris)
     _check_packed_weights(plan)
-    dropout = _dropout(plan)
-    clips = list(plan.text_encoders) if len(plan.text_encoders) == 2 else plan.text_encoders[0]
+    dropout, layers = _dropout(plan), _layers(plan)
+    clips = plan.text_encoders if len(plan.text_encoders) == 2 else plan.text_encoders[0]
     models = (clips, plan.unet)
-    file_names = _file_names(plan)
     with _preset_for_diffusers(lycoris, plan.args.get("preset", "full")):
-        if plan.dims_from is None:
-            arguments = {"warn_on_unmatched": False, **plan.args, "dropout": dropout}
-            network = lycoris.create_network(1.0, plan.dim, plan.alpha, None, *models, **arguments)
+        if plan.ranks_from is None:
+            settings = {"warn_on_unmatched": False, **plan.args, "dropout": dropout}
+            alpha = plan.options.network_alpha
+            network = lycoris.create_network(1.0, plan.rank, alpha, None, *models, **settings)
         else:
             _warn_of_settings(plan)
             network, _ = lycoris.create_network_from_weights(
-                1.0, None, None, *models, weights_sd=_named_as_in_memory(plan, file_names)
+                1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.ranks_from, layers)
             )
-    _spare_packed_weights(network)
+    for module in network.unet_loras:
+        # LyCORIS adds to the weight otherwise. Only here: on convolutions LoKr of 3.2 fails so.
+        if isinstance(module.org_module[0], QuantizedLinear):
+            module.bypass_mode = True
     network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
     network.to(next(plan.unet.parameters()).device)
-    return LycorisNetwork(
-        network,
-        text_parts=plan.text_parts,
-        file_names=file_names,
-        loraplus=LoraPlus.from_args(plan.args),
-    )
+    return LycorisNetwork(network, plan, layers)
 
 
-def _check_args(args: Mapping[str, str], lycoris) -> None:
+def _check_args(args: Mapping[str, str], lycoris: ModuleType) -> None:
     for key in args:
         if key not in LYCORIS_ARGS:  # a newer LyCORIS may know it
             unknown = describe_unknown(key, LYCORIS_ARGS)
@@ -215,7 +179,7 @@ def _check_packed_weights(plan: NetworkPlan) -> None:
         needed = "network_args dora_wd"
     elif args.get("bypass_mode", "true").lower() == "false":
         needed = "network_args bypass_mode=False"
-    elif plan.dims_from is not None:
+    elif plan.ranks_from is not None:
         needed = "dim_from_weights with lycoris.kohya"
     if needed:
         raise UserError(
@@ -224,20 +188,10 @@ def _check_packed_weights(plan: NetworkPlan) -> None:
         )
 
 
-def _spare_packed_weights(network: nn.Module) -> None:
-    """Let adapters of packed layers add to the output: LyCORIS else adds to the weight.
-
-    Only these: on convolutions LoKr of LyCORIS 3.2 fails in that mode.
-    """
-    for module in network.unet_loras:
-        if isinstance(module.org_module[0], QuantizedLinear):
-            module.bypass_mode = True
-
-
 def _dropout(plan: NetworkPlan) -> float | None:
     """The value of network_dropout, which LyCORIS users also write into network_args."""
-    common = probability(plan.dropout, name="network_dropout")
-    own = probability(plan.args.get("dropout"), name="network_args: dropout")
+    common = checked_number(plan.options.network_dropout, name="network_dropout", below=1)
+    own = number(plan.args, "dropout", below=1)
     if None not in (common, own) and common != own:
         raise UserError(
             f"network_dropout={common:g} and network_args: dropout={own:g} are the same setting; "
@@ -248,7 +202,7 @@ def _dropout(plan: NetworkPlan) -> float | None:
 
 def _warn_of_settings(plan: NetworkPlan) -> None:
     """Name what LyCORIS does not ask for when it makes layers from weights."""
-    names = ["network_dropout"] if plan.dropout is not None else []
+    names = ["network_dropout"] if plan.options.network_dropout is not None else []
     names += [f"network_args: {key}" for key in plan.args if not key.startswith("loraplus_")]
     for name in names:
         logger.warning(
@@ -258,7 +212,7 @@ def _warn_of_settings(plan: NetworkPlan) -> None:
 
 
 @contextmanager
-def _preset_for_diffusers(lycoris, name: str) -> Iterator[None]:
+def _preset_for_diffusers(lycoris: ModuleType, name: str) -> Iterator[None]:
     """Within the block LyCORIS' preset chooses in a diffusers U-Net what it means to choose.
 
     LyCORIS names the classes of sd-scripts' own U-Net, where attention is ``CrossAttention``; and
@@ -266,20 +220,18 @@ def _preset_for_diffusers(lycoris, name: str) -> Iterator[None]:
     own lists are put back at the end.
     """
     network_class, presets = lycoris.LycorisNetworkKohya, lycoris.PRESET
-    original, class_targets = presets.get(name), network_class.UNET_TARGET_REPLACE_MODULE
-    preset = lycoris.read_preset(name) if original is None else original
+    own_presets, own_targets = dict(presets), network_class.UNET_TARGET_REPLACE_MODULE
+    preset = lycoris.read_preset(name) if name not in presets else presets[name]
     if preset is None:
         raise UserError(f"network_args: preset: {name} cannot be read as a LyCORIS preset in TOML")
     presets[name] = _with_diffusers_classes(preset)
-    network_class.UNET_TARGET_REPLACE_MODULE = _diffusers_classes(class_targets)
+    network_class.UNET_TARGET_REPLACE_MODULE = _diffusers_classes(own_targets)
     try:
         yield
     finally:
-        network_class.UNET_TARGET_REPLACE_MODULE = class_targets
-        if original is None:
-            del presets[name]
-        else:
-            presets[name] = original
+        network_class.UNET_TARGET_REPLACE_MODULE = own_targets
+        presets.clear()
+        presets.update(own_presets)
 
 
 def _with_diffusers_classes(preset: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,32 +249,24 @@ def _diffusers_classes(names: Sequence[str]) -> list[str]:
     return [*classes, "Attention"] if "CrossAttention" in classes else classes
 
 
-def _layers(plan: NetworkPlan) -> dict[str, nn.Module]:
-    """Modules by the names that LyCORIS makes of their paths."""
+def _layers(plan: NetworkPlan) -> dict[str, Layer]:
+    """Modules of the models by the names that LyCORIS makes of their paths."""
     return {
-        f"lora_{prefix}_{name}".replace(".", "_"): module
-        for prefix, model in (
-            *((part.replace("textencoder", "te"), m) for part, m in plan.text_parts.items()),
-            ("unet", plan.unet),
+        f"lora_{part.replace('textencoder', 'te')}_{path}".replace(".", "_"): Layer(
+            module, plan.file_name(part, path)
         )
-        for name, module in model.named_modules()
+        for part, model in plan.models.items()
+        for path, module in model.named_modules()
     }
 
 
-def _file_names(plan: NetworkPlan) -> dict[str, str]:
-    """Names of modules in files by LyCORIS' own, made of the paths in diffusers' models."""
-    return {name: canonical_name(plan.unet_names.get(name, name)) for name in _layers(plan)}
-
-
-def _named_as_in_memory(plan: NetworkPlan, file_names: Mapping[str, str]) -> dict[str, Tensor]:
+def _named_as_in_memory(
+    state: Mapping[str, Tensor], layers: Mapping[str, Layer]
+) -> dict[str, Tensor]:
     """Names and shapes that LyCORIS finds by the modules' own paths."""
-    layers = _layers(plan)
-    own_names = {name: own for own, name in file_names.items()}
-    renamed = {}
-    for key, tensor in plan.dims_from.items():
-        name, _, part = key.partition(".")
-        own_name = own_names.get(name, name)
-        if isinstance(layers.get(own_name), nn.Linear) and tensor.ndim == 4:
-            tensor = tensor[..., 0, 0]
-        renamed[f"{own_name}.{part}"] = tensor
-    return renamed
+    weights = renamed(state, {layer.file_name: name for name, layer in layers.items()})
+    for key, tensor in weights.items():
+        layer = layers.get(key.partition(".")[0])
+        if layer and isinstance(layer.module, nn.Linear) and tensor.ndim == 4:
+            weights[key] = tensor[..., 0, 0]
+    return weights

@@ -14,10 +14,10 @@ from mlm_plugin.errors import UserError
 __all__ = [
     "COMMON_ARGS",
     "LoraPlus",
+    "checked_number",
     "describe_unknown",
     "number",
     "parse_network_args",
-    "probability",
 ]
 
 COMMON_ARGS = (
@@ -39,7 +39,7 @@ class LoraPlus(NamedTuple):
 
     @classmethod
     def from_args(cls, args: Mapping[str, str]) -> LoraPlus:
-        """Read from network_args; the part's own ratio wins over the common one."""
+        """Read from network_args; a part's own ratio wins over the common one."""
         common = number(args, "loraplus_lr_ratio")
         return cls(
             unet=number(args, "loraplus_unet_lr_ratio") or common,
@@ -62,46 +62,33 @@ def parse_network_args(network_args: Sequence[str]) -> dict[str, str]:
     return parsed
 
 
-def number(
-    args: Mapping[str, Any],
-    key: str,
-    *,
-    kind: type = float,
-    default: float | None = None,
-    at_least: float = 0,
-) -> Any:
-    """The value of a numeric setting, ``default`` where it is not given.
-
-    Raises:
-        UserError: For what is no finite number of this kind or below the limit.
-    """
-    value = args.get(key)
-    if value is None:
-        return default
-    return _checked(value, name=f"network_args: {key}", kind=kind, at_least=at_least)
+def number(args: Mapping[str, str], key: str, **limits: Any) -> Any:
+    """The value of a numeric setting; see ``checked_number``."""
+    return checked_number(args.get(key), name=f"network_args: {key}", **limits)
 
 
-def probability(value: str | float | None, *, name: str) -> float | None:
-    """A setting from 0 to below 1; ``None``, for not given, stays.
-
-    Args:
-        value: as given.
-        name: what errors call it.
-
-    Raises:
-        UserError: For any other value.
-    """
-    return None if value is None else _checked(value, name=name, below=1)
-
-
-def _checked(
-    value: Any,
+def checked_number(
+    value: str | float | None,
     *,
     name: str,
     kind: type = float,
     at_least: float = 0,
     below: float = float("inf"),
 ) -> Any:
+    """A number within its limits; ``None``, for not given, stays.
+
+    Args:
+        value: as given.
+        name: what errors call it.
+        kind: ``int`` for whole numbers.
+        at_least: smallest value allowed.
+        below: the value must be smaller than this.
+
+    Raises:
+        UserError: For any other value.
+    """
+    if value is None:
+        return None
     try:
         result = kind(value)
     except ValueError:
@@ -114,6 +101,6 @@ def _checked(
 
 
 def describe_unknown(name: str, known: Iterable[str]) -> str:
-    """What an error says of a name that is not known: all that are allowed and the nearest one."""
+    """What an error says of an unknown name: all that are allowed, and the nearest one."""
     known = sorted(known)
     return f"{name!r} is not known, allowed are {', '.join(known)}{did_you_mean(name, known)}"

@@ -7,35 +7,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.networks.base import (
-    AdapterNetwork,
-    NetworkPlan,
-    as_in_file,
-    check_keys,
-    fit_shape,
-)
+from mlm_plugin.networks.base import Network, NetworkPlan
 from mlm_plugin.networks.lora import (
     Dropouts,
     LoraModule,
     LoraTarget,
     MaxNorm,
+    Ranks,
     inject_lora,
     limit_norms,
-    text_encoder_targets,
-    unet_targets,
-    weight_targets,
+    lora_targets,
+    with_ranks_of,
 )
 from mlm_plugin.networks.network_args import (
     COMMON_ARGS,
     LoraPlus,
+    checked_number,
     describe_unknown,
     number,
-    probability,
 )
 
 __all__ = ["BLOCK_ARGS", "PeftLoRANetwork", "create_lora"]
@@ -54,7 +49,7 @@ BLOCK_ARGS = (
 )
 
 
-class PeftLoRANetwork(AdapterNetwork):
+class PeftLoRANetwork(Network):
     """LoRA as sd-scripts' ``networks.lora`` has it, on peft layers.
 
     Args:
@@ -75,8 +70,8 @@ class PeftLoRANetwork(AdapterNetwork):
 
     def to(self, device: torch.device | str) -> None:
         """See ``Network``."""
-        for module in self.modules:
-            for _, parameter in module.named_parameters():
+        for members in self.parts().values():
+            for parameter in members:
                 parameter.data = parameter.data.to(device)
 
     def train(self, mode: bool) -> None:
@@ -84,43 +79,44 @@ class PeftLoRANetwork(AdapterNetwork):
         self.dropouts.training = mode
 
     def set_enabled(self, enabled: bool) -> None:
-        """See ``AdapterNetwork``."""
+        """See ``Network``."""
         for module in self.modules:
             module.set_enabled(enabled)
-
-    def kohya_state_dict(self) -> dict[str, Tensor]:
-        """See ``Network``."""
-        state = {}
-        for module in self.modules:
-            for name, parameter in module.named_parameters():
-                key = f"{module.kohya_name}.{name}"
-                state[key] = as_in_file(key, parameter)
-            state[f"{module.kohya_name}.alpha"] = torch.tensor(module.alpha)
-        return state
-
-    @torch.no_grad()
-    def load_kohya_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See ``Network``. The file's alpha wins over the configured one; none means the rank."""
-        state = self.of_trained_parts(state)
-        slots = {
-            f"{module.kohya_name}.{name}": parameter
-            for module in self.modules
-            for name, parameter in module.named_parameters()
-        }
-        alphas = {f"{module.kohya_name}.alpha": module for module in self.modules}
-        check_keys(state, known=slots.keys() | alphas.keys())
-        fitting = {
-            key: fit_shape(key, state[key], slot.shape)
-            for key, slot in slots.items()
-            if key in state
-        }
-        for key, tensor in fitting.items():
-            slots[key].copy_(tensor)
-        _take_alphas(alphas, state)
 
     def apply_max_norm(self, max_norm: float) -> MaxNorm:
         """See ``Network``."""
         return limit_norms(self.modules, max_norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See ``Network``."""
+        weights: dict[str, Tensor] = {}
+        for module in self.modules:
+            for name, parameter in module.named_parameters():
+                weights[f"{module.kohya_name}.{name}"] = parameter
+            weights[f"{module.kohya_name}.alpha"] = torch.tensor(float(module.alpha))
+        return weights
+
+    @torch.no_grad()
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """See ``Network``. The file's alpha wins over the configured one; none means the rank."""
+        own = self.weights()
+        for key, tensor in weights.items():
+            own[key].copy_(tensor)
+        replaced = []
+        for module in self.modules:
+            if f"{module.kohya_name}.lora_down.weight" in weights:
+                alpha = float(weights.get(f"{module.kohya_name}.alpha", module.rank))
+                if alpha != module.alpha:
+                    replaced.append((alpha, module.alpha))
+                module.alpha = alpha
+        if replaced:
+            new, old = replaced[0]
+            logger.warning(
+                "network_weights: alpha %g of the file is used in %d modules, not network_alpha %g",
+                new,
+                len(replaced),
+                old,
+            )
 
 
 def create_lora(plan: NetworkPlan) -> PeftLoRANetwork:
@@ -129,24 +125,19 @@ def create_lora(plan: NetworkPlan) -> PeftLoRANetwork:
     Raises:
         UserError: For a setting that is unknown, out of range or without effect.
     """
-    _check_args(plan.args)
+    args = plan.args
+    _check_args(args)
     dropouts = Dropouts(
-        dropout=probability(plan.dropout, name="network_dropout"),
-        rank_dropout=probability(plan.args.get("rank_dropout"), name="network_args: rank_dropout"),
-        module_dropout=probability(
-            plan.args.get("module_dropout"), name="network_args: module_dropout"
-        ),
+        dropout=checked_number(plan.options.network_dropout, name="network_dropout", below=1),
+        rank_dropout=number(args, "rank_dropout", below=1),
+        module_dropout=number(args, "module_dropout", below=1),
     )
-    targets = {part: _text_encoder_targets(plan, part) for part in plan.text_parts}
-    targets["unet"] = _unet_targets(plan)
-    return PeftLoRANetwork(
-        {
-            part: inject_lora(model, targets[part], dropouts=dropouts)
-            for part, model in {**plan.text_parts, "unet": plan.unet}.items()
-        },
-        dropouts=dropouts,
-        loraplus=LoraPlus.from_args(plan.args),
-    )
+    ranks = _ranks(plan)
+    modules = {
+        part: inject_lora(model, _targets(plan, part, ranks), dropouts=dropouts)
+        for part, model in plan.models.items()
+    }
+    return PeftLoRANetwork(modules, dropouts=dropouts, loraplus=LoraPlus.from_args(args))
 
 
 def _check_args(args: Mapping[str, str]) -> None:
@@ -164,51 +155,21 @@ def _check_args(args: Mapping[str, str]) -> None:
         )
 
 
-def _text_encoder_targets(plan: NetworkPlan, part: str) -> list[LoraTarget]:
-    if not plan.train_text_encoder:
-        return []
-    targets = text_encoder_targets(
-        plan.text_parts[part], rank=plan.dim, alpha=plan.alpha or plan.dim, part=part
-    )
-    return targets if plan.dims_from is None else weight_targets(targets, plan.dims_from)
-
-
-def _unet_targets(plan: NetworkPlan) -> list[LoraTarget]:
+def _ranks(plan: NetworkPlan) -> Ranks:
     conv_rank = number(plan.args, "conv_dim", kind=int, at_least=1)
-    conv_alpha = number(plan.args, "conv_alpha", default=1.0)
-    if plan.dims_from is not None:
+    conv_alpha = number({"conv_alpha": "1", **plan.args}, "conv_alpha")
+    if plan.ranks_from is not None:
         for key in ("conv_dim", "conv_alpha"):
             if key in plan.args:
                 logger.warning("%s has no effect: dim_from_weights takes it from the file", key)
-        conv_rank = plan.dim  # every layer is a candidate
-    if not plan.train_unet:
-        return []
-    targets = unet_targets(
-        plan.unet,
-        rank=plan.dim,
-        alpha=plan.alpha or plan.dim,
-        conv_rank=conv_rank,
-        conv_alpha=conv_alpha or conv_rank,
-        name_of=plan.unet_name,
+        conv_rank = plan.rank  # every layer is a candidate
+    return Ranks(
+        plan.rank, plan.options.network_alpha or plan.rank, conv_rank, conv_alpha or conv_rank
     )
-    return targets if plan.dims_from is None else weight_targets(targets, plan.dims_from)
 
 
-def _take_alphas(alphas: Mapping[str, LoraModule], state: Mapping[str, Tensor]) -> None:
-    changed = {}
-    for key, module in alphas.items():
-        down_key = key.replace(".alpha", ".lora_down.weight")
-        if down_key not in state:
-            continue
-        alpha = float(state.get(key, module.rank))
-        if alpha != module.alpha:
-            changed[key] = (module.alpha, alpha)
-        module.alpha = alpha
-    if changed:
-        old, new = next(iter(changed.values()))
-        logger.warning(
-            "network_weights: alpha %g of the file is used in %d modules, not network_alpha %g",
-            new,
-            len(changed),
-            old,
-        )
+def _targets(plan: NetworkPlan, part: str, ranks: Ranks) -> list[LoraTarget]:
+    if not (plan.train_unet if part == "unet" else plan.train_text_encoder):
+        return []
+    targets = lora_targets(plan.models[part], ranks, name_of=partial(plan.file_name, part))
+    return targets if plan.ranks_from is None else with_ranks_of(plan.ranks_from, targets)

@@ -85,7 +85,7 @@ def create_optimizer(
             "no effect, learning_rate is where its schedule starts"
         )
     try:
-        optimizer = optimizer_class(groups, lr=learning_rate, **_fixed(name), **settings)
+        optimizer = optimizer_class(groups, lr=learning_rate, **_named(name).fixed, **settings)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"optimizer_args={' '.join(optimizer_args)}: {optimizer_class.__name__} says: {error}"
@@ -175,7 +175,7 @@ def import_class(path: str, *, option_name: str, default_module: str) -> type:
 
 def _resolve(name: str) -> type[optim.Optimizer]:
     named = _named(name)
-    if named is None:
+    if named.path == name:  # not one of OPTIMIZERS
         if "." not in name and not hasattr(optim, name):
             raise UserError(
                 f"optimizer_type={name}: not known; expected package.module.Class, a class of "
@@ -198,25 +198,20 @@ def _resolve(name: str) -> type[optim.Optimizer]:
         ) from error
 
 
-def _named(name: str) -> Named | None:
-    return _BY_LOWER_NAME.get((name or "AdamW").lower())
+def _named(name: str) -> Named:
+    """The entry of a known name; any other name is a path."""
+    return _BY_LOWER_NAME.get((name or "AdamW").lower(), Named(name))
 
 
 def _settings(name: str, optimizer_args: Sequence[str]) -> dict[str, Any]:
     """The user's settings and those kohya adds, in kohya's order: the user's first."""
     settings = parse_arguments("optimizer_args", optimizer_args)
-    named = _named(name)
-    for key, value in (named.defaults if named else {}).items():
+    for key, value in _named(name).defaults.items():
         settings.setdefault(key, value)
     if settings.get("warmup_init") and settings.get("relative_step") is False:
         logger.warning("Adafactor: warmup_init turns relative_step on")
         settings["relative_step"] = True
     return settings
-
-
-def _fixed(name: str) -> Mapping[str, Any]:
-    named = _named(name)
-    return named.fixed if named else {}
 
 
 def _check_device(name: str, optimizer_class: type) -> None:
@@ -233,7 +228,8 @@ def _check_device(name: str, optimizer_class: type) -> None:
 def _check_settings(name: str, optimizer_class: type, settings: Mapping[str, Any]) -> None:
     parameters = inspect.signature(optimizer_class).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    allowed = [key for key in parameters if key not in ("params", "lr", "kwargs", *_fixed(name))]
+    decided = ("params", "lr", "kwargs", *_named(name).fixed)
+    allowed = [key for key in parameters if key not in decided]
     for key in settings:
         if key == "lr":
             raise UserError("optimizer_args: lr belongs to learning_rate, unet_lr, text_encoder_lr")
@@ -268,21 +264,17 @@ def _unwrapped(optimizer: optim.Optimizer) -> optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _bitsandbytes(class_name: str, **defaults: Any) -> Named:
-    return Named(f"bitsandbytes.optim.{class_name}", "bitsandbytes", defaults)
-
-
 OPTIMIZERS: dict[str, Named] = {
     "AdamW": Named("torch.optim.AdamW"),
-    "AdamW8bit": _bitsandbytes("AdamW8bit"),
-    "PagedAdamW": _bitsandbytes("PagedAdamW"),
-    "PagedAdamW8bit": _bitsandbytes("PagedAdamW8bit"),
-    "PagedAdamW32bit": _bitsandbytes("PagedAdamW32bit"),
-    "AdEMAMix8bit": _bitsandbytes("AdEMAMix8bit"),
-    "PagedAdEMAMix8bit": _bitsandbytes("PagedAdEMAMix8bit"),
+    "AdamW8bit": Named("bitsandbytes.optim.AdamW8bit", "bitsandbytes"),
+    "PagedAdamW": Named("bitsandbytes.optim.PagedAdamW", "bitsandbytes"),
+    "PagedAdamW8bit": Named("bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes"),
+    "PagedAdamW32bit": Named("bitsandbytes.optim.PagedAdamW32bit", "bitsandbytes"),
+    "AdEMAMix8bit": Named("bitsandbytes.optim.AdEMAMix8bit", "bitsandbytes"),
+    "PagedAdEMAMix8bit": Named("bitsandbytes.optim.PagedAdEMAMix8bit", "bitsandbytes"),
     "Lion": Named("lion_pytorch.Lion", "lion-pytorch"),
-    "Lion8bit": _bitsandbytes("Lion8bit"),
-    "PagedLion8bit": _bitsandbytes("PagedLion8bit"),
+    "Lion8bit": Named("bitsandbytes.optim.Lion8bit", "bitsandbytes"),
+    "PagedLion8bit": Named("bitsandbytes.optim.PagedLion8bit", "bitsandbytes"),
     "SGDNesterov": Named("torch.optim.SGD", None, {"momentum": 0.9}, {"nesterov": True}),
     "SGDNesterov8bit": Named(
         "bitsandbytes.optim.SGD8bit", "bitsandbytes", {"momentum": 0.9}, {"nesterov": True}

@@ -8,24 +8,17 @@ Names and rules are those of sd-scripts ``library/train_util.py`` ``get_schedule
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from diffusers.optimization import get_piecewise_constant_schedule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.optimization import (
+    TYPE_TO_SCHEDULER_FUNCTION,
     Adafactor,
     AdafactorSchedule,
-    get_constant_schedule,
-    get_constant_schedule_with_warmup,
-    get_cosine_schedule_with_warmup,
-    get_cosine_with_hard_restarts_schedule_with_warmup,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    get_inverse_sqrt_schedule,
-    get_linear_schedule_with_warmup,
-    get_polynomial_decay_schedule_with_warmup,
-    get_wsd_schedule,
+    SchedulerType,
 )
 
 from mlm_plugin.config.options import OptimizerOptions
@@ -41,6 +34,21 @@ __all__ = ["SCHEDULERS", "create_scheduler", "num_steps", "scheduler_name"]
 
 logger = logging.getLogger(__name__)
 
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "piecewise_constant",
+    "adafactor",
+)
+WITHOUT_WARMUP = ("constant", "piecewise_constant", "adafactor", "custom")
+
 
 class Lengths(NamedTuple):
     """Steps of the parts of a schedule."""
@@ -48,6 +56,11 @@ class Lengths(NamedTuple):
     total: int
     warmup: int
     decay: int
+
+    @property
+    def stable(self) -> int:
+        """Steps between warm-up and decay."""
+        return self.total - self.warmup - self.decay
 
 
 def create_scheduler(
@@ -77,33 +90,28 @@ def create_scheduler(
         total, num_steps(options.lr_warmup_steps, total), num_steps(options.lr_decay_steps, total)
     )
     settings = parse_arguments("lr_scheduler_args", options.lr_scheduler_args)
-    name = scheduler_name(optimizer, options)
     if uses_relative_step(optimizer):
         _warn_relative_step(options)
-        build = _adafactor
-    elif options.lr_scheduler_type:
-        build = _custom
-    elif name.startswith("adafactor:"):
-        build = _adafactor
-    elif name in SCHEDULERS:
-        build = SCHEDULERS[name]
-    else:
+    kind = _kind(optimizer, options)
+    shown = options.lr_scheduler_type or scheduler_name(optimizer, options)
+    if kind in WITHOUT_WARMUP and lengths.warmup:
         raise UserError(
-            f"lr_scheduler={name}: not known; expected one of {', '.join(SCHEDULERS)}, or a class "
-            "in lr_scheduler_type"
-        )
-    if build in WITHOUT_WARMUP and lengths.warmup:
-        raise UserError(
-            f"lr_scheduler={options.lr_scheduler_type or name} has no warm-up, but "
+            f"lr_scheduler={shown} has no warm-up, but "
             f"lr_warmup_steps={options.lr_warmup_steps}: set it to 0 or use constant_with_warmup"
         )
     try:
-        return build(optimizer, options, lengths, **settings)
+        if kind == "custom":
+            return _custom_class(options)(optimizer, **settings)
+        if kind == "adafactor":
+            return _adafactor(optimizer, options)
+        own = _completed(settings, kind, options, lengths)
+        # Not one dict: what is given twice is a TypeError, as is what the function does not have.
+        return _function(kind)(optimizer, **_settings(kind, options, lengths), **own)
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"lr_scheduler={options.lr_scheduler_type or name} refuses its settings "
+            f"lr_scheduler={shown} refuses its settings "
             f"{settings or '(none in lr_scheduler_args)'}: {error}"
         ) from error
 
@@ -120,105 +128,90 @@ def num_steps(length: int | float, total: int) -> int:
     return int(length * total) if length < 1 else int(length)
 
 
-def _constant(optimizer, options, lengths, **settings):
-    return get_constant_schedule(optimizer, **settings)
+def _kind(optimizer: Optimizer, options: OptimizerOptions) -> str:
+    """One of ``SCHEDULERS``, or ``custom`` for a class in ``lr_scheduler_type``."""
+    name = scheduler_name(optimizer, options)
+    if options.lr_scheduler_type and not uses_relative_step(optimizer):
+        return "custom"
+    if name.startswith("adafactor:"):
+        return "adafactor"
+    if name not in SCHEDULERS:
+        raise UserError(
+            f"lr_scheduler={name}: not known; expected one of {', '.join(SCHEDULERS)}, or a class "
+            "in lr_scheduler_type"
+        )
+    return name
 
 
-def _constant_with_warmup(optimizer, options, lengths, **settings):
-    return get_constant_schedule_with_warmup(optimizer, lengths.warmup, **settings)
+def _function(kind: str) -> Callable[..., LRScheduler]:
+    if kind == "piecewise_constant":
+        return get_piecewise_constant_schedule
+    return TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)]
 
 
-def _linear(optimizer, options, lengths, **settings):
-    return get_linear_schedule_with_warmup(optimizer, lengths.warmup, lengths.total, **settings)
+def _settings(kind: str, options: OptimizerOptions, lengths: Lengths) -> dict[str, Any]:
+    """Arguments of the schedule's function that the options decide."""
+    warmup = {"num_warmup_steps": lengths.warmup}
+    course = {**warmup, "num_training_steps": lengths.total}
+    cycles = options.lr_scheduler_num_cycles
+    return {
+        "constant": {},
+        "constant_with_warmup": warmup,
+        "linear": course,
+        "cosine": course,
+        "cosine_with_restarts": {**course, "num_cycles": cycles},
+        "polynomial": {**course, "power": options.lr_scheduler_power},
+        "inverse_sqrt": {**warmup, "timescale": options.lr_scheduler_timescale},
+        "cosine_with_min_lr": {**course, "num_cycles": cycles / 2},
+        "warmup_stable_decay": {
+            **warmup,
+            "num_stable_steps": lengths.stable,
+            "num_decay_steps": lengths.decay,
+            "num_cycles": cycles / 2,
+            "min_lr_ratio": options.lr_scheduler_min_lr_ratio or 0.0,
+        },
+        "piecewise_constant": {},
+    }[kind]
 
 
-def _cosine(optimizer, options, lengths, **settings):
-    return get_cosine_schedule_with_warmup(optimizer, lengths.warmup, lengths.total, **settings)
-
-
-def _cosine_with_restarts(optimizer, options, lengths, **settings):
-    return get_cosine_with_hard_restarts_schedule_with_warmup(
-        optimizer,
-        lengths.warmup,
-        lengths.total,
-        num_cycles=options.lr_scheduler_num_cycles,
-        **settings,
-    )
-
-
-def _polynomial(optimizer, options, lengths, **settings):
-    return get_polynomial_decay_schedule_with_warmup(
-        optimizer, lengths.warmup, lengths.total, power=options.lr_scheduler_power, **settings
-    )
-
-
-def _inverse_sqrt(optimizer, options, lengths, **settings):
-    return get_inverse_sqrt_schedule(
-        optimizer, lengths.warmup, timescale=options.lr_scheduler_timescale, **settings
-    )
-
-
-def _cosine_with_min_lr(optimizer, options, lengths, **settings):
-    ratio = options.lr_scheduler_min_lr_ratio
-    if ratio is not None:
-        settings = {"min_lr_rate": ratio, **settings}
-    if not settings.keys() & {"min_lr", "min_lr_rate"}:
+def _completed(
+    given: Mapping[str, Any], kind: str, options: OptimizerOptions, lengths: Lengths
+) -> dict[str, Any]:
+    """The user's own arguments, refused where the schedule cannot work with them."""
+    settings = dict(given)
+    if kind == "cosine_with_min_lr" and options.lr_scheduler_min_lr_ratio is not None:
+        settings.setdefault("min_lr_rate", options.lr_scheduler_min_lr_ratio)
+    if kind == "cosine_with_min_lr" and not settings.keys() & {"min_lr", "min_lr_rate"}:
         raise UserError(
             "lr_scheduler=cosine_with_min_lr needs lr_scheduler_min_lr_ratio, e.g. 0.1 to end at a "
             "tenth of the learning rate"
         )
-    return get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer,
-        lengths.warmup,
-        lengths.total,
-        num_cycles=options.lr_scheduler_num_cycles / 2,
-        **settings,
-    )
-
-
-def _warmup_stable_decay(optimizer, options, lengths, **settings):
-    stable = lengths.total - lengths.warmup - lengths.decay
-    if stable < 0:
-        raise UserError(
-            f"lr_warmup_steps and lr_decay_steps are {lengths.warmup} + {lengths.decay} steps, "
-            f"more than the {lengths.total} of the run: make them shorter"
-        )
-    return get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=lengths.warmup,
-        num_stable_steps=stable,
-        num_decay_steps=lengths.decay,
-        num_cycles=options.lr_scheduler_num_cycles / 2,
-        min_lr_ratio=options.lr_scheduler_min_lr_ratio or 0.0,
-        **settings,
-    )
-
-
-def _piecewise_constant(optimizer, options, lengths, **settings):
-    if "step_rules" not in settings:
+    if kind == "piecewise_constant" and "step_rules" not in settings:
         raise UserError(
             "lr_scheduler=piecewise_constant needs lr_scheduler_args step_rules='1:10,0.1:20,0.01' "
             "(factor:until which step, ..., last factor)"
         )
-    return get_piecewise_constant_schedule(optimizer, **settings)
+    if kind == "warmup_stable_decay" and lengths.stable < 0:
+        raise UserError(
+            f"lr_warmup_steps and lr_decay_steps are {lengths.warmup} + {lengths.decay} steps, "
+            f"more than the {lengths.total} of the run: make them shorter"
+        )
+    return settings
 
 
-def _adafactor(optimizer, options, lengths, **settings):
+def _adafactor(optimizer: Optimizer, options: OptimizerOptions) -> LRScheduler:
     if not isinstance(optimizer, Adafactor):
         raise UserError("lr_scheduler=adafactor belongs to optimizer_type=Adafactor")
-    _, _, initial_lr = options.lr_scheduler.partition(":")
-    if uses_relative_step(optimizer) or not initial_lr:
-        initial_lr = options.learning_rate
-    return AdafactorSchedule(optimizer, float(initial_lr))
+    _, _, initial_lr = scheduler_name(optimizer, options).partition(":")
+    return AdafactorSchedule(optimizer, float(initial_lr or options.learning_rate))
 
 
-def _custom(optimizer, options, lengths, **settings):
-    scheduler_class = import_class(
+def _custom_class(options: OptimizerOptions) -> type[LRScheduler]:
+    return import_class(
         options.lr_scheduler_type,
         option_name="lr_scheduler_type",
         default_module="torch.optim.lr_scheduler",
     )
-    return scheduler_class(optimizer, **settings)
 
 
 def _warn_schedule_free(options: OptimizerOptions) -> None:
@@ -240,19 +233,3 @@ def _warn_relative_step(options: OptimizerOptions) -> None:
             "(it takes optimizer_args relative_step=False)",
             chosen,
         )
-
-
-SCHEDULERS: dict[str, Callable[..., LRScheduler]] = {
-    "constant": _constant,
-    "constant_with_warmup": _constant_with_warmup,
-    "linear": _linear,
-    "cosine": _cosine,
-    "cosine_with_restarts": _cosine_with_restarts,
-    "polynomial": _polynomial,
-    "inverse_sqrt": _inverse_sqrt,
-    "cosine_with_min_lr": _cosine_with_min_lr,
-    "warmup_stable_decay": _warmup_stable_decay,
-    "piecewise_constant": _piecewise_constant,
-    "adafactor": _adafactor,
-}
-WITHOUT_WARMUP = (_constant, _piecewise_constant, _adafactor, _custom)

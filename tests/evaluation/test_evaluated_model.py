@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.evaluated_model import LearnedFiles, load_evaluated_model
 from mlm_plugin.export.custom_diffusion_files import save_delta
@@ -55,7 +56,7 @@ def files(toy_folder, tmp_path):
         if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
     }
     save_delta(tmp_path / "delta.safetensors", weights, unet=models.unet, metadata=metadata)
-    network = create_network("networks.lora", models=models, dim=2, alpha=2)
+    network = create_network(models, NetworkOptions(network_dim=2, network_alpha=2.0))
     state = {key: torch.randn_like(value) * 0.3 if "lora_" in key[-16:] else value
              for key, value in network.kohya_state_dict().items()}  # fmt: skip
     save_file(state, tmp_path / "lora.safetensors")

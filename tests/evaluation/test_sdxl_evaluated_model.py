@@ -10,6 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import evaluation_prompts, picture_seed
 from mlm_plugin.evaluation.evaluated_model import LearnedFiles, LoadSettings, load_evaluated_model
@@ -37,7 +38,7 @@ def files(toy_folder, toy_sdxl_folder, tmp_path_factory):
     torch.manual_seed(3)
     with torch.no_grad():
         for path, kind in ((made.lora, toy_sdxl_folder), (made.sd1_lora, toy_folder)):
-            network = create_network("networks.lora", models=load_stable_diffusion(kind), dim=2)
+            network = create_network(load_stable_diffusion(kind), NetworkOptions(network_dim=2))
             state = {key: torch.randn_like(value) * 0.3 if "lora_" in key[-16:] else value
                      for key, value in network.kohya_state_dict().items()}  # fmt: skip
             save_file(state, path)

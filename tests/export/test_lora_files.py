@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES, kohya_hashes, save_lora, verify_lora
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
@@ -147,9 +148,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_rest(tmp_path):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_a_network_passes_the_check_with_its_counts(tmp_path, linear):
-    network = create_network(
-        "networks.lora", models=models(linear=linear), network_args=["conv_dim=2"]
-    )
+    network = create_network(models(linear=linear), NetworkOptions(network_args=["conv_dim=2"]))
     save_lora(tmp_path / "x.safetensors", network.kohya_state_dict(), metadata={})
     counts = verify_lora(tmp_path / "x.safetensors")
     assert counts.text_encoder == network.num_text_encoder_modules == 12
@@ -179,7 +178,7 @@ def test_diffusers_loads_the_file_and_computes_what_our_model_computes(tmp_path,
     live = models()
     bare = outputs(live.text_encoders[0].model, live.unet)
     network = create_network(
-        "networks.lora", models=live, dim=4, alpha=2.0, network_args=network_args
+        live, NetworkOptions(network_dim=4, network_alpha=2.0, network_args=network_args)
     )
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embedding_files import (
     EMBEDDING_KEYS,
@@ -89,7 +90,7 @@ def method_of_sd_scripts(name):
 def test_diffusers_loads_a_lora_and_computes_what_our_model_computes(
     tmp_path, base, models, pipeline
 ):
-    network = create_network("networks.lora", models=models, dim=4, alpha=2.0)
+    network = create_network(models, NetworkOptions(network_dim=4, network_alpha=2.0))
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data.normal_(generator=generator).mul_(0.2)
@@ -105,7 +106,7 @@ def test_diffusers_loads_a_lora_and_computes_what_our_model_computes(
 
 
 def test_a_lora_passes_the_check_with_its_counts(tmp_path, models):
-    network = create_network("networks.lora", models=models, network_args=["conv_dim=2"])
+    network = create_network(models, NetworkOptions(network_args=["conv_dim=2"]))
     rows = {"sks": [torch.ones(2, 32), torch.ones(2, 48)]}
     state = network.kohya_state_dict() | bundled_embeddings(rows)
     save_lora(tmp_path / "x.safetensors", state, metadata={}, dtype=torch.float16)

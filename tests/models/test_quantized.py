@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.estimate.live_bytes import storage_bytes
 from mlm_plugin.models.quantized import FORMATS, NF4_BLOCK, QuantizedLinear, quantize_linears
@@ -213,7 +214,7 @@ def test_text_states_get_nearly_the_gradient_of_the_full_u_net(kind):
 
 
 def network_on(models, module="networks.lora", **settings):
-    return create_network(module, models=models, dim=4, alpha=4.0, **settings)
+    return create_network(models, NetworkOptions(module, 4, 4.0, **settings))
 
 
 def train_towards(unet, network, *, steps=8):

@@ -17,13 +17,10 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
-from mlm_plugin.networks.create import (
-    NETWORK_MODULES,
-    create_network,
-    parse_network_args,
-    read_weights,
-)
+from mlm_plugin.networks.create import NETWORK_MODULES, create_network, read_weights
+from mlm_plugin.networks.network_args import parse_network_args
 from mlm_plugin.networks.peft_network import BLOCK_ARGS
 
 needs_lycoris = pytest.mark.skipif(
@@ -79,7 +76,10 @@ def toy_models(*, seed=0, linear=False):
 
 
 def toy_network(models=None, *, module="networks.lora", dim=4, alpha=2.0, **settings):
-    return create_network(module, models=models or toy_models(), dim=dim, alpha=alpha, **settings)
+    settings = {f"network_{key}": value for key, value in settings.items()}
+    dim_from_weights = settings.pop("network_dim_from_weights", False)
+    options = NetworkOptions(module, dim, alpha, dim_from_weights=dim_from_weights, **settings)
+    return create_network(models or toy_models(), options)
 
 
 def randomize(network, *, seed=0):
@@ -114,13 +114,7 @@ KOHYA_KEYS = {
 
 @pytest.mark.parametrize(("v2", "network_args"), KOHYA_KEYS)
 def test_keys_and_shapes_are_those_that_sd_scripts_saves(v2, network_args, monkeypatch):
-    network = create_network(
-        "networks.lora",
-        models=full_size_models(v2=v2),
-        dim=4,
-        alpha=1.0,
-        network_args=network_args,
-    )
+    network = toy_network(full_size_models(v2=v2), alpha=1.0, args=network_args)
     base = "mlm_plugin.networks.base"
     monkeypatch.setattr(f"{base}._copy", lambda tensor: tensor)  # meta tensors
     shapes = {key: tuple(value.shape) for key, value in network.kohya_state_dict().items()}
@@ -145,14 +139,14 @@ def expected_attention_names():
 
 
 def test_sd15_names_follow_the_written_rule():
-    network = create_network("networks.lora", models=full_size_models(v2=False))
+    network = create_network(full_size_models(v2=False), NetworkOptions())
     names = {module.kohya_name for module in network.modules}
     assert names == expected_attention_names()
     assert len(names) == 192 + 72
 
 
 def test_convolutions_have_their_own_rank_and_their_blocks_linears_the_common_one():
-    network = toy_network(network_args=["conv_dim=2", "conv_alpha=0.5"])
+    network = toy_network(args=["conv_dim=2", "conv_alpha=0.5"])
     ranks = {module.kohya_name: (module.rank, module.alpha) for module in network.modules}
     assert ranks["lora_unet_down_blocks_0_resnets_0_conv1"] == (2, 0.5)
     assert ranks["lora_unet_down_blocks_0_downsamplers_0_conv"] == (2, 0.5)
@@ -161,21 +155,21 @@ def test_convolutions_have_their_own_rank_and_their_blocks_linears_the_common_on
 
 
 def test_one_model_alone_is_adapted_on_request():
-    unet_only = toy_network(train_text_encoder=False)
+    unet_only = toy_network(train_unet_only=True)
     assert unet_only.num_text_encoder_modules == 0
     assert all(key.startswith("lora_unet") for key in unet_only.kohya_state_dict())
-    text_only = toy_network(train_unet=False)
+    text_only = toy_network(train_text_encoder_only=True)
     assert text_only.num_unet_modules == 0
     assert all(key.startswith("lora_te") for key in text_only.kohya_state_dict())
     models = toy_models()
-    toy_network(models, train_text_encoder=False)
+    toy_network(models, train_unet_only=True)
     assert not any(p.requires_grad for p in models.text_encoders[0].model.parameters())
 
 
-def test_alpha_zero_is_the_rank_and_none_is_one():
+def test_alpha_zero_is_the_rank_and_the_default_is_one():
     assert toy_network(alpha=0).modules[0].scale == 1.0
-    assert toy_network(alpha=None).modules[0].alpha == 1.0
-    assert toy_network(dim=None).modules[0].rank == 4
+    network = create_network(toy_models(), NetworkOptions())
+    assert (network.modules[0].alpha, network.modules[0].rank) == (1.0, 4)
 
 
 # --- learning rates -------------------------------------------------------------------------
@@ -183,7 +177,7 @@ def test_alpha_zero_is_the_rank_and_none_is_one():
 
 def test_groups_are_named_and_ordered_as_kohyas():
     groups = toy_network(
-        network_args=["loraplus_lr_ratio=4", "loraplus_text_encoder_lr_ratio=2"]
+        args=["loraplus_lr_ratio=4", "loraplus_text_encoder_lr_ratio=2"]
     ).parameter_groups(unet_lr=1e-3, text_encoder_lrs=[1e-4])
     assert [(g["name"], g["lr"]) for g in groups] == [
         ("textencoder", 1e-4),
@@ -296,7 +290,7 @@ def test_nothing_is_changed_by_a_file_that_is_refused():
 
 def test_weights_of_an_untrained_part_are_left_out_with_a_warning(caplog):
     state = toy_network().kohya_state_dict()
-    network = toy_network(train_text_encoder=False)
+    network = toy_network(train_unet_only=True)
     with caplog.at_level(logging.WARNING):
         network.load_kohya_state_dict(state)
     assert "text encoder" in caplog.text
@@ -304,16 +298,12 @@ def test_weights_of_an_untrained_part_are_left_out_with_a_warning(caplog):
 
 def test_ranks_and_alphas_come_from_the_file(tmp_path):
     models = toy_models()
-    trained = toy_network(models, dim=3, alpha=2.0, network_args=["conv_dim=2", "conv_alpha=0.5"])
+    trained = toy_network(models, dim=3, alpha=2.0, args=["conv_dim=2", "conv_alpha=0.5"])
     randomize(trained)
     save_file(trained.kohya_state_dict(), tmp_path / "x.safetensors")
     fresh_models = toy_models()
-    network = create_network(
-        "networks.lora",
-        models=fresh_models,
-        weights=tmp_path / "x.safetensors",
-        dim_from_weights=True,
-    )
+    options = NetworkOptions(network_weights=str(tmp_path / "x.safetensors"), dim_from_weights=True)
+    network = create_network(fresh_models, options)
     assert network.num_unet_modules == trained.num_unet_modules
     assert torch.equal(predict(models), predict(fresh_models))
     assert torch.equal(encode(models), encode(fresh_models))
@@ -324,13 +314,13 @@ def test_ranks_and_alphas_come_from_the_file(tmp_path):
     [
         ({"dim": 8}, {"network_dim"}),
         ({"alpha": 2.0}, {"network_alpha"}),
-        ({"network_args": ["conv_dim=2", "conv_alpha=1"]}, {"conv_dim", "conv_alpha"}),
-        ({"alpha": 1.0, "dropout": 0.1, "network_args": ["rank_dropout=0.1"]}, set()),
+        ({"args": ["conv_dim=2", "conv_alpha=1"]}, {"conv_dim", "conv_alpha"}),
+        ({"alpha": 1.0, "dropout": 0.1, "args": ["rank_dropout=0.1"]}, set()),
     ],
 )
 def test_settings_that_the_file_decides_are_named(tmp_path, caplog, settings, names):
     save_file(toy_network(alpha=1.0).kohya_state_dict(), tmp_path / "x.safetensors")
-    settings = {"dim": None, "alpha": None, **settings}
+    settings = {"dim": None, "alpha": 1.0, **settings}
     with caplog.at_level(logging.WARNING):
         toy_network(weights=tmp_path / "x.safetensors", dim_from_weights=True, **settings)
     assert named_without_effect(caplog) == names
@@ -392,7 +382,7 @@ def test_unreadable_weights_are_one_line_with_option_and_file(tmp_path, name, co
 def test_disabled_is_the_base_model_bit_for_bit():
     models = toy_models()
     expected = encode(models), predict(models)
-    network = toy_network(models, network_args=["conv_dim=2"])
+    network = toy_network(models, args=["conv_dim=2"])
     randomize(network)
     with network.disabled():
         assert torch.equal(encode(models), expected[0])
@@ -436,18 +426,18 @@ def test_max_norm_holds_for_every_module():
     ("settings", "message"),
     [
         ({"module": "networks.dylora"}, "lycoris.kohya"),
-        ({"network_args": ["conv_dims=4"]}, "did you mean conv_dim"),
-        ({"network_args": ["conv_dim"]}, "key=value"),
-        ({"network_args": ["conv_dim=x"]}, "whole number"),
-        ({"network_args": ["conv_dim=0"]}, "at least 1"),
-        ({"network_args": ["conv_alpha=1"]}, "conv_dim"),
-        ({"network_args": ["rank_dropout=1"]}, "below 1"),
+        ({"args": ["conv_dims=4"]}, "did you mean conv_dim"),
+        ({"args": ["conv_dim"]}, "key=value"),
+        ({"args": ["conv_dim=x"]}, "whole number"),
+        ({"args": ["conv_dim=0"]}, "at least 1"),
+        ({"args": ["conv_alpha=1"]}, "conv_dim"),
+        ({"args": ["rank_dropout=1"]}, "below 1"),
         ({"dropout": 1.5}, "^network_dropout=1.5"),
         ({"dropout": -0.1}, "^network_dropout=-0.1"),
-        ({"network_args": ["module_dropout=-1"]}, "^network_args: module_dropout=-1"),
+        ({"args": ["module_dropout=-1"]}, "^network_args: module_dropout=-1"),
         ({"dim_from_weights": True}, "network_weights"),
-        ({"train_unet": False, "train_text_encoder": False}, "nothing to train"),
-        *(({"network_args": [f"{key}=1"]}, key) for key in BLOCK_ARGS),
+        ({"train_unet_only": True, "train_text_encoder_only": True}, "nothing to train"),
+        *(({"args": [f"{key}=1"]}, key) for key in BLOCK_ARGS),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings, message):
@@ -467,7 +457,7 @@ def test_both_network_modules_are_registered():
 
 
 def lycoris_network(models=None, *network_args, **settings):
-    return toy_network(models, module="lycoris.kohya", network_args=network_args, **settings)
+    return toy_network(models, module="lycoris.kohya", args=network_args, **settings)
 
 
 @needs_lycoris
@@ -517,7 +507,7 @@ def test_settings_that_the_file_decides_in_lycoris_are_named(tmp_path, caplog):
             None,
             *given,
             dim=None,
-            alpha=None,
+            alpha=1.0,
             dropout=0.1,
             weights=tmp_path / "x.safetensors",
             dim_from_weights=True,

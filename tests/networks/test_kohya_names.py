@@ -7,7 +7,7 @@ from mlm_plugin.networks.kohya_names import (
     canonical_name,
     in_file_shape,
     is_known_key,
-    is_text_encoder_name,
+    part_of,
     text_encoder_name,
     unet_name,
 )
@@ -62,5 +62,5 @@ def test_webuis_know_only_layers_that_exist(key, known):
 
 
 def test_text_encoder_names_are_told_from_unet_names():
-    assert is_text_encoder_name("lora_te_text_model_encoder_layers_0_mlp_fc1")
-    assert not is_text_encoder_name("lora_unet_conv_in")
+    assert part_of("lora_te_text_model_encoder_layers_0_mlp_fc1") == "textencoder"
+    assert part_of("lora_unet_conv_in") == "unet"

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
 from mlm_plugin.models.checkpoints import load_stable_diffusion
@@ -27,7 +29,7 @@ from mlm_plugin.networks.kohya_names import (
     sdxl_unet_names,
     text_encoder_name,
 )
-from mlm_plugin.networks.lora import text_encoder_targets
+from mlm_plugin.networks.lora import Ranks, lora_targets
 
 # network_args -> number of modules, digest of all sorted "key shape" lines.
 # Derived by tests/reference/derive_lora.py from sd-scripts' own networks.lora and U-Net.
@@ -67,7 +69,7 @@ def toy(toy_sdxl_folder):
 
 
 def network_on(models, module="networks.lora", *, dim=4, alpha=2.0, **settings):
-    return create_network(module, models=models, dim=dim, alpha=alpha, **settings)
+    return create_network(models, NetworkOptions(module, dim, alpha, **settings))
 
 
 def randomize(network):
@@ -105,9 +107,7 @@ def assert_equal_outputs(left, right):
 
 @pytest.mark.parametrize("network_args", KOHYA_KEYS)
 def test_keys_and_shapes_are_those_that_sd_scripts_saves(network_args, monkeypatch):
-    network = create_network(
-        "networks.lora", models=full_size_models(), dim=4, alpha=1.0, network_args=network_args
-    )
+    network = network_on(full_size_models(), alpha=1.0, network_args=network_args)
     base = "mlm_plugin.networks.base"
     monkeypatch.setattr(f"{base}._copy", lambda tensor: tensor)  # meta tensors
     shapes = {key: tuple(value.shape) for key, value in network.kohya_state_dict().items()}
@@ -135,7 +135,7 @@ def test_unet_names_follow_the_written_rule():
         for i in range(depth)
         for name in inner
     }
-    network = create_network("networks.lora", models=full_size_models(), train_text_encoder=False)
+    network = network_on(full_size_models(), network_train_unet_only=True)
     assert {module.kohya_name for module in network.modules} == expected
     assert len(expected) == 722
 
@@ -149,7 +149,9 @@ def test_both_text_encoders_have_the_same_names_in_any_transformers_version(nest
         model = nn.ModuleDict({"text_model": body}) if nested else body
         names = {
             target.kohya_name
-            for target in text_encoder_targets(model, rank=1, alpha=1, part=f"textencoder{number}")
+            for target in lora_targets(
+                model, Ranks(1, 1), name_of=partial(text_encoder_name, part=f"textencoder{number}")
+            )
         }
         parts = [f"self_attn_{p}_proj" for p in ("q", "k", "v", "out")] + ["mlp_fc1", "mlp_fc2"]
         assert names == {
@@ -245,10 +247,9 @@ def test_weights_survive_a_round_trip(toy, tmp_path, dim_from_weights):
     network = network_on(models)
     randomize(network)
     save_file(network.kohya_state_dict(), tmp_path / "x.safetensors")
-    settings = {"dim": None, "alpha": None} if dim_from_weights else {}
-    network_on(
-        fresh, weights=tmp_path / "x.safetensors", dim_from_weights=dim_from_weights, **settings
-    )
+    settings = {"dim": None, "alpha": 1.0} if dim_from_weights else {}
+    weights = str(tmp_path / "x.safetensors")
+    network_on(fresh, network_weights=weights, dim_from_weights=dim_from_weights, **settings)
     assert_equal_outputs(models, fresh)
 
 
@@ -264,13 +265,13 @@ def test_names_of_diffusers_unet_are_read_too(toy, tmp_path):
         state[f"{diffusers_name.get(module, module)}.{rest}"] = tensor
     assert "lora_unet_down_blocks_1_attentions_0_proj_in.alpha" in state
     save_file(state, tmp_path / "x.safetensors")
-    network_on(fresh, weights=tmp_path / "x.safetensors")
+    network_on(fresh, network_weights=str(tmp_path / "x.safetensors"))
     assert_equal_outputs(models, fresh)
 
 
 def test_weights_of_untrained_text_encoders_are_left_out_with_a_warning(toy, caplog):
     state = network_on(toy()).kohya_state_dict()
-    network = network_on(toy(), train_text_encoder=False)
+    network = network_on(toy(), network_train_unet_only=True)
     with caplog.at_level(logging.WARNING):
         network.load_kohya_state_dict(state)
     assert "54 tensors of the first text encoder are left out" in caplog.text
@@ -311,8 +312,8 @@ def test_lycoris_ranks_come_from_the_file(toy, tmp_path):
         fresh,
         "lycoris.kohya",
         dim=None,
-        alpha=None,
-        weights=tmp_path / "x.safetensors",
+        alpha=1.0,
+        network_weights=str(tmp_path / "x.safetensors"),
         dim_from_weights=True,
     )
     assert_equal_outputs(models, fresh)

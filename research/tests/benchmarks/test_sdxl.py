@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mlm_plugin.config.loading import load_config
+from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 from mlm_plugin.networks.create import create_network
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
@@ -39,7 +40,7 @@ def test_the_tiny_model_has_all_modules_of_the_real_one(made):
     unet, _, *clips = copy.deepcopy(made)
     encoders = [SimpleNamespace(model=clip) for clip in clips]
     models = SimpleNamespace(unet=unet, text_encoders=encoders)
-    network = create_network("networks.lora", models=models, dim=2, alpha=1.0)
+    network = create_network(models, NetworkOptions(network_dim=2))
     assert [len(modules) for modules in network.modules_of.values()] == list(PARTS.values())
 
 
