@@ -22,12 +22,6 @@ def pytest_addoption(parser):
     parser.addoption("--write-digests", action="store_true", help="see test_same_weights.py")
 
 
-@pytest.fixture
-def write_digests(request) -> bool:
-    """Whether digests of trained weights are to be stored instead of compared."""
-    return request.config.getoption("--write-digests")
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)

@@ -4,22 +4,17 @@ The values in ``assets/weights.json`` were made at 6e73d21, before the method ha
 own. ``python -m pytest tests/test_same_weights.py --write-digests`` makes them again; do so only
 where the numbers are meant to change.
 
-A digest is exact, so it holds for one kind of processor and one version of torch; both are in the
+A digest is exact, so it holds for one kind of processor and one set of libraries; both are in the
 file. Elsewhere the sums of the weights are compared within a tolerance.
 """
 
-import hashlib
-import json
-import platform
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
 
-VALUES = Path(__file__).parent / "assets" / "weights.json"
+STORE = "weights.json"
 POCKET = {
     "pretrained_model_name_or_path": "pocket",
     "train_data_dir": "pocket",
@@ -63,62 +58,22 @@ SDXL = {
 }
 
 
-def machine() -> dict[str, str]:
-    """What a digest depends on besides the code."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "torch": torch.__version__,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "processor": (models or [platform.processor()])[0],
-    }
-
-
-def summary(folder: Path) -> dict:
-    """Digest and sums of everything trained that a run wrote."""
-    digest, sums = hashlib.sha256(), {}
-    for path in sorted(folder.glob("*.safetensors")):
-        weights = load_file(path)
-        for name in sorted(weights):
-            digest.update(f"{path.name}/{name}{tuple(weights[name].shape)}".encode())
-            digest.update(weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-        sums[path.name] = sum(float(w.double().abs().sum()) for w in weights.values())
-    return {"digest": digest.hexdigest(), "sums": sums}
-
-
-def run(options: dict[str, str], folder: Path) -> dict:
+def run(options: dict[str, str], folder: Path) -> list[Path]:
     argv = [f"--{name}={value}" for name, value in options.items()]
     assert train_main([*argv, "--output_dir", str(folder), "--output_name", "x"]) == 0
-    return summary(folder)
-
-
-def compare(name: str, found: dict, *, write: bool) -> None:
-    if write:
-        values = json.loads(VALUES.read_text()) if VALUES.is_file() else {"runs": {}}
-        values = {"machine": machine(), "runs": values["runs"] | {name: found}}
-        VALUES.parent.mkdir(exist_ok=True)
-        VALUES.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
-        return
-    values = json.loads(VALUES.read_text())
-    expected = values["runs"][name]
-    assert found["sums"].keys() == expected["sums"].keys()
-    for file, value in found["sums"].items():
-        assert value == pytest.approx(expected["sums"][file], rel=1e-4), file
-    if values["machine"] == machine():
-        assert found["digest"] == expected["digest"]
+    return list(folder.glob("*.safetensors"))
 
 
 @pytest.mark.usefixtures("_fresh_accelerator")
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_ends_with_the_weights_of_before(name, tmp_path, write_digests):
-    compare(name, run({**POCKET, **RUNS[name]}, tmp_path), write=write_digests)
+def test_a_run_ends_with_the_weights_of_before(name, tmp_path, same_weights):
+    same_weights(STORE, name, run({**POCKET, **RUNS[name]}, tmp_path))
 
 
 @pytest.mark.usefixtures("_fresh_accelerator")
 @pytest.mark.parametrize("weight", ["0", "0.1"])
 def test_a_lora_of_sdxl_ends_with_the_weights_of_before(
-    weight, toy_sdxl_folder, toy_sdxl_contextualizers, toy_pictures, tmp_path, write_digests
+    weight, toy_sdxl_folder, toy_sdxl_contextualizers, toy_pictures, tmp_path, same_weights
 ):
     options = {
         **POCKET,
@@ -128,4 +83,4 @@ def test_a_lora_of_sdxl_ends_with_the_weights_of_before(
         "mlm_contextualizer": toy_sdxl_contextualizers,
         "mlm_loss_weight": weight,
     }
-    compare(f"SDXL lora, weight {weight}", run(options, tmp_path), write=write_digests)
+    same_weights(STORE, f"SDXL lora, weight {weight}", run(options, tmp_path))

@@ -1,0 +1,75 @@
+"""Digests of trained weights, compared with stored ones: ``same_weights``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@pytest.fixture
+def same_weights(request) -> Callable[[str, str, Sequence[Path]], None]:
+    """``same_weights(store, run, files)``: the files hold the weights that ``store`` has of a run.
+
+    With ``--write-digests`` they are stored instead.
+    """
+    write = request.config.getoption("--write-digests")
+
+    def same_weights(store: str, run: str, files: Sequence[Path]) -> None:
+        path = ASSETS / store
+        if write:
+            _write(path, run, summary_of(files))
+        else:
+            _compare(json.loads(path.read_text()), run, summary_of(files))
+
+    return same_weights
+
+
+def summary_of(files: Sequence[Path]) -> dict:
+    """Digest and sums of everything trained that a run wrote."""
+    digest, sums = hashlib.sha256(), {}
+    for path in sorted(files):
+        weights = load_file(path)
+        for name in sorted(weights):
+            digest.update(f"{path.name}/{name}{tuple(weights[name].shape)}".encode())
+            digest.update(weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        sums[path.name] = sum(float(w.double().abs().sum()) for w in weights.values())
+    return {"digest": digest.hexdigest(), "sums": sums}
+
+
+def machine() -> dict[str, str]:
+    """What a digest depends on besides the code."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "diffusers": version("diffusers"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processor": (models or [platform.processor()])[0],
+    }
+
+
+def _write(path: Path, run: str, found: dict) -> None:
+    runs = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    values = {"machine": machine(), "runs": runs | {run: found}}
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def _compare(values: dict, run: str, found: dict) -> None:
+    expected = values["runs"][run]
+    assert found["sums"].keys() == expected["sums"].keys()
+    for file, value in found["sums"].items():
+        assert value == pytest.approx(expected["sums"][file], rel=1e-4), file
+    if values["machine"] == machine():
+        assert found["digest"] == expected["digest"]
