@@ -1,7 +1,7 @@
 """The shape of the package in numbers: `python -m research.structure [FOLDER]`.
 
-Lines, files that import from another package of ours, functions with more than 6 parameters (without
-``self`` and ``cls``), functions of more than 60 lines.
+Lines, files that import from another part of the package, functions with more than 6 parameters
+(without ``self`` and ``cls``), functions of more than 60 lines.
 """
 
 from __future__ import annotations
