@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mlm_plugin.config.options import LogOptions, TrainConfig
 from mlm_plugin.errors import UserError
-from mlm_plugin.estimate.meta_run import largest_batch, meta_training, pixels_of
+from mlm_plugin.estimate.meta_run import largest_batch, meta_training
 from mlm_plugin.estimate.options import FAMILIES, EstimateCommand
 from mlm_plugin.estimate.savings import changes_worth_trying
 from mlm_plugin.estimate.step import caching_peak, optimizer_peak, step_peak
@@ -44,13 +44,10 @@ def estimate_of(config: TrainConfig) -> Estimate:
     Raises:
         UserError: options or files that do not fit the model.
     """
-    pictures = largest_batch(config)
-    training = meta_training(config, pictures)
+    training = meta_training(config, largest_batch(config))
     moments = {}
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
-        at_once = (config.dataset.vae_batch_size, *pictures[1:])
-        pixels = pixels_of(at_once, training.method.models.vae.dtype)
-        moments["caching"] = caching_peak(training, pixels)
+        moments["caching"] = caching_peak(training)
     moments["training step"] = step_peak(training)
     moments["optimizer step"] = optimizer_peak(training)
     return Estimate(moments)

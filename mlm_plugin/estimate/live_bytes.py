@@ -1,8 +1,8 @@
 """How many bytes of tensors live at once while code runs, and what they belong to at the peak.
 
-Counts storages from the call that makes them to the moment the last tensor on them is gone, as a
-caching allocator would; on the meta device, where nothing is allocated, as well as on real ones.
-What a kernel needs besides its outputs is not seen.
+Counts storages from the call that makes them until the last tensor on them is gone, as a caching
+allocator would, on real devices and on meta, where nothing is allocated. What a kernel needs
+besides its outputs is not seen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["LiveBytes", "storage_bytes"]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts while it is entered; enter it anew to go on.
+    """Counts while it is entered; may be entered again.
 
     Args:
         device: only tensors there are counted.
@@ -30,6 +30,7 @@ class LiveBytes(TorchDispatchMode):
         label: what new tensors are counted under.
         live: bytes that live now, by label.
         at_peak: the same at the moment when their sum was highest.
+        peak: that sum.
     """
 
     def __init__(self, device: torch.device | str = "meta"):
@@ -37,37 +38,28 @@ class LiveBytes(TorchDispatchMode):
         self.device = torch.device(device)
         self.label = ""
         self.live: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
-        self._total = self._peak = 0
+        self._total = 0
         self._known: dict[int, tuple[str, int]] = {}  # by address of the storage
+        self.reset_peak()
 
-    @property
-    def peak(self) -> int:
-        """Highest sum so far."""
-        return self._peak
-
-    def start_anew(self) -> None:
+    def reset_peak(self) -> None:
         """Forget the peak so far."""
-        self._peak, self.at_peak = self._total, Counter(self.live)
+        self.peak, self.at_peak = self._total, Counter(self.live)
 
     def hold(self, tensors: Iterable[Tensor], label: str) -> None:
-        """Count tensors that are there already; those that are counted move to ``label``."""
+        """Count tensors that exist already; those that are counted move to ``label``."""
         for tensor in tensors:
             if tensor.device.type == self.device.type:
                 self._count(tensor.untyped_storage(), label)
 
-    def hold_gradients(self, parameters: Iterable[nn.Parameter], label: str) -> list:
-        """Move every gradient to ``label`` as soon as it is complete; gives hooks to remove."""
-        return [
-            parameter.register_post_accumulate_grad_hook(
-                lambda parameter: self.hold([parameter.grad], label)
-            )
-            for parameter in parameters
-        ]
+    def hold_gradients(self, parameters: Iterable[nn.Parameter], label: str) -> None:
+        """From now on, move each gradient to ``label`` once it is complete."""
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(lambda p: self.hold([p.grad], label))
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        """Count new tensors under ``label`` while the block runs."""
+        """Count new tensors under ``label`` in the block."""
         before, self.label = self.label, label
         try:
             yield
@@ -94,8 +86,8 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._release, address)
         self._known[address] = label, nbytes
         self.live[label] += nbytes
-        if self._total > self._peak:
-            self._peak, self.at_peak = self._total, Counter(self.live)
+        if self._total > self.peak:
+            self.reset_peak()
 
     def _release(self, address: int) -> None:
         label, nbytes = self._known.pop(address)

@@ -1,7 +1,7 @@
 """A training on the meta device, made of the same options and parts as the real one.
 
-Nothing is loaded: models come from configurations, prompts from the prompt set, pictures are of the
-size that the options give. Knows no peaks and no table.
+Nothing is loaded: models come from configurations, prompts from the prompt set, and pictures have
+the size that the options give. Knows no peaks and no table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlm_plugin.config.datasets import (
     BUCKET_STEP,
@@ -45,13 +45,13 @@ from mlm_plugin.setup.models import model_settings, prepare_models, quantize_mod
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 
-__all__ = ["Pictures", "largest_batch", "meta_training", "pixels_of"]
+__all__ = ["Pictures", "largest_batch", "meta_training"]
 
 STAND_IN = Concept("sks", "dog")
 NUM_DRAWS = 50  # batches of prompts, the longest of which is taken
 
 Pictures = tuple[int, int, int]
-"""How many of which width and height."""
+"""How many, their width and their height."""
 
 
 def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
@@ -64,39 +64,34 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
     Raises:
         UserError: options or files that do not fit the model.
     """
-    config = _for_shapes(config)
-    on_meta = OnMeta()
+    init_word = (STAND_IN.class_token,) * len(_concepts(config))
+    # leave out what needs values: where learned embeddings start, and compilation
+    config = config.replace(init_word=init_word, weights=None, torch_compile=False)
+    concepts = _concepts(config)
     models = empty_stable_diffusion(
         config.model.pretrained_model_name_or_path,
         model_settings(config),
         spare_tokenizer=_spare_tokenizer,
     )
     check_model(config, is_sdxl=models.is_sdxl)
-    concepts = _concepts(config)
     quantize_models(config, models, torch.device("meta"))
-    with on_meta:
+    with OnMeta():
         method = METHODS[config.schedule.method].prepare(models, config, concepts)
         prepare_models(config, models, method)
         regularizer = _regularizer(config, method, concepts)
-    optimizer, fused, fused_working = _optimizer(config, method)
-    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
+    diffusion_loss = DiffusionLoss(
+        models.noise_scheduler,
+        config.loss,
+        prediction_type=models.prediction_type,
+        device="meta",
+    )
     return Training(
-        method=method,
-        diffusion_loss=DiffusionLoss(
-            models.noise_scheduler,
-            config.loss,
-            prediction_type=models.prediction_type,
-            device="meta",
-        ),
-        batch=_batch(config, pictures),
-        dtype=None if dtype == torch.float32 else dtype,
-        on_meta=on_meta,
-        regularizer=regularizer,
-        optimizer=optimizer,
-        captions_are_cached=config.dataset.cache_text_encoder_outputs,
-        accumulates=config.schedule.gradient_accumulation_steps > 1,
-        fused=fused,
-        fused_working=fused_working,
+        config,
+        method,
+        diffusion_loss,
+        _batch(config, pictures),
+        regularizer,
+        *_optimizer(config, method),
     )
 
 
@@ -118,30 +113,16 @@ def largest_batch(config: TrainConfig) -> Pictures:
     return number, width, height
 
 
-def pixels_of(pictures: Pictures, dtype: torch.dtype) -> Tensor:
-    """Pictures as the VAE takes them, ``(B, 3, H, W)`` on the meta device."""
-    number, width, height = pictures
-    return torch.empty(number, 3, height, width, dtype=dtype, device="meta")
-
-
-def _for_shapes(config: TrainConfig) -> TrainConfig:
-    """The options without what needs values: where learned rows start, and compilation."""
-    num_concepts = len(_concepts(config))
-    return config.replace(
-        init_word=(STAND_IN.class_token,) * num_concepts, weights=None, torch_compile=False
-    )
-
-
 @cache
 def _spare_tokenizer():
-    """One with a small vocabulary: it makes somewhat more tokens of a prompt than CLIP's."""
+    """A tokenizer with a small vocabulary: a prompt has somewhat more tokens than with CLIP's."""
     with tempfile.TemporaryDirectory() as folder:
         build_toy_tokenizer(Path(folder), toy_corpus())
         return load_tokenizer(Path(folder))
 
 
 def _concepts(config: TrainConfig) -> list[Concept]:
-    """What is learned, as far as it is named; the rest is called "sks dog"."""
+    """What is learned, with "sks dog" for what is not named."""
     data = config.dataset
     has_data = data.train_data_dir is not None or data.dataset_config is not None
     found = concepts_of(config, resolve_datasets(config) if has_data else (), required=False)
@@ -153,12 +134,12 @@ def _batch(config: TrainConfig, pictures: Pictures) -> Batch:
     number, width, height = pictures
     data, size = config.dataset, (height, width)
     is_cached = data.cache_latents or data.cache_latents_to_disk
-    latents = torch.empty(number, 4, height // LATENT_STRIDE, width // LATENT_STRIDE, device="meta")
-    masks = torch.empty(number, 1, height, width, device="meta") if data.masked_loss else None
+    latent_size = height // LATENT_STRIDE, width // LATENT_STRIDE
+    empty = partial(torch.empty, device="meta")
     return Batch(
-        pixel_values=None if is_cached else pixels_of(pictures, torch.float32),
-        latents=latents if is_cached else None,
-        loss_masks=masks,
+        pixel_values=None if is_cached else empty(number, 3, *size),
+        latents=empty(number, 4, *latent_size) if is_cached else None,
+        loss_masks=empty(number, 1, *size) if data.masked_loss else None,
         valid_masks=None,
         loss_weights=torch.ones(number, device="meta"),
         captions=[f"a photo of {STAND_IN.text}"] * number,
@@ -174,7 +155,7 @@ def _batch(config: TrainConfig, pictures: Pictures) -> Batch:
 def _optimizer(
     config: TrainConfig, method: Method
 ) -> tuple[OptimizerBytes, list[nn.Parameter], int]:
-    """Bytes of the optimizer, what it steps inside the backward pass, and what it needs there."""
+    """The last three fields of :class:`Training`."""
     options = config.optimizer
     groups = method.parameter_groups(options)  # freezes what has no rate
     count = partial(
@@ -183,13 +164,11 @@ def _optimizer(
         optimizer_args=options.optimizer_args,
         learning_rate=options.learning_rate,
     )
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    whole = count(parameters)
+    whole = count([parameter for group in groups for parameter in group["params"]])
     unet = [p for group in groups if group["name"] == "unet" for p in group["params"]]
     if not (options.fused_backward_pass and unet):
         return whole, [], 0
-    fused = set(unet)
-    others = [parameter for parameter in parameters if parameter not in fused]
+    others = [p for group in groups for p in group["params"] if group["name"] != "unet"]
     working = count(others).working if others else 0
     largest = max(unet, key=lambda parameter: parameter.nbytes)
     return whole._replace(working=working), unet, count([largest]).working

@@ -1,9 +1,8 @@
 """Runs training code on the meta device as it would run on a GPU, in shapes and precisions.
 
 Meta tensors have no values and no kernels of their own, so three things need help: attention (one
-fused kernel on a GPU, a square of scores on meta), mixed precision (autocast does not know meta)
-and questions about values.
-Shapes: B batch, H heads, L queries, S keys, D width of a head.
+fused kernel on a GPU, a square matrix of scores on meta), mixed precision (autocast does not know
+meta) and questions about values.
 """
 
 from __future__ import annotations
@@ -41,7 +40,10 @@ CPU_TO_FP32 = frozenset(
     "mse_loss cosine_embedding_loss nll_loss kl_div binary_cross_entropy smooth_l1_loss "
     "cross_entropy".split()
 )
-"""The same on a CPU, as far as training here has them; for comparisons with real runs."""
+"""The same on a CPU, as far as training here uses them; for comparisons with real runs."""
+
+FUSED_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""Keeps for the backward pass what a GPU's kernels keep: inputs, output, one fp32 sum per query."""
 
 
 class OnMeta(TorchFunctionMode):
@@ -55,28 +57,33 @@ class OnMeta(TorchFunctionMode):
         super().__init__()
         self.to_fp32 = to_fp32
         self._dtype: torch.dtype | None = None
-        self._cast_weights: dict[int, tuple[Tensor, Tensor]] | None = None
+        self._cast_weights: dict[Tensor, Tensor] | None = None
 
     @contextmanager
-    def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Mixed precision in the block; weights that are trained are cast once in it.
+    def autocast(self, dtype: torch.dtype | None, *, cache_enabled: bool = True) -> Iterator[None]:
+        """Mixed precision in the block, as in ``torch.autocast``.
 
         Args:
             dtype: the lower precision; ``None`` leaves everything as it is.
+            cache_enabled: cast each trained weight once in the block.
         """
-        with self._casting(dtype, {}):
+        before = self._dtype, self._cast_weights
+        self._dtype, self._cast_weights = dtype, {} if cache_enabled else None
+        try:
             yield
+        finally:
+            self._dtype, self._cast_weights = before
 
     def backward(self, loss: Tensor, dtype: torch.dtype | None) -> None:
         """``loss.backward()`` with mixed precision for what it computes again.
 
-        The method itself would leave this mode until it is done. Each block casts for itself.
+        The method itself, and ``torch.autograd.backward``, would leave this mode until it is done.
 
         Args:
             loss: 0-d.
             dtype: as for :meth:`autocast`.
         """
-        with self._casting(dtype, None):
+        with self.autocast(dtype, cache_enabled=False):  # checkpointed blocks cast for themselves
             torch.autograd.Variable._execution_engine.run_backward(
                 (loss,),
                 (torch.ones_like(loss),),
@@ -87,29 +94,18 @@ class OnMeta(TorchFunctionMode):
                 accumulate_grad=True,
             )
 
-    @contextmanager
-    def _casting(self, dtype: torch.dtype | None, weights: dict | None) -> Iterator[None]:
-        before = self._dtype, self._cast_weights
-        self._dtype, self._cast_weights = dtype, weights
-        try:
-            yield
-        finally:
-            self._dtype, self._cast_weights = before
-
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         """Answer a function, or let it run in the precision that autocast would choose."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _ANSWERS and _on_meta(args[0]):
-            return _ANSWERS[name](self, func, *args, **kwargs)
-        if self._dtype is not None and name in TO_HALF:
-            args, kwargs = tree_map(lambda value: self._cast(value, self._dtype), (args, kwargs))
-        elif self._dtype is not None and name in self.to_fp32:
-            args, kwargs = tree_map(lambda value: self._cast(value, torch.float32), (args, kwargs))
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name == "__bool__" and _on_meta(args[0]):
+            return True  # checks of values pass
+        if name == "cpu" and _on_meta(args[0]):
+            return args[0].detach()  # a copy for the CPU takes nothing on the GPU
+        if self._dtype is not None and (name in TO_HALF or name in self.to_fp32):
+            dtype = self._dtype if name in TO_HALF else torch.float32
+            args, kwargs = tree_map(lambda value: self._cast(value, dtype), (args, kwargs))
         if name == "scaled_dot_product_attention":
-            inputs = _attention_inputs(*args, **kwargs)
-            if _on_meta(inputs[0]):
-                return _FusedAttention.apply(*inputs)
+            return _attention(func, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
@@ -117,56 +113,31 @@ class OnMeta(TorchFunctionMode):
 
         Source: PyTorch ``aten/src/ATen/autocast_mode.cpp`` ``cached_cast``.
         """
-        if not _castable(value) or value.dtype == dtype:
+        is_castable = _on_meta(value) and value.is_floating_point()
+        if not is_castable or value.dtype in (dtype, torch.float64):
             return value
         is_weight = value.dtype == torch.float32 and value.requires_grad and value.is_leaf
         if not is_weight or self._cast_weights is None:
             return value.to(dtype)
-        if id(value) not in self._cast_weights:
-            self._cast_weights[id(value)] = value, value.to(dtype)
-        return self._cast_weights[id(value)][1]
+        if value not in self._cast_weights:
+            self._cast_weights[value] = value.to(dtype)
+        return self._cast_weights[value]
 
 
-class _FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps for the backward pass: its inputs, its output, one sum per row."""
-
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """``(B, H, L, D)`` from queries of that shape and keys and values ``(B, H, S, D)``."""
-        output = torch.empty_like(query)  # in the order of the queries, as the kernels have it
-        sums_BHL = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, sums_BHL, mask)
-        return output
-
-    @staticmethod
-    def backward(ctx, _gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of queries, keys and values."""
-        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
-
-
-def _attention_inputs(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-) -> tuple[Tensor | None, ...]:
-    """What the kernel reads, of all arguments of ``scaled_dot_product_attention``."""
-    return query, key, value, attn_mask
-
-
-def _castable(value: Any) -> bool:
-    return _on_meta(value) and value.is_floating_point() and value.dtype != torch.float64
+def _attention(
+    func: Callable,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """``scaled_dot_product_attention`` by one kernel; what it skips takes no memory there."""
+    if not _on_meta(query):
+        return func(query, key, value, attn_mask, *args, **kwargs)
+    return FUSED_ATTENTION(query, key, value, attn_mask=attn_mask)[0]
 
 
 def _on_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
-
-
-def _is_true(_mode: OnMeta, _func: Callable, _tensor: Tensor) -> bool:
-    """Values are as they should be: checks of them pass."""
-    return True
-
-
-def _stay(_mode: OnMeta, _func: Callable, tensor: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    """A copy for the CPU is not on the GPU and has no values to bring there."""
-    return tensor.detach()
-
-
-_ANSWERS: dict[str, Callable] = {"__bool__": _is_true, "cpu": _stay}

@@ -33,49 +33,31 @@ class OptimizerBytes(NamedTuple):
     working: int  # more while it steps
 
 
-class Kind(NamedTuple):
-    """An optimizer by what it keeps.
-
-    Attributes:
-        copies: states as large as the parameter.
-        eight_bit: one byte per value and a constant per block, as bitsandbytes has it.
-        paged: large states lie where the GPU takes them from when there is room.
-        working: how many tensors as large as a parameter a step makes.
-        at_once: for all parameters together, not one after the other.
-    """
-
-    copies: float
-    eight_bit: bool = False
-    paged: bool = False
-    working: int = 0
-    at_once: bool = False
-
-
-KINDS: dict[str, Kind] = {
-    "adamw8bit": Kind(2, eight_bit=True),
-    "pagedadamw": Kind(2, paged=True),
-    "pagedadamw8bit": Kind(2, eight_bit=True, paged=True),
-    "pagedadamw32bit": Kind(2, paged=True),
-    "ademamix8bit": Kind(3, eight_bit=True),
-    "pagedademamix8bit": Kind(3, eight_bit=True, paged=True),
-    "lion": Kind(1, working=2),
-    "lion8bit": Kind(1, eight_bit=True),
-    "pagedlion8bit": Kind(1, eight_bit=True, paged=True),
-    "sgdnesterov8bit": Kind(1, eight_bit=True),
-    "prodigy": Kind(4, working=2),
-    "dadaptation": Kind(3, working=2),
-    "dadaptadampreprint": Kind(3, working=2),
-    "dadaptadagrad": Kind(3, working=2),
-    "dadaptadam": Kind(3, working=2),
-    "dadaptadan": Kind(5, working=2),
-    "dadaptadanip": Kind(5, working=2),
-    "dadaptlion": Kind(2, working=2),
-    "dadaptsgd": Kind(3, working=2),
-    "adamwschedulefree": Kind(2, working=1, at_once=True),
-    "radamschedulefree": Kind(2, working=1, at_once=True),
-    "sgdschedulefree": Kind(1, working=1, at_once=True),
+COPIES: dict[str, int] = {
+    "adamw8bit": 2,
+    "pagedadamw": 2,
+    "pagedadamw8bit": 2,
+    "pagedadamw32bit": 2,
+    "ademamix8bit": 3,
+    "pagedademamix8bit": 3,
+    "lion": 1,
+    "lion8bit": 1,
+    "pagedlion8bit": 1,
+    "sgdnesterov8bit": 1,
+    "prodigy": 4,
+    "dadaptation": 3,
+    "dadaptadampreprint": 3,
+    "dadaptadagrad": 3,
+    "dadaptadam": 3,
+    "dadaptadan": 5,
+    "dadaptadanip": 5,
+    "dadaptlion": 2,
+    "dadaptsgd": 3,
+    "adamwschedulefree": 2,
+    "radamschedulefree": 2,
+    "sgdschedulefree": 1,
 }
-"""By kohya's names in lower case.
+"""How many states as large as the parameter an optimizer keeps; by kohya's names in lower case.
 
 Source: bitsandbytes ``optim/optimizer.py``, and the ``step`` of each package.
 """
@@ -100,17 +82,18 @@ def optimizer_bytes(
         UserError: an optimizer that is not known and cannot be tried on the meta device.
     """
     short = name.lower().rpartition(".")[2]
-    kind = KINDS.get(short)
-    if kind is None:
+    if short not in COPIES:
         return _tried(name, parameters, optimizer_args, learning_rate)
-    settings = parse_arguments("optimizer_args", optimizer_args)
+    copies, settings = COPIES[short], parse_arguments("optimizer_args", optimizer_args)
     if short == "prodigy":  # keeps two of its four states for every n-th value only
-        kind = kind._replace(copies=2 + 2 / settings.get("slice_p", 1))
-    working = [kind.working * parameter.nbytes for parameter in parameters]
-    return OptimizerBytes(
-        states=sum(_state_bytes(kind, parameter) for parameter in parameters),
-        working=sum(working) if kind.at_once else max(working, default=0),
-    )
+        copies = 2 + 2 / settings.get("slice_p", 1)
+    states = sum(_state_bytes(short, copies, parameter) for parameter in parameters)
+    sizes = [parameter.nbytes for parameter in parameters]
+    if "8bit" in short or "paged" in short:  # one kernel does all
+        return OptimizerBytes(states, working=0)
+    if "schedulefree" in short:  # one more tensor for all parameters together
+        return OptimizerBytes(states, working=sum(sizes))
+    return OptimizerBytes(states, working=2 * max(sizes, default=0))
 
 
 def _tried(
@@ -139,22 +122,21 @@ def _tried(
     try:
         with OnMeta(), live:
             optimizer.step()
-            live.start_anew()
+            live.reset_peak()
             optimizer.step()
     except Exception as error:  # whatever the unknown code wants of values
         raise UserError(
             f"optimizer_type = {name!r}: its memory is not known, and it cannot be tried without "
-            f"values ({type(error).__name__}); known besides PyTorch's are {', '.join(KINDS)}"
+            f"values ({type(error).__name__}); known besides PyTorch's are {', '.join(COPIES)}"
         ) from error
     states = live.live[live.label]
     return OptimizerBytes(states, live.at_peak[live.label] - states)
 
 
-def _state_bytes(kind: Kind, parameter: Tensor) -> int:
-    size = parameter.numel()
-    if kind.paged and size >= MIN_PAGED:
-        return 0
-    if kind.eight_bit and size >= MIN_8BIT:
-        return int(kind.copies * (size + FP32 * math.ceil(size / BLOCK)))
-    in_fp32 = kind.eight_bit or kind.paged
-    return math.ceil(kind.copies * size) * (FP32 if in_fp32 else parameter.element_size())
+def _state_bytes(name: str, copies: float, parameter: Tensor) -> int:
+    size, paged, eight_bit = parameter.numel(), "paged" in name, "8bit" in name
+    if paged and size >= MIN_PAGED:
+        return 0  # in the CPU's memory, from where the GPU takes them
+    if eight_bit and size >= MIN_8BIT:  # a byte per value and a constant per block
+        return int(copies * (size + FP32 * math.ceil(size / BLOCK)))
+    return math.ceil(copies * size) * (FP32 if eight_bit or paged else parameter.element_size())

@@ -15,17 +15,11 @@ FAMILIES = ("sd_v1", "sd_v2", "sdxl")
 
 
 class EstimateCommand(NamedTuple):
-    """What `mlm-plugin estimate` was asked for.
+    """What `mlm-plugin estimate` was asked for."""
 
-    Attributes:
-        config: options of the training.
-        architecture: a family whose shipped configurations stand for the model, or ``None``.
-        savings: whether to try what would save memory.
-    """
-
-    config: TrainConfig
-    architecture: str | None
-    savings: bool
+    config: TrainConfig  # of the training
+    architecture: str | None  # a family whose shipped configurations stand for the model
+    savings: bool  # whether to try what would save memory
 
 
 def parse_estimate(argv: Sequence[str]) -> EstimateCommand:

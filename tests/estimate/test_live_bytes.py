@@ -117,7 +117,7 @@ def test_a_new_start_forgets_the_old_peak():
     live = LiveBytes("cpu")
     with live:
         torch.empty(KIB, dtype=torch.uint8)
-        live.start_anew()
+        live.reset_peak()
         torch.empty(8, dtype=torch.uint8)
     assert live.peak == 8
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.estimate.optimizer_states import KINDS, optimizer_bytes
+from mlm_plugin.estimate.optimizer_states import COPIES, optimizer_bytes
 from mlm_plugin.training.optimizers import OPTIMIZERS, create_optimizer
 
 SHAPES = ((320, 16), (16, 768), (300, 320), (4095,), (4097,), (7,))
@@ -42,7 +42,7 @@ def test_states_are_those_of_a_real_step(name):
 
 def test_every_optimizer_of_another_package_is_described():
     others = {name.lower() for name, named in OPTIMIZERS.items() if named.package}
-    assert others == set(KINDS)
+    assert others == set(COPIES)
 
 
 def test_adamw_takes_eight_bytes_per_parameter_and_its_step_four_more():

@@ -21,7 +21,7 @@ class StartAnew(Callback):
 
     def on_step_end(self, trainer, _result):
         if trainer.progress.current_step == 1:
-            self.live.start_anew()
+            self.live.reset_peak()
 
 
 def real_peak(trainer):
