@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from mlm_plugin.mlm.teacher import compute_teacher_targets
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of
+from mlm_plugin.random_state import kept_random_state
 
 __all__ = [
     "MLMSetup",
@@ -120,7 +120,7 @@ class MLMSetup:
         )[len(self.encoders) :]
         for text_encoder, setting in zip(text_encoders, settings, strict=False):
             with (
-                _kept_random_state(),
+                kept_random_state(accelerator.device),
                 accelerator.main_process_first(),
                 _on_device(text_encoder.model, accelerator.device),
             ):
@@ -347,18 +347,6 @@ def _masking_vocabulary(
         protected=protected,
         low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
     )
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """Leave the host's random streams as they were."""
-    python, array = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(array)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ ROWS = [
     ("config",),
     ("prompt_sets",),
     ("mlm",),
-    ("data", "models"),
+    ("data", "models", "random_state"),
     ("networks",),
     ("export",),
     ("methods",),

@@ -25,6 +25,7 @@ from mlm_plugin.files import atomic_path
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup, mlm_schedule, mlm_target, prompt_set_names
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.random_state import kept_random_state
 
 __all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "without_gradient", "wrap_text_encoder"]
 
@@ -147,10 +148,8 @@ class MLMTerm:
         weight = self.schedule.weight_at(self.step)
         self.parts = LossParts(loss.detach())
         if weight:
-            device = accelerator.device
-            devices = [device] if device.type == "cuda" else []
             # dropout of the network draws here too: the host's noise must not depend on it
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            with kept_random_state(accelerator.device), torch.enable_grad():
                 with accelerator.autocast():
                     output = self._regularizer_for(accelerator)(self.call)
             if not output.loss.requires_grad:

@@ -29,12 +29,12 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, read_text, require_writable
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
+from mlm_plugin.random_state import kept_random_state
 from mlm_plugin.training.samples import (
     DenoiseSettings,
     create_sampler,
     decode_latents,
     denoise,
-    random_state_kept,
 )
 
 __all__ = ["SETTINGS_FILE", "ClassImageSettings", "draw_class_images", "missing_class_images"]
@@ -126,7 +126,7 @@ def draw_class_images(
     models = load()
     _write_settings(folder, settings)
     bar = tqdm(total=num_images, initial=num_images - len(missing), desc="class images")
-    with bar, _on_device(models, accelerator.device), random_state_kept(accelerator.device):
+    with bar, _on_device(models, accelerator.device), kept_random_state(accelerator.device):
         with accelerator.autocast():
             prompts = encode_captions(models.text_encoders, ["", settings.prompt])
         for index in missing:

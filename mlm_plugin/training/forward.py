@@ -15,6 +15,7 @@ from mlm_plugin.data.dataset import Batch
 from mlm_plugin.mlm.regularizer import MLMOutput
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
+from mlm_plugin.random_state import kept_random_state
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 
 __all__ = ["batch_diffusion_loss", "batch_latents", "term_output"]
@@ -73,8 +74,7 @@ def term_output(
         device: of the models.
         autocast: enters mixed precision.
     """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), autocast():
+    with kept_random_state(device), autocast():
         return mlm()
 
 

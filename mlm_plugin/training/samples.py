@@ -17,7 +17,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -35,6 +34,7 @@ from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
+from mlm_plugin.random_state import kept_random_state
 
 __all__ = [
     "SAMPLERS",
@@ -49,7 +49,6 @@ __all__ = [
     "denoise",
     "generate_samples",
     "parse_sample_prompts",
-    "random_state_kept",
     "sample_due",
 ]
 
@@ -220,7 +219,7 @@ def generate_samples(
     device = next(models.unet.parameters()).device
     vae_device = next(models.vae.parameters()).device
     paths = []
-    with random_state_kept(device), _eval_mode((models.unet, models.vae)):
+    with kept_random_state(device), _eval_mode((models.unet, models.vae)):
         try:
             models.vae.to(device)
             for index, prompt in enumerate(prompts):
@@ -343,17 +342,6 @@ def _generator(seed: int | None) -> torch.Generator:
         generator.seed()
         return generator
     return generator.manual_seed(seed)
-
-
-@contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Put the random states of Python, of the CPU and of ``device`` back at the end."""
-    python_state = random.getstate()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
 
 
 @contextmanager
