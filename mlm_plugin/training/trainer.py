@@ -176,6 +176,7 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch], *, exit_code: int) -> StepResult:
         self._freeze_due_parts()
+        self.accelerator.gradient_accumulation_steps = len(batches)  # an epoch's end has fewer
         weight, first = self._mlm_weight(), self.progress.num_batches
         losses = [self._backward(batch, first + i, weight) for i, batch in enumerate(batches)]
         has_gradient = average_gradients(self.accelerator, self.method.parameters())

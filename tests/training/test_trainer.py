@@ -259,6 +259,15 @@ def test_accumulated_batches_make_one_step_of_their_mean(toy_folder, dataset):
     assert any((tensor != 0).any() for name, tensor in state.items() if "lora_up" in name)
 
 
+def test_a_shorter_step_at_the_end_of_an_epoch_is_the_mean_of_its_batches(toy_folder, dataset):
+    batches = len(EpochOrder(dataset))
+    settings = {"num_steps": 1, "mlm_weight": 0.1, "optimizer_type": "SGD"}
+    whole, _ = run(toy_folder, dataset, accumulation=batches, **settings)
+    short, _ = run(toy_folder, dataset, accumulation=2 * batches, **settings)
+    assert_same(whole, short)
+    assert any((tensor != 0).any() for name, tensor in short.items() if "lora_up" in name)
+
+
 def test_the_term_acts_on_its_steps_only(toy_folder, dataset):
     schedule = MLMSchedule(0.1, every_n_steps=2, start_step=1, end_step=4)
     _, curve = run(toy_folder, dataset, mlm_weight=0.1, schedule=schedule)
