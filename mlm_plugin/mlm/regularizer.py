@@ -99,7 +99,10 @@ class MLMRegularizer:
             parts = [self._against_teacher(encoder, drawn, rng) for encoder in self.encoders]
         else:
             prompts = [self.sample_prompt(rng) for _ in range(self.batch_size)]
-            parts = [self._against_words(encoder, prompts, rng) for encoder in self.encoders]
+            parts, state = [], rng.getstate()
+            for encoder in self.encoders:
+                rng.setstate(state)  # the same words are masked for every text encoder
+                parts.append(self._against_words(encoder, prompts, rng))
         num_masked = sum(part.num_masked for part in parts)
         num_correct = sum(part.num_correct for part in parts)
         losses = tuple(part.loss for part in parts)

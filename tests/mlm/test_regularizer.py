@@ -8,7 +8,12 @@ import torch
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.mlm.encoder import EncoderHandle, mask_embedding
 from mlm_plugin.mlm.losses import masked_word_loss
-from mlm_plugin.mlm.masking import IGNORE_INDEX, MASK_ID, MaskingVocabulary
+from mlm_plugin.mlm.masking import (
+    IGNORE_INDEX,
+    MASK_ID,
+    MaskingVocabulary,
+    prompt_attention_mask,
+)
 from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
 
 PROMPTS = [
@@ -181,3 +186,28 @@ def test_a_tap_refuses_a_contextualizer_without_mask_vector(toy_text_encoder):
 )
 def test_the_schedule_keeps_the_expected_weight(schedule, expected):
     assert [schedule.weight_at(step) for step in range(6)] == expected
+
+
+def test_text_encoders_with_unlike_padding_mask_the_same_words(toy_text_encoder):
+    """SDXL pads its second encoder's prompts with another token than its first encoder's."""
+    seen = []
+
+    def handle(pad_id):
+        def tokenize(prompts, _rng):
+            ids_BL = toy_text_encoder.tokenize_trimmed(prompts)
+            eos = toy_text_encoder.tokenizer.eos_token_id
+            is_padding = ~prompt_attention_mask(ids_BL, eos)
+            return ids_BL.masked_fill(is_padding, pad_id)
+
+        def encode(ids_BL):
+            seen.append(ids_BL == MASK_ID)
+            return toy_text_encoder.encode(ids_BL.clamp(min=0))
+
+        return make_handle(toy_text_encoder, tokenize=tokenize, encode=encode)
+
+    eos = toy_text_encoder.tokenizer.eos_token_id
+    regularizer = make_regularizer(handle(eos), handle(0), mlm_probability=0.5)
+    for call in range(5):
+        regularizer(call)
+    assert all(torch.equal(*seen[i : i + 2]) for i in range(0, 10, 2))
+    assert not torch.equal(seen[0], seen[2])
