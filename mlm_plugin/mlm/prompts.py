@@ -265,7 +265,7 @@ class JointPrompts:
         first, second = sorted(pair, key=_is_style)  # stable: two of a kind stay as drawn
         kind = ("things", "thing_in_style", "styles")[sum(map(_is_style, pair))]
         context = self._joint_sets[first.text, kind].draw(rng)
-        if second.text.lower() in context.text.lower():
+        if _whole_words(second.text).search(context.text):
             return _filled(context, first)
         relation = draw_relation(rng, kind=kind)
         return PromptPair(

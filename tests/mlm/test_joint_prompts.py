@@ -121,3 +121,23 @@ def test_any_relation_may_join_two():
     relations = {draw_relation(rng) for _ in range(300)}
     assert relations == set(TABLES["relations"]["things"])
     assert draw_relation(rng, kind="thing_in_style") == "in the style of"
+
+
+@pytest.mark.parametrize(
+    ("caption", "is_joint"),
+    [
+        ("sks dog beside a zwx caterpillar", True),
+        ("sks dog beside ZWX cat", False),
+        ("sks dog and xzwx cat", True),
+    ],
+)
+def test_another_concept_is_found_in_a_context_as_whole_words(caption, is_joint):
+    concepts = ("sks dog", "zwx cat")
+    sets = [PromptSet.from_captions([caption], concept="sks dog"), PromptSet.load("living")]
+    members = [Member(prompt_set, text) for prompt_set, text in zip(sets, concepts, strict=True)]
+    prompts, rng = JointPrompts(members, joint_share=1), random.Random(0)
+    drawn = {prompts.sample(rng).text for _ in range(40)}
+    of_caption = [text for text in drawn if "beside" in text and "zwx" in text.lower()]
+    of_caption += [text for text in drawn if "xzwx" in text]
+    held = [text for text in of_caption if text == caption]
+    assert bool(held) != is_joint
