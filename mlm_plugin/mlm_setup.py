@@ -1,4 +1,4 @@
-"""From options to the regularizer: prepare, attach. Both hosts take this way.
+"""From options to the regularizer: prepare, then attach. Both hosts use it.
 
 Before anything is trained, :class:`MLMSetup` finds the contextualizer of each text encoder and
 computes the teacher targets. The host then puts into the text encoders what it trains, and
@@ -50,12 +50,12 @@ logger = logging.getLogger(__name__)
 NUM_TARGETS = 1024
 
 Tokenize = Callable[[TextEncoder, list[str], random.Random], Tensor]
-"""A method's own way to make ids ``(B, L)`` of prompts."""
+"""A method's own way to turn prompts into ids ``(B, L)``."""
 
 
 @dataclass
 class PreparedEncoder:
-    """A text encoder that the term reaches, and what was made for it while it was untrained."""
+    """A text encoder that the term acts on, and what was prepared while it was untrained."""
 
     text_encoder: TextEncoder
     contextualizer: LoadedContextualizer
@@ -86,7 +86,7 @@ class MLMSetup:
         self.prompts: JointPrompts | None = None
 
     def use_concepts(self, concepts: Sequence[Concept], *, captions: Iterable[str] = ()) -> None:
-        """Say what is learned; the captions may serve as prompts.
+        """Set what is learned; the captions may serve as prompts.
 
         Raises:
             UserError: a prompt set that cannot be loaded, or captions without the concept.
@@ -229,7 +229,7 @@ def _prompt_set_name(options: MLMOptions, concept: Concept) -> str:
 
 
 def trigger_of(concepts: Sequence[Concept]) -> str | None:
-    """The words that call what is learned: ``"sks dog"``, several between commas."""
+    """The words that trigger what is learned: ``"sks dog"``, several separated by commas."""
     return ", ".join(concept.text for concept in concepts) or None
 
 
@@ -269,7 +269,7 @@ def teacher_targets_for(
     prompts: JointPrompts,
     seed: int,
 ) -> list[TeacherTarget]:
-    """The targets of ``mlm_target = class``; none for ``word``.
+    """The teacher targets of ``mlm_target = class``; none for ``word``.
 
     Text encoders of one run get the same prompts.
 
@@ -283,9 +283,9 @@ def teacher_targets_for(
     """
     if mlm_target(options, concepts) == "word":
         return []
-    rng = random.Random(f"readings/{seed}")
+    rng = random.Random(f"readings/{seed}")  # the name is part of the result: do not change it
     pairs = [prompts.sample(rng) for _ in range(NUM_TARGETS)]
-    own_dtype = contextualizer.mask_vector.dtype  # half in a small file: it stays as it is
+    own_dtype = contextualizer.mask_vector.dtype  # half precision in a small file, kept
     return compute_teacher_targets(
         encoder_handle(text_encoder, contextualizer, concepts, dtype=own_dtype),
         pairs,
@@ -304,7 +304,7 @@ def encoder_handle(
     tokenize: Tokenize | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> EncoderHandle:
-    """Where the regularizer touches a text encoder.
+    """A text encoder as the regularizer sees it.
 
     Args:
         text_encoder: untrained for the teacher, else with what is trained in place.
@@ -315,7 +315,7 @@ def encoder_handle(
         dtype: precision of the contextualizer.
     """
     embedding = text_encoder.token_embedding
-    # embeddings that a host added after the vocabulary are not answers
+    # embeddings that a host added after the vocabulary are never predicted
     table = embedding.weight.detach()[: contextualizer.sizes.vocab_size]
     if embedding.weight.requires_grad:  # the output table must not follow the training
         table = table.clone()
@@ -351,7 +351,7 @@ def _masking_vocabulary(
 
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
-    """Leave the host's random streams as they were."""
+    """Restore the host's random state at the end of the block."""
     python, array = random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -199,10 +199,10 @@ def test_caption_files_are_read_and_bad_ones_are_named(tmp_path):
             read_caption_files([path])
 
 
-def test_a_wide_text_encoder_reads_a_step_in_pieces(toy_text_encoder, tmp_path, monkeypatch):
+def test_a_wide_text_encoder_encodes_a_step_in_chunks(toy_text_encoder, tmp_path, monkeypatch):
     """One prompt more or less at once is no other training: rates and masks are the same."""
     whole = run(toy_text_encoder, tmp_path / "whole.safetensors", max_train_steps=3)
     monkeypatch.setattr(pretrain_module, "WIDE", 8)
-    monkeypatch.setattr(pretrain_module, "PIECE", 4)
+    monkeypatch.setattr(pretrain_module, "CHUNK_SIZE", 4)
     pieces = run(toy_text_encoder, tmp_path / "pieces.safetensors", max_train_steps=3)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)
