@@ -22,7 +22,7 @@ def evaluation_mode(method: Method, optimizer: torch.optim.Optimizer) -> Iterato
     """
     method.train(False)
     weights = _weights(optimizer) if _has_modes(optimizer) else []
-    kept = [weight.detach().clone() for weight in weights]  # the way there and back rounds them
+    kept = [weight.detach().clone() for weight in weights]  # switching there and back rounds them
     set_optimizer_mode(optimizer, training=False)
     try:
         yield
@@ -35,7 +35,7 @@ def evaluation_mode(method: Method, optimizer: torch.optim.Optimizer) -> Iterato
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What the optimizer changes, parts that are frozen by now included."""
+    """What the optimizer changes, including parts that are now frozen."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 

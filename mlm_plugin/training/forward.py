@@ -64,7 +64,7 @@ def term_output(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> MLMOutput:
-    """Forward pass of the term; the random streams of the rest stay as they are.
+    """Forward pass of the term; random streams are restored.
 
     Dropout of the adapters draws here too, and the diffusion noise must not depend on it.
 
