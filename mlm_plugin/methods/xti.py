@@ -47,10 +47,10 @@ class XTI(TextualInversion):
     """Textual Inversion with one set of token embeddings per layer.
 
     Args:
-        models: the frozen base; its attention layers learn to take their own text states.
+        models: the frozen base; its attention layers are set up to take their own text states.
         learned_tokens: K variants of each placeholder, one per cross-attention layer.
-        all_layers: whether the MLM term reads every prompt with the embeddings of every layer; else
-            with those of one random layer, which gives the same gradient on average.
+        all_layers: whether the MLM term encodes every prompt with the embeddings of every layer;
+            else with those of one random layer, which gives the same gradient on average.
 
     Source: Voynov et al. 2023, arXiv 2303.09522; sd-scripts ``train_textual_inversion_XTI.py``.
     """
@@ -67,14 +67,14 @@ class XTI(TextualInversion):
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
-        """Placeholders, first words and files; see ``Method.check``."""
+        """Check placeholders, initial words and files; see ``Method.check``."""
         check_tokens(config.embedding, concepts, read=lambda file: [read_rows(file)])
 
     @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> XTI:
-        """Embeddings alike in all layers, or those of an XTI file; see ``Method.prepare``."""
+        """The same embeddings in all layers, or those of an XTI file; see ``Method.prepare``."""
         (text_encoder,) = models.text_encoders
         learned_tokens = create_tokens(
             text_encoder,
