@@ -137,13 +137,13 @@ def test_the_pooled_state_is_the_librarys_projected_end(pooling_encoder):
 
 @torch.no_grad()
 def test_learned_tokens_do_not_move_the_pooled_state(pooling_encoder):
-    """A row with the values of a word gives the word's pooled state, though its id is higher."""
+    """An embedding with the values of a word gives its pooled state, though its id is higher."""
     table = pooling_encoder.token_embedding.weight
     (dog,) = pooling_encoder.tokenizer("dog", add_special_tokens=False).input_ids
     captions = ["a photo of a dog!", "dog"]
     expected = pooling_encoder.encode_captions_pooled(captions)
-    rows = LearnedTokens(pooling_encoder, {"sks": table[None, None, dog]})
+    learned = LearnedTokens(pooling_encoder, {"sks": table[None, None, dog]})
     found = pooling_encoder.encode_captions_pooled([c.replace("dog", "sks") for c in captions])
     torch.testing.assert_close(found.pooled, expected.pooled)
     torch.testing.assert_close(found.states, expected.states)
-    rows.remove()
+    learned.remove()
