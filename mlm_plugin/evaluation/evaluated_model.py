@@ -331,7 +331,7 @@ def _load_embedding(models: StableDiffusion, path: str, placeholder_token: str) 
     if len(embeddings) != count:
         keys = ", ".join(EMBEDDING_KEYS[count])
         raise UserError(
-            f"--embedding {path}: holds rows for {len(embeddings)} text encoder(s), "
+            f"--embedding {path}: holds embeddings for {len(embeddings)} text encoder(s), "
             f"{models.source} is {TITLES[models.family]} and needs {count} ({keys}): use a file "
             "trained on this kind of model"
         )

@@ -191,8 +191,8 @@ def masked_words(
 
     Source: the training's own term (``mlm/regularizer.py``), on evaluation prompts.
     """
-    rows = text_encoder.learned_tokens
-    words = [*protected, *(rows.tokens if rows is not None else [])]
+    learned = text_encoder.learned_tokens
+    words = [*protected, *(learned.tokens if learned is not None else [])]
     vocabulary = MaskingVocabulary.from_tokenizer(
         text_encoder.tokenizer, protected=words, low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
     )
@@ -203,10 +203,10 @@ def masked_words(
         mlm_probability=MLM_PROBABILITY,
         rng=random.Random(f"evaluate/masks/{seed}"),
     )
-    is_token_BL = prompt_attention_mask(ids_BL, vocabulary.eos_token_id)
+    attention_mask_BL = prompt_attention_mask(ids_BL, vocabulary.eos_token_id)
     parts = [
-        _named(text_encoder, contextualizer, masked, is_token_BL, variant=k)
-        for k in range(1 if rows is None else rows.num_variants)
+        _named(text_encoder, contextualizer, masked, attention_mask_BL, variant=k)
+        for k in range(1 if learned is None else learned.num_variants)
     ]
     loss, accuracy = torch.tensor([part[:2] for part in parts]).mean(dim=0).tolist()
     return MaskedWords(loss, accuracy, parts[0].num_masked)
@@ -216,7 +216,7 @@ def _named(
     text_encoder: TextEncoder,
     contextualizer: Contextualizer,
     masked: MaskedTokens,
-    is_token_BL: Tensor,
+    attention_mask_BL: Tensor,
     *,
     variant: int,
 ) -> MaskedWords:
@@ -229,7 +229,7 @@ def _named(
         contextualizer,
         hidden_BLD,
         labels_BL=masked.labels,
-        attention_mask_BL=is_token_BL.to(device),
+        attention_mask_BL=attention_mask_BL.to(device),
         token_table_VD=table_VD,
     )
     accuracy = int(result.num_correct) / max(result.num_masked, 1)
@@ -276,8 +276,8 @@ def embedding_measures(
 
 def _embeddings_of(text_encoder: TextEncoder, word: str) -> Tensor:
     """Token embeddings of a word, learned or from the table."""
-    tokens = text_encoder.learned_tokens
-    learned = tokens.embeddings if tokens is not None else {}
+    learned = text_encoder.learned_tokens
+    learned = learned.embeddings if learned is not None else {}
     if word in learned:
         return learned[word].detach().flatten(0, 1)
     ids = text_encoder.tokenizer(word, add_special_tokens=False).input_ids
@@ -291,9 +291,9 @@ def pooled_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
     """
     ids_BL = text_encoder.tokenize_trimmed(list(prompts))
     eos_B = (ids_BL == text_encoder.tokenizer.eos_token_id).int().argmax(dim=1)
-    rows = text_encoder.learned_tokens
+    learned = text_encoder.learned_tokens
     states = []
-    for k in range(1 if rows is None else rows.num_variants):
+    for k in range(1 if learned is None else learned.num_variants):
         hidden_BLD = text_encoder.encode(_variant(text_encoder, ids_BL, k)).float().cpu()
         states.append(hidden_BLD[torch.arange(len(ids_BL)), eos_B])
     return torch.stack(states)
@@ -366,18 +366,18 @@ def encoder_drift(
     prompt, and would count more than any word.
     """
     ids_BL = base_text_encoder.tokenize_trimmed(list(prompts))
-    is_token_BL = prompt_attention_mask(ids_BL, base_text_encoder.tokenizer.eos_token_id)
-    is_token_BL[:, 0] = False
+    attention_mask_BL = prompt_attention_mask(ids_BL, base_text_encoder.tokenizer.eos_token_id)
+    attention_mask_BL[:, 0] = False
     now, before = (
-        encoder.encode(ids_BL).float().cpu()[is_token_BL]
+        encoder.encode(ids_BL).float().cpu()[attention_mask_BL]
         for encoder in (text_encoder, base_text_encoder)
     )
     return (1 - paired_cosine(now, before)).mean().item()
 
 
 def _variant(text_encoder: TextEncoder, ids_BL: Tensor, k: int) -> Tensor:
-    rows = text_encoder.learned_tokens
-    return ids_BL if rows is None else rows.variant(ids_BL, k)
+    learned = text_encoder.learned_tokens
+    return ids_BL if learned is None else learned.variant(ids_BL, k)
 
 
 def headline(text: Mapping[str, Any]) -> dict[str, float | None]:

@@ -61,16 +61,16 @@ def load_xti(
     """
     if not placeholder_token.strip():
         raise UserError("placeholder_token is empty: name the word that stands for the concept")
-    rows_KND = read_xti(path, codes=layer_codes(pipeline.unet))
+    vectors_KND = read_xti(path, codes=layer_codes(pipeline.unet))
     text_encoder = TextEncoder(pipeline.tokenizer, pipeline.text_encoder, clip_skip=clip_skip)
     width = text_encoder.token_embedding.embedding_dim
-    if rows_KND.shape[-1] != width:
+    if vectors_KND.shape[-1] != width:
         raise UserError(
-            f"{path} is of width {rows_KND.shape[-1]}, the text encoder of width {width}: "
+            f"{path} is of width {vectors_KND.shape[-1]}, the text encoder of width {width}: "
             "use a file trained on the same kind of model (768 = SD 1.x, 1024 = SD 2.x)"
         )
     conditioning = per_layer_conditioning(pipeline.unet)
-    learned_tokens = LearnedTokens(text_encoder, {placeholder_token: rows_KND})
+    learned_tokens = LearnedTokens(text_encoder, {placeholder_token: vectors_KND})
     learned_tokens.requires_grad_(False)
     return XTIPrompts(pipeline, text_encoder, learned_tokens, conditioning)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.export.embedding_files import layer_average, read_rows, save_xti
+from mlm_plugin.export.embedding_files import layer_average, read_vectors, save_xti
 from mlm_plugin.methods.base import Export
 from mlm_plugin.methods.learned_tokens import (
     check_tokens,
@@ -68,7 +68,7 @@ class XTI(TextualInversion):
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
         """Check placeholders, initial words and files; see ``Method.check``."""
-        check_tokens(config.embedding, concepts, read=lambda file: [read_rows(file)])
+        check_tokens(config.embedding, concepts, read=lambda file: [read_vectors(file)])
 
     @classmethod
     def prepare(
@@ -81,7 +81,7 @@ class XTI(TextualInversion):
             config.embedding,
             concepts,
             num_variants=len(cross_attention_names(models.unet)),
-            read=partial(read_rows, codes=layer_codes(models.unet)),
+            read=partial(read_vectors, codes=layer_codes(models.unet)),
         )
         return cls(models, learned_tokens, all_layers=config.embedding.xti_mlm_layers == "all")
 

@@ -45,11 +45,13 @@ def files(toy_folder, tmp_path):
     """One file of each kind with random values large enough to see."""
     models = load_stable_diffusion(toy_folder)
     metadata = {"made": "for a test"}
-    rows_ND = torch.randn(2, 32) * 0.1
-    save_embedding(tmp_path / "embedding.safetensors", {"emb_params": rows_ND}, metadata=metadata)
+    vectors_ND = torch.randn(2, 32) * 0.1
+    save_embedding(
+        tmp_path / "embedding.safetensors", {"emb_params": vectors_ND}, metadata=metadata
+    )
     codes = layer_codes(models.unet)
-    rows_KND = torch.randn(len(codes), 1, 32) * 0.1
-    save_xti(tmp_path / "xti.safetensors", rows_KND, metadata=metadata, codes=codes)
+    vectors_KND = torch.randn(len(codes), 1, 32) * 0.1
+    save_xti(tmp_path / "xti.safetensors", vectors_KND, metadata=metadata, codes=codes)
     weights = {
         name: tensor + torch.randn_like(tensor) * 0.2
         for name, tensor in models.unet.state_dict().items()

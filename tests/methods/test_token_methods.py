@@ -114,7 +114,7 @@ def test_a_list_must_have_one_entry_per_concept_and_names_their_order(option):
 
 def test_a_file_is_read_before_the_model_is(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         check("custom_diffusion", weights=(str(path),))
     save_file({"emb_params": torch.ones(2, 32)}, path)
     with pytest.raises(UserError, match="2 vectors, num_vectors_per_token is 1; set it to 2"):
@@ -151,7 +151,7 @@ def test_every_layer_is_conditioned_on_the_embeddings_of_that_layer(trainer_of):
             expected = text_encoder.encode(method.only_tokens.variant(ids_BL, k))
             torch.testing.assert_close(states_KBLD[k], expected)
     assert not torch.equal(states_KBLD[0, 0], states_KBLD[1, 0])
-    torch.testing.assert_close(states_KBLD[0, 1], states_KBLD[1, 1])  # it holds no row
+    torch.testing.assert_close(states_KBLD[0, 1], states_KBLD[1, 1])  # it contains no learned token
 
 
 def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of):

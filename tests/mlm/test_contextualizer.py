@@ -45,7 +45,7 @@ def facts_of(model, **changes):
     return dataclasses.replace(facts, **changes)
 
 
-def test_the_loss_at_labelled_rows_equals_transformers_masked_lm_loss(network, batch):
+def test_the_loss_at_labelled_positions_equals_transformers_masked_lm_loss(network, batch):
     """BERT computes all positions and lets cross-entropy ignore most; ours gathers them first."""
     from transformers import BertConfig, BertForMaskedLM
 

@@ -140,7 +140,7 @@ def test_a_tap_reads_prompts_with_the_stream_of_the_call(toy_text_encoder):
 
 
 def test_a_tap_may_read_each_prompt_several_times(toy_text_encoder):
-    """As XTI does with the rows of every layer in turn."""
+    """As XTI does with the embeddings of every layer in turn."""
 
     def tokenize_twice(prompts, _rng):
         return toy_text_encoder.tokenize_trimmed(prompts).repeat(2, 1)

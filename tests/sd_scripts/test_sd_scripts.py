@@ -738,7 +738,9 @@ def embedding_run(text_encoder, contextualizer, *flags):
     return trainer
 
 
-def test_textual_inversion_learns_its_rows_with_the_term(toy_text_encoder, toy_contextualizer):
+def test_textual_inversion_learns_its_embeddings_with_the_term(
+    toy_text_encoder, toy_contextualizer
+):
     flags = ("--class_token", "dog", "--mlm_loss_weight", "0.5")
     trainer = embedding_run(toy_text_encoder, toy_contextualizer, *flags)
     assert trainer.mlm.call == 2
