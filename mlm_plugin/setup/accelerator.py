@@ -30,15 +30,15 @@ SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-"""What `accelerate launch` sets where it is to split models; here they are not prepared for it."""
+"""Variables that `accelerate launch` sets to split models, which is not supported here."""
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
     """Device, precision and trackers.
 
     Raises:
-        UserError: the device does not have the precision, a tracker is not installed, or
-            accelerate is set up to cut models into pieces.
+        UserError: the device does not support the precision, a tracker is not installed, or
+            accelerate is set up to split models.
     """
     check_trackers(config.logging)
     _refuse_sharding()
@@ -60,7 +60,9 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
-    if accelerator.device.type == "cuda":  # TF32 where the GPU has it; convolutions use it anyway
+    if (
+        accelerator.device.type == "cuda"
+    ):  # TF32 where the GPU supports it; convolutions use it anyway
         torch.set_float32_matmul_precision("high")
     return accelerator
 

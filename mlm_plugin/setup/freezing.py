@@ -55,7 +55,7 @@ def freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict
 def _steps_of(
     stops: Mapping[Part, _Stop | None], trained: Sequence[Part], num_steps: int
 ) -> dict[Part, int]:
-    """Steps of the trained parts; warns of options without effect."""
+    """Steps of the trained parts; warns about options without effect."""
     steps: dict[Part, int] = {}
     for stop in dict.fromkeys(found for found in stops.values() if found):
         step = stop.value if stop.value >= 1 else round(stop.value * num_steps)

@@ -22,7 +22,7 @@ def create_plan(config: TrainConfig, *, batches_per_epoch: int) -> TrainPlan:
     """The length of the run.
 
     Raises:
-        UserError: the run ends before the MLM term would begin.
+        UserError: the run ends before the MLM term would start.
     """
     schedule = config.schedule
     steps_per_epoch = math.ceil(batches_per_epoch / schedule.gradient_accumulation_steps)
@@ -73,7 +73,7 @@ def create_optimization(
 
 
 def _fused_steps(options: OptimizerOptions, method: Method, optimizer) -> FusedSteps | None:
-    """Steps of the U-Net inside the backward pass, where ``fused_backward_pass`` asks for them.
+    """Steps of the U-Net inside the backward pass, with ``fused_backward_pass``.
 
     Raises:
         UserError: an optimizer that cannot step tensors one by one.
