@@ -335,8 +335,8 @@ class TrainDataset(Dataset):
 class EpochOrder(Sampler[BatchKey]):
     """Which batches this process takes in an epoch, and in which order.
 
-    Every key carries its epoch and step, so workers that outlive an epoch need no message. With
-    several processes the list is filled up from its start until all have equally many.
+    Every key carries its epoch and step, so persistent workers need no message. With several
+    processes the list is filled up from its start until all have the same number.
 
     Args:
         dataset: the data set.
