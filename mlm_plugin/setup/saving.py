@@ -168,7 +168,7 @@ class Saver(Callback):
         folder = self._state_folder(self._step_name(trainer.progress.current_step))
         trainer.save_state(folder)
         if trainer.accelerator.is_main_process:
-            logger.warning("state saved; go on with --resume %s", folder)
+            logger.warning("state saved; continue with --resume %s", folder)
 
     def _write_webui_files(self, file: Path, words: Mapping[str, str]) -> None:
         """Write JSON and preview beside a file, and print a hint where WebUIs use other words."""

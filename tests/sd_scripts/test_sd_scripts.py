@@ -38,7 +38,11 @@ from mlm_plugin.sd_scripts.locate import (
     launch_options,
 )
 from mlm_plugin.sd_scripts.mixin import with_mlm
-from mlm_plugin.sd_scripts.patches import summed_backward, tapped_models, with_mlm_embedding
+from mlm_plugin.sd_scripts.patches import (
+    collected_text_encoders,
+    summed_backward,
+    with_mlm_embedding,
+)
 from mlm_plugin.sd_scripts.term import STATE_FILE, MLMTerm, wrap_text_encoder
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
@@ -515,14 +519,14 @@ def run_sd3(run, raw_contextualizer):
     return run_sd3
 
 
-def tapped_clips(trainer):
+def collected_clips(trainer):
     return [encoder.text_encoder.model for encoder in trainer.mlm.setup.encoders]
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_sd3_hears_the_term_in_both_clip_encoders_whether_t5_is_cached_or_not(run_sd3, cached):
     trainer = run_sd3(cache_text_encoder_outputs=cached)
-    assert tapped_clips(trainer) == trainer.clips
+    assert collected_clips(trainer) == trainer.clips
     assert all("loss/mlm" in logs for logs in trainer.logs)
 
 
@@ -533,13 +537,13 @@ def test_flux_hears_the_term_in_clip_whether_t5_is_cached_or_not(run, cached):
         **{"host": StubFluxTrainer, "arch": "flux", "cache_text_encoder_outputs": cached},
         clip_skip=2,  # not read by FLUX
     )
-    assert tapped_clips(trainer) == trainer.clips
+    assert collected_clips(trainer) == trainer.clips
     assert all("loss/mlm" in logs for logs in trainer.logs)
 
 
 def test_a_clip_encoder_with_rate_0_is_left_out(run_sd3):
     trainer = run_sd3(text_encoder_lr=[1e-4, 0.0])
-    assert tapped_clips(trainer) == trainer.clips[:1]
+    assert collected_clips(trainer) == trainer.clips[:1]
 
 
 def test_a_rate_for_t5_alone_trains_no_clip_encoder(run_sd3):
@@ -627,15 +631,15 @@ def term(toy_contextualizer):
     )
 
 
-def tapped(term, text_encoder):
-    return tapped_models(
+def collected(term, text_encoder):
+    return collected_text_encoders(
         term, arch="sd", clip_skip=None, tokenizers=lambda: [text_encoder.tokenizer]
     )
 
 
 def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder):
     originals = (Accelerator.backward, Accelerator.log, Accelerator.prepare)
-    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
         logs = train_whole_model(parse(num_batches=3), toy_text_encoder)
     assert (Accelerator.backward, Accelerator.log, Accelerator.prepare) == originals
     assert [set(values) for values in logs[:3]] == [
@@ -648,13 +652,13 @@ def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder
 
 
 def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
         train_whole_model(parse(num_batches=4), toy_text_encoder, freeze_from=2)
     assert term.call == 2
 
 
 def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
         with pytest.raises(UserError, match="does not train the text encoder"):
             train_whole_model(parse(), toy_text_encoder, freeze_from=0)
 
@@ -761,7 +765,7 @@ def test_textual_inversion_at_weight_0_is_the_plain_run(toy_text_encoder, toy_co
     assert trainer.saved == {"modelspec.title": "x"}
 
 
-# --- what is tapped ---------------------------------------------------------------------------
+# --- which states are used --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -782,7 +786,7 @@ def test_the_states_are_those_that_the_unet_sees(toy_text_encoder, arch, clip_sk
     torch.testing.assert_close(wrapped.encode(ids), expected)
 
 
-def test_what_flux_sees_is_the_tapped_state_at_the_end_of_the_text(toy_text_encoder):
+def test_what_flux_sees_is_the_state_at_the_end_of_the_text(toy_text_encoder):
     model, tokenizer = toy_text_encoder.model, toy_text_encoder.tokenizer
     ids = toy_text_encoder.tokenize(["a photo of a dog"])[:, 0]
     end = (ids == tokenizer.eos_token_id).int().argmax(dim=-1)
@@ -790,7 +794,7 @@ def test_what_flux_sees_is_the_tapped_state_at_the_end_of_the_text(toy_text_enco
     torch.testing.assert_close(states[0, end], model(ids).pooler_output)
 
 
-def test_every_way_to_read_an_encoder_has_its_own_contextualizer(toy_text_encoder):
+def test_every_choice_of_states_has_its_own_contextualizer(toy_text_encoder):
     model, tokenizer = toy_text_encoder.model, toy_text_encoder.tokenizer
     prints = {
         wrap_text_encoder(model, tokenizer, arch=arch, clip_skip=skip).fingerprint()
@@ -902,7 +906,7 @@ def test_a_wrong_place_is_one_line_and_exit_code_2(flags, message, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_a_checkout_without_the_seam_is_too_old(checkout):
+def test_a_checkout_without_process_batch_is_too_old(checkout):
     (checkout / "train_network.py").write_text("class NetworkTrainer: ...\n")
     with pytest.raises(UserError, match="too old"):
         find_checkout(options_of("--sd_scripts_dir", str(checkout)), script="x.py", environment={})
