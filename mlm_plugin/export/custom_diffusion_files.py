@@ -92,7 +92,7 @@ def save_delta(
         dtype: every tensor is cast to it; ``None`` keeps the dtypes.
 
     Source: diffusers ``loaders/unet.py`` ``_process_custom_diffusion``. It expects an entry for
-    every attention layer, ``{}`` for one without weights of its own; its own safetensors files leave
+    every attention layer, ``{}`` for one without its own weights; diffusers' safetensors files leave
     these out and cannot be read back. Here a tensor of length 0 replaces ``{}``.
     """
     layers = [name.removesuffix(PROCESSOR) for name in unet.attn_processors]

@@ -94,11 +94,11 @@ def align_to_prompt(
 
     Returns:
         masked ids and labels, as long as ``ids_L``, and which of the N masked tokens were found:
-        the longer of two prompts may be cut off at its end.
+        the longer of two prompts may be truncated.
     """
     masked, labels, found = list(ids_L), [IGNORE_INDEX] * len(ids_L), []
-    hidden = (position for position, label in enumerate(target.labels) if label != IGNORE_INDEX)
-    number_of = {position: number for number, position in enumerate(hidden)}
+    positions = (position for position, label in enumerate(target.labels) if label != IGNORE_INDEX)
+    number_of = {position: number for number, position in enumerate(positions)}
     for start, our_start, size in SequenceMatcher(
         None, target.class_ids, ids_L, autojunk=False
     ).get_matching_blocks():
