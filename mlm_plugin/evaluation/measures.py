@@ -64,7 +64,7 @@ def intra_distance(a_ND: Tensor) -> float | None:
     Diversity for the pictures of one prompt (0: all the same); the spread of prompts for their
     pooled states (small: the prompts have collapsed).
 
-    Source: diversity after DreamBooth's DIV (supplement), which uses LPIPS, not the cosine distance;
+    Source: diversity after DreamBooth's DIV (supplement), which uses LPIPS instead of cosines;
     the spread of prompts after "semantic collapse" (Embedding-Adjustment), intra-set distance.
     """
     n = len(a_ND)

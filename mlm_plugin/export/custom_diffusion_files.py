@@ -92,8 +92,8 @@ def save_delta(
         dtype: every tensor is cast to it; ``None`` keeps the dtypes.
 
     Source: diffusers ``loaders/unet.py`` ``_process_custom_diffusion``. It expects an entry for
-    every attention layer, ``{}`` for one without its own weights; diffusers' safetensors files leave
-    these out and cannot be read back. Here a tensor of length 0 replaces ``{}``.
+    every attention layer, ``{}`` for one without its own weights; safetensors files of diffusers
+    leave these out and cannot be read back. Here a tensor of length 0 replaces ``{}``.
     """
     layers = [name.removesuffix(PROCESSOR) for name in unet.attn_processors]
     assert weights.keys() == set(_matrix_names(layers)), "the weights are not those of this U-Net"

@@ -72,8 +72,8 @@ def _quantized(config: TrainConfig) -> Iterator[str]:
     kind, method = config.model.quantize_unet, config.schedule.method
     if kind != "no" and METHODS[method].trains_base_weights:
         yield (
-            f"quantize_unet = {kind!r} cannot go with method = {method!r}, which trains weights of "
-            f"the U-Net itself; leave it out, or use {_names_of('trains_base_weights', False)}"
+            f"quantize_unet = {kind!r} cannot be combined with method = {method!r}, which trains "
+            f"weights of the U-Net itself; leave it out, or use {_names_of('trains_base_weights', False)}"
         )
 
 
@@ -102,7 +102,7 @@ def _text_side(config: TrainConfig) -> Iterator[str]:
     reason = METHODS[config.schedule.method].why_no_gradient(config)
     if config.dataset.cache_text_encoder_outputs and reason is None:
         yield (
-            "cache_text_encoder_outputs cannot go with training what lies before the text "
+            "cache_text_encoder_outputs cannot be combined with training what lies before the text "
             "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0) "
             "or no_train_text_encoder (dreambooth), or leave it out"
         )

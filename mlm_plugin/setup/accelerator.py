@@ -55,8 +55,8 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     )
     if config.optimizer.fused_backward_pass and accelerator.num_processes > 1:
         raise UserError(
-            f"fused_backward_pass cannot go with {accelerator.num_processes} processes, which "
-            "exchange gradients after the backward pass; start one, or leave it out"
+            f"fused_backward_pass cannot be combined with {accelerator.num_processes} processes, "
+            "which exchange gradients after the backward pass; start one, or leave it out"
         )
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)

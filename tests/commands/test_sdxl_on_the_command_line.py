@@ -93,7 +93,10 @@ def test_class_images_are_drawn_with_both_text_encoders(arguments, tmp_path):
     [
         (["--method", "xti"], "is SDXL; use one of lora"),
         (["--v2"], "--v2"),
-        (["--cache_text_encoder_outputs"], "cache_text_encoder_outputs cannot go with training"),
+        (
+            ["--cache_text_encoder_outputs"],
+            "cache_text_encoder_outputs cannot be combined with training",
+        ),
         (["--mlm_contextualizer", "one.safetensors"], "names 1 file(s), needed: 2"),
     ],
 )

@@ -291,7 +291,7 @@ def test_a_bad_gradient_takes_back_the_step_that_is_half_done(trainer_of):
 
 def test_steps_inside_the_backward_pass_are_for_one_process(trainer_of, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
-    with pytest.raises(UserError, match="fused_backward_pass cannot go with 2 processes"):
+    with pytest.raises(UserError, match="fused_backward_pass cannot be combined with 2 processes"):
         trainer_of("dreambooth", fused_backward_pass=True)
 
 
