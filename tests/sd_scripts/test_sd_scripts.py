@@ -841,7 +841,7 @@ def test_token_string_names_the_placeholder():
         ({"mlm_probability": 1.5}, "mlm_probability = 1.5"),
         ({"mlm_joint_share": 2}, "mlm_joint_share = 2"),
         ({"mlm_start_step": 3, "mlm_end_step": 3}, "mlm_end_step = 3"),
-        ({"mlm_start_step": 4}, "lies behind the end"),
+        ({"mlm_start_step": 4}, "is after the end"),
     ],
 )
 def test_bad_options_are_one_line(changes, message):
