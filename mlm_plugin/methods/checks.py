@@ -73,7 +73,8 @@ def _quantized(config: TrainConfig) -> Iterator[str]:
     if kind != "no" and METHODS[method].trains_base_weights:
         yield (
             f"quantize_unet = {kind!r} cannot be combined with method = {method!r}, which trains "
-            f"weights of the U-Net itself; leave it out, or use {_names_of('trains_base_weights', False)}"
+            f"weights of the U-Net itself; leave it out, or use "
+            f"{_names_of('trains_base_weights', False)}"
         )
 
 

@@ -83,7 +83,8 @@ def _fused_steps(options: OptimizerOptions, method: Method, optimizer) -> FusedS
     if not steps_one_by_one(optimizer):
         raise UserError(
             f"fused_backward_pass cannot be combined with optimizer_type = "
-            f"{options.optimizer_type!r}, which is not known to step tensors one by one; use Adafactor, AdamW or AdamW8bit"
+            f"{options.optimizer_type!r}, which is not known to step tensors one by "
+            "one; use Adafactor, AdamW or AdamW8bit"
         )
     unet = method.parts()["unet"]  # the text encoders' gradients are complete after both losses
     return FusedSteps(unet, optimizer, max_grad_norm=options.max_grad_norm)
