@@ -55,7 +55,7 @@ def train_oracle(
         art = torch.where(reconstructed, made[rows], clean[rows])
         art = art + 0.15 * torch.rand(len(rows), 1, 1, 1) * torch.randn_like(art)
         wanted = {name: value[rows].to(job.device) for name, value in targets.items()}
-        return label_loss(oracle.answers(art.to(job.device)), wanted), {}
+        return label_loss(oracle.all_logits(art.to(job.device)), wanted), {}
 
     oracle.train()
     seconds = run_train_loop(
