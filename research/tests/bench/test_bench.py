@@ -116,7 +116,7 @@ def test_a_signal_ends_the_bench_and_keeps_what_is_done(tiny_pocket, tmp_path, m
 
     monkeypatch.setattr(trial.BenchTest, "evaluate", evaluate_and_stop)
     assert run_bench(plan, model=tiny_pocket[0], output=tmp_path) == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     records = json.loads((tmp_path / "results.json").read_text())["records"]
     assert [record["method"] for record in records] == ["base"]
 

@@ -45,7 +45,7 @@ def test_the_name_pocket_stands_for_a_model_every_loader_takes(packed, tiny_pock
     load_oracle(shipped.pocket_model() / "oracle.safetensors")
 
 
-def test_the_quality_card_says_where_it_comes_from(tiny_pocket):
+def test_the_quality_report_says_where_it_comes_from(tiny_pocket):
     card = json.loads((tiny_pocket[0] / "quality.json").read_text())
     for name in ("accuracy", "num_prompts", "seed", "commit", "recipe", "seconds", "hardware"):
         assert name in card
