@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def arguments(toy_folder, toy_pictures, toy_contextualizer, tmp_path, _fresh_accelerator):
-    """Flags of a short run of the quickstart preset; later flags win over these."""
+    """Flags of a short run of the quickstart preset; later flags take precedence."""
     return [
         *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
         *("--pretrained_model_name_or_path", str(toy_folder)),

@@ -19,7 +19,7 @@ FIRST_STEP = "text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
 def arguments(
     toy_sdxl_folder, toy_pictures, toy_sdxl_contextualizers, tmp_path, _fresh_accelerator
 ):
-    """Flags of a short run of the quickstart preset; later flags win over these."""
+    """Flags of a short run of the quickstart preset; later flags take precedence."""
     return [
         *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
         *("--pretrained_model_name_or_path", str(toy_sdxl_folder)),

@@ -1,4 +1,4 @@
-"""The report before training: counts, and warnings about what is probably not meant."""
+"""The report before training: counts, and warnings about what is probably unintended."""
 
 import numpy as np
 import pytest

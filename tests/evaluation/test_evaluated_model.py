@@ -1,4 +1,4 @@
-"""What is loaded draws as diffusers draws it, and leaves the base text encoder alone."""
+"""A loaded model draws like diffusers, and leaves the base text encoder alone."""
 
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_a_file_draws_what_a_user_of_diffusers_gets(toy_folder, files, kind):
     assert not torch.allclose(expected, plain, atol=1e-3)
 
 
-def test_the_base_text_encoder_stays_as_it_was(toy_folder, toy_text_encoder, files):
+def test_the_base_text_encoder_is_unchanged(toy_folder, toy_text_encoder, files):
     subject = load(toy_folder, lora=files["lora"])
     (base,) = subject.base_text_encoders
     assert base.fingerprint() == toy_text_encoder.fingerprint()

@@ -17,7 +17,7 @@ ENCODERS = ("clip_l", "clip_g")
 
 @pytest.fixture(scope="module")
 def arguments(toy_sdxl_folder, toy_pictures, toy_sdxl_contextualizers, tmp_path_factory):
-    """Flags of a short evaluation without judges; later flags win over these."""
+    """Flags of a short evaluation without judges; later flags take precedence."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("a {} on the beach\na {} wearing a red hat\n")
     return [
@@ -91,7 +91,7 @@ def test_the_report_names_both_text_encoders(text_only, page_of):
     assert text.count("Pooled text: drift") == 1
 
 
-def test_a_stopped_drawing_goes_on_and_gives_the_same_pictures(arguments, tmp_path, page_of):
+def test_a_stopped_drawing_continues_and_gives_the_same_pictures(arguments, tmp_path, page_of):
     out = tmp_path / "out"
     evaluate(*arguments, "--mlm_contextualizer", "none", "--output", str(out))
     files = [out / "pictures" / f"00{i}_00.png" for i in (0, 1)]
@@ -106,7 +106,7 @@ def test_a_stopped_drawing_goes_on_and_gives_the_same_pictures(arguments, tmp_pa
     assert page_of(out / "report.html").tags.count("img") == 5 + 2
 
 
-def test_runs_of_sd_1_and_sdxl_have_rows_of_their_own(
+def test_runs_of_sd_1_and_sdxl_are_in_separate_rows(
     text_only, arguments, toy_folder, toy_contextualizer, tmp_path, page_of, capsys
 ):
     sd1 = tmp_path / "sd1"

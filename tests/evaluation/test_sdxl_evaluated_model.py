@@ -157,7 +157,7 @@ def test_a_checkpoint_file_is_a_base_model_too(toy_sdxl_folder, files, tmp_path,
     assert (ours(subject, tmp_path) == same).all()
 
 
-def test_the_base_text_encoders_stay_as_they_were(toy_sdxl_folder, files):
+def test_the_base_text_encoders_are_unchanged(toy_sdxl_folder, files):
     subject = load(toy_sdxl_folder, files={"lora": files.lora, "embedding": files.embedding})
     untouched = load_stable_diffusion(toy_sdxl_folder).text_encoders
     for base, before in zip(subject.base_text_encoders, untouched, strict=True):

@@ -88,7 +88,7 @@ def test_random_words_are_words_of_one_token_and_named_by_the_seed(toy_text_enco
     assert all(toy_text_encoder.count_tokens(word) == 1 for word in words)
 
 
-def test_the_same_words_are_hidden_whatever_stands_in_the_slot(toy_text_encoder, contextualizer):
+def test_the_same_words_are_masked_whatever_is_in_the_slot(toy_text_encoder, contextualizer):
     words = ["sks", "zwx", "dog"]
     results = [
         masked_words(

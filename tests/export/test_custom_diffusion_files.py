@@ -46,7 +46,7 @@ def cross_attention(unet):
 
 
 def train(unet):
-    """Move all keys and values; what they were and what they are."""
+    """Change all keys and values; returns them before and after."""
     generator = torch.Generator().manual_seed(0)
     weights = cross_attention(unet)
     base = {name: weight.detach().clone() for name, weight in weights.items()}

@@ -1,4 +1,4 @@
-"""Files of learned embeddings: keys and shapes, what other software makes of them, and reading."""
+"""Files of learned embeddings: keys, shapes, other software, and reading."""
 
 import ast
 import os
@@ -153,7 +153,7 @@ def test_vectors_of_a_larger_table_and_vectors_that_share_memory_are_saved_as_su
     assert torch.equal(read_xti(path), shared_KND)
 
 
-# --- reading what others write --------------------------------------------------------------
+# --- files of other software ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token", ["<cat-toy>", "emb_params", "*"])
@@ -168,7 +168,7 @@ def test_files_of_one_tensor_are_read_whatever_its_key_and_shape(tmp_path, token
 
 
 def old_parameter_dict(vectors_ND):
-    """A ``ParameterDict`` as PyTorch before 1.12 had it."""
+    """A ``ParameterDict`` as in PyTorch before 1.12."""
     old = nn.ParameterDict()
     old._parameters["*"] = nn.Parameter(vectors_ND)
     del old.__dict__["_keys"]
@@ -236,7 +236,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch, content):
         (torch.ones(2, D), "not weights by name"),
     ],
 )
-def test_what_is_no_embedding_is_refused_in_one_line(tmp_path, content, message):
+def test_what_is_not_an_embedding_is_refused_in_one_line(tmp_path, content, message):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=message) as error:
         read_embedding(tmp_path / "x.pt")
@@ -306,7 +306,7 @@ def test_other_unets_have_their_own_keys(tmp_path):
         save_xti(tmp_path / "y.safetensors", vectors_KND, metadata={})
 
 
-def test_an_embedding_is_no_xti_file_and_the_other_way_round(tmp_path):
+def test_an_embedding_is_not_an_xti_file_and_the_other_way_round(tmp_path):
     save_embedding(tmp_path / "ti.safetensors", {EMBEDDING_KEY: vectors_of(N, D)}, metadata={})
     save_xti(tmp_path / "xti.safetensors", vectors_of(K, N, D), metadata={})
     with pytest.raises(UserError, match=r"1 tensors \(emb_params\), an XTI file"):

@@ -144,7 +144,7 @@ def test_other_numbers_of_vectors_are_refused(tmp_path):
             read(path)
 
 
-def test_an_embedding_of_one_model_is_told_from_the_others(tmp_path):
+def test_an_embedding_of_one_model_is_distinguished_from_the_others(tmp_path):
     sdxl = saved(tmp_path / "xl.safetensors", vectors_of(1))
     with pytest.raises(UserError, match="is an embedding for SDXL"):
         read_embedding(sdxl)

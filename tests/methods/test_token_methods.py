@@ -170,7 +170,7 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
     assert torch.equal(method.mlm_ids(text_encoder, prompts, rng), every.flatten(0, 1))
 
 
-def test_xti_goes_on_with_its_own_files_and_with_those_of_textual_inversion(trainer_of, tmp_path):
+def test_xti_continues_with_its_own_files_and_with_those_of_textual_inversion(trainer_of, tmp_path):
     first = trainer_of("xti")
     first.run()
     full, average = export(first, tmp_path / "x.safetensors")
@@ -313,7 +313,7 @@ def test_prompts_of_the_term_hold_one_or_both_concepts(trainer_of, two_concepts)
     assert (False, True) in has_dog
 
 
-def test_no_concept_word_of_either_is_hidden(trainer_of, two_concepts):
+def test_no_concept_word_of_either_is_masked(trainer_of, two_concepts):
     trainer = trainer_of("textual_inversion", train_data_dir=two_concepts, mlm_probability=1)
     (encoder,) = trainer.regularizer.encoders
     ids = encoder.tokenize(["sks dog next to zwx cat on a hill"], random.Random(0))

@@ -119,10 +119,10 @@ def test_storing_activations_gives_the_same_states_and_leaves_checkpointing_on(t
 
 @pytest.fixture(params=["eos id", "highest id"])
 def pooling_encoder(request, toy_sdxl_folder):
-    """SDXL's second encoder, with either way in which the library finds the end by itself."""
+    """SDXL's second encoder, with both ways in which the library finds the end token."""
     _, text_encoder = load_stable_diffusion(toy_sdxl_folder).text_encoders
     text_encoder.tokenizer = second_tokenizer(text_encoder.tokenizer)
-    if request.param == "highest id":  # what old configurations, SDXL's own among them, ask for
+    if request.param == "highest id":  # in old configurations, including SDXL's own
         text_encoder.body.eos_token_id = 2
     return text_encoder
 

@@ -335,7 +335,7 @@ def share_draws() -> None:
 
 
 def main() -> None:
-    """See the head of this file."""
+    """See the module docstring."""
     mode, *rest = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)

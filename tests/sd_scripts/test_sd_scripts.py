@@ -71,7 +71,7 @@ class StubData:
 
 
 class StubNetwork(nn.Module):
-    """One low-rank module on the text encoder, as kohya hangs them in: by ``forward``."""
+    """One low-rank module on the text encoder, attached by ``forward`` like kohya's."""
 
     def __init__(self, text_encoder, *, dropout=0.0):
         super().__init__()
@@ -91,7 +91,7 @@ class StubNetwork(nn.Module):
 
 
 class StubTrainer:
-    """sd-scripts v0.10.1 ``NetworkTrainer``: what is touched, in its order of calls."""
+    """sd-scripts v0.10.1 ``NetworkTrainer``: the overridden methods, in its order of calls."""
 
     network_class = StubNetwork
 
@@ -289,7 +289,7 @@ class LaterTrainer(StubTrainer):
 
 
 def parse(*flags, **changes):
-    """Options as sd-scripts has them after its parser, its own defaults included."""
+    """Options as parsed by sd-scripts, its own defaults included."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--learning_rate", type=float, default=0.5)
     parser.add_argument("--max_train_steps", type=int, default=4)
@@ -577,7 +577,7 @@ def test_networks_without_a_rate_for_each_encoder_use_the_first():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("arch", ["sd3", "flux"])
-def test_contextualizers_are_made_for_half_weights_which_stay_as_they_were(
+def test_contextualizers_are_made_for_half_weights_which_are_unchanged(
     toy_text_encoder, tmp_path, monkeypatch, arch, dtype
 ):
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))

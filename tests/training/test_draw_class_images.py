@@ -1,4 +1,4 @@
-"""Class images: the same set however it comes about, and nothing drawn twice."""
+"""Class images: the same set after any interruptions, and nothing drawn twice."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_a_data_set_finds_the_pictures_and_their_captions(models, toy_pictures, 
     assert sources.skipped == {}
 
 
-def test_interrupted_and_resumed_drawing_gives_the_set_of_a_straight_run(models, tmp_path):
+def test_interrupted_and_resumed_drawing_gives_the_set_of_an_uninterrupted_run(models, tmp_path):
     draw(tmp_path / "straight", models)
     calls = []
 
@@ -230,7 +230,7 @@ def test_a_damaged_settings_file_is_named(models, tmp_path, text):
         draw(tmp_path, models, num_images=1)
 
 
-def test_random_states_and_the_model_stay_as_they_were(models, tmp_path):
+def test_random_states_and_the_model_are_unchanged(models, tmp_path):
     weights = [parameter.clone() for parameter in models.unet.parameters()]
     states = torch.get_rng_state(), random.getstate()
     draw(tmp_path, models, num_images=1, sampler="euler_a")

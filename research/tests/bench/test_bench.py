@@ -149,7 +149,7 @@ def test_parts_of_a_plan_can_be_chosen():
         chosen(FULL, methods=["dora"], tuning=False)
 
 
-def test_a_class_word_stands_where_the_plan_says_so(context, tmp_path):
+def test_a_class_word_is_where_the_plan_says_so(context, tmp_path):
     options = options_of(Trial(Setting("textual_inversion"), REPORTED[1], 3), context, tmp_path)
     assert options["init_word"] == "robot"
     assert options["seed"] == "3"
