@@ -103,7 +103,7 @@ class MLMSetup:
     ) -> None:
         """Find or pretrain contextualizers, and compute teacher targets.
 
-        The host's random numbers stay as they were.
+        The host's random state is not changed.
 
         Args:
             text_encoders: untrained.
@@ -120,7 +120,7 @@ class MLMSetup:
         )[len(self.encoders) :]
         for text_encoder, setting in zip(text_encoders, settings, strict=False):
             with (
-                _kept_random_state(),
+                _preserved_random_state(),
                 accelerator.main_process_first(),
                 _on_device(text_encoder.model, accelerator.device),
             ):
@@ -152,7 +152,7 @@ class MLMSetup:
         """The term on text encoders that hold what is trained.
 
         Args:
-            rank: of this process; each draws prompts of its own.
+            rank: rank of this process; each draws its own prompts.
             dtype: precision of the contextualizers; their loss is fp32 in any case.
             tokenize: prompts to ids, if the method has its own way.
         """
@@ -350,7 +350,7 @@ def _masking_vocabulary(
 
 
 @contextmanager
-def _kept_random_state() -> Iterator[None]:
+def _preserved_random_state() -> Iterator[None]:
     """Restore the host's random state at the end of the block."""
     python, array = random.getstate(), numpy.random.get_state()
     try:

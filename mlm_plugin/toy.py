@@ -2,7 +2,7 @@
 
 The weights are random: it learns nothing that is worth looking at. It exists so that the whole path
 from pictures to LoRA file runs on a bare machine with no download, and so that tests have a model
-with the module names of the real one. ``toy`` as model or data folder stands for it.
+with the module names of the real one. It is used with ``toy`` as model or data folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The documents say what is there: paths, functions, commands, options, links."""
+"""The documents match the code: paths, functions, commands, options, links."""
 
 import importlib
 import os

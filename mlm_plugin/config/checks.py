@@ -36,7 +36,10 @@ def option_warnings(config: TrainConfig) -> Iterator[str]:
     """Settings without effect, and questionable ones."""
     yield from without_effect(config, _RULES)
     if config.loss.zero_terminal_snr and not config.model.v_parameterization:
-        yield "zero_terminal_snr is meant for v_parameterization: at SNR 0 noise says nothing"
+        yield (
+            "zero_terminal_snr is meant for v_parameterization: at SNR 0 the noise is the input "
+            "itself"
+        )
     if config.model.v2 and config.model.clip_skip is not None:
         yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
 

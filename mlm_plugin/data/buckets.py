@@ -109,7 +109,7 @@ def place_in_bucket(size: Size, buckets: Sequence[Size]) -> Placement:
     """Choose the bucket of the picture's own size, else the one of the nearest aspect ratio.
 
     The picture is scaled, up or down, until it just covers the bucket. Among equally near buckets
-    the first one wins.
+    the first one is used.
 
     Source: sd-scripts library/train_util.py BucketManager.select_bucket.
     """

@@ -113,6 +113,6 @@ def _unlike_text_encoders(runs: Sequence[Mapping[str, Any]]) -> str:
         return ""
     shown = "; ".join(f"{', '.join(letters)}: {names}" for names, letters in groups.items())
     return (
-        f"the runs have unlike text encoders ({shown}), so measures of the text stand in rows of "
-        "their own and are not compared between them"
+        f"the runs have different text encoders ({shown}), so measures of the text are in "
+        "separate rows and are not compared between them"
     )

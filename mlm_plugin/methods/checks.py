@@ -103,14 +103,14 @@ def _text_side(config: TrainConfig) -> Iterator[str]:
     reason = METHODS[config.schedule.method].why_no_gradient(config)
     if config.dataset.cache_text_encoder_outputs and reason is None:
         yield (
-            "cache_text_encoder_outputs cannot be combined with training what lies before the text "
+            "cache_text_encoder_outputs cannot be combined with training anything before the text "
             "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0) "
             "or no_train_text_encoder (dreambooth), or leave it out"
         )
     if config.mlm.mlm_loss_weight and reason is not None:
         yield (
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g} asks for the MLM term, but "
-            f"{reason}, so it would change nothing; train what lies before the text encoder's "
+            f"{reason}, so it would change nothing; train something before the text encoder's "
             "output, or set mlm_loss_weight = 0"
         )
 

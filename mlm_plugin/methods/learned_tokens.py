@@ -108,7 +108,7 @@ class LearnsTokens(Method):
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """What the token embeddings stand for."""
+        """The placeholders of the token embeddings."""
         return self.learned_tokens[0].placeholders
 
     def embedding_parameters(self) -> list[nn.Parameter]:
@@ -237,13 +237,13 @@ def _refuse_ambiguous(concept: Concept, concepts: Sequence[Concept]) -> None:
     if placeholder.lower() in FUNCTION_WORDS:
         raise UserError(
             f"placeholder_token = {placeholder!r} is an everyday word, and its embedding would "
-            "stand for it in every prompt; take a word that no prompt holds, like sks"
+            "replace it in every prompt; use a word that is in no prompt, like sks"
         )
     for other in concepts:
         taken = other.class_token if other is concept else other.text
         if pattern.search(taken):
             raise UserError(
-                f"placeholder_token = {placeholder!r} also stands in {taken!r}, so its embedding "
+                f"placeholder_token = {placeholder!r} also occurs in {taken!r}, so its embedding "
                 "would be read there too; take a word that nothing else is called by, like sks"
             )
 

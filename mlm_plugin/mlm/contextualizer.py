@@ -78,8 +78,8 @@ class Contextualizer(nn.Module):
 
     The output is tied: a state becomes a vector of width D that is compared with every
     embedding of the text encoder's token table, given by the caller and frozen. ``mask_vector``
-    stands for [MASK] at the encoder's input; it starts as NaN and only pretraining or a file can
-    make it finite.
+    is the embedding of [MASK] at the encoder's input. It starts as NaN; only pretraining or a file
+    can make it finite.
     """
 
     def __init__(self, sizes: ContextualizerSizes):

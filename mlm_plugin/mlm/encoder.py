@@ -81,14 +81,17 @@ def mask_embedding(embedding: nn.Embedding, mask_vector_D: Tensor) -> Iterator[N
     """
     is_mask: list[Tensor] = []
 
-    def hide(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def replace_mask_id(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         is_mask.append(args[0] == MASK_ID)
         return (args[0].clamp(min=0), *args[1:])
 
-    def reveal(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def insert_mask_vector(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return torch.where(is_mask.pop()[..., None], mask_vector_D.to(output), output)
 
-    handles = [embedding.register_forward_pre_hook(hide), embedding.register_forward_hook(reveal)]
+    handles = [
+        embedding.register_forward_pre_hook(replace_mask_id),
+        embedding.register_forward_hook(insert_mask_vector),
+    ]
     try:
         yield
     finally:

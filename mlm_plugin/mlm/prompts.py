@@ -41,7 +41,7 @@ class Context(NamedTuple):
     family: str
 
     def fill(self, concept: str) -> str:
-        """Put ``concept`` into the slot; other braces in the text stay as they are."""
+        """Put ``concept`` into the slot; other braces in the text are unchanged."""
         return self.text.replace("{}", concept)
 
 

@@ -85,7 +85,7 @@ def join_layers(states_KBLD: Tensor) -> Tensor:
     if not is_per_layer(joined):
         num_layers, _, length, _ = states_KBLD.shape
         raise UserError(
-            f"text states of {num_layers} layers x {length} tokens cannot be told from shared ones "
+            f"text states of {num_layers} layers x {length} tokens look like shared ones "
             f"(up to {MAX_SHARED_TOKENS} tokens): use at least {MIN_LAYERS} layers and 77 tokens"
         )
     return joined

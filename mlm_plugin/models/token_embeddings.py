@@ -108,11 +108,11 @@ class LearnedTokens(nn.Module):
             ]
         )
         self._pattern = placeholder_pattern(self.placeholders)
-        self._hidden_ids: list[Tensor] = []
+        self._original_ids: list[Tensor] = []
         embedding = text_encoder.token_embedding
         self._handles = [
-            embedding.register_forward_pre_hook(self._hide),
-            embedding.register_forward_hook(self._reveal),
+            embedding.register_forward_pre_hook(self._replace_learned_ids),
+            embedding.register_forward_hook(self._insert_embeddings),
         ]
         text_encoder.learned_tokens = self
 
@@ -161,12 +161,16 @@ class LearnedTokens(nn.Module):
         ]
         return ids[0]
 
-    def _hide(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._hidden_ids.append(args[0])
+    def _replace_learned_ids(
+        self, _module: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        self._original_ids.append(args[0])
         return (args[0].masked_fill(args[0] >= self._first_id, 0), *args[1:])
 
-    def _reveal(self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        ids_BL = self._hidden_ids.pop()
+    def _insert_embeddings(
+        self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        ids_BL = self._original_ids.pop()
         table_ND = torch.cat([tensor.flatten(0, 1) for tensor in self._parameters_of])
         learned_BLD = F.embedding((ids_BL - self._first_id).clamp(min=0), table_ND)
         return torch.where((ids_BL >= self._first_id)[..., None], learned_BLD.to(output), output)

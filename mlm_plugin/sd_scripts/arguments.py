@@ -14,10 +14,10 @@ from mlm_plugin.errors import UserError
 
 __all__ = [
     "add_mlm_arguments",
-    "network_obstacle",
     "read_mlm_options",
-    "script_obstacle",
     "text_encoder_rates",
+    "why_network_has_no_gradient",
+    "why_script_has_no_gradient",
 ]
 
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
@@ -71,7 +71,7 @@ def _entries() -> Iterator[Option]:
             yield entry
 
 
-def network_obstacle(args: argparse.Namespace, *, arch: str) -> str | None:
+def why_network_has_no_gradient(args: argparse.Namespace, *, arch: str) -> str | None:
     """Why the term has no gradient in a network trainer, naming its options; None if it has."""
     if getattr(args, "network_train_unet_only", False):
         return "network_train_unet_only trains no text encoder"
@@ -109,8 +109,8 @@ def _given_rates(args: argparse.Namespace) -> list[float]:
     return [float(rate or 0) for rate in rates]
 
 
-def script_obstacle(args: argparse.Namespace) -> str | None:
-    """Like :func:`network_obstacle`, for whole models (train_db, fine_tune, sdxl_train)."""
+def why_script_has_no_gradient(args: argparse.Namespace) -> str | None:
+    """The same for scripts that train whole models (train_db, fine_tune, sdxl_train)."""
     if hasattr(args, "train_text_encoder") and not args.train_text_encoder:
         return "without train_text_encoder the text encoder is not trained"
     if getattr(args, "cache_text_encoder_outputs", False):

@@ -16,7 +16,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
     read_mlm_options,
-    script_obstacle,
+    why_script_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.locate import LaunchOptions, check_libraries
 
@@ -89,14 +89,14 @@ def choose_script(options: LaunchOptions) -> Script:
         by_name = {script.file: script for script in SCRIPTS}
         if name not in by_name:
             raise UserError(
-                f"mlm_script = {options.mlm_script!r}: the MLM term has no place in it; one of "
-                + ", ".join(by_name)
+                f"mlm_script = {options.mlm_script!r}: the MLM term cannot be added to it; "
+                "use one of " + ", ".join(by_name)
             )
         return by_name[name]
     methods = list(dict.fromkeys(script.method for script in SCRIPTS))
     if options.method not in methods:
         raise UserError(
-            f"method = {options.method!r} lives in the standalone trainer; add --host standalone "
+            f"method = {options.method!r} is only in the standalone trainer; add --host standalone "
             f"(in sd-scripts: {', '.join(methods)})"
         )
     arch = options.mlm_arch
@@ -106,7 +106,7 @@ def choose_script(options: LaunchOptions) -> Script:
         if (script.method, script.arch) == (options.method, arch):
             return script
     raise UserError(
-        f"method = {options.method!r}: the MLM term has no place in it for mlm_arch = {arch!r}; "
+        f"method = {options.method!r}: the MLM term cannot be added to it for mlm_arch = {arch!r}; "
         "train it with sd-scripts' own script, or use method = 'lora'"
     )
 
@@ -212,14 +212,14 @@ def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace)
 
 def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
     from mlm_plugin.sd_scripts.patches import collected_text_encoders, summed_backward
-    from mlm_plugin.sd_scripts.term import MLMTerm, without_gradient
+    from mlm_plugin.sd_scripts.term import MLMTerm, no_gradient_message
 
     options = read_mlm_options(args)
     if not options.mlm_loss_weight:
         module.train(args)
         return
-    if obstacle := script_obstacle(args):
-        raise UserError(without_gradient(options, obstacle))
+    if reason := why_script_has_no_gradient(args):
+        raise UserError(no_gradient_message(options, reason))
     term = MLMTerm(options, seed=args.seed)
     collected = collected_text_encoders(
         term, arch=script.arch, clip_skip=args.clip_skip, tokenizers=_current_tokenizers

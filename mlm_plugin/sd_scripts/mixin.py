@@ -12,14 +12,14 @@ from typing import Any
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
-    network_obstacle,
     read_mlm_options,
     text_encoder_rates,
+    why_network_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.term import (
     MLMTerm,
     is_clip_text_model,
-    without_gradient,
+    no_gradient_message,
     wrap_text_encoder,
 )
 
@@ -59,8 +59,8 @@ class MLMTrainerMixin:
         given = bind(super().assert_extra_args, args, kwargs)
         options = read_mlm_options(given["args"])
         if options.mlm_loss_weight:
-            if obstacle := network_obstacle(given["args"], arch=self.mlm_arch):
-                raise UserError(without_gradient(options, obstacle))
+            if reason := why_network_has_no_gradient(given["args"], arch=self.mlm_arch):
+                raise UserError(no_gradient_message(options, reason))
             self.mlm = MLMTerm(options, seed=given["args"].seed)
             self.mlm.use_data(given["train_dataset_group"])
         return super().assert_extra_args(*args, **kwargs)
@@ -76,7 +76,7 @@ class MLMTrainerMixin:
         args, text_encoders = given["args"], given["text_encoders"]
         if not getattr(given["network"], "text_encoder_loras", True):
             raise UserError(
-                without_gradient(self.mlm.options, "this network has no text-encoder modules")
+                no_gradient_message(self.mlm.options, "this network has no text-encoder modules")
             )
         flags = self.get_text_encoders_train_flags(args, text_encoders)
         rates = text_encoder_rates(args, given["network"], count=len(text_encoders))
@@ -90,7 +90,7 @@ class MLMTrainerMixin:
                 self.mlm.add_text_encoder(text_encoder, given["accelerator"])
         if not self.mlm.setup.encoders:
             raise UserError(
-                without_gradient(self.mlm.options, "no CLIP text encoder is trained here")
+                no_gradient_message(self.mlm.options, "no CLIP text encoder is trained here")
             )
         self.mlm.attach(given["accelerator"])
 

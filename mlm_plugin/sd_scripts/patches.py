@@ -21,7 +21,7 @@ from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import (
     MLMTerm,
     is_clip_text_model,
-    without_gradient,
+    no_gradient_message,
     wrap_text_encoder,
 )
 
@@ -63,7 +63,7 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
                 loss = term.add_to(loss, self)
             elif not term.call:
                 raise UserError(
-                    without_gradient(term.options, "this run does not train the text encoder")
+                    no_gradient_message(term.options, "this run does not train the text encoder")
                 )
             return original(self, loss, *args, **kwargs)
 

@@ -26,7 +26,7 @@ from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup, mlm_schedule, mlm_target, prompt_set_names
 from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "without_gradient", "wrap_text_encoder"]
+__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "no_gradient_message", "wrap_text_encoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class MLMTerm:
                     output = self._regularizer_for(accelerator)(self.call)
             if not output.loss.requires_grad:
                 raise UserError(
-                    without_gradient(
+                    no_gradient_message(
                         self.options, "nothing is trained before the text encoder's output"
                     )
                 )
@@ -198,10 +198,10 @@ class MLMTerm:
         return self._regularizer
 
 
-def without_gradient(options: MLMOptions, obstacle: str) -> str:
+def no_gradient_message(options: MLMOptions, reason: str) -> str:
     """The message for a run in which the term would change nothing."""
     return (
-        f"mlm_loss_weight = {options.mlm_loss_weight:g} asks for the MLM term, but {obstacle}, so "
+        f"mlm_loss_weight = {options.mlm_loss_weight:g} asks for the MLM term, but {reason}, so "
         "it would change nothing; train the text encoder or set mlm_loss_weight = 0"
     )
 

@@ -82,7 +82,7 @@ def contextualizer_path(name: str | None) -> str | None:
 
 
 def with_built_in_paths(config: TrainConfig) -> TrainConfig:
-    """The options with ``toy`` and ``pocket`` replaced by the paths that they stand for."""
+    """The options with ``toy`` and ``pocket`` replaced by their paths."""
     return config.replace(
         pretrained_model_name_or_path=model_path(config.model.pretrained_model_name_or_path),
         train_data_dir=data_path(config.dataset.train_data_dir),

@@ -40,7 +40,7 @@ def freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict
     if (end := max(ends.values(), default=0)) < num_steps:
         raise UserError(
             f"{', '.join(dict.fromkeys(stops[part].option for part in steps))}: nothing is trained "
-            f"from step {end} of {num_steps} on; let one part go on, or shorten the run"
+            f"from step {end} of {num_steps} on; let one part continue, or shorten the run"
         )
     text_end = max((end for part, end in ends.items() if part != "unet"), default=0)
     if config.mlm.mlm_loss_weight and text_end <= config.mlm.mlm_start_step:

@@ -202,7 +202,7 @@ class Saver(Callback):
         except (OSError, UserError) as error:
             if trainer.accelerator.num_processes > 1:
                 raise  # the others wait for this process
-            logger.error("%s could not be saved (%s); training goes on", name, error)
+            logger.error("%s could not be saved (%s); training continues", name, error)
 
     def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
         path = self._path(name)

@@ -34,7 +34,7 @@ from mlm_plugin.training.samples import (
     create_sampler,
     decode_latents,
     denoise,
-    random_state_kept,
+    preserved_random_state,
 )
 
 __all__ = ["SETTINGS_FILE", "ClassImageSettings", "draw_class_images", "missing_class_images"]
@@ -126,7 +126,7 @@ def draw_class_images(
     models = load()
     _write_settings(folder, settings)
     bar = tqdm(total=num_images, initial=num_images - len(missing), desc="class images")
-    with bar, _on_device(models, accelerator.device), random_state_kept(accelerator.device):
+    with bar, _on_device(models, accelerator.device), preserved_random_state(accelerator.device):
         with accelerator.autocast():
             prompts = encode_captions(models.text_encoders, ["", settings.prompt])
         for index in missing:
@@ -239,7 +239,7 @@ def _refuse_others(
             f"{folder}: its pictures were drawn with {key} {known.get(key)!r}, not {value!r}"
         )
         if keys is not None and key not in keys:
-            logger.info("%s; they are used as they are", difference)
+            logger.info("%s; they are used unchanged", difference)
             continue
         raise UserError(
             f"{difference}; choose another folder, delete this one to draw again, or delete its "

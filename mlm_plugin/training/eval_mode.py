@@ -18,7 +18,7 @@ __all__ = ["evaluation_mode"]
 def evaluation_mode(method: Method, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Evaluation mode while the block runs; schedule-free weights are the averaged ones in it.
 
-    The training goes on with exactly the weights it had, so one process may enter alone.
+    The training then continues with exactly the same weights, so one process may enter alone.
     """
     method.train(False)
     weights = _weights(optimizer) if _has_modes(optimizer) else []

@@ -49,7 +49,7 @@ __all__ = [
     "denoise",
     "generate_samples",
     "parse_sample_prompts",
-    "random_state_kept",
+    "preserved_random_state",
     "sample_due",
 ]
 
@@ -221,7 +221,7 @@ def generate_samples(
     device = next(models.unet.parameters()).device
     vae_device = next(models.vae.parameters()).device
     paths = []
-    with random_state_kept(device), _eval_mode((models.unet, models.vae)):
+    with preserved_random_state(device), _eval_mode((models.unet, models.vae)):
         try:
             models.vae.to(device)
             for index, prompt in enumerate(prompts):
@@ -347,7 +347,7 @@ def _generator(seed: int | None) -> torch.Generator:
 
 
 @contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
+def preserved_random_state(device: torch.device) -> Iterator[None]:
     """Restore the random states of Python, the CPU and ``device`` at the end."""
     python_state = random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

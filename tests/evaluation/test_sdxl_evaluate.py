@@ -100,7 +100,7 @@ def test_a_stopped_drawing_continues_and_gives_the_same_pictures(arguments, tmp_
     files[1].unlink()
     Image.new("RGB", (64, 64), "red").save(files[0])
     evaluate(*arguments, "--mlm_contextualizer", "none", "--output", str(out))
-    assert (np.asarray(Image.open(files[0])) == (255, 0, 0)).all()  # what is there stays
+    assert (np.asarray(Image.open(files[0])) == (255, 0, 0)).all()  # existing pictures are kept
     assert (np.asarray(Image.open(files[1])) == whole[1]).all()
     assert results_of(out)["text"]["clip_l"]["masked_words"] is None
     assert page_of(out / "report.html").tags.count("img") == 5 + 2
@@ -119,12 +119,14 @@ def test_runs_of_sd_1_and_sdxl_are_in_separate_rows(
     evaluate("--compare", str(text_only), str(same), "--output", str(alike))
     assert "unlike" not in capsys.readouterr().err
     evaluate("--compare", str(sd1), str(text_only), "--output", str(both))
-    assert "unlike text encoders (A: text_encoder; B: clip_l and clip_g)" in capsys.readouterr().err
+    assert (
+        "different text encoders (A: text_encoder; B: clip_l and clip_g)" in capsys.readouterr().err
+    )
     values = [run["values"] for run in json.loads((both / "comparison.json").read_text())["runs"]]
     assert [run["masked_loss"] is None for run in values] == [False, True]
     assert [run["masked_loss_clip_g"] is None for run in values] == [True, False]
-    assert "unlike text encoders" in page_of(both / "report.html").text
-    assert "unlike text encoders" not in page_of(alike / "report.html").text
+    assert "different text encoders" in page_of(both / "report.html").text
+    assert "different text encoders" not in page_of(alike / "report.html").text
 
 
 def test_contextualizers_that_do_not_fit_are_found_before_anything_is_drawn(

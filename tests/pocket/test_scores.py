@@ -77,7 +77,7 @@ def pictures_of(*scenes):
 
 
 @every_concept
-def test_a_concept_is_itself_wherever_it_stands(concept):
+def test_a_concept_is_recognized_at_any_position(concept):
     elsewhere = replace(concept.scene, background="sea", position="middle", seed=5)
     assert identity(pictures_of(concept.scene, elsewhere), concept).min() > 0.9
     for companion in ATTRIBUTES["companion"]:

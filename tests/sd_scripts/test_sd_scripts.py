@@ -25,10 +25,10 @@ from mlm_plugin.pretrain import pretrain
 from mlm_plugin.sd_scripts import locate
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
-    network_obstacle,
     read_mlm_options,
-    script_obstacle,
     text_encoder_rates,
+    why_network_has_no_gradient,
+    why_script_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script
 from mlm_plugin.sd_scripts.locate import (
@@ -675,23 +675,23 @@ def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_enc
 )
 def test_scripts_that_leave_the_text_encoder_alone_are_refused(changes, reason):
     args = argparse.Namespace(learning_rate=1e-4, **changes)
-    assert reason in script_obstacle(args)
+    assert reason in why_script_has_no_gradient(args)
 
 
 def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
     args = argparse.Namespace(
         learning_rate=1e-4, train_text_encoder=True, learning_rate_te1=0.0, learning_rate_te2=None
     )
-    assert script_obstacle(args) is None
+    assert why_script_has_no_gradient(args) is None
     args = argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])
-    assert network_obstacle(args, arch="sdxl") is None
+    assert why_network_has_no_gradient(args, arch="sdxl") is None
 
 
 # --- textual inversion ------------------------------------------------------------------------
 
 
 class StubEmbeddingTrainer:
-    """sd-scripts v0.10.1 ``TextualInversionTrainer``: a loop of its own, a growing vocabulary."""
+    """sd-scripts v0.10.1 ``TextualInversionTrainer``: its own loop, a growing vocabulary."""
 
     def __init__(self, text_encoder):
         self.text_encoder = text_encoder

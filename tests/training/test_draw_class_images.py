@@ -174,7 +174,7 @@ def test_other_settings_are_refused_only_where_two_kinds_would_be_mixed(models, 
     draw(tmp_path, models, num_images=1)
     with caplog.at_level(logging.INFO):
         assert draw(tmp_path, models, num_images=1, seed=1) == []
-    assert "seed 0, not 1; they are used as they are" in caplog.text
+    assert "seed 0, not 1; they are used unchanged" in caplog.text
     with pytest.raises(UserError, match=r"seed 0, not 1.*class_images\.json"):
         draw(tmp_path, models, num_images=2, seed=1)
     with pytest.raises(UserError, match="size"):
