@@ -46,7 +46,7 @@ def compare(folders: Sequence[str], output: Path) -> Path:
     _refuse_other_judges(folders, runs)
     if {Path(folder).resolve() for folder in folders} & {output.resolve()}:
         raise UserError(f"--output {output}: is one of the folders compared; choose another")
-    if warning := _unlike_text_encoders(runs):
+    if warning := _different_text_encoders(runs):
         logger.warning("--compare: %s", warning)
     differences = [paired_differences(runs[0], run) for run in runs[1:]]
     content = {
@@ -104,7 +104,7 @@ def _refuse_other_judges(folders: Sequence[str], runs: Sequence[Mapping[str, Any
             )
 
 
-def _unlike_text_encoders(runs: Sequence[Mapping[str, Any]]) -> str:
+def _different_text_encoders(runs: Sequence[Mapping[str, Any]]) -> str:
     """A warning if the runs have different text encoders; else an empty string."""
     groups: dict[str, list[str]] = {}
     for i, run in enumerate(runs):
