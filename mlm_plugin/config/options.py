@@ -347,7 +347,7 @@ class OptimizerOptions:
     fused_backward_pass: bool = option(
         False,
         "Step every U-Net tensor inside the backward pass and free its gradient there "
-        "(dreambooth): saves the size of the model. max_grad_norm then applies to each tensor.",
+        "(dreambooth): saves about the size of the model. max_grad_norm then applies per tensor.",
     )
     lr_scheduler: str = option(
         "constant",

@@ -469,7 +469,7 @@ def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step
 
         process_batch.__signature__ = inspect.signature(StubTrainer.process_batch)
 
-    with pytest.raises(UserError, match="no trained weight"):
+    with pytest.raises(UserError, match="nothing is trained before"):
         run("--mlm_loss_weight", "0.5", host=Frozen)
 
 
