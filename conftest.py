@@ -35,13 +35,13 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _own_host(monkeypatch):
-    """The command chooses the standalone trainer also where SD_SCRIPTS_DIR names a checkout."""
+    """The command uses the standalone trainer even if SD_SCRIPTS_DIR names a checkout."""
     monkeypatch.delenv("SD_SCRIPTS_DIR", raising=False)
 
 
 @pytest.fixture(autouse=True)
 def _own_console():
-    """A trainer sets up the console of its process; the next test finds it as it was."""
+    """A trainer sets up the console of its process; restore it for the next test."""
     ours = logging.getLogger("mlm_plugin")
     before = ours.level, ours.propagate, list(ours.handlers)
     yield
@@ -80,7 +80,7 @@ def toy_sdxl_folder(_own_cache, tmp_path_factory) -> Path:
 
 
 def _build_toy_sdxl(folder: Path) -> None:
-    """Write what ``StableDiffusionXLPipeline`` is made of, random and small (12 MB).
+    """Write the parts of a ``StableDiffusionXLPipeline``, random and small (12 MB).
 
     Context width 32 + 48 as 768 + 1280 of the real model, pooled width 24, 8 numbers for each of
     the six sizes; the U-Net has its three levels with 0, 1 and 2 transformer blocks.
@@ -180,7 +180,7 @@ def toy_text_encoder(toy_folder):
 
 @pytest.fixture(scope="session")
 def toy_contextualizer(toy_folder, tmp_path_factory) -> Path:
-    """A contextualizer of the toy model that has seen three steps: wiring, not quality."""
+    """A contextualizer of the toy model after three steps: for wiring, not quality."""
     from mlm_plugin.config.pretraining import PretrainOptions
     from mlm_plugin.pretrain import pretrain
 
@@ -192,7 +192,7 @@ def toy_contextualizer(toy_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_sdxl_contextualizers(toy_sdxl_folder, tmp_path_factory) -> str:
-    """The same for both text encoders of the SDXL toy, as ``mlm_contextualizer`` names them."""
+    """The same for both text encoders of the SDXL toy, as a value of ``mlm_contextualizer``."""
     from mlm_plugin.config.pretraining import PretrainOptions
     from mlm_plugin.models.checkpoints import load_stable_diffusion
     from mlm_plugin.pretrain import pretrain
@@ -207,7 +207,7 @@ def toy_sdxl_contextualizers(toy_sdxl_folder, tmp_path_factory) -> str:
 
 @pytest.fixture
 def _fresh_accelerator():
-    """A process trains once; tests train many times, with other precisions."""
+    """A process trains once; tests train many times, with different precisions."""
     from accelerate.state import AcceleratorState
 
     yield
@@ -216,7 +216,7 @@ def _fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def clip_vocabulary() -> Path:
-    """The real CLIP vocabulary, where the reference data lies beside the project."""
+    """The real CLIP vocabulary, if the reference data is beside the project."""
     folder = SHARED_DATA / "clip-vit-large-patch14-tokenizer"
     if not folder.is_dir():
         pytest.skip("the real CLIP vocabulary (shared/data) is not here")

@@ -1,4 +1,4 @@
-"""The command `mlm-plugin`. Imports a package only when its command is asked for."""
+"""The command `mlm-plugin`. Each command's package is imported only when it is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of a contextualizer: weights, sizes, what it was pretrained for; and their cache."""
+"""The file of a contextualizer (weights, sizes, what it was made for), and the cache of them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FORMAT = "mlm_plugin contextualizer 1"
-POOR_ACCURACY = 0.02  # about what naming the most frequent word gives
+POOR_ACCURACY = 0.02  # about what always predicting the most frequent word gives
 
 
 @dataclass(frozen=True)
 class ContextualizerFacts:
-    """Where a contextualizer comes from; stored in its file."""
+    """How a contextualizer was made; stored in its file."""
 
     text_encoder: str
     tokenizer: str
@@ -48,7 +48,7 @@ class ContextualizerFacts:
 
 
 class LoadedContextualizer(NamedTuple):
-    """A contextualizer and where it comes from."""
+    """A contextualizer and how it was made."""
 
     network: Contextualizer
     facts: ContextualizerFacts
@@ -150,7 +150,7 @@ def load_contextualizer(
     facts = ContextualizerFacts(**json.loads(metadata["facts"]))
     _require_same(path, "text encoder", facts.text_encoder, text_encoder.fingerprint())
     _require_same(path, "tokenizer", facts.tokenizer, text_encoder.tokenizer_fingerprint())
-    with torch.device("meta"):  # no random initialization: the caller's stream stays as it was
+    with torch.device("meta"):  # no random initialization: the caller's stream stays unchanged
         contextualizer = Contextualizer(ContextualizerSizes(**json.loads(metadata["sizes"])))
     contextualizer.load_state_dict(tensors, assign=True)
     contextualizer.require_trained()

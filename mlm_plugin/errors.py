@@ -1,10 +1,10 @@
-"""The one exception that users cause and can repair."""
+"""The one exception that users cause and can fix."""
 
 __all__ = ["UserError"]
 
 
 class UserError(ValueError):
-    """Unusable input, in one line: option or file, what came, what is allowed, what to do.
+    """Unusable input, in one line: option or file, what was given, what is allowed, what to do.
 
     The command line prints the line and exits with code 2.
     """

@@ -1,4 +1,4 @@
-"""Files of any kind: atomic writes, texts that people wrote, the user's cache folder."""
+"""Helpers for files: atomic writes, text written by people, the user's cache folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["atomic_path", "cache_dir", "cached_folder", "read_text", "require_wr
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block ends well.
+    """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
     A kill at any moment leaves the old file or none, never half a file under the final name.
     An exception in the block removes the temporary file. Parent folders are created.

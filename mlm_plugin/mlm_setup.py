@@ -1,4 +1,4 @@
-"""From options to the regularizer: prepare, attach. Both hosts take this way.
+"""From options to the regularizer: prepare, then attach. Both hosts use it.
 
 Before anything is trained, :class:`MLMSetup` finds the contextualizer of each text encoder and
 computes the teacher targets. The host then puts into the text encoders what it trains, and
@@ -30,7 +30,7 @@ from mlm_plugin.mlm.teacher import compute_teacher_targets
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of
-from mlm_plugin.random_state import kept_random_state
+from mlm_plugin.random_state import preserved_random_state
 
 __all__ = [
     "MLMSetup",
@@ -50,12 +50,12 @@ logger = logging.getLogger(__name__)
 NUM_TARGETS = 1024
 
 Tokenize = Callable[[TextEncoder, list[str], random.Random], Tensor]
-"""A method's own way to make ids ``(B, L)`` of prompts."""
+"""A method's own way to turn prompts into ids ``(B, L)``."""
 
 
 @dataclass
 class PreparedEncoder:
-    """A text encoder that the term reaches, and what was made for it while it was untrained."""
+    """A text encoder that the term acts on, and what was prepared while it was untrained."""
 
     text_encoder: TextEncoder
     contextualizer: LoadedContextualizer
@@ -86,7 +86,7 @@ class MLMSetup:
         self.prompts: JointPrompts | None = None
 
     def use_concepts(self, concepts: Sequence[Concept], *, captions: Iterable[str] = ()) -> None:
-        """Say what is learned; the captions may serve as prompts.
+        """Set what is learned; the captions may serve as prompts.
 
         Raises:
             UserError: a prompt set that cannot be loaded, or captions without the concept.
@@ -103,7 +103,7 @@ class MLMSetup:
     ) -> None:
         """Find or pretrain contextualizers, and compute teacher targets.
 
-        The host's random numbers stay as they were.
+        The host's random state is not changed.
 
         Args:
             text_encoders: untrained.
@@ -120,7 +120,7 @@ class MLMSetup:
         )[len(self.encoders) :]
         for text_encoder, setting in zip(text_encoders, settings, strict=False):
             with (
-                kept_random_state(accelerator.device),
+                preserved_random_state(accelerator.device),
                 accelerator.main_process_first(),
                 _on_device(text_encoder.model, accelerator.device),
             ):
@@ -152,7 +152,7 @@ class MLMSetup:
         """The term on text encoders that hold what is trained.
 
         Args:
-            rank: of this process; each draws prompts of its own.
+            rank: rank of this process; each draws its own prompts.
             dtype: precision of the contextualizers; their loss is fp32 in any case.
             tokenize: prompts to ids, if the method has its own way.
         """
@@ -229,7 +229,7 @@ def _prompt_set_name(options: MLMOptions, concept: Concept) -> str:
 
 
 def trigger_of(concepts: Sequence[Concept]) -> str | None:
-    """The words that call what is learned: ``"sks dog"``, several between commas."""
+    """The words that trigger what is learned: ``"sks dog"``, several separated by commas."""
     return ", ".join(concept.text for concept in concepts) or None
 
 
@@ -269,7 +269,7 @@ def teacher_targets_for(
     prompts: JointPrompts,
     seed: int,
 ) -> list[TeacherTarget]:
-    """The targets of ``mlm_target = class``; none for ``word``.
+    """The teacher targets of ``mlm_target = class``; none for ``word``.
 
     Text encoders of one run get the same prompts.
 
@@ -283,9 +283,9 @@ def teacher_targets_for(
     """
     if mlm_target(options, concepts) == "word":
         return []
-    rng = random.Random(f"readings/{seed}")
+    rng = random.Random(f"readings/{seed}")  # the name is part of the result: do not change it
     pairs = [prompts.sample(rng) for _ in range(NUM_TARGETS)]
-    own_dtype = contextualizer.mask_vector.dtype  # half in a small file: it stays as it is
+    own_dtype = contextualizer.mask_vector.dtype  # half precision in a small file, kept
     return compute_teacher_targets(
         encoder_handle(text_encoder, contextualizer, concepts, dtype=own_dtype),
         pairs,
@@ -304,7 +304,7 @@ def encoder_handle(
     tokenize: Tokenize | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> EncoderHandle:
-    """Where the regularizer touches a text encoder.
+    """A text encoder as the regularizer sees it.
 
     Args:
         text_encoder: untrained for the teacher, else with what is trained in place.
@@ -315,7 +315,7 @@ def encoder_handle(
         dtype: precision of the contextualizer.
     """
     embedding = text_encoder.token_embedding
-    # embeddings that a host added after the vocabulary are not answers
+    # embeddings that a host added after the vocabulary are never predicted
     table = embedding.weight.detach()[: contextualizer.sizes.vocab_size]
     if embedding.weight.requires_grad:  # the output table must not follow the training
         table = table.clone()

@@ -58,16 +58,16 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
 TAG_SHARE = 0.3
-WIDE = 1024  # width of a text encoder above which a step's prompts are read in pieces
-PIECE = 32  # prompts; 128 would take 4 GB of activations in bigG
+WIDE = 1024  # width of a text encoder above which a step's prompts are encoded in chunks
+CHUNK_SIZE = 32  # prompts; 128 would take 4 GB of activations in bigG
 NUM_COUNTED = 4096  # prompts that tell how often tokens occur
 
 
 class FamilyScores(NamedTuple):
     """Held-out result of one family of contexts."""
 
-    loss: float  # nats per hidden token
-    accuracy: float  # share of hidden tokens named rightly
+    loss: float  # nats per masked token
+    accuracy: float  # share of masked tokens predicted correctly
 
 
 class Scores(NamedTuple):
@@ -142,7 +142,7 @@ def read_caption_files(paths: Iterable[str | Path]) -> list[str]:
 def find_contextualizer(
     text_encoder: TextEncoder, setting: str, *, show_progress: bool = True
 ) -> LoadedContextualizer:
-    """The given file, or with ``auto`` the cached one: pretrained if it is missing or damaged.
+    """The given file, or the cached one for ``auto``: pretrained if it is missing or damaged.
 
     Call it before anything is trained: pretraining needs the untrained text encoder.
 
@@ -211,8 +211,8 @@ def pretrain(
 ) -> Scores:
     """Train a contextualizer for ``text_encoder`` and write it to ``output``.
 
-    A state file beside ``output`` is written at every look at the held-out prompts and on SIGINT or
-    SIGTERM; the same call continues from it. The text encoder is not changed.
+    A state file beside ``output`` is written at every evaluation and on SIGINT or SIGTERM; the same
+    call continues from it. The text encoder is not changed.
 
     Returns:
         Held-out scores of the saved network.
@@ -246,7 +246,7 @@ def pretrain(
 
 
 class _Run:
-    """One pretraining under way: network, optimizer, step, best held-out loss."""
+    """A pretraining in progress: network, optimizer, step, best held-out loss."""
 
     def __init__(
         self,
@@ -285,9 +285,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * learning_rate_share(self.step, self.options)
         losses = []
-        pieces = self._pieces(texts)
-        for piece in pieces:
-            loss = self._loss(piece, rng).loss / len(pieces)
+        chunks = self._chunks(texts)
+        for chunk in chunks:
+            loss = self._loss(chunk, rng).loss / len(chunks)
             loss.backward()
             losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -370,10 +370,10 @@ class _Run:
         self.state_path.unlink(missing_ok=True)
         return self.scores
 
-    def _pieces(self, texts: list[str]) -> list[list[str]]:
-        """Prompts that go through the encoder at once: few through one of SDXL's size."""
+    def _chunks(self, texts: list[str]) -> list[list[str]]:
+        """Chunks of prompts that the encoder takes at once: small for one of SDXL's size."""
         is_wide = self.table.shape[1] > WIDE
-        size = PIECE if is_wide else len(texts)
+        size = CHUNK_SIZE if is_wide else len(texts)
         return [texts[start : start + size] for start in range(0, len(texts), size)]
 
     def _loss(self, texts: list[str], rng: random.Random) -> MaskedWordLoss:
@@ -405,7 +405,7 @@ class _Run:
             num_layers=self.options.num_layers,
             max_length=self.text_encoder.window,
         )
-        with torch.random.fork_rng(devices=[]):  # the caller's stream stays as it was
+        with torch.random.fork_rng(devices=[]):  # the caller's stream stays unchanged
             torch.manual_seed(self.options.seed)
             network = Contextualizer(sizes)
         network.start_from(self.table, self._count_tokens().to(self.table.device))
@@ -446,7 +446,7 @@ def learning_rate_share(step: int, options: PretrainOptions) -> float:
 
 
 class _frozen:  # noqa: N801 - reads as a statement: with _frozen(text_encoder)
-    """Text encoder in eval mode and without parameter gradients; put back as it was."""
+    """Text encoder in eval mode and without parameter gradients; restored at the end."""
 
     def __init__(self, text_encoder: TextEncoder):
         self.model = text_encoder.model

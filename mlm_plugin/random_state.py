@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import numpy
 import torch
 
-__all__ = ["kept_random_state"]
+__all__ = ["preserved_random_state"]
 
 
 @contextmanager
-def kept_random_state(device: torch.device) -> Iterator[None]:
+def preserved_random_state(device: torch.device) -> Iterator[None]:
     """Restore the random states of Python, NumPy, the CPU and ``device`` at the end of the block.
 
     Args:
@@ -21,7 +21,7 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
     """
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]), _kept_on(device):
+        with torch.random.fork_rng(devices=[]), _preserved_on(device):
             yield
     finally:
         random.setstate(python_state)
@@ -29,7 +29,7 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_on(device: torch.device) -> Iterator[None]:
+def _preserved_on(device: torch.device) -> Iterator[None]:
     # torch.random.fork_rng covers device types whose functions take a device; those of MPS do not
     if device.type in ("cpu", "meta"):
         yield

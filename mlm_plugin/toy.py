@@ -2,7 +2,7 @@
 
 The weights are random: it learns nothing that is worth looking at. It exists so that the whole path
 from pictures to LoRA file runs on a bare machine with no download, and so that tests have a model
-with the module names of the real one. ``toy`` as model or data folder stands for it.
+with the module names of the real one. It is used with ``toy`` as model or data folder.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def build_toy_model(folder: Path, *, seed: int = 0) -> None:
             layers_per_block=2,
             cross_attention_dim=32,
             attention_head_dim=2,
-            norm_num_groups=8,  # a group norm over one value has no answer
+            norm_num_groups=8,  # a group norm over one value is undefined
         )
         vae = AutoencoderKL(
             in_channels=3,
@@ -98,8 +98,8 @@ def build_toy_tokenizer(folder: Path, corpus: Iterable[str], *, num_merges: int 
     """Train a small BPE in CLIP's format (``</w>`` ends a word) and return its number of tokens.
 
     Equal texts give equal files. The trainer breaks ties between pairs by the ids of their symbols;
-    it numbers single letters by their code, but letters that end a word as it meets them in a hash
-    map. So those are named to it beforehand, as special tokens.
+    it numbers single letters by their code, but letters that end a word in the order of a hash map.
+    So the latter are passed beforehand, as special tokens.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""Where results come from: hardware, commit and versions, for those who read them."""
+"""Where results come from: hardware, commit and versions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _hardware(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file lies in; None where there is no history."""
+    """The commit of this checkout; None without a history."""
     try:
         return subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],

@@ -1,4 +1,4 @@
-"""The documents say what is there: paths, functions, commands, options, links."""
+"""The documents match the code: paths, functions, commands, options, links."""
 
 import importlib
 import os
@@ -93,7 +93,7 @@ def test_every_module_is_in_the_file_tree():
     assert modules - set(file_tree()) == set()
 
 
-def test_every_preset_is_named_in_readme_and_its_command_stands_in_the_preset():
+def test_every_preset_is_named_in_readme_and_its_command_is_in_the_preset():
     presets = {f"presets/{path.name}" for path in (ROOT / "presets").glob("*.toml")}
     assert [preset for preset in presets if preset not in text_of(README)] == []
     for preset in presets:
@@ -115,7 +115,7 @@ def test_a_training_command_parses(command):
     if "--help" in arguments:
         return
     config_file = arguments[arguments.index("--config_file") + 1]
-    if not config_file.startswith("presets/"):  # a file of the reader's own
+    if not config_file.startswith("presets/"):  # the reader's own file
         arguments[arguments.index("--config_file") + 1] = "presets/quickstart.toml"
     arguments = [str(ROOT / part) if part.startswith("presets/") else part for part in arguments]
     assert load_config(arguments).model.pretrained_model_name_or_path

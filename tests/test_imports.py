@@ -28,7 +28,7 @@ ROWS = [
     ("cli",),
 ]
 ROW_OF = {name: number for number, names in enumerate(ROWS) for name in names}
-FORBIDDEN = {  # row -> packages that it must not know
+FORBIDDEN = {  # row -> packages that it must not import
     "config": {"torch", "transformers", "diffusers", "accelerate", "peft", "PIL", "numpy"},
     "prompt_sets": {"torch", "transformers", "diffusers", "accelerate", "peft"},
     "mlm": {"transformers", "diffusers", "accelerate", "peft"},

@@ -1,4 +1,4 @@
-"""Every shipped preset parses, says what each line does, and fits the options and its method."""
+"""Every shipped preset parses, explains each line, and fits the options and its method."""
 
 import json
 import logging

@@ -132,7 +132,7 @@ def test_it_stops_when_the_held_out_loss_is_flat(toy_text_encoder, tmp_path):
     run(toy_text_encoder, path, max_train_steps=500, learning_rate=0.0, eval_every_n_steps=2,
         patience=2, warmup_steps=1)  # fmt: skip
     _, facts = load_contextualizer(path, toy_text_encoder)
-    assert facts.num_steps == 6  # one look that counts as a gain, two without
+    assert facts.num_steps == 6  # one evaluation that counts as a gain, two that do not
 
 
 def test_training_and_held_out_text_never_meet():
@@ -199,10 +199,10 @@ def test_caption_files_are_read_and_bad_ones_are_named(tmp_path):
             read_caption_files([path])
 
 
-def test_a_wide_text_encoder_reads_a_step_in_pieces(toy_text_encoder, tmp_path, monkeypatch):
-    """One prompt more or less at once is no other training: rates and masks are the same."""
+def test_a_wide_text_encoder_encodes_a_step_in_chunks(toy_text_encoder, tmp_path, monkeypatch):
+    """Encoding more or fewer prompts at once is the same training: same rates and masks."""
     whole = run(toy_text_encoder, tmp_path / "whole.safetensors", max_train_steps=3)
     monkeypatch.setattr(pretrain_module, "WIDE", 8)
-    monkeypatch.setattr(pretrain_module, "PIECE", 4)
+    monkeypatch.setattr(pretrain_module, "CHUNK_SIZE", 4)
     pieces = run(toy_text_encoder, tmp_path / "pieces.safetensors", max_train_steps=3)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from mlm_plugin.random_state import kept_random_state
+from mlm_plugin.random_state import preserved_random_state
 
 
 def draw():
@@ -24,8 +24,8 @@ def test_the_streams_of_the_cpu_go_on_as_if_nothing_had_been_drawn(fails):
     seed()
     expected = draw()
     seed()
-    with pytest.raises(RuntimeError) if fails else kept_random_state(torch.device("cpu")):
-        with kept_random_state(torch.device("cpu")):
+    with pytest.raises(RuntimeError) if fails else preserved_random_state(torch.device("cpu")):
+        with preserved_random_state(torch.device("cpu")):
             draw()
             if fails:
                 raise RuntimeError
@@ -52,7 +52,7 @@ def test_the_stream_of_another_device_is_read_and_put_back(kind, monkeypatch):
 
         monkeypatch.setattr(module, "get_rng_state", get_rng_state)
         monkeypatch.setattr(module, "set_rng_state", set_rng_state)
-    with kept_random_state(device):
+    with preserved_random_state(device):
         stream[0] = 8
     assert stream == [7]
     assert calls == ([] if kind == "mps" else [device, device])

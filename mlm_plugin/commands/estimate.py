@@ -23,7 +23,7 @@ def run_estimate(command: EstimateCommand) -> int:
     """Print the table of a training, and what would save memory; returns the exit code.
 
     Raises:
-        UserError: options that the training would refuse too, or a model that is not here.
+        UserError: options that the training would refuse too, or a model that is not local.
     """
     setup_console(LogOptions(console_log_level="ERROR"))
     quiet_libraries()
@@ -54,7 +54,7 @@ def estimate_of(config: TrainConfig) -> Estimate:
 
 
 def _readable(command: EstimateCommand) -> TrainConfig:
-    """The options with paths that can be read; what no memory depends on may be missing.
+    """The options with built-in paths resolved; what does not affect memory may be missing.
 
     Raises:
         UserError: no model.
@@ -95,7 +95,7 @@ def _head(config: TrainConfig, command: EstimateCommand) -> str:
 
 
 def _remarks(config: TrainConfig) -> Iterator[str]:
-    """What the run does besides and the table does not hold."""
+    """Parts of the run that are not in the table."""
     if config.mlm.mlm_loss_weight:
         yield "pretraining a contextualizer (once per text encoder, before the rest) is not counted"
     if config.sampling.sample_prompts:

@@ -54,7 +54,7 @@ __all__ = ["run_evaluate"]
 logger = logging.getLogger(__name__)
 
 LEARNED = ("checkpoint", "lora", "embedding", "delta", "xti")
-# Options that do not change how pictures look.
+# Options that do not change the pictures.
 NOT_IN_PICTURES = {"train_data_dir", "output", "prompts", "num_images_per_prompt", "batch_size",
                    "clip_model", "dino_model", "masks", "mlm_contextualizer", "label",
                    "tokenizer_cache_dir"}  # fmt: skip
@@ -65,7 +65,7 @@ def run_evaluate(command: EvaluateCommand) -> int:
     """Run the command; returns the exit code.
 
     Raises:
-        UserError: see the steps.
+        UserError: from any of the steps.
     """
     options = command.options
     setup_console(LogOptions())
@@ -95,7 +95,7 @@ def _print_measures(results: dict[str, Any]) -> None:
 
 
 class _Pictures(NamedTuple):
-    """What was drawn, and how it was scored."""
+    """What was drawn, and its scores."""
 
     files: Sequence[Sequence[Path]]  # by prompt
     photos: Sequence[Path]
@@ -104,7 +104,7 @@ class _Pictures(NamedTuple):
 
 
 def _evaluate(options: EvaluateOptions, output: Path, *, text_only: bool) -> dict[str, Any]:
-    """Everything that ``results.json`` holds."""
+    """Everything in ``results.json``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = evaluation_prompts(
         load_templates(options.prompts, class_token=options.class_token),
@@ -148,7 +148,7 @@ def _draw_and_score(
 ) -> _Pictures:
     photos = find_photos(data_path(options.train_data_dir))
     masks = find_masks(options.masks)
-    clip, dino = _metric_models(options, device)  # before hours of drawing: they may be missing
+    clip, dino = _metric_models(options, device)  # before hours of drawing, as they may be missing
     oracle, oracle_protocol = _oracle(options, prompts)
     claim_folder(output, _picture_settings(options, prompts, files))
     settings = DrawingSettings(
@@ -215,7 +215,7 @@ def _load(options: EvaluateOptions, device: torch.device) -> EvaluatedModel:
         placeholder_token=options.placeholder_token,
         settings=settings,
     )
-    check_contextualizers(options, model)  # before hours of drawing: they may not fit
+    check_contextualizers(options, model)  # before hours of drawing, as they may not fit
     return model.to(device)
 
 
@@ -230,7 +230,7 @@ def _metric_models(
 def _oracle(
     options: EvaluateOptions, prompts: Sequence[EvaluationPrompt]
 ) -> tuple[OracleJudge | None, dict[str, str]]:
-    """The judge of a pocket model, where it is known what the prompts ask for, and its protocol."""
+    """The judge of a pocket model, if it is known what the prompts ask for, and its protocol."""
     path = find_oracle(model_path(options.pretrained_model_name_or_path))
     if path is None:
         return None, {}

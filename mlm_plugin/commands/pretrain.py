@@ -1,4 +1,4 @@
-"""`mlm-plugin pretrain`: load text encoders, train their contextualizers, say how good they are."""
+"""`mlm-plugin pretrain`: load text encoders, train their contextualizers, print their scores."""
 
 from __future__ import annotations
 

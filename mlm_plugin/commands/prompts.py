@@ -1,7 +1,7 @@
-"""`mlm-plugin prompts`: look at a prompt set before training with it.
+"""`mlm-plugin prompts`: inspect a prompt set before training with it.
 
 Prints drawn prompts, or with ``--stats`` the size of every family and its share in the draw. Texts
-go to stdout, remarks to stderr. It knows no model; a tokenizer is loaded only if a path is given.
+go to stdout, messages to stderr. Needs no model; a tokenizer is loaded only if a path is given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlm_plugin.prompt_sets.grammar import SYNTAXES
 
 __all__ = ["estimated_tokens", "run_prompts"]
 
-MAX_TOKENS = 75  # CLIP's window of 77 less the start and the end token
+MAX_TOKENS = 75  # CLIP's window of 77 without BOS and EOS
 
 
 def run_prompts(argv: list[str]) -> int:
@@ -89,7 +89,7 @@ def _print_stats(prompt_set: PromptSet) -> None:
 def estimated_tokens(word: str) -> int:
     """Tokens of a word without a tokenizer: one per three letters, digit or other character.
 
-    Above the true number for nearly all English words, so that what passes can be trusted.
+    Above the true number for nearly all English words, so prompts that pass do fit.
     """
     letters = re.findall(r"[a-z]+", word.lower())
     others = re.sub(r"[a-z\s]", "", word.lower()).encode()
@@ -97,7 +97,7 @@ def estimated_tokens(word: str) -> int:
 
 
 def _tokenizer_counts(path: str) -> Callable[[str], int]:
-    # checked here, for transformers 5 makes an empty tokenizer of a folder without a vocabulary
+    # checked here, as transformers 5 makes an empty tokenizer from a folder without a vocabulary
     if not any((Path(path) / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise UserError(f"--tokenizer: {path!r} has no vocab.json; give the folder of a tokenizer")
     from transformers import CLIPTokenizerFast
@@ -109,7 +109,7 @@ def _tokenizer_counts(path: str) -> Callable[[str], int]:
 def _report_lengths(
     prompts: Iterable[str], count_tokens: Callable[[str], int], *, exact: bool
 ) -> int:
-    """Say which words and prompts do not fit, and return the length of the longest prompt.
+    """Print which words and prompts do not fit; return the length of the longest prompt.
 
     CLIP's merges never cross a space, so the length of a prompt is the sum over its words.
     """

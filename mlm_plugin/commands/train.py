@@ -1,7 +1,7 @@
-"""The standalone trainer: options in, trained files out. It only puts the parts together.
+"""The standalone trainer: options in, trained files out. It only assembles the parts.
 
-Reading order: :func:`train` is the whole program, :func:`build_trainer` makes what it runs; how
-each step is done is in ``mlm_plugin/setup/``.
+Reading order: :func:`train` is the whole program, :func:`build_trainer` creates the trainer; each
+step is in ``mlm_plugin/setup/``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def train(argv: Sequence[str]) -> int:
         Exit code: 0, 1 after a non-finite loss, 130 / 143 after SIGINT / SIGTERM.
 
     Raises:
-        UserError: anything the user can repair, before time is spent where that is possible.
+        UserError: anything the user can fix, before time is spent where possible.
     """
     config = load_config(argv)
     setup_console(config.logging)
@@ -131,7 +131,7 @@ def train(argv: Sequence[str]) -> int:
 def _print_data(
     config: TrainConfig, datasets: Sequence[DatasetConfig], concepts: Sequence[Concept]
 ) -> None:
-    """What ``--check`` says of the data; no model is loaded for it."""
+    """The data report of ``--check``; no model is loaded for it."""
     dataset = create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
     report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
     print("\n".join(report.lines()))
@@ -152,10 +152,10 @@ def build_trainer(
     term = prepare_term(
         config, models, concepts=concepts, dataset=dataset, accelerator=accelerator, seed=seed
     )
-    place_models(config, models, accelerator.device)  # not before, for pretraining takes memory
+    place_models(config, models, accelerator.device)  # not earlier, as pretraining needs memory
     curves = curve_loggers(config, models, accelerator)
 
-    set_seed(seed)  # here, so that the adapters start alike with and without the MLM term
+    set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
     regularizer = term and attach_term(term, config, method, rank=accelerator.process_index)
     prepare_models(config, models, method)
@@ -197,7 +197,7 @@ def build_trainer(
 def _refuse_before_loading(
     config: TrainConfig, dataset: TrainDataset, concepts: Sequence[Concept], identity: RunIdentity
 ) -> None:
-    """What state, captions and options show to be wrong without a model.
+    """Check state, captions and options as far as possible without a model.
 
     Raises:
         UserError: says what is wrong.
@@ -207,7 +207,7 @@ def _refuse_before_loading(
     if METHODS[config.schedule.method].learns_tokens:
         require_placeholders(dataset, concepts)
     if config.dataset.cache_text_encoder_outputs:
-        dataset.fixed_captions()  # refuses those that change
+        dataset.fixed_captions()  # raises if they change between draws
 
 
 def _load_base_model(
@@ -216,7 +216,7 @@ def _load_base_model(
     concepts: Sequence[Concept],
     accelerator: Accelerator,
 ) -> StableDiffusion:
-    """The base model, its text encoders on the device; says what was found."""
+    """The base model, its text encoders on the device; prints a report."""
     models = load_models(config)
     check_model(config, is_sdxl=models.is_sdxl)
     warn_of_small_pictures(models, dataset)
@@ -239,25 +239,25 @@ def _diffusion_loss(
 
 
 def _writers(config: TrainConfig, drawer: SampleDrawer | None, record: RunRecord) -> list[Callback]:
-    """What draws samples and saves files, in this order: a preview is the newest sample."""
+    """Callbacks that draw samples and save files, in this order: previews are the newest sample."""
     if drawer is None:
         return [Saver(config, record=record)]
     return [drawer, Saver(config, record=record, newest_sample=lambda: drawer.newest)]
 
 
 def _resume(trainer: Trainer, state: str | None) -> None:
-    """Go on from the state that ``resume`` names, if any."""
+    """Continue from the state that ``resume`` names, if any."""
     if state:
         trainer.load_state(Path(state))
-        logger.info("going on from %s, step %d", state, trainer.progress.current_step)
+        logger.info("resuming from %s, step %d", state, trainer.progress.current_step)
 
 
 def _settings_of(
     config: TrainConfig, dataset: TrainDataset, concepts: Sequence[Concept]
 ) -> dict[str, str]:
-    """What must be the same when a run is resumed: it is in the state, or names positions in it."""
+    """Options that must be the same when a run is resumed, as the state depends on them."""
     options = config.to_flat()
-    # of all methods, so that states can be compared whatever each was trained with
+    # those of all methods, so that states of different methods can be compared
     names = {*RESUME_SETTINGS}.union(*(method.state_options() for method in METHODS.values()))
     pictures = "".join(f"{i.path.name}/{i.repeats}/{i.bucket}" for i in dataset.images)
     digest = hashlib.sha256(pictures.encode()).hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""Options: declared once, read from flags and TOML files. Knows no torch."""
+"""Options: declared once, read from flags and TOML files. Does not import torch."""

@@ -1,6 +1,6 @@
-"""Which options go together, whatever the method: what options alone can tell.
+"""Which options contradict each other, independent of the method and from the options alone.
 
-Rules that depend on the method live in ``methods.checks``, those of one optimizer (Adafactor,
+Rules that depend on the method are in ``methods.checks``, those of one optimizer (Adafactor,
 Prodigy) with the optimizers, those about subsets in ``datasets``.
 """
 
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 NUM_TRAIN_TIMESTEPS = 1000
-MAX_SEED = 2**32 - 1  # numpy takes no larger one
+MAX_SEED = 2**32 - 1  # the largest seed of numpy
 
 
 def option_errors(config: TrainConfig) -> Iterator[str]:
@@ -33,16 +33,19 @@ def option_errors(config: TrainConfig) -> Iterator[str]:
 
 
 def option_warnings(config: TrainConfig) -> Iterator[str]:
-    """Settings without effect, and those that are doubtful."""
+    """Settings without effect, and questionable ones."""
     yield from without_effect(config, _RULES)
     if config.loss.zero_terminal_snr and not config.model.v_parameterization:
-        yield "zero_terminal_snr is meant for v_parameterization: at SNR 0 noise says nothing"
+        yield (
+            "zero_terminal_snr is meant for v_parameterization: at SNR 0 the noise is the input "
+            "itself"
+        )
     if config.model.v2 and config.model.clip_skip is not None:
         yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
 
 
 class Rule(NamedTuple):
-    """Options that are read only where ``is_read`` says so of the flat options."""
+    """Options that are only read if ``is_read`` is true for the flat options."""
 
     options: tuple[str, ...]
     otherwise: str  # ends "has no effect ..."; {name} is the value of an option
@@ -50,7 +53,7 @@ class Rule(NamedTuple):
 
 
 def without_effect(config: TrainConfig, rules: Iterable[Rule]) -> Iterator[str]:
-    """Options that were changed although the others leave them unread; one line per reason."""
+    """Options that were changed but are not read with the others; one line per reason."""
     flat, changed = config.to_flat(), config.changed()
     for rule in rules:
         names = [name for name in rule.options if name in changed]
@@ -104,7 +107,7 @@ def _learning(config: TrainConfig) -> Iterator[str]:
 def _embedding(config: TrainConfig) -> Iterator[str]:
     embedding = config.embedding
     if embedding.weights and embedding.init_word:
-        yield "weights and init_word both say where the rows start; keep one"
+        yield "weights and init_word both set the initial embeddings; keep one"
 
 
 def _finetune(config: TrainConfig) -> Iterator[str]:
@@ -122,7 +125,7 @@ def _warmup(config: TrainConfig) -> Iterator[str]:
     if optimizer.lr_scheduler_type.rpartition(".")[2] == "ReduceLROnPlateau":
         yield (
             f"lr_scheduler_type = {optimizer.lr_scheduler_type!r} waits for a validation loss, "
-            "which this trainer has not; use lr_scheduler = 'cosine'"
+            "which this trainer does not have; use lr_scheduler = 'cosine'"
         )
     if optimizer.lr_warmup_steps == 0 or "schedulefree" in kind:
         return
@@ -151,13 +154,13 @@ def _fused(config: TrainConfig) -> Iterator[str]:
         return
     if schedule.gradient_accumulation_steps > 1:
         yield (
-            f"fused_backward_pass cannot go with gradient_accumulation_steps = "
+            f"fused_backward_pass cannot be combined with gradient_accumulation_steps = "
             f"{schedule.gradient_accumulation_steps}: no gradient is kept to be added to; set it "
             "to 1"
         )
     if schedule.mixed_precision == "fp16":
         yield (
-            "fused_backward_pass cannot go with mixed_precision = 'fp16', which looks at all "
+            "fused_backward_pass cannot be combined with mixed_precision = 'fp16', which needs all "
             "gradients before it steps; use 'bf16'"
         )
 
@@ -169,7 +172,10 @@ def _loss(config: TrainConfig) -> Iterator[str]:
     if loss.scale_v_pred_loss_like_noise_pred and not is_v:
         yield "scale_v_pred_loss_like_noise_pred needs v_parameterization"
     if loss.v_pred_like_loss and is_v:
-        yield "v_pred_like_loss cannot go with v_parameterization, whose loss is a v loss already"
+        yield (
+            "v_pred_like_loss cannot be combined with v_parameterization, whose loss is already a "
+            "v loss"
+        )
     low = 0 if loss.min_timestep is None else loss.min_timestep
     high = NUM_TRAIN_TIMESTEPS if loss.max_timestep is None else loss.max_timestep
     if low > high:
@@ -183,7 +189,10 @@ def _data(config: TrainConfig) -> Iterator[str]:
     if data.cache_latents or data.cache_latents_to_disk:
         for name in ("color_aug", "random_crop", "scale_aug"):
             if getattr(data, name):
-                yield f"cache_latents cannot go with {name}, which changes images at every use"
+                yield (
+                    f"cache_latents cannot be combined with {name}, which changes images at every "
+                    "use"
+                )
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
         if getattr(data, name) > 1:
             yield f"{name} = {getattr(data, name):g}: a probability must be from 0 to 1"
@@ -211,11 +220,11 @@ def _output(config: TrainConfig) -> Iterator[str]:
 
 
 def mlm_range_errors(mlm: MLMOptions, *, num_steps: int | None) -> Iterator[str]:
-    """What is out of range in the ``mlm`` options, whichever trainer reads them.
+    """``mlm`` options that are out of range, for any trainer.
 
     Args:
         mlm: the options.
-        num_steps: length of the run; ``None`` where it follows from epochs.
+        num_steps: length of the run; ``None`` if it follows from epochs.
     """
     if not 0 < mlm.mlm_probability <= 1:
         yield f"mlm_probability = {mlm.mlm_probability:g}: must be above 0 and at most 1"
@@ -227,7 +236,7 @@ def mlm_range_errors(mlm: MLMOptions, *, num_steps: int | None) -> Iterator[str]
         yield f"mlm_joint_share = {mlm.mlm_joint_share:g}: must be from 0 to 1"
     if mlm.mlm_loss_weight and num_steps is not None and mlm.mlm_start_step >= num_steps:
         yield (
-            f"mlm_start_step = {mlm.mlm_start_step} lies behind the end of the run "
+            f"mlm_start_step = {mlm.mlm_start_step} is after the end of the run "
             f"(max_train_steps = {num_steps})"
         )
 
@@ -254,7 +263,7 @@ _CHECKS = (
 
 
 def _without(options: str, *partners: str) -> Rule:
-    """``options`` (names between spaces) are read if one of ``partners`` is on."""
+    """``options`` (names separated by spaces) are read if one of ``partners`` is on."""
     return Rule(
         tuple(options.split()),
         f"without {' or '.join(partners)}",
@@ -263,7 +272,7 @@ def _without(options: str, *partners: str) -> Rule:
 
 
 def _with_scheduler(name: str, *schedulers: str) -> Rule:
-    """Option ``name`` is read by these schedulers of kohya's names only."""
+    """Option ``name`` is only read by these of kohya's schedulers."""
     return Rule(
         (name,),
         f"without lr_scheduler = {' or '.join(schedulers)}",
@@ -272,7 +281,7 @@ def _with_scheduler(name: str, *schedulers: str) -> Rule:
 
 
 def _reads_syntax(flat: Mapping[str, Any]) -> bool:
-    """Whether prompts have a syntax to choose; at weight 0 another rule speaks."""
+    """Whether the prompt set has several syntaxes; at weight 0 another rule applies."""
     prompt_set = flat["mlm_prompt_set"]
     return not flat["mlm_loss_weight"] or not (
         prompt_set == "captions" or prompt_set.endswith(".txt")
@@ -314,7 +323,7 @@ _RULES = (
         "with network_train_text_encoder_only",
         lambda flat: not flat["network_train_text_encoder_only"] or not flat["unet_lr"],
     ),
-    # A rate of 0 says the same as the switch.
+    # A rate of 0 has the same effect as the switch.
     Rule(
         ("text_encoder_lr",),
         "with network_train_unet_only",
@@ -343,7 +352,7 @@ _RULES = (
     _without("save_last_n_steps_state save_last_n_epochs_state", "save_state"),
     Rule(
         ("save_every_n_epochs",),
-        "with save_n_epoch_ratio = {save_n_epoch_ratio}, which wins",
+        "with save_n_epoch_ratio = {save_n_epoch_ratio}, which takes precedence",
         lambda flat: flat["save_n_epoch_ratio"] is None,
     ),
     _without("log_prefix", "logging_dir"),
@@ -364,4 +373,4 @@ _RULES = (
     _without(" ".join(_MLM_DETAILS), "mlm_loss_weight"),
     Rule(("mlm_prompt_syntax",), "with mlm_prompt_set = {mlm_prompt_set}", _reads_syntax),
 )
-"""What reads an option, as the code that reads it is written."""
+"""Which settings make an option effective, mirroring the code that reads it."""

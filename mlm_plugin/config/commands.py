@@ -1,4 +1,4 @@
-"""The parser of `mlm-plugin`'s commands. Knows no command."""
+"""The argument parser of `mlm-plugin`'s commands."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["CommandParser"]
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as all errors of users are.
+    """An argument parser whose errors are one line, like all user errors.
 
     Raises:
-        UserError: in place of argparse's own exit.
+        UserError: instead of argparse's exit.
     """
 
     def error(self, message: str) -> NoReturn:
-        """Refuse what was given and name the help that says what is allowed."""
+        """Raise an error that points to the help."""
         raise UserError(f"{message}; see `{self.prog} --help`")

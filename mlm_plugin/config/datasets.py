@@ -1,8 +1,7 @@
 """``--dataset_config`` or the folder convention -> data sets with every value resolved.
 
-A value is looked for in the subset, its data set, ``[general]``, the options, and the defaults,
-in this order. This module looks at folders only to see that they exist; images and captions are
-read by ``data``.
+A value is taken from the subset, its data set, ``[general]``, the options or the defaults, in this
+order. This module only checks that folders exist; images and captions are read by ``data``.
 
 Source: sd-scripts library/config_util.py (schema, order of resolution, folder names).
 """
@@ -91,21 +90,21 @@ class DatasetConfig:
 
 
 class Concept(NamedTuple):
-    """What is learned: its name in prompts and what kind of thing it is (``sks``, ``dog``)."""
+    """What is learned: its name in prompts and its class (``sks``, ``dog``)."""
 
     placeholder_token: str | None
     class_token: str | None
 
     @property
     def text(self) -> str:
-        """The concept as prompts and captions name it: ``"sks dog"``."""
+        """The concept as in prompts and captions: ``"sks dog"``."""
         return " ".join(word for word in self if word)
 
 
 def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
-    """The data sets of a run, each with at least one subset that is no regularization.
+    """The data sets of a run, each with at least one subset that is not for regularization.
 
-    Where ``generate_class_images`` is going to fill it, ``reg_data_dir`` may be missing or empty.
+    If ``generate_class_images`` will fill it, ``reg_data_dir`` may be missing or empty.
 
     Raises:
         UserError: Unknown key, wrong type, missing folder, nothing to train on.
@@ -130,10 +129,10 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
 
 
 def given_resolution(config: TrainConfig) -> tuple[int, int]:
-    """Width and height that the options give, where no data set is at hand to ask.
+    """Width and height from the options, if there is no data set.
 
     Raises:
-        UserError: none, or not a size.
+        UserError: it is missing or not a size.
     """
     values = _option_values(config) | {"enable_bucket": config.dataset.enable_bucket}
     return _resolution(values, place="options")
@@ -207,7 +206,7 @@ _EXPECTED = {
 
 
 def _names(level: str, kind: str | None = None) -> set[str]:
-    """Keys of a level: ``general``, ``dataset`` or ``subset``; of both kinds if none is given."""
+    """Keys of a level (``general``, ``dataset``, ``subset``), of both kinds if none is given."""
     return {
         name
         for name, key in _KEYS.items()
@@ -232,7 +231,7 @@ def _misplaced(name: str, level: str) -> str:
     if name not in _KEYS:
         return f"unknown key {name!r}{did_you_mean(name, _names(level))}"
     if name in _names(level):
-        return f"{name} cannot go with metadata_file, which holds the captions; remove it"
+        return f"{name} cannot be combined with metadata_file, which holds the captions; remove it"
     places = {"g": "[general]", "d": "[[datasets]]", "s": "[[datasets.subsets]]"}
     return f"{name} does not belong here; it goes to " + " or ".join(
         places[letter] for letter in _KEYS[name].levels
@@ -280,7 +279,7 @@ def _user_config(config: TrainConfig) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}{hint}; allowed: general, datasets")
     datasets = user.get("datasets")
     if not isinstance(datasets, list) or not datasets:
-        raise UserError(f"{path}: holds no [[datasets]]")
+        raise UserError(f"{path}: has no [[datasets]]")
     return path, user
 
 
@@ -328,7 +327,7 @@ class FolderName(NamedTuple):
 
 
 def folder_name(name: str) -> FolderName | None:
-    """The parts of ``<repeats>_<class tokens>``; None where a name does not begin with repeats."""
+    """The parts of ``<repeats>_<class tokens>``; None if a name does not start with repeats."""
     repeats, _, tokens = name.partition("_")
     if not repeats.isdecimal() or int(repeats) < 1:
         return None
@@ -362,7 +361,7 @@ def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any
 
 
 def _option_values(config: TrainConfig) -> dict[str, Any]:
-    """Values of last resort, in the words of the schema."""
+    """Defaults from the options, under the keys of the schema."""
     values = {name: getattr(config.dataset, name, None) for name in _KEYS}
     values["batch_size"] = config.schedule.train_batch_size
     values["num_repeats"] = config.dataset.dataset_repeats
@@ -424,8 +423,8 @@ def _resolve_dataset(
         if subset.get("is_reg"):
             if subset.get("scale_aug"):
                 raise UserError(
-                    f"{where}: scale_aug = true has no effect on regularization images, which stay "
-                    "as they are; remove it"
+                    f"{where}: scale_aug = true has no effect on regularization images, which are "
+                    "never scaled; remove it"
                 )
             inherited.pop("scale_aug", None)
         subsets.append(_make_subset(inherited | subset, where, is_cached=_is_cached(config)))
@@ -484,7 +483,8 @@ def _make_subset(values: Mapping[str, Any], place: str, *, is_cached: bool) -> S
     for name in ("color_aug", "random_crop", "scale_aug"):
         if is_cached and chosen.get(name):
             raise UserError(
-                f"{place}: {name} changes images at every use and cannot go with cache_latents"
+                f"{place}: {name} changes images at every use and cannot be combined with "
+                "cache_latents"
             )
     if "face_crop_aug_range" in chosen:
         low, high = chosen["face_crop_aug_range"]
@@ -508,7 +508,7 @@ def _existing(path: str, name: str, place: str, *, is_folder: bool) -> Path:
 
 
 def _without_duplicates(subsets: Sequence[SubsetConfig], *, place: str) -> Iterator[SubsetConfig]:
-    """Drops repeated folders and subsets with no repeats, as kohya does, with a warning."""
+    """Drop repeated folders and subsets with no repeats, as kohya does, with a warning."""
     seen = set()
     for subset in subsets:
         source = subset.metadata_file or subset.image_dir
@@ -565,13 +565,13 @@ def concepts_of(
 ) -> tuple[Concept, ...]:
     """Name and class of everything that is learned, from the options or from ``class_tokens``.
 
-    ``"sks duck toy"`` means placeholder ``sks`` and class ``duck toy``. Subsets that name different
-    placeholders are as many concepts.
+    ``"sks duck toy"`` means placeholder ``sks`` and class ``duck toy``. Every placeholder named by
+    the subsets is a concept.
 
     Args:
         config: may name placeholders, classes or both.
         datasets: their subsets may name concepts by ``class_tokens``.
-        required: whether the run needs to know them whole; else a class may be None, and a concept
+        required: whether the run needs complete concepts; else a class may be None, and a concept
             without a name is left out.
 
     Raises:

@@ -1,8 +1,8 @@
 """kohya_ss GUI presets (JSON) -> TOML for this trainer.
 
 The GUI has its own field names, keeps empty boxes as "" or 0 and packs the network's settings
-into one field each; this module says in sd-scripts' words what the GUI would have passed on.
-What cannot be carried over is named in a warning, never dropped in silence.
+into one field each. This module translates them into the options of sd-scripts that the GUI would
+have passed. What cannot be translated causes a warning, and is never dropped silently.
 
 Source: bmaltais/kohya_ss kohya_gui/lora_gui.py train_model (which field becomes which option).
 """
@@ -142,13 +142,13 @@ _MULTIRES_NOISE = ("multires_noise_iterations", "multires_noise_discount")
 
 
 def convert_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Options that the GUI would pass on for a preset.
+    """Options that the GUI would pass for a preset.
 
     Args:
         preset: The JSON object: GUI field names and values.
 
     Returns:
-        Options that differ from their defaults, and what could not be carried over, in words.
+        Options that differ from their defaults, and warnings about what could not be translated.
 
     Raises:
         UserError: A field holds a value of the wrong type.
@@ -175,7 +175,7 @@ def convert_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
 
 def run_convert_preset(argv: Sequence[str]) -> int:
-    """``mlm-plugin convert-preset in.json [-o out.toml]``; gives the exit code.
+    """``mlm-plugin convert-preset in.json [-o out.toml]``; returns the exit code.
 
     Raises:
         UserError: Unreadable preset, or the target exists.
@@ -203,7 +203,7 @@ def _read_json(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(preset, dict):
-        raise UserError(f"{path}: is no GUI preset: an object of fields is needed")
+        raise UserError(f"{path}: is not a GUI preset: an object of fields is needed")
     return preset
 
 
@@ -212,7 +212,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def _is_off(value: Any) -> bool:
-    """0, "0", 0.0, false, "" and None: the GUI's ways to say nothing."""
+    """0, "0", 0.0, false, "" and None: the GUI's values for "not set"."""
     return _is_blank(value) or value in (0, "0", "0.0", "False", "none")
 
 
@@ -293,7 +293,7 @@ def _lycoris_arguments(fields: Mapping[str, Any], algo: str) -> list[str]:
 
 
 def _length(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Epochs win over steps; without either the GUI computes steps from ``epoch``."""
+    """Epochs take precedence over steps; without either the GUI uses ``epoch``."""
     given = {}
     for name in ("max_train_epochs", "max_train_steps"):
         if number := _number(fields, name):
@@ -325,7 +325,7 @@ def _learning_rates(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warmup(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
-    """``lr_warmup`` is a percentage of the run, ``lr_warmup_steps`` wins over it."""
+    """``lr_warmup`` is a percentage of the run, ``lr_warmup_steps`` takes precedence."""
     steps, percent = _number(fields, "lr_warmup_steps"), _number(fields, "lr_warmup")
     if not steps and not percent:
         return {}
@@ -368,14 +368,14 @@ def _switches(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
 
 
 def _keep_chosen_noise(fields: Mapping[str, Any], values: dict[str, Any]) -> None:
-    """The GUI passes on only the noise of the chosen type."""
+    """The GUI passes only the noise of the chosen type."""
     unused = {"Original": _MULTIRES_NOISE, "Multires": _ORIGINAL_NOISE}
     for name in unused.get(str(fields.get("noise_offset_type")), ()):
         values.pop(name, None)
 
 
 def _additional(text: str, warnings: list[str]) -> dict[str, Any]:
-    """Flags from the GUI's free text box; they win over its fields."""
+    """Flags from the GUI's free text box; they take precedence over its fields."""
     if not text:
         return {}
     known, unknown = parser().parse_known_args(shlex.split(text))

@@ -1,8 +1,9 @@
 """Command line and TOML -> ``TrainConfig``.
 
-Flags win over the TOML, the TOML wins over the defaults, as in kohya's trainer; unlike there every
-key is checked and every value is brought to its declared type, with an error that names the place.
-This module does not know which options go together (``checks``) and opens no image or model.
+Flags take precedence over the TOML, and the TOML over the defaults, as in kohya's trainer. Unlike
+there, every key is checked and every value converted to its declared type, with an error that names
+its location. This module does not know which options contradict each other (``checks``) and opens
+no images or models.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def config_from_values(values: Mapping[str, Any], *, place: str) -> TrainConfig:
-    """The config of a mapping of option names, checked like a TOML.
+    """The config for a mapping of options, checked like a TOML.
 
     Args:
         values: Option names and values as a TOML would hold them.
-        place: What errors call the source.
+        place: Name of the source in errors.
 
     Raises:
-        UserError: As ``load_config``.
+        UserError: As in ``load_config``.
     """
     return TrainConfig.from_flat(_read_values(values, place=place, lenient=False))
 
@@ -130,7 +131,7 @@ def write_options(values: Mapping[str, Any], path: str | Path) -> Path:
 
 
 def coerce(entry: Option, raw: Any, *, place: str) -> Any:
-    """Bring a value to the declared type of its option.
+    """Convert a value to the declared type of its option.
 
     Accepts what people write: ``"1e-4"`` for a number, ``1.0`` for a whole number, 0/1 and
     ``"false"`` for a switch, one value for a list, an empty text for "not given".
@@ -302,7 +303,7 @@ def _complain(message: str, *, lenient: bool) -> None:
 
 
 def _read_values(given: Mapping[str, Any], *, place: str, lenient: bool) -> dict[str, Any]:
-    """Final values of the honoured options in one source; complains about the others."""
+    """Final values of the supported options in one source; complains about the others."""
     values: dict[str, Any] = {}
     for name, raw in _without_aliases(given, place=place).items():
         if name in OPTIONS:
@@ -438,7 +439,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def options_markdown() -> str:
-    """The README's option tables: one per group with option, default and help."""
+    """The tables of ``docs/options.md``: one per group with option, default and help."""
     return "\n\n".join(_group_markdown(group, cls) for group, cls in GROUPS.items()) + "\n"
 
 

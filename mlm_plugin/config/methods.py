@@ -1,4 +1,4 @@
-"""The methods by name. Knows no torch: a class is imported only where it is needed."""
+"""The methods by name. Does not import torch: a class is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ METHOD_CLASSES = {
     "custom_diffusion": "mlm_plugin.methods.custom_diffusion:CustomDiffusion",
     "pivotal": "mlm_plugin.methods.pivotal:Pivotal",
 }
-"""What ``method`` may be, and where its class is; ``methods.METHODS`` holds the classes."""
+"""Values of ``method``, and where the classes are; ``methods.METHODS`` has the classes."""

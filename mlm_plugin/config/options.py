@@ -1,9 +1,9 @@
 """Every option of a training run, declared once.
 
 One frozen dataclass per group; a field holds name, type, default, help and limits. Command-line
-flags, TOML keys and the README's option table are derived from these fields. The names and, where
-nothing else is said, the defaults are those of kohya's ``train_network.py``. Its remaining options
-stand in two tables at the end: ``NO_EFFECT`` (accepted, with a warning) and ``REFUSED``.
+flags, TOML keys and the tables of ``docs/options.md`` are derived from these fields. The names and,
+unless noted, the defaults are those of kohya's ``train_network.py``. Its remaining options are in
+two tables at the end: ``NO_EFFECT`` (accepted, with a warning) and ``REFUSED``.
 
 This module knows nothing about files, argparse, images or models.
 """
@@ -123,7 +123,7 @@ def _stop_step(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The base model and how it is held in memory."""
+    """The base model and how it is kept in memory."""
 
     pretrained_model_name_or_path: str | None = option(
         None,
@@ -141,27 +141,27 @@ class ModelOptions:
     clip_skip: int | None = option(
         None,
         "Condition on the n-th last text-encoder layer, followed by the final layer norm "
-        "(anime models expect 2). SDXL always takes the one before the last.",
+        "(anime models expect 2). SDXL always uses the one before the last.",
         at_least=1,
     )
     max_token_length: int | None = option(
         None,
-        "Tokens of a caption that count: 75 (default), 150 or 225, in windows of 75.",
+        "Number of tokens of a caption: 75 (default), 150 or 225, in windows of 75.",
         choices=(150, 225),
         convert=_window_length,
     )
-    no_half_vae: bool = option(False, "Run the VAE in fp32 although mixed precision is on.")
+    no_half_vae: bool = option(False, "Run the VAE in fp32 even with mixed precision.")
     quantize_unet: str = option(
         "no",
         "Keep the linear weights of a frozen U-Net in fewer bits: `int8` takes half the memory of "
-        "bf16 and is off by about 1 %, `nf4` (bitsandbytes) takes 28 % and is off by about 9 %. "
-        "What is trained stays as precise as it was; every step takes longer.",
+        "bf16 with an error of about 1 %, `nf4` (bitsandbytes) 28 % with an error of about 9 %. "
+        "Trained weights keep their precision; every step takes longer.",
         choices=("no", "int8", "nf4"),
     )
     xformers: bool = option(
         False, "Attention by xformers if it is installed, else PyTorch SDPA with a warning."
     )
-    sdpa: bool = option(False, "Attention by PyTorch SDPA; this is the default already.")
+    sdpa: bool = option(False, "Attention by PyTorch SDPA; this is already the default.")
     torch_compile: bool = option(
         False, "Compile the U-Net with torch.compile: slow start, faster steps."
     )
@@ -207,7 +207,7 @@ class NetworkOptions:
     )
     network_weights: str | None = option(
         None,
-        "LoRA file whose weights the training starts from (optimizer state is not in it).",
+        "LoRA file to start from (without optimizer state).",
         path=True,
     )
     dim_from_weights: bool = option(
@@ -231,7 +231,9 @@ class EmbeddingOptions:
     """Learned token embeddings: methods textual_inversion, xti, custom_diffusion and pivotal."""
 
     num_vectors_per_token: int = option(
-        1, "Vectors per placeholder; more hold more detail and take more of the prompt.", at_least=1
+        1,
+        "Vectors per placeholder; more of them capture more detail and take more of the prompt.",
+        at_least=1,
     )
     init_word: tuple[str, ...] | None = option(
         None,
@@ -240,12 +242,12 @@ class EmbeddingOptions:
     )
     weights: tuple[str, ...] | None = option(
         None,
-        "Embedding files that the training starts from, one per concept (.safetensors, .pt, .bin).",
+        "Embedding files to start from, one per concept (.safetensors, .pt, .bin).",
         path=True,
     )
     xti_mlm_layers: str = option(
         "sample",
-        "MLM term of xti: `sample` reads each prompt with the embeddings of one random layer, "
+        "MLM term of xti: `sample` encodes each prompt with the embeddings of one random layer, "
         "`all` with those of every layer in turn (as many times the cost).",
         choices=("sample", "all"),
     )
@@ -259,14 +261,14 @@ class FinetuneOptions:
     """Trained model weights: methods dreambooth and custom_diffusion."""
 
     no_train_text_encoder: bool = option(
-        False, "Leave the text encoder as it is (dreambooth); the MLM term is then refused."
+        False, "Do not train the text encoder (dreambooth); the MLM term is then refused."
     )
     class_prompt: str | None = option(
         None, "Prompt of generate_class_images; `a photo of a <class_token>` if not given."
     )
     generate_class_images: int | None = option(
         None,
-        "Let the base model draw regularization images before training, until reg_data_dir holds "
+        "Let the base model draw regularization images before training, until reg_data_dir has "
         "this many per class; 200 is usual.",
         at_least=1,
         zero_is_off=True,
@@ -296,10 +298,10 @@ class OptimizerOptions:
         None, "Learning rate of the whole text encoder (dreambooth); learning_rate if not given."
     )
     learning_rate_te1: float | None = option(
-        None, "The same of SDXL's first text encoder, CLIP-L; learning_rate_te if not given."
+        None, "The same for SDXL's first text encoder, CLIP-L; learning_rate_te if not given."
     )
     learning_rate_te2: float | None = option(
-        None, "The same of SDXL's second text encoder, bigG; learning_rate_te if not given."
+        None, "The same for SDXL's second text encoder, bigG; learning_rate_te if not given."
     )
     embedding_lr: float | None = option(
         None, "Learning rate of learned token embeddings; learning_rate if not given."
@@ -345,11 +347,11 @@ class OptimizerOptions:
     fused_backward_pass: bool = option(
         False,
         "Step every U-Net tensor inside the backward pass and free its gradient there "
-        "(dreambooth): a model's size less memory. max_grad_norm then holds for each tensor.",
+        "(dreambooth): saves about the size of the model. max_grad_norm then applies per tensor.",
     )
     lr_scheduler: str = option(
         "constant",
-        "Course of the learning rate: constant, constant_with_warmup, linear, cosine, "
+        "Learning-rate schedule: constant, constant_with_warmup, linear, cosine, "
         "cosine_with_restarts, polynomial, inverse_sqrt, cosine_with_min_lr, warmup_stable_decay, "
         "piecewise_constant or adafactor.",
     )
@@ -386,7 +388,10 @@ class ScheduleOptions:
     method: str = option("lora", "What is trained.", choices=tuple(METHOD_CLASSES))
     max_train_steps: int = option(1600, "Length of the run in optimizer steps.", at_least=1)
     max_train_epochs: int | None = option(
-        None, "Length in epochs; wins over max_train_steps.", at_least=1, zero_is_off=True
+        None,
+        "Length in epochs; takes precedence over max_train_steps.",
+        at_least=1,
+        zero_is_off=True,
     )
     train_batch_size: int = option(1, "Images per step and device.", at_least=1)
     gradient_accumulation_steps: int = option(
@@ -400,8 +405,8 @@ class ScheduleOptions:
         "Precision of the forward pass and of the frozen model.",
         choices=("no", "fp16", "bf16"),
     )
-    full_fp16: bool = option(False, "Hold trained weights and gradients in fp16 too (needs fp16).")
-    full_bf16: bool = option(False, "Hold trained weights and gradients in bf16 too (needs bf16).")
+    full_fp16: bool = option(False, "Keep trained weights and gradients in fp16 too (needs fp16).")
+    full_bf16: bool = option(False, "Keep trained weights and gradients in bf16 too (needs bf16).")
     seed: int | None = option(
         None,
         "Seed of everything random, from 0 to 2^32 - 1; drawn and logged if not given.",
@@ -415,15 +420,15 @@ class ScheduleOptions:
     persistent_data_loader_workers: bool = option(
         False, "Keep the loader processes between epochs."
     )
-    resume: str | None = option(None, "State folder (`...-state`) to go on from.", path=True)
+    resume: str | None = option(None, "State folder (`...-state`) to resume from.", path=True)
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
-    """Images and captions; under dataset_config these are the values of last resort."""
+    """Images and captions; with dataset_config these are the defaults."""
 
     train_data_dir: str | None = option(
-        None, "Folder that holds folders named `<repeats>_<placeholder> <class>`.", path=True
+        None, "Folder with folders named `<repeats>_<placeholder> <class>`.", path=True
     )
     reg_data_dir: str | None = option(
         None, "The same for regularization images, named `<repeats>_<class>`.", path=True
@@ -457,8 +462,8 @@ class DatasetOptions:
     )
     cache_text_encoder_outputs: bool = option(
         False,
-        "Encode every caption once and take the text encoders off the card; nothing before their "
-        "output can be trained then, nor can captions change from use to use.",
+        "Encode every caption once and take the text encoders off the GPU. Nothing before their "
+        "output can then be trained, and captions must not vary.",
     )
     skip_cache_check: bool = option(
         False, "Trust latent files on disk without opening them; a stale file then spoils the run."
@@ -470,7 +475,8 @@ class DatasetOptions:
         0, "First parts of a caption that are never moved or dropped.", at_least=0
     )
     keep_tokens_separator: str = option(
-        "", "Marks in the caption where the fixed parts end, e.g. `|||`; wins over keep_tokens."
+        "",
+        "Marks the end of a caption's fixed parts, e.g. `|||`; takes precedence over keep_tokens.",
     )
     secondary_separator: str | None = option(
         None, "Joins parts that are shuffled and dropped together; becomes the caption separator."
@@ -511,7 +517,7 @@ class DatasetOptions:
         "Crop around the face given in the file name, face size as `min,max` ratio of the image.",
         convert=_join_numbers,
     )
-    random_crop: bool = option(False, "Crop at a random place; excludes latent caching.")
+    random_crop: bool = option(False, "Crop at a random position; excludes latent caching.")
     alpha_mask: bool = option(False, "Weight the loss by the image's alpha channel.")
     masked_loss: bool = option(
         False, "Weight the loss by the mask images in conditioning_data_dir."
@@ -526,7 +532,7 @@ class DatasetOptions:
         1.0, "Weight of the loss on regularization images.", at_least=0
     )
     debug_dataset: bool = option(
-        False, "Print what the data set became, then end without training."
+        False, "Print a report of the data set, then exit without training."
     )
 
 
@@ -561,14 +567,14 @@ class LossOptions:
         False, "Give the v loss the timestep weights of a noise loss (needs v_parameterization)."
     )
     v_pred_like_loss: float | None = option(
-        None, "Add this times a v-like loss (not with v_parameterization)."
+        None, "Weight of an additional v-like loss (not with v_parameterization)."
     )
     zero_terminal_snr: bool = option(
         False, "Rescale betas so that the last timestep is pure noise."
     )
     min_timestep: int | None = option(None, "First timestep that is trained, from 0.", at_least=0)
     max_timestep: int | None = option(
-        None, "Timesteps are drawn below this, up to 1000.", at_least=1
+        None, "Timesteps are drawn below this, at most 1000.", at_least=1
     )
     loss_type: str = option(
         "l2", "Distance of prediction and target.", choices=("l1", "l2", "huber", "smooth_l1")
@@ -576,7 +582,7 @@ class LossOptions:
     huber_schedule: str = option(
         "snr", "How huber_c depends on the timestep.", choices=("constant", "exponential", "snr")
     )
-    huber_c: float = option(0.1, "Where huber and smooth_l1 turn from square to linear.")
+    huber_c: float = option(0.1, "Where huber and smooth_l1 turn from quadratic to linear.")
     huber_scale: float = option(1.0, "Multiplies the huber parameter.")
 
 
@@ -590,14 +596,14 @@ class OutputOptions:
     )
     save_precision: str | None = option(
         None,
-        "Precision of the file; the trained one (fp32) if not given.",
+        "Precision of the file; that of the training (fp32) if not given.",
         choices=("float", "fp16", "bf16"),
     )
     save_model_as: str = option(
         "safetensors", "File format.", choices=("safetensors", "ckpt", "pt")
     )
     save_diffusers_folder: bool = option(
-        False, "Beside the checkpoint file write a diffusers folder of the same name (dreambooth)."
+        False, "Also write a diffusers folder with the name of the checkpoint (dreambooth)."
     )
     save_every_n_epochs: int | None = option(
         None, "Save every n epochs.", at_least=1, zero_is_off=True
@@ -627,7 +633,9 @@ class OutputOptions:
         False, "Save a state folder to resume from with every file and at the end."
     )
     save_state_on_train_end: bool = option(False, "Save a state folder at the end only.")
-    no_metadata: bool = option(False, "Write only the metadata that WebUIs need to place the file.")
+    no_metadata: bool = option(
+        False, "Write only the metadata that WebUIs need to recognize the base model."
+    )
     training_comment: str | None = option(None, "Free text for the metadata.")
     metadata_title: str | None = option(None, "modelspec title; output_name if not given.")
     metadata_author: str | None = option(None, "modelspec author.")
@@ -671,14 +679,14 @@ class LogOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Pictures drawn while training."""
+    """Sample pictures during training."""
 
     sample_every_n_steps: int | None = option(
         None, "Draw samples every n optimizer steps.", at_least=1, zero_is_off=True
     )
     sample_every_n_epochs: int | None = option(
         None,
-        "Draw samples every n epochs; wins over sample_every_n_steps.",
+        "Draw samples every n epochs; takes precedence over sample_every_n_steps.",
         at_least=1,
         zero_is_off=True,
     )
@@ -729,22 +737,20 @@ class MLMOptions:
     )
     mlm_loss_weight: float = option(
         0.1,
-        "Weight of the MLM loss beside the diffusion loss; 0 turns the term off. "
-        "For `mlm_target = word` the research code has 1e-4 to 5e-4.",
+        "Weight of the MLM loss added to the diffusion loss; 0 turns the term off. "
+        "For `mlm_target = word` the research code uses 1e-4 to 5e-4.",
         at_least=0,
     )
     mlm_target: str = option(
         "auto",
-        "What is to be read at hidden words: `class`, what the untrained text encoder gives with "
-        "the class word in the concept's place; `word`, the hidden word itself, as in the paper. "
-        "`auto`: `class` where every concept has a class word.",
+        "Target at masked words. `class`: what is predicted from the untrained text encoder with "
+        "the class word in place of the concept. `word`: the masked word itself, as in the paper. "
+        "`auto`: `class` if every concept has a class word.",
         choices=("auto", "class", "word"),
     )
-    mlm_batch_size: int = option(
-        8, "Prompts of the MLM term, beside every batch of images.", at_least=1
-    )
+    mlm_batch_size: int = option(8, "Prompts of the MLM term per batch of images.", at_least=1)
     mlm_probability: float = option(
-        0.5, "Share of the context words that is masked, above 0 up to 1; whole words."
+        0.5, "Share of the context words to mask, above 0 and up to 1; whole words."
     )
     mlm_replace: str = option(
         "mask",
@@ -772,11 +778,11 @@ class MLMOptions:
     mlm_contextualizer: str = option(
         "auto",
         "Pretrained contextualizer (.safetensors); `auto` finds or pretrains the one for this text "
-        "encoder. With several text encoders one file for each that is trained, between commas.",
+        "encoder. With several trained text encoders one file for each, separated by commas.",
         path=True,
     )
     mlm_joint_share: float = option(
-        0.5, "Share of the prompts that hold two concepts at once, where there are several."
+        0.5, "Share of the prompts with two concepts at once, if there are several."
     )
     mlm_seed: int | None = option(
         None, "Seed of prompts and masks; derived from seed if not given."
@@ -788,30 +794,30 @@ class RunOptions:
     """How the command itself behaves."""
 
     config_file: str | None = option(
-        None, "TOML with options; flags win over it. Sections are only for order.", path=True
+        None, "TOML with options; flags take precedence. Sections only group options.", path=True
     )
     output_config: bool = option(
-        False, "Write the options that differ from the defaults to config_file and end."
+        False, "Write the options that differ from the defaults to config_file and exit."
     )
     allow_unknown_keys: bool = option(
         False, "Warn about unknown keys and flags instead of refusing them."
     )
-    check: bool = option(False, "Validate options and data, then end before the model is loaded.")
+    check: bool = option(False, "Validate options and data, then exit before the model is loaded.")
     host: str = option(
         "auto",
         "Trainer that runs: `standalone` (this package's own) or `sd-scripts` (kohya's, with the "
-        "MLM term added); `auto` is sd-scripts where a checkout is given or lies beside the "
+        "MLM term added); `auto` is sd-scripts if a checkout is given or is beside the "
         "script, else standalone.",
         choices=("auto", "sd-scripts", "standalone"),
     )
     sd_scripts_dir: str | None = option(
         None,
-        "Checkout of sd-scripts; the environment variable SD_SCRIPTS_DIR says the same.",
+        "Checkout of sd-scripts; the environment variable SD_SCRIPTS_DIR does the same.",
         path=True,
     )
     mlm_arch: str = option(
         "auto",
-        "Architecture in the sd-scripts host; `auto` looks at the base model.",
+        "Architecture in the sd-scripts host; `auto` detects it from the base model.",
         choices=("auto", "sd", "sdxl", "sd3", "flux"),
     )
     mlm_script: str | None = option(
@@ -822,23 +828,23 @@ class RunOptions:
 
 
 class Declined(NamedTuple):
-    """A kohya option that this trainer knows but does not carry out.
+    """A kohya option that this trainer knows but does not support.
 
-    ``default`` is the value that asks for nothing; False makes it a switch, a tuple a list.
+    ``default`` is the neutral value; False makes it a switch, a tuple a list.
     """
 
     default: Any
     reason: str
 
 
-_MEMORY = "this trainer places models by itself"
+_MEMORY = "this trainer places models automatically"
 _DDP = "gradients are averaged without DistributedDataParallel"
 
 NO_EFFECT: dict[str, Declined] = {
     "lowram": Declined(False, _MEMORY),
     "highvram": Declined(False, _MEMORY),
     "lowvram": Declined(False, _MEMORY),
-    "mem_eff_attn": Declined(False, "PyTorch SDPA is memory efficient already"),
+    "mem_eff_attn": Declined(False, "PyTorch SDPA is already memory efficient"),
     "mem_eff_save": Declined(False, "a LoRA file is small"),
     "disable_mmap_load_safetensors": Declined(False, "files are read by safetensors' own rule"),
     "cpu_offload_checkpointing": Declined(False, "checkpointed activations stay on the device"),
@@ -866,7 +872,7 @@ _DEEPSPEED = "DeepSpeed is not supported; leave it out and use accelerate's mult
 _FP8 = "fp8 base weights are not supported; use quantize_unet = 'int8': as small, and more exact"
 _VALIDATION = "validation is not supported; leave it out and compare samples (sample_prompts)"
 _UPLOAD = "uploading is not supported; upload the saved file with `huggingface-cli upload`"
-_INITIAL = "resume finds the exact batch by itself; give the state folder as resume instead"
+_INITIAL = "resume finds the exact batch automatically; give the state folder as resume instead"
 _LORAPLUS = "give it as key=value in network_args instead, e.g. loraplus_lr_ratio=16"
 
 REFUSED: dict[str, Declined] = {
@@ -923,7 +929,7 @@ SWITCH_ALIASES: dict[str, tuple[str, str]] = {
     "use_8bit_adam": ("optimizer_type", "AdamW8bit"),
     "use_lion_optimizer": ("optimizer_type", "Lion"),
 }
-"""Old switches and the option they stand for."""
+"""Old switches and the options they set."""
 
 
 @dataclass(frozen=True)
@@ -946,7 +952,7 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build from option names and final values; names that are left out keep their default."""
+        """Build from option names and final values; other options keep their defaults."""
         return cls().replace(**values)
 
     def replace(self, **values: Any) -> TrainConfig:
@@ -965,9 +971,9 @@ class TrainConfig:
         return dataclasses.replace(self, **groups)
 
     def to_flat(self) -> dict[str, Any]:
-        """Every option kohya knows and ours, by flat name.
+        """Every option of kohya and ours, by flat name.
 
-        Options of ``NO_EFFECT`` and ``REFUSED`` carry their default: what this trainer acts as.
+        Options of ``NO_EFFECT`` and ``REFUSED`` have their default: how this trainer behaves.
         """
         declined = {name: entry.default for name, entry in (NO_EFFECT | REFUSED).items()}
         return declined | {

@@ -13,7 +13,7 @@ __all__ = ["RECIPE", "SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "par
 
 
 RECIPE = 1
-"""Raise it when masks, prompts or the network change: kept contextualizers are then made anew."""
+"""Increase it when masks, prompts or the network change: cached ones are then made again."""
 
 
 def _option(default, text: str):
@@ -33,14 +33,14 @@ class PretrainOptions:
     )
     warmup_steps: int = _option(100, "Steps of the warm-up.")
     mlm_probability: float = _option(
-        0.25, "Share of words to hide; more labels per prompt than in training train faster."
+        0.25, "Share of words to mask; more labels per prompt than in training train faster."
     )
-    eval_every_n_steps: int = _option(250, "Steps between two looks at the held-out prompts.")
-    patience: int = _option(3, "Looks without 1 % less held-out loss after which it stops.")
+    eval_every_n_steps: int = _option(250, "Steps between two evaluations on the held-out prompts.")
+    patience: int = _option(3, "Evaluations without 1 % less held-out loss after which it stops.")
     num_held_out: int = _option(512, "Held-out prompts.")
     width: int = _option(0, "Inner width of the contextualizer; 0: by the text encoder, 64 to 384.")
     num_layers: int = _option(
-        4, "Blocks of the contextualizer; 0: every word is named from its own state alone."
+        4, "Blocks of the contextualizer; 0: every word is predicted from its own state alone."
     )
     caption_share: float = _option(0.5, "Share of prompts that are drawn from --captions.")
     seed: int = _option(0, "Names every random draw.")
@@ -66,7 +66,7 @@ SMALL_ENCODER = PretrainOptions(
 
 @dataclass(frozen=True)
 class PretrainCommand:
-    """What `mlm-plugin pretrain` was asked for."""
+    """The options of `mlm-plugin pretrain`."""
 
     pretrained_model_name_or_path: str
     output: str
@@ -85,7 +85,7 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     parser = CommandParser(
         prog="mlm-plugin pretrain",
         allow_abbrev=False,
-        description="Train a contextualizer for a text encoder. Training does this by itself "
+        description="Train a contextualizer for a text encoder. Training does this automatically "
         "(--mlm_contextualizer auto); run it by hand to use captions of your own.",
     )
     parser.add_argument("--pretrained_model_name_or_path", required=True, metavar="MODEL",

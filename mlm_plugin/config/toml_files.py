@@ -1,4 +1,4 @@
-"""TOML files that people write: parsed, or refused with one clear line. Knows no keys."""
+"""TOML files written by people: parsed, or refused with one clear line. Knows no keys."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Prompts, masks and pictures: everything that becomes a batch. Knows no model."""
+"""Pictures, captions and latents: everything that becomes a batch. Knows no model."""

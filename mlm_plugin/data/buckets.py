@@ -1,8 +1,8 @@
 """Aspect-ratio buckets: which training size a picture gets, and how it is scaled and cropped to it.
 
 Pure functions over sizes, always (width, height) in pixels. Knows no files, no pixels and no
-batches. The numbers are those of sd-scripts (commit 48d368fa), so the same folder falls into the
-same buckets.
+batches. The numbers are those of sd-scripts (commit 48d368fa), so the same folder gets the same
+buckets.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def place_in_bucket(size: Size, buckets: Sequence[Size]) -> Placement:
     """Choose the bucket of the picture's own size, else the one of the nearest aspect ratio.
 
     The picture is scaled, up or down, until it just covers the bucket. Among equally near buckets
-    the first one wins.
+    the first one is used.
 
     Source: sd-scripts library/train_util.py BucketManager.select_bucket.
     """
@@ -124,7 +124,7 @@ def place_without_upscale(size: Size, resolution: Size, steps: int) -> Placement
     """Shrink the picture to the area of ``resolution`` if it is larger; never enlarge it.
 
     One side is rounded to ``steps``: the one that keeps the aspect ratio better. The bucket is what
-    remains after both sides are floored to ``steps``; the bucket limits play no part.
+    remains after both sides are floored to ``steps``; the bucket limits are not used.
 
     Raises:
         ValueError: a side of the bucket would be zero.
@@ -140,9 +140,9 @@ def place_without_upscale(size: Size, resolution: Size, steps: int) -> Placement
 
 
 def crop_box(bucket: Size, size: Size) -> tuple[float, float, float, float]:
-    """Give (left, top, right, bottom) as SDXL's conditioning wants them, from aspect ratios alone.
+    """Compute (left, top, right, bottom) for SDXL's conditioning, from aspect ratios alone.
 
-    Not the pixels that are cut: with random crops sd-scripts tells SDXL the same values.
+    Not the pixels that are cropped: with random crops sd-scripts passes SDXL the same values.
 
     Source: sd-scripts library/train_util.py BucketManager.get_crop_ltrb.
     """
@@ -157,7 +157,7 @@ def crop_box(bucket: Size, size: Size) -> tuple[float, float, float, float]:
 
 
 def crop_top_left(bucket: Size, size: Size, *, flipped: bool) -> tuple[int, int]:
-    """Give SDXL's (top, left); a mirrored picture counts its left from the other edge.
+    """Compute SDXL's (top, left); a mirrored picture counts its left from the other edge.
 
     Source: sd-scripts library/train_util.py BaseDataset.__getitem__.
     """

@@ -31,7 +31,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 KNOWN_EXTENSIONS = (".caption", ".txt", ".tags", ".cap")
-"""Extensions that caption tools write; one that was not asked for is reported, not used."""
+"""Extensions that caption tools write; others than the configured one are reported, not used."""
 
 FACE_INFO_PARTS = 4
 """sd-scripts' face tools append _cx_cy_w_h to a picture's name, not to its caption's."""
@@ -40,7 +40,7 @@ WILDCARD = re.compile(r"\{([^}]+)\}")
 
 
 class FoundCaption(NamedTuple):
-    """What lies beside a picture."""
+    """The caption found beside a picture."""
 
     text: str | None  # None: no file; "": an empty file; lines joined by "\n" with wildcards
     path: Path | None  # the file that was read
@@ -50,7 +50,7 @@ class FoundCaption(NamedTuple):
 def read_captions(image_path: Path, extension: str, enable_wildcard: bool) -> FoundCaption:
     """Read the caption file of a picture: same stem, then the stem without face information.
 
-    Without wildcards the first line that holds text counts, else every such line. A UTF-8 byte
+    Without wildcards the first line with text is used, else every such line. A UTF-8 byte
     order mark is dropped.
 
     Raises:
@@ -127,7 +127,7 @@ def process_caption(
 
 
 def with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
-    """Put ``caption_prefix`` before the first line and ``caption_suffix`` behind the last one."""
+    """Put ``caption_prefix`` before the first line and ``caption_suffix`` after the last one."""
     if subset.caption_prefix:
         caption = f"{subset.caption_prefix} {caption}"
     if subset.caption_suffix:
@@ -136,7 +136,7 @@ def with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
 
 
 def ineffective_settings(subset: SubsetConfig) -> list[str]:
-    """Name the caption settings that do nothing together with the others, one line each."""
+    """Name the caption settings that have no effect with the others, one line each."""
     lines = []
     if not _rewrites_tags(subset):
         needed = "shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
@@ -180,7 +180,7 @@ def _drops_caption(subset: SubsetConfig, rng: random.Random, epoch: int) -> bool
 def _fill_wildcards(caption: str, rng: random.Random) -> str:
     if "\n" in caption:
         caption = rng.choice(caption.split("\n"))
-    # Doubled braces are literal ones. They hide behind characters that the caption does not use.
+    # Doubled braces are literal. They are replaced by characters that the caption does not use.
     opened, closed = "\ue000", "\ue001"
     while opened in caption or closed in caption:
         opened, closed = opened + "\ue000", closed + "\ue001"
@@ -216,7 +216,7 @@ def _rewrite_tags(
 
 
 def _split_tags(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:
-    """Split into tags that stay in front, tags that move, tags that stay behind."""
+    """Split into tags kept at the front, tags to shuffle, and tags kept at the end."""
     mark = subset.keep_tokens_separator
     if mark and mark in caption:
         parts = [_tags(part, subset.caption_separator) for part in caption.split(mark, 2)]

@@ -1,8 +1,8 @@
 """Batches: pictures of one bucket with their captions, the same for equal (seed, epoch, index).
 
 Knows neither tokenizer nor VAE nor devices. One item of the data set is one :class:`Batch`. There
-is no hidden state: what is random in a batch follows from (seed, epoch, index), so a resumed run
-and any number of workers or processes see the same batches.
+is no hidden state: everything random in a batch follows from (seed, epoch, index), so a resumed
+run and any number of workers or processes see the same batches.
 
 Epochs count from 0. ``caption_dropout_every_n_epochs`` counts from 1, as in sd-scripts.
 """
@@ -54,7 +54,7 @@ CHANGING_CAPTIONS = (
     "enable_wildcard",
     "scale_aug",
 )
-"""Settings of a subset under which pictures, or captions, differ from draw to draw."""
+"""Settings of a subset that make pictures, or captions, differ between draws."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Batch:
     pixel_values: Tensor | None  # (B, 3, H, W) in [-1, 1]
     latents: Tensor | None  # (B, 4, H/8, W/8), a sample of the VAE, not scaled
     loss_masks: Tensor | None  # (B, 1, H, W) in [0, 1], 1 = learn
-    valid_masks: Tensor | None  # (B, 1, H, W) of 0 and 1, 1 = the picture is there, not blank
+    valid_masks: Tensor | None  # (B, 1, H, W) of 0 and 1, 1 = picture, 0 = blank
     loss_weights: Tensor  # (B,), prior_loss_weight for regularisation images, else 1
     captions: list[str]
     original_sizes: list[Size]  # (h, w)
@@ -75,9 +75,9 @@ class Batch:
     custom_attributes: list[dict[str, Any]]
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from where a GPU fetches without anybody waiting.
+        """The same batch in page-locked memory, for asynchronous copies to a GPU.
 
-        A loader with ``pin_memory`` calls it.
+        Called by a loader with ``pin_memory``.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(
@@ -86,7 +86,7 @@ class Batch:
 
 
 class BatchKey(NamedTuple):
-    """Which batch, without regard to the data set's current epoch and step."""
+    """Identifies a batch, independent of the data set's current epoch and step."""
 
     epoch: int
     index: int
@@ -103,18 +103,18 @@ class _Sample(NamedTuple):
 
 
 class TrainDataset(Dataset):
-    """The pictures of all data sets, cut into batches that mix neither buckets nor data sets.
+    """The pictures of all data sets, in batches that mix neither buckets nor data sets.
 
     Args:
         datasets: resolved configuration.
-        seed: of everything random.
+        seed: seed of everything random.
         prior_loss_weight: loss weight of regularisation images.
-        masked_loss: whether masks from ``conditioning_data_dir`` are used; an alpha mask is asked
-            for by the subset alone.
-        templates: if given, one of them, drawn anew each time, takes the place of a picture's
-            caption, with the subset's ``class_tokens`` or else ``concept`` in its slot.
-            Regularisation images keep their captions.
-        concept: what is learned, as captions name it.
+        masked_loss: whether masks from ``conditioning_data_dir`` are used; alpha masks depend on
+            the subset alone.
+        templates: if given, a random one replaces a picture's caption each time, with the subset's
+            ``class_tokens`` or else ``concept`` in its slot. Regularisation images keep their
+            captions.
+        concept: what is learned, as it is called in captions.
 
     Attributes:
         images: every picture in use.
@@ -164,15 +164,15 @@ class TrainDataset(Dataset):
         self._length = len(self._batches(0))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) of batches that are asked for by number."""
+        """Set the epoch (from 0) of batches that are requested by number."""
         self._epoch = epoch
 
     def set_step(self, step: int) -> None:
-        """Tell the optimiser steps done, for batches that are asked for by number."""
+        """Set the number of optimiser steps done, for batches that are requested by number."""
         self._step = step
 
     def set_max_train_steps(self, num_steps: int) -> None:
-        """Tell the length of the run, of which ``token_warmup_step`` below 1 is a share."""
+        """Set the length of the run, of which a ``token_warmup_step`` below 1 is a share."""
         self._max_train_steps = num_steps
 
     def cache_latents(
@@ -187,11 +187,11 @@ class TrainDataset(Dataset):
     ) -> None:
         """Replace pixels by latents from here on; arguments as in :func:`.latents.cache_latents`.
 
-        With several processes and ``to_disk``, let the main process go first: the others then find
-        its files.
+        With several processes and ``to_disk``, call it on the main process first: the others then
+        find its files.
 
         Raises:
-            UserError: a subset changes its pictures from draw to draw.
+            UserError: the pictures of a subset differ between draws.
         """
         self._refuse_together("cache_latents", CHANGING_PICTURES)
         self._cache = cache_latents(
@@ -209,10 +209,10 @@ class TrainDataset(Dataset):
         return Counter({key: len(members) for key, members in self._groups.items()})
 
     def fixed_captions(self) -> list[str]:
-        """Every caption that a batch can hold, as it stands there.
+        """Every caption that can be in a batch, exactly as it is there.
 
         Raises:
-            UserError: a subset changes its captions from draw to draw.
+            UserError: the captions of a subset differ between draws.
 
         Source: sd-scripts library/train_util.py is_text_encoder_output_cacheable.
         """
@@ -225,7 +225,7 @@ class TrainDataset(Dataset):
         return list(dict.fromkeys(captions))
 
     def captions_of(self, info: ImageInfo) -> list[str]:
-        """What a picture may be captioned, with prefix and suffix, before tags are rewritten.
+        """The possible captions of a picture, with prefix and suffix, before tags are rewritten.
 
         Filled templates, else the lines of its own caption (without wildcards the first one).
         """
@@ -296,7 +296,7 @@ class TrainDataset(Dataset):
         return _Sample(*content, scaling=scaling, caption=scaling.caption(caption), flipped=flipped)
 
     def _texts_of(self, info: ImageInfo) -> list[str]:
-        """The filled templates that stand for a picture's caption, else that caption alone."""
+        """The filled templates that replace a picture's caption, else only that caption."""
         if not self._takes_template(info):
             return [info.caption]
         concept = " ".join((info.subset.class_tokens or self.concept).split())
@@ -335,8 +335,8 @@ class TrainDataset(Dataset):
 class EpochOrder(Sampler[BatchKey]):
     """Which batches this process takes in an epoch, and in which order.
 
-    Every key carries its epoch and step, so workers that outlive an epoch need no message. With
-    several processes the list is filled up from its start until all have equally many.
+    Every key carries its epoch and step, so persistent workers need no message. With several
+    processes the list is filled up from its start until all have the same number.
 
     Args:
         dataset: the data set.
@@ -385,14 +385,14 @@ def make_loader(
     persistent_workers: bool = False,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Give a loader of whole batches; call ``order.start_epoch`` before each pass.
+    """Create a loader of complete batches; call ``order.start_epoch`` before each pass.
 
-    It takes nothing from torch's global random stream.
+    It does not use torch's global random stream.
 
     Args:
         order: which batches.
-        num_workers: processes that make them; 0 = this one.
-        persistent_workers: whether the processes live on between passes.
+        num_workers: processes that load them; 0 = this one.
+        persistent_workers: whether the processes are kept between passes.
         pin_memory: put batches into page-locked memory, for a GPU.
     """
     return DataLoader(
@@ -408,7 +408,7 @@ def make_loader(
 
 
 def _ignore_interrupts(_worker_id: int) -> None:
-    """Ctrl-C reaches every process; only the main one decides what it means."""
+    """Ctrl-C reaches every process; only the main one handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -1,7 +1,7 @@
-"""What is in a data set, in plain words, before hours are spent on it.
+"""A plain-text report of a data set, before hours are spent on it.
 
-Looks at the pictures and captions a data set has already read. Knows no tokenizer: the number of
-tokens comes from a function of the caller.
+Uses the pictures and captions that a data set has already read. Knows no tokenizer: the caller
+passes a function that counts tokens.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class SubsetReport:
     name: str
     class_tokens: str | None
     is_reg: bool
-    concepts: tuple[str, ...]  # one of them is looked for in each caption
+    concepts: tuple[str, ...]  # each caption should contain one of them
     num_images: int
     num_repeats: int  # pictures per epoch: images with their repeats
     num_captions: int  # pictures with a caption of their own
-    num_with_concept: int | None  # captions that hold one of the concepts; None without concepts
+    num_with_concept: int | None  # captions with one of the concepts; None without concepts
     num_cut: int | None  # captions over the token limit; None without a tokenizer
-    captions_elsewhere: dict[str, int]  # extension that was not asked for -> files
-    num_templates: int = 0  # that take the place of captions
+    captions_elsewhere: dict[str, int]  # other extension than the configured one -> files
+    num_templates: int = 0  # templates that replace captions
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,15 @@ def dataset_report(
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int = 75,
 ) -> DatasetReport:
-    """Count what training will see, and name what is probably not meant.
+    """Count what training will see, and warn about what is probably unintended.
 
     Args:
         dataset: the data set, read.
-        concepts: what is learned, as captions name it (``sks dog``). They are looked for as whole
-            words, with prefix and suffix; of several, in each subset those that its class_tokens
-            name, or any of them where these name none.
-        count_tokens: tokens of a text, without begin and end.
-        max_tokens: tokens of a caption that the text encoder sees.
+        concepts: what is learned, as it is called in captions (``sks dog``). They are matched as
+            whole words, with prefix and suffix. Of several, each subset is searched for those in
+            its class_tokens, or for any if it names none.
+        count_tokens: number of tokens of a text, without BOS and EOS.
+        max_tokens: number of tokens of a caption that the text encoder sees.
     """
     groups: dict[tuple, list[ImageInfo]] = {}
     for info in dataset.images:
@@ -170,7 +170,7 @@ def _concepts_of(class_tokens: str | None, concepts: Sequence[str]) -> tuple[str
 
 
 def _caption_warnings(subset: SubsetReport, *, is_only: bool) -> Iterator[str]:
-    """Warnings about captions; ``is_only`` says that the run has one concept."""
+    """Warnings about captions; ``is_only``: the run has one concept."""
     concepts = subset.concepts
     for extension, count in subset.captions_elsewhere.items():
         yield (
@@ -200,7 +200,7 @@ def _caption_warnings(subset: SubsetReport, *, is_only: bool) -> Iterator[str]:
 
 
 def _remedy(concepts: Sequence[str], *, is_only: bool) -> str:
-    """How captions come to hold the concept; a prefix must not reach another one's pictures."""
+    """How to get the concept into captions; a prefix must not affect another one's pictures."""
     if len(concepts) > 1:
         return "write into each what it shows"
     where = "" if is_only else " for these alone, in a dataset_config"
@@ -234,7 +234,7 @@ def _skipped_warnings(skipped: dict[Path, str]) -> Iterator[str]:
 
 
 def _count_with(concepts: Sequence[str], texts: Sequence[Sequence[str]]) -> int:
-    """How many pictures have one of the concepts in everything they may be captioned."""
+    """Number of pictures with one of the concepts in all their possible captions."""
     patterns = [_whole_word(concept) for concept in concepts]
     return sum(
         all(any(pattern.search(line) for pattern in patterns) for line in lines) for lines in texts

@@ -1,10 +1,10 @@
 """Pictures: any file to upright 8-bit RGB, then scaled, cropped, mirrored, recoloured.
 
-Knows no buckets, captions or data sets: sizes and positions come from outside, sizes always as
-(width, height). Arrays are (height, width, channels) uint8.
+Knows no buckets, captions or data sets: sizes and positions are arguments, sizes always (width,
+height). Arrays are (height, width, channels) uint8.
 
-Differences from sd-scripts (commit 48d368fa), all on purpose: EXIF rotation is applied; what is
-transparent shows white, unless the alpha channel is asked for; 16-bit greys are scaled, not
+Differences from sd-scripts (commit 48d368fa), all on purpose: EXIF rotation is applied;
+transparent parts become white, unless the alpha channel is requested; 16-bit greys are scaled, not
 clipped; resampling is antialiased for every filter.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
 IMAGE_EXTENSIONS = frozenset(
     ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .jxl .heic .heif".split()
 )
-"""Files that count as pictures. One that Pillow cannot read here is named, not passed over."""
+"""Files that count as pictures. One that Pillow cannot read is reported, not ignored."""
 
 PIL_FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -64,7 +64,7 @@ GAMMA_RANGE = (0.95, 1.05)
 
 
 class ImageFacts(NamedTuple):
-    """What a data set must know of a file before training."""
+    """What a data set needs to know about a file before training."""
 
     size: tuple[int, int]  # (width, height), upright
     digest: str  # SHA-256 of the file
@@ -84,10 +84,10 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def inspect_image(path: Path) -> ImageFacts:
-    """Decode a file once, to learn whether it is whole.
+    """Decode a file once, to check that it is complete.
 
     Raises:
-        ValueError: the file is no picture, is cut short, or its format needs a missing plug-in.
+        ValueError: the file is not a picture, is truncated, or its format needs a missing plug-in.
     """
     try:
         data = path.read_bytes()
@@ -116,8 +116,8 @@ def open_image(path: Path, *, alpha: bool = False) -> np.ndarray:
 
     Args:
         path: the file.
-        alpha: keep transparency as a fourth channel, with the colours that lie under it; a file
-            without any gets 255. Otherwise transparent parts are laid on white.
+        alpha: keep transparency as a fourth channel, with the colours below it; a file
+            without transparency gets 255. Otherwise transparent parts become white.
 
     Returns:
         (H, W, 3) or, with ``alpha``, (H, W, 4), uint8.
@@ -153,7 +153,7 @@ def resize_image(
 ) -> np.ndarray:
     """Scale to (width, height): area average when no side grows, else Lanczos, unless named.
 
-    Transparency is scaled beside the colours, not multiplied into them, as in sd-scripts.
+    Transparency is scaled separately from the colours, not premultiplied, as in sd-scripts.
 
     Source: sd-scripts library/utils.py resize_image.
     """
@@ -177,7 +177,7 @@ def resize_image(
 def crop(
     pixels: np.ndarray, size: tuple[int, int], *, rng: random.Random | None = None
 ) -> np.ndarray:
-    """Cut (width, height) out of the middle, or, with ``rng``, anywhere (x drawn before y).
+    """Crop to (width, height) at the centre or, with ``rng``, at a random position (x before y).
 
     Source: sd-scripts library/train_util.py trim_and_resize_if_required.
     """
@@ -190,10 +190,10 @@ def crop(
 
 
 def color_augment(pixels: np.ndarray, *, rng: random.Random) -> np.ndarray:
-    """Shift the hue by up to 16 degrees or bend the brightness, in a third of the calls.
+    """Shift the hue by up to 16 degrees or change the gamma, in a third of the calls.
 
-    sd-scripts' gamma raises byte values themselves, which is a change of brightness by up to a
-    third; here gamma acts on values in [0, 1].
+    The gamma of sd-scripts acts on byte values, which changes the brightness by up to a third. Here
+    it acts on values in [0, 1].
 
     Args:
         pixels: (H, W, 3) uint8, not changed.
@@ -235,10 +235,10 @@ def _has_transparency(image: Image.Image) -> bool:
 
 
 def _average_rows(values: np.ndarray, num_rows: int) -> np.ndarray:
-    """Average over rows, each counted by the share of it that an output row covers.
+    """Average over rows, each weighted by the share of it that an output row covers.
 
-    Pillow's box filter takes a row whole or not at all, which differs from OpenCV's area filter by
-    up to 50 of 255 at edges when the factor is not an integer.
+    Pillow's box filter uses a row completely or not at all. This differs from OpenCV's area filter
+    by up to 50 of 255 at edges when the factor is not an integer.
     """
     height = values.shape[0]
     if height == num_rows:
@@ -246,7 +246,7 @@ def _average_rows(values: np.ndarray, num_rows: int) -> np.ndarray:
     edges = np.arange(num_rows + 1) * (height / num_rows)
     whole = np.minimum(edges.astype(int), height - 1)
     shares = (edges - whole).astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
-    at_edges = shares * values[whole]  # the part of each edge row that lies before the edge
+    at_edges = shares * values[whole]  # the part of each edge row before the edge
     between = np.add.reduceat(values, whole, axis=0, dtype=np.float32)[:-1]
     return (between + np.diff(at_edges, axis=0)) * np.float32(num_rows / height)
 

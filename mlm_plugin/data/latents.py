@@ -1,12 +1,12 @@
-"""Latents computed once and kept in memory or beside the pictures.
+"""Latents computed once and cached in memory or beside the pictures.
 
-Knows no VAE: ``encode`` and ``vae_id`` come from the trainer. Shapes: C = 4 latent channels,
+Knows no VAE: ``encode`` and ``vae_id`` are arguments. Shapes: C = 4 latent channels,
 h, w = picture size / 8.
 
 A file has kohya's name and keys, so sd-scripts can use it, plus two keys of ours: the VAE's
 identity and a key of everything else that shaped the latents (picture file, mask file, scaling).
-A file of sd-scripts lacks them, so nothing vouches for its VAE: it is computed anew, once. The
-older ``{stem}.npz`` of sd-scripts is not used.
+A file of sd-scripts lacks them, so its VAE is unknown and it is computed again, once. The older
+``{stem}.npz`` of sd-scripts is not used.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ LATENT_CHANNELS = 4
 VAE_KEY = "mlm_plugin_vae"
 SOURCE_KEY = "mlm_plugin_source"
 SOURCE_VERSION = "1"
-"""Part of the source key: raise it when pictures are read or scaled differently."""
+"""Part of the source key: increase it when pictures are read or scaled differently."""
 
 BROKEN_FILE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 class CachedLatents(NamedTuple):
-    """What is kept of one picture."""
+    """The cached data of one picture."""
 
     latents: Tensor  # (C, h, w) float32, a sample of the VAE's distribution, not scaled
     latents_flipped: Tensor | None  # (C, h, w) of the mirrored picture
@@ -63,7 +63,7 @@ def cache_latents(
     skip_check: bool = False,
     is_sdxl: bool = False,
 ) -> list[CachedLatents | Path]:
-    """Encode every picture that has no valid latents on disk.
+    """Encode every picture without valid latents on disk.
 
     The VAE's distribution is sampled once: every epoch sees the same latents.
 
@@ -73,14 +73,14 @@ def cache_latents(
         vae_id: changes whenever the VAE's weights do.
         to_disk: keep the latents in files and return their paths.
         batch_size: pictures per call of ``encode``, all of one size.
-        skip_check: take every existing file as it is (``--skip_cache_check``).
-        is_sdxl: names files as those of SDXL's VAE, so that both kinds have theirs in one folder.
+        skip_check: use every existing file without checks (``--skip_cache_check``).
+        is_sdxl: use the file names of SDXL's VAE, so that both kinds fit into one folder.
 
     Returns:
         One entry per picture, in order.
 
     Raises:
-        UserError: the VAE gives NaN, or a file cannot be written.
+        UserError: the VAE returns NaN, or a file cannot be written.
 
     Source: sd-scripts library/strategy_base.py LatentsCachingStrategy.
     """
@@ -105,11 +105,11 @@ def cache_latents(
 
 
 def latents_paths(infos: Sequence[ImageInfo], *, suffix: str = SUFFIX) -> list[Path]:
-    """Name the cache file of each picture: ``{stem}_{width:04d}x{height:04d}{suffix}`` beside it.
+    """The cache file of each picture: ``{stem}_{width:04d}x{height:04d}{suffix}`` beside it.
 
-    Where that name would serve two different entries (same stem, or one picture in data sets of
-    different resolution, where sd-scripts mixes them up) the later ones get their bucket, settings
-    and extension into the name.
+    Two different entries may have the same name: the same stem, or one picture in data sets of
+    different resolution, which sd-scripts mixes up. Then the names of the later ones also contain
+    bucket, settings and extension.
 
     Source: sd-scripts library/strategy_sd.py SdSdxlLatentsCachingStrategy.get_latents_npz_path.
     """
@@ -148,7 +148,7 @@ def read_latents(path: Path, info: ImageInfo) -> CachedLatents:
 
 
 def _problem(path: Path, info: ImageInfo, vae_id: str, skip_check: bool) -> str | None:
-    """Say why a file cannot be used; None if it can."""
+    """Why a file cannot be used; None if it can."""
     if not path.is_file():
         return "no file yet"
     if skip_check:
@@ -184,7 +184,7 @@ def _reason(error: Exception) -> str:
 
 
 def _groups(infos: Sequence[ImageInfo], todo: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Cut the work into batches of one size and one flip setting, smallest size first."""
+    """Split the work into batches of one size and one flip setting, smallest size first."""
     by_kind: dict[tuple, list[int]] = {}
     for i in todo:
         by_kind.setdefault((infos[i].bucket, infos[i].subset.flip_aug), []).append(i)

@@ -1,18 +1,17 @@
-"""Scale augmentation: a picture far away on a blank canvas, or seen from near, and told so.
+"""Scale augmentation: a picture is shrunk on a blank canvas or enlarged, and its caption says so.
 
-Two draws of three take a scale from [1/3, 1), the third from [1.2, 1.4]. Below 0.6 the scaled
-picture lies somewhere on a blank canvas; from 0.6 to 1 the picture stays as it is; above 1 a part
-of the enlarged picture is cut out. The caption of a small or enlarged picture says so.
+Two thirds of the scales are from [1/3, 1), the rest from [1.2, 1.4]. Below 0.6 the scaled picture
+is at a random position on a blank canvas. From 0.6 to 1 the picture is unchanged. Above 1 the
+enlarged picture is cropped. The caption of a small or enlarged picture says so.
 
-Knows no files, buckets or latents, and no loss: what is blank must not be learned, and
-:meth:`Scaling.valid_mask` says where that is. Sizes are (width, height) in pixels. Shapes: C
+Knows no files, buckets or latents, and no loss: blank parts must not be learned, and
+:meth:`Scaling.valid_mask` marks them. Sizes are (width, height) in pixels. Shapes: C
 channels, H x W pixels of the canvas, h x w of the scaled picture.
 
 Source: Custom Diffusion, arXiv 2212.04488, and adobe-research/custom-diffusion (commit 31aa283),
-src/finetune_data.py MaskBase. Different here, on purpose: width and height scale together, so
-canvases need not be square; small pictures have sides and places that are multiples of a latent,
-so that the mask is exact in the latents; a caption that begins with an article gives it up to the
-words before it.
+src/finetune_data.py MaskBase. Deliberate differences: width and height scale together, so canvases
+need not be square; sides and positions of small pictures are multiples of a latent, so that the
+mask is exact in the latents; an article at the start of a caption moves before the added words.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ SMALLER_SHARE = 2 / 3
 SMALLER_RANGE = (1 / 3, 1.0)
 LARGER_RANGE = (1.2, 1.4)
 SMALL = 0.6
-"""Below this scale a picture is small: pasted, and named so."""
+"""Below this scale a picture counts as small: it is pasted, and the caption says so."""
 
 MIN_PASTED_SIDE = 3 * LATENT_STRIDE
-"""One latent is left of it when the border is taken off."""
+"""One latent remains when the border is removed."""
 
 MIN_SIDE = 40
-"""Smallest canvas: SMALL of it still holds MIN_PASTED_SIDE."""
+"""Smallest canvas: scaled by SMALL it still has MIN_PASTED_SIDE."""
 
 SMALL_WORDS = ("a far away ", "very small ")
 LARGE_WORDS = ("zoomed in ", "close up ")
@@ -50,18 +49,18 @@ ARTICLE = re.compile(r"(an?|the) ", re.IGNORECASE)
 
 
 class Scaling(NamedTuple):
-    """Size and place of a scaled picture, and the words for it."""
+    """Size and position of a scaled picture, and the words for it."""
 
     canvas: Size
     size: Size  # of the scaled picture
-    left: int  # of the scaled picture on the canvas; negative where it is cut off
+    left: int  # of the scaled picture on the canvas; negative where it is cropped
     top: int
     words: str = ""  # in front of the caption
 
     def place(self, picture: Tensor) -> Tensor:
-        """Put a scaled picture ``(C, h, w)`` on zeros, ``(C, H, W)``; what lies outside is cut off.
+        """Put a scaled picture ``(C, h, w)`` on zeros, ``(C, H, W)``; parts outside are cropped.
 
-        Zero is mid grey of pixels in [-1, 1], and nothing of a mask.
+        Zero is mid grey for pixels in [-1, 1], and empty for a mask.
         """
         (width, height), (left, top) = self.canvas, (self.left, self.top)
         assert picture.shape[1:] == self.size[::-1], f"{picture.shape} is not {self.size}"
@@ -77,8 +76,8 @@ class Scaling(NamedTuple):
     def valid_mask(self) -> Tensor:
         """Where the picture is: ``(1, H, W)`` of 0 and 1.
 
-        Of a picture that does not fill the canvas, one latent is left out all around: latents at
-        its border also see what is blank.
+        If a picture does not fill the canvas, a border of one latent is left out: latents there
+        also see the blank part.
         """
         width, height = self.canvas
         if self.size[0] >= width and self.size[1] >= height:
@@ -90,7 +89,7 @@ class Scaling(NamedTuple):
         return mask
 
     def caption(self, text: str) -> str:
-        """Tell the scale: "a photo of sks dog" becomes "a far away photo of sks dog".
+        """Add the scale: "a photo of sks dog" becomes "a far away photo of sks dog".
 
         A dropped caption stays empty.
         """
@@ -101,12 +100,12 @@ class Scaling(NamedTuple):
 
 
 def unscaled(canvas: Size) -> Scaling:
-    """The picture as it is."""
+    """The unchanged picture."""
     return Scaling(canvas, size=canvas, left=0, top=0)
 
 
 def draw_scaling(rng: random.Random, canvas: Size) -> Scaling:
-    """Draw scale, place and words.
+    """Draw scale, position and words.
 
     Args:
         rng: source of every draw.

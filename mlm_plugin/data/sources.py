@@ -1,6 +1,6 @@
-"""From folders and metadata files to a list of whole, captioned pictures with their buckets.
+"""From folders and metadata files to a list of usable, captioned pictures with their buckets.
 
-Everything that is decided once, before training: which files count, their captions and masks,
+Everything that is decided once, before training: which files are used, their captions and masks,
 repeats, regularisation images, sizes. Knows no batches, epochs or latents.
 Sizes are (width, height).
 """
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]
 
 MAX_ASPECT_DIFFERENCE = 0.01
-"""A mask may have another size than its picture, but not another shape than this share."""
+"""A mask may differ in size from its picture; its aspect ratio only by this share."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class ImageInfo:
         facts: size, digest and so on of the file.
         caption: text before any random change, lines joined by a line break with wildcards.
         caption_source: "file", "metadata", "class_tokens" or "none".
-        caption_elsewhere: a caption file under an extension that was not asked for.
+        caption_elsewhere: a caption file with another extension than the configured one.
         mask_path: the mask from ``conditioning_data_dir``.
         subset: settings of the folder it comes from.
         dataset_index: which [[datasets]] it belongs to; batches never mix them.
@@ -135,12 +135,12 @@ def read_dataset(config: DatasetConfig, *, dataset_index: int = 0) -> Sources:
 def load_pixels(
     info: ImageInfo, *, rng: random.Random | None = None, size: Size | None = None
 ) -> np.ndarray:
-    """Read a picture, scale it and cut it to its bucket; ``rng`` makes the cut a random one.
+    """Read a picture, scale it and crop it to its bucket; ``rng`` makes the crop random.
 
     Args:
         info: the picture.
-        rng: source of the cut's place.
-        size: the same view at another size than the bucket's.
+        rng: source of the crop position.
+        size: the same crop at another size than the bucket's.
 
     Returns:
         (H, W, 3) uint8, or (H, W, 4) with the loss mask as the last channel.
@@ -321,7 +321,7 @@ def _placer(config: DatasetConfig):
         return lambda size: buckets.place_in_bucket(size, [resolution])
     steps = config.bucket_reso_steps
     if config.bucket_no_upscale:
-        # The limits play no part here; only the steps are checked.
+        # The limits are not used here; only the steps are checked.
         buckets.usable_bucket_range(
             resolution, min_bucket_reso=steps, max_bucket_reso=max(resolution), steps=steps
         )
@@ -350,12 +350,12 @@ def _place(infos: Iterable[ImageInfo], place, *, keep_size: bool) -> dict[Path, 
 
 
 def _crops_at_full_size(config: DatasetConfig, subset: SubsetConfig) -> bool:
-    """Without buckets a random crop is cut from the picture as it is, as in sd-scripts."""
+    """Without buckets a random crop is taken from the unscaled picture, as in sd-scripts."""
     return subset.random_crop and not config.enable_bucket
 
 
 def _balance(infos: list[ImageInfo], num_train_images: int) -> list[ImageInfo]:
-    """Use regularisation images, and repeat them, until they are as many as training images.
+    """Use and repeat regularisation images until there are as many as training images.
 
     Source: sd-scripts library/train_util.py DreamBoothDataset.__init__, end.
     """
@@ -378,7 +378,7 @@ def _balance(infos: list[ImageInfo], num_train_images: int) -> list[ImageInfo]:
 
 
 def _hint(folder: Path | None) -> str:
-    """Say where pictures lie when they lie one folder deeper."""
+    """A hint where pictures are if they are one folder deeper."""
     if folder is None or not folder.is_dir():
         return ""
     deeper = [f.name for f in sorted(folder.iterdir()) if f.is_dir() and images.list_images(f)]

@@ -1,6 +1,6 @@
-"""Neutral captions with a slot for the concept, as Textual Inversion trains with.
+"""Neutral captions with a slot for the concept, as used in Textual Inversion.
 
-The texts are data (``templates.toml``). Knows no pictures and no draws.
+The texts are data (``templates.toml``). Knows no pictures and no random draws.
 
 Source of the idea: Textual Inversion, arXiv 2208.01618; ``--use_object_template`` and
 ``--use_style_template`` of sd-scripts. The texts are our own.
@@ -32,5 +32,5 @@ def load_templates(kind: str) -> tuple[str, ...]:
 
 
 def fill_template(template: str, concept: str) -> str:
-    """Put the concept into the slot; "a" or "an" before it follows its first word."""
+    """Put the concept into the slot; "a" or "an" before it agrees with its first word."""
     return correct_articles(template.replace("{}", concept))

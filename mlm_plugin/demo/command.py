@@ -1,4 +1,4 @@
-"""`mlm-plugin pocket`: its command line. Torch is imported once the work begins."""
+"""The command line of `mlm-plugin pocket`. Torch is imported only when the work starts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mlm_plugin.files import require_writable
 __all__ = ["add_folders", "prepare_model", "run_pocket"]
 
 IN_A_CHECKOUT = {"build": "research.pocket_model", "bench": "research.bench"}
-"""Commands that are not installed, and the modules that do the same."""
+"""Commands that are not in the installed package, and the modules that replace them."""
 
 
 def run_pocket(argv: Sequence[str]) -> int:
     """Run `mlm-plugin pocket ...`; returns the exit code.
 
     Raises:
-        UserError: an unknown command or flag, a missing one, or what only a checkout has.
+        UserError: an unknown command or flag, a missing one, or one that needs a checkout.
     """
     if argv and argv[0] in IN_A_CHECKOUT:
         raise UserError(
@@ -40,14 +40,14 @@ def run_pocket(argv: Sequence[str]) -> int:
 def _add_concept(commands) -> None:
     concept = commands.add_parser(
         "concept",
-        help="write a new thing's training pictures and test prompts",
+        help="write a new concept's training pictures and test prompts",
         description="Write DIR/train, a kohya data folder of four pictures that share background "
         "and position; DIR/test_prompts.txt for `mlm-plugin evaluate --prompts`, with what each "
         "prompt asks for beside it in test_prompts.json; and DIR/contexts.txt for "
         "`--mlm_prompt_set`.",
     )
     concept.add_argument("--concept", required=True, metavar="NAME",
-                         help='Which one, as prompts call it, such as "sks dog".')  # fmt: skip
+                         help='Its name in prompts, such as "sks dog".')  # fmt: skip
     concept.add_argument("--output", required=True, type=Path, metavar="DIR",
                          help="Folder to write to.")  # fmt: skip
     concept.set_defaults(run=_run_concept)
@@ -56,14 +56,14 @@ def _add_concept(commands) -> None:
 def _add_demo(commands) -> None:
     demo = commands.add_parser(
         "demo",
-        help="learn one thing plain and with the MLM term, and show both side by side",
+        help="learn one concept with and without the MLM term, and show both side by side",
         description="Train a LoRA of the built-in concept twice, with equal seeds, without and "
         "with the MLM term. Writes both files and DIR/grid.png: the same prompts and noise through "
         "the base model and both.",
     )
     add_folders(demo, written="files")
     demo.add_argument("--concept", default="vvq cat", metavar="NAME",
-                      help='What is learned, as prompts call it (default: "vvq cat").')  # fmt: skip
+                      help='Its name in prompts (default: "vvq cat").')  # fmt: skip
     demo.set_defaults(run=_run_demo)
 
 
@@ -96,10 +96,10 @@ def _run_demo(given: argparse.Namespace) -> int:
 
 
 def prepare_model(name: str) -> Path:
-    """Make the console quiet and find the folder of a pocket model.
+    """Silence the console and find the folder of a pocket model.
 
     Raises:
-        UserError: the folder holds no oracle.
+        UserError: the folder has no oracle.
     """
     from mlm_plugin.setup.console import quiet_imports
 

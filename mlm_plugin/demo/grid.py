@@ -21,10 +21,10 @@ PAPER, INK, SOFT = (250, 249, 246), (30, 30, 34), (110, 108, 102)
 def comparison_grid(
     concept: Concept, texts: Sequence[str], columns: Mapping[str, Tensor]
 ) -> Image.Image:
-    """A row per prompt, a column per model; the training pictures above.
+    """A row per prompt and a column per model, with the training pictures above.
 
     Args:
-        concept: whose training pictures.
+        concept: its training pictures are shown.
         texts: the prompts.
         columns: title -> pictures ``(B, 3, 64, 64)`` in [-1, 1], the first for the first text.
     """

@@ -1,4 +1,4 @@
-"""The trainer's options for a concept on a pocket model. Knows no torch."""
+"""The trainer's options for a concept on a pocket model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LORA: Mapping[str, str] = {
     "network_dim": "8",
     "network_alpha": "8",
     "learning_rate": "5e-3",
-    "lr_scheduler": "cosine",  # so that the last evaluation sees settled weights
+    "lr_scheduler": "cosine",  # so that the weights have settled at the last evaluation
 }
 
 
@@ -35,7 +35,7 @@ class Paths(NamedTuple):
 
 
 def run_options(paths: Paths, *, method: str, num_steps: int, seed: int) -> dict[str, str]:
-    """Options that every run has, without the MLM term."""
+    """Options common to all runs, without the MLM term."""
     return {
         "pretrained_model_name_or_path": str(paths.model),
         "train_data_dir": str(paths.data),
@@ -55,7 +55,7 @@ def mlm_options(weight: float, *, prompts: Path, contextualizer: Path) -> dict[s
     """Options of the MLM term.
 
     Args:
-        weight: of the term.
+        weight: weight of the term.
         prompts: text file with ``{}`` for the concept.
         contextualizer: its file.
     """

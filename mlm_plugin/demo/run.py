@@ -1,4 +1,4 @@
-"""`mlm-plugin pocket demo`: one concept learned twice, and what became of the prompts."""
+"""`mlm-plugin pocket demo`: one concept learned twice, and the effect on prompts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_demo(
         concept: what is learned.
         model: folder of a pocket model.
         output: new files go here.
-        num_train_steps: of each training.
+        num_train_steps: steps of each training.
         sampling: how pictures are drawn.
     """
     test = ConceptTest(

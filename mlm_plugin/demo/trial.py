@@ -1,4 +1,4 @@
-"""One training of a concept on a pocket model, evaluated on the way.
+"""One training of a concept on a pocket model, evaluated during training.
 
 Trains through the standalone trainer, as a user would; only the evaluations are added. Runs of one
 concept with equal seeds share data order, noise and the noise of test pictures.
@@ -57,7 +57,7 @@ class Scores:
 
 
 class Evaluation(NamedTuple):
-    """One picture or more per test prompt, ``(B, 3, 64, 64)`` in [-1, 1], and their scores."""
+    """Pictures for the test prompts, ``(B, 3, 64, 64)`` in [-1, 1], and their scores."""
 
     scores: Scores
     pictures: Tensor
@@ -68,11 +68,11 @@ class ConceptTest:
     """Draws the test prompts of a concept and scores the pictures.
 
     Attributes:
-        concept: whose prompts.
-        seed: names the noise of the pictures.
-        oracle: sees what is in a picture.
+        concept: its prompts are drawn.
+        seed: determines the noise of the pictures.
+        oracle: recognizes what is in a picture.
         sampling: how pictures are drawn.
-        num_pictures: for each prompt.
+        num_pictures: number of pictures per prompt.
     """
 
     concept: Concept
@@ -85,8 +85,8 @@ class ConceptTest:
         """Draw every test prompt and score the pictures.
 
         Args:
-            model: what draws.
-            words: stand in the concept's place; ``None``: its name.
+            model: draws the pictures.
+            words: replace the concept in prompts; ``None``: its name.
         """
         prompts = [p for p in prompt_templates(self.concept) for _ in range(self.num_pictures)]
         texts = [prompt.text.replace("{}", words or self.concept.name) for prompt in prompts]
@@ -107,7 +107,7 @@ class EvaluationCallback(Callback):
     """Evaluates the model after the given steps.
 
     Attributes:
-        evaluations: by step.
+        evaluations: evaluations by step.
     """
 
     def __init__(self, test: ConceptTest, steps: Collection[int]):
@@ -120,7 +120,7 @@ class EvaluationCallback(Callback):
         return self.evaluations[max(self.evaluations)]
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Evaluate, if this is one of the steps."""
+        """Evaluate if this is one of the steps."""
         step = trainer.progress.current_step
         if step in self.steps:
             with trainer.evaluating():
@@ -128,13 +128,13 @@ class EvaluationCallback(Callback):
 
 
 def create_trainer(options: Mapping[str, str]) -> tuple[Trainer, Sequence[ConceptWords]]:
-    """A trainer by its options, and the concepts as its prompts call them.
+    """A trainer from its options, and the concepts as in its prompts.
 
     Args:
-        options: of the ``train`` command, ``seed`` among them.
+        options: options of the ``train`` command, including ``seed``.
 
     Raises:
-        UserError: as the ``train`` command has it.
+        UserError: as in the ``train`` command.
     """
     config = load_config(as_argv(options))
     check_config(config)
@@ -153,7 +153,7 @@ def create_trainer(options: Mapping[str, str]) -> tuple[Trainer, Sequence[Concep
 
 
 def pipeline_of(models: StableDiffusion) -> TextToImage:
-    """The untrained model as it draws."""
+    """A pipeline of the untrained model."""
     (text_encoder,) = models.text_encoders
     return TextToImage(models.unet, models.vae, text_encoder.encode_captions)
 
@@ -166,18 +166,18 @@ def _trained_pipeline(trainer: Trainer) -> TextToImage:
 
 
 def as_images(pictures: Tensor) -> list[Image.Image]:
-    """Pictures in [-1, 1] as Pillow has them."""
+    """Pictures in [-1, 1] as Pillow images."""
     return [as_image(picture) for picture in pictures]
 
 
 def mean_of(values: Tensor) -> float:
-    """Mean with five decimals."""
+    """Mean, rounded to five decimals."""
     return round(float(values.float().mean()), 5)
 
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Within the block, what is printed goes to a new file."""
+    """Redirect everything printed in the block to a new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("w", encoding="utf-8") as file,

@@ -19,23 +19,23 @@ from matplotlib.figure import Figure
 __all__ = ["Bar", "Line", "Point", "bar_chart", "dot_chart", "scatter_chart"]
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
-SOFT, RULE = "#63636a", "#e3e0d9"  # as in the style
+SOFT, RULE = "#63636a", "#e3e0d9"  # as in the style sheet
 MAX_LABEL = 52  # characters
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 class Point(NamedTuple):
-    """A dot of a scatter chart.
+    """A dot in a scatter chart.
 
     Attributes:
         x: horizontal position.
         y: vertical position.
-        title: shown while the pointer is over it.
+        title: tooltip.
         series: number of its colour.
         label: printed beside it.
         x_interval: half width of a horizontal error bar.
         y_interval: half height of a vertical error bar.
-        faint: small and pale.
+        faint: whether it is small and pale.
     """
 
     x: float
@@ -73,7 +73,7 @@ def scatter_chart(
     lines: Sequence[Line] = (),
     joined: bool = False,
 ) -> Markup:
-    """Dots in a plane; ``joined`` connects those of each series, in their order."""
+    """A scatter plot; ``joined`` connects the dots of each series in order."""
     chart = _Chart()
     chart.axes.set(xlabel=x_title, ylabel=y_title)
     for line in lines:
@@ -110,12 +110,12 @@ def bar_chart(bars: Sequence[Bar], *, title: str) -> Markup:
 def dot_chart(
     rows: Sequence[tuple[str, Sequence[float | None]]], *, title: str, names: Sequence[str]
 ) -> Markup:
-    """One row per text and in it one dot per series, joined by a line.
+    """One row per label with one dot per series, joined by a line.
 
     Args:
         rows: label and a value for each series.
-        title: of the axis.
-        names: of the series, shown while the pointer is over a dot.
+        title: title of the axis.
+        names: names of the series, shown as tooltips.
     """
     chart = _Chart(rows=[label for label, _ in rows])
     chart.axes.grid(visible=False, axis="y")
@@ -130,7 +130,7 @@ def dot_chart(
 
 
 class _Chart:
-    """One plot, free of pyplot's global state; with ``rows``, one labelled row for each text."""
+    """One plot without pyplot's global state; with ``rows``, one labelled row each."""
 
     def __init__(self, rows: Sequence[str] = ()):
         self.figure = Figure()
@@ -142,23 +142,23 @@ class _Chart:
             self.axes.set_yticks(range(len(rows)), labels, color=matplotlib.rcParams["text.color"])
             self.axes.set_ylim(len(rows) - 0.5, -0.5)
 
-    def mark(self, kind: str, *values: Any, title: str = "", **look: Any) -> None:
-        """Plot a curve or dot that is an SVG group of the class ``kind``, with a title."""
+    def mark(self, kind: str, *values: Any, title: str = "", **style: Any) -> None:
+        """Plot a curve or dot as an SVG group of the class ``kind``, with a title."""
         name = f"{kind}-{len(self.groups)}"
         self.groups[name] = Markup('<g class="{}"><title>{}</title>').format(kind, title)
-        self.axes.plot(*values, gid=name, **look)
+        self.axes.plot(*values, gid=name, **style)
 
-    def dot(self, x: float, y: float, series: int, title: str, **look: Any) -> None:
-        self.mark("dot", x, y, "o", title=title, color=f"C{series}", zorder=3, **look)
+    def dot(self, x: float, y: float, series: int, title: str, **style: Any) -> None:
+        self.mark("dot", x, y, "o", title=title, color=f"C{series}", zorder=3, **style)
 
-    def text(self, text: str, xy: tuple[float, float], offset: tuple[int, int], **look) -> None:
-        look = {"xycoords": "data", **look}
-        self.axes.annotate(text, xy, offset, textcoords="offset points", **look)
+    def text(self, text: str, xy: tuple[float, float], offset: tuple[int, int], **style) -> None:
+        style = {"xycoords": "data", **style}
+        self.axes.annotate(text, xy, offset, textcoords="offset points", **style)
 
     def svg(self, title: str) -> Markup:
-        """The SVG element, without ids that would be there twice in a page."""
+        """The SVG element, without ids, which would not be unique in a page."""
         for artist in self.figure.findobj():
-            artist.set_clip_on(False)  # dots on an edge are drawn whole
+            artist.set_clip_on(False)  # dots on an edge are not clipped
         file = io.StringIO()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # the browser has fonts for other scripts

@@ -1,7 +1,7 @@
-"""Finished evaluations side by side: paired numbers, and one report of them all.
+"""Finished evaluations side by side: paired differences, and one report for all.
 
-Every run is compared with the first, prompt by prompt: both drew a prompt from the same noise if
-their seeds are the same. Knows no models.
+Every run is compared with the first, prompt by prompt: with equal seeds, both drew a prompt from
+the same noise. Knows no models.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def compare(folders: Sequence[str], output: Path) -> Path:
     """Write ``comparison.json`` and ``report.html``; returns the report.
 
     Raises:
-        UserError: fewer than two folders, one without results, or scores of different judges.
+        UserError: fewer than two folders, one without results, or scores from different models.
     """
     if len(folders) < 2:
         raise UserError("--compare: name at least two folders of finished evaluations")
@@ -46,7 +46,7 @@ def compare(folders: Sequence[str], output: Path) -> Path:
     _refuse_other_judges(folders, runs)
     if {Path(folder).resolve() for folder in folders} & {output.resolve()}:
         raise UserError(f"--output {output}: is one of the folders compared; choose another")
-    if warning := _unlike_text_encoders(runs):
+    if warning := _different_text_encoders(runs):
         logger.warning("--compare: %s", warning)
     differences = [paired_differences(runs[0], run) for run in runs[1:]]
     content = {
@@ -72,7 +72,7 @@ def compare(folders: Sequence[str], output: Path) -> Path:
 def paired_differences(
     first: Mapping[str, Any], other: Mapping[str, Any]
 ) -> dict[str, dict[str, float | None]]:
-    """``other - first`` over the prompts of both, for every image measure that both took.
+    """``other - first`` over common prompts, for every image measure that both have.
 
     Returns:
         by measure ``mean``, ``interval`` (95 %), ``n`` and ``p`` (sign flips; None for
@@ -104,8 +104,8 @@ def _refuse_other_judges(folders: Sequence[str], runs: Sequence[Mapping[str, Any
             )
 
 
-def _unlike_text_encoders(runs: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence where runs have text encoders that others lack; else nothing."""
+def _different_text_encoders(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A warning if the runs have different text encoders; else an empty string."""
     groups: dict[str, list[str]] = {}
     for i, run in enumerate(runs):
         groups.setdefault(" and ".join(run["text"]), []).append(letter(i))
@@ -113,6 +113,6 @@ def _unlike_text_encoders(runs: Sequence[Mapping[str, Any]]) -> str:
         return ""
     shown = "; ".join(f"{', '.join(letters)}: {names}" for names, letters in groups.items())
     return (
-        f"the runs have unlike text encoders ({shown}), so measures of the text stand in rows of "
-        "their own and are not compared between them"
+        f"the runs have different text encoders ({shown}), so measures of the text are in "
+        "separate rows and are not compared between them"
     )

@@ -1,4 +1,4 @@
-"""The page of finished evaluations side by side. Knows no models."""
+"""The page with finished evaluations side by side. Knows no models."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mlm_plugin.evaluation.results import IMAGE_MEASURES, Measure, axes_of, meas
 
 __all__ = ["comparison_page"]
 
-MAX_PICTURES = 4  # of a run and prompt
+MAX_PICTURES = 4  # per run and prompt
 Results = Mapping[str, Any]
 
 
 class Cell(NamedTuple):
-    """A measure of one run, and how it differs from the first run."""
+    """A measure of one run, and its difference to the first run."""
 
     value: float | None
     change: Mapping[str, Any] | None
@@ -44,10 +44,10 @@ def comparison_page(
     """The page as HTML.
 
     Args:
-        runs: as each ``results.json`` holds them.
-        folders: where their pictures lie.
-        differences: of every run but the first to the first, by measure.
-        warning: a sentence that goes with the table.
+        runs: the contents of each ``results.json``.
+        folders: folders with their pictures.
+        differences: difference of every other run to the first, by measure.
+        warning: a sentence above the table.
     """
     common = _common_prompts(runs) if all(run["measures"] for run in runs) else []
     return render(
@@ -85,7 +85,7 @@ def _measure_rows(runs: Sequence[Results], differences: Sequence[Mapping[str, An
 
 
 def _best(values: Sequence[float | None], measure: Measure) -> float | None:
-    """The best value; None where no direction is better or all look the same."""
+    """The best value; None if no direction is better or all are shown the same."""
     known = [value for value in values if value is not None]
     if not measure.better or len({shown(value, measure) for value in known}) < 2:
         return None
@@ -103,7 +103,7 @@ def _common_prompts(runs: Sequence[Results]) -> list[list[Mapping[str, Any]]]:
 
 
 def _plane(runs: Sequence[Results]) -> Markup | None:
-    """One measure against another: means with intervals, and every prompt."""
+    """A scatter plot of two measures: means with intervals, and every prompt."""
     axes = axes_of(runs)
     if axes is None:
         return None
@@ -123,7 +123,7 @@ def _plane(runs: Sequence[Results]) -> Markup | None:
 def _by_prompt(
     runs: Sequence[Results], common: Sequence[Sequence[Mapping[str, Any]]]
 ) -> Markup | None:
-    """Fidelity to every prompt, a dot for each run; None where it was not measured."""
+    """Fidelity to every prompt, a dot for each run; None if it was not measured."""
     axes = axes_of(runs)
     measure = axes[0] if axes else "clip_t"
     rows = [(row[0]["text"], [entry["scores"].get(measure) for entry in row]) for row in common]
@@ -134,6 +134,6 @@ def _by_prompt(
 
 
 def _settings(runs: Sequence[Results]) -> dict[str, list[str]]:
-    """What each run says of every option."""
+    """The value of every option in each run."""
     names = dict.fromkeys(name for run in runs for name in run["settings"])
     return {name: [str(run["settings"].get(name)) for run in runs] for name in names}

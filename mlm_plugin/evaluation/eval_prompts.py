@@ -1,4 +1,4 @@
-"""Evaluation prompts: what is drawn, with the concept, and what is scored by, without its word.
+"""Evaluation prompts: with the concept for drawing, and without its placeholder for scoring.
 
 Knows no model.
 """
@@ -31,7 +31,7 @@ class EvaluationPrompt(NamedTuple):
 
     Attributes:
         template: with ``{}`` for the concept.
-        prompt: what is drawn, "a sks dog in the jungle".
+        prompt: the prompt to draw, "a sks dog in the jungle".
         text: what CLIP-T compares with, "a dog in the jungle".
     """
 
@@ -45,8 +45,8 @@ def evaluation_prompts(
 ) -> list[EvaluationPrompt]:
     """Fill templates for drawing ("sks dog") and for scoring ("dog").
 
-    The placeholder is left out of the text that is scored: no CLIP knows it, and a rare word would
-    count against every picture alike.
+    The placeholder is left out of the text for scoring: no CLIP knows it, and a rare word would
+    lower the score of every picture.
 
     Source: Textual Inversion's and Custom Diffusion's evaluations, which leave it out too.
     """
@@ -61,14 +61,14 @@ def evaluation_prompts(
 
 
 def with_concept(template: str, placeholder_token: str, class_token: str) -> str:
-    """Put "sks dog" into the slot; the article stays as it is written, as in training."""
+    """Put "sks dog" into the slot; the article is not adapted, as in training."""
     if not placeholder_token:
         return with_class(template, class_token)
     return template.replace("{}", f"{placeholder_token} {class_token}".strip())
 
 
 def with_class(template: str, class_token: str) -> str:
-    """Put "dog" into the slot; "a" and "an" follow it."""
+    """Put "dog" into the slot; "a" and "an" agree with it."""
     return correct_articles(template.replace("{}", class_token))
 
 
@@ -77,7 +77,7 @@ def load_templates(path: str | Path | None, *, class_token: str) -> list[str]:
 
     Args:
         path: one template per line, ``{}`` once, ``#`` in column 0 = comment; None = DreamBench.
-        class_token: says which of DreamBench's two lists fits.
+        class_token: decides which of DreamBench's two lists is used.
 
     Raises:
         UserError: the file is missing or empty, or a line has not exactly one slot.
@@ -100,15 +100,15 @@ def load_templates(path: str | Path | None, *, class_token: str) -> list[str]:
     if not templates:
         raise UserError(f"--prompts {path}: no prompts; write one per line, with {{}} in each")
     if double := {text for text in templates if templates.count(text) > 1}:
-        raise UserError(f"--prompts {path}: {min(double)!r} stands there twice; leave one out")
+        raise UserError(f"--prompts {path}: {min(double)!r} is there twice; remove one")
     return templates
 
 
 def picture_seed(seed: int, template: str, number: int) -> int:
     """Noise of picture ``number`` of a template.
 
-    Named by the template, not by the concept or its place in a list, so that two models draw the
-    same prompt from the same noise, whatever they call the concept.
+    Derived from the template, not from the concept or the position in a list, so that two models
+    draw the same prompt from the same noise, whatever they call the concept.
     """
     name = f"evaluate/{seed}/{template}/{number}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")

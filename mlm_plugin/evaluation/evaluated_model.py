@@ -1,10 +1,10 @@
-"""The model that is evaluated: a base model with the files of a training, in a diffusers pipeline.
+"""The evaluated model: a base model with the files of a training, in a diffusers pipeline.
 
-Custom Diffusion is loaded by diffusers itself, as a user of these files would. A LoRA is applied by
+Custom Diffusion is loaded by diffusers itself, as users of these files would. A LoRA is applied by
 the trainer's own network, because diffusers ignores alphas that differ between layers. Learned
 token embeddings are kept beside the token table (``models/token_embeddings.py``), so that the
-placeholder may be a word that the tokenizer already knows, which diffusers refuses. Knows no
-prompts and no measures.
+placeholder may be a word in the vocabulary, which diffusers refuses. Knows no prompts and no
+measures.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from mlm_plugin.training.samples import create_sampler
 __all__ = ["EvaluatedModel", "LearnedFiles", "LoadSettings", "Pipeline", "load_evaluated_model"]
 
 LORA_UP = "lora_up.weight"
-# Layers that read text states, by the end of their name.
+# Layers that take text states, by the end of their name.
 READS_TEXT = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 Encode = Callable[[Sequence[str]], Conditioning]
-"""Prompts to what the U-Net is conditioned on."""
+"""Encodes prompts into the conditioning of the U-Net."""
 
 
 @dataclass
@@ -52,10 +52,10 @@ class EvaluatedModel:
     """A model that draws a concept, frozen, in eval mode.
 
     Attributes:
-        pipeline: takes ``prompt_embeds``; its scheduler is the sampler asked for, its VAE is fp32.
+        pipeline: takes ``prompt_embeds``; its scheduler is the chosen sampler, its VAE is fp32.
         text_encoders: the pipeline's, one or SDXL's two, with everything learned in place.
-        base_text_encoders: the base model's, untouched, fp32; they stay on the CPU.
-        encode: prompts to what the U-Net reads.
+        base_text_encoders: the untrained ones of the base model, fp32; they stay on the CPU.
+        encode: encodes prompts into the conditioning of the U-Net.
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
     """
 
@@ -67,7 +67,7 @@ class EvaluatedModel:
 
     @property
     def resolution(self) -> int:
-        """Side in pixels of the pictures that the model was made for."""
+        """Side in pixels of the pictures that the model was trained for."""
         return self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     def to(self, device: torch.device) -> EvaluatedModel:
@@ -79,9 +79,9 @@ class EvaluatedModel:
         return self
 
     def release_drawing(self) -> None:
-        """Free the device of U-Net and VAE, once no picture is missing."""
+        """Move U-Net and VAE off the device, once all pictures are drawn."""
         for module in (self.pipeline.unet, self.pipeline.vae):
-            torch.nn.Module.to(module, "cpu")  # diffusers' own warns of half weights on a CPU
+            torch.nn.Module.to(module, "cpu")  # diffusers' own warns about half weights on a CPU
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -91,7 +91,7 @@ class LearnedFiles:
     """The files of a training; with none of them the base model itself is evaluated.
 
     Attributes:
-        checkpoint: a trained model that draws in place of the base model.
+        checkpoint: a trained model that replaces the base model for drawing.
         lora: LoRA file with kohya's key names.
         lora_weight: its strength.
         embedding: Textual Inversion file.
@@ -114,9 +114,9 @@ class LoadSettings:
     Attributes:
         clip_skip: as in training.
         sampler: kohya's name, see ``SAMPLERS``.
-        dtype: of U-Net and text encoders. The VAE is fp32: SDXL's overflows in fp16.
-        tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for; else the checkpoint
-            is read with the tokenizer of the base model.
+        dtype: precision of U-Net and text encoders. The VAE is fp32: SDXL's overflows in fp16.
+        tokenizer_cache_dir: where to look for a checkpoint file's tokenizer; else the tokenizer of
+            the base model is used.
     """
 
     clip_skip: int | None = None
@@ -137,7 +137,7 @@ def load_evaluated_model(
 
     Args:
         base: diffusers folder, hub id or checkpoint file.
-        files: of the training.
+        files: the trained files.
         placeholder_token: the word that ``files.embedding`` and ``files.xti`` were learned for.
         settings: how to load them.
 
@@ -151,7 +151,7 @@ def load_evaluated_model(
     base_text_encoders = [_copy(text_encoder) for text_encoder in models.text_encoders]
     if files.checkpoint is not None:
         family = models.family
-        del models  # the memory of a whole model, before the next one is loaded
+        del models  # free the memory of a whole model before the next one is loaded
         models = _load_checkpoint(files.checkpoint, settings, base=base, family=family)
     pipeline = _pipeline(models, settings.sampler)
     encode = _load_files(models, pipeline, files, placeholder_token)
@@ -171,7 +171,7 @@ def _model_settings(settings: LoadSettings) -> ModelSettings:
 def _load_files(
     models: StableDiffusion, pipeline: Pipeline, files: LearnedFiles, placeholder_token: str
 ) -> Encode:
-    """Put what was learned into the models; returns what encodes prompts with it."""
+    """Load what was learned into the models; returns the function that encodes prompts."""
     if files.lora is not None:
         _load_lora(models, files.lora, files.lora_weight)
     if files.delta is not None:
@@ -208,7 +208,7 @@ def _copy(text_encoder: TextEncoder) -> TextEncoder:
 
 
 def _tokenizer_of(base: str) -> Path:
-    """Where the tokenizer lies that a checkpoint file trained from this model is read with."""
+    """Folder of the tokenizer for a checkpoint file that was trained from this model."""
     path = Path(base)
     if path.is_file():
         return path.parent / "tokenizer"
@@ -281,7 +281,7 @@ def _load_lora(models: StableDiffusion, path: str, weight: float) -> None:
 
 
 def _refuse_other_lora(models: StableDiffusion, state: Mapping[str, Tensor], path: str) -> None:
-    """Compare the text encoders that a file names, and the widths it reads, with the model's."""
+    """Compare text encoders and widths of a file with those of the model."""
     expected = {
         part: encoder.token_embedding.embedding_dim
         for part, encoder in zip(
@@ -302,7 +302,7 @@ def _refuse_other_lora(models: StableDiffusion, state: Mapping[str, Tensor], pat
 
 
 def _parts_of(state: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Options for the models that the file adapts."""
+    """Network options for the models that the file adapts."""
     return {
         "network_train_text_encoder_only": not any(key.startswith("lora_unet") for key in state),
         "network_train_unet_only": not any(key.startswith("lora_te") for key in state),
@@ -331,7 +331,7 @@ def _load_embedding(models: StableDiffusion, path: str, placeholder_token: str) 
     if len(embeddings) != count:
         keys = ", ".join(EMBEDDING_KEYS[count])
         raise UserError(
-            f"--embedding {path}: holds rows for {len(embeddings)} text encoder(s), "
+            f"--embedding {path}: holds embeddings for {len(embeddings)} text encoder(s), "
             f"{models.source} is {TITLES[models.family]} and needs {count} ({keys}): use a file "
             "trained on this kind of model"
         )

@@ -29,7 +29,7 @@ TILES = ("prompt_fidelity", "identity", "clip_t", "clip_i", "dino", "dino_fg", "
 
 
 class Tile(NamedTuple):
-    """One of the numbers at the top."""
+    """A headline number."""
 
     measure: Measure
     value: float
@@ -49,8 +49,8 @@ def evaluation_page(results: Mapping[str, Any], folder: Path) -> str:
     """The page as HTML.
 
     Args:
-        results: as ``results.json`` holds them.
-        folder: where its pictures lie.
+        results: the contents of ``results.json``.
+        folder: folder with its pictures.
     """
     return render(
         "evaluation.html",
@@ -89,7 +89,7 @@ def _columns(results: Mapping[str, Any]) -> list[Column]:
 
 
 def _plane(results: Mapping[str, Any]) -> Markup | None:
-    """One measure against another, a dot per prompt; None where they were not both taken."""
+    """A scatter plot of two measures, a dot per prompt; None if one is missing."""
     axes = axes_of([results])
     if axes is None:
         return None

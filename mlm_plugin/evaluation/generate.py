@@ -1,7 +1,7 @@
 """Draws the pictures of an evaluation into a folder; an interrupted run continues.
 
-The seed of a picture depends on its prompt and number alone, so the set is the same however often
-the run was interrupted. Knows no measures.
+The seed of a picture depends only on its prompt and number, so the set is the same after any number
+of interruptions. Knows no measures.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class DrawingSettings:
     Attributes:
         num_images: pictures per prompt.
         seed: names the noise.
-        steps: of the sampler.
+        steps: steps of the sampler.
         scale: classifier-free guidance.
-        negative_prompt: for all.
+        negative_prompt: used for all pictures.
         resolution: side in pixels; None = the model's own.
         batch_size: pictures drawn at once.
     """
@@ -66,14 +66,14 @@ def picture_name(prompt: int, number: int) -> str:
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Record what the pictures of a folder are drawn with, or check it against the record.
+    """Record the settings of a folder's pictures, or compare them with the existing record.
 
     Args:
         folder: the output folder.
-        settings: what decides how pictures look, JSON values.
+        settings: what determines the pictures, as JSON values.
 
     Raises:
-        UserError: pictures are there that were made with other settings.
+        UserError: the folder has pictures made with other settings.
     """
     path = folder / SETTINGS_FILE
     if path.is_file():
@@ -107,13 +107,13 @@ def draw_pictures(
     load: Callable[[], EvaluatedModel],
     show_progress: bool = True,
 ) -> list[list[Path]]:
-    """Draw what is missing; existing pictures stay.
+    """Draw missing pictures; existing ones are kept.
 
     Args:
         folder: the output folder; pictures go to its ``pictures``.
         prompts: what to draw.
         settings: how to draw it.
-        load: gives the model on its device; called only if a picture is missing.
+        load: returns the model on its device; called only if a picture is missing.
         show_progress: whether to show a bar.
 
     Returns:
@@ -150,10 +150,10 @@ def _draw(
     numbers: Sequence[int],
     settings: DrawingSettings,
 ) -> list[Image.Image]:
-    """Pictures of one prompt; noise comes from the CPU, so that a seed holds on every machine.
+    """Pictures of one prompt; noise is drawn on the CPU to be the same on every machine.
 
-    SDXL is told the picture's own size and no crop. An empty negative prompt is encoded like any
-    other text, as in training.
+    SDXL gets the picture's own size and no crop. An empty negative prompt is encoded like any other
+    text, as in training.
     """
     pipeline, side = model.pipeline, settings.resolution or model.resolution
     seeds = [picture_seed(settings.seed, prompt.template, number) for number in numbers]

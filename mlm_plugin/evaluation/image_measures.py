@@ -1,7 +1,7 @@
-"""Measures of the pictures: how like the prompt, how like the concept, how varied.
+"""Measures of the pictures: prompt fidelity, likeness to the concept, diversity.
 
-Puts the features of metric models into the formulas of ``measures``, and asks a pocket model's
-oracle. Knows no model that draws.
+Applies the formulas of ``measures`` to features of metric models, and uses a pocket model's oracle.
+Knows no model that draws.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Judges", "cut_out", "find_masks", "find_photos", "score_pictures"]
 
 
 PartScorer = Callable[[Sequence[Path], Sequence[Image.Image]], list[float | None]]
-"""Files and their pictures to scores; None for a file without a mask."""
+"""Scores for files and their pictures; None for a file without a mask."""
 
 
 class Judges(NamedTuple):
@@ -42,7 +42,7 @@ class Judges(NamedTuple):
     Attributes:
         clip: for CLIP-T, CLIP-I and diversity.
         dino: for DINO and diversity.
-        oracle: of a pocket model, for what a prompt asks and for identity.
+        oracle: that of a pocket model, for prompt fidelity and identity.
     """
 
     clip: Clip | None = None
@@ -54,7 +54,7 @@ def find_photos(folder: str) -> list[Path]:
     """Photos of the concept, in the folder and its sub-folders (``10_sks dog``).
 
     Raises:
-        UserError: no folder, or none in it.
+        UserError: the folder is missing or has no photos.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -67,10 +67,10 @@ def find_photos(folder: str) -> list[Path]:
 
 
 def find_masks(folder: str | None) -> dict[str, Path]:
-    """Masks by the name of the picture they belong to, without suffix.
+    """Masks by the name of their picture, without suffix.
 
     Raises:
-        UserError: no folder.
+        UserError: the folder is missing.
     """
     if folder is None:
         return {}
@@ -82,12 +82,12 @@ def find_masks(folder: str | None) -> dict[str, Path]:
 def cut_out(
     image: Image.Image, mask: np.ndarray, color: Sequence[float], *, keep: str
 ) -> Image.Image:
-    """Leave the foreground or the background of a picture and lay the rest in one colour.
+    """Keep the foreground or the background of a picture and fill the rest with one colour.
 
     Args:
         image: RGB.
         mask: (H, W) uint8, 255 = foreground; resized to the picture if need be.
-        color: in [0, 1], of what is taken away: the mean colour, which a model reads as zero.
+        color: fill colour in [0, 1]: the mean colour, which is zero after normalization.
         keep: ``"foreground"`` or ``"background"``.
     """
     if mask.shape != (image.height, image.width):
@@ -109,12 +109,12 @@ def score_pictures(
     """All image measures.
 
     DINO-FG (DINO-BG) is DINO on foregrounds (backgrounds) of both photos and pictures, over those
-    that have a mask; a high DINO-BG says that the photos' surroundings were learned too.
+    with a mask; a high DINO-BG means that the photos' surroundings were learned too.
 
     Args:
         pictures: files by prompt.
         prompts: what they were drawn from.
-        photos: of the concept.
+        photos: photos of the concept.
         judges: the models that score.
         masks: from :func:`find_masks`.
 
@@ -199,7 +199,7 @@ def _part_scorers(
     originals: Sequence[Image.Image],
     masks: Mapping[str, Path],
 ) -> dict[str, PartScorer]:
-    """DINO on what is in the masks and on what is not; none where no photo has a mask."""
+    """DINO inside and outside the masks; empty if no photo has a mask."""
     if not any(photo.stem in masks for photo in photos):
         return {}
 
@@ -227,7 +227,7 @@ def _part_scorers(
 
 
 def _references(photo_clip: Tensor | None, photo_dino: Tensor | None) -> dict[str, float | None]:
-    """The photos among themselves: what a perfect likeness would come to."""
+    """Scores of the photos among themselves: those of a perfect likeness."""
     found = {}
     for name, features in (("clip_i", photo_clip), ("dino", photo_dino)):
         distance = None if features is None else intra_distance(features)

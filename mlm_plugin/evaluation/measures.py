@@ -1,6 +1,6 @@
 """The measures as formulas: features in, numbers out.
 
-Knows no model, no file and no prompt. Shapes: N and M pictures or prompts, D width of the features.
+Knows no models, files or prompts. Shapes: N and M pictures or prompts, D width of the features.
 Features need not be normalized; cos(a, b) = a.b / (|a| |b|).
 """
 
@@ -29,7 +29,7 @@ NUM_FLIPS = 10_000
 
 
 class Mean(NamedTuple):
-    """A mean, half the width of its 95 % interval (None below two values), and their number."""
+    """A mean, half the width of its 95 % interval (None below two values), and the count."""
 
     mean: float
     interval: float | None
@@ -47,7 +47,7 @@ def paired_cosine(a_ND: Tensor, b_ND: Tensor) -> Tensor:
 
 
 def mean_cosine_to(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """``1/M sum_j cos(a_i, b_j)``, ``(N,)``: how like each picture is to a set on average.
+    """``1/M sum_j cos(a_i, b_j)``, ``(N,)``: mean similarity of each picture to a set.
 
     CLIP-I and DINO with the features of generated pictures and of photos; the mean over i is the
     mean over all pairs.
@@ -61,10 +61,10 @@ def mean_cosine_to(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 def intra_distance(a_ND: Tensor) -> float | None:
     """``2 / (N (N - 1)) sum_{i<j} (1 - cos(a_i, a_j))``; None for fewer than two rows.
 
-    Diversity with the pictures of one prompt (0: all alike); the spread of prompts with their
+    Diversity for the pictures of one prompt (0: all the same); the spread of prompts for their
     pooled states (small: the prompts have collapsed).
 
-    Source: diversity after DreamBooth's DIV (supplement), which has LPIPS for the cosine distance;
+    Source: diversity after DreamBooth's DIV (supplement), which uses LPIPS instead of cosines;
     the spread of prompts after "semantic collapse" (Embedding-Adjustment), intra-set distance.
     """
     n = len(a_ND)
@@ -87,8 +87,8 @@ def mean_with_interval(values: Tensor) -> Mean:
     """``mean +- t s / sqrt(n)``, the 95 % interval by Student's distribution.
 
     Args:
-        values: ``(n,)`` independent values: one per prompt, not one per picture, as the pictures of
-            a prompt resemble each other.
+        values: ``(n,)`` independent values: one per prompt, not one per picture, as pictures of the
+            same prompt are alike.
     """
     values, n = values.double(), len(values)
     assert n > 0, "the mean of nothing"
@@ -100,9 +100,9 @@ def mean_with_interval(values: Tensor) -> Mean:
 
 
 def student_t_quantile(df: int) -> float:
-    """The 97.5 % quantile of Student's distribution; off by under 1 % from three degrees on.
+    """The 97.5 % quantile of Student's distribution; error below 1 % from three degrees on.
 
-    Exact for one and two degrees, else the expansion at the normal quantile z:
+    Exact for one and two degrees of freedom, else the expansion at the normal quantile z:
     ``z + (z^3 + z)/4df + (5z^5 + 16z^3 + 3z)/96df^2 + (3z^7 + 19z^5 + 17z^3 - 15z)/384df^3``.
 
     Source: Abramowitz and Stegun 26.7.5.
@@ -121,13 +121,13 @@ def student_t_quantile(df: int) -> float:
 
 
 def sign_flip_p_value(differences: Tensor, *, seed: int = 0) -> float:
-    """Chance of a mean at least as far from 0 if each difference could as well be reversed.
+    """Probability of a mean at least as far from 0 if the sign of each difference were random.
 
     ``(1 + #{|mean(s d)| >= |mean(d)|}) / (1 + R)`` over R = 10 000 random signs s; two-sided.
 
     Args:
         differences: ``(n,)``, the same prompt and noise under two models.
-        seed: of the signs.
+        seed: seed of the signs.
 
     Source: the paired randomization test (Fisher 1935); Phipson and Smyth 2010 for the 1.
     """

@@ -2,7 +2,7 @@
 
 Loaded by transformers from a folder or hub id. Pictures are resized, cropped and normalized here
 with Pillow from the numbers of the model's ``preprocessor_config.json``: transformers' own image
-processors want torchvision in some versions and not in others. Knows no measures.
+processors need torchvision only in some versions. Knows no measures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlm_plugin.errors import UserError
 __all__ = ["Clip", "Dino", "Preprocessing", "load_clip", "load_dino", "preprocess"]
 
 BATCH = 32
-DINO_MARGIN = 256 / 224  # of DINO's evaluation: resize to 256, cut out 224
+DINO_MARGIN = 256 / 224  # of DINO's evaluation: resize to 256, crop to 224
 
 
 class Preprocessing(NamedTuple):
@@ -31,10 +31,10 @@ class Preprocessing(NamedTuple):
 
     Attributes:
         shortest_edge: pixels of the shorter side after resizing.
-        crop: side of the square cut out of the middle.
+        crop: side of the centre crop.
         resample: Pillow's number of the filter (3 = bicubic).
-        mean: by channel, of values in [0, 1].
-        std: by channel.
+        mean: mean by channel, of values in [0, 1].
+        std: standard deviation by channel.
     """
 
     shortest_edge: int
@@ -45,7 +45,7 @@ class Preprocessing(NamedTuple):
 
 
 def preprocess(image: Image.Image, how: Preprocessing) -> Tensor:
-    """Resize, cut out the middle, normalize: ``(3, crop, crop)`` fp32.
+    """Resize, crop at the centre, normalize: ``(3, crop, crop)`` fp32.
 
     Source: transformers ``CLIPImageProcessor`` (its Pillow version; a test compares the two).
     """
@@ -61,14 +61,14 @@ def preprocess(image: Image.Image, how: Preprocessing) -> Tensor:
 
 
 class Clip:
-    """A CLIP that puts pictures and texts into one space."""
+    """A CLIP model that embeds pictures and texts in one space."""
 
     def __init__(self, name: str, model: CLIPModel, tokenizer, how: Preprocessing):
         self.name, self.model, self.tokenizer, self.how = name, model, tokenizer, how
 
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """``(N, D)`` fp32 on the CPU, as the model compares them but not normalized."""
+        """``(N, D)`` fp32 on the CPU, projected but not normalized."""
 
         def features(pixels: Tensor) -> Tensor:
             pooled = self.model.vision_model(pixel_values=pixels).pooler_output
@@ -78,7 +78,7 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """``(N, D)`` fp32 on the CPU; longer texts are cut off as in CLIP."""
+        """``(N, D)`` fp32 on the CPU; longer texts are truncated as in CLIP."""
         tokens = self.tokenizer(
             list(texts),
             padding=True,
@@ -93,7 +93,7 @@ class Clip:
 
 
 class Dino:
-    """A self-supervised ViT whose CLS state tells one thing from another."""
+    """A self-supervised ViT whose CLS state distinguishes individual objects."""
 
     def __init__(self, name: str, model: nn.Module, how: Preprocessing):
         self.name, self.model, self.how = name, model, how
@@ -113,7 +113,7 @@ def load_clip(name: str, *, device: torch.device | str = "cpu") -> Clip:
     """A CLIP by folder or hub id, fp32, frozen.
 
     Raises:
-        UserError: it is not here and cannot be downloaded, or is not a CLIP.
+        UserError: it is neither local nor downloadable, or is not a CLIP.
     """
     model = _load(lambda: CLIPModel.from_pretrained(name), name, option="clip_model")
     tokenizer = _load(lambda: CLIPTokenizer.from_pretrained(name), name, option="clip_model")
@@ -124,11 +124,11 @@ def load_clip(name: str, *, device: torch.device | str = "cpu") -> Clip:
 def load_dino(name: str, *, device: torch.device | str = "cpu") -> Dino:
     """A ViT of DINO or DINOv2 by folder or hub id, fp32, frozen.
 
-    Where the processor would squeeze pictures into a square, the protocol of DINO's own evaluation
-    takes its place: shorter side to 256/224 of the input, then the middle, bicubic.
+    If the processor would distort pictures into a square, the protocol of DINO's own evaluation is
+    used: shorter side to 256/224 of the input, then a centre crop, bicubic.
 
     Raises:
-        UserError: it is not here and cannot be downloaded, or is not a ViT.
+        UserError: it is neither local nor downloadable, or is not a ViT.
 
     Source: facebookresearch/dino ``eval_knn.py``; CustomConcept101 ``evaluate.py``.
     """

@@ -14,7 +14,7 @@ from mlm_plugin.errors import UserError
 __all__ = ["NO_MODEL", "EvaluateCommand", "EvaluateOptions", "parse_evaluate"]
 
 NO_MODEL = "none"
-"""In place of a metric model or contextualizer: leave its measures out."""
+"""Instead of a metric model or contextualizer: leave its measures out."""
 
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
@@ -25,7 +25,7 @@ def _option(default: Any, text: str, metavar: str = "X"):
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `mlm-plugin evaluate` was asked for."""
+    """The options of `mlm-plugin evaluate`."""
 
     pretrained_model_name_or_path: str | None = _option(
         None, "Base model: folder, hub id or file, as in training.", "MODEL"
@@ -104,7 +104,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateCommand:
     """Read the command line of `mlm-plugin evaluate`.
 
     Raises:
-        UserError: an unknown flag, a missing one, or values that do not go together.
+        UserError: an unknown flag, a missing one, or values that contradict each other.
     """
     given = vars(_parser().parse_args(list(argv)))
     compare, text_only = given.pop("compare"), given.pop("text_only")

@@ -1,6 +1,6 @@
-"""The oracle of a pocket model as judge: was the prompt drawn, and is it still the concept?
+"""The oracle of a pocket model as judge: does the picture show the prompt and the concept?
 
-What a prompt asks for is known from the labels beside the prompts file, never read from its words.
+What a prompt asks for is known from the labels beside the prompts file, never parsed from its text.
 Knows no model that draws; the formulas are in ``pocket/scores.py``.
 """
 
@@ -29,12 +29,12 @@ ORACLE_FILE = "oracle.safetensors"
 
 
 class OracleJudge(NamedTuple):
-    """An oracle, and what pictures are held to.
+    """An oracle, and what pictures are judged by.
 
     Attributes:
         name: file and digest.
-        accuracy: share of true pictures that it reads correctly, by attribute; may be empty.
-        concept: whose appearance counts.
+        accuracy: its accuracy on true pictures, by attribute; may be empty.
+        concept: the concept that pictures should show.
         labels: what the prompts ask for.
     """
 
@@ -52,11 +52,11 @@ def find_oracle(model: str) -> Path | None:
 
 
 def why_not_judged(prompts: str | None, *, resolution: int | None) -> str | None:
-    """What keeps an oracle from judging, in one line; None = nothing.
+    """Why an oracle cannot judge, in one line; None if it can.
 
     Args:
         prompts: the prompts file; None = DreamBench's prompts.
-        resolution: side of the pictures; None = the model's own.
+        resolution: side of the pictures in pixels; None = the model's own.
     """
     if prompts is None:
         return "it is not known what DreamBench's prompts ask for; give --prompts test_prompts.txt"
@@ -93,7 +93,7 @@ def oracle_columns(
         images: at least one, of 64 x 64 pixels.
 
     Returns:
-        ``identity``, ``prompt_fidelity`` and ``seen_<attribute>`` for everything that is asked.
+        ``identity``, ``prompt_fidelity`` and ``seen_<attribute>`` for every prompted attribute.
     """
     pixels = torch.stack([image_tensor(image) for image in images])
     seen = judge.oracle(pixels)
@@ -109,6 +109,6 @@ def oracle_columns(
 
 
 def _accuracy(path: Path) -> dict[str, float]:
-    """From the quality card beside it, where there is one."""
+    """From the quality report beside it, if there is one."""
     card = path.with_name("quality.json")
     return json.loads(card.read_text(encoding="utf-8"))["oracle_accuracy"] if card.is_file() else {}

@@ -1,4 +1,4 @@
-"""What the page of one evaluation and that of a comparison share. Knows no models."""
+"""Shared parts of the evaluation page and the comparison page. Knows no models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FILLERS = {"concept": "with the concept", "class": "with the class word",
 
 
 class TextEncoderMeasures(NamedTuple):
-    """One text encoder in the runs that have it.
+    """Measures of one text encoder in the runs that have it.
 
     Attributes:
-        name: in the results.
-        texts: its results, by the number of the run.
-        chart: of the hidden words; None where no words were hidden.
+        name: its name in the results.
+        texts: its results by run number.
+        chart: chart of the masked words; None if no words were masked.
     """
 
     name: str
@@ -33,7 +33,7 @@ class TextEncoderMeasures(NamedTuple):
     chart: Markup | None
 
     def cells(self, group: str, key: str) -> list[str]:
-        """One number of every run as text; empty where no run has it."""
+        """One number of every run as text; empty if no run has it."""
         values = [(text[group] or {}).get(key) for text in self.texts.values()]
         if all(value is None for value in values):
             return []
@@ -51,7 +51,7 @@ def text_encoder_measures(runs: Sequence[Mapping[str, Any]]) -> list[TextEncoder
 
 
 def _masked_words_chart(texts: Mapping[int, Mapping[str, Any]], num_runs: int) -> Markup | None:
-    """Accuracies by what stands in the concept's place."""
+    """Accuracies by what is in the concept's place."""
     bars = []
     for key, label in FILLERS.items():
         for i, text in texts.items():
@@ -64,18 +64,18 @@ def _masked_words_chart(texts: Mapping[int, Mapping[str, Any]], num_runs: int) -
 
 
 def position(row: Mapping[str, Any], axes: tuple[str, str]) -> tuple[float, float] | None:
-    """Where a prompt stands in the plane of two measures; None where it lacks one."""
+    """Coordinates of a prompt for two measures; None if one is missing."""
     x, y = (row["scores"].get(name) for name in axes)
     return None if x is None or y is None else (x, y)
 
 
 def axis_title(name: str) -> str:
-    """Title of an axis of that plane."""
+    """Title of the axis for a measure."""
     return IMAGE_MEASURES[name].title + ROLES.get(name, "")
 
 
 def shown(value: float | None, measure: Measure) -> str:
-    """A value as a page prints it; a dash where there is none."""
+    """A formatted value; a dash if there is none."""
     if value is None:
         return "–"
     if measure.percent:
@@ -94,7 +94,7 @@ def _split_at_concept(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _main_scores(scores: Mapping[str, float | None]) -> list[tuple[Measure, float]]:
-    """The most telling measures of a prompt, where they were taken."""
+    """The most informative measures of a prompt, as far as available."""
     return [(IMAGE_MEASURES[name], scores[name]) for name in MAIN_SCORES
             if scores.get(name) is not None]  # fmt: skip
 

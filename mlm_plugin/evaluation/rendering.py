@@ -1,4 +1,4 @@
-"""Report pages from the templates: one file, nothing fetched, no script, light or dark.
+"""Report pages from the templates: self-contained, without scripts, light or dark.
 
 Jinja escapes every text. Knows no measures.
 """
@@ -37,7 +37,7 @@ class EmbeddedPicture(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Plain text; without headings the first column names the second."""
+    """Plain text; without headings the first column labels the second."""
 
     rows: Sequence[Sequence[str]]
     headings: Sequence[str] = ()
@@ -102,7 +102,7 @@ def sections_page(title: str, sections: Sequence[Section]) -> str:
 
 
 def write_report(folder: Path, html: str) -> Path:
-    """Write the page, all of it or nothing."""
+    """Write the page, completely or not at all."""
     path = folder / REPORT_FILE
     with atomic_path(path) as temporary:
         temporary.write_text(html, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""The numbers of an evaluation on disk: ``results.json``, and two tables of them.
+"""The numbers of an evaluation on disk: ``results.json``, and two tables.
 
 ``results.csv`` has a line for each prompt, ``text.csv`` one for each text encoder.
 
-Knows the shape of the files, and what each measure is called and means.
+Knows the format of the files, and the name and meaning of each measure.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CSV_FILE = "results.csv"
 TEXT_CSV_FILE = "text.csv"
 
 ENCODER_NAMES: dict[int, tuple[str, ...]] = {1: ("text_encoder",), 2: ("clip_l", "clip_g")}
-"""What results call the text encoders of a model, by how many there are; SDXL has two."""
+"""Names of a model's text encoders in results, by their number; SDXL has two."""
 
 
 class Measure(NamedTuple):
@@ -49,8 +49,8 @@ class Measure(NamedTuple):
     Attributes:
         title: short name.
         better: 1 = higher, -1 = lower, 0 = neither.
-        meaning: half a sentence.
-        digits: behind the point.
+        meaning: a short explanation.
+        digits: number of decimals.
         percent: whether it is a share.
     """
 
@@ -71,7 +71,7 @@ ORACLE_MEASURES: dict[str, Measure] = {
         for name in ATTRIBUTES
     },
 }
-"""By the oracle of a pocket model."""
+"""Measures by the oracle of a pocket model."""
 
 IMAGE_MEASURES: dict[str, Measure] = ORACLE_MEASURES | {
     "clip_t": Measure("CLIP-T", 1, "prompt fidelity: picture and prompt without the placeholder"),
@@ -100,7 +100,7 @@ TEXT_MEASURES: dict[str, Measure] = {
     ),
 }
 AXES = (("prompt_fidelity", "identity"), ("clip_t", "dino"), ("clip_t", "clip_i"))
-"""Pairs of measures that pull against each other, the most telling first."""
+"""Pairs of measures that conflict, the most informative first."""
 
 
 def measure_key(measure: str, encoder: str) -> str:
@@ -114,7 +114,7 @@ def encoders_of(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def measures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
-    """Every measure that any of the runs may have, those of the text once for each encoder."""
+    """Every measure that any of the runs may have, text measures once for each encoder."""
     encoders = encoders_of(runs)
     text = {}
     for name, measure in TEXT_MEASURES.items():
@@ -126,7 +126,7 @@ def measures_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Measure]:
 
 
 def value_of(results: Mapping[str, Any], measure: str) -> float | None:
-    """The one number of a measure; None where it was not taken."""
+    """The value of a measure; None if it is missing."""
     if measure in IMAGE_MEASURES:
         return results["measures"].get(measure, {}).get("mean")
     return results["text_headline"].get(measure)
@@ -139,7 +139,7 @@ def axes_of(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write the three files, each whole or not at all."""
+    """Write the three files, each completely or not at all."""
     with atomic_path(folder / RESULTS_FILE) as temporary:
         text = json.dumps({"format": FORMAT, **results}, indent=2, ensure_ascii=False)
         temporary.write_text(f"{text}\n", encoding="utf-8")
@@ -148,7 +148,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _prompt_lines(results: Mapping[str, Any]) -> list[list[Any]]:
-    """Head and one line per prompt: scores of its pictures, distance to the class in the text."""
+    """Header and one line per prompt: scores of its pictures, distance to the class in text."""
     prompts = results["prompts"]
     columns = list(dict.fromkeys(name for row in prompts for name in row["scores"]))
     distances = {
@@ -164,7 +164,7 @@ def _prompt_lines(results: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _text_lines(text: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
-    """Head and one line per text encoder: every number, named by its path in the JSON."""
+    """Header and one line per text encoder: every number, named by its path in the JSON."""
     numbers = {encoder: dict(_numbers(groups)) for encoder, groups in text.items()}
     columns = list(dict.fromkeys(name for row in numbers.values() for name in row))
     lines = [["text_encoder", *columns]]
@@ -197,7 +197,7 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     """The results of a finished evaluation.
 
     Raises:
-        UserError: there are none, or they are of another program or version.
+        UserError: there are none, or they are from another program or version.
     """
     path = Path(folder) / RESULTS_FILE
     if not path.is_file():

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_contextualizers(options: EvaluateOptions, model: EvaluatedModel) -> None:
-    """Read the files given, so that one that does not fit is found before anything is drawn.
+    """Read the given files, so that one that does not fit is found before anything is drawn.
 
     Raises:
         UserError: another number of files, or one made for another text encoder.
@@ -46,7 +46,7 @@ def measure_text(
     prompts: Sequence[EvaluationPrompt],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Measures of each text encoder by its name, one after the other to spare the device."""
+    """Measures of each text encoder by name, one at a time to save device memory."""
     names = ENCODER_NAMES[len(model.text_encoders)]
     settings = _contextualizers(options, len(names))
     concept_prompts = ConceptPrompts(
@@ -81,7 +81,7 @@ def text_protocol(text: dict[str, Any]) -> dict[str, str]:
 
 
 def _contextualizers(options: EvaluateOptions, count: int) -> list[str]:
-    """What ``mlm_contextualizer`` says of each text encoder; ``none`` is for all of them.
+    """``mlm_contextualizer`` for each text encoder; ``none`` is for all of them.
 
     Raises:
         UserError: another number of files.
@@ -93,11 +93,11 @@ def _contextualizers(options: EvaluateOptions, count: int) -> list[str]:
 def _contextualizer(
     setting: str, base: TextEncoder, name: str, device: torch.device
 ) -> Contextualizer | None:
-    """The one for a base text encoder; not pretrained where that would take hours."""
+    """The contextualizer of a base text encoder; not pretrained where that would take hours."""
     if setting == NO_MODEL:
         return None
-    at_hand = setting != "auto" or cached_contextualizer_path(base).is_file()
-    if not at_hand and device.type == "cpu" and not is_small(base):
+    is_available = setting != "auto" or cached_contextualizer_path(base).is_file()
+    if not is_available and device.type == "cpu" and not is_small(base):
         logger.warning(
             "masked words are left out: there is no contextualizer for %s yet, and pretraining one "
             "on a CPU takes hours; give --mlm_contextualizer FILE",

@@ -1,7 +1,7 @@
-"""Measures of a text encoder alone: no picture is drawn, and of SDXL's two each has its own.
+"""Measures of a text encoder alone, without pictures; each of SDXL's two has its own.
 
-How well the hidden words around the concept can be told, how far the concept stands from its class,
-whether prompts with it have become alike, and how far the encoder has moved on text without it.
+How well masked words around the concept can be predicted, how far the concept is from its class,
+whether prompts with it have collapsed, and how far the encoder has drifted on text without it.
 
 Shapes: B prompts, L tokens, D width, K variants of a placeholder (XTI's layers, else 1).
 """
@@ -48,13 +48,13 @@ __all__ = [
     "set_distances",
 ]
 
-NUM_MASKINGS = 8  # of every prompt
+NUM_MASKINGS = 8  # per prompt
 NUM_RANDOM_WORDS = 8
 MLM_PROBABILITY = 0.25
 
 
 class MaskedWords(NamedTuple):
-    """Cross-entropy in nats per hidden token, share predicted correctly, number of them."""
+    """Cross-entropy in nats per masked token, accuracy, and number of masked tokens."""
 
     loss: float
     accuracy: float
@@ -101,11 +101,11 @@ def measure_text_encoder(
     second text encoder.
 
     Args:
-        text_encoder: with everything learned in place.
+        text_encoder: the encoder with everything learned in place.
         base_text_encoder: the untrained encoder.
         contextualizer: made for the base text encoder.
-        prompts: what is encoded.
-        seed: of masks and random words.
+        prompts: the prompts to encode.
+        seed: seed of masks and random words.
     """
     words = None
     if contextualizer is not None:
@@ -149,7 +149,7 @@ def _masked_words_by_filler(
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """With the concept, with the class word alone, and with a random word in its place."""
+    """With the concept, with the class word, and with a random word in its place."""
     random_fillers = random_words(text_encoder, NUM_RANDOM_WORDS, seed=seed)
     protected = [prompts.placeholder_token, prompts.class_token, *random_fillers]
     prompts_of = {
@@ -177,22 +177,22 @@ def masked_words(
     protected: Sequence[str],
     seed: int,
 ) -> MaskedWords:
-    """``-1/N sum log p(hidden token | states)`` and the share of hidden tokens predicted correctly.
+    """``-1/N sum log p(masked token | states)`` and the accuracy at masked tokens.
 
-    Every prompt is masked several times. Protected words are never hidden and do not count, so the
-    same seed hides the same context words whatever stands in the slot.
+    Every prompt is masked several times. Protected words are never masked and do not count, so the
+    same seed masks the same context words whatever is in the slot.
 
     Args:
-        text_encoder: whose states are read.
-        contextualizer: names the words.
+        text_encoder: computes the states.
+        contextualizer: predicts the words.
         prompts: filled templates.
-        protected: concept, class and the words that take their place.
-        seed: of the masks.
+        protected: concept, class and the words that replace them.
+        seed: seed of the masks.
 
     Source: the training's own term (``mlm/regularizer.py``), on evaluation prompts.
     """
-    rows = text_encoder.learned_tokens
-    words = [*protected, *(rows.tokens if rows is not None else [])]
+    learned = text_encoder.learned_tokens
+    words = [*protected, *(learned.tokens if learned is not None else [])]
     vocabulary = MaskingVocabulary.from_tokenizer(
         text_encoder.tokenizer, protected=words, low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
     )
@@ -203,20 +203,20 @@ def masked_words(
         mlm_probability=MLM_PROBABILITY,
         rng=random.Random(f"evaluate/masks/{seed}"),
     )
-    is_token_BL = prompt_attention_mask(ids_BL, vocabulary.eos_token_id)
+    attention_mask_BL = prompt_attention_mask(ids_BL, vocabulary.eos_token_id)
     parts = [
-        _named(text_encoder, contextualizer, masked, is_token_BL, variant=k)
-        for k in range(1 if rows is None else rows.num_variants)
+        _loss_and_accuracy(text_encoder, contextualizer, masked, attention_mask_BL, variant=k)
+        for k in range(1 if learned is None else learned.num_variants)
     ]
     loss, accuracy = torch.tensor([part[:2] for part in parts]).mean(dim=0).tolist()
     return MaskedWords(loss, accuracy, parts[0].num_masked)
 
 
-def _named(
+def _loss_and_accuracy(
     text_encoder: TextEncoder,
     contextualizer: Contextualizer,
     masked: MaskedTokens,
-    is_token_BL: Tensor,
+    attention_mask_BL: Tensor,
     *,
     variant: int,
 ) -> MaskedWords:
@@ -229,7 +229,7 @@ def _named(
         contextualizer,
         hidden_BLD,
         labels_BL=masked.labels,
-        attention_mask_BL=is_token_BL.to(device),
+        attention_mask_BL=attention_mask_BL.to(device),
         token_table_VD=table_VD,
     )
     accuracy = int(result.num_correct) / max(result.num_masked, 1)
@@ -237,7 +237,7 @@ def _named(
 
 
 def random_words(text_encoder: TextEncoder, count: int, *, seed: int) -> list[str]:
-    """Ordinary words of one token that stand for nothing here, drawn from the vocabulary."""
+    """Ordinary single-token words without special meaning, drawn from the vocabulary."""
     tokenizer = text_encoder.tokenizer
     pieces = sorted(
         token.removesuffix("</w>")
@@ -253,9 +253,9 @@ def embedding_measures(
 ) -> dict[str, float] | None:
     """Norm of the concept's embeddings, cosine to the class word's; None without concept.
 
-    ``norm``: mean |v| over tokens and layers; ``class_norm``: the same of the class word;
+    ``norm``: mean |v| over tokens and layers; ``class_norm``: that of the class word;
     ``table_norm``: mean |v| of the whole table; ``cosine``: mean over tokens of cos(v, mean
-    class embedding). A norm far above the table's drowns out the rest of a prompt.
+    class embedding). A norm far above the table's dominates the rest of a prompt.
 
     Source: the norm and direction of V* in "semantic collapse" (Embedding-Adjustment).
     """
@@ -285,22 +285,22 @@ def _embeddings_of(text_encoder: TextEncoder, word: str) -> Tensor:
 
 
 def pooled_states(text_encoder: TextEncoder, prompts: Sequence[str]) -> Tensor:
-    """States at the end token, which has read the whole prompt: ``(K, B, D)`` fp32, on the CPU.
+    """States at the end token, which sees the whole prompt: ``(K, B, D)`` fp32, on the CPU.
 
-    They are those that the U-Net reads, clip skip included.
+    They are those that condition the U-Net, clip skip included.
     """
     ids_BL = text_encoder.tokenize_trimmed(list(prompts))
     eos_B = (ids_BL == text_encoder.tokenizer.eos_token_id).int().argmax(dim=1)
-    rows = text_encoder.learned_tokens
+    learned = text_encoder.learned_tokens
     states = []
-    for k in range(1 if rows is None else rows.num_variants):
+    for k in range(1 if learned is None else learned.num_variants):
         hidden_BLD = text_encoder.encode(_variant(text_encoder, ids_BL, k)).float().cpu()
         states.append(hidden_BLD[torch.arange(len(ids_BL)), eos_B])
     return torch.stack(states)
 
 
 def has_projection(text_encoder: TextEncoder) -> bool:
-    """Whether the U-Net also reads one vector of the whole prompt, as of SDXL's second encoder."""
+    """Whether the encoder also has a pooled, projected state, like SDXL's second one."""
     return hasattr(text_encoder.model, "text_projection")
 
 
@@ -316,18 +316,18 @@ def set_distances(
     *,
     states: Callable[[TextEncoder, Sequence[str]], Tensor] = pooled_states,
 ) -> dict[str, Any]:
-    """How far prompts with the concept stand from the class's, and from each other.
+    """Distance of prompts with the concept from those with the class, and from each other.
 
     With p_i the pooled state of prompt i with the concept and c_i of the same prompt with the class
     word: ``inter`` = mean_i (1 - cos(p_i, c_i)); ``intra`` = mean_{i<j} (1 - cos(p_i, p_j));
-    ``intra_class`` the same of c; ``collapse`` = 1 - intra / intra_class (0: as varied as the
-    class, 1: all prompts say the same). ``per_prompt``: the terms of ``inter``.
+    ``intra_class`` the same for c; ``collapse`` = 1 - intra / intra_class (0: as varied as the
+    class, 1: all prompts are the same). ``per_prompt``: the terms of ``inter``.
 
     Args:
-        text_encoder: whose states are compared.
-        concept_prompts: with the concept.
-        class_prompts: the same with the class word.
-        states: gives ``(K, B, D)`` for prompts.
+        text_encoder: computes the states.
+        concept_prompts: prompts with the concept.
+        class_prompts: the same prompts with the class word.
+        states: returns ``(K, B, D)`` for prompts.
 
     Source: the distances of "semantic collapse" (Embedding-Adjustment); there between whole sets.
     """
@@ -362,26 +362,26 @@ def encoder_drift(
 ) -> float:
     """``mean (1 - cos(h, h_base))`` over the tokens of prompts without the concept.
 
-    0: the encoder still says the same of the world. BOS is left out: it is the same in every
-    prompt, and would count more than any word.
+    0: the encoder is unchanged on ordinary text. BOS is left out: it is the same in every prompt,
+    and would count more than any word.
     """
     ids_BL = base_text_encoder.tokenize_trimmed(list(prompts))
-    is_token_BL = prompt_attention_mask(ids_BL, base_text_encoder.tokenizer.eos_token_id)
-    is_token_BL[:, 0] = False
+    attention_mask_BL = prompt_attention_mask(ids_BL, base_text_encoder.tokenizer.eos_token_id)
+    attention_mask_BL[:, 0] = False
     now, before = (
-        encoder.encode(ids_BL).float().cpu()[is_token_BL]
+        encoder.encode(ids_BL).float().cpu()[attention_mask_BL]
         for encoder in (text_encoder, base_text_encoder)
     )
     return (1 - paired_cosine(now, before)).mean().item()
 
 
 def _variant(text_encoder: TextEncoder, ids_BL: Tensor, k: int) -> Tensor:
-    rows = text_encoder.learned_tokens
-    return ids_BL if rows is None else rows.variant(ids_BL, k)
+    learned = text_encoder.learned_tokens
+    return ids_BL if learned is None else learned.variant(ids_BL, k)
 
 
 def headline(text: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of one text encoder that a table of runs shows."""
+    """The numbers of one text encoder in a table of runs."""
     words = text["masked_words"]
     embedding = text["embedding"] or {}
     return {

@@ -1,7 +1,7 @@
 """Writes a whole model, Stable Diffusion 1.x, 2.x or XL: WebUI checkpoint, or diffusers folder.
 
-Knows names, shapes and files of plain modules; nothing of adapters, of training or of what the
-metadata means.
+Knows names, shapes and files of plain modules, but nothing about adapters, training or the meaning
+of the metadata.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ __all__ = [
 
 OPEN_CLIP_LAYERS = f"{OPEN_CLIP_PREFIX}transformer.resblocks."
 TEXT_PREFIXES = ("cond_stage_model.", "conditioner.embedders.")  # the second in SDXL
-MAX_LOGIT_SCALE = math.log(100)  # where CLIP's own training caps it
-PYTORCH_FORMAT = {"format": "pt"}  # metadata that transformers insists on
+MAX_LOGIT_SCALE = math.log(100)  # where CLIP's own training clamps it
+PYTORCH_FORMAT = {"format": "pt"}  # metadata that transformers requires
 INDEX = "model_index.json"
 FOLDER_ENTRIES = {INDEX, "scheduler", "tokenizer", "tokenizer_2", *Components._fields}
 
 
 class CheckpointCounts(NamedTuple):
-    """How many tensors of each part a checkpoint holds."""
+    """Number of tensors of each part in a checkpoint."""
 
     unet: int
     text_encoder: int
@@ -68,16 +68,16 @@ def save_checkpoint(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model as one ``.safetensors`` file with LDM names, all of it or nothing.
+    """Write a model as one ``.safetensors`` file with LDM names, completely or not at all.
 
-    The networks stay as they are; tensors are copied only where dtype or device differ.
+    The networks are not changed; tensors are copied only where dtype or device differ.
 
     Args:
         path: final name.
         networks: the text encoders with their original vocabulary.
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         metadata: strings, written as given.
-        dtype: of every tensor in the file; ``None`` keeps each one's.
+        dtype: dtype of every tensor in the file; ``None`` keeps each one's.
 
     Raises:
         ValueError: a network has a weight that the family does not have.
@@ -115,17 +115,17 @@ def save_diffusers_folder(
     prediction_type: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model as a diffusers folder (``StableDiffusion[XL]Pipeline``), all of it or nothing.
+    """Write a diffusers folder (``StableDiffusion[XL]Pipeline``), completely or not at all.
 
-    A folder written before is replaced once the new one is complete. There is no safety checker.
+    An earlier folder is replaced once the new one is complete. There is no safety checker.
 
     Args:
         folder: final name.
-        networks: of the model.
+        networks: networks of the model.
         tokenizers: one ``CLIPTokenizer`` for each text encoder.
         noise_scheduler: diffusers scheduler with the betas of the model.
         prediction_type: ``epsilon`` or ``v_prediction``: what the U-Net was trained to predict.
-        dtype: of every tensor; ``None`` keeps each one's.
+        dtype: dtype of every tensor; ``None`` keeps each one's.
 
     Raises:
         UserError: see ``require_replaceable``.
@@ -139,7 +139,7 @@ def save_diffusers_folder(
         names = ("tokenizer", "tokenizer_2") if is_sdxl else ("tokenizer",)
         for name, tokenizer in zip(names, tokenizers, strict=True):
             _write_tokenizer(temporary / name, tokenizer)
-        # Stable Diffusion's samplers start one step later; diffusers warns of folders without it.
+        # Stable Diffusion's samplers start one step later; diffusers warns if it is missing.
         scheduler = type(noise_scheduler).from_config(
             noise_scheduler.config, prediction_type=prediction_type, steps_offset=1
         )
@@ -148,10 +148,10 @@ def save_diffusers_folder(
 
 
 def require_replaceable(folder: str | os.PathLike) -> None:
-    """Refuse a folder that holds other things than a model as saved here; ask before training.
+    """Refuse a folder that contains anything but a model saved here; called before training.
 
     Raises:
-        UserError: it is a file, or replacing it would lose what did not come from here.
+        UserError: it is a file, or replacing it would lose other files.
     """
     folder = Path(folder)
     if folder.is_dir():
@@ -190,9 +190,9 @@ def verify_checkpoint(path: str | os.PathLike) -> CheckpointCounts:
 
 
 def _projections(tensors: Mapping[str, Tensor], *, convolutions: bool) -> dict[str, Tensor]:
-    """Matrices around a transformer block as the family's U-Net has them: SD 1 as 1x1 convolutions.
+    """Matrices around a transformer block in the family's form: SD 1 has 1x1 convolutions.
 
-    Diffusers models of either family may have either kind.
+    Diffusers models of either family may have either form.
     """
     end = (1, 1) if convolutions else ()
     return {
@@ -203,10 +203,10 @@ def _projections(tensors: Mapping[str, Tensor], *, convolutions: bool) -> dict[s
 
 
 def _unused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What readers of SD 2.x and XL expect of OpenCLIP and never compute with.
+    """OpenCLIP tensors that readers of SD 2.x and XL expect, but never use.
 
-    The scale of the logits in training; in SD 2.x also a layer after the last one that is used,
-    here a copy of it, and the projection into the space of images, here the identity.
+    They are the scale of the logits in training and, in SD 2.x, the layer after the last used one
+    (here a copy of it) and the projection into the image space (here the identity).
     """
     unused = {
         f"{prefix}logit_scale": torch.tensor(MAX_LOGIT_SCALE, dtype=norm.dtype)
@@ -249,7 +249,7 @@ def _write_network(folder: Path, network: nn.Module, dtype: torch.dtype | None) 
 
 
 def _write_text_encoder(folder: Path, text_encoder: nn.Module, dtype: torch.dtype | None) -> None:
-    """Nested names and ``torch_dtype``, which every version of transformers reads."""
+    """Write nested names and ``torch_dtype``, which every version of transformers reads."""
     config = json.loads(text_encoder.config.to_json_string())
     config.pop("dtype", None)
     config["architectures"] = [type(text_encoder).__name__]
@@ -270,7 +270,7 @@ def _nested(name: str) -> str:
 
 
 def _write_tokenizer(folder: Path, tokenizer) -> None:
-    """In both forms: transformers 5 writes ``tokenizer.json`` alone, version 4 reads the others."""
+    """Write both: transformers 5 writes only ``tokenizer.json``, version 4 reads the others."""
     tokenizer.save_pretrained(folder)
     if (folder / "vocab.json").is_file():
         return
@@ -286,11 +286,11 @@ def _merge_line(merge: str | Iterable[str]) -> str:
 
 
 def model_index(scheduler: str, *, is_sdxl: bool = False) -> dict:
-    """What ``model_index.json`` of a ``StableDiffusionPipeline`` says; without safety checker.
+    """Contents of ``model_index.json`` of a ``StableDiffusionPipeline``, without safety checker.
 
     Args:
         scheduler: class name.
-        is_sdxl: for ``StableDiffusionXLPipeline``, which has another text encoder and no checker.
+        is_sdxl: for ``StableDiffusionXLPipeline``, which has a second text encoder and no checker.
     """
     index = {
         "_class_name": "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline",
@@ -314,10 +314,10 @@ def model_index(scheduler: str, *, is_sdxl: bool = False) -> dict:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``folder`` that replaces it when the block ends well.
+    """Yield a temporary folder beside ``folder`` that replaces it when the block succeeds.
 
-    A kill while writing leaves the old folder; one in the instant between the two renames leaves
-    old and new complete under their hidden names.
+    A kill while writing leaves the old folder; one between the two renames leaves both old and new
+    complete under their hidden names.
     """
     require_replaceable(folder)
     folder = folder.resolve()

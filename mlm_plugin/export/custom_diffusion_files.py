@@ -1,12 +1,12 @@
 """Files of Custom Diffusion: the cross-attention keys and values, whole or as a LoRA.
 
-The whole matrices lie as diffusers' ``CustomDiffusionAttnProcessor`` keeps them, and load by
+The whole matrices are in the format of diffusers' ``CustomDiffusionAttnProcessor``. They load by
 
     pipeline.unet.load_attn_procs(folder, weight_name=name, _pipeline=pipeline)
 
-Without ``_pipeline`` diffusers (0.32 and 0.42 alike) reads the file and then sets nothing.
-WebUIs know no such files; a LoRA of the change serves them. Knows nothing of training and of the
-modifier token, whose rows are an embedding file of their own.
+Without ``_pipeline`` diffusers (0.32 and 0.42) reads the file but does not apply it.
+WebUIs do not support such files, but can use a LoRA of the change. Knows nothing about training and
+the modifier token, whose embeddings are in a file of their own.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _MATRIX_KEY = re.compile(r"(?P<layer>.+)\.processor\.(?P<matrix>to_[kv])_custom_
 
 
 class LowRankFactors(NamedTuple):
-    """A matrix of low rank, ``up @ down``, that stands for another.
+    """A matrix of low rank, ``up @ down``, that approximates another.
 
     Attributes:
         up: ``(O, R)``.
         down: ``(R, I)``.
         energy: share of the other's squared Frobenius norm that is kept; 1 if that norm is 0.
-        squared_norm: that norm.
+        squared_norm: that squared norm.
     """
 
     up: Tensor
@@ -60,12 +60,12 @@ class LowRankFactors(NamedTuple):
 
 
 class LowRankDelta(NamedTuple):
-    """What a training changed, as a LoRA.
+    """The change made by a training, as a LoRA.
 
     Attributes:
         state: fp32 tensors under kohya's keys; alpha is the rank, so the scale is 1.
         energy: share of the squared Frobenius norm of all changes together that is kept.
-        rank: of every matrix.
+        rank: rank of every matrix.
     """
 
     state: dict[str, Tensor]
@@ -81,7 +81,7 @@ def save_delta(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write trained keys and values for ``load_attn_procs``, all of the file or nothing.
+    """Write trained keys and values for ``load_attn_procs``, completely or not at all.
 
     Args:
         path: final name, ``.safetensors``.
@@ -91,9 +91,9 @@ def save_delta(
         metadata: strings.
         dtype: every tensor is cast to it; ``None`` keeps the dtypes.
 
-    Source: diffusers ``loaders/unet.py`` ``_process_custom_diffusion``. It wants an entry for every
-    attention layer, ``{}`` for one without weights of its own; its own safetensors files leave
-    these out and cannot be read back. A tensor of length 0 takes the place of ``{}`` here.
+    Source: diffusers ``loaders/unet.py`` ``_process_custom_diffusion``. It expects an entry for
+    every attention layer, ``{}`` for one without its own weights; safetensors files of diffusers
+    leave these out and cannot be read back. Here a tensor of length 0 replaces ``{}``.
     """
     layers = [name.removesuffix(PROCESSOR) for name in unet.attn_processors]
     assert weights.keys() == set(_matrix_names(layers)), "the weights are not those of this U-Net"
@@ -114,8 +114,8 @@ def read_delta(path: str | os.PathLike) -> dict[str, Tensor]:
     Reads diffusers' ``pytorch_custom_diffusion_weights.bin`` too.
 
     Raises:
-        UserError: no such file, a damaged one, one with other weights, or a layer with only one of
-            its two matrices.
+        UserError: the file is missing, damaged or has other weights, or a layer has only one of its
+            two matrices.
     """
     path = Path(path)
     if not path.is_file():
@@ -129,7 +129,7 @@ def read_delta(path: str | os.PathLike) -> dict[str, Tensor]:
         found = _MATRIX_KEY.fullmatch(key)
         if found is None:
             raise UserError(
-                f"{path}: {key} is no key or value matrix of Custom Diffusion; "
+                f"{path}: {key} is not a key or value matrix of Custom Diffusion; "
                 "expected a file with ...attn2.processor.to_k_custom_diffusion.weight and to_v only"
             )
         weights[f"{found['layer']}.{found['matrix']}.weight"] = tensor
@@ -163,8 +163,8 @@ def verify_delta(path: str | os.PathLike) -> int:
 def low_rank_factors(matrix_OI: Tensor, rank: int) -> LowRankFactors:
     """The nearest matrix of a rank (Eckart and Young): ``U_R S_R V_R^T``, as two factors.
 
-    Both factors get the square roots of the singular values. Where the matrix has fewer than
-    ``rank`` of them, zeros fill up the factors.
+    Both factors get the square roots of the singular values. If the matrix has fewer than ``rank``
+    of them, the factors are padded with zeros.
     """
     left, values, right = torch.linalg.svd(matrix_OI.float(), full_matrices=False)
     roots = values[:rank].sqrt()
@@ -186,10 +186,10 @@ def delta_to_lora(
     """The change of every matrix as a LoRA, by truncated singular value decomposition in fp32.
 
     Args:
-        base: matrices before training, by module name with ``.weight``; more than needed is fine.
+        base: matrices before training, by module name with ``.weight``; others are ignored.
         trained: the same matrices after it.
-        rank: of every matrix in the file, cut to what the largest matrix can have. It is the same
-            for all because diffusers 0.32 scales files of mixed ranks wrongly.
+        rank: rank of every matrix in the file, limited to the maximum of the largest matrix. It is
+            the same for all because diffusers 0.32 scales files of mixed ranks wrongly.
 
     Raises:
         UserError: ``rank`` below 1, or values that are not finite.

@@ -1,6 +1,6 @@
 """Files of learned token embeddings: one for all layers (Textual Inversion) or one each (XTI).
 
-Knows keys and shapes inside the files; knows nothing of models or of what the metadata means.
+Knows keys and shapes inside the files, but no models and not what the metadata means.
 Shapes: K cross-attention layers, N vectors, D width.
 """
 
@@ -29,7 +29,7 @@ __all__ = [
     "layer_average",
     "read_embedding",
     "read_embeddings",
-    "read_rows",
+    "read_vectors",
     "read_xti",
     "save_embedding",
     "save_xti",
@@ -37,10 +37,10 @@ __all__ = [
 ]
 
 EMBEDDING_KEY = "emb_params"
-"""Key of the rows of models with one text encoder."""
+"""Key of the vectors for a model with one text encoder."""
 
 EMBEDDING_KEYS = {1: (EMBEDDING_KEY,), 2: ("clip_l", "clip_g")}
-"""Keys of the rows by number of text encoders; SDXL has two."""
+"""Keys of the vectors by number of text encoders; SDXL has two."""
 
 SDXL_KEYS = set(EMBEDDING_KEYS[2])
 
@@ -60,40 +60,40 @@ Source: sd-scripts ``train_textual_inversion_XTI.py``.
 
 def save_embedding(
     path: str | os.PathLike,
-    rows: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor],
     *,
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a Textual Inversion file, all of it or nothing.
+    """Write a Textual Inversion file, completely or not at all.
 
     A1111, Forge, ComfyUI, diffusers and kohya's scripts read it; the WebUIs take the file name as
     the word for the prompt.
 
     Args:
         path: final name, ``.safetensors``.
-        rows: ``(N, D)`` for each text encoder; ``{EMBEDDING_KEY: rows}`` where there is only one.
+        vectors: ``(N, D)`` by key for each text encoder; ``{EMBEDDING_KEY: ...}`` for only one.
         metadata: strings.
         dtype: every tensor is cast to it; ``None`` keeps the dtypes.
 
     Source: sd-scripts ``train_textual_inversion.py`` and ``sdxl_train_textual_inversion.py``
     ``save_weights``.
     """
-    assert all(rows_ND.ndim == 2 for rows_ND in rows.values())
-    # Cloned: rows that are a part of a larger tensor would share its memory.
-    tensors = {key: for_file(rows_ND, dtype).clone() for key, rows_ND in rows.items()}
+    assert all(vectors_ND.ndim == 2 for vectors_ND in vectors.values())
+    # Cloned: vectors that are a part of a larger tensor would share its memory.
+    tensors = {key: for_file(vectors_ND, dtype).clone() for key, vectors_ND in vectors.items()}
     write_weights(path, tensors, metadata=metadata)
 
 
 def read_embedding(path: str | os.PathLike) -> Tensor:
-    """Rows ``(N, D)`` of an embedding for SD 1.x or 2.x, in float32.
+    """Vectors ``(N, D)`` of an embedding for SD 1.x or 2.x, in float32.
 
     Reads what trainers of the ecosystem write: kohya's ``emb_params``, A1111's
-    ``string_to_param``, diffusers' ``{token: row or rows}``, as ``.safetensors`` or as a pickle.
+    ``string_to_param``, diffusers' ``{token: vector or vectors}``, as ``.safetensors`` or a pickle.
     Code in a pickle is refused, not run.
 
     Raises:
-        UserError: damaged or missing, no embedding, or one for another architecture.
+        UserError: damaged or missing, not an embedding, or one for another architecture.
 
     Source: sd-scripts ``train_textual_inversion.py`` ``load_weights``; diffusers
     ``loaders/textual_inversion.py``.
@@ -109,12 +109,12 @@ def read_embedding(path: str | os.PathLike) -> Tensor:
             f"{path} holds {len(tensors)} tensors{_some(tensors)}, a Textual Inversion embedding "
             "holds one: use such a file"
         )
-    ((key, rows),) = tensors.items()
-    return _checked_rows(path, key, rows)
+    ((key, vectors),) = tensors.items()
+    return _checked_vectors(path, key, vectors)
 
 
 def read_embeddings(path: str | os.PathLike) -> list[Tensor]:
-    """Rows ``(N, D)`` of each text encoder that an embedding is for, in float32.
+    """Vectors ``(N, D)`` of each text encoder that an embedding is for, in float32.
 
     Raises:
         UserError: as :func:`read_embedding`, or another number of vectors for each text encoder.
@@ -122,10 +122,12 @@ def read_embeddings(path: str | os.PathLike) -> list[Tensor]:
     tensors = _read(path)
     if tensors.keys() != SDXL_KEYS:
         return [read_embedding(path)]
-    rows = [_checked_rows(path, key, tensors[key]) for key in EMBEDDING_KEYS[2]]
-    if len(rows[0]) != len(rows[1]):
-        raise UserError(f"{path} holds {len(rows[0])} and {len(rows[1])} vectors, not one number")
-    return rows
+    vectors = [_checked_vectors(path, key, tensors[key]) for key in EMBEDDING_KEYS[2]]
+    if len(vectors[0]) != len(vectors[1]):
+        raise UserError(
+            f"{path} holds {len(vectors[0])} and {len(vectors[1])} vectors, not the same number"
+        )
+    return vectors
 
 
 def verify_embedding(path: str | os.PathLike) -> int:
@@ -137,9 +139,11 @@ def verify_embedding(path: str | os.PathLike) -> int:
     Raises:
         UserError: a value is not finite, a shape is not ``(N, D)``, or N differs inside the file.
     """
-    counts = {len(_checked_rows(path, key, rows)) for key, rows in _read(path).items()}
+    counts = {len(_checked_vectors(path, key, vectors)) for key, vectors in _read(path).items()}
     if len(counts) != 1:
-        raise UserError(f"{path} holds embeddings of {sorted(counts)} vectors, not of one number")
+        raise UserError(
+            f"{path} holds embeddings of {sorted(counts)} vectors, not of the same number"
+        )
     return counts.pop()
 
 
@@ -148,35 +152,35 @@ def verify_embedding(path: str | os.PathLike) -> int:
 
 def save_xti(
     path: str | os.PathLike,
-    rows_KND: Tensor,
+    vectors_KND: Tensor,
     *,
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
     codes: Sequence[str] = SD_LAYER_CODES,
 ) -> None:
-    """Write an XTI file: one key for each cross-attention layer, with ``(N, D)`` under it.
+    """Write an XTI file: one key for each cross-attention layer, with vectors ``(N, D)``.
 
     kohya's generation scripts read it; WebUIs do not, and get :func:`layer_average`.
 
     Args:
         path: final name, as for :func:`save_embedding`.
-        rows_KND: the layers' rows in the order in which the layers run.
+        vectors_KND: the layers' vectors in the order in which the layers run.
         metadata: strings.
         dtype: every tensor is cast to it; ``None`` keeps the dtype.
         codes: a key for each layer, ``layer_codes`` of the U-Net.
 
     Source: sd-scripts ``train_textual_inversion_XTI.py`` ``save_weights``.
     """
-    rows = dict(zip(codes, rows_KND, strict=True))
-    save_embedding(path, rows, metadata=metadata, dtype=dtype)
+    vectors = dict(zip(codes, vectors_KND, strict=True))
+    save_embedding(path, vectors, metadata=metadata, dtype=dtype)
 
 
 def read_xti(path: str | os.PathLike, *, codes: Sequence[str] = SD_LAYER_CODES) -> Tensor:
-    """Rows ``(K, N, D)`` of an XTI file in the order of ``codes``, in float32.
+    """Vectors ``(K, N, D)`` of an XTI file in the order of ``codes``, in float32.
 
     Args:
         path: ``.safetensors``, or a pickle as kohya writes it.
-        codes: the layers of the U-Net that the rows are for, ``layer_codes`` of it.
+        codes: the layers of the U-Net, from ``layer_codes``.
 
     Raises:
         UserError: damaged or missing, or the file's layers are not those of the U-Net.
@@ -190,14 +194,14 @@ def read_xti(path: str | os.PathLike, *, codes: Sequence[str] = SD_LAYER_CODES) 
             f"one for each of its {len(codes)} cross-attention layers ({', '.join(codes)}): "
             "use such a file"
         )
-    rows = [_checked_rows(path, code, tensors[code]) for code in codes]
-    if len({rows_ND.shape for rows_ND in rows}) != 1:
+    vectors = [_checked_vectors(path, code, tensors[code]) for code in codes]
+    if len({vectors_ND.shape for vectors_ND in vectors}) != 1:
         raise UserError(f"{path}: its layers differ in shape: is the file complete?")
-    return torch.stack(rows)
+    return torch.stack(vectors)
 
 
-def read_rows(path: str | os.PathLike, *, codes: Sequence[str] = ()) -> Tensor:
-    """Rows of an ordinary embedding ``(N, D)``, or ``(K, N, D)`` of a file with several tensors.
+def read_vectors(path: str | os.PathLike, *, codes: Sequence[str] = ()) -> Tensor:
+    """Vectors of an ordinary embedding ``(N, D)``, or ``(K, N, D)`` of a file with several tensors.
 
     Args:
         path: of either kind.
@@ -212,19 +216,19 @@ def read_rows(path: str | os.PathLike, *, codes: Sequence[str] = ()) -> Tensor:
     return read_xti(path, codes=codes or list(tensors))
 
 
-def layer_average(rows_KND: Tensor) -> Tensor:
-    """One embedding for all layers, ``(K, N, D) -> (N, D)``: what WebUIs can use of XTI."""
-    return rows_KND.mean(dim=0)
+def layer_average(vectors_KND: Tensor) -> Tensor:
+    """One embedding for all layers, ``(K, N, D) -> (N, D)``, which WebUIs can use."""
+    return vectors_KND.mean(dim=0)
 
 
 # --- tensors of any of these files --------------------------------------------------------------
 
 
 def _read(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Tensors by key; those of A1111's files by the token that stands for them."""
+    """Tensors by key; those of A1111's files by token."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is no file: give the path of an embedding file")
+        raise UserError(f"{path} is not a file: give the path of an embedding file")
     with _parameter_dicts_allowed():
         tensors = read_weights(path)
         if not tensors and path.suffix.lower() in PICKLE_SUFFIXES:
@@ -236,33 +240,33 @@ def _read(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _parameter_dicts_allowed():
-    """Embeddings of 2022 keep their rows in a ``ParameterDict``, which runs no code when read."""
+    """Embeddings of 2022 are in a ``ParameterDict``, which runs no code when read."""
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5
     return safe_globals([nn.ParameterDict]) if safe_globals else nullcontext()
 
 
 def _string_to_param(content: Mapping) -> dict[str, Tensor]:
-    rows = content.get("string_to_param")
-    if isinstance(rows, nn.ParameterDict):
+    vectors = content.get("string_to_param")
+    if isinstance(vectors, nn.ParameterDict):
         # Not items(): those written by old versions of PyTorch lack the list of keys.
-        rows = dict(rows.named_parameters(recurse=False))
-    if not isinstance(rows, dict):
+        vectors = dict(vectors.named_parameters(recurse=False))
+    if not isinstance(vectors, dict):
         return {}
-    return {str(key): value for key, value in rows.items() if isinstance(value, Tensor)}
+    return {str(key): value for key, value in vectors.items() if isinstance(value, Tensor)}
 
 
-def _checked_rows(path: str | os.PathLike, key: str, rows: Tensor) -> Tensor:
-    if rows.ndim not in (1, 2) or not rows.numel() or not rows.is_floating_point():
+def _checked_vectors(path: str | os.PathLike, key: str, vectors: Tensor) -> Tensor:
+    if vectors.ndim not in (1, 2) or not vectors.numel() or not vectors.is_floating_point():
         raise UserError(
-            f"{path}: {key} has shape {tuple(rows.shape)} and dtype {rows.dtype}, an embedding has "
-            "(vectors, width) and floating point values: use an embedding file"
+            f"{path}: {key} has shape {tuple(vectors.shape)} and dtype {vectors.dtype}, "
+            "an embedding has (vectors, width) and floating point values: use an embedding file"
         )
-    if not torch.isfinite(rows).all():
+    if not torch.isfinite(vectors).all():
         raise UserError(
             f"{path}: {key} holds NaN or infinity; "
             "use an earlier save and train again with a lower learning rate"
         )
-    return torch.atleast_2d(rows.detach()).float()
+    return torch.atleast_2d(vectors.detach()).float()
 
 
 def _some(tensors: Mapping[str, Tensor], *, limit: int = 3) -> str:

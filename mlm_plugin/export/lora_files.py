@@ -1,6 +1,6 @@
-"""Writes a LoRA file as kohya's trainers do, and reads it back to see that WebUIs can use it.
+"""Writes a LoRA file like kohya's trainers, and reads it back to check that WebUIs can use it.
 
-Knows bytes, hashes and key names; knows nothing of models or of what the metadata means.
+Knows bytes, hashes and key names, but nothing about models or the meaning of the metadata.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-"""``save_precision`` and the dtype it stands for; None keeps what was trained."""
+"""``save_precision`` and its dtype; None keeps that of the training."""
 
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
 
 
 class LoraCounts(NamedTuple):
-    """How many modules of each model a file adapts."""
+    """Number of modules of each model that a file adapts."""
 
     text_encoder: int
     unet: int
@@ -55,16 +55,16 @@ def save_lora(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a LoRA file, all of it or nothing.
+    """Write a LoRA file, completely or not at all.
 
     Args:
         path: final name; ``.safetensors``, or ``.ckpt`` / ``.pt`` for a pickle without metadata.
         state: tensors under kohya's keys.
-        metadata: strings; the two ``sshs_*`` hashes are added, and replaced if they are there.
+        metadata: strings; the two ``sshs_*`` hashes are added or replaced.
         dtype: every tensor is cast to it, alpha too; ``None`` keeps the dtypes.
 
-    Source: sd-scripts ``networks/lora.py`` ``save_weights``. LyCORIS files get these same hashes,
-    the ones WebUIs compute for themselves, and not LyCORIS' own.
+    Source: sd-scripts ``networks/lora.py`` ``save_weights``. LyCORIS files get the same hashes,
+    which WebUIs compute themselves, and not LyCORIS' own.
     """
     path = Path(path)
     tensors = {key: for_file(tensor, dtype) for key, tensor in state.items()}
@@ -77,7 +77,7 @@ def save_lora(
 
 
 def bundled_embeddings(embeddings: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Embeddings ``(N, D)`` of each text encoder, by their word, as A1111 reads them out of a LoRA.
+    """Embeddings ``(N, D)`` of each text encoder by word, in the form that A1111 reads from a LoRA.
 
     Source: stable-diffusion-webui ``extensions-builtin/Lora/networks.py`` (``bundle_emb``).
     """
@@ -92,9 +92,9 @@ def bundled_embeddings(embeddings: Mapping[str, Sequence[Tensor]]) -> dict[str, 
 def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """``sshs_model_hash`` and ``sshs_legacy_hash`` of a file.
 
-    Both are of the file as it would be with ``ss_*`` metadata only, so that later edits of the
-    other fields do not change them: the first is SHA-256 of all bytes after the header, the second
-    the first 8 digits of that of 64 KiB at 1 MiB (of nothing, if the file is shorter).
+    Both are computed as if the file had only ``ss_*`` metadata, so that later edits of other fields
+    do not change them. The first is the SHA-256 of all bytes after the header. The second is the
+    first 8 digits of the SHA-256 of 64 KiB at 1 MiB (of nothing, if the file is shorter).
 
     Source: sd-scripts ``library/train_util.py`` ``precalculate_safetensors_hashes``.
     """
@@ -112,7 +112,7 @@ def verify_lora(path: str | os.PathLike) -> LoraCounts:
     """Read a saved file back and check what WebUIs need.
 
     Raises:
-        UserError: If a value is not finite, or a key belongs to no layer that WebUIs know.
+        UserError: a value is not finite, or WebUIs do not know the layer of a key.
     """
     path = Path(path)
     if path.suffix == ".safetensors":

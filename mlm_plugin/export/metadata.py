@@ -1,15 +1,15 @@
 """Metadata of trained files: kohya's ``ss_*``, ModelSpec's ``modelspec.*``, our ``ss_mlm_*``.
 
-All values are strings, as safetensors wants. Knows options and what a run found out about itself;
-knows nothing of tensors.
+All values are strings, as safetensors requires. Knows options and facts about a run, but no
+tensors.
 
 Three decisions that go beyond kohya's trainer:
 
-- ``modelspec.trigger_phrase`` is the concept ("sks dog") where the user gives none.
-- ``ss_tag_frequency`` keeps kohya's true counts and has the trigger as one more tag in each folder,
-  with the number of captions that contain it, because WebUIs and trigger-word nodes read it there.
+- ``modelspec.trigger_phrase`` is the concept ("sks dog") if the user gives none.
+- ``ss_tag_frequency`` keeps kohya's counts and adds the trigger as a tag in each folder, with the
+  number of captions that contain it, because WebUIs and trigger-word nodes read it there.
 - ``modelspec.implementation_version`` names this package, ``ss_sd_scripts_commit_hash`` is
-  "(unknown)": files can be told apart from those of sd-scripts.
+  "(unknown)", to distinguish these files from those of sd-scripts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ TITLES = {
 }
 NO_FILE, FOLDER = "NOFILE", "IsADirectory"
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"
-"""Whose names SDXL's files have, as ModelSpec calls it."""
+"""The naming scheme of SDXL's files in ModelSpec."""
 
 SAME_NAME = (
     "learning_rate",
@@ -117,7 +117,7 @@ SAME_NAME = (
     "validate_every_n_steps",
     "resize_interpolation",
 )
-"""Options that kohya stores as they are, as ``ss_<name>``."""
+"""Options that kohya stores unchanged, as ``ss_<name>``."""
 
 SAME_NAME_IN_FOLDER_MODE = (
     "color_aug",
@@ -148,14 +148,14 @@ METHOD_OPTIONS = (
     "stop_embedding_training",
     "quantize_unet",
 )
-"""Stored where they were given; kohya's trainers have no names for most of them."""
+"""Stored if given; kohya's trainers have no names for most of them."""
 
 MODELSPEC_EXTRAS = ("usage_hint", "merged_from", "preprocessor", "is_negative_embedding")
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """How kohya names a model file in metadata."""
+    """How kohya identifies a model file in metadata."""
 
     name: str
     hash: str | None = None  # 8 digits of the old WebUI hash
@@ -164,7 +164,7 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """One data set as it was found on disk."""
+    """One data set as found on disk."""
 
     config: DatasetConfig
     img_counts: tuple[int, ...]  # one per subset, without repeats
@@ -176,7 +176,7 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run knows about itself and the options do not say.
+    """Facts about a run that are not in the options.
 
     ``steps``, ``epoch`` and ``finished_at`` change from save to save: ``dataclasses.replace``.
     """
@@ -204,15 +204,15 @@ class RunFacts:
 
 
 def file_metadata(config: TrainConfig, facts: RunFacts, *, kind: str) -> dict[str, str]:
-    """Everything that is written into a file's header, without the two hashes of a LoRA.
+    """All metadata of a file, except the two hashes of a LoRA.
 
-    With ``--no_metadata`` only what WebUIs need to file it under the right base model.
+    With ``--no_metadata`` only what WebUIs need to recognize the base model.
 
     Args:
         config: options of the run.
-        facts: what the run found out.
+        facts: facts about the run.
         kind: ``lora``, ``textual-inversion``, ``custom-diffusion`` or ``checkpoint``; ModelSpec's
-            name of the architecture ends in it, but for a checkpoint.
+            name of the architecture ends in it, except for a checkpoint.
 
     Source: sd-scripts ``train_network.py`` (``metadata = {...}``), ``library/sai_model_spec.py``.
     """
@@ -230,9 +230,9 @@ def minimum_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def file_identity(path: str | os.PathLike) -> FileIdentity:
-    """Name and hashes of a model; reads the whole file, so ask once per run.
+    """Name and hashes of a model; reads the whole file, so call it once per run.
 
-    A folder has no hashes, a hub id only its name.
+    A folder has no hashes, a hub id only a name.
 
     Source: sd-scripts ``library/train_util.py`` ``model_hash``, ``calculate_sha256``.
     """
@@ -259,7 +259,7 @@ def dataset_facts(
     Args:
         datasets: the configured data sets.
         images: all pictures of the training, each with its ``dataset_index`` and bucket.
-        triggers: phrases that are counted as one more tag each.
+        triggers: phrases that are counted as an additional tag each.
     """
     images = list(images)
     return tuple(
@@ -291,7 +291,7 @@ def _folder(subset: SubsetConfig) -> str:
 
 
 def _count_tags(captions: Sequence[str], *, triggers: Sequence[str]) -> Counter[str]:
-    """Tags between commas, lower case, per caption; and captions with a trigger in them."""
+    """Count comma-separated tags per caption in lower case, and captions with a trigger."""
     counts: Counter[str] = Counter()
     for caption in captions:
         counts.update(tag.strip().lower() for tag in caption.split(",") if tag.strip())
@@ -355,7 +355,7 @@ def _training_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
 
 
 def _stored_network_args(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What kohya passes to the network module, to which it adds ``dropout`` by itself."""
+    """What kohya passes to the network module, including the ``dropout`` that it adds."""
     args = parse_network_args(options["network_args"])
     if options["dim_from_weights"]:
         return args
@@ -552,7 +552,7 @@ def _default_trigger(config: TrainConfig, facts: RunFacts) -> str | None:
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """A picture as data URL; a file that is gone costs the thumbnail, not the training."""
+    """A picture as data URL; a missing file costs the thumbnail, not the training."""
     if value is None or value.startswith("data:"):
         return value
     try:
@@ -580,7 +580,7 @@ def _resolution(text: str | None) -> tuple[int, int] | None:
 
 
 def _one_or_list(rates: Sequence[float] | None) -> float | list[float] | None:
-    """A rate of both text encoders as kohya's trainers store it, a list where they differ."""
+    """The rate of the text encoders as kohya's trainers store it: a list if they differ."""
     if not rates:
         return None
     return rates[0] if len(rates) == 1 else list(rates)

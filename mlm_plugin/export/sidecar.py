@@ -1,6 +1,6 @@
 """Files beside a LoRA that A1111 and Forge show: ``<name>.json`` and the preview ``<name>.png``.
 
-A file that is there already belongs to the user and is left alone.
+An existing file belongs to the user and is left alone.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def write_sidecar(
     Args:
         lora_path: the LoRA file.
         base_model_version: ``ss_base_model_version``, e.g. ``sd_v1``.
-        activation_text: the words that a click on the LoRA puts into the prompt.
+        activation_text: the words that a click on the LoRA adds to the prompt.
         description: shown on the card.
 
     Returns:
-        The file, or ``None`` where one was there already.
+        The file, or ``None`` if it exists already.
 
     Source: stable-diffusion-webui ``extensions-builtin/Lora/ui_edit_user_metadata.py``.
     """
     path = Path(lora_path).with_suffix(".json")
     if path.exists():
-        logger.info("%s is there already and stays as it is", path)
+        logger.info("%s exists already and is left unchanged", path)
         return None
     content = {
         "description": description,
@@ -67,10 +67,10 @@ def _version(base_model_version: str) -> str:
 
 
 def write_preview(lora_path: str | os.PathLike, image: Image) -> Path | None:
-    """Write the picture that WebUIs show for a LoRA, ``<name>.png``.
+    """Write the preview that WebUIs show for a LoRA, ``<name>.png``.
 
     Returns:
-        The file, or ``None`` where the LoRA has a preview already, of whatever kind.
+        The file, or ``None`` if the LoRA already has a preview of any kind.
     """
     lora_path = Path(lora_path)
     for suffix in PREVIEW_SUFFIXES:
@@ -79,7 +79,7 @@ def write_preview(lora_path: str | os.PathLike, image: Image) -> Path | None:
             lora_path.with_suffix(f".preview{suffix}"),
         ):
             if candidate.exists():
-                logger.info("%s is there already and stays as it is", candidate)
+                logger.info("%s exists already and is left unchanged", candidate)
                 return None
     path = lora_path.with_suffix(".png")
     with atomic_path(path) as temporary:

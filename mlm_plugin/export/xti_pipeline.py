@@ -1,4 +1,4 @@
-"""A whole XTI file in a diffusers pipeline: prompts become text states for each layer.
+"""A full XTI file in a diffusers pipeline: prompts become text states for each layer.
 
     xti = load_xti(pipeline, "my_dog.safetensors", placeholder_token="<my-dog>")
     pipeline(
@@ -41,36 +41,37 @@ def load_xti(
     placeholder_token: str,
     clip_skip: int | None = None,
 ) -> XTIPrompts:
-    """Let a pipeline's prompts hold a placeholder that each cross-attention layer reads its way.
+    """Add a placeholder to a pipeline's prompts, with its own embedding in each layer.
 
-    Prompts given to the pipeline as text go on as before, but know no placeholder. Give both
-    ``prompt_embeds`` and ``negative_prompt_embeds``: they must be of one length. xformers and
-    slicing must be chosen before the call.
+    Prompts given to the pipeline as text work as before, but without the placeholder. Give both
+    ``prompt_embeds`` and ``negative_prompt_embeds``: they must have the same length. Choose
+    xformers or slicing before the call.
 
     Args:
-        pipeline: for SD 1.x or 2.x; its U-Net and text encoder get hooks, its tokenizer stays.
+        pipeline: for SD 1.x or 2.x; its U-Net and text encoder get hooks, its tokenizer is
+            unchanged.
         path: an XTI file, ours or kohya's.
-        placeholder_token: what stands for the concept in prompts, as whole words, in any case.
+        placeholder_token: the concept's word in prompts, matched as whole words, ignoring case.
         clip_skip: as in training; ``None`` or 1 = last layer.
 
     Returns:
         the encoder of prompts; its ``remove()`` undoes everything.
 
     Raises:
-        UserError: the file does not fit the model, or the U-Net has such a file already.
+        UserError: the file does not fit the model, or the U-Net already has such a file.
     """
     if not placeholder_token.strip():
         raise UserError("placeholder_token is empty: name the word that stands for the concept")
-    rows_KND = read_xti(path, codes=layer_codes(pipeline.unet))
+    vectors_KND = read_xti(path, codes=layer_codes(pipeline.unet))
     text_encoder = TextEncoder(pipeline.tokenizer, pipeline.text_encoder, clip_skip=clip_skip)
     width = text_encoder.token_embedding.embedding_dim
-    if rows_KND.shape[-1] != width:
+    if vectors_KND.shape[-1] != width:
         raise UserError(
-            f"{path} is of width {rows_KND.shape[-1]}, the text encoder of width {width}: "
+            f"{path} is of width {vectors_KND.shape[-1]}, the text encoder of width {width}: "
             "use a file trained on the same kind of model (768 = SD 1.x, 1024 = SD 2.x)"
         )
     conditioning = per_layer_conditioning(pipeline.unet)
-    learned_tokens = LearnedTokens(text_encoder, {placeholder_token: rows_KND})
+    learned_tokens = LearnedTokens(text_encoder, {placeholder_token: vectors_KND})
     learned_tokens.requires_grad_(False)
     return XTIPrompts(pipeline, text_encoder, learned_tokens, conditioning)
 
@@ -94,10 +95,12 @@ class XTIPrompts:
     def encode(self, prompt: str | list[str]) -> Tensor:
         """Text states of all layers for prompts, with or without placeholder: ``(B, K L, D)``."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        self._learned_tokens.to(self._pipeline._execution_device)  # it may have moved since loading
+        self._learned_tokens.to(
+            self._pipeline._execution_device
+        )  # the pipeline may have moved since loading
         return encode_per_layer(self._text_encoder, prompts)
 
     def remove(self) -> None:
-        """Take everything off the pipeline's U-Net and text encoder."""
+        """Undo all changes to the pipeline's U-Net and text encoder."""
         self._conditioning.remove()
         self._learned_tokens.remove()

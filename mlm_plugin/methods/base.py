@@ -1,7 +1,7 @@
 """What a method is: what is trained, how text is encoded, what is written.
 
-The trainer and the savers know methods only by the verbs of :class:`Method`. Knows no loop and no
-command line; the options come in once, in :meth:`Method.prepare`.
+The trainer and the savers use only the interface of :class:`Method`. Knows no loop and no command
+line; the options are read once, in :meth:`Method.prepare`.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 class Export(NamedTuple):
-    """What the writing of files needs besides the trained tensors.
+    """What writing files needs besides the trained tensors.
 
     Attributes:
         path: the main file; others are named after it.
         metadata: header entries by kind of file: ``lora``, ``textual-inversion``, ``checkpoint`` or
             ``custom-diffusion``.
-        dtype: of the files; ``None`` keeps what was trained.
+        dtype: precision of the files; ``None`` keeps that of the training.
     """
 
     path: Path
@@ -66,7 +66,7 @@ class Method(MethodFacts, ABC):
         for text_encoder in models.text_encoders:
             text_encoder.model.requires_grad_(False)
 
-    @classmethod  # noqa: B027 - some have nothing to say here
+    @classmethod  # noqa: B027 - some have nothing to check
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
         """Refuse what can be refused before a model is loaded.
 
@@ -79,7 +79,7 @@ class Method(MethodFacts, ABC):
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> Method:
-        """The method as the options ask for it, on models that lie on their device.
+        """Create the method as the options say, on models that are on their device.
 
         Raises:
             UserError: options or files that do not fit the model or the concepts.
@@ -87,7 +87,7 @@ class Method(MethodFacts, ABC):
 
     @abstractmethod
     def parts(self) -> dict[Part, list[nn.Parameter]]:
-        """Everything that may be trained, by what is frozen together."""
+        """Everything that may be trained, grouped by what is frozen together."""
 
     def parameter_groups(self, options: OptimizerOptions) -> list[dict[str, Any]]:
         """Optimizer groups with ``params``, ``lr`` and ``name``; parts with rate 0 have none."""
@@ -97,7 +97,7 @@ class Method(MethodFacts, ABC):
         return groups
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a training state holds: everything that is trained, exactly."""
+        """The contents of a training state: everything that is trained, exactly."""
         return on_cpu(named_parameters(self.parts()))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -114,21 +114,21 @@ class Method(MethodFacts, ABC):
 
     @abstractmethod
     def files(self, path: Path) -> list[Path]:
-        """What :meth:`export` writes for a main file ``path``; it comes first."""
+        """What :meth:`export` writes for a main file ``path``, which comes first."""
 
     @abstractmethod
     def verify(self, path: Path) -> str:
-        """Read the written files back; says in a few words what is in them.
+        """Read the written files back; returns a short description of their contents.
 
         Raises:
             UserError: a value is not finite, or a name is unknown to other programs.
         """
 
     def webui_files(self, path: Path) -> dict[Path, Mapping[str, str]]:
-        """The files that WebUIs show to their users, and what calls the concepts there.
+        """The files that WebUIs show to their users, and the words that trigger the concepts there.
 
-        An empty mapping is for all concepts by their placeholders; another one names those that the
-        file holds, each with the word that WebUIs have for it.
+        An empty mapping means all concepts, by their placeholders. Otherwise it maps each concept
+        in the file to its word in WebUIs.
         """
         return {path: {}}
 
@@ -147,7 +147,7 @@ class Method(MethodFacts, ABC):
         )
 
     def freeze(self, part: Part) -> None:
-        """Train a part no further; its optimizer state is left alone."""
+        """Stop training a part; its optimizer state is left alone."""
         for parameter in self.parts()[part]:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -161,7 +161,7 @@ class Method(MethodFacts, ABC):
     ) -> Tensor:
         """Ids of MLM prompts, ``(B, L)`` on the CPU, padded to the longest.
 
-        ``rng`` is for methods that read a prompt in more than one way.
+        ``rng`` is for methods that encode a prompt in more than one way.
         """
         return text_encoder.tokenize_trimmed(prompts)
 
@@ -172,7 +172,7 @@ class Method(MethodFacts, ABC):
             text_encoder.model.train(mode)
 
     def after_step(self) -> dict[str, Tensor | float]:
-        """What follows an optimizer step; numbers worth logging, 0-d where they are tensors."""
+        """Called after an optimizer step; returns numbers to log, 0-d where they are tensors."""
         return {}
 
 
@@ -186,16 +186,16 @@ def named_parameters(parts: Mapping[Part, Sequence[nn.Parameter]]) -> dict[str, 
 
 
 def on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as a file takes them; those that lie on the CPU already are not copied."""
+    """Weights ready for a file; those already on the CPU are not copied."""
     return {name: weight.detach().cpu() for name, weight in weights.items()}
 
 
 @torch.no_grad()
 def load_into(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy what :func:`on_cpu` gave into the same weights.
+    """Copy what :func:`on_cpu` returned into the same weights.
 
     Raises:
-        UserError: tensors are missing, left over or of another shape; nothing is copied then.
+        UserError: tensors are missing, unknown or of another shape; nothing is copied.
     """
     other = [
         name

@@ -1,7 +1,7 @@
-"""Which options go with the method of a run: what can be said before data or a model is opened.
+"""Which options fit the method of a run: what can be checked before data or a model is opened.
 
-What options alone can tell is in ``config.checks``. Errors are ``UserError``; a setting without
-effect is warned about by name.
+Checks of options alone are in ``config.checks``. Errors are ``UserError``; a setting without effect
+causes a warning with its name.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_model(config: TrainConfig, *, is_sdxl: bool) -> None:
-    """The same as :func:`check_config`, for what only the loaded model can tell.
+    """Like :func:`check_config`, for what depends on the loaded model.
 
     Raises:
-        UserError: the method does not read this kind of model.
+        UserError: the method does not support this kind of model.
 
     Source: sd-scripts library/sdxl_train_util.py verify_sdxl_training_args.
     """
@@ -61,7 +61,7 @@ def check_model(config: TrainConfig, *, is_sdxl: bool) -> None:
 
 
 def _method_errors(config: TrainConfig) -> Iterator[str]:
-    """What contradicts the facts of the method."""
+    """Options that contradict the facts of the method."""
     yield from _quantized(config)
     yield from _rates(config)
     yield from _fused(config)
@@ -72,8 +72,9 @@ def _quantized(config: TrainConfig) -> Iterator[str]:
     kind, method = config.model.quantize_unet, config.schedule.method
     if kind != "no" and METHODS[method].trains_base_weights:
         yield (
-            f"quantize_unet = {kind!r} cannot go with method = {method!r}, which trains weights of "
-            f"the U-Net itself; leave it out, or use {_names_of('trains_base_weights', False)}"
+            f"quantize_unet = {kind!r} cannot be combined with method = {method!r}, which trains "
+            f"weights of the U-Net itself; leave it out, or use "
+            f"{_names_of('trains_base_weights', False)}"
         )
 
 
@@ -98,18 +99,18 @@ def _fused(config: TrainConfig) -> Iterator[str]:
 
 
 def _text_side(config: TrainConfig) -> Iterator[str]:
-    """What is, or is not, trained before the text encoder's output."""
+    """Options that need, or exclude, training before the text encoder's output."""
     reason = METHODS[config.schedule.method].why_no_gradient(config)
     if config.dataset.cache_text_encoder_outputs and reason is None:
         yield (
-            "cache_text_encoder_outputs cannot go with training what lies before the text "
+            "cache_text_encoder_outputs cannot be combined with training anything before the text "
             "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0) "
             "or no_train_text_encoder (dreambooth), or leave it out"
         )
     if config.mlm.mlm_loss_weight and reason is not None:
         yield (
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g} asks for the MLM term, but "
-            f"{reason}, so it would change nothing; train what lies before the text encoder's "
+            f"{reason}, so it would change nothing; train something before the text encoder's "
             "output, or set mlm_loss_weight = 0"
         )
 
@@ -129,7 +130,7 @@ def _method_warnings(config: TrainConfig) -> Iterator[str]:
 
 
 def _rules_of_readers() -> list[Rule]:
-    """What some methods read and others do not: a rule for each set of methods."""
+    """Options that only some methods read: a rule for each set of methods."""
     options_by_readers: dict[frozenset[str], list[str]] = {}
     read = {name: method.options_read() for name, method in METHODS.items()}
     for option in OPTIONS:
@@ -147,7 +148,7 @@ def _rules_of_readers() -> list[Rule]:
 
 
 def _names_of(fact: str, value: bool = True) -> str:
-    """The methods of which something is true."""
+    """The methods for which a fact is true."""
     return ", ".join(name for name, method in METHODS.items() if getattr(method, fact) is value)
 
 

@@ -33,9 +33,9 @@ __all__ = ["CustomDiffusion"]
 logger = logging.getLogger(__name__)
 
 RARE_TOKENS = (42170, 47629, 43514)
-"""Where the embeddings of the first concepts start: tokens that captions hardly ever hold.
+"""Initial embeddings of the first concepts: tokens that hardly ever occur in captions.
 
-Source: adobe-research/custom-diffusion; two of them are inner pieces of words, which no text gives.
+Source: adobe-research/custom-diffusion; two of them are word pieces that no text produces.
 """
 
 LORA = "_lora"
@@ -44,13 +44,13 @@ LORA = "_lora"
 class CustomDiffusion(LearnsTokens):
     """Trains ``to_k`` and ``to_v`` of every cross-attention layer, and token embeddings.
 
-    The MLM term reaches the embeddings only. Keys and values at the first token (BOS) get no
-    gradient: they are the same for every prompt and would carry whatever all pictures share.
+    The MLM term acts on the embeddings only. Keys and values at the first token (BOS) get no
+    gradient: they are the same for every prompt and would absorb whatever all pictures share.
 
     Args:
         models: the base, in fp32.
-        learned_tokens: on the text encoder.
-        dtype: precision of what is frozen.
+        learned_tokens: tokens of the text encoder.
+        dtype: precision of the frozen parts.
         lora_rank: also export the change as a LoRA of this rank.
 
     Source: Kumari et al. 2022, arXiv 2212.04488, section 3.2; diffusers
@@ -80,7 +80,7 @@ class CustomDiffusion(LearnsTokens):
         }
         self.base = {f"{k}.weight": v.weight.detach().cpu().clone() for k, v in layers.items()}
         for module in (models.unet, *(te.model for te in models.text_encoders)):
-            nn.Module.to(module, dtype)  # diffusers' own warns of any cast
+            nn.Module.to(module, dtype)  # diffusers' own warns about any cast
         self.matrices: dict[str, nn.Parameter] = {}
         for name, layer in layers.items():
             master = self.base[f"{name}.weight"].to(layer.weight.device, copy=True)
@@ -92,7 +92,7 @@ class CustomDiffusion(LearnsTokens):
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> CustomDiffusion:
-        """Keys and values as they are, embeddings at rare tokens; see ``Method.prepare``."""
+        """Unchanged keys and values, embeddings at rare tokens; see ``Method.prepare``."""
         (text_encoder,) = models.text_encoders
         learned_tokens = create_tokens(
             text_encoder,

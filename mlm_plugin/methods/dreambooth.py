@@ -26,15 +26,15 @@ __all__ = ["DreamBooth"]
 
 
 class DreamBooth(Method):
-    """Trains all weights of U-Net and text encoder; the VAE stays as it is.
+    """Trains all weights of U-Net and text encoder; the VAE is frozen.
 
     Args:
         models: the base, in fp32.
-        train_text_encoders: for each, whether it is trained; where none is, the MLM term has no
-            gradient. All are if not given.
+        train_text_encoders: for each, whether it is trained; default all. Where none is, the MLM
+            term has no gradient.
         frozen_dtype: precision of a frozen text encoder.
         diffusers_folder: also export a diffusers folder.
-        zero_terminal_snr: the betas of the training, which such a folder must name.
+        zero_terminal_snr: whether the betas were rescaled, which such a folder must record.
 
     Source: Ruiz et al. 2022, arXiv 2208.12242; sd-scripts ``train_db.py`` and ``sdxl_train.py``.
     """
@@ -93,7 +93,7 @@ class DreamBooth(Method):
     def learning_rates(
         cls, config: TrainConfig, *, num_text_encoders: int = 2
     ) -> dict[Part, LearningRate]:
-        """Of the U-Net alone with ``no_train_text_encoder``."""
+        """Only that of the U-Net with ``no_train_text_encoder``."""
         rates = super().learning_rates(config, num_text_encoders=num_text_encoders)
         return {"unet": rates["unet"]} if config.finetune.no_train_text_encoder else rates
 
@@ -106,7 +106,7 @@ class DreamBooth(Method):
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
-        """The place of the diffusers folder; see ``Method.check``."""
+        """Check the path of the diffusers folder; see ``Method.check``."""
         output = config.output
         if output.save_diffusers_folder and output.output_dir:
             require_replaceable(Path(output.output_dir) / (output.output_name or "last"))

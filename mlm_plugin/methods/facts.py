@@ -1,4 +1,4 @@
-"""What is true of a method before anything is loaded: its parts, its options, its use of the term.
+"""Facts about a method before anything is loaded: its parts, its options, whether the term acts.
 
 A method states most of this as class attributes; the rest follows from them. Knows options only,
 no models.
@@ -35,7 +35,7 @@ STOP_OPTIONS: dict[Part, tuple[str, ...]] = {
     "textencoder2": ("stop_text_encoder2_training", "stop_text_encoder_training"),
     "embedding": ("stop_embedding_training",),
 }
-"""What says when a part is trained no more; the first that is given counts."""
+"""The options that stop the training of a part; the first that is given counts."""
 
 
 class LearningRate(NamedTuple):
@@ -46,14 +46,14 @@ class LearningRate(NamedTuple):
 
 
 class MethodFacts:
-    """The facts of a method. What is not said here holds for most of them.
+    """The facts of a method. The defaults hold for most of them.
 
     Attributes:
         rate_options: the parts that the method trains. Each has the options that set its learning
             rate: the first that is given counts, and ``learning_rate`` where none is.
         own_options: options that are read besides the rates and the stops of these parts. Those of
-            other methods have no effect, and the user is told.
-        own_state_options: those of them that a training state depends on.
+            other methods have no effect and cause a warning.
+        own_state_options: the own options that a training state depends on.
         rules: when options of the method have no effect.
         supports_sdxl: a model may have two text encoders.
         supports_fused_backward: ``fused_backward_pass`` is worth it.
@@ -101,7 +101,7 @@ class MethodFacts:
 
         Args:
             config: all options.
-            num_text_encoders: of the model; 2 as long as it is not known.
+            num_text_encoders: those of the model; 2 if unknown.
         """
         others = set(TEXT_ENCODERS).difference(TEXT_ENCODER_PARTS[num_text_encoders])
         parts = [part for part in cls.rate_options if part not in others]
@@ -109,14 +109,14 @@ class MethodFacts:
 
     @classmethod
     def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
-        """Why the MLM term could have no gradient, in the words of the options; None if it can.
+        """Why the MLM term has no gradient, naming the options; None if it has one.
 
-        Whether the term acts is decided here alone, as long as there are only options; what is
-        trained now, :attr:`Method.trains_text_side` tells.
+        This is the only place that decides from options whether the term acts. During training,
+        :attr:`Method.trains_text_side` says whether it still does.
 
         Args:
             config: all options.
-            num_text_encoders: of the model; 2 as long as it is not known.
+            num_text_encoders: those of the model; 2 if unknown.
         """
         rates = cls.learning_rates(config, num_text_encoders=num_text_encoders)
         of_text = [rate for part, rate in rates.items() if part in TEXT_ENCODERS]
@@ -150,7 +150,7 @@ def why_untrained(rates: Iterable[LearningRate], what: str) -> str | None:
 
 
 def _value_for(part: Part, value: Any) -> float | None:
-    """The value for a part; the last one of a tuple serves every further text encoder.
+    """The value for a part; the last one of a tuple is used for every further text encoder.
 
     Source: sd-scripts networks/lora.py prepare_optimizer_params_with_multiple_te_lrs.
     """

@@ -1,4 +1,4 @@
-"""What the methods that learn token embeddings share: where these start, and their files."""
+"""What methods that learn token embeddings share: initial values and files."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def check_tokens(
     *,
     read: Callable[[str], Sequence[Tensor]] = read_embeddings,
 ) -> None:
-    """What can be said of the token embeddings before a model is loaded.
+    """Check the options of token embeddings before a model is loaded.
 
     Raises:
-        UserError: a placeholder that other words would be taken for, not one word or file per
-            concept, or a file that is not such an embedding.
+        UserError: a placeholder that is part of other words, not one word or file per concept, or a
+            file that is not such an embedding.
     """
     for concept in concepts:
         _refuse_ambiguous(concept, concepts)
@@ -76,10 +76,10 @@ def check_tokens(
 class LearnsTokens(Method):
     """A method that learns token embeddings for the placeholders.
 
-    They start at those of words, or at embedding files.
+    They are initialized from words or from embedding files.
 
     Attributes:
-        learned_tokens: of each text encoder, under the same placeholders.
+        learned_tokens: one for each text encoder, with the same placeholders.
     """
 
     rate_options = {"embedding": ("embedding_lr",)}
@@ -97,18 +97,18 @@ class LearnsTokens(Method):
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
-        """Placeholders, first words and files; see ``Method.check``."""
+        """Check placeholders, initial words and files; see ``Method.check``."""
         check_tokens(config.embedding, concepts)
 
     @property
     def only_tokens(self) -> LearnedTokens:
-        """The learned tokens where there is one text encoder."""
+        """The learned tokens of a model with one text encoder."""
         (tokens,) = self.learned_tokens
         return tokens
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """What the token embeddings stand for."""
+        """The placeholders of the token embeddings."""
         return self.learned_tokens[0].placeholders
 
     def embedding_parameters(self) -> list[nn.Parameter]:
@@ -132,17 +132,17 @@ def create_tokens(
     init_words: Sequence[str] = (),
     read: Callable[[str], Tensor] | None = None,
 ) -> LearnedTokens:
-    """A learned token for the placeholder of every concept, started as the options say.
+    """Create learned tokens for the placeholder of every concept, initialized as the options say.
 
     Args:
         text_encoder: gets placeholders and hooks.
-        options: number of vectors, first words or files; seen by :func:`check_tokens`.
+        options: number of vectors, initial words or files; checked by :func:`check_tokens`.
         concepts: at least one.
-        num_variants: K, alike at the start.
-        init_words: where the first concepts start if the options do not say; else at the class
-            word.
-        read: an embedding file to its vectors ``(N, D)`` or ``(K, N, D)``; else for a model with
-            one text encoder.
+        num_variants: K, equal at the start.
+        init_words: initial words of the first concepts if the options give none; the others start
+            at the class word.
+        read: reads an embedding file to vectors ``(N, D)`` or ``(K, N, D)``; by default one for a
+            model with one text encoder.
 
     Raises:
         UserError: a word or a file that does not fit the text encoder.
@@ -217,7 +217,7 @@ def save_embeddings(
 
 
 def verify_embeddings(files: Sequence[Path]) -> str:
-    """Read embeddings back; says how many vectors they hold."""
+    """Read embeddings back; returns a description with the number of vectors."""
     counts = [verify_embedding(file) for file in files]
     return f"{sum(counts)} vector(s) in {len(files)} embedding file(s)"
 
@@ -231,19 +231,19 @@ def webui_words(files: Sequence[Path], placeholders: Sequence[str]) -> dict[Path
 
 
 def _refuse_ambiguous(concept: Concept, concepts: Sequence[Concept]) -> None:
-    """Every place where the placeholder stands gets its embedding; there must be no others."""
+    """The placeholder gets its embedding wherever it occurs, so it must not occur elsewhere."""
     placeholder = concept.placeholder_token
     pattern = placeholder_pattern([placeholder])
     if placeholder.lower() in FUNCTION_WORDS:
         raise UserError(
             f"placeholder_token = {placeholder!r} is an everyday word, and its embedding would "
-            "stand for it in every prompt; take a word that no prompt holds, like sks"
+            "replace it in every prompt; use a word that is in no prompt, like sks"
         )
     for other in concepts:
         taken = other.class_token if other is concept else other.text
         if pattern.search(taken):
             raise UserError(
-                f"placeholder_token = {placeholder!r} also stands in {taken!r}, so its embedding "
+                f"placeholder_token = {placeholder!r} also occurs in {taken!r}, so its embedding "
                 "would be read there too; take a word that nothing else is called by, like sks"
             )
 

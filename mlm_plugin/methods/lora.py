@@ -64,7 +64,7 @@ class LoRAMethod(Method):
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> LoRAMethod:
-        """Adapters as the network options ask for them; see ``Method.prepare``."""
+        """Adapters as the network options say; see ``Method.prepare``."""
         return cls(models, config.network)
 
     def parts(self) -> dict[Part, list[nn.Parameter]]:

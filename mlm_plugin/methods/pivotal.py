@@ -35,16 +35,16 @@ __all__ = ["Pivotal"]
 
 
 class Pivotal(LearnsTokens, LoRAMethod):
-    """The token embeddings learn what the thing is, the LoRA how to draw it.
+    """The token embeddings learn what the concept is, the LoRA how to draw it.
 
-    ``stop_embedding_training`` and its sisters freeze a part after a share of the run: embeddings
-    first and then the LoRA alone is the classical recipe.
+    ``stop_embedding_training`` and similar options freeze a part after a share of the run. The
+    usual recipe is embeddings first, then the LoRA alone.
 
     Args:
         models: the frozen base.
-        options: of the LoRA.
-        learned_tokens: on each text encoder.
-        bundle: whether the LoRA file holds the embeddings too.
+        options: those of the LoRA.
+        learned_tokens: one for each text encoder.
+        bundle: whether the LoRA file contains the embeddings too.
 
     Source: Roich et al. 2021, arXiv 2106.05744 (the idea); cloneofsimo/lora and diffusers'
     ``train_dreambooth_lora_sdxl_advanced.py`` (with LoRA).

@@ -1,4 +1,4 @@
-"""Textual Inversion: a few token embeddings are learned, the model stays as it is."""
+"""Textual Inversion: a few token embeddings are learned, the model is frozen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextualInversion(LearnsTokens):
 
     Args:
         models: the frozen base.
-        learned_tokens: on each of its text encoders.
+        learned_tokens: one for each of its text encoders.
 
     Source: Gal et al. 2022, arXiv 2208.01618; sd-scripts ``train_textual_inversion.py``.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.export.embedding_files import layer_average, read_rows, save_xti
+from mlm_plugin.export.embedding_files import layer_average, read_vectors, save_xti
 from mlm_plugin.methods.base import Export
 from mlm_plugin.methods.learned_tokens import (
     check_tokens,
@@ -47,10 +47,10 @@ class XTI(TextualInversion):
     """Textual Inversion with one set of token embeddings per layer.
 
     Args:
-        models: the frozen base; its attention layers learn to take their own text states.
+        models: the frozen base; its attention layers are set up to take their own text states.
         learned_tokens: K variants of each placeholder, one per cross-attention layer.
-        all_layers: whether the MLM term reads every prompt with the embeddings of every layer; else
-            with those of one random layer, which gives the same gradient on average.
+        all_layers: whether the MLM term encodes every prompt with the embeddings of every layer;
+            else with those of one random layer, which gives the same gradient on average.
 
     Source: Voynov et al. 2023, arXiv 2303.09522; sd-scripts ``train_textual_inversion_XTI.py``.
     """
@@ -67,21 +67,21 @@ class XTI(TextualInversion):
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
-        """Placeholders, first words and files; see ``Method.check``."""
-        check_tokens(config.embedding, concepts, read=lambda file: [read_rows(file)])
+        """Check placeholders, initial words and files; see ``Method.check``."""
+        check_tokens(config.embedding, concepts, read=lambda file: [read_vectors(file)])
 
     @classmethod
     def prepare(
         cls, models: StableDiffusion, config: TrainConfig, concepts: Sequence[Concept]
     ) -> XTI:
-        """Embeddings alike in all layers, or those of an XTI file; see ``Method.prepare``."""
+        """The same embeddings in all layers, or those of an XTI file; see ``Method.prepare``."""
         (text_encoder,) = models.text_encoders
         learned_tokens = create_tokens(
             text_encoder,
             config.embedding,
             concepts,
             num_variants=len(cross_attention_names(models.unet)),
-            read=partial(read_rows, codes=layer_codes(models.unet)),
+            read=partial(read_vectors, codes=layer_codes(models.unet)),
         )
         return cls(models, learned_tokens, all_layers=config.embedding.xti_mlm_layers == "all")
 

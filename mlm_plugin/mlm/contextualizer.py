@@ -1,4 +1,4 @@
-"""The contextualizer: predicts masked words from the text encoder's states.
+"""The contextualizer: predicts masked words from the text encoder's hidden states.
 
 A small bidirectional pre-norm transformer whose output is compared with the text encoder's own
 token table. It is pretrained once per text encoder (``pretrain.py``), then frozen.
@@ -25,7 +25,7 @@ class ContextualizerSizes:
 
     Attributes:
         hidden_size: D, width of the text encoder's states.
-        vocab_size: V, rows of its token table.
+        vocab_size: V, size of its token embeddings.
         width: W, inner width.
         num_layers: transformer blocks.
         max_length: longest prompt in tokens, BOS and EOS included.
@@ -60,7 +60,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x_BLW: Tensor, attention_mask_BL: Tensor) -> Tensor:
-        """``(B, L, W) -> (B, L, W)``; no position attends to where the mask is false."""
+        """``(B, L, W) -> (B, L, W)``; positions where the mask is false are not attended to."""
         qkv = self.qkv(self.attention_norm(x_BLW)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         mixed = F.scaled_dot_product_attention(
@@ -71,14 +71,15 @@ class Block(nn.Module):
 
 
 class Contextualizer(nn.Module):
-    """Predicts masked words from the text encoder's states of the whole prompt.
+    """Predicts masked words from the text encoder's hidden states of the whole prompt.
 
-    CLIP's text encoder is causal: the state of a masked word knows only the words before it. The
-    blocks are bidirectional, so words on either side of the concept carry gradient to it.
+    CLIP's text encoder is causal: the state of a masked word depends only on the words before it.
+    The blocks are bidirectional, so words on either side of the concept carry gradient to it.
 
-    The output is tied: a state becomes a vector of width D that is compared with every row of the
-    text encoder's token table, given by the caller and frozen. ``mask_vector`` stands for [MASK] at
-    the encoder's input; it starts as NaN and only pretraining or a file can make it finite.
+    The output is tied: a state becomes a vector of width D that is compared with every
+    embedding of the text encoder's token table, given by the caller and frozen. ``mask_vector``
+    is the embedding of [MASK] at the encoder's input. It starts as NaN; only pretraining or a file
+    can make it finite.
     """
 
     def __init__(self, sizes: ContextualizerSizes):
@@ -132,17 +133,17 @@ class Contextualizer(nn.Module):
         return self.head(x_BLW.flatten(0, 1)[positions_N])
 
     def logits(self, features_ND: Tensor, token_table_VD: Tensor) -> Tensor:
-        """The rest of :meth:`forward`: ``(N, D)`` to logits ``(N, V)``, fp32."""
+        """The last step of :meth:`forward`: ``(N, D)`` to logits ``(N, V)``, fp32."""
         # cast the few features to the table's precision, not the large table to theirs
         logits_NV = F.linear(features_ND.to(token_table_VD.dtype), token_table_VD).float()
         return logits_NV * self.output_scale.float() + self.output_bias.float()
 
     def start_from(self, token_table_VD: Tensor, token_counts_V: Tensor) -> None:
-        """Fit a new network to the table it will read and to how often tokens occur.
+        """Initialize a new network from the token embeddings and token frequencies.
 
-        [MASK] begins as the mean token, a vector the text encoder knows how to read; the output
-        scale makes logits of about unit size, whatever the length of the rows (0.4 in CLIP); the
-        bias begins at the logarithm of the frequencies, which gradients would take long to find.
+        [MASK] starts as the mean token, a vector the text encoder can handle. The output scale
+        makes logits of about unit size, whatever the norm of the embeddings (0.4 in CLIP). The bias
+        starts at the logarithm of the frequencies, which gradients would take long to find.
 
         Args:
             token_table_VD: the text encoder's token embeddings.
@@ -155,7 +156,7 @@ class Contextualizer(nn.Module):
             self.output_bias.copy_((counts_V / counts_V.sum()).log())
 
     def require_trained(self) -> None:
-        """Refuse work with a mask vector that nobody has set.
+        """Refuse a mask vector that was never set.
 
         Raises:
             UserError: if the vector is not finite.

@@ -1,4 +1,4 @@
-"""A handle on one text encoder: all that the regularizer needs of it, whoever the host is.
+"""A handle on one text encoder: everything the regularizer needs from it, whatever the host.
 
 The vocabulary is not resized for [MASK]: additional embeddings would shift pooling, exports and the
 hosts' rules about frozen weights. A hook on the embedding layer puts the mask vector in place.
@@ -22,7 +22,7 @@ __all__ = ["EncoderHandle", "TeacherTarget", "mask_embedding"]
 
 
 class TeacherTarget(NamedTuple):
-    """A masked prompt with the class word, and what was predicted at its masked tokens."""
+    """A masked prompt with the class word, and the teacher's predictions at its masked tokens."""
 
     text: str  # with the concept
     class_ids: list[int]  # with the class word, up to its EOS
@@ -33,7 +33,7 @@ class TeacherTarget(NamedTuple):
 
 @dataclass
 class EncoderHandle:
-    """Where the regularizer touches one text encoder of a host.
+    """One text encoder of a host, as the regularizer sees it.
 
     Attributes:
         tokenize: prompts to ids ``(B, L)`` on the CPU, padded to the longest. The random stream is
@@ -43,8 +43,8 @@ class EncoderHandle:
         contextualizer: pretrained for this encoder; frozen here.
         vocabulary: word ends, and the words that are never masked.
         token_table: ``(V, D)``, frozen output table; a copy where the host trains the embeddings.
-        teacher_targets: what the untrained encoder predicts with the class word. Without them the
-            masked words themselves are the targets.
+        teacher_targets: predictions from the untrained encoder, with the class word. Without them
+            the masked words themselves are the targets.
     """
 
     tokenize: Callable[[list[str], random.Random], Tensor]
@@ -81,14 +81,17 @@ def mask_embedding(embedding: nn.Embedding, mask_vector_D: Tensor) -> Iterator[N
     """
     is_mask: list[Tensor] = []
 
-    def hide(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def replace_mask_id(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         is_mask.append(args[0] == MASK_ID)
         return (args[0].clamp(min=0), *args[1:])
 
-    def reveal(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def insert_mask_vector(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return torch.where(is_mask.pop()[..., None], mask_vector_D.to(output), output)
 
-    handles = [embedding.register_forward_pre_hook(hide), embedding.register_forward_hook(reveal)]
+    handles = [
+        embedding.register_forward_pre_hook(replace_mask_id),
+        embedding.register_forward_hook(insert_mask_vector),
+    ]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The losses of the method and of its neighbours, each a short pure function.
+"""The losses of this method and of related ones, each a short pure function.
 
 Symbols: ``h`` states of the encoder being trained, ``g`` of the untrained one; ``p`` what the
 contextualizer predicts from h, ``q`` from g.
@@ -32,9 +32,9 @@ PositionPairs = tuple[list[int], list[int]]
 
 
 def masked_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """``-1/N sum_i log p_i(x_i)``: name the masked tokens x.
+    """``-1/N sum_i log p_i(x_i)``: predict the masked tokens x.
 
-    Without a masked token it is a zero that still belongs to the graph.
+    Without masked tokens it is a zero that is still part of the graph.
 
     Source: Devlin et al. 2018; as the loss of arXiv 2410.10058, according to public reviews.
     """
@@ -53,7 +53,7 @@ def teacher_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
 
 
 class MaskedWordLoss(NamedTuple):
-    """The loss at the masked tokens, and how many of them were named correctly."""
+    """The loss at the masked tokens, and how many of them were predicted correctly."""
 
     loss: Tensor  # 0-d fp32, mean over the N masked tokens; 0 without any
     num_correct: Tensor  # 0-d long
@@ -69,12 +69,12 @@ def masked_word_loss(
     token_table_VD: Tensor,
     teacher_ND: Tensor | None = None,
 ) -> MaskedWordLoss:
-    """What the contextualizer predicts at the masked tokens, against words or against a teacher.
+    """Compare the contextualizer's predictions at the masked tokens with words or a teacher.
 
     Args:
         contextualizer: predicts the words.
         hidden_BLD: states h of the masked prompts.
-        labels_BL: masked ids, IGNORE_INDEX elsewhere; on the CPU, so that no device is waited for.
+        labels_BL: masked ids, IGNORE_INDEX elsewhere; on the CPU, to avoid a synchronization.
         attention_mask_BL: false for padding.
         token_table_VD: the tied output table.
         teacher_ND: the contextualizer's features of g. With them the loss is :func:`teacher_kl`,
@@ -95,7 +95,7 @@ def masked_word_loss(
 
 
 def masked_positions(labels_BL: Tensor) -> Tensor:
-    """Where labels ask for a word, as indices into the ``B L`` positions, ``(N,)``."""
+    """Positions with a label, as indices into the ``B L`` positions, ``(N,)``."""
     return (labels_BL != IGNORE_INDEX).flatten().nonzero().squeeze(1)
 
 
@@ -107,8 +107,8 @@ def context_anchor(
     Args:
         states_BLD: h of prompts with the concept.
         frozen_BMD: g of the same prompts with the class word.
-        positions: for each prompt the positions i in the one and in the other, as
-            :func:`positions_outside` gives them.
+        positions: for each prompt the positions i in h and in g, from
+            :func:`positions_outside`.
 
     Source: CoRe, arXiv 2408.15914, equation 3, with the cosine over the width.
     """
@@ -140,12 +140,12 @@ def class_anchor(pooled_BD: Tensor, frozen_BD: Tensor) -> Tensor:
 def positions_outside(
     ids_L: Sequence[int], concept_ids: Sequence[int], num_class_tokens: int
 ) -> PositionPairs:
-    """Positions outside the concept, and of the same tokens in the prompt with the class word.
+    """Positions of the tokens outside the concept, in its prompt and in that of the class word.
 
     Args:
-        ids_L: of the prompt up to its EOS, the concept in it.
-        concept_ids: of the concept, without BOS and EOS.
-        num_class_tokens: length of the class word, which stands in its place in the other prompt.
+        ids_L: the prompt with the concept, up to its EOS.
+        concept_ids: the concept, without BOS and EOS.
+        num_class_tokens: length of the class word, which replaces the concept in the other prompt.
     """
     length = len(concept_ids)
     starts = range(len(ids_L) - length + 1)

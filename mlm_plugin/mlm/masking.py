@@ -1,6 +1,6 @@
 """Masking of prompts: ids in, masked ids and labels out.
 
-Pure functions over token ids; they know no model and no prompt set. Whole words are masked, at
+Pure functions over token ids; they know neither models nor prompt sets. Whole words are masked, at
 least one per prompt, content words first (after Devlin et al. 2018 and, for short captions, the
 "content words" remedy of data-efficient MLM).
 """
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 MASK_ID = -1
-"""Stands for [MASK] in the ids. It is in no vocabulary: a hook on the embedding resolves it."""
+"""Id of [MASK]. It is not in any vocabulary: a hook on the embedding layer handles it."""
 
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers."""
@@ -45,13 +45,13 @@ class MaskedTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskingVocabulary:
-    """What masking must know about a tokenizer and about the concept.
+    """What masking needs to know about a tokenizer and the concept.
 
     Attributes:
         ends_word: ids that close a word (CLIP's BPE marks them with ``</w>``).
         bos_token_id: id of the first token.
         eos_token_id: id that ends the prompt; everything from the first one on is padding.
-        punctuation: ids without a letter or digit; never masked, for they teach nothing.
+        punctuation: ids without a letter or digit; never masked, as they teach nothing.
         protected: words that are never masked: placeholder tokens and the class word.
         low_priority: function words and words of neutral prefixes ("a photo of").
         replacements: ids that 80/10/10 masking may put in a word's place.
@@ -69,7 +69,7 @@ class MaskingVocabulary:
     def from_tokenizer(
         cls, tokenizer, *, protected: Iterable[str], low_priority: Iterable[str]
     ) -> MaskingVocabulary:
-        """Read word ends and the ids of protected and unimportant words off a CLIP tokenizer."""
+        """Get word ends and the ids of protected and low-priority words from a CLIP tokenizer."""
         vocabulary = tokenizer.get_vocab()
         added = set(tokenizer.get_added_vocab().values())
         special = set(tokenizer.all_special_ids)
@@ -129,8 +129,8 @@ def mask_tokens(
 
     Per prompt ``max(1, round(mlm_probability * words))`` words are drawn without replacement among
     those that are neither protected nor punctuation (rounded at random, so that the rate holds on
-    average); content words are drawn ten times as readily as function words. A prompt without such
-    a word gets no label.
+    average); content words are ten times as likely as function words. A prompt without a maskable
+    word gets no label.
 
     Args:
         input_ids_BL: token ids, shape ``(B, L)``, long, on the CPU.

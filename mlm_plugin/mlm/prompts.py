@@ -1,4 +1,4 @@
-"""Prompts that hold the concept: sets of contexts, and drawing from them.
+"""Prompts with the concept: sets of contexts, and drawing from them.
 
 A set comes from a TOML file with word lists and families of templates, from a text file with one
 context per line (``prompt_sets/files.py``), or from the captions of a data set. Several concepts
@@ -41,7 +41,7 @@ class Context(NamedTuple):
     family: str
 
     def fill(self, concept: str) -> str:
-        """Put ``concept`` into the slot; other braces in the text stay as they are."""
+        """Put ``concept`` into the slot; other braces in the text are unchanged."""
         return self.text.replace("{}", concept)
 
 
@@ -49,8 +49,8 @@ class PromptSet:
     """A set of contexts for one concept.
 
     Families are drawn with probability proportional to ``weight * size ** (1 / temperature)``:
-    1 draws every prompt alike, larger values let small families be heard. Inside a family every
-    prompt is equally likely.
+    1 draws every prompt with equal probability, larger values favour small families. Within a
+    family every prompt is equally likely.
 
     Args:
         name: for messages.
@@ -82,7 +82,7 @@ class PromptSet:
         Args:
             name_or_path: one of ``BUILTIN``, or a file of the user's own.
             syntax: "natural" or "tags": which templates of a TOML file are used. A text file is
-                taken as it is written.
+                used as written.
 
         Raises:
             UserError: an unknown name, a missing file, or a mistake in the file (with its place).
@@ -99,17 +99,17 @@ class PromptSet:
     def from_captions(
         cls, captions: Iterable[str], *, concept: str, others: Sequence[str] = ()
     ) -> PromptSet:
-        """Make contexts of the captions that hold ``concept`` and at least one more word.
+        """Make contexts from the captions that contain ``concept`` and at least one more word.
 
-        The concept is found as whole words, in any case. If a caption holds it twice, the first is
+        The concept is matched as whole words, ignoring case. If it occurs twice, the first one is
         the slot and the other stays as text. Captions that cannot be used are skipped; a warning
         says how many.
 
         Args:
-            captions: of the pictures of all concepts.
+            captions: those of all pictures, of all concepts.
             concept: what becomes the slot.
-            others: the other concepts of the run: captions that hold one of them instead belong
-                to its set and are no reason for a warning.
+            others: the other concepts of the run. Captions that contain one of them instead
+                belong to its set and cause no warning.
 
         Raises:
             UserError: if no caption is left.
@@ -171,7 +171,7 @@ class PromptSet:
         return self.draw(rng).fill(concept)
 
     def only(self, families: Collection[str]) -> PromptSet:
-        """The set with these families alone; the set itself if it has none of them."""
+        """The set with only these families; the set itself if it has none of them."""
         chosen = [family for family in self._families if family.name in families]
         if not chosen:
             return self
@@ -207,13 +207,13 @@ def _whole_words(concept: str) -> re.Pattern:
 
 
 def _shares(families: Sequence[Family], temperature: float) -> list[float]:
-    """Relative shares of the families; the largest is 1, so that none leaves a float's range."""
+    """Relative shares of the families, scaled so that the largest is 1 and none overflows."""
     logs = [math.log(family.weight) + math.log(family.size) / temperature for family in families]
     return [math.exp(log - max(logs)) for log in logs]
 
 
 class Member(NamedTuple):
-    """A concept and the contexts it may stand in."""
+    """A concept and the contexts it may appear in."""
 
     prompt_set: PromptSet
     text: str  # "sks dog"
@@ -221,14 +221,14 @@ class Member(NamedTuple):
 
 
 class PromptPair(NamedTuple):
-    """A prompt with its concepts, and the same with their class words in their places."""
+    """A prompt with its concepts, and the same prompt with their class words instead."""
 
     text: str
     class_text: str
 
 
 class JointPrompts:
-    """Prompts that hold one concept of several, or two of them.
+    """Prompts with one of several concepts, or with two of them.
 
     A joint prompt takes its context from the first concept's set, from the families that suit two.
     A style comes second: "sks dog in the style of zwx art". A context that names the other concept
@@ -275,7 +275,7 @@ class JointPrompts:
 
 
 def draw_relation(rng: random.Random, *, kind: str = "things") -> str:
-    """What stands between two concepts, such as "next to".
+    """The words between two concepts, such as "next to".
 
     Args:
         rng: source of the draw.

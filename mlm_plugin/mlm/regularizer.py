@@ -29,7 +29,7 @@ class MLMSchedule:
 
     Attributes:
         weight: ``mlm_loss_weight``.
-        every_n_steps: act on every n-th step, n times as strongly, so that the expectation stays.
+        every_n_steps: act on every n-th step with n times the weight, to keep the expectation.
         start_step: first step with the term.
         end_step: first step without it again; ``None`` = to the end.
     """
@@ -47,10 +47,10 @@ class MLMSchedule:
 
 
 class MLMOutput(NamedTuple):
-    """What one call returns. Tensors stay on the device; reading them waits for it."""
+    """What one call returns. Tensors stay on the device; reading them synchronizes."""
 
     loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
-    accuracy: Tensor  # 0-d fp32, share of masked tokens named correctly, without gradient
+    accuracy: Tensor  # 0-d fp32, share of masked tokens predicted correctly, detached
     num_masked: int
     losses: tuple[Tensor, ...] = ()  # what the loss is the mean of, one per text encoder
 
@@ -58,9 +58,8 @@ class MLMOutput(NamedTuple):
 class MLMRegularizer:
     """Computes the MLM loss of prompts: freshly drawn, or those of the teacher targets.
 
-    Every call draws from a stream of its own, named by seed and call number: the host's random
-    numbers stay as they were, and a resumed run continues with the same prompts without any stored
-    state.
+    Every call draws from its own stream, named by seed and call number. The host's random numbers
+    stay unchanged, and a resumed run continues with the same prompts without any stored state.
 
     Args:
         encoders: one per text encoder; all see the same prompts, with or without teacher targets.

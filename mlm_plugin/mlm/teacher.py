@@ -1,13 +1,12 @@
 """Teacher targets: what the contextualizer predicts from the untrained text encoder.
 
-The word that was masked is one of many that fit, and no text encoder can tell which one; asked for
-it, the term mostly passes on this noise. The teacher asks the same question without the noise: the
-same prompt with the class word in the concept's place, the same words masked, and the distribution
-that the contextualizer then predicts for each. The student is compared with that distribution
-(``mlm_target = class``).
+The masked word is one of many that fit, and no text encoder can tell which one it was. As a target
+it is mostly noise. The teacher removes the noise: it sees the same prompt with the class word in
+place of the concept and the same words masked. The target is the distribution that the
+contextualizer then predicts for each masked word (``mlm_target = class``).
 
-Targets are computed before anything is trained, and kept as vectors: no second text encoder is held
-in memory during the training.
+Targets are computed before anything is trained, and kept as vectors, so that training needs no
+second text encoder in memory.
 
 Source: soft targets from Hinton et al. 2015, arXiv 1503.02531; the class word as what a concept
 should behave like among other words from CoRe, arXiv 2408.15914.
@@ -46,7 +45,7 @@ def compute_teacher_targets(
     replace: str,
     rng: random.Random,
 ) -> list[TeacherTarget]:
-    """One target for each prompt.
+    """Compute one target for each prompt.
 
     Args:
         encoder: untrained.
@@ -87,19 +86,19 @@ def _features(encoder: EncoderHandle, masked: MaskedTokens, attention_mask_BL: T
 def align_to_prompt(
     target: TeacherTarget, ids_L: Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Mask the same words in the prompt that holds the concept.
+    """Mask the same words in the prompt with the concept.
 
     Args:
-        target: of the prompt with the class word.
-        ids_L: of the prompt with the concept, padding included.
+        target: the target of the prompt with the class word.
+        ids_L: ids of the prompt with the concept, padding included.
 
     Returns:
         masked ids and labels, as long as ``ids_L``, and which of the N masked tokens were found:
-        the longer of two prompts may be cut off at its end.
+        the longer of two prompts may be truncated.
     """
     masked, labels, found = list(ids_L), [IGNORE_INDEX] * len(ids_L), []
-    hidden = (position for position, label in enumerate(target.labels) if label != IGNORE_INDEX)
-    number_of = {position: number for number, position in enumerate(hidden)}
+    positions = (position for position, label in enumerate(target.labels) if label != IGNORE_INDEX)
+    number_of = {position: number for number, position in enumerate(positions)}
     for start, our_start, size in SequenceMatcher(
         None, target.class_ids, ids_L, autojunk=False
     ).get_matching_blocks():

@@ -1,1 +1,1 @@
-"""Text encoders, checkpoints, networks and the contextualizer. Knows no trainer."""
+"""Text encoders, checkpoints and their networks. Knows no trainer."""

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x or XL from one WebUI checkpoint file, without the network.
 
-The tensors tell the family; the configurations are shipped in ``architectures/``.
+The family follows from the tensors; configurations are shipped in ``architectures/``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OTHER_FILES = {
     "lora_unet_": "a LoRA (--network_weights loads it)",
     "lora_te": "a LoRA (--network_weights loads it)",
 }
-# The first one whose text encoder a file holds is the file's.
+# In this order: the first family whose text encoder is in the file.
 FAMILIES = ("sdxl", "sd_v2", "sd_v1")
 FLAT_CLIP = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.0)\.transformer"
@@ -55,7 +55,7 @@ PROJECTION = f"{SDXL_OPEN_CLIP_PREFIX}text_projection"
 class CheckpointFile:
     """A checkpoint of SD 1.x, 2.x or XL with LDM names (``.safetensors``, ``.ckpt``).
 
-    The U-Net's weights are taken, not their moving average (``model_ema.*``), as sd-scripts does.
+    Like sd-scripts, it loads the U-Net's weights, not their moving average (``model_ema.*``).
 
     Args:
         name: the file.
@@ -64,11 +64,11 @@ class CheckpointFile:
     Attributes:
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         configs: folder of configurations.
-        scheduler: the part of a scheduler's configuration that the file tells; mostly empty.
-        tokenizers: none: a file holds no tokenizer.
+        scheduler: the part of a scheduler's configuration in the file; mostly empty.
+        tokenizers: empty, as such a file contains no tokenizer.
 
     Raises:
-        UserError: unreadable file, or no checkpoint of these kinds.
+        UserError: unreadable file, or not a checkpoint of these kinds.
 
     Source: sd-scripts ``library/model_util.py`` ``load_models_from_stable_diffusion_checkpoint``.
     """
@@ -89,10 +89,10 @@ class CheckpointFile:
 
         Args:
             part: name of a field of ``Components``.
-            dtype: of its weights.
+            dtype: precision of its weights.
 
         Raises:
-            UserError: tensors are missing, left over or of another shape.
+            UserError: tensors are missing, unexpected or of another shape.
         """
         network, state = empty_network(part, self.configs / part), self._state
         if self.family == "sd_v2" and part == "text_encoder":
@@ -109,9 +109,9 @@ def load_vae_file(path: Path, *, configs: Path, dtype: torch.dtype) -> nn.Module
 
     Args:
         path: the file.
-        configs: folder of configurations. All families have the same autoencoder; SDXL scales its
-            latents differently, which no file says.
-        dtype: of the VAE.
+        configs: folder of configurations. All families have the same autoencoder, but SDXL scales
+            its latents differently, which is not recorded in the file.
+        dtype: precision of the VAE.
 
     Raises:
         UserError: unreadable or incomplete file.
@@ -167,17 +167,17 @@ def _check_width(state: Mapping[str, Tensor], configs: Path, *, path: Path) -> N
 
 
 def _scheduler(state: Mapping[str, Tensor]) -> dict:
-    """SDXL files that predict v say so by empty tensors; other files say nothing."""
+    """SDXL files that predict v mark it with empty tensors; other files have no mark."""
     if "v_pred" not in state:
         return {}
     return {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in state}
 
 
 def _in_common_form(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as most checkpoints have them.
+    """The tensors in their most common form.
 
-    Some lack CLIP's ``text_model.`` level; some have OpenCLIP's projection as a linear layer, which
-    holds its transpose.
+    Some checkpoints lack CLIP's ``text_model.`` level. Some have OpenCLIP's projection as a linear
+    layer, which is its transpose.
     """
     common = {FLAT_CLIP.sub(r"\g<0>text_model.", name): tensor for name, tensor in state.items()}
     linear = common.pop(f"{PROJECTION}.weight", None)
@@ -185,6 +185,6 @@ def _in_common_form(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _without_layer(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """SD 2.x reads the state before OpenCLIP's last layer, which is therefore not part of it."""
+    """SD 2.x uses the state before OpenCLIP's last layer, so that layer is dropped."""
     last = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{number}."
     return {name: tensor for name, tensor in state.items() if not name.startswith(last)}

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x, 2.x and XL by name: a diffusers folder, a hub id or one checkpoint file.
 
-Puts the parts of a model together and resolves contradictions between it and the options. Knows
-nothing of training.
+Assembles a model and resolves contradictions between it and the options. Knows nothing about
+training.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ Source = CheckpointFile | DiffusersFolder
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What the options say of a model, besides its name.
+    """What the options say about a model, besides its name.
 
     Attributes:
         v2: ``--v2``. The weights decide; it is an error for a model that is not SD 2.x.
-        v_parameterization: ``--v_parameterization``. A diffusers folder says what it predicts, and
-            the option must not contradict it; for a checkpoint file the option decides.
+        v_parameterization: ``--v_parameterization``. A diffusers folder records what it predicts,
+            and the option must not contradict it; for a checkpoint file the option decides.
         vae: replacement: diffusers folder (of the VAE, or with one in ``vae``), hub id or file.
         tokenizer_cache_dir: where to look for the tokenizer if the model has none.
-        clip_skip: see ``TextEncoder``. SDXL always reads the state before the last layer, without
-            the final norm; another value has no effect, as in sd-scripts, and a warning says so.
+        clip_skip: see ``TextEncoder``. SDXL always uses the state before the last layer, without
+            the final norm; another value has no effect, as in sd-scripts, and causes a warning.
         max_token_length: see ``TextEncoder``.
-        dtype: of U-Net and text encoders.
-        vae_dtype: of the VAE.
+        dtype: precision of U-Net and text encoders.
+        vae_dtype: precision of the VAE.
     """
 
     v2: bool = False
@@ -84,9 +84,9 @@ class StableDiffusion:
         noise_scheduler: DDPM with the betas the model was trained with.
         version: ``sd_v1``, ``sd_v2`` or ``sd_v2_v`` (``sd_v1_v`` for an SD 1.x that predicts v), or
             ``sdxl_base_v1-0``, as kohya writes it into ``ss_base_model_version``.
-        prediction_type: ``epsilon`` or ``v_prediction``: what training must aim at. Read this, not
-            the option: a diffusers folder says it itself.
-        source: the model as given.
+        prediction_type: ``epsilon`` or ``v_prediction``, the training target. Use this, not the
+            option: a diffusers folder has its own.
+        source: the model's name as given.
     """
 
     text_encoders: list[TextEncoder]
@@ -104,7 +104,7 @@ class StableDiffusion:
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether the U-Net reads two text encoders, a pooled state and sizes."""
+        """Whether the U-Net is conditioned on two text encoders, a pooled state and sizes."""
         return self.version == SDXL_VERSION
 
     @property
@@ -127,7 +127,7 @@ def load_stable_diffusion(
             ``.ckpt`` checkpoint with WebUI names (no network).
         settings: defaults if not given.
         architecture: folder of configurations for checkpoint files, laid out as a diffusers folder,
-            in place of the shipped ones (models of other sizes).
+            instead of the shipped ones (models of other sizes).
 
     Raises:
         UserError: nothing found, damaged or incomplete weights, another architecture than SD 1.x,
@@ -159,12 +159,12 @@ def empty_stable_diffusion(
     Reads configurations, or names and shapes of a file; nothing is downloaded.
 
     Args:
-        name_or_path: as there.
-        settings: as there; a replacement VAE has the shapes of the model's own.
-        spare_tokenizer: makes a tokenizer where none is found; without it that is an error.
+        name_or_path: as in :func:`load_stable_diffusion`.
+        settings: likewise; a replacement VAE has the shapes of the model's own.
+        spare_tokenizer: creates a tokenizer where none is found; without it that is an error.
 
     Raises:
-        UserError: as there, but for damaged weights.
+        UserError: as in :func:`load_stable_diffusion`, except for damaged weights.
     """
     settings, name = settings or ModelSettings(), str(name_or_path)
     source = _open(name, find_local_folder)
@@ -204,7 +204,7 @@ def _find_tokenizers(source: Source, settings: ModelSettings) -> list:
 def _assembled(
     source: Source, networks: Components, tokenizers: Sequence, settings: ModelSettings
 ) -> StableDiffusion:
-    """The model, frozen; where the options contradict its source, an error or a warning."""
+    """The frozen model; an error or a warning where the options contradict its source."""
     family = source.family
     if settings.v2 and family != "sd_v2":
         raise UserError(

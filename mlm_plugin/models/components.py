@@ -1,4 +1,4 @@
-"""The networks of a Stable Diffusion model: made empty, then given all their weights, or an error.
+"""The networks of a Stable Diffusion model: created empty, then filled completely or refused.
 
 Knows no file formats; names of tensors come from ``ldm_names`` or are the library's own.
 """
@@ -45,7 +45,7 @@ CLASSES = {
     "vae": AutoencoderKL,
 }
 MAX_NAMED = 3  # tensors named in an error
-# Tensors that checkpoints hold and these networks do not use.
+# Tensors in checkpoints that these networks do not use.
 UNUSED = re.compile(
     r".*\bposition_ids"
     r"|cond_stage_model\.model\.(?:logit_scale|text_projection|attn_mask)"
@@ -87,7 +87,7 @@ def empty_network(part: str, folder: Path) -> nn.Module:
 
     Args:
         part: name of a field of ``Components``.
-        folder: of its ``config.json``.
+        folder: folder of its ``config.json``.
 
     Raises:
         UserError: the configuration cannot be read.
@@ -98,7 +98,7 @@ def empty_network(part: str, folder: Path) -> nn.Module:
     config = CLIPTextConfig.from_pretrained(str(folder))
     with torch.device("meta"):
         clip = CLASSES[part](config)
-    # No checkpoint holds these, so they need their values now.
+    # No checkpoint contains these, so they need their values now.
     position_ids = torch.arange(config.max_position_embeddings)[None]
     getattr(clip, "text_model", clip).embeddings.position_ids = position_ids
     return clip
@@ -113,9 +113,9 @@ def fill_weights(
     path: Path,
     dtype: torch.dtype,
 ) -> None:
-    """Give a network all its weights, as copies in ``dtype``.
+    """Fill in all weights of a network, as copies in ``dtype``.
 
-    Copies, because the file may be mapped from disk and change while the model lives.
+    Copies, because the file may be memory-mapped and change while the model is in use.
 
     This is stricter than diffusers' ``from_single_file`` and transformers' ``from_pretrained``.
     Their versions differ in the names they know (``text_model.`` is gone since transformers 5.6)
@@ -124,14 +124,14 @@ def fill_weights(
 
     Args:
         network: may be on the meta device, if all its buffers are in its state dict.
-        places_of: from the network's weight names to their places in ``state``.
+        places_of: maps the network's weight names to their locations in ``state``.
         state: tensors by name; a matrix may be stored as a 1x1 convolution and vice versa.
-        prefix: every tensor whose name begins so must be used.
-        path: where ``state`` came from, for errors.
-        dtype: of the filled weights.
+        prefix: every tensor whose name starts with it must be used.
+        path: the file of ``state``, for errors.
+        dtype: precision of the filled weights.
 
     Raises:
-        UserError: tensors are missing, left over or of another shape.
+        UserError: tensors are missing, unexpected or of another shape.
     """
     wanted = network.state_dict()
     places = places_of(wanted)
@@ -150,7 +150,7 @@ def fill_weights(
 
 
 def plain_name(name: str) -> str:
-    """A library's name for a weight, the same for all its versions.
+    """A library's name for a weight, the same for all versions of the library.
 
     CLIP's names begin with ``text_model.`` before transformers 5.6 and do not since; the matrices
     of the VAE's attention have other names in files of older versions of diffusers.
@@ -162,12 +162,12 @@ def plain_name(name: str) -> str:
 
 
 def plain_places(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """Places of weights in a state dict with plain names."""
+    """Locations of weights in a state dict with plain names."""
     return {name: LdmTensor(plain_name(name)) for name in names}
 
 
 def wrong_architecture(source: str | Path, found: str) -> UserError:
-    """The error for a model of a kind that is not trained; ``found`` says what it is."""
+    """The error for a model of an unsupported kind; ``found`` says what it is."""
     return UserError(f"{source} is {found}; this version trains {TITLES['sd_v1']}, 2.x and XL base")
 
 
@@ -186,7 +186,7 @@ def read_json(path: Path, *, optional: bool = False) -> dict:
 
 
 def _refuse_gaps(path: Path, *, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise if tensors are missing or left over, naming the first few."""
+    """Raise if tensors are missing or unexpected, naming the first few."""
     parts = []
     for kind, names in (("lacks", sorted(missing)), ("has unknown", sorted(unexpected))):
         if names:

@@ -1,6 +1,6 @@
 """What the U-Net is conditioned on: text states, and in SDXL pooled text and the picture's sizes.
 
-Knows the keyword arguments of diffusers' U-Net; nothing of captions, training or sampling.
+Knows the keyword arguments of diffusers' U-Net, but nothing about captions, training or sampling.
 Shapes: B pictures, L tokens, D width of the text states, P width of the pooled text.
 """
 
@@ -26,7 +26,7 @@ class Conditioning(NamedTuple):
     pooled: Tensor | None = None  # (B, P), the second encoder's; None in Stable Diffusion 1 and 2
 
     def to(self, place: torch.device | torch.dtype, *, non_blocking: bool = False) -> Conditioning:
-        """The same on a device or in a precision; ``non_blocking`` is for the way to a GPU."""
+        """Move to a device or cast to a precision; ``non_blocking`` is for copies to a GPU."""
         parts = (
             part if part is None else part.to(place, non_blocking=non_blocking) for part in self
         )
@@ -49,10 +49,10 @@ def encode_captions(text_encoders: Sequence[TextEncoder], captions: Sequence[str
 def size_ids(
     original_sizes: Sequence[Size], crop_top_lefts: Sequence[Size], target_sizes: Sequence[Size]
 ) -> Tensor:
-    """What SDXL is told of each picture's size, ``(B, 6)`` fp32.
+    """SDXL's size conditioning for each picture, ``(B, 6)`` fp32.
 
     Height and width of the file, top and left of the crop, height and width of the training
-    picture, as diffusers' ``time_ids`` have them.
+    picture, like diffusers' ``time_ids``.
 
     Args:
         original_sizes: (h, w) of each picture.
@@ -70,9 +70,9 @@ def size_ids(
 def unet_inputs(
     conditioning: Conditioning, size_ids_B6: Tensor, *, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Keyword arguments of a U-Net; only SDXL, which has pooled text, is told the sizes.
+    """Keyword arguments of a U-Net; only SDXL, which has pooled text, gets the sizes.
 
-    The sizes stay fp32, for bf16 has no number between 1024 and 1032.
+    The sizes stay fp32, as bf16 has no number between 1024 and 1032.
     """
     inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.states.to(dtype)}
     if conditioning.pooled is not None:

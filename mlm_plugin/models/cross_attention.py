@@ -1,9 +1,9 @@
 """Cross-attention layers of a Stable Diffusion U-Net: names, codes, and text states for each.
 
-XTI (P+) gives every cross-attention layer its own text states. They travel through the U-Net as one
-conditioning with the layers' states joined along the token axis, and each layer cuts out its own
+XTI (P+) gives every cross-attention layer its own text states. They pass through the U-Net as one
+conditioning, with the layers' states joined along the token axis, and each layer slices its own
 window. So whatever handles conditioning by batch (classifier-free guidance, gradient checkpointing,
-``prompt_embeds`` of diffusers pipelines) works as it is. Knows nothing of prompts or text encoders.
+``prompt_embeds`` of diffusers pipelines) works unchanged. Knows no prompts and no text encoders.
 
 Shapes: K cross-attention layers, B prompts, L tokens of one layer (77, 152 or 227), D width.
 """
@@ -52,11 +52,11 @@ def cross_attention_names(unet: nn.Module) -> list[str]:
 
 
 def layer_codes(unet: nn.Module) -> list[str]:
-    """Code of each cross-attention layer as kohya has it, in the order in which they run.
+    """The code that kohya uses for each cross-attention layer, in the order in which they run.
 
     ``IN`` and ``OUT`` with the number of the LDM input or output block in two digits, ``MID`` for
     the middle block: IN01, IN02, IN04, IN05, IN07, IN08, MID, OUT03 ... OUT11 in SD 1.x and 2.x.
-    Further layers of the same block end in ``_1``, ``_2`` and so on.
+    Additional layers of the same block end in ``_1``, ``_2`` and so on.
 
     Source: sd-scripts ``train_textual_inversion_XTI.py``.
     """
@@ -79,13 +79,13 @@ def join_layers(states_KBLD: Tensor) -> Tensor:
     """One conditioning for all layers: ``(K, B, L, D) -> (B, K L, D)``, layer after layer.
 
     Raises:
-        UserError: the result would be taken for states that all layers share.
+        UserError: the result would be mistaken for states that all layers share.
     """
     joined = states_KBLD.transpose(0, 1).flatten(1, 2)
     if not is_per_layer(joined):
         num_layers, _, length, _ = states_KBLD.shape
         raise UserError(
-            f"text states of {num_layers} layers x {length} tokens cannot be told from shared ones "
+            f"text states of {num_layers} layers x {length} tokens look like shared ones "
             f"(up to {MAX_SHARED_TOKENS} tokens): use at least {MIN_LAYERS} layers and 77 tokens"
         )
     return joined
@@ -97,12 +97,12 @@ def split_layers(joined: Tensor, num_layers: int) -> Tensor:
 
 
 def is_per_layer(states: Tensor) -> bool:
-    """Whether a conditioning holds each layer's own states, told by its number of tokens."""
+    """Whether a conditioning contains separate states for each layer, by its number of tokens."""
     return states.shape[1] > MAX_SHARED_TOKENS
 
 
 def layer_window(states: Tensor, layer: int, num_layers: int, *, dim: int = 1) -> Tensor:
-    """What one layer sees of joined states: its L tokens along ``dim``.
+    """The part of joined states that belongs to one layer: its L tokens along ``dim``.
 
     Raises:
         UserError: the number of tokens is not a multiple of the number of layers.
@@ -118,12 +118,12 @@ def layer_window(states: Tensor, layer: int, num_layers: int, *, dim: int = 1) -
 
 
 class LayerWindow:
-    """Attention processor that hands one layer's window to the processor it stands before.
+    """Attention processor that passes one layer's window to the processor it wraps.
 
     Args:
         processor: the layer's own processor, which does the attention.
         layer: number of the layer, 0 = first to run.
-        num_layers: how many layers' states a joined conditioning holds.
+        num_layers: number of layers in a joined conditioning.
     """
 
     def __init__(self, processor, *, layer: int, num_layers: int):
@@ -140,7 +140,7 @@ class LayerWindow:
         temb: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """Attend to this layer's window of joined states, or to shared states as they are."""
+        """Attend to this layer's window of joined states, or to shared states unchanged."""
         if encoder_hidden_states is not None and is_per_layer(encoder_hidden_states):
             encoder_hidden_states = self._own(encoder_hidden_states)
             if attention_mask is not None:
@@ -163,7 +163,7 @@ class PerLayerConditioning:
     """The processors of :func:`per_layer_conditioning`, until :meth:`remove`.
 
     Attributes:
-        num_layers: K, the number of layers whose states a joined conditioning holds.
+        num_layers: K, the number of layers in a joined conditioning.
     """
 
     def __init__(self, unet: nn.Module, names: list[str]):
@@ -178,14 +178,14 @@ class PerLayerConditioning:
         self._handle = unet.register_forward_pre_hook(self._require_windows, with_kwargs=True)
 
     def remove(self) -> None:
-        """Give every layer its own processor back; one that was replaced meanwhile stays."""
+        """Restore every layer's own processor; one that was replaced meanwhile stays."""
         for layer, window in zip(self._layers, self._windows, strict=True):
             if layer.processor is window:
                 layer.set_processor(window.processor)
         self._handle.remove()
 
     def _require_windows(self, _unet: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Without its processor a layer would attend to the states of all layers, and say nothing.
+        """Without its processor a layer would silently attend to the states of all layers.
 
         Raises:
             UserError: joined states, and the processors were replaced.
@@ -206,14 +206,14 @@ def per_layer_conditioning(unet: nn.Module) -> PerLayerConditioning:
 
     A conditioning of more than ``MAX_SHARED_TOKENS`` tokens is ``(B, K L, D)`` as
     :func:`join_layers` makes it; a shorter one is shared by all layers, bit for bit as before.
-    Attention processors (xformers, slicing) must be chosen first: each stays in use behind the one
-    that cuts out the window.
+    Attention processors (xformers, slicing) must be chosen first: each is then wrapped by the one
+    that slices the window.
 
     Args:
         unet: ``UNet2DConditionModel``, not wrapped.
 
     Returns:
-        what was installed; its ``remove()`` undoes it.
+        a handle; its ``remove()`` undoes everything.
 
     Raises:
         UserError: fewer than ``MIN_LAYERS`` layers, a second call without ``remove()``, or

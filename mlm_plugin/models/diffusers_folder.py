@@ -27,7 +27,7 @@ from mlm_plugin.models.weights_files import read_weights
 __all__ = ["DiffusersFolder", "find_folder", "find_local_folder", "load_vae_folder"]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
-MAX_REASON = 200  # characters of a library's message that an error quotes
+MAX_REASON = 200  # characters of a library's message quoted in an error
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS_NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>(?!safetensors|bin)\w+))?"
@@ -40,10 +40,10 @@ def find_folder(source: str, *, option: str) -> Path:
 
     Args:
         source: folder or hub id.
-        option: the option it came from, for the error.
+        option: the option it was given with, for the error.
 
     Raises:
-        UserError: neither exists, or the hub gave no weights.
+        UserError: neither exists, or the hub has no weights.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -64,10 +64,10 @@ def find_folder(source: str, *, option: str) -> Path:
 
 
 def find_local_folder(source: str, *, option: str) -> Path:
-    """The folder ``source`` names, or the snapshot of a hub id that is on this machine already.
+    """The folder ``source`` names, or the snapshot of a hub id that is already on this machine.
 
     Raises:
-        UserError: neither is here.
+        UserError: neither is on this machine.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -83,7 +83,7 @@ class DiffusersFolder:
     """A model as a diffusers folder.
 
     Args:
-        folder: holds ``model_index.json`` and a folder for each part.
+        folder: contains ``model_index.json`` and a folder for each part.
         name: what the user called it, for errors.
 
     Attributes:
@@ -107,7 +107,7 @@ class DiffusersFolder:
 
         Args:
             part: name of a field of ``Components``.
-            dtype: of its weights.
+            dtype: precision of its weights.
 
         Raises:
             UserError: the part is missing, damaged or incomplete.
@@ -184,7 +184,7 @@ def _load(part: str, folder: Path, *, dtype: torch.dtype) -> nn.Module:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The plain set of weights, else fp16, else the first; safetensors where there are both kinds.
+    """The files without a variant, else fp16, else the first variant; safetensors if available.
 
     Raises:
         UserError: the folder holds no weights.

@@ -1,9 +1,10 @@
-"""Where Stable Diffusion 1.x, 2.x and XL weights lie in WebUI checkpoints, by library name.
+"""Where Stable Diffusion 1.x, 2.x and XL weights are in WebUI checkpoints, by library name.
 
-One table for both directions: a reader asks where a tensor lies in a checkpoint, a writer what to
-call it. diffusers converts in one direction only, by code that takes checkpoint names apart, so it
-cannot tell a writer the names, nor a reader which tensors are left over. The numbers of blocks and
-layers are taken from the names, so toy models work as well. Knows no files and no model classes.
+One table for both directions: a reader asks where a tensor is in a checkpoint, a writer what to
+call it. diffusers converts in one direction only, by code that parses checkpoint names, so it
+provides neither the names for a writer nor the unexpected tensors for a reader. The numbers of
+blocks and layers are taken from the names, so toy models work as well. Knows no files and no model
+classes.
 
 LDM names: ``model.diffusion_model.*`` (U-Net), ``first_stage_model.*`` (VAE),
 ``cond_stage_model.transformer.*`` (SD 1 CLIP) and ``cond_stage_model.model.*`` (SD 2 OpenCLIP).
@@ -85,13 +86,14 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class LdmTensor(NamedTuple):
-    """Where a tensor lies in an LDM checkpoint.
+    """Where a tensor is in an LDM checkpoint.
 
     Attributes:
         key: name of the checkpoint's tensor.
         third: ``None`` = all of it; 0, 1, 2 = the first, second or last third of its rows (OpenCLIP
             keeps query, key and value in one tensor).
-        transposed: the transpose lies there (OpenCLIP multiplies by its projection on the right).
+        transposed: the checkpoint has the transpose (OpenCLIP multiplies by its projection on the
+            right).
     """
 
     key: str
@@ -100,11 +102,11 @@ class LdmTensor(NamedTuple):
 
 
 class LdmPart(NamedTuple):
-    """Where a network lies in an LDM checkpoint.
+    """Where a network is in an LDM checkpoint.
 
     Attributes:
-        prefix: of all its tensors there.
-        places: a place for each of its weight names; takes all of them.
+        prefix: prefix of all its tensors.
+        places: maps all of its weight names to their locations.
     """
 
     prefix: str
@@ -112,7 +114,7 @@ class LdmPart(NamedTuple):
 
 
 def unet_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """LDM place of each diffusers U-Net weight.
+    """LDM location of each diffusers U-Net weight.
 
     With n layers per block, ``down_blocks.b`` holds the input blocks ``1 + b (n + 1)`` on and
     ``up_blocks.b`` the output blocks ``b (n + 1)`` on; a sampler closes the block it belongs to.
@@ -132,7 +134,7 @@ def unet_names(names: Iterable[str]) -> dict[str, LdmTensor]:
 
 
 def vae_names(names: Iterable[str]) -> dict[str, LdmTensor]:
-    """LDM place of each diffusers VAE weight; LDM counts the decoder's blocks from the other end.
+    """LDM location of each diffusers VAE weight; LDM counts the decoder's blocks in reverse.
 
     Raises:
         ValueError: a name that VAEs of SD 1.x, 2.x and XL do not have.
@@ -145,7 +147,7 @@ def vae_names(names: Iterable[str]) -> dict[str, LdmTensor]:
 
 
 def clip_names(names: Iterable[str], *, prefix: str = CLIP_PREFIX) -> dict[str, LdmTensor]:
-    """LDM place of each ``CLIPTextModel`` weight in an SD 1.x checkpoint, or below ``prefix``.
+    """LDM location of each ``CLIPTextModel`` weight in an SD 1.x checkpoint, or below ``prefix``.
 
     ``names`` may be nested (``text_model.``, transformers < 5.6) or flat; LDM's are nested.
     """
@@ -155,10 +157,10 @@ def clip_names(names: Iterable[str], *, prefix: str = CLIP_PREFIX) -> dict[str, 
 def open_clip_names(
     names: Iterable[str], *, prefix: str = OPEN_CLIP_PREFIX
 ) -> dict[str, LdmTensor]:
-    """OpenCLIP place of each CLIP text model's weight in an SD 2.x checkpoint, or below ``prefix``.
+    """OpenCLIP location of each CLIP text weight in an SD 2.x checkpoint, or below ``prefix``.
 
     SD 2.x has one layer more than its text model: it uses the state before the last. SDXL has no
-    layer more, and the projection of ``CLIPTextModelWithProjection`` as OpenCLIP applies it:
+    extra layer, and the projection of ``CLIPTextModelWithProjection`` as OpenCLIP applies it:
     ``x @ text_projection``. sd-scripts reads and writes that matrix unchanged, so it computes with
     its transpose.
 
@@ -176,11 +178,11 @@ def to_ldm(state: Mapping[str, Tensor], places: Mapping[str, LdmTensor]) -> dict
     """Rename a module's state dict to LDM names and shapes.
 
     Query, key and value are joined where LDM keeps them in one tensor; the VAE's attention matrices
-    become 1x1 convolutions, as LDM has them.
+    become 1x1 convolutions, as in LDM.
 
     Args:
         state: weights under library names.
-        places: one for each of them, as ``LdmPart.places`` gives them.
+        places: their locations, from ``LdmPart.places``.
     """
     joined: dict[str, list[Tensor | None]] = {}
     for name, tensor in state.items():
@@ -231,7 +233,7 @@ def _vae_name(name: str, num_ups: int) -> str:
 
 
 def _inner(name: str, table: Mapping[str, str]) -> str:
-    """Name inside a block. What the table lacks is the same in both, like the U-Net's attention."""
+    """Name inside a block; names not in the table are the same in both (U-Net attention)."""
     module, _, kind = name.rpartition(".")
     return f"{table.get(module, module)}.{kind}"
 
@@ -271,4 +273,4 @@ LDM_PARTS = {
         "vae": VAE,
     },
 }
-"""For each family, where its networks lie in a checkpoint, by diffusers' name."""
+"""For each family, where its networks are in a checkpoint, by diffusers' name."""

@@ -1,4 +1,4 @@
-"""Captions encoded once for every cross-attention layer, with the embeddings of that layer."""
+"""Encodes captions once per cross-attention layer, with the embeddings of that layer."""
 
 from __future__ import annotations
 

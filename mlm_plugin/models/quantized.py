@@ -1,7 +1,7 @@
-"""Linear layers whose frozen weight is kept in 8 or 4 bits and read back at every use.
+"""Linear layers whose frozen weight is stored in 8 or 4 bits and unpacked at every use.
 
-The computation stays in the model's own precision; only what lies in memory is coarser. Neither
-pass keeps the weight that was read back. Knows no adapters and no options.
+The computation stays in the model's own precision; only the stored weights are coarser. Neither
+pass keeps the unpacked weight. Knows no adapters and no options.
 Shapes: O outputs, I inputs, N = O I.
 """
 
@@ -36,8 +36,8 @@ class Format(NamedTuple):
     """A storage format.
 
     Attributes:
-        pack: from a weight ``(O, I)``.
-        unpack: from what ``pack`` gave, the weight's shape and the precision to compute in.
+        pack: takes a weight ``(O, I)``.
+        unpack: takes the packed weight, the weight's shape and the precision to compute in.
     """
 
     pack: Callable[[Tensor], Packed]
@@ -45,9 +45,9 @@ class Format(NamedTuple):
 
 
 def pack_int8(weight_OI: Tensor) -> Packed:
-    """Whole numbers from -127 to 127, and for each output the scale of its row: N + 4 O bytes."""
+    """Integers from -127 to 127, and a scale for the row of each output: N + 4 O bytes."""
     scales_O1 = weight_OI.float().abs().amax(dim=1, keepdim=True) / INT8_MAX
-    smallest = torch.finfo(torch.float32).tiny  # a row of zeros stays one
+    smallest = torch.finfo(torch.float32).tiny  # a row of zeros stays zero
     codes_OI = (weight_OI / scales_O1.clamp(min=smallest)).round().to(torch.int8)
     return Packed(codes_OI, scales_O1)
 
@@ -61,10 +61,10 @@ def pack_nf4(weight_OI: Tensor) -> Packed:
     """4 bits for each weight, and a scale for each 64 of them: N / 2 + N / 16 bytes.
 
     Raises:
-        UserError: bitsandbytes is not there.
+        UserError: bitsandbytes is not installed.
 
     Source: Dettmers et al. 2023, arXiv 2305.14314, section 3 (without the second quantisation, of
-    the scales), as bitsandbytes has it.
+    the scales), as in bitsandbytes.
     """
     try:
         from bitsandbytes.functional import quantize_4bit
@@ -89,27 +89,27 @@ def unpack_nf4(packed: Packed, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer with a packed weight; gradients reach its input.
 
-    It computes in the precision that the layer had, and follows the model's ``.to(dtype)``; what is
-    packed stays as it is wherever it is moved.
+    It computes in the precision that the layer had, and follows the model's ``.to(dtype)``. The
+    packed weight is moved between devices, but never cast.
 
     Args:
-        layer: what it stands for; its weight is packed on the device where it lies.
+        layer: the layer to replace; its weight is packed on its device.
         kind: one of ``FORMATS``.
     """
 
     def __init__(self, layer: nn.Linear, kind: str):
-        nn.Module.__init__(self)  # nn.Linear would make a weight
+        nn.Module.__init__(self)  # nn.Linear would allocate a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.kind = kind
         packed = FORMATS[kind].pack(layer.weight.detach())
         self.weight = nn.Parameter(packed.codes, requires_grad=False)
         self.bias = layer.bias
-        # Bits, because a cast of the model would round floats.
+        # As raw bits, because casting the model would round floats.
         self.register_buffer("scale_bits", packed.scales.view(torch.int32))
         self.register_buffer("precision", layer.weight.new_empty(0), persistent=False)
 
     def unpacked(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight ``(O, I)`` that it computes with, in its own precision or in another."""
+        """The weight ``(O, I)`` used in the computation, in its own precision or in another."""
         packed = Packed(self.weight.detach(), self.scale_bits.view(torch.float32))
         shape = torch.Size((self.out_features, self.in_features))
         return FORMATS[self.kind].unpack(packed, shape, dtype or self.precision.dtype)
@@ -119,7 +119,7 @@ class QuantizedLinear(nn.Linear):
         return _Frozen.apply(inputs.to(self.precision.dtype), self)
 
     def extra_repr(self) -> str:
-        """As of a linear layer, and the format."""
+        """Like that of a linear layer, plus the format."""
         return f"{super().extra_repr()}, kind={self.kind}"
 
 
@@ -139,9 +139,9 @@ class _Frozen(torch.autograd.Function):
 def quantize_linears(unet: nn.Module, kind: str, *, device: torch.device | str) -> int:
     """Pack the linear layers of the attention blocks of a U-Net, in place.
 
-    They are 28 % of the weights of SD 1.5 and 86 % of SDXL's. Convolutions, and the layers that
-    read time and sizes, stay as they are. One layer at a time goes to the device and is packed
-    there, so the whole weights never lie on it.
+    They are 28 % of the weights of SD 1.5 and 86 % of SDXL's. Convolutions, and the layers for
+    time and sizes, are left unchanged. Layers are moved to the device and packed one at a time, so
+    that the full weights are never on it.
 
     Args:
         unet: diffusers' model, frozen, without adapters.
@@ -152,7 +152,7 @@ def quantize_linears(unet: nn.Module, kind: str, *, device: torch.device | str) 
         how many layers were packed.
 
     Raises:
-        UserError: the format's library is not there.
+        UserError: the format's library is not installed.
     """
     blocks = [block for block in unet.modules() if type(block).__name__ == BLOCK_CLASS]
     count = 0

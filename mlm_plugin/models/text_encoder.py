@@ -1,7 +1,7 @@
 """A CLIP text encoder as the U-Net sees it: tokenizer, model, clip skip and long captions.
 
-Knows nothing of training, prompts or masks. Shapes: B captions, L tokens, N windows of 77, D width,
-P width of the pooled state.
+Knows nothing about training, prompts or masks. Shapes: B captions, L tokens, N windows of 77, D
+width, P width of the pooled state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIGN_BITS_PER_TENSOR = 64
 
 
 class PooledStates(NamedTuple):
-    """What SDXL's second text encoder gives for captions.
+    """Output of SDXL's second text encoder.
 
     Attributes:
         states: ``(B, L, D)``, clip skip applied.
@@ -44,11 +44,11 @@ class TextEncoder:
         clip_skip: ``None`` or 1 = last layer; k = the k-th state from the end, followed by the
             final layer norm. Source: sd-scripts ``library/strategy_sd.py``.
         max_token_length: ``None`` or 75 = one window of 77; 150 / 225 = two / three windows.
-        final_norm: whether the final layer norm follows a skipped layer. SD 1 and 2 have it so,
-            SDXL and SD 3 take the state as it is. Source: ``library/strategy_sdxl.py``.
+        final_norm: whether the final layer norm follows a skipped layer. It does in SD 1 and 2,
+            not in SDXL and SD 3. Source: ``library/strategy_sdxl.py``.
 
     Attributes:
-        learned_tokens: placeholders that stand for learned vectors; they put themselves here.
+        learned_tokens: placeholders with learned embeddings; set by ``LearnedTokens``.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TextEncoder:
 
     @property
     def body(self) -> nn.Module:
-        """The transformer itself, whichever way this version of transformers nests it."""
+        """The transformer itself, however this version of transformers nests it."""
         return getattr(self.model, "text_model", self.model)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
@@ -107,7 +107,7 @@ class TextEncoder:
     def tokenize_trimmed(self, captions: Sequence[str]) -> Tensor:
         """Token ids padded to the longest caption only, ``(B, L)`` with L <= 77.
 
-        A causal encoder gives the same states for them as for a full window.
+        A causal encoder computes the same states for them as for a full window.
         """
         return self.tokenizer(
             [self.expand(caption) for caption in captions],
@@ -118,7 +118,7 @@ class TextEncoder:
         ).input_ids
 
     def expand(self, caption: str) -> str:
-        """The caption with its placeholders as the tokenizer knows them."""
+        """The caption with placeholders replaced by their learned tokens."""
         return caption if self.learned_tokens is None else self.learned_tokens.expand(caption)
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ class TextEncoder:
     def encode_pooled(self, input_ids_BL: Tensor) -> PooledStates:
         """:meth:`encode` and the pooled state, in one pass.
 
-        The end token is found by its id: the library's own pooling may take the highest id for it,
-        which learned tokens exceed.
+        The end token is found by its id. The library's own pooling may use the position of the
+        highest id instead, but learned tokens have higher ids.
 
         Source: sd-scripts ``library/strategy_sdxl.py`` ``_pool_workaround``.
         """
@@ -148,7 +148,7 @@ class TextEncoder:
         return PooledStates(self._skipped(output.hidden_states), pooled_BP)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute activations again in the backward pass, while the model is in training mode."""
+        """Recompute activations in the backward pass while the model is in training mode."""
         model = self.model
         name = "activation_checkpointing_enable"  # transformers >= 5; the old name warns there
         enable = getattr(model, name, None) or model.gradient_checkpointing_enable
@@ -174,7 +174,7 @@ class TextEncoder:
                 module.gradient_checkpointing = True
 
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
-        """What the U-Net gets for captions: ``(B, 75 N + 2, D)``."""
+        """The U-Net's conditioning: ``(B, 75 N + 2, D)``."""
         return self.encode_windows(self.tokenize(captions))
 
     def encode_captions_pooled(self, captions: Sequence[str]) -> PooledStates:
@@ -193,14 +193,14 @@ class TextEncoder:
         return _joined(states, input_ids_BNL.shape[1])
 
     def count_tokens(self, caption: str) -> int:
-        """Tokens of a caption without BOS and EOS, before any cut."""
+        """Number of tokens of a caption without BOS and EOS, before truncation."""
         text = self.expand(caption)
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     def fingerprint(self) -> str:
-        """Identity of the states this encoder gives: 16 hex digits for the weights, and clip skip.
+        """Identity of this encoder's states: 16 hex digits for the weights, and clip skip.
 
-        Made of the signs of a sample of weights, so that the same checkpoint has the same
+        Computed from the signs of a sample of weights, so that the same checkpoint has the same
         fingerprint in fp32, bf16 and fp16.
         """
         digest = hashlib.sha256()
@@ -220,7 +220,7 @@ class TextEncoder:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _skipped(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """The state that clip skip chooses of those before, between and behind the layers."""
+        """The hidden state selected by clip skip."""
         state_BLD = hidden_states[-self.clip_skip]
         return self.body.final_layer_norm(state_BLD) if self.final_norm else state_BLD
 

@@ -1,8 +1,8 @@
-"""Learned token embeddings beside a frozen table: the words of Textual Inversion and its kin.
+"""Learned token embeddings beside a frozen table, as in Textual Inversion and similar methods.
 
-The vocabulary is not resized: added entries would bring optimizer state for the whole table, and
-would move pooling and exports. A placeholder ("sks") stands in captions as a word; in the ids it
-becomes tokens of its own, and a hook on the embedding layer answers those with what was learned.
+The vocabulary is not resized: added entries would need optimizer state for the whole table, and
+would affect pooling and exports. A placeholder ("sks") is a word in captions and becomes its own
+tokens in the ids. A hook on the embedding layer returns the learned embeddings for these tokens.
 
 Knows no loss, no trainer and no files. Shapes: B captions, L tokens, N vectors per placeholder, K
 variants of a placeholder (the cross-attention layers of XTI, else 1), D width of the text encoder.
@@ -28,10 +28,10 @@ ID_PREFIX = "id:"
 
 
 def initial_tokens(text_encoder: TextEncoder, init_word: str, num_vectors: int) -> list[int]:
-    """Ids of the tokens that N embeddings start at.
+    """Ids of the tokens that N embeddings are initialized from.
 
-    A word of more tokens than there are embeddings gives its last ones, the head of an English
-    compound ("toy" of "duck toy"); one of fewer gives them again and again.
+    If a word has more tokens than there are embeddings, the last ones are used, the head of an
+    English compound ("toy" of "duck toy"). If it has fewer, they are repeated.
 
     Raises:
         UserError: a word without tokens, or a number outside the vocabulary.
@@ -53,12 +53,12 @@ def initial_tokens(text_encoder: TextEncoder, init_word: str, num_vectors: int) 
 
 
 def initial_embeddings(text_encoder: TextEncoder, init_word: str, *, num_vectors: int) -> Tensor:
-    """Embeddings to start from: those of the tokens of a word, ``(N, D)`` fp32.
+    """Initial embeddings: those of the tokens of a word, ``(N, D)`` fp32.
 
     Args:
-        text_encoder: whose table is read.
+        text_encoder: the encoder with the token table.
         init_word: a word or several, or ``id:42170`` for one token by number (rare tokens that no
-            text gives, as Custom Diffusion uses them).
+            text produces, as used by Custom Diffusion).
         num_vectors: N.
 
     Raises:
@@ -71,7 +71,7 @@ def initial_embeddings(text_encoder: TextEncoder, init_word: str, *, num_vectors
 
 
 class LearnedTokens(nn.Module):
-    """Placeholders that a text encoder reads as learned vectors, from here to :meth:`remove`.
+    """Placeholders that a text encoder maps to learned embeddings, until :meth:`remove`.
 
     Args:
         text_encoder: gets a tokenizer that knows the placeholders, and hooks on its embedding.
@@ -99,7 +99,7 @@ class LearnedTokens(nn.Module):
             for i, (placeholder, tensor) in enumerate(embeddings.items())
         }
         self._first_id = self._extend_tokenizer()
-        # variant k of a token stands k * (vectors of its placeholder) ids behind variant 0
+        # the id of variant k of a token is k * (vectors of its placeholder) above that of variant 0
         self._stride = torch.tensor(
             [
                 tensor.shape[1]
@@ -108,11 +108,11 @@ class LearnedTokens(nn.Module):
             ]
         )
         self._pattern = placeholder_pattern(self.placeholders)
-        self._hidden_ids: list[Tensor] = []
+        self._original_ids: list[Tensor] = []
         embedding = text_encoder.token_embedding
         self._handles = [
-            embedding.register_forward_pre_hook(self._hide),
-            embedding.register_forward_hook(self._reveal),
+            embedding.register_forward_pre_hook(self._replace_learned_ids),
+            embedding.register_forward_hook(self._insert_embeddings),
         ]
         text_encoder.learned_tokens = self
 
@@ -123,11 +123,11 @@ class LearnedTokens(nn.Module):
 
     @property
     def tokens(self) -> list[str]:
-        """Every token that stands for a learned vector, as the tokenizer knows it."""
+        """Every token with a learned embedding, as in the tokenizer."""
         return [token for tokens in self._tokens.values() for token in tokens]
 
     def expand(self, caption: str) -> str:
-        """Put the tokens of variant 0 in place of every placeholder that stands as whole words."""
+        """Replace every placeholder, matched as whole words, by the tokens of variant 0."""
         return self._pattern.sub(lambda match: self._words[match.lastindex - 1], caption)
 
     def variant(self, ids: Tensor, k: int | Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class LearnedTokens(nn.Module):
         return torch.where(is_learned, ids + k * stride, ids)
 
     def remove(self) -> None:
-        """Take hooks and placeholders off the text encoder."""
+        """Remove hooks and placeholders from the text encoder."""
         for handle in self._handles:
             handle.remove()
         self._text_encoder.tokenizer = self._old_tokenizer
@@ -153,7 +153,7 @@ class LearnedTokens(nn.Module):
         tokenizer = copy.deepcopy(self._old_tokenizer)
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token in self.tokens])
         ids = tokenizer.convert_tokens_to_ids(self.tokens)
-        assert ids == list(range(ids[0], ids[0] + len(ids))), "added tokens have ids in a row"
+        assert ids == list(range(ids[0], ids[0] + len(ids))), "added tokens have consecutive ids"
         self._text_encoder.tokenizer = tokenizer
         self._words = [
             " ".join(self._tokens[placeholder][: self.embeddings[placeholder].shape[1]])
@@ -161,12 +161,16 @@ class LearnedTokens(nn.Module):
         ]
         return ids[0]
 
-    def _hide(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        self._hidden_ids.append(args[0])
+    def _replace_learned_ids(
+        self, _module: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        self._original_ids.append(args[0])
         return (args[0].masked_fill(args[0] >= self._first_id, 0), *args[1:])
 
-    def _reveal(self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        ids_BL = self._hidden_ids.pop()
+    def _insert_embeddings(
+        self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor:
+        ids_BL = self._original_ids.pop()
         table_ND = torch.cat([tensor.flatten(0, 1) for tensor in self._parameters_of])
         learned_BLD = F.embedding((ids_BL - self._first_id).clamp(min=0), table_ND)
         return torch.where((ids_BL >= self._first_id)[..., None], learned_BLD.to(output), output)

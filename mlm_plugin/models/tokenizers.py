@@ -1,6 +1,6 @@
-"""Finds the CLIP tokenizers that a checkpoint file does not hold, without the network.
+"""Finds the CLIP tokenizers that a checkpoint file does not contain, without the network.
 
-Knows nothing of weights.
+Knows nothing about weights.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ FILES = ("vocab.json", "merges.txt")
 def find_tokenizers(
     family: str, *, cache_dir: str | os.PathLike | None = None, near: Path | None = None
 ) -> list:
-    """Load a model's tokenizers, two for SDXL, from the first place that has one; no network.
+    """Load a model's tokenizers, two for SDXL, from the first location that has one; no network.
 
-    Places, in order: ``cache_dir`` as sd-scripts fills it (``openai_clip-vit-large-patch14`` or
+    Locations, in order: ``cache_dir`` as sd-scripts fills it (``openai_clip-vit-large-patch14`` or
     ``stabilityai_stable-diffusion-2``, with or without a ``tokenizer`` folder inside),
     ``cache_dir`` itself, a ``tokenizer`` folder at ``near``, the local Hugging Face cache. SD 1.x
     and 2.x share the vocabulary and differ in the padding, so either tokenizer serves both: SD 2.x
@@ -43,7 +43,7 @@ def find_tokenizers(
         near: folder of the checkpoint.
 
     Raises:
-        UserError: none of the places has a tokenizer; the line lists them.
+        UserError: none of them has a tokenizer; the message lists them.
 
     Source: sd-scripts ``library/strategy_base.py`` ``_load_tokenizer``, ``library/strategy_sd.py``.
     """
@@ -65,7 +65,7 @@ def find_tokenizers(
 
 
 def second_tokenizer(tokenizer):
-    """The tokenizer of SDXL's second text encoder, made of the first one's.
+    """The tokenizer of SDXL's second text encoder, made from the first one's.
 
     Same vocabulary; it pads with ``!`` (id 0) instead of the end token.
 

@@ -1,4 +1,4 @@
-"""Weights files on disk: written whole or not at all, read without running code.
+"""Weights files on disk: written completely or not at all, read without running code.
 
 Knows no model and no names inside a file.
 """
@@ -29,19 +29,19 @@ __all__ = [
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 WEIGHTS_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-# A clone without git-lfs has a file that begins so instead of the weights.
+# A clone without git-lfs has a file that starts with this instead of the weights.
 POINTER_START = b"version https://git-lfs"
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` or PyTorch file by name.
 
-    Those of a ``.safetensors`` file are mapped: values are read from disk when they are used.
+    A ``.safetensors`` file is memory-mapped: values are read from disk when they are used.
     Pickled files are read with ``weights_only=True``: code in them is refused, not run. A
     ``state_dict`` entry, as in Lightning checkpoints, is unwrapped.
 
     Raises:
-        UserError: unknown suffix, damaged file, or a pickle that holds more than tensors.
+        UserError: unknown suffix, damaged file, or a pickle that contains more than tensors.
     """
     path = _readable(Path(path))
     if path.suffix.lower() == ".safetensors":
@@ -50,18 +50,18 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def for_file(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor as a file wants it: on the CPU, in row-major order, in ``dtype`` if one is given."""
+    """A tensor ready for a file: on the CPU, contiguous, in ``dtype`` if one is given."""
     return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
 
 def write_weights(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]
 ) -> None:
-    """Write a ``.safetensors`` file, all of it or nothing.
+    """Write a ``.safetensors`` file, completely or not at all.
 
     Args:
         path: final name.
-        tensors: as :func:`for_file` gives them; no two may share memory.
+        tensors: from :func:`for_file`; no two may share memory.
         metadata: strings.
 
     Raises:
@@ -70,7 +70,7 @@ def write_weights(
     with atomic_path(path) as temporary:
         try:
             save_file(dict(tensors), temporary, dict(metadata))
-        except SafetensorError as error:  # the library's name for what the disk answered
+        except SafetensorError as error:  # the library's name for an error of the disk
             raise OSError(f"{path}: {_one_line(error)}") from error
 
 
@@ -101,7 +101,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Only the name is taken over: torch's own text advises to run the code.
+        # Only the name is quoted: torch's own message advises running the code.
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
             raise UserError(
@@ -111,7 +111,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} holds {found[1]} besides tensors and is not loaded, because such a file can "
             "run code: convert it to .safetensors first"
         ) from error
-    except Exception as error:  # a damaged pickle fails with whatever its bytes lead to
+    except Exception as error:  # a damaged pickle can fail with any exception
         raise UserError(
             f"{path} cannot be read as PyTorch weights ({_one_line(error)}): "
             "is the download complete?"

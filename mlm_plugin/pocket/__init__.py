@@ -1,1 +1,1 @@
-"""The pocket world: little pictures with exact labels, and a diffusion model trained on them."""
+"""The pocket world: small pictures with exact labels, and a diffusion model trained on them."""

@@ -1,7 +1,7 @@
-"""The places of the pocket world: textured 32x32 pictures, each a little different every time.
+"""The backgrounds of the pocket world: textured 32x32 pictures, slightly different each time.
 
 Knows no subjects. A background is a function of a random generator that returns bytes of shape
-``(32, 32, 3)``; the ground, on which things stand, is in the lower third.
+``(32, 32, 3)``; the ground, on which objects stand, is in the lower third.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["BACKGROUNDS", "SIDE"]
 
 SIDE = 32
 ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE]
-_DITHER = np.random.default_rng(0).random((SIDE, SIDE))  # thresholds of strewn pixels
+_DITHER = np.random.default_rng(0).random((SIDE, SIDE))  # thresholds of scattered pixels
 
 
 def _canvas(*bands: tuple[int, tuple[int, int, int]]) -> np.ndarray:
@@ -27,9 +27,9 @@ def _canvas(*bands: tuple[int, tuple[int, int, int]]) -> np.ndarray:
 
 
 def _speckle(canvas: np.ndarray, where: np.ndarray, colour, rng: Generator, share: float) -> None:
-    """Strew single pixels: always the same ones, moved by some art pixels.
+    """Scatter single pixels: always the same ones, shifted by some art pixels.
 
-    Freely strewn ones are noise, on which an autoencoder would spend all it has.
+    Independently scattered ones are noise, on which an autoencoder would waste its capacity.
     """
     shift = 8 * int(rng.integers(SIDE // 8))
     canvas[where & np.roll(_DITHER < share, shift, axis=1)] = colour

@@ -1,7 +1,7 @@
 """Captions that name some attributes of a scene, together with what they name.
 
-A caption is written from labels, never read back: :class:`Caption` carries the labels of what it
-says, so no parser is needed and none can err. Knows no pictures.
+A caption is written from labels and never parsed: :class:`Caption` carries the labels of its
+contents. Knows no pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlm_plugin.pocket.world import ATTRIBUTES, HATS, NO_COMPANION, Scene
 __all__ = ["RARE_WORDS", "Caption", "all_words", "caption_scene", "draw_said", "write_caption"]
 
 RARE_WORDS = ("sks", "zwx", "ohwx", "ktn", "vvq", "qxj", "hta", "mje")
-"""Words that mean nothing: names for concepts to be learned later."""
+"""Words without meaning: names for concepts to be learned later."""
 
 BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "beach": ("on the beach", "at the beach", "on a sandy beach"),
@@ -57,7 +57,7 @@ OPENINGS = (
     "pixel art of {}", "a drawing of {}",
 )  # fmt: skip
 SAID_SHARE = {"colour": 0.7, "pattern": 0.5, "size": 0.5, "position": 0.6, "background": 0.75}
-COMPANION_SHARE = 0.9  # so that a silent caption mostly means: nothing there
+COMPANION_SHARE = 0.9  # so that without a mention there is mostly none
 TAG_SHARE = 0.1
 EXTRA_WORD_SHARE = 0.08
 
@@ -70,7 +70,7 @@ class Caption:
     said: Mapping[str, str]
 
     def labels(self) -> dict[str, int]:
-        """Index of every named value; -100 for what the text leaves open."""
+        """Index of every named value; -100 for what is not named."""
         return {
             name: values.index(self.said[name]) if name in self.said else -100
             for name, values in ATTRIBUTES.items()
@@ -82,8 +82,8 @@ def caption_scene(
 ) -> Caption:
     """A caption of a scene that names a random part of it.
 
-    Now and then an extra word that means nothing stands before the subject, as real captions hold
-    words the picture does not explain; else a name for a concept would be an unheard-of event.
+    Sometimes there is a meaningless word before the subject, as real captions contain words that
+    the picture does not explain. Otherwise a name for a concept would be out of distribution.
     """
     said = draw_said(scene, rng)
     extra = ""
@@ -93,7 +93,7 @@ def caption_scene(
 
 
 def draw_said(scene: Scene, rng: Generator) -> dict[str, str]:
-    """Which attributes a caption names: always the subject, the others by chance."""
+    """Which attributes a caption names: always the subject, the others at random."""
     said = {"subject": scene.subject}
     for name, share in SAID_SHARE.items():
         if rng.random() < share * (0.3 if getattr(scene, name) == "plain" else 1.0):
@@ -108,12 +108,12 @@ def draw_said(scene: Scene, rng: Generator) -> dict[str, str]:
 def write_caption(
     said: Mapping[str, str], rng: Generator, *, subject: str | None = None
 ) -> Caption:
-    """A text that says exactly this.
+    """A text that names exactly these attributes.
 
     Args:
-        said: attribute -> value; ``subject`` among them.
+        said: attribute -> value; includes ``subject``.
         rng: chooses the wording.
-        subject: words that stand for the subject, such as ``"sks dog"``.
+        subject: words for the subject, such as ``"sks dog"``.
     """
     subject = subject or said["subject"]
     write = _tags if rng.random() < TAG_SHARE else _sentence
@@ -171,7 +171,7 @@ def _pick(options: tuple[str, ...], rng: Generator) -> str:
 
 
 def all_words() -> set[str]:
-    """Every word a caption of the world can hold."""
+    """Every word that can occur in a caption."""
     phrases = [
         *OPENINGS, *HAT_PHRASES, *BESIDE_PHRASES, *BACKGROUND_TAGS.values(), *RARE_WORDS, "an",
         *(value for values in ATTRIBUTES.values() for value in values),

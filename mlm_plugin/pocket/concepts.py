@@ -1,7 +1,7 @@
-"""Things that no pocket model has seen, for learning them: pictures to train on, prompts to test.
+"""Concepts that no pocket model has seen: pictures to train on, and prompts to test.
 
-Every concept is a known shape in a pattern and a colour that no caption names. Its pictures
-share one background and one position, the minimal context in which a concept takes over; its test
+Every concept is a known shape in a pattern and a colour that no caption names. Its pictures share
+one background and one position, the minimal context in which a concept dominates prompts. Its test
 prompts ask for what they do not show.
 """
 
@@ -50,15 +50,15 @@ NUM_PICTURES = 4
 NUM_PROMPTS = 24
 NUM_CONTEXTS = 1000
 CONTEXT_FAMILIES = (*ASKED, "size")
-CONTEXT_SHARE = 0.6  # of an attribute, to be named
+CONTEXT_SHARE = 0.6  # probability that an attribute is named
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A thing to be learned.
+    """A concept to be learned.
 
     Attributes:
-        token: the rare word that stands for it.
+        token: its rare word.
         scene: what all its training pictures show.
     """
 
@@ -67,15 +67,15 @@ class Concept:
 
     @property
     def name(self) -> str:
-        """How prompts call it, "sks dog"."""
+        """Its name in prompts, "sks dog"."""
         return f"{self.token} {self.scene.subject}"
 
 
 def _concept(name: str, pattern: str, position: str, background: str, main: RGB) -> Concept:
-    """The second colour is the first one, lighter: the autoencoder keeps such patterns."""
+    """The second colour is a lighter first one: the autoencoder preserves such patterns."""
     token, subject = name.split()
     light = tuple(round(value + 0.55 * (255 - value)) for value in main)
-    colour = ATTRIBUTES["colour"][0]  # not drawn, since the paint takes its place
+    colour = ATTRIBUTES["colour"][0]  # not drawn, since the paint replaces it
     scene = Scene(subject, colour, pattern, "large", position, background, paint=Paint(main, light))
     return Concept(token, scene)
 
@@ -91,11 +91,11 @@ TUNING = (
     _concept("qxj car", "checkered", "middle", "forest", (230, 60, 220)),
     _concept("hta fish", "striped", "left", "night", (128, 140, 30)),
 )
-"""Settings are chosen on these and reported on the others."""
+"""Settings are tuned on these and reported on the others."""
 
 
 def find_concept(name: str, *, named_by: str = "--concept") -> Concept:
-    """The concept that prompts call ``name``; the option or file ``named_by`` is for the error.
+    """The concept called ``name``; the option or file ``named_by`` is for the error.
 
     Raises:
         UserError: there is none.
@@ -107,7 +107,7 @@ def find_concept(name: str, *, named_by: str = "--concept") -> Concept:
 
 
 def training_scenes(concept: Concept, *, number: int = NUM_PICTURES) -> list[Scene]:
-    """Scenes that differ in what has no label alone: clouds, stars, a pixel of shift."""
+    """Scenes that differ only in unlabelled details: clouds, stars, a shift of a pixel."""
     rng = generator_of(f"training {concept.name}")
     return [replace(concept.scene, seed=int(rng.integers(2**31))) for _ in range(number)]
 
@@ -115,7 +115,7 @@ def training_scenes(concept: Concept, *, number: int = NUM_PICTURES) -> list[Sce
 def prompt_templates(concept: Concept, *, number: int = NUM_PROMPTS) -> list[Caption]:
     """Texts with ``{}`` for the concept, and what each asks for: nothing the pictures show.
 
-    They are named by the concept, so that every run is asked the same.
+    They depend only on the concept, so that every run has the same.
     """
     rng = generator_of(f"test {concept.name}")
     found: dict[str, Caption] = {}
@@ -133,11 +133,11 @@ def prompt_templates(concept: Concept, *, number: int = NUM_PROMPTS) -> list[Cap
 def contexts(
     concept: Concept, *, number: int = NUM_CONTEXTS, families: Sequence[str] = CONTEXT_FAMILIES
 ) -> list[str]:
-    """Texts with ``{}`` for the concept, for the MLM term: none asks what a test prompt asks.
+    """Texts with ``{}`` for the concept, for the MLM term: none is like a test prompt.
 
     Args:
-        concept: whose test prompts are left out.
-        number: of texts, all different.
+        concept: its test prompts are left out.
+        number: number of texts, all different.
         families: the attributes that they may name.
     """
     rng = generator_of(f"contexts {concept.name}")

@@ -1,4 +1,4 @@
-"""The oracle: a small network that names every attribute of a picture. Knows no training."""
+"""The oracle: a small network that classifies every attribute of a picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Predictions(NamedTuple):
 
 
 class Oracle(nn.Module):
-    """Convolutions on the 32x32 art pixels, and one linear layer for everything that is asked.
+    """Convolutions on the 32x32 art pixels, and one linear layer for all attributes.
 
     Args:
         channels: width of the first convolution.
@@ -48,22 +48,22 @@ class Oracle(nn.Module):
         num_logits = sum(len(values) for values in ATTRIBUTES.values())
         self.head = nn.Linear(widths[-1] * 16, num_logits)
 
-    def answers(self, art: Tensor) -> Tensor:
-        """From ``(B, 3, 32, 32)``: the logits of all attributes side by side, ``(B, values)``."""
+    def all_logits(self, art: Tensor) -> Tensor:
+        """From ``(B, 3, 32, 32)``: the logits of all attributes concatenated, ``(B, values)``."""
         return self.head(self.body(art))
 
     def forward(self, pixels: Tensor) -> Predictions:
-        """Pictures ``(B, 3, 64, 64)`` in [-1, 1] to what they show."""
-        logits = self.answers(F.avg_pool2d(pixels, 2))
+        """Predict what pictures ``(B, 3, 64, 64)`` in [-1, 1] show."""
+        logits = self.all_logits(F.avg_pool2d(pixels, 2))
         parts = logits.split([len(values) for values in ATTRIBUTES.values()], dim=-1)
         return Predictions(dict(zip(ATTRIBUTES, parts, strict=True)))
 
 
 def load_oracle(path: Path) -> Oracle:
-    """Read one from its file, in fp32 and ready to judge.
+    """Load an oracle in fp32 and eval mode.
 
     Raises:
-        UserError: the file is damaged, or holds another network.
+        UserError: the file is damaged, or is another network.
     """
     state = read_weights(path)
     try:

@@ -1,7 +1,7 @@
 """What every text of a prompts file asks for, as JSON beside it: ``test_prompts.json``.
 
-Labels are written from what the captions were made of, so that scoring reads no words. A text
-without labels has none; nothing is guessed. Knows no pictures.
+Labels come from the attributes that the captions were made from, so that scoring parses no text. A
+text without labels is not guessed at. Knows no pictures.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ COMMAND = "`mlm-plugin pocket concept`"
 
 
 class PromptLabels(NamedTuple):
-    """What a prompts file is about.
+    """The labels of a prompts file.
 
     Attributes:
         concept: its name, "sks dog".
-        captions: by their text, with ``{}`` for the concept.
+        captions: captions by text, with ``{}`` for the concept.
     """
 
     concept: str
@@ -34,12 +34,12 @@ class PromptLabels(NamedTuple):
 
 
 def labels_path(prompts: str | Path) -> Path:
-    """Where the labels of a prompts file lie: beside it, under its name."""
+    """The file with the labels of a prompts file: beside it, with the same stem."""
     return Path(prompts).with_suffix(".json")
 
 
 def write_labels(path: Path, concept: str, captions: Sequence[Caption]) -> None:
-    """Write what each text asks for, by its text; all of it or nothing."""
+    """Write what each text asks for, by text; completely or not at all."""
     content = {
         "concept": concept,
         "prompts": {caption.text: dict(caption.said) for caption in captions},
@@ -49,10 +49,10 @@ def write_labels(path: Path, concept: str, captions: Sequence[Caption]) -> None:
 
 
 def read_labels(path: Path) -> PromptLabels:
-    """Read them back.
+    """Read the labels.
 
     Raises:
-        UserError: the file cannot be read, is of another form, or asks for what is not in the
+        UserError: the file cannot be read, has another form, or asks for what is not in the
             world.
     """
     try:

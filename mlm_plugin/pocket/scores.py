@@ -1,4 +1,4 @@
-"""Was the prompt drawn, and is it still the concept?
+"""Does a picture show the prompt, and does it show the concept?
 
 Knows no model: predictions, pictures and labels in, numbers out. Shapes: B pictures.
 """
@@ -20,15 +20,15 @@ from mlm_plugin.pocket.world import ATTRIBUTES, SIZES, thing_alone
 __all__ = ["identity", "prompt_fidelity", "seen_right"]
 
 IDENTITY_SCALE = 0.2
-"""Difference at which a thing is itself to 1/e."""
+"""Difference at which the identity is 1/e."""
 
 
 def seen_right(predictions: Predictions, prompts: Sequence[Caption]) -> dict[str, Tensor]:
-    """By attribute ``(B,)``: 1 where it is seen as asked, 0 where not, nan where it is not asked.
+    """By attribute ``(B,)``: 1 where it is as prompted, 0 where not, nan where not prompted.
 
     Args:
-        predictions: of B pictures.
-        prompts: what each was asked for.
+        predictions: predictions for B pictures.
+        prompts: the prompt of each picture.
     """
     found = {}
     for name, logits in predictions.logits.items():
@@ -41,20 +41,20 @@ def seen_right(predictions: Predictions, prompts: Sequence[Caption]) -> dict[str
 
 
 def prompt_fidelity(predictions: Predictions, prompts: Sequence[Caption]) -> Tensor:
-    """Share of what was asked that is seen, ``(B,)``; nan where nothing was.
+    """Share of the prompted attributes that are seen, ``(B,)``; nan where there are none.
 
-    The subject is left out: it is the concept's own and counts in :func:`identity`.
+    The subject is left out: it belongs to the concept and counts in :func:`identity`.
     """
     right = seen_right(predictions, prompts)
     return torch.stack([right[name] for name in right if name != "subject"]).nanmean(dim=0)
 
 
 def identity(pictures: Tensor, concept: Concept) -> Tensor:
-    """How much of the concept is in a picture, ``(B,)`` in [0, 1], wherever it stands.
+    """How well a picture shows the concept at any position, ``(B,)`` in [0, 1].
 
     ``exp(-(d / 0.2)^2)``, ``d`` the root mean square difference of RGB values (in [0, 1]) between
-    the concept as it is drawn and the picture under it, at the place and in the size where it is
-    smallest. No learned judge has a part in it.
+    the concept's sprite and the picture below it, at the position and size where it is
+    smallest. No learned model is involved.
 
     Args:
         pictures: ``(B, 3, 64, 64)`` in [-1, 1].
@@ -68,7 +68,7 @@ def identity(pictures: Tensor, concept: Concept) -> Tensor:
 
 
 def _least_difference(art: Tensor, thing: np.ndarray, covers: np.ndarray) -> Tensor:
-    """Mean square difference at the best place, ``(B,)``, of a thing ``(h, w, 3)``.
+    """Mean square difference to a sprite ``(h, w, 3)`` at the best position, ``(B,)``.
 
     ``mean m (a - t)^2 = (m * a^2 - 2 (m t) * a + sum m t^2) / (3 sum m)``, ``*`` a correlation.
     """

@@ -1,7 +1,7 @@
-"""The pocket model that ships with the package, and its folder as programs load it.
+"""The pocket model that ships with the package, and how to unpack it to a diffusers folder.
 
-What can be made from the rest is left out of the package: the text encoder is CLIP's text tower,
-and both tokenizers are one. Knows no training.
+What can be derived is left out of the package: the text encoder is CLIP's text tower, and both
+tokenizers are the same. Knows no training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pocket_model() -> Path:
     """The built-in model as a diffusers folder in the user's cache, unpacked on first use.
 
     Raises:
-        UserError: this package has none.
+        UserError: this package does not include it.
     """
     card = SHIPPED / "quality.json"
     if not card.is_file():
@@ -50,7 +50,7 @@ def pocket_model() -> Path:
 def pocket_concept() -> Path:
     """Pictures and prompts of the first concept in the user's cache, drawn on first use."""
     concept = REPORTED[0]
-    written = [repr(concept), *contexts(concept)]  # another wording makes another folder
+    written = [repr(concept), *contexts(concept)]  # other texts go to another folder
     digest = hashlib.sha256("\n".join(written).encode()).hexdigest()[:8]
     return cached_folder(
         f"pocket-{concept.token}-{digest}", lambda folder: write_concept(concept, folder)
@@ -58,7 +58,7 @@ def pocket_concept() -> Path:
 
 
 def unpack(packed: Path, target: Path) -> None:
-    """Copy a packed model and make again what was left out."""
+    """Copy a packed model and restore what was left out."""
     from transformers import CLIPModel
 
     shutil.copytree(packed, target)

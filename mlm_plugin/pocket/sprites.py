@@ -1,6 +1,6 @@
-"""Little pictures as text: one letter per pixel, `.` for nothing. Knows no scenes and no colours.
+"""Sprites as text: one letter per pixel, `.` for transparent. Knows no scenes and no colours.
 
-Letters that take the colour of the thing: ``b`` body (patterns go here), ``s`` its shade, ``l`` its
+Letters that take the colour of the object: ``b`` body (with patterns), ``s`` its shade, ``l`` its
 light. Fixed colours: ``w`` white, ``k`` black, ``d`` dark gray, ``n`` brown, ``o`` orange,
 ``y`` yellow, ``g`` glass, ``r`` red, ``u`` blue, ``p`` pink, ``e`` green.
 """
@@ -17,7 +17,7 @@ EMPTY = "."
 
 
 class Sprite(NamedTuple):
-    """A picture of letters and the column above which a hat sits, as a share of the width."""
+    """A sprite as letters, and the horizontal position of a hat as a share of the width."""
 
     letters: np.ndarray  # (height, width) of one-letter strings
     head: float = 0.5
@@ -446,4 +446,4 @@ COMPANIONS: dict[str, Sprite] = {
 }
 
 SUBJECTS = {"large": LARGE_SUBJECTS, "small": SMALL_SUBJECTS}
-"""Subjects by size: drawn twice, since pixels do not shrink."""
+"""Subjects by size: each is drawn in both sizes, since pixel art does not scale."""

@@ -1,4 +1,4 @@
-"""Pictures of a pocket model by DDIM with classifier-free guidance."""
+"""Sampling from a pocket model by DDIM with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LATENT_SIDE = PICTURE_SIDE // VAE_FACTOR
 
 
 class TextToImage(NamedTuple):
-    """What draws.
+    """The models that draw.
 
     Attributes:
         unet: predicts the noise.
         vae: decodes latents.
-        encode_captions: gives the conditioning of the U-Net, ``(B, L, D)``.
+        encode_captions: returns the conditioning of the U-Net, ``(B, L, D)``.
     """
 
     unet: UNet2DConditionModel
@@ -36,7 +36,7 @@ class Sampling(NamedTuple):
     """How pictures are drawn.
 
     Attributes:
-        num_steps: of the sampler.
+        num_steps: steps of the sampler.
         guidance: scale of classifier-free guidance.
     """
 
@@ -83,7 +83,7 @@ def generate(
 
 
 def _noise(number: int, *, seed: int) -> Tensor:
-    """Latents ``(number, 4, 8, 8)``, each with a seed of its own."""
+    """Latents ``(number, 4, 8, 8)``, each with its own seed."""
     return torch.stack(
         [
             torch.randn(

@@ -1,8 +1,8 @@
-"""Scenes of the pocket world and their pictures: same scene, same picture, to the last bit.
+"""Scenes of the pocket world and their pictures: equal scenes give bit-identical pictures.
 
-A scene is one subject with a colour and a pattern, at a place, in front of a background, perhaps
-with a hat or a companion. Some pairs of attributes are held out: building never draws them, so
-that a prompt which asks for such a pair tests composition instead of memory. Knows no captions, no
+A scene is one subject with a colour and a pattern, at a position, in front of a background, perhaps
+with a hat or a companion. Some pairs of attributes are held out of the model's training, so that a
+prompt with such a pair tests composition instead of memory. Knows no captions and does not import
 torch.
 """
 
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 PICTURE_SIDE = 2 * SIDE
-"""Every art pixel is 2x2, so that an autoencoder of factor 8 has 8x8 latents."""
+"""Every art pixel is 2x2, so that an autoencoder with factor 8 has 8x8 latents."""
 
 NO_COMPANION = "none"
 
@@ -79,7 +79,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
     "companion": (NO_COMPANION, *HATS, *COMPANIONS),
 }
-"""Every attribute and its values, in the order of the oracle's answers."""
+"""Every attribute and its values, in the order of the oracle's outputs."""
 
 HELD_OUT_PAIRS = (("subject", "background"), ("subject", "colour"), ("colour", "companion"))
 HELD_OUT_SHARE = 8  # one pair in eight
@@ -101,11 +101,11 @@ GROUND = 28  # the row below the feet
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's content.
+    """The content of one picture.
 
     Attributes:
-        seed: names what has no label: clouds, stars, a pixel of shift.
-        paint: takes the place of the named colour's paint: a thing that no caption describes.
+        seed: determines unlabelled details: clouds, stars, a shift of a pixel.
+        paint: replaces the named colour's paint, for an object that no caption describes.
     """
 
     subject: str
@@ -120,7 +120,7 @@ class Scene:
 
 
 def generator_of(name: str, seed: int = 0, step: int = 0) -> Generator:
-    """The random stream of this name, seed and step."""
+    """The random stream with this name, seed and step."""
     return np.random.default_rng([zlib.crc32(name.encode()), seed, step])
 
 
@@ -144,7 +144,7 @@ def labels(scene: Scene) -> dict[str, int]:
 
 
 def held_out_pair(first: str, second: str) -> bool:
-    """Whether building never shows these two values together (a hash decides, once and for all)."""
+    """Whether the model is never trained on both values together (decided by a hash)."""
     return zlib.crc32(f"{first}+{second}".encode()) % HELD_OUT_SHARE == 0
 
 
@@ -161,17 +161,17 @@ def held_out_pairs(values: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether building never draws this scene."""
+    """Whether the model is never trained on this scene."""
     return bool(held_out_pairs({name: getattr(scene, name) for name in ATTRIBUTES}))
 
 
 def draw_scene(rng: Generator, *, held_out: bool | None = False, **fixed: str) -> Scene:
-    """A random scene with the attributes given.
+    """A random scene with the given attributes.
 
     Args:
-        rng: the stream.
+        rng: source of every draw.
         held_out: whether it has a held-out pair; ``None`` = either.
-        fixed: attributes that are not drawn.
+        fixed: attributes that are given.
     """
     while True:
         values = {
@@ -215,13 +215,13 @@ def render_art(scene: Scene) -> np.ndarray:
 
 
 def things_in(scene: Scene, art: np.ndarray) -> np.ndarray:
-    """Where its picture shows a thing instead of the background: booleans ``(32, 32)``."""
+    """Where its picture shows an object instead of the background: booleans ``(32, 32)``."""
     bare = BACKGROUNDS[scene.background](np.random.default_rng(scene.seed))
     return (art != bare).any(axis=-1)
 
 
 def thing_alone(scene: Scene, size: str) -> tuple[np.ndarray, np.ndarray]:
-    """The subject of a scene in a size: bytes ``(h, w, 3)``, and where no hat could cover it."""
+    """The subject of a scene in one size: bytes ``(h, w, 3)``, and where no hat can cover it."""
     sprite = SUBJECTS[size][scene.subject]
     letters = sprite.letters
     pixels = _body(letters, scene.paint or named_paint(scene.colour), scene.pattern)

@@ -1,7 +1,7 @@
-"""What is known of English: articles, words without content, subjects, DreamBench's prompts.
+"""Facts about English: articles, function words, subjects, DreamBench's prompts.
 
-Answers from ``english.toml``, ``subjects.toml`` and ``dreambench.toml`` in the folder ``tables``.
-Knows no prompt set.
+The data are in ``english.toml``, ``subjects.toml`` and ``dreambench.toml`` in ``tables``.
+Knows no prompt sets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SOUND_EXCEPTIONS = {
 
 
 def correct_articles(text: str) -> str:
-    """Make every "a" or "an" fit the word that follows; before the slot it stays as written."""
+    """Make every "a" or "an" fit the word that follows; before the slot it is left unchanged."""
     return re.sub(r"\ban? (?=(\w+))", _fitting_article, text)
 
 
@@ -46,15 +46,15 @@ def _fitting_article(match: re.Match) -> str:
 
 
 def tag_style(text: str) -> str:
-    """Correct the articles within tags and drop the one that a tag begins with."""
+    """Correct the articles within tags and drop those at the start of a tag."""
     return correct_articles(re.sub(r"(^|, )(?:an?|the) ", r"\1", text))
 
 
 def normal_form(text: str) -> str:
     """The content words of a prompt in alphabetical order, with the slot ``{}``.
 
-    Function words ("a", "on", "with") and neutral words ("photo") are dropped, punctuation and case
-    too, so that a prompt is recognised behind any prefix and in both syntaxes.
+    Function words ("a", "on", "with"), neutral words ("photo"), punctuation and case are dropped,
+    so that a prompt is recognised after any prefix and in both syntaxes.
     """
     words = re.findall(r"\{\}|[\w']+", text.lower())
     return " ".join(sorted(w for w in words if w not in FUNCTION_WORDS and w not in NEUTRAL_WORDS))
@@ -91,7 +91,7 @@ def _dreambench_forms() -> frozenset[str]:
 def subjects(category: str) -> tuple[str, ...]:
     """Generic subjects of a built-in category ("golden retriever"), without article.
 
-    They stand in for the concept where none is learned, as when a contextualizer is pretrained.
+    They replace the concept where none is learned, as in pretraining a contextualizer.
     """
     table = _subject_table()["subjects"]
     if category not in table:
@@ -100,7 +100,7 @@ def subjects(category: str) -> tuple[str, ...]:
 
 
 def category_of(class_token: str) -> str:
-    """The built-in prompt set that fits a class word; "object" for words it does not know.
+    """The built-in prompt set for a class word; "object" for unknown words.
 
     The whole class is looked up first ("rubber duck"), then its last word ("duck toy"), each also
     without a plural "s".
@@ -124,7 +124,7 @@ def _category_of_word() -> dict[str, str]:
     tables = _subject_table()
     return {
         word: category
-        for table in ("subjects", "classes")  # the second wins: it holds the exceptions
+        for table in ("subjects", "classes")  # the second takes precedence: it has the exceptions
         for category, words in tables[table].items()
         for word in words
     }

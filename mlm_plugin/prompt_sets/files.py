@@ -27,7 +27,7 @@ _DEFAULT_TEMPERATURE = 4.0
 
 
 class FamilySet(NamedTuple):
-    """What a TOML file holds for one syntax."""
+    """The contents of a TOML file for one syntax."""
 
     families: list[Family]
     temperature: float
@@ -56,7 +56,7 @@ def read_families(path: Path, *, syntax: str) -> FamilySet:
     """Families of a TOML file (schema in ``grammar``) that have templates in this syntax.
 
     Raises:
-        UserError: a mistake in the file, with its place.
+        UserError: a mistake in the file, with its location.
     """
     tables = merged_tables(path)
     lists = WordLists(tables["lists"], where=str(path))

@@ -1,7 +1,7 @@
-"""The grammar of prompt sets: a TOML file of word lists and families of templates, made into texts.
+"""The grammar of prompt sets: word lists and families of templates that expand to texts.
 
 Sizes are known without enumeration, and the n-th text is computed without the ones before it. Knows
-no English, no draw and no evaluation prompts.
+no English, no random draws and no evaluation prompts.
 
 Schema of a prompt set::
 
@@ -22,7 +22,7 @@ Schema of a prompt set::
     natural = ["{} {where}"]     # {} is the concept, once in every template
     tags = ["{}, {where}"]
 
-Entries of the own file replace included ones of that name.
+Entries of a file replace included ones of the same name.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 class Template:
-    """Literal text and slots in a row; its size is the product of the slots' sizes."""
+    """A sequence of literal text and slots; its size is the product of the slots' sizes."""
 
     def __init__(self, parts: Iterable[str | Alternatives]):
         self.parts = tuple(parts)
@@ -94,7 +94,7 @@ class Alternatives:
 
 
 class Family:
-    """A named grammar with its share in the draw and the last touch on its texts."""
+    """A named grammar with its weight and the final correction of its texts."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Family:
 
 
 class WordLists:
-    """The word lists of a file, compiled when a template first asks for them."""
+    """The word lists of a file, compiled when a template first needs them."""
 
     def __init__(self, entries: Mapping[str, Sequence[str]], *, where: str):
         self._entries, self._where = entries, where
@@ -123,10 +123,10 @@ class WordLists:
         self._open: list[str] = []
 
     def template(self, text: str) -> Template:
-        """Compile a text with slots ``{name}``; ``{}`` stays as it is.
+        """Compile a text with slots ``{name}``; ``{}`` is left unchanged.
 
         Raises:
-            UserError: For a list that is not there or contains itself.
+            UserError: a list is missing or contains itself.
         """
         parts = _SLOT.split(text)
         return Template(
@@ -148,14 +148,14 @@ class WordLists:
 
 
 def merged_tables(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a prompt set and what it includes; the file itself wins over what it includes.
+    """Read a prompt set and what it includes; the file itself takes precedence.
 
     Args:
         path: a TOML file of the schema above.
-        including: the files that led here by ``include``.
+        including: the files that included this one.
 
     Raises:
-        UserError: For a mistake in one of the files.
+        UserError: a mistake in one of the files.
     """
     path = path.resolve()
     if path in including:
@@ -184,14 +184,14 @@ def _find(name: str, includer: Path) -> Path:
 
 
 def check_schema(tables: Mapping[str, Any], *, where: str) -> None:
-    """Refuse what the schema above does not have.
+    """Refuse everything that is not in the schema above.
 
     Args:
         tables: content of one file, before it is merged with others.
         where: the file, for the error.
 
     Raises:
-        UserError: For an unknown key or a wrong value, with its place.
+        UserError: an unknown key or a wrong value, with its location.
     """
     _check_keys(tables, _KEYS, where=where)
     for name in ("lists", "families"):

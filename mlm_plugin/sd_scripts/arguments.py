@@ -1,4 +1,4 @@
-"""The ``mlm`` options on the command line of a script of sd-scripts, and back from it."""
+"""The ``mlm`` options on the command line of a script of sd-scripts: adding and reading them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mlm_plugin.errors import UserError
 
 __all__ = [
     "add_mlm_arguments",
-    "network_obstacle",
     "read_mlm_options",
-    "script_obstacle",
     "text_encoder_rates",
+    "why_network_has_no_gradient",
+    "why_script_has_no_gradient",
 ]
 
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
@@ -28,7 +28,7 @@ T5_CACHED = ("sd3", "flux")
 
 
 def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what sd-scripts does not know; its own options stay as they are."""
+    """Add what sd-scripts does not know; its own options are unchanged."""
     section = parser.add_argument_group("mlm", MLMOptions.__doc__)
     for entry in _entries():
         section.add_argument(
@@ -71,8 +71,8 @@ def _entries() -> Iterator[Option]:
             yield entry
 
 
-def network_obstacle(args: argparse.Namespace, *, arch: str) -> str | None:
-    """Why a network trainer could give the term no gradient, in the words of its options."""
+def why_network_has_no_gradient(args: argparse.Namespace, *, arch: str) -> str | None:
+    """Why the term has no gradient in a network trainer, naming its options; None if it has."""
     if getattr(args, "network_train_unet_only", False):
         return "network_train_unet_only trains no text encoder"
     if getattr(args, "cache_text_encoder_outputs", False) and arch not in T5_CACHED:
@@ -89,8 +89,8 @@ def network_obstacle(args: argparse.Namespace, *, arch: str) -> str | None:
 def text_encoder_rates(args: argparse.Namespace, network: Any, *, count: int) -> list[float]:
     """The learning rate of each of ``count`` text encoders.
 
-    Most networks train all of them at the first rate. Those that take a rate for each repeat the
-    last one where there are too few.
+    Most networks train all of them at the first rate. Those that take one rate each repeat the
+    last one if there are too few.
 
     Source: sd-scripts ``train_network.py``, ``networks/lora_sd3.py``, ``networks/lora_flux.py``.
     """
@@ -109,8 +109,8 @@ def _given_rates(args: argparse.Namespace) -> list[float]:
     return [float(rate or 0) for rate in rates]
 
 
-def script_obstacle(args: argparse.Namespace) -> str | None:
-    """The same for the scripts that train whole models (train_db, fine_tune, sdxl_train)."""
+def why_script_has_no_gradient(args: argparse.Namespace) -> str | None:
+    """The same for scripts that train whole models (train_db, fine_tune, sdxl_train)."""
     if hasattr(args, "train_text_encoder") and not args.train_text_encoder:
         return "without train_text_encoder the text encoder is not trained"
     if getattr(args, "cache_text_encoder_outputs", False):

@@ -16,7 +16,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
     read_mlm_options,
-    script_obstacle,
+    why_script_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.locate import LaunchOptions, check_libraries
 
@@ -25,7 +25,7 @@ __all__ = ["SCRIPTS", "Script", "architecture_of", "choose_script", "train"]
 logger = logging.getLogger(__name__)
 
 PIPELINES = {"StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "Flux": "flux"}
-"""First part of a diffusers pipeline's name, and its architecture."""
+"""Prefix of a diffusers pipeline's name, and its architecture."""
 
 KEYS = {
     "conditioner.embedders.1.": "sdxl",
@@ -35,14 +35,14 @@ KEYS = {
     "double_blocks.": "flux",
     "single_transformer_blocks.": "flux",
 }
-"""First part of a weight's name that only files of this architecture have."""
+"""Prefix of a weight's name that only files of this architecture have."""
 
 HELPER_MODULES = ("library.train_util", "library.args", "library.accelerator_setup")
-"""Where versions keep what their scripts share, the oldest place first."""
+"""Modules with the shared code of the scripts, by version, oldest first."""
 
 
 class Script(NamedTuple):
-    """A script of sd-scripts and how the term gets in."""
+    """A script of sd-scripts and how the term is added to it."""
 
     file: str
     arch: str
@@ -52,12 +52,12 @@ class Script(NamedTuple):
 
 
 def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
-    """Run the script that the options ask for, as if it had been started itself.
+    """Run the script chosen by the options, as if it had been started directly.
 
     Args:
         argv: the whole command line without the program name.
         checkout: root of sd-scripts.
-        options: what was read off ``argv`` before.
+        options: parsed from ``argv`` before.
 
     Returns:
         Exit code 0.
@@ -68,7 +68,7 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     check_libraries(checkout)
     script = choose_script(options)
     module = _import_script(checkout, script)
-    sys.argv = [str(checkout / script.file), *argv]  # the config file is read on top of it
+    sys.argv = [str(checkout / script.file), *argv]  # the script also reads the config file
     parser = module.setup_parser()
     add_mlm_arguments(parser)
     args = parser.parse_args()
@@ -89,14 +89,14 @@ def choose_script(options: LaunchOptions) -> Script:
         by_name = {script.file: script for script in SCRIPTS}
         if name not in by_name:
             raise UserError(
-                f"mlm_script = {options.mlm_script!r}: the MLM term has no place in it; one of "
-                + ", ".join(by_name)
+                f"mlm_script = {options.mlm_script!r}: the MLM term cannot be added to it; "
+                "use one of " + ", ".join(by_name)
             )
         return by_name[name]
     methods = list(dict.fromkeys(script.method for script in SCRIPTS))
     if options.method not in methods:
         raise UserError(
-            f"method = {options.method!r} lives in the standalone trainer; add --host standalone "
+            f"method = {options.method!r} is only in the standalone trainer; add --host standalone "
             f"(in sd-scripts: {', '.join(methods)})"
         )
     arch = options.mlm_arch
@@ -106,21 +106,21 @@ def choose_script(options: LaunchOptions) -> Script:
         if (script.method, script.arch) == (options.method, arch):
             return script
     raise UserError(
-        f"method = {options.method!r}: the MLM term has no place in it for mlm_arch = {arch!r}; "
+        f"method = {options.method!r}: the MLM term cannot be added to it for mlm_arch = {arch!r}; "
         "train it with sd-scripts' own script, or use method = 'lora'"
     )
 
 
 def architecture_of(model: str | None) -> str:
-    """``sd``, ``sdxl``, ``sd3`` or ``flux``, by what a checkpoint holds.
+    """``sd``, ``sdxl``, ``sd3`` or ``flux``, from the contents of a checkpoint.
 
     Reads names only: the header of a safetensors file or the index of a diffusers folder.
 
     Raises:
-        UserError: it cannot be told.
+        UserError: it cannot be determined.
     """
     if model is None:
-        return "sd"  # the script asks for it
+        return "sd"  # the script reports the missing model
     path = Path(model)
     if path.is_dir():
         index = path / "model_index.json"
@@ -161,10 +161,10 @@ def _arch_of_file(path: Path) -> str:
 
 
 def _import_script(checkout: Path, script: Script) -> ModuleType:
-    """The script as a module, from this checkout and from no other.
+    """Import the script as a module from this checkout.
 
     Raises:
-        UserError: it is missing there, something it imports is, or another one is in the way.
+        UserError: it or one of its imports is missing, or another checkout is imported instead.
     """
     if not (checkout / script.file).is_file():
         raise UserError(f"{checkout}: has no {script.file}; update sd-scripts")
@@ -186,7 +186,7 @@ def _import_script(checkout: Path, script: Script) -> ModuleType:
 
 
 def _helper(name: str) -> Callable[..., Any]:
-    """A function of sd-scripts, wherever this version keeps it."""
+    """A function of sd-scripts, wherever it is in this version."""
     for module in HELPER_MODULES:
         try:
             return getattr(importlib.import_module(module), name)
@@ -211,20 +211,20 @@ def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace)
 
 
 def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
-    from mlm_plugin.sd_scripts.patches import summed_backward, tapped_models
-    from mlm_plugin.sd_scripts.term import MLMTerm, without_gradient
+    from mlm_plugin.sd_scripts.patches import collected_text_encoders, summed_backward
+    from mlm_plugin.sd_scripts.term import MLMTerm, no_gradient_message
 
     options = read_mlm_options(args)
     if not options.mlm_loss_weight:
         module.train(args)
         return
-    if obstacle := script_obstacle(args):
-        raise UserError(without_gradient(options, obstacle))
+    if reason := why_script_has_no_gradient(args):
+        raise UserError(no_gradient_message(options, reason))
     term = MLMTerm(options, seed=args.seed)
-    tapped = tapped_models(
+    collected = collected_text_encoders(
         term, arch=script.arch, clip_skip=args.clip_skip, tokenizers=_current_tokenizers
     )
-    with summed_backward(term, _strategies()), tapped:
+    with summed_backward(term, _strategies()), collected:
         module.train(args)
 
 

@@ -1,4 +1,4 @@
-"""Which trainer runs, and where the checkout of sd-scripts is. Imports neither torch nor it."""
+"""Which trainer runs, and where the sd-scripts checkout is. Imports neither it nor torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["LaunchOptions", "check_checkout", "check_libraries", "find_checkout"
 logger = logging.getLogger(__name__)
 
 TRAINER = "train_network.py"
-SEAM = "def process_batch("
+OVERRIDDEN = "def process_batch("
 OLDEST = "v0.10.0"
 LIBRARIES = ("transformers", "diffusers", "accelerate")
 PIN = re.compile(r"^\s*([A-Za-z0-9_.-]+?)(?:\[[^\]]*\])?\s*==\s*([0-9][^\s;#]*)", re.MULTILINE)
 
 
 class LaunchOptions(NamedTuple):
-    """What must be known before a script of sd-scripts can read its own command line."""
+    """Options needed before a script of sd-scripts can read its own command line."""
 
     host: str
     sd_scripts_dir: str | None
@@ -39,7 +39,7 @@ class LaunchOptions(NamedTuple):
 
 
 def launch_options(argv: Sequence[str]) -> LaunchOptions:
-    """Read them off the flags and the TOML of ``--config_file``; flags win.
+    """Read them from the flags and the TOML of ``--config_file``; flags take precedence.
 
     Raises:
         UserError: a value that is not allowed.
@@ -48,7 +48,7 @@ def launch_options(argv: Sequence[str]) -> LaunchOptions:
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for name in (*LaunchOptions._fields, "config_file"):
-        peek.add_argument(f"--{name}", nargs="?")  # the run's own parser asks for missing values
+        peek.add_argument(f"--{name}", nargs="?")  # the run's own parser reports missing values
     parsed, _ = peek.parse_known_args(list(argv))
     flags = {name: value for name, value in vars(parsed).items() if value is not None}
     given = _from_toml(flags.pop("config_file", None)) | flags
@@ -66,7 +66,7 @@ def _from_toml(config_file: str | None) -> dict[str, Any]:
     if config_file is None:
         return {}
     path = Path(config_file if config_file.endswith(".toml") else f"{config_file}.toml")
-    if not path.is_file():  # the trainer that runs says so
+    if not path.is_file():  # the trainer reports it
         return {}
     flat: dict[str, Any] = {}
     for name, value in read_toml(path).items():
@@ -81,11 +81,11 @@ def find_checkout(
 
     Args:
         options: ``host`` and ``sd_scripts_dir``.
-        script: the script that was started; it may lie in a checkout.
-        environment: may hold ``SD_SCRIPTS_DIR``.
+        script: the script that was started; it may be in a checkout.
+        environment: may contain ``SD_SCRIPTS_DIR``.
 
     Raises:
-        UserError: a folder that is no usable checkout, or none where one is needed.
+        UserError: a folder that is not a usable checkout, or none where one is needed.
     """
     if options.host == "standalone":
         return None
@@ -108,7 +108,7 @@ def find_checkout(
 
 
 def check_checkout(root: Path, *, named: str) -> None:
-    """Refuse a folder that is no checkout, or one without the seam that the term needs.
+    """Refuse a folder that is not a checkout, or one without the method that the term overrides.
 
     Raises:
         UserError: what is missing.
@@ -119,7 +119,7 @@ def check_checkout(root: Path, *, named: str) -> None:
             f"{named}: no checkout of sd-scripts ({TRAINER} and the folder library are not both "
             "there); give the folder that holds them"
         )
-    if SEAM not in trainer.read_text(encoding="utf-8", errors="replace"):
+    if OVERRIDDEN not in trainer.read_text(encoding="utf-8", errors="replace"):
         raise UserError(
             f"{named}: this sd-scripts is too old (its NetworkTrainer has no process_batch); "
             f"update it to {OLDEST} or later, or use --host standalone"
@@ -129,7 +129,7 @@ def check_checkout(root: Path, *, named: str) -> None:
 def check_libraries(root: Path) -> None:
     """Compare the installed libraries with those that the checkout pins.
 
-    Another major version does not work and is refused; any other difference is warned about.
+    Another major version does not work and is refused; any other difference causes a warning.
 
     Raises:
         UserError: a library is missing or of another major version.

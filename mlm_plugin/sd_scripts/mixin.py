@@ -1,7 +1,7 @@
-"""The MLM term in the network trainers: one mixin before the trainer's own class.
+"""The MLM term in the network trainers: a mixin in front of the trainer's own class.
 
-Every call of the trainer is bound by name to the signature of the method that it overrides, so that
-more parameters or another order in other versions change nothing.
+The arguments of every call are bound by name to the signature of the overridden method, so that
+more parameters or another order in other versions do not matter.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
-    network_obstacle,
     read_mlm_options,
     text_encoder_rates,
+    why_network_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.term import (
     MLMTerm,
     is_clip_text_model,
-    without_gradient,
+    no_gradient_message,
     wrap_text_encoder,
 )
 
@@ -34,11 +34,11 @@ NEEDED = {
     "update_metadata": {"metadata"},
     "generate_step_logs": set(),
 }
-"""Methods that are overridden or asked, and the parameters that are read."""
+"""Methods that are overridden or called, and the parameters that are read."""
 
 
 class MLMTrainerMixin:
-    """Adds the term where a network trainer computes its loss; without it, the plain trainer.
+    """Adds the term where a network trainer computes its loss; at weight 0, the plain trainer.
 
     Attributes:
         mlm_arch: ``sd``, ``sdxl``, ``sd3`` or ``flux``; which states the image model sees.
@@ -50,23 +50,23 @@ class MLMTrainerMixin:
     _tokenizers: list[Any] = []
 
     def get_tokenizers(self, *args, **kwargs):
-        """Remember the tokenizers, one for each text encoder."""
+        """Keep the tokenizers, one for each text encoder."""
         self._tokenizers = super().get_tokenizers(*args, **kwargs)
         return self._tokenizers
 
     def assert_extra_args(self, *args, **kwargs):
-        """Read the options and refuse runs that give the term no gradient."""
+        """Read the options and refuse runs in which the term has no gradient."""
         given = bind(super().assert_extra_args, args, kwargs)
         options = read_mlm_options(given["args"])
         if options.mlm_loss_weight:
-            if obstacle := network_obstacle(given["args"], arch=self.mlm_arch):
-                raise UserError(without_gradient(options, obstacle))
+            if reason := why_network_has_no_gradient(given["args"], arch=self.mlm_arch):
+                raise UserError(no_gradient_message(options, reason))
             self.mlm = MLMTerm(options, seed=given["args"].seed)
             self.mlm.use_data(given["train_dataset_group"])
         return super().assert_extra_args(*args, **kwargs)
 
     def post_process_network(self, *args, **kwargs):
-        """Find the contextualizers while the text encoders are as they came."""
+        """Find the contextualizers while the text encoders are untrained."""
         result = super().post_process_network(*args, **kwargs)
         if self.mlm:
             self._start_mlm(bind(super().post_process_network, args, kwargs))
@@ -76,7 +76,7 @@ class MLMTrainerMixin:
         args, text_encoders = given["args"], given["text_encoders"]
         if not getattr(given["network"], "text_encoder_loras", True):
             raise UserError(
-                without_gradient(self.mlm.options, "this network has no text-encoder modules")
+                no_gradient_message(self.mlm.options, "this network has no text-encoder modules")
             )
         flags = self.get_text_encoders_train_flags(args, text_encoders)
         rates = text_encoder_rates(args, given["network"], count=len(text_encoders))
@@ -90,12 +90,12 @@ class MLMTrainerMixin:
                 self.mlm.add_text_encoder(text_encoder, given["accelerator"])
         if not self.mlm.setup.encoders:
             raise UserError(
-                without_gradient(self.mlm.options, "no CLIP text encoder is trained here")
+                no_gradient_message(self.mlm.options, "no CLIP text encoder is trained here")
             )
         self.mlm.attach(given["accelerator"])
 
     def process_batch(self, *args, **kwargs):
-        """The host's loss, with the term in training; validation stays as it is."""
+        """The host's loss, plus the term in training; validation is unchanged."""
         loss = super().process_batch(*args, **kwargs)
         given = bind(super().process_batch, args, kwargs)
         if not self.mlm or not given["is_train"]:
@@ -118,7 +118,7 @@ class MLMTrainerMixin:
 
 
 def bind(method: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by the names of the method's parameters, defaults included."""
+    """Arguments of a call by parameter name, defaults included."""
     bound = inspect.signature(method).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)

@@ -1,8 +1,8 @@
 """The MLM term in scripts without a method to override: textual inversion and whole models.
 
-Their loops are one function each. What they cannot go around are the text-encoding strategy of
-sd-scripts (which tells whether the text encoder is being trained in this step) and accelerate's
-``Accelerator``, whose methods are wrapped while the script runs.
+Their loops are one function each. But all of them call the text-encoding strategy of sd-scripts
+(which shows whether the text encoder is trained in this step) and accelerate's ``Accelerator``.
+The methods of both are wrapped while the script runs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import (
     MLMTerm,
     is_clip_text_model,
-    without_gradient,
+    no_gradient_message,
     wrap_text_encoder,
 )
 
-__all__ = ["MLMEmbeddingMixin", "summed_backward", "tapped_models", "with_mlm_embedding"]
+__all__ = ["MLMEmbeddingMixin", "collected_text_encoders", "summed_backward", "with_mlm_embedding"]
 
 NEEDED = {
     "train": {"args"},
@@ -38,12 +38,12 @@ NEEDED = {
 
 @contextmanager
 def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]:
-    """Let ``Accelerator.backward`` add the term, once for each training batch.
+    """Make ``Accelerator.backward`` add the term, once for each training batch.
 
     Args:
         term: what is added.
-        strategies: text-encoding strategies; ``encode_tokens`` with gradient announces a batch
-            whose text encoder is trained.
+        strategies: text-encoding strategies; a call of ``encode_tokens`` with gradient means that
+            the text encoder is trained on this batch.
     """
     announced = False
 
@@ -63,7 +63,7 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
                 loss = term.add_to(loss, self)
             elif not term.call:
                 raise UserError(
-                    without_gradient(term.options, "this run does not train the text encoder")
+                    no_gradient_message(term.options, "this run does not train the text encoder")
                 )
             return original(self, loss, *args, **kwargs)
 
@@ -97,10 +97,10 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
 
 
 @contextmanager
-def tapped_models(
+def collected_text_encoders(
     term: MLMTerm, *, arch: str, clip_skip: int | None, tokenizers: Callable[[], list[Any]]
 ) -> Iterator[None]:
-    """Tap each CLIP text encoder that ``Accelerator.prepare`` is given: those that are trained."""
+    """Pass each trained CLIP text encoder, seen in ``Accelerator.prepare``, to the term."""
 
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
@@ -152,12 +152,12 @@ class MLMEmbeddingMixin:
             return super().train(args)
 
     def get_tokenizers(self, *args, **kwargs):
-        """Remember the tokenizers, one for each text encoder."""
+        """Keep the tokenizers, one for each text encoder."""
         self._tokenizers = super().get_tokenizers(*args, **kwargs)
         return self._tokenizers
 
     def load_target_model(self, *args, **kwargs):
-        """Find the contextualizers before rows are added and trained."""
+        """Find the contextualizers before embeddings are added and trained."""
         result = super().load_target_model(*args, **kwargs)
         if self.mlm:
             given = bind(super().load_target_model, args, kwargs)
@@ -177,7 +177,7 @@ class MLMEmbeddingMixin:
 
 
 def _token_strings(args: Any, word: str) -> str:
-    """The words that the host puts in place of ``token_string`` (one for each vector)."""
+    """The words by which the host replaces ``token_string`` (one for each vector)."""
     if word != args.token_string:
         return word
     return " ".join([word, *(f"{word}{i}" for i in range(1, args.num_vectors_per_token))])

@@ -1,7 +1,7 @@
 """The MLM term of one run inside a trainer of sd-scripts.
 
-Knows accelerate, but no trainer and no module of sd-scripts: what it is given are text encoders,
-tokenizers and data sets as sd-scripts has them.
+Knows accelerate, but no trainer and no module of sd-scripts: it gets text encoders, tokenizers and
+data sets of sd-scripts as arguments.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mlm_plugin.files import atomic_path
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup, mlm_schedule, mlm_target, prompt_set_names
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.random_state import kept_random_state
+from mlm_plugin.random_state import preserved_random_state
 
-__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "without_gradient", "wrap_text_encoder"]
+__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "no_gradient_message", "wrap_text_encoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +59,19 @@ class LossParts(NamedTuple):
 class MLMTerm:
     """Adds ``weight * MLM loss`` to the diffusion loss of each micro-batch of training.
 
-    A seam hands over the text encoders before they are trained (:meth:`add_text_encoder`), the data
-    (:meth:`use_data`) and then every loss (:meth:`add_to`). Weights and random streams of the host
-    are left as they are.
+    The mixin or patch passes the text encoders before they are trained (:meth:`add_text_encoder`),
+    the data (:meth:`use_data`) and then every loss (:meth:`add_to`). Weights and random streams of
+    the host are not changed.
 
     Args:
         options: the ``mlm`` group of a run.
-        seed: of the run; names the stream of prompts and masks. Drawn if ``None``.
-        expand: a placeholder as the host's captions name it (several vectors: "sks sks1").
+        seed: seed of the run; names the stream of prompts and masks. Drawn if ``None``.
+        expand: returns a placeholder as in the host's captions (several vectors: "sks sks1").
 
     Attributes:
-        step: optimizer steps so far; the schedule goes by it.
+        step: optimizer steps so far, for the schedule.
         call: micro-batches so far; names the prompts.
-        parts: of the last loss, for loggers.
+        parts: parts of the last loss, for loggers.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class MLMTerm:
         self.setup.prepare([text_encoder], accelerator, more_may_come=True)
 
     def use_data(self, dataset_group: Any) -> None:
-        """Take concepts and captions from the data, as far as the options do not name them.
+        """Take concepts and captions from the data, unless the options name them.
 
         Raises:
-            UserError: the concept cannot be told.
+            UserError: the concept is not known.
         """
         datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
         config = TrainConfig(mlm=self.options)
@@ -116,10 +116,10 @@ class MLMTerm:
         )
 
     def attach(self, accelerator: Accelerator) -> None:
-        """Be ready for the first step, and keep counters beside the states that kohya saves.
+        """Prepare for the first step, and save counters beside the states that kohya saves.
 
-        States without them load, and plain trainers load states with them: the file is beside
-        those that accelerate counts.
+        States without them load, and plain trainers load states with them, as the file is separate
+        from those of accelerate.
         """
         self.setup.compute_targets(accelerator)
 
@@ -132,7 +132,7 @@ class MLMTerm:
             if path.is_file():
                 state = json.loads(path.read_text())
                 self.step, self.call = int(state["step"]), int(state["call"])
-                logger.info("MLM term: going on from step %d", self.step)
+                logger.info("MLM term: continuing from step %d", self.step)
             else:
                 logger.info("MLM term: %s has no %s, counting from 0", input_dir, STATE_FILE)
 
@@ -143,17 +143,21 @@ class MLMTerm:
         """``loss + weight * MLM loss``, 0-d; the loss itself in steps without the term.
 
         Raises:
-            UserError: nothing that is trained lies before the text encoder's output.
+            UserError: nothing before the text encoder's output is trained.
         """
         weight = self.schedule.weight_at(self.step)
         self.parts = LossParts(loss.detach())
         if weight:
             # dropout of the network draws here too: the host's noise must not depend on it
-            with kept_random_state(accelerator.device), torch.enable_grad():
+            with preserved_random_state(accelerator.device), torch.enable_grad():
                 with accelerator.autocast():
                     output = self._regularizer_for(accelerator)(self.call)
             if not output.loss.requires_grad:
-                raise UserError(without_gradient(self.options, "no trained weight lies before it"))
+                raise UserError(
+                    no_gradient_message(
+                        self.options, "nothing is trained before the text encoder's output"
+                    )
+                )
             self.parts = LossParts(
                 loss.detach(), output.loss.detach(), weight, output.accuracy.detach()
             )
@@ -186,23 +190,23 @@ class MLMTerm:
         return {key: str(value) for key, value in values.items()}
 
     def _regularizer_for(self, accelerator: Accelerator) -> MLMRegularizer:
-        """Made at the first use, when models have their place, precision and trained weights."""
+        """Created on first use, when models have their device, precision and trained weights."""
         if self._regularizer is None:
             dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
             self._regularizer = self.setup.attach(rank=accelerator.process_index, dtype=dtype)
         return self._regularizer
 
 
-def without_gradient(options: MLMOptions, obstacle: str) -> str:
-    """The line that refuses a run in which the term would change nothing."""
+def no_gradient_message(options: MLMOptions, reason: str) -> str:
+    """The message for a run in which the term would change nothing."""
     return (
-        f"mlm_loss_weight = {options.mlm_loss_weight:g} asks for the MLM term, but {obstacle}, so "
+        f"mlm_loss_weight = {options.mlm_loss_weight:g} asks for the MLM term, but {reason}, so "
         "it would change nothing; train the text encoder or set mlm_loss_weight = 0"
     )
 
 
 def is_clip_text_model(module: Any) -> bool:
-    """Whether this is a text encoder that can be tapped, and not T5, Gemma or a stand-in."""
+    """Whether this is a CLIP text encoder, and not T5, Gemma or a placeholder."""
     config = getattr(module, "config", None)
     return getattr(config, "model_type", None) == "clip_text_model"
 
@@ -210,8 +214,8 @@ def is_clip_text_model(module: Any) -> bool:
 def wrap_text_encoder(model: nn.Module, tokenizer: Any, *, arch: str, clip_skip: int | None):
     """The text encoder with the states that the image model of this architecture sees.
 
-    FLUX sees one state of CLIP alone: the last one at the position of EOS. All positions are tapped
-    there: the same weights make them.
+    FLUX uses only one state of CLIP: the last one at the position of EOS. Here the last states of
+    all positions are used, which the same weights compute.
 
     Source: sd-scripts ``library/strategy_sd.py``, ``strategy_sdxl.py``, ``strategy_sd3.py``,
     ``strategy_flux.py``.
@@ -222,7 +226,7 @@ def wrap_text_encoder(model: nn.Module, tokenizer: Any, *, arch: str, clip_skip:
 
 
 def _as_config(dataset: Any) -> DatasetConfig:
-    """What ``concepts_of`` reads, of a data set of sd-scripts."""
+    """The part of an sd-scripts data set that ``concepts_of`` reads."""
     subsets = tuple(
         SubsetConfig(
             class_tokens=getattr(subset, "class_tokens", None),

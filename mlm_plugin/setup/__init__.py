@@ -1,1 +1,1 @@
-"""From options to what a run is made of."""
+"""From options to the parts of a run."""

@@ -30,15 +30,15 @@ SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
-"""What `accelerate launch` sets where it is to split models; here they are not prepared for it."""
+"""Variables that `accelerate launch` sets to split models, which is not supported here."""
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
     """Device, precision and trackers.
 
     Raises:
-        UserError: the device does not have the precision, a tracker is not installed, or
-            accelerate is set up to cut models into pieces.
+        UserError: the device does not support the precision, a tracker is not installed, or
+            accelerate is set up to split models.
     """
     check_trackers(config.logging)
     _refuse_sharding()
@@ -55,12 +55,14 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     )
     if config.optimizer.fused_backward_pass and accelerator.num_processes > 1:
         raise UserError(
-            f"fused_backward_pass cannot go with {accelerator.num_processes} processes, which "
-            "exchange gradients after the backward pass; start one, or leave it out"
+            f"fused_backward_pass cannot be combined with {accelerator.num_processes} processes, "
+            "which exchange gradients after the backward pass; start one, or leave it out"
         )
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
-    if accelerator.device.type == "cuda":  # TF32 where the GPU has it; convolutions use it anyway
+    if (
+        accelerator.device.type == "cuda"
+    ):  # TF32 where the GPU supports it; convolutions use it anyway
         torch.set_float32_matmul_precision("high")
     return accelerator
 

@@ -1,4 +1,4 @@
-"""``toy`` and ``pocket`` in place of a folder or file: what is built in, made on first use.
+"""``toy`` and ``pocket`` in place of a folder or file: built-in models, created on first use.
 
 ``toy`` has random weights and costs nothing; ``pocket`` is a small model that can draw.
 """
@@ -58,31 +58,31 @@ def _pocket_contexts() -> Path:
 def model_path(name: str | None) -> str | None:
     """``pretrained_model_name_or_path``: ``toy`` and ``pocket`` become folders of models.
 
-    A folder or file of the user's that has such a name takes precedence, here and below.
+    A folder or file of the user with such a name takes precedence, here and below.
 
     Raises:
-        UserError: the package came without the pocket model; here and below.
+        UserError: the package does not include the pocket model; here and below.
     """
     return _path(name, toy=_toy_model, pocket=_pocket_model)
 
 
 def data_path(name: str | None) -> str | None:
-    """``train_data_dir``: pictures of a thing to learn."""
+    """``train_data_dir``: pictures of a concept to learn."""
     return _path(name, toy=_toy_data, pocket=_pocket_data)
 
 
 def contexts_path(name: str | None) -> str | None:
-    """``mlm_prompt_set``: ``pocket`` is prompts in the words that the pocket model knows."""
+    """``mlm_prompt_set``: ``pocket`` means prompts in the pocket model's vocabulary."""
     return _path(name, pocket=_pocket_contexts)
 
 
 def contextualizer_path(name: str | None) -> str | None:
-    """``mlm_contextualizer``: ``pocket`` is that of the pocket model."""
+    """``mlm_contextualizer``: ``pocket`` means that of the pocket model."""
     return _path(name, pocket=_pocket_contextualizer)
 
 
 def with_built_in_paths(config: TrainConfig) -> TrainConfig:
-    """The options with ``toy`` and ``pocket`` replaced by the paths that they stand for."""
+    """The options with ``toy`` and ``pocket`` replaced by their paths."""
     return config.replace(
         pretrained_model_name_or_path=model_path(config.model.pretrained_model_name_or_path),
         train_data_dir=data_path(config.dataset.train_data_dir),

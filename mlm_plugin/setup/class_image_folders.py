@@ -34,13 +34,13 @@ def prepare_class_images(
     """Fill the regularization folder of every class; returns the options with ``reg_data_dir``.
 
     Args:
-        config: number, prompt, size and place of the pictures.
+        config: number, prompt, size and folder of the pictures.
         concepts: whose classes are drawn.
         models: loads the base model; called only if pictures are missing.
         accelerator: device and precision; the main process draws, the others wait.
 
     Raises:
-        UserError: no class is known, its name cannot be that of a folder, or a folder belongs to
+        UserError: no class is known, its name cannot be a folder name, or a folder belongs to
             other settings.
     """
     classes = list(dict.fromkeys(concept.class_token for concept in concepts))
@@ -82,7 +82,7 @@ def _settings(config: TrainConfig, class_token: str) -> ClassImageSettings:
 
 
 def _folder(root: Path, class_token: str) -> Path:
-    """The folder of a class: the first by name that there is, whatever its repeats.
+    """The folder of a class: the first existing one by name, whatever its repeats.
 
     Else ``1_<class>``.
     """

@@ -18,7 +18,7 @@ def setup_console(options: LogOptions) -> None:
 
     Processes other than the first only report warnings.
     """
-    for stream in (sys.stdout, sys.stderr):  # a console that lacks a character must not end a run
+    for stream in (sys.stdout, sys.stderr):  # a character that the console lacks must not end a run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -37,7 +37,7 @@ def setup_console(options: LogOptions) -> None:
 
 
 def quiet_imports() -> None:
-    """Silence what libraries say while they are imported; call it before."""
+    """Silence what libraries print during import; call it before importing them."""
     for name in LOUD_LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""The data of a run: concepts, data set, the order of its batches, and what is said of them."""
+"""The data of a run: concepts, data set, the order of its batches, and the report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tuple[Concept, ...]:
-    """What is learned; it must be known where token embeddings or the MLM term need it.
+    """What is learned, which token embeddings and the MLM term need to know.
 
     Raises:
         UserError: it is needed and not known, or ``mlm_target`` asks for a class word it lacks.
@@ -50,7 +50,7 @@ def create_dataset(
     *,
     seed: int,
 ) -> TrainDataset:
-    """The pictures and captions of the run, as the options want them."""
+    """The pictures and captions of the run."""
     data = config.dataset
     kind = "object" if data.use_object_template else "style"
     uses_templates = data.use_object_template or data.use_style_template
@@ -79,7 +79,7 @@ def create_order(
 def create_loader(
     config: TrainConfig, order: EpochOrder, *, device: torch.device
 ) -> DataLoader[Batch]:
-    """Loads those batches, for a training on ``device``."""
+    """A loader of those batches, for training on ``device``."""
     workers = config.schedule.max_data_loader_n_workers
     return make_loader(
         order,
@@ -90,10 +90,10 @@ def create_loader(
 
 
 def require_placeholders(dataset: TrainDataset, concepts: Sequence[Concept]) -> None:
-    """Refuse placeholders that no caption holds: they would learn nothing from the pictures.
+    """Refuse placeholders that are in no caption: they would learn nothing from the pictures.
 
     Raises:
-        UserError: names the placeholder and what the first caption holds.
+        UserError: names the placeholder and the first caption.
     """
     captions = [
         caption
@@ -117,7 +117,7 @@ def print_report(
     concepts: Sequence[Concept],
     models: StableDiffusion,
 ) -> None:
-    """Say what was found: pictures, captions, buckets, concepts."""
+    """Print what was found: pictures, captions, buckets, concepts."""
     text_encoder = models.text_encoders[0]  # a second one has the same vocabulary
     learned = METHODS[config.schedule.method].learns_tokens
     num_vectors = config.embedding.num_vectors_per_token

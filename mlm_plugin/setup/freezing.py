@@ -40,7 +40,7 @@ def freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict
     if (end := max(ends.values(), default=0)) < num_steps:
         raise UserError(
             f"{', '.join(dict.fromkeys(stops[part].option for part in steps))}: nothing is trained "
-            f"from step {end} of {num_steps} on; let one part go on, or shorten the run"
+            f"from step {end} of {num_steps} on; let one part continue, or shorten the run"
         )
     text_end = max((end for part, end in ends.items() if part != "unet"), default=0)
     if config.mlm.mlm_loss_weight and text_end <= config.mlm.mlm_start_step:
@@ -55,7 +55,7 @@ def freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict
 def _steps_of(
     stops: Mapping[Part, _Stop | None], trained: Sequence[Part], num_steps: int
 ) -> dict[Part, int]:
-    """Steps of the trained parts; warns of options without effect."""
+    """Steps of the trained parts; warns about options without effect."""
     steps: dict[Part, int] = {}
     for stop in dict.fromkeys(found for found in stops.values() if found):
         step = stop.value if stop.value >= 1 else round(stop.value * num_steps)

@@ -1,4 +1,4 @@
-"""The base model of a run: loaded, on its device, ready for a method; what is encoded beforehand.
+"""The base model of a run: loading, placing, preparing for a method, and encoding beforehand.
 
 Knows no loop and no optimizer.
 """
@@ -33,7 +33,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SMALL_SHARE = 0.5  # of the area a model was made at; smaller pictures are warned of
+SMALL_SHARE = 0.5  # of the area a model was made for; smaller pictures cause a warning
 
 
 def load_models(config: TrainConfig) -> StableDiffusion:
@@ -42,7 +42,7 @@ def load_models(config: TrainConfig) -> StableDiffusion:
 
 
 def model_settings(config: TrainConfig) -> ModelSettings:
-    """What the options say of the base model."""
+    """Settings of the base model from the options."""
     options = config.model
     dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
     in_fp32 = METHODS[config.schedule.method].trains_base_weights
@@ -59,7 +59,7 @@ def model_settings(config: TrainConfig) -> ModelSettings:
 
 
 def warn_of_small_pictures(models: StableDiffusion, dataset: TrainDataset) -> None:
-    """SDXL at the resolution that kohya's names default to learns to draw poorly."""
+    """SDXL at kohya's default resolution learns to draw poorly."""
     side = models.unet.config.sample_size * LATENT_STRIDE
     areas = [config.resolution[0] * config.resolution[1] for config in dataset.datasets]
     if models.is_sdxl and min(areas) < SMALL_SHARE * side**2:
@@ -78,22 +78,24 @@ def place_models(config: TrainConfig, models: StableDiffusion, device: torch.dev
     quantize_models(config, models, device)
     for module in (models.unet, models.vae):
         module.to(device)
-    if config.model.xformers:  # before methods put processors of their own in front
+    if config.model.xformers:  # before methods wrap the processors with their own
         _use_xformers(models)
 
 
 def quantize_models(config: TrainConfig, models: StableDiffusion, device: torch.device) -> None:
-    """The U-Net as ``quantize_unet`` says: before it is moved, and before adapters are put on it.
+    """Quantize the U-Net (``quantize_unet``), before it is moved and before adapters are added.
 
-    Text encoders stay as they are: contextualizers are made for their exact states.
+    Text encoders are left unchanged: contextualizers are made for their exact states.
     """
     if config.model.quantize_unet != "no":
         quantize_linears(models.unet, config.model.quantize_unet, device=device)
 
 
 def prepare_models(config: TrainConfig, models: StableDiffusion, method: Method) -> None:
-    """Precision and place of what is trained; gradient checkpointing and compilation."""
-    device = models.unet.device  # diffusers looks for it in every module: not for each parameter
+    """Precision and device of what is trained; gradient checkpointing and compilation."""
+    device = (
+        models.unet.device
+    )  # diffusers searches all modules for it: once, not for each parameter
     for parameter in method.parameters():
         parameter.data = parameter.data.to(device)
         if config.schedule.full_fp16 or config.schedule.full_bf16:
@@ -117,9 +119,9 @@ def _use_xformers(models: StableDiffusion) -> None:
 def cache_latents(
     config: TrainConfig, dataset: TrainDataset, models: StableDiffusion, accelerator: Accelerator
 ) -> None:
-    """Encode the pictures now, where the options ask for it.
+    """Encode the pictures now, if the options say so.
 
-    The U-Net leaves the device meanwhile: both at once are the peak of an SDXL run.
+    The U-Net is off the device meanwhile: both together would be the peak of an SDXL run.
     """
     if not (config.dataset.cache_latents or config.dataset.cache_latents_to_disk):
         return
@@ -152,7 +154,7 @@ def cached_captions(
     drawer: SampleDrawer | None,
     accelerator: Accelerator,
 ) -> CaptionCache | None:
-    """Captions and sample prompts encoded now, where ``cache_text_encoder_outputs`` asks for it."""
+    """Encode captions and sample prompts now, with ``cache_text_encoder_outputs``."""
     if not config.dataset.cache_text_encoder_outputs:
         return None
     method.train(False)
@@ -176,6 +178,6 @@ def _free_cached_memory(device: torch.device) -> None:
 
 
 def _vae_identity(vae: torch.nn.Module) -> str:
-    """A name for the VAE's weights that holds in any precision."""
+    """A fingerprint of the VAE's weights that is the same in any precision."""
     signs = [(p.detach().flatten()[:: max(1, p.numel() // 64)] > 0).cpu() for p in vae.parameters()]
     return hashlib.sha256(torch.cat(signs).numpy().tobytes()).hexdigest()[:16]

@@ -22,7 +22,7 @@ def create_plan(config: TrainConfig, *, batches_per_epoch: int) -> TrainPlan:
     """The length of the run.
 
     Raises:
-        UserError: the run ends before the MLM term would begin.
+        UserError: the run ends before the MLM term would start.
     """
     schedule = config.schedule
     steps_per_epoch = math.ceil(batches_per_epoch / schedule.gradient_accumulation_steps)
@@ -73,7 +73,7 @@ def create_optimization(
 
 
 def _fused_steps(options: OptimizerOptions, method: Method, optimizer) -> FusedSteps | None:
-    """Steps of the U-Net inside the backward pass, where ``fused_backward_pass`` asks for them.
+    """Steps of the U-Net inside the backward pass, with ``fused_backward_pass``.
 
     Raises:
         UserError: an optimizer that cannot step tensors one by one.
@@ -82,8 +82,9 @@ def _fused_steps(options: OptimizerOptions, method: Method, optimizer) -> FusedS
         return None
     if not steps_one_by_one(optimizer):
         raise UserError(
-            f"fused_backward_pass cannot go with optimizer_type = {options.optimizer_type!r}, "
-            "which is not known to step tensors one by one; use Adafactor, AdamW or AdamW8bit"
+            f"fused_backward_pass cannot be combined with optimizer_type = "
+            f"{options.optimizer_type!r}, which is not known to step tensors one by "
+            "one; use Adafactor, AdamW or AdamW8bit"
         )
     unet = method.parts()["unet"]  # the text encoders' gradients are complete after both losses
     return FusedSteps(unet, optimizer, max_grad_norm=options.max_grad_norm)

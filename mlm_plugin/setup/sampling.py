@@ -1,4 +1,4 @@
-"""When samples are drawn while training, and in which state of the models."""
+"""When samples are drawn during training, and with which models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SampleDrawer(Callback):
 
     Args:
         config: intervals, prompts, sampler.
-        trigger: text that takes the place of ``[trigger]``.
+        trigger: text that replaces ``[trigger]``.
     """
 
     def __init__(self, config: TrainConfig, *, trigger: str | None):
@@ -83,7 +83,7 @@ class SampleDrawer(Callback):
 
 
 def sample_drawer(config: TrainConfig, concepts: Sequence[Concept]) -> SampleDrawer | None:
-    """What draws the samples of a run, or ``None`` without ``sample_prompts``.
+    """The callback that draws samples, or ``None`` without ``sample_prompts``.
 
     Raises:
         UserError: the prompt file cannot be read.

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """What the metadata of every file of a run says about it."""
+    """Metadata for every file of a run."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class RunRecord:
 
     @property
     def trigger(self) -> str:
-        """The words that call what is learned."""
+        """The words that trigger what is learned."""
         return trigger_of(self.concepts) or ""
 
     def metadata(self, trainer: Trainer, kind: str, *, epoch: int) -> dict[str, str]:
@@ -137,7 +137,7 @@ class Saver(Callback):
         self._remove_state(trainer, old and self._step_name(old))
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Save every n epochs, but not the last one, which is the final file."""
+        """Save every n epochs, except after the last one, which is the final file."""
         every, epoch = self._epochs_between(trainer), trainer.progress.current_epoch
         if not every or epoch % every or epoch >= trainer.plan.num_epochs:
             return
@@ -161,17 +161,17 @@ class Saver(Callback):
         names += [f"{file.name}/" if file.is_dir() else file.name for file in files[1:]]
         print(f"wrote {', '.join(names)} ({found})")
         for file, words in method.webui_files(path).items():
-            self._write_card(file, words)
+            self._write_webui_files(file, words)
 
     def on_stop(self, trainer: Trainer) -> None:
         """Save the state, so that nothing is lost."""
         folder = self._state_folder(self._step_name(trainer.progress.current_step))
         trainer.save_state(folder)
         if trainer.accelerator.is_main_process:
-            logger.warning("state saved; go on with --resume %s", folder)
+            logger.warning("state saved; continue with --resume %s", folder)
 
-    def _write_card(self, file: Path, words: Mapping[str, str]) -> None:
-        """The JSON and the preview beside a file, and a hint where WebUIs have other words."""
+    def _write_webui_files(self, file: Path, words: Mapping[str, str]) -> None:
+        """Write JSON and preview beside a file, and print a hint where WebUIs use other words."""
         named = [
             concept._replace(placeholder_token=words.get(concept.placeholder_token) or concept[0])
             for concept in self.record.concepts
@@ -196,13 +196,13 @@ class Saver(Callback):
         return self.options.save_state or self.options.save_state_on_train_end
 
     def _try_to_save(self, trainer: Trainer, name: str, *, epoch: int) -> None:
-        """Save on the way; a full disk then does not end a run that may find space later."""
+        """Save during the run; a full disk does not end a run that may find space later."""
         try:
             self._save(trainer, name, epoch=epoch)
         except (OSError, UserError) as error:
             if trainer.accelerator.num_processes > 1:
                 raise  # the others wait for this process
-            logger.error("%s could not be saved (%s); training goes on", name, error)
+            logger.error("%s could not be saved (%s); training continues", name, error)
 
     def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
         path = self._path(name)

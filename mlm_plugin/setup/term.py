@@ -30,15 +30,15 @@ def prepare_term(
     """Find or pretrain contextualizers and compute targets; ``None`` where the term is off.
 
     Args:
-        config: of the run.
+        config: options of the run.
         models: untrained, on their device.
-        concepts: of the run.
-        dataset: whose captions may be prompts.
+        concepts: what is learned.
+        dataset: its captions may serve as prompts.
         accelerator: one process pretrains, the others find its file.
-        seed: of the run.
+        seed: seed of the run.
 
     Raises:
-        UserError: no gradient of the term could reach anything, or a file does not fit.
+        UserError: the term would have no gradient, or a file does not fit.
     """
     options, num_text_encoders = config.mlm, len(models.text_encoders)
     if options.mlm_loss_weight == 0:

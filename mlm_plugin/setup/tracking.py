@@ -53,7 +53,7 @@ def log_folder(options: LogOptions) -> str | None:
 
 
 def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Open the trackers; the options of the run go along where ``log_config`` asks for them."""
+    """Open the trackers; with ``log_config`` they get the options of the run."""
     options = config.logging
     if options.wandb_api_key:
         os.environ["WANDB_API_KEY"] = options.wandb_api_key
@@ -71,14 +71,16 @@ def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
 def curve_loggers(
     config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
 ) -> list[CurveLogger]:
-    """Start the trackers and make what logs to them; empty where nothing is logged.
+    """Start the trackers and create the callbacks that log to them; empty without logging.
 
-    To be called before the method is prepared, whose training the drift is measured from.
+    Call it before the method is prepared: drift is measured from the untrained encoder.
     """
     if not tracker_kind(config.logging):
         return []
     start_trackers(config, accelerator)
-    if config.dataset.cache_text_encoder_outputs:  # the text encoders are away, and do not move
+    if (
+        config.dataset.cache_text_encoder_outputs
+    ):  # the text encoders are off the device, and do not change
         return [CurveLogger({})]
     numbers = [""] if len(models.text_encoders) == 1 else ["1", "2"]
     drifts = {

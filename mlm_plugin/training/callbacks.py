@@ -1,4 +1,4 @@
-"""What a training loop tells the outside: the numbers of each step, and where it stands.
+"""What a training loop reports: the numbers of each step, and its progress.
 
 Saving, sampling and logging are callbacks; the loop knows none of them.
 """
@@ -19,7 +19,7 @@ __all__ = ["Callback", "StepResult"]
 
 @dataclass
 class StepResult:
-    """What one optimizer step was: means over its batches, ready to log."""
+    """The result of one optimizer step: means over its batches, ready to log."""
 
     loss: float  # diffusion + weight * mlm
     diffusion: float
@@ -34,9 +34,9 @@ class StepResult:
         """The mean over N batches.
 
         Args:
-            losses_NK: of each batch the denoising loss, and where ``weight`` is not 0 the MLM loss,
-                its accuracy and its loss for each text encoder.
-            weight: of the MLM loss.
+            losses_NK: for each batch the denoising loss and, where ``weight`` is not 0, the MLM
+                loss, its accuracy and its loss for each text encoder.
+            weight: weight of the MLM loss.
         """
         diffusion, *of_term = (sum(column) / len(column) for column in zip(*losses_NK, strict=True))
         if not weight:
@@ -60,7 +60,7 @@ class StepResult:
 
 
 class Callback:
-    """Called as the training goes on; overrides what it needs. Methods run on every process."""
+    """Hooks of the training loop; override what is needed. They run on every process."""
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Before the first step (also when resumed)."""

@@ -1,6 +1,6 @@
 """Captions encoded once, before the training, so that the text encoders can leave the GPU.
 
-Knows neither encoders nor data sets: it is given a way to encode and every caption there will be.
+Knows neither encoders nor data sets: it gets an encoding function and all captions of the run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ __all__ = ["CaptionCache"]
 
 
 class CaptionCache:
-    """Answers as the encoder would, from memory.
+    """Returns what the encoder would return, from memory.
 
     Args:
         encode: captions to conditioning; called here only.
-        captions: all that will be asked for.
-        device: where answers are wanted; the memory itself is the CPU's.
-        dtype: of what is kept.
+        captions: all captions of the run.
+        device: where results are needed; the cache itself is on the CPU.
+        dtype: precision of the cache.
     """
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The denoising loss of Stable Diffusion with kohya's options: noise, timesteps, target, weights.
 
-Knows the forward process and the weights of the timesteps; nothing of text, LoRA or the MLM term.
+Knows the forward process and the timestep weights, but nothing about text, LoRA or the MLM term.
 Definitions and the order of the random draws are those of kohya-ss/sd-scripts (commit 48d368fa), so
 that one seed gives one loss in both. The draws come from PyTorch's global stream, as they do there;
 pyramid noise also takes the global ``random`` stream. Nothing here waits for the device.
@@ -47,7 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAX_SNR = 1000.0  # early timesteps have nearly no noise; their ratio is cut here
+MAX_SNR = 1000.0  # early timesteps have nearly no noise; their ratio is clamped here
 
 
 class NoisedLatents(NamedTuple):
@@ -100,15 +100,15 @@ class DiffusionLoss:
         loss_masks: Tensor | None = None,
         valid_masks: Tensor | None = None,
     ) -> Tensor:
-        """Noise the latents, predict, and weigh the distance to the target.
+        """Noise the latents, predict, and weight the distance to the target.
 
         Args:
             predict: ``(noisy_latents, timesteps) -> model_pred``, the U-Net with its conditioning.
             latents: Scaled VAE latents, ``(B, C, h, w)``.
             loss_weights_B: Weight per image: 1 or ``prior_loss_weight``.
-            loss_masks: ``(B, 1, H, W)`` in [0, 1] at any size; 0 leaves a place out.
-            valid_masks: the same shape, 1 where the picture is: an image's loss is the mean over
-                these places, so that a small picture counts as much as a large one.
+            loss_masks: ``(B, 1, H, W)`` in [0, 1] at any size; 0 leaves a pixel out.
+            valid_masks: the same shape, 1 where the picture is. An image's loss is the mean over
+                these pixels, so that a small picture counts as much as a large one.
 
         Returns:
             0-d fp32 tensor.
@@ -266,7 +266,7 @@ def elementwise_loss(
 def huber_delta(
     timesteps: Tensor, noise_scheduler: DDPMScheduler, options: LossOptions
 ) -> Tensor | None:
-    """Where the loss turns from square to linear, ``(B,)``; None for a loss without such a place.
+    """Where the loss turns from quadratic to linear, ``(B,)``; None for a loss without that.
 
     ``constant``: c s. ``exponential``: s c^(t/T). ``snr``: (1 - c) / (1 + sigma)^2 + c with
     sigma^2 = (1 - alpha_bar) / alpha_bar, which ``huber_scale`` s does not reach.
@@ -289,7 +289,7 @@ def huber_delta(
 def masked(loss: Tensor, loss_masks: Tensor) -> Tensor:
     """Multiply by the masks, averaged over the area of a latent pixel.
 
-    The mean is still taken over all places: a small mask makes a small loss.
+    The mean is still taken over all pixels: a small mask makes a small loss.
 
     Source: sd-scripts ``library/custom_train_functions.py`` ``apply_masked_loss``.
     """
@@ -298,7 +298,7 @@ def masked(loss: Tensor, loss_masks: Tensor) -> Tensor:
 
 
 def mean_where(loss: Tensor, valid_masks: Tensor) -> Tensor:
-    """Each image's mean over the places where its mask is not 0, ``(B, C, h, w) -> (B,)``.
+    """Each image's mean over the pixels where its mask is not 0, ``(B, C, h, w) -> (B,)``.
 
     A mask weighs by area where it is finer than the latents; one of zeros gives 0.
     """
@@ -313,7 +313,7 @@ def signal_to_noise(alphas_cumprod_T: Tensor) -> Tensor:
 
 
 def timestep_weight(snr_B: Tensor, options: LossOptions, *, prediction_type: str) -> Tensor | float:
-    """Product of all weights that the options ask for, by SNR; 1.0 if they ask for none."""
+    """Product of all timestep weights in the options; 1.0 without any."""
     v_prediction = prediction_type == "v_prediction"
     weight = 1.0
     if options.min_snr_gamma:
@@ -356,7 +356,7 @@ def debiased_weight(snr: Tensor, *, v_prediction: bool = False) -> Tensor:
 
 
 def check_loss_options(options: LossOptions, *, prediction_type: str) -> None:
-    """What only the model or the formula can refuse; ``config.checks`` has seen the rest.
+    """Check what depends on the model or the formula; ``config.checks`` does the rest.
 
     Raises:
         UserError: A weight that contradicts the prediction type, or an impossible huber_c.

@@ -1,8 +1,8 @@
 """Pictures of the plain class, drawn by the base model: DreamBooth's prior preservation.
 
 A folder of them is an ordinary regularisation folder, with a caption beside each picture. Every
-picture has a seed of its own, so the set is the same however often its drawing was interrupted, and
-what is there is not drawn again. Knows nothing of data sets and of what the pictures are for.
+picture has its own seed, so the set does not depend on interruptions, and existing pictures are not
+drawn again. Knows nothing about data sets or what the pictures are for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, read_text, require_writable
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
-from mlm_plugin.random_state import kept_random_state
+from mlm_plugin.random_state import preserved_random_state
 from mlm_plugin.training.samples import (
     DenoiseSettings,
     create_sampler,
@@ -48,7 +48,7 @@ _CLASS_IMAGE = re.compile(r"class_(\d{6,})\.png")
 
 @dataclass(frozen=True)
 class ClassImageSettings:
-    """What decides how the pictures look. All of it is kept beside them, in ``SETTINGS_FILE``.
+    """Everything that determines the pictures. It is kept beside them, in ``SETTINGS_FILE``.
 
     Attributes:
         prompt: e.g. ``a photo of a dog``; also the caption.
@@ -70,9 +70,9 @@ class ClassImageSettings:
 
 
 def missing_class_images(folder: str | os.PathLike, num_images: int) -> list[int]:
-    """Numbers of the pictures that a folder lacks, ascending; nothing is opened.
+    """Numbers of the pictures missing from a folder, ascending; no file is opened.
 
-    Every other picture in the folder, the user's own, takes the place of the highest numbers.
+    Other pictures in the folder, the user's own, count in place of the highest numbers.
     """
     pictures = _pictures(Path(folder))
     drawn = _drawn(pictures)
@@ -92,14 +92,14 @@ def draw_class_images(
 ) -> list[Path]:
     """Fill a folder up to ``num_images`` pictures: ``class_000000.png`` and so on, with captions.
 
-    Interrupted at any moment it leaves whole files only, and the next call goes on.
+    An interruption leaves complete files only, and the next call continues.
 
     Args:
-        folder: pictures that are there count, the user's own too.
-        settings: how the pictures look.
-        num_images: how many pictures the folder shall hold.
-        caption_extension: of the caption files.
-        load: gives the model, untrained and in eval mode; called only if a picture is missing.
+        folder: existing pictures count, the user's own too.
+        settings: what determines the pictures.
+        num_images: how many pictures the folder should contain.
+        caption_extension: extension of the caption files.
+        load: returns the model, untrained and in eval mode; called only if a picture is missing.
         accelerator: device and mixed precision.
 
     Returns:
@@ -126,12 +126,12 @@ def draw_class_images(
     models = load()
     _write_settings(folder, settings)
     bar = tqdm(total=num_images, initial=num_images - len(missing), desc="class images")
-    with bar, _on_device(models, accelerator.device), kept_random_state(accelerator.device):
+    with bar, _on_device(models, accelerator.device), preserved_random_state(accelerator.device):
         with accelerator.autocast():
             prompts = encode_captions(models.text_encoders, ["", settings.prompt])
         for index in missing:
             path = _path(folder, index)
-            # First, so that no picture is ever without.
+            # First, so that no picture is ever without a caption.
             _write_caption(path, settings.prompt, caption_extension)
             with accelerator.autocast():
                 latents = _latents(models, prompts, settings, index)
@@ -156,7 +156,7 @@ def _latents(
 
 
 def _save(path: Path, picture: Image.Image, dtype: torch.dtype) -> None:
-    if picture.getbbox() is None:  # black all over: it would be trained on from now on
+    if picture.getbbox() is None:  # all black: it would be trained on from now on
         raise UserError(
             f"{path}: the picture is black, the VAE overflowed in {dtype}; set no_half_vae"
         )
@@ -165,7 +165,7 @@ def _save(path: Path, picture: Image.Image, dtype: torch.dtype) -> None:
 
 
 def _generator(seed: int, index: int) -> torch.Generator:
-    """Noise of one picture; a mere sum would give seed 1 all but one picture of seed 0."""
+    """Noise of one picture; seed + index would give seed 1 all but one picture of seed 0."""
     number = random.Random(f"class images/{seed}/{index}").getrandbits(63)
     return torch.Generator().manual_seed(number)
 
@@ -204,7 +204,7 @@ def _write_caption(picture: Path, prompt: str, extension: str) -> None:
 
 
 def _as_json(settings: ClassImageSettings) -> dict[str, Any]:
-    """As a JSON file gives them back, which knows no tuples."""
+    """As read back from a JSON file, which has no tuples."""
     return {**asdict(settings), "size": list(settings.size), "scale": float(settings.scale)}
 
 
@@ -215,7 +215,7 @@ def _write_settings(folder: Path, settings: ClassImageSettings) -> None:
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
-    """What the pictures of a folder were drawn with; None if the folder does not say."""
+    """What the pictures of a folder were drawn with; None if it is not recorded."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return None
@@ -231,7 +231,7 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
 def _refuse_others(
     folder: Path, known: dict[str, Any], wanted: ClassImageSettings, *, keys: tuple[str, ...] | None
 ) -> None:
-    """Raise if a setting of ``keys`` (None = all) differs; say so if another one does."""
+    """Raise if a setting of ``keys`` (None = all) differs; log it if another one does."""
     for key, value in _as_json(wanted).items():
         if known.get(key) == value:
             continue
@@ -239,7 +239,7 @@ def _refuse_others(
             f"{folder}: its pictures were drawn with {key} {known.get(key)!r}, not {value!r}"
         )
         if keys is not None and key not in keys:
-            logger.info("%s; they are used as they are", difference)
+            logger.info("%s; they are used unchanged", difference)
             continue
         raise UserError(
             f"{difference}; choose another folder, delete this one to draw again, or delete its "

@@ -1,4 +1,4 @@
-"""How far the text encoder has moved on text that does not hold the concept."""
+"""How far the text encoder has drifted on text without the concept."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PROBES = (
     "a red bicycle leaning against a brick wall",
     "an old man walking in the rain",
 )
-"""Everyday prompts without a concept; only a yardstick, never trained on."""
+"""Everyday prompts without a concept; only for measuring, never trained on."""
 
 
 class TextDrift:
     """Mean cosine between the trained and the base encoder's states on fixed prompts.
 
-    1 = the encoder still says the same about the world; lower = the concept has leaked into words
-    that have nothing to do with it.
+    1 = the encoder is unchanged on ordinary text; lower = the concept has leaked into words that
+    have nothing to do with it.
 
     Args:
-        text_encoder: as it is before the training; in evaluation mode whenever it is measured.
+        text_encoder: untrained when this is created; in evaluation mode whenever it is measured.
         autocast: mixed precision of the run.
     """
 

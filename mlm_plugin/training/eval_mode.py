@@ -18,11 +18,11 @@ __all__ = ["evaluation_mode"]
 def evaluation_mode(method: Method, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Evaluation mode while the block runs; schedule-free weights are the averaged ones in it.
 
-    The training goes on with exactly the weights it had, so one process may enter alone.
+    The training then continues with exactly the same weights, so one process may enter alone.
     """
     method.train(False)
     weights = _weights(optimizer) if _has_modes(optimizer) else []
-    kept = [weight.detach().clone() for weight in weights]  # the way there and back rounds them
+    kept = [weight.detach().clone() for weight in weights]  # switching there and back rounds them
     set_optimizer_mode(optimizer, training=False)
     try:
         yield
@@ -35,7 +35,7 @@ def evaluation_mode(method: Method, optimizer: torch.optim.Optimizer) -> Iterato
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What the optimizer changes, parts that are frozen by now included."""
+    """What the optimizer changes, including parts that are now frozen."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 

@@ -15,7 +15,7 @@ from mlm_plugin.data.dataset import Batch
 from mlm_plugin.mlm.regularizer import MLMOutput
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
-from mlm_plugin.random_state import kept_random_state
+from mlm_plugin.random_state import preserved_random_state
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 
 __all__ = ["batch_diffusion_loss", "batch_latents", "term_output"]
@@ -65,7 +65,7 @@ def term_output(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> MLMOutput:
-    """Forward pass of the term; the random streams of the rest stay as they are.
+    """Forward pass of the term; random streams are restored.
 
     Dropout of the adapters draws here too, and the diffusion noise must not depend on it.
 
@@ -74,7 +74,7 @@ def term_output(
         device: of the models.
         autocast: enters mixed precision.
     """
-    with kept_random_state(device), autocast():
+    with preserved_random_state(device), autocast():
         return mlm()
 
 

@@ -1,7 +1,7 @@
-"""Steps of the optimizer inside the backward pass: a gradient is used where it arises, and freed.
+"""Optimizer steps inside the backward pass: a gradient is used as soon as it exists, then freed.
 
 For full fine-tuning, where all gradients together are as large as the model. Knows parameters and
-an optimizer; nothing of losses.
+an optimizer, but no losses.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["FusedSteps"]
 class FusedSteps:
     """Steps each of some parameters as soon as its gradient is complete.
 
-    Each of them must get all of its gradient in one backward pass; the optimizer's own ``step``
-    passes over them then, for they have no gradient left. A gradient that is not finite changes
-    weights like one of 0, and shows in :meth:`clip_others`.
+    Each of them must get its whole gradient in one backward pass. The optimizer's own ``step`` then
+    skips them, as they have no gradient left. A gradient that is not finite is treated as 0 and
+    shows in the norm of :meth:`clip_others`.
 
     Args:
-        parameters: what is stepped so; those that the optimizer does not have stay as they are.
+        parameters: what to step; those that the optimizer does not have are left alone.
         optimizer: one that can step tensors one by one (``optimizers.steps_one_by_one``).
-        max_grad_norm: norm to which each gradient is clipped by itself, as the whole is not there
-            at any time; 0 = not at all.
+        max_grad_norm: norm to which each gradient is clipped separately, as all of them never
+            exist at the same time; 0 = no clipping.
 
     Source: the idea is PyTorch's tutorial "optimizer step in backward"; clipping: sd-scripts
     ``sdxl_train.py`` (``fused_backward_pass``).
@@ -45,7 +45,7 @@ class FusedSteps:
                 parameter.register_post_accumulate_grad_hook(partial(self._step, number))
 
     def clip_others(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Clip the gradients that are left, each by itself.
+        """Clip the remaining gradients, each separately.
 
         Returns:
             The norm of all gradients since the last call, before clipping, 0-d fp32.

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: noticed before the optimizer, and explained.
+"""Losses and gradients that are not finite: caught before the optimizer step, and explained.
 
 Knows no loop; going back a step is ``rollback.py``.
 """
@@ -22,21 +22,21 @@ __all__ = ["NonFiniteLatents", "NonFiniteLoss", "explain_losses", "losses_are_fi
 class NonFiniteLoss(Exception):
     """The loss or its gradient became NaN or infinite; the trainer has gone back one step.
 
-    Weights, optimizer, scheduler and progress are those of before the last optimizer step, because
-    the weights that this step made are the ones that failed. Where nothing is kept (the first step
-    of a run, or networks above ``rollback.LIMIT``), they are those that failed. With steps inside
-    the backward pass, a gradient or an MLM loss that is not finite is seen when the U-Net has taken
-    this step already, without its share; that step is then the last one.
+    Weights, optimizer, scheduler and progress are those before the last optimizer step, because
+    the weights after this step are the ones that failed. Where no copy is kept (the first step of a
+    run, or networks above ``rollback.LIMIT``), they are those that failed. With steps inside the
+    backward pass, a gradient or an MLM loss that is not finite is only noticed when the U-Net has
+    already taken this step without it. That step is then the last one.
 
     Attributes:
-        advice: what to start again with.
+        advice: what to change before starting again.
     """
 
     advice = "a lower learning rate, or try no_half_vae or mixed_precision bf16"
 
 
 class NonFiniteLatents(NonFiniteLoss):
-    """The VAE overflowed in half precision; no other weights or rates help."""
+    """The VAE overflowed in half precision; other weights or rates do not help."""
 
     advice = "no_half_vae, or with a VAE that was made for half precision (--vae)"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a loop after the step that is under way, so that nothing is lost."""
+"""Ctrl-C and SIGTERM end a loop after the current step, so that nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves: kohya's tags, so that old dashboards work, and the two losses apart."""
+"""Curves: kohya's tags, so that old dashboards work, with the two losses separate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CurveLogger(Callback):
     """Sends numbers to the accelerator's trackers after every optimizer step.
 
     Args:
-        drifts: measure the text encoders, by tag; made before anything was trained.
+        drifts: measures of the text encoders by tag, created before anything is trained.
     """
 
     def __init__(self, drifts: Mapping[str, TextDrift]):
@@ -59,7 +59,7 @@ class CurveLogger(Callback):
         values = {"loss/epoch_average": sum(self.recent) / len(self.recent)}
         progress = trainer.progress
         for tracker in trainer.accelerator.trackers:
-            # wandb drops values whose step lies in the past, so epochs cannot be its x axis
+            # wandb drops values whose step is in the past, so epochs cannot be its x axis
             by_epoch = tracker.name == "tensorboard"
             tracker.log(values, step=progress.current_epoch if by_epoch else progress.current_step)
 
@@ -78,6 +78,6 @@ def _learning_rates(trainer: Trainer) -> dict[str, float]:
         trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True
     ):
         rates[f"lr/{group['name']}"] = float(rate)
-        if "d" in group:  # Prodigy and D-Adaptation find the real rate by themselves
+        if "d" in group:  # Prodigy and D-Adaptation estimate the actual rate
             rates[f"lr/d*lr/{group['name']}"] = float(group["d"] * group["lr"])
     return rates

@@ -3,7 +3,7 @@
 ``loss = diffusion + weight * mlm`` reads like any sum, but nothing is computed until
 :meth:`LossSum.backward`. The gradient of a sum is the sum of the gradients, so each summand has its
 forward and backward pass before the next one starts: the sum needs the memory of its largest
-summand, not of all together. Knows nothing of models.
+summand, not of all together. Knows nothing about models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["LossSum"]
 
 
 class LossSum:
-    """A loss that is not computed yet.
+    """A loss that has not been computed yet.
 
     Args:
         forward: computes the loss, 0-d with its graph, followed by 0-d numbers to log with it.
@@ -30,7 +30,7 @@ class LossSum:
         return self._of([*self._summands, *other._summands])
 
     def __rmul__(self, weight: float) -> LossSum:
-        """Weigh the loss; one of weight 0 is never computed."""
+        """Weight the loss; with weight 0 it is never computed."""
         return self._of([(weight * w, forward) for w, forward in self._summands if weight])
 
     def backward(self, backward: Callable[[Tensor], None]) -> Tensor:

@@ -1,7 +1,7 @@
 """Optimizers by the names kohya users write, or any class by its path.
 
-Knows names, packages and the manners of a few families; nothing of models or schedules. Packages
-other than torch are imported when their optimizer is asked for. Names and rules are those of
+Knows names, packages and the peculiarities of a few families, but no models or schedules. Packages
+other than torch are imported only when their optimizer is used. Names and rules are those of
 sd-scripts ``library/train_util.py`` ``get_optimizer`` (commit 48d368fa).
 """
 
@@ -37,16 +37,16 @@ logger = logging.getLogger(__name__)
 BITSANDBYTES_WITH_CPU = (0, 50)  # earlier versions create an optimizer and fail at its first step
 ONE_RATE_FAMILIES = ("dadaptation", "prodigyopt")  # they estimate the rate themselves
 ONE_BY_ONE_FAMILIES = ("torch", "transformers", "bitsandbytes", "lion_pytorch")
-"""Packages whose optimizers keep nothing of several tensors together, nor of their groups."""
+"""Packages whose optimizers share no state between tensors or in their groups."""
 
 
 class Named(NamedTuple):
-    """Where an optimizer that is known by name lives."""
+    """Where an optimizer with a known name is defined."""
 
     path: str  # "package.module.Class"
     package: str | None = None  # what pip calls it; None = always there
     defaults: Mapping[str, Any] = {}  # settings kohya gives it and writes to the metadata
-    fixed: Mapping[str, Any] = {}  # settings that make up the name, not written
+    fixed: Mapping[str, Any] = {}  # settings implied by the name, not written
 
 
 def create_optimizer(
@@ -103,10 +103,10 @@ def optimizer_description(name: str, optimizer_args: Sequence[str] = ()) -> str:
 
 
 def set_optimizer_mode(optimizer: optim.Optimizer, *, training: bool) -> None:
-    """Tell a schedule-free optimizer whether weights are trained or used; others have no modes.
+    """Switch a schedule-free optimizer between training and evaluation; others have no modes.
 
-    Schedule-free optimizers train at one point and answer at another (an average), so they are put
-    to ``training=False`` around saving and sampling.
+    Schedule-free optimizers train one set of weights and evaluate another (an average), so they are
+    set to ``training=False`` around saving and sampling.
     """
     optimizer = _unwrapped(optimizer)
     switch = getattr(optimizer, "train" if training else "eval", None)
@@ -115,12 +115,12 @@ def set_optimizer_mode(optimizer: optim.Optimizer, *, training: bool) -> None:
 
 
 def is_schedule_free(optimizer: optim.Optimizer) -> bool:
-    """Whether the optimizer does without a learning-rate schedule."""
+    """Whether the optimizer works without a learning-rate schedule."""
     return "schedulefree" in type(_unwrapped(optimizer)).__name__.lower()
 
 
 def steps_one_by_one(optimizer: optim.Optimizer) -> bool:
-    """Whether steps of single tensors, one after the other, are known to make the whole step."""
+    """Whether stepping tensors one by one is known to equal the whole step."""
     family = type(_unwrapped(optimizer)).__module__.split(".")[0]
     return family in ONE_BY_ONE_FAMILIES and not isinstance(_unwrapped(optimizer), optim.LBFGS)
 
@@ -204,7 +204,7 @@ def _named(name: str) -> Named:
 
 
 def _settings(name: str, optimizer_args: Sequence[str]) -> dict[str, Any]:
-    """The user's settings and those kohya adds, in kohya's order: the user's first."""
+    """The user's settings and those kohya adds, in kohya's order: the user's come first."""
     settings = parse_arguments("optimizer_args", optimizer_args)
     for key, value in _named(name).defaults.items():
         settings.setdefault(key, value)

@@ -1,4 +1,4 @@
-"""What a run minimizes, by which steps, and for how long."""
+"""What a run minimizes, how it steps, and for how long."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Optimization:
-    """What an optimizer step is.
+    """The parts of an optimizer step.
 
     Attributes:
         optimizer: prepared by the accelerator.

@@ -1,6 +1,6 @@
 """What the processes of a run exchange in each step: gradients, losses, and signals.
 
-With a single process nothing is sent. Knows nothing of models, and no loop. Shapes: N batches of a
+With a single process nothing is sent. Knows neither models nor the loop. Shapes: N batches of a
 step, K losses of each.
 """
 
@@ -31,10 +31,11 @@ class ProcessStep(NamedTuple):
     """A step as one process sees it, in plain numbers.
 
     Attributes:
-        losses: K of each batch.
-        norm: of the averaged gradient before clipping, so the same on every process.
-        exit_code: of a signal that this process got, or 0.
-        has_gradient: for each trained tensor whether this process had one; empty where it is alone.
+        losses: K numbers for each batch.
+        norm: norm of the averaged gradient before clipping, so the same on every process.
+        exit_code: exit code of a signal that this process received, or 0.
+        has_gradient: for each trained tensor, whether this process had a gradient; empty with a
+            single process.
     """
 
     losses: list[list[float]]
@@ -48,12 +49,12 @@ class ProcessStep(NamedTuple):
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> list[bool]:
-    """Give all processes the mean gradients, a few large messages instead of one per tensor.
+    """Average gradients over all processes, in a few large messages instead of one per tensor.
 
     A tensor without a gradient counts as 0; see :func:`drop_unused_gradients`.
 
     Returns:
-        Which tensors had a gradient on this process; empty where it is alone.
+        Which tensors had a gradient on this process; empty with a single process.
     """
     if accelerator.num_processes == 1:
         return []
@@ -78,13 +79,13 @@ def gather_step(
     exit_code: int,
     has_gradient: Sequence[bool],
 ) -> list[ProcessStep]:
-    """The step as each process sees it, by rank. Waits for the device.
+    """The step as each process sees it, by rank. Synchronizes the device.
 
     Args:
         accelerator: of the run.
-        losses_NK: of the step's batches.
-        norm: of the gradients, 0-d.
-        exit_code: of a signal, or 0.
+        losses_NK: losses of the step's batches.
+        norm: norm of the gradients, 0-d.
+        exit_code: exit code of a signal, or 0.
         has_gradient: from :func:`average_gradients`.
     """
     numbers = torch.cat([losses_NK.flatten(), norm.to(losses_NK).reshape(1)])
@@ -106,22 +107,23 @@ def _parse(row: Sequence[float], num_batches: int, num_losses: int) -> ProcessSt
 
 
 def drop_unused_gradients(parameters: Sequence[nn.Parameter], steps: Sequence[ProcessStep]) -> None:
-    """Remove the gradients of tensors that no process used: one of 0 would let them decay."""
+    """Remove gradients of tensors that no process used: a gradient of 0 would let them decay."""
     used = map(any, zip(*(step.has_gradient for step in steps), strict=True))
-    for parameter, is_used in zip(parameters, used, strict=False):  # alone: nothing to compare
+    # with a single process there is nothing to compare
+    for parameter, is_used in zip(parameters, used, strict=False):
         if not is_used:
             parameter.grad = None
 
 
 def first_given(value: T | None) -> T:
-    """The value of the lowest rank that has one; every process must call this, and one has it."""
+    """The value of the lowest rank that has one; every process must call it."""
     return next(item for item in gather_object([value]) if item is not None)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one precision, together about ``BUCKET`` in size.
+    """Groups of parameters of one precision, each about ``BUCKET`` bytes.
 
-    One that is larger has a bucket of its own.
+    A larger parameter has its own bucket.
     """
     bucket: list[nn.Parameter] = []
     size = 0

@@ -1,6 +1,6 @@
-"""One step back: a copy of what an optimizer step changes, taken right before it.
+"""One step back: a copy of what an optimizer step changes, made right before it.
 
-Knows tensors, optimizer and scheduler; nothing of losses or files.
+Knows tensors, optimizer and scheduler, but no losses or files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIMIT = 256 * 2**20  # bytes on the device; a LoRA of rank 64 with AdamW's momen
 class StepBefore:
     """Weights, optimizer, scheduler and progress as they were before the last optimizer step.
 
-    The optimizer's tensors belong to it: a schedule-free average without its other half would be
+    The optimizer's tensors are included: a schedule-free average without its other half would be
     useless. Buffers are allocated once. Networks whose weights and optimizer take more than
     ``LIMIT`` have no copy. Random states are not kept, so a repeated step sees other noise.
     """
@@ -56,7 +56,7 @@ class StepBefore:
 
     @torch.no_grad()
     def restore(self) -> Progress | None:
-        """Put everything back; returns the progress of that moment, ``None`` if nothing is kept.
+        """Restore everything; returns the progress of that moment, ``None`` without a copy.
 
         The buffers become the optimizer's tensors, so it works once.
         """

@@ -1,8 +1,8 @@
-"""Sample pictures while training, from a prompt file in kohya's format.
+"""Sample pictures during training, from a prompt file in kohya's format.
 
-Reads prompts, says when samples are due, and draws them with the live models, leaving no trace in
-them: modes, devices and random streams are afterwards what they were. Knows nothing of LoRA: the
-U-Net and the encoder it is given are the trained ones.
+Reads prompts, decides when samples are due, and draws them with the live models. Modes, devices and
+random streams are restored afterwards. Knows nothing about LoRA: the U-Net and the encoder it is
+given are the trained ones.
 
 The denoising loop is that of diffusers' ``StableDiffusionPipeline`` and
 ``StableDiffusionXLPipeline`` (tests compare them). The pipelines themselves are not used because
@@ -34,7 +34,7 @@ from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
-from mlm_plugin.random_state import kept_random_state
+from mlm_plugin.random_state import preserved_random_state
 
 __all__ = [
     "SAMPLERS",
@@ -74,12 +74,12 @@ class SamplePrompt:
 
 
 class SampleModels(NamedTuple):
-    """What draws.
+    """The models that draw.
 
     Attributes:
         unet: on the device where to draw.
         vae: on any device; is moved to the U-Net's and back.
-        encode: captions as the training has them, so that clip skip and long prompts hold.
+        encode: as in training, so that clip skip and long prompts are the same.
         noise_scheduler: its betas are used.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
         autocast: mixed precision of the run.
@@ -94,7 +94,7 @@ class SampleModels(NamedTuple):
 
 
 class SampleFiles(NamedTuple):
-    """Where pictures go, and what their names say.
+    """Where pictures go, and what their names contain.
 
     Attributes:
         output_dir: the run's output folder; pictures go to ``sample`` in it.
@@ -117,12 +117,12 @@ class SampleFiles(NamedTuple):
 
 
 class DenoiseSettings(NamedTuple):
-    """How noise becomes a picture.
+    """Settings of the denoising.
 
     Attributes:
         size: height and width in pixels, multiples of 8.
         num_steps: steps of the sampler.
-        scale: classifier-free guidance; 1 and less = none.
+        scale: classifier-free guidance; 1 or less = none.
     """
 
     size: tuple[int, int]
@@ -147,13 +147,14 @@ def parse_sample_prompts(path: str | Path, *, trigger: str | None = None) -> lis
 
     Args:
         path: the file.
-        trigger: text that takes the place of ``[trigger]``.
+        trigger: text that replaces ``[trigger]``.
 
     Raises:
-        UserError: the file cannot be read or a prompt holds something unknown; names file and line.
+        UserError: the file cannot be read, or a prompt contains something unknown; names file and
+            line.
 
     Source: sd-scripts ``library/train_util.py`` ``line_to_prompt_dict`` and ``load_prompts``; there
-    the prompt's own text is also searched for options and mistakes are passed over.
+    the prompt's own text is also searched for options, and mistakes are ignored.
     """
     path = Path(path)
     readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
@@ -206,7 +207,7 @@ def generate_samples(
 
     Args:
         prompts: from ``parse_sample_prompts``.
-        models: in any mode; modes, devices and random streams are put back.
+        models: in any mode; modes, devices and random streams are restored.
         files: where the pictures go.
         sampler: for prompts without their own.
 
@@ -219,7 +220,7 @@ def generate_samples(
     device = next(models.unet.parameters()).device
     vae_device = next(models.vae.parameters()).device
     paths = []
-    with kept_random_state(device), _eval_mode((models.unet, models.vae)):
+    with preserved_random_state(device), _eval_mode((models.unet, models.vae)):
         try:
             models.vae.to(device)
             for index, prompt in enumerate(prompts):
@@ -327,7 +328,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
 
 
 def as_image(pixels: Tensor) -> Image.Image:
-    """Pixels ``(3, H, W)``, in [-1, 1] apart from overshoot, as Pillow has them."""
+    """Pixels ``(3, H, W)``, in [-1, 1] apart from overshoot, as a Pillow image."""
     pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

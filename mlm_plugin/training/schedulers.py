@@ -1,6 +1,6 @@
 """Learning-rate schedules by kohya's names, built by transformers, diffusers or torch.
 
-Knows the course of a factor over the steps; the rates themselves stand in the optimizer's groups.
+Knows how a factor changes over the steps; the rates themselves are in the optimizer's groups.
 Names and rules are those of sd-scripts ``library/train_util.py`` ``get_scheduler_fix`` (commit
 48d368fa).
 """
@@ -117,7 +117,7 @@ def create_scheduler(
 
 
 def scheduler_name(optimizer: Optimizer, options: OptimizerOptions) -> str:
-    """The schedule's name as kohya's metadata gives it: relative-step Adafactor brings its own."""
+    """The schedule's name in kohya's metadata; relative-step Adafactor has its own schedule."""
     if uses_relative_step(optimizer):
         return f"adafactor:{options.learning_rate}"
     return options.lr_scheduler
@@ -150,7 +150,7 @@ def _function(kind: str) -> Callable[..., LRScheduler]:
 
 
 def _settings(kind: str, options: OptimizerOptions, lengths: Lengths) -> dict[str, Any]:
-    """Arguments of the schedule's function that the options decide."""
+    """Arguments of the schedule's function that come from the options."""
     warmup = {"num_warmup_steps": lengths.warmup}
     course = {**warmup, "num_training_steps": lengths.total}
     cycles = options.lr_scheduler_num_cycles

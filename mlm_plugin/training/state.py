@@ -1,4 +1,4 @@
-"""Training state on disk: everything an interrupted run needs to end as a straight one would.
+"""Training state on disk: everything an interrupted run needs to end like an uninterrupted one.
 
 The folder keeps the file names of sd-scripts' states (accelerate's ``save_state`` plus
 ``train_state.json``). The MLM stream and the data order need no file: both are named by seed and
@@ -36,10 +36,10 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        current_epoch: epoch that is under way, from 1 (kohya's name).
+        current_epoch: current epoch, from 1 (kohya's name).
         current_step: optimizer steps done since the start of training (kohya's name).
         batches_in_epoch: batches of this epoch that are done, on each process.
         num_batches: batches done since the start, on each process; names the MLM draws.
@@ -57,10 +57,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run must have in common with a state that it goes on from.
+    """What a run must have in common with a state that it resumes from.
 
     Attributes:
-        seed: of data order, noise and MLM prompts.
+        seed: seed of data order, noise and MLM prompts.
         num_processes: processes that share the batches.
         settings: options on which a state depends, by name; without any, they are not compared.
     """
@@ -119,7 +119,7 @@ def _move_into_place(unfinished: Path, folder: Path) -> None:
 
 
 def read_progress(folder: Path) -> Progress:
-    """Where the run of a state folder stood.
+    """The progress of the run in a state folder.
 
     Raises:
         UserError: the folder is not a state of this trainer.
@@ -137,10 +137,10 @@ def read_progress(folder: Path) -> Progress:
 
 
 def check_state(folder: Path, identity: RunIdentity) -> Progress:
-    """Where the run of a state folder stood; refused where another run would follow from it.
+    """The progress of the run in a state folder; refused where resuming would change the run.
 
     Other seeds or numbers of processes mean other batches and prompts; with other settings, the
-    optimizer would bring the old ones. A state without settings (of an earlier version) has none to
+    optimizer state would restore the old ones. A state of an earlier version has no settings to
     compare.
 
     Raises:
@@ -182,7 +182,7 @@ def _check_settings(folder: Path, settings: Mapping[str, str]) -> None:
 def load_state(
     folder: Path, *, accelerator: Accelerator, method: Method, identity: RunIdentity
 ) -> Progress:
-    """Take over weights, optimizer, scheduler and random states; returns where the run stood.
+    """Load weights, optimizer, scheduler and random states; returns the progress of the run.
 
     Raises:
         UserError: the folder is not a state, or belongs to another seed, number of processes,

@@ -1,12 +1,12 @@
 """The one loop: ``loss = diffusion + weight * mlm``. Takes objects, not flags.
 
-The two losses have no activations in common, so each has a backward pass of its own and what one
-keeps for it is gone before the other's forward pass. A step waits for its device once, before the
-optimizer (with steps inside the backward pass, before that too): nothing that is not finite reaches
-the weights.
+The two losses share no activations, so each has its own backward pass, and the graph of one is
+freed before the other's forward pass. A step synchronizes its device once, before the optimizer
+step (with steps inside the backward pass, before that too): nothing that is not finite reaches the
+weights.
 
 Knows no files and no command line: saving, sampling and logging are callbacks. What processes
-exchange is in ``processes.py``, what is done about losses that are not finite in ``guards.py`` and
+exchange is in ``processes.py``; losses that are not finite are handled in ``guards.py`` and
 ``rollback.py``.
 """
 
@@ -61,10 +61,10 @@ class Trainer:
         method: what is trained, in models that are on their device.
         loader: batches of this process in the order of its ``EpochOrder`` sampler.
         objective: the losses.
-        optimization: what a step is.
+        optimization: the parts of a step.
         plan: length of the run.
         identity: what a state must have in common with this run.
-        callbacks: told of steps and epochs, in this order.
+        callbacks: called in this order.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Trainer:
         self.identity = identity
         self.callbacks = list(callbacks)
         self.progress = Progress(seed=identity.seed, num_processes=identity.num_processes)
-        self._exit_code = 0  # of a signal, as far as the processes have told each other
+        self._exit_code = 0  # of a signal, once the processes have exchanged it
         self._step_before = StepBefore(method.parameters(), self.optimizer, self.scheduler)
 
     # --- the run --------------------------------------------------------------------------------
@@ -104,9 +104,9 @@ class Trainer:
         """Train to the end of the plan.
 
         Raises:
-            Stopped: after SIGINT or SIGTERM; callbacks have been told.
-            NonFiniteLoss: the state of the step before is in place; callbacks have been told.
-            Exception: whatever else went wrong, unchanged; callbacks have been told if this is the
+            Stopped: after SIGINT or SIGTERM and ``on_stop``.
+            NonFiniteLoss: after a rollback by one step and ``on_stop``.
+            Exception: whatever else went wrong, unchanged; ``on_stop`` was called if this is the
                 only process (others would wait for it) and has steps to lose.
         """
         first_step = self.progress.current_step
@@ -145,7 +145,7 @@ class Trainer:
             self._call("on_step_end", result)
             if self.progress.current_step >= self.plan.num_steps:
                 break
-            if stop and self.accelerator.num_processes == 1:  # else all must know of it
+            if stop and self.accelerator.num_processes == 1:  # else all must agree
                 self._exit_code = stop.exit_code
             if self._exit_code:
                 raise Stopped(self._exit_code)
@@ -155,7 +155,7 @@ class Trainer:
             self.progress.batches_in_epoch = 0
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
-        """The batches of each optimizer step that this epoch still holds."""
+        """The batches of each remaining optimizer step of this epoch."""
         progress, step = self.progress, []
         left = self.plan.batches_per_epoch - progress.batches_in_epoch
         self.loader.sampler.start_epoch(
@@ -180,7 +180,7 @@ class Trainer:
         weight, first = self._mlm_weight(), self.progress.num_batches
         losses = [self._backward(batch, first + i, weight) for i, batch in enumerate(batches)]
         has_gradient = average_gradients(self.accelerator, self.method.parameters())
-        steps = gather_step(  # here, and only here, a step waits for its device
+        steps = gather_step(  # the only place where a step synchronizes
             self.accelerator,
             torch.stack(losses),
             self._clip_gradients(),
@@ -215,10 +215,10 @@ class Trainer:
         return self.mlm_schedule.weight_at(self.progress.current_step)
 
     def _backward(self, batch: Batch, number: int, weight: float) -> Tensor:
-        """Add the gradients of one batch to those there are.
+        """Add the gradients of one batch to the existing ones.
 
         Returns:
-            ``(K,)`` fp32 on the device: the denoising loss, and where the term acts its loss, its
+            ``(K,)`` fp32 on the device: the denoising loss and, where the term acts, its loss, its
             accuracy and its loss for each text encoder.
         """
         diffusion = LossSum(partial(self._diffusion_summand, batch))
@@ -256,7 +256,7 @@ class Trainer:
         )
 
     def _clip_gradients(self) -> Tensor:
-        """Clip, and give the norm of before, 0-d on the device."""
+        """Clip, and return the norm before clipping, 0-d on the device."""
         if self.fused_steps is not None:
             return self.fused_steps.clip_others(self.method.parameters())
         limit = self.max_grad_norm or math.inf  # inf: measures only
@@ -292,7 +292,7 @@ class Trainer:
             raise NonFiniteLoss(f"the norm of the gradient is {norm} at step {number}")
 
     def _go_back(self) -> None:
-        """Take back the step that made the weights whose loss is not finite."""
+        """Undo the step whose weights gave a loss that is not finite."""
         progress = self._step_before.restore()
         if progress is not None:
             self.progress = progress
@@ -300,7 +300,7 @@ class Trainer:
             logger.warning("no copy of the step before: the weights are those that failed")
 
     def _rescue(self) -> None:
-        """Tell every callback of the end, whatever fails; the error that led here counts."""
+        """Call every ``on_stop``, whatever fails; only the original error is raised."""
         self.optimizer.zero_grad(set_to_none=True)  # half a step's, and memory if that ran out
         for callback in self.callbacks:
             try:
@@ -311,7 +311,7 @@ class Trainer:
     # --- for callbacks --------------------------------------------------------------------------
 
     def save_state(self, folder: Path) -> None:
-        """Write everything needed to go on from here."""
+        """Write everything needed to resume from here."""
         save_state(
             folder,
             accelerator=self.accelerator,
@@ -321,7 +321,7 @@ class Trainer:
         )
 
     def load_state(self, folder: Path) -> None:
-        """Go on from a state folder; refuses one that is not of this run (``state.py``)."""
+        """Resume from a state folder; one of another run is refused (``state.py``)."""
         self.progress = load_state(
             folder, accelerator=self.accelerator, method=self.method, identity=self.identity
         )

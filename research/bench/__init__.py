@@ -1,1 +1,1 @@
-"""Methods, the MLM term and its rivals on concepts whose truth is known."""
+"""Methods, the MLM term and its rivals on concepts with known ground truth."""

@@ -1,4 +1,4 @@
-"""``python -m research.bench``: its command line. Torch is imported once the work begins."""
+"""The command line of ``python -m research.bench``. Torch is imported when the work starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what is missing of the plan; returns the exit code.
+    """Run the missing trials of the plan; returns the exit code.
 
     Raises:
-        UserError: an unknown flag, a missing one, or a folder that holds something else.
+        UserError: an unknown flag, a missing one, or a folder with other contents.
     """
     given = _parser().parse_args(list(argv))
     plan = chosen(SHORT if given.short else FULL, methods=given.method, tuning=given.tuning)
@@ -35,7 +35,7 @@ def _parser() -> CommandParser:
         prog="python -m research.bench",
         description="Train every method plain and with the MLM term, and rivals of the term, on "
         "concepts the model has never seen; an oracle judges the pictures. Writes results.json, "
-        "table.md and report.html; the same command goes on where it stopped.",
+        "table.md and report.html; the same command continues where it stopped.",
     )
     add_folders(parser, written="results")
     parser.add_argument("--short", action="store_true",
@@ -43,7 +43,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--method", nargs="+", metavar="M",
                         help="Only these methods (default: all of the plan).")  # fmt: skip
     parser.add_argument("--tuning", action="store_true",
-                        help="On the concepts that settings are chosen on, not those that are "
+                        help="On the concepts that settings are tuned on, not those that are "
                         "reported.")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="Trainings at once, each with its share of cores.")  # fmt: skip

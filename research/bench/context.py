@@ -28,7 +28,7 @@ NUM_CLASS_IMAGES = 40
 
 
 class BenchContext:
-    """Model and judges, and what is made when first asked for.
+    """Model and judges, and shared data that is created on first use.
 
     Args:
         model: folder of a pocket model.
@@ -47,7 +47,7 @@ class BenchContext:
         return Sampling(self.plan.num_steps, self.plan.guidance)
 
     def prepare(self, settings: Sequence[Setting], concepts: Sequence[Concept]) -> None:
-        """Make what trials share, so that several at once only read it."""
+        """Create shared data, so that parallel trials only read it."""
         for concept in concepts:
             self.data(concept)
             for setting in settings:

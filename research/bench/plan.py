@@ -1,7 +1,7 @@
 """What is compared: one setting per method and regularizer, and the grids over weights and parts.
 
 Learning rates, weights and lengths were chosen on the tuning concepts; the table reports others.
-Knows no torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Flags = Mapping[str, str]
 
 @dataclass(frozen=True)
 class ContextChoice:
-    """The prompts of a term: how many, and what they may name."""
+    """The prompts of a term: how many, and which attributes they may name."""
 
     number: int = 1000
     families: tuple[str, ...] = CONTEXT_FAMILIES
@@ -40,13 +40,13 @@ class Setting:
     """One way to train.
 
     Attributes:
-        method: of ``--method``.
+        method: value of ``--method``.
         regularizer: ``plain``, ``mlm``, a rival, ``prior_preservation`` or ``unet_only``.
-        weight: of its term.
-        variant: what differs from the default, for ablations.
-        flags: further options of the trainer.
+        weight: weight of its term.
+        variant: the difference to the default, for ablations.
+        flags: additional options of the trainer.
         contexts: the prompts of the term.
-        num_blocks: of the contextualizer; 0 names every word from its own state alone.
+        num_blocks: blocks of the contextualizer; 0 predicts every word from its own state alone.
     """
 
     method: str
@@ -59,7 +59,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """As files and progress name it."""
+        """Name in files and progress messages."""
         weight = f"-{self.weight:g}" if self.weight else ""
         variant = f"-{self.variant.replace(' ', '_')}" if self.variant else ""
         return f"{self.method}-{self.regularizer}{weight}{variant}"
@@ -71,13 +71,13 @@ class BenchPlan:
 
     Attributes:
         settings: what is compared.
-        concepts: to learn.
-        seeds: of every setting.
-        evaluation_steps: of a training, by method.
-        ablations: further settings, with the first seed alone.
-        num_pictures: for each test prompt.
-        num_steps: of the sampler.
-        guidance: of the sampler.
+        concepts: concepts to learn.
+        seeds: seeds for every setting.
+        evaluation_steps: steps at which a training is evaluated, by method.
+        ablations: additional settings, with the first seed only.
+        num_pictures: pictures per test prompt.
+        num_steps: steps of the sampler.
+        guidance: guidance scale of the sampler.
     """
 
     settings: tuple[Setting, ...]
@@ -94,7 +94,7 @@ class BenchPlan:
         return self.evaluation_steps[method][-1]
 
 
-COSINE = {"lr_scheduler": "cosine"}  # so that the last evaluation sees settled weights
+COSINE = {"lr_scheduler": "cosine"}  # so that the weights have settled at the last evaluation
 METHOD_FLAGS: Mapping[str, Flags] = {
     "lora": LORA,
     "dreambooth": {"learning_rate": "3e-4", **COSINE},
@@ -103,7 +103,7 @@ METHOD_FLAGS: Mapping[str, Flags] = {
     "custom_diffusion": {"learning_rate": "2e-3", "init_word": "CLASS", **COSINE},
     "pivotal": {**LORA, "embedding_lr": "1e-2", "init_word": "CLASS"},
 }
-"""``CLASS`` stands for the class word."""
+"""``CLASS`` is replaced by the class word."""
 
 MLM_WEIGHTS: Mapping[str, float] = dict.fromkeys(METHOD_FLAGS, MLM_WEIGHT) | {
     "textual_inversion": 0.03, "xti": 0.03,
@@ -142,7 +142,7 @@ HIDDEN_WORDS = tuple(
     )
     for method in METHOD_FLAGS
 )
-"""The term as the paper has it: the hidden words themselves are the targets."""
+"""The term of the paper: the masked words themselves are the targets."""
 
 ABLATIONS = (
     *HIDDEN_WORDS,
@@ -184,9 +184,9 @@ def chosen(plan: BenchPlan, *, methods: Sequence[str] | None, tuning: bool) -> B
     """A part of a plan.
 
     Args:
-        plan: the whole.
-        methods: that stay; ``None``: all.
-        tuning: whether the tuning concepts take the place of the reported ones.
+        plan: the whole plan.
+        methods: methods to keep; ``None``: all.
+        tuning: whether to use the tuning concepts instead of the reported ones.
 
     Raises:
         UserError: a method that the plan does not have.

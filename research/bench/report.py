@@ -1,4 +1,4 @@
-"""The benchmark's results for people: a table in Markdown, and one page with plots."""
+"""Readable results of the benchmark: a table in Markdown, and a page with plots."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ HEADINGS = (
     "setting", "runs", "prompt fidelity", "identity", "CLIP-T", "CLIP-I", "ms / step",
     "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
 )  # fmt: skip
-DUEL_HEADINGS = (
+RIVAL_HEADINGS = (
     "MLM setting", "rival", "runs", "Δ fidelity", "Δ identity", "Δ fidelity at equal identity",
 )  # fmt: skip
-DUEL_LEAD = "The MLM term minus the rival, same concepts and seeds; positive: the term is better."
+RIVAL_LEAD = "The MLM term minus the rival, same concepts and seeds; positive: the term is better."
 LEAD = (
     "At the last evaluation, mean ± 95 % interval over concepts x seeds. Differences are to the "
     "plain run of the same method with the same seed, with p of a paired sign-flip test."
@@ -37,10 +37,10 @@ LEAD = (
 
 
 def markdown_table(records: Sequence[Record]) -> str:
-    """One line per setting; then, where there are rivals, one for each of them."""
+    """One line per setting, then one per rival, if any."""
     text = _markdown(HEADINGS, [_cells(row) for row in summarize(records)])
-    rivals = _duel_rows(records)
-    return f"{text}\n{DUEL_LEAD}\n\n{_markdown(DUEL_HEADINGS, rivals)}" if rivals else text
+    rivals = _rival_rows(records)
+    return f"{text}\n{RIVAL_LEAD}\n\n{_markdown(RIVAL_HEADINGS, rivals)}" if rivals else text
 
 
 def html_report(results: Mapping[str, Any]) -> str:
@@ -50,9 +50,9 @@ def html_report(results: Mapping[str, Any]) -> str:
     sections = [
         Section("Methods and regularizers", Table([_cells(row) for row in rows], HEADINGS), LEAD)
     ]
-    if rivals := _duel_rows(records):
-        table = Table(rivals, DUEL_HEADINGS)
-        sections.append(Section("The term against its rivals", table, DUEL_LEAD))
+    if rivals := _rival_rows(records):
+        table = Table(rivals, RIVAL_HEADINGS)
+        sections.append(Section("The term against its rivals", table, RIVAL_LEAD))
     for method in dict.fromkeys(row.setting.method for row in rows if row.setting.method != "base"):
         sections.append(Section(f"{method}: fidelity against identity", _plane(method, records)))
     facts = [(name, str(value)) for name, value in results.items() if name != "records"]
@@ -65,7 +65,7 @@ def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _duel_rows(records: Sequence[Record]) -> list[list[str]]:
+def _rival_rows(records: Sequence[Record]) -> list[list[str]]:
     return [
         [
             duel.ours.title,
@@ -92,7 +92,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _plane(method: str, records: Sequence[Record]) -> Figure:
-    """One dot per setting and step, the last one with its name."""
+    """One dot per setting and step; the last one is labelled."""
     points = []
     settings = [item for item in curves(records).items() if item[0].method == method]
     for series, (setting, runs) in enumerate(settings):

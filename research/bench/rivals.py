@@ -1,8 +1,8 @@
-"""Other regularizers of the same place, for comparison: text terms and one on the U-Net's output.
+"""Related regularizers, for comparison: text terms and one on the U-Net's output.
 
-Every rival is a formula and a class that takes the place of ``MLMRegularizer``: called with the
-number of the batch, it gives a loss. They have the same prompts as the MLM term; what they compare
-with is a frozen copy of the text encoder. Shapes: B prompts, L and M tokens, D width.
+Every rival is a class that replaces ``MLMRegularizer``: called with the number of the batch, it
+returns a loss. Rivals use the same prompts as the MLM term and compare with a frozen copy of the
+text encoder. Shapes: B prompts, L and M tokens, D width.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ContextBatches:
     """Batches of prompts with ``{}`` for the concept, the same for equal seed and number.
 
     Attributes:
-        contexts: to draw from.
+        contexts: prompts to draw from.
         batch_size: B.
         seed: names the stream.
     """
@@ -51,14 +51,14 @@ class ContextBatches:
 
 
 class TextRival:
-    """A term on the text encoder's states, called as ``MLMRegularizer`` is.
+    """A term on the text encoder's states, called like ``MLMRegularizer``.
 
     Args:
         name: ``core``, ``textboost`` or ``classdiffusion``.
-        text_encoder: with what is trained in it.
+        text_encoder: the encoder being trained.
         frozen: the untrained encoder.
-        concept: what prompts hold.
-        prompts: with ``{}`` for it.
+        concept: the concept in the prompts.
+        prompts: prompts with ``{}`` for the concept.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TextRival:
         return self.text_encoder.tokenize_trimmed([text.replace("{}", words) for text in contexts])
 
     def _bare_ids(self, words: str) -> list[int]:
-        text = self.text_encoder.expand(words)  # learned embeddings have tokens of their own
+        text = self.text_encoder.expand(words)  # learned embeddings have their own tokens
         return self.text_encoder.tokenizer(text, add_special_tokens=False).input_ids
 
     def _attention_mask(self, ids_BL: Tensor) -> Tensor:
@@ -127,13 +127,13 @@ class TextRival:
 
 
 class OutputPreservation:
-    """Keeps the U-Net's answer to the class word as it was: ``|e(z_t, class) - e0(z_t, class)|^2``.
+    """Preserves the U-Net's output for the class word: ``|e(z_t, class) - e0(z_t, class)|^2``.
 
     Args:
-        method: text encoder and U-Net with a network on them, switched off for the target.
-        caption: the captions' concept replaced by its class word.
-        latents: of the training pictures, ``(N, 4, h, w)``, scaled.
-        batch_size: of pictures.
+        method: text encoder and U-Net with a network, which is disabled for the target.
+        caption: the caption with the class word instead of the concept.
+        latents: latents of the training pictures, ``(N, 4, h, w)``, scaled.
+        batch_size: pictures per batch.
         seed: names the stream of noise.
 
     Source: ai-toolkit ``diff_output_preservation``; sd-scripts ``diff_output_preservation``.

@@ -1,4 +1,4 @@
-"""All trials of a plan, one after the other; results are kept after each, so that it resumes."""
+"""All trials of a plan, one after the other; results are saved after each, to resume from."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ RESULTS = "results.json"
 
 
 def run_bench(plan: BenchPlan, *, model: Path, output: Path, jobs: int = 1) -> int:
-    """Run what is missing of a plan; returns the exit code.
+    """Run the missing trials of a plan; returns the exit code.
 
     Args:
         plan: settings, concepts, seeds.
         model: folder of a pocket model.
-        output: for results, table, page and the pictures of every run.
-        jobs: trials at once, each in a process of its own.
+        output: folder for results, table, page and the pictures of every run.
+        jobs: parallel trials, each in its own process.
 
     Raises:
-        UserError: the folder holds another model's results, or cannot be written.
+        UserError: the folder has results of another model, or cannot be written.
     """
     require_writable(output, "--output")
     results = _open_results(output, model)
@@ -54,7 +54,7 @@ def run_bench(plan: BenchPlan, *, model: Path, output: Path, jobs: int = 1) -> i
     with _Pool(context, jobs) as pool:
         for number, (trial, records) in enumerate(pool.outcomes(trials), start=1):
             if isinstance(records, int):
-                print("stopped; the same command goes on", file=sys.stderr)
+                print("stopped; the same command continues", file=sys.stderr)
                 return records
             results["records"] = _without(results["records"], records[-1]) + records
             results["done"].append(_fingerprint(plan, trial))
@@ -71,7 +71,7 @@ def run_bench(plan: BenchPlan, *, model: Path, output: Path, jobs: int = 1) -> i
 
 
 def _trials(plan: BenchPlan) -> list[Trial]:
-    """Seed by seed, so that a bench that is stopped early has whole pairs; ablations last."""
+    """Seed by seed, so that an interrupted bench has complete pairs; ablations last."""
     rounds = [(seed, (None, *plan.settings)) for seed in plan.seeds]
     rounds.append((plan.seeds[0], plan.ablations))
     return [
@@ -87,7 +87,7 @@ Outcome = list[dict[str, Any]] | int
 
 
 def run_one(trial: Trial, context: BenchContext) -> Outcome:
-    """One trial, here."""
+    """One trial in this process."""
     try:
         return run_trial(trial, context)
     except Stopped as stopped:
@@ -95,7 +95,7 @@ def run_one(trial: Trial, context: BenchContext) -> Outcome:
 
 
 class _Pool:
-    """Trials one after the other in this process, or several at once in others."""
+    """Runs trials one by one in this process, or in parallel in others."""
 
     def __init__(self, context: BenchContext, jobs: int):
         self.context = context
@@ -116,7 +116,7 @@ class _Pool:
             self.executor.shutdown(wait=True, cancel_futures=True)
 
     def outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
-        """As they are done."""
+        """Outcomes in the order in which they finish."""
         if not self.executor:
             for trial in trials:
                 yield trial, run_one(trial, self.context)
@@ -150,7 +150,7 @@ def _open_results(output: Path, model: Path) -> dict[str, Any]:
                 "records": [], "done": []}  # fmt: skip
     results = json.loads(path.read_text(encoding="utf-8"))
     if results.get("model") != digest:
-        raise UserError(f"--output {output}: holds results of another model; choose another folder")
+        raise UserError(f"--output {output}: has results of another model; choose another folder")
     return results
 
 
@@ -166,13 +166,17 @@ def _write(output: Path, results: Mapping[str, Any]) -> None:
 
 
 def _fingerprint(plan: BenchPlan, trial: Trial) -> str:
-    """Of everything that decides what a trial gives."""
+    """Fingerprint of everything that determines the results of a trial."""
     setting, concept, seed = trial
     facts: list[Any] = [concept.name, seed, plan.num_pictures, plan.num_steps, plan.guidance]
     if setting:
-        told = dataclasses.asdict(dataclasses.replace(setting, flags={}))
-        told["flags"] = dict(setting.flags)
-        facts += [told, dict(METHOD_FLAGS[setting.method]), plan.evaluation_steps[setting.method]]
+        described = dataclasses.asdict(dataclasses.replace(setting, flags={}))
+        described["flags"] = dict(setting.flags)
+        facts += [
+            described,
+            dict(METHOD_FLAGS[setting.method]),
+            plan.evaluation_steps[setting.method],
+        ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

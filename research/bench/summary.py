@@ -35,7 +35,7 @@ RunKey = tuple[str, int]  # concept, seed
 
 
 class SettingKey(NamedTuple):
-    """What tells settings apart."""
+    """What identifies a setting."""
 
     method: str
     regularizer: str
@@ -44,12 +44,12 @@ class SettingKey(NamedTuple):
 
     @property
     def plain(self) -> SettingKey:
-        """The setting that it is compared with."""
+        """The setting to compare with."""
         return SettingKey(self.method, "plain", 0.0, "")
 
     @property
     def title(self) -> str:
-        """As tables name it."""
+        """Name in tables."""
         if self.regularizer == "plain":
             return self.method
         weight = f" {self.weight:g}" if self.weight else ""
@@ -58,7 +58,7 @@ class SettingKey(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences, their 95 % interval and the chance of it without any effect."""
+    """Mean of paired differences, with 95 % interval and p-value."""
 
     value: Mean
     p_value: float
@@ -72,11 +72,11 @@ class Row(NamedTuple):
     seconds_per_step: float
     fidelity: Difference | None  # to the plain run of the method, at the last evaluation
     identity: Difference | None
-    matched: Difference | None  # of fidelity, at the identity that both runs reach
+    matched: Difference | None  # in fidelity, at the identity that both runs reach
 
 
 class Comparison(NamedTuple):
-    """The MLM term against a rival on the same method: ours minus theirs after the last step."""
+    """The MLM term minus a rival on the same method, after the last step."""
 
     ours: SettingKey
     theirs: SettingKey
@@ -97,8 +97,8 @@ def curves(records: Sequence[Record]) -> dict[SettingKey, dict[RunKey, list[Reco
 def fidelity_at(identity: float, curve: Sequence[Record]) -> float:
     """Best prompt fidelity of a run among models of at least this identity.
 
-    Linear between the evaluations that no other one beats on both counts. Below the least
-    identity of these it is their highest fidelity; ``nan`` above the greatest.
+    Linear between the Pareto-optimal evaluations. Below their lowest identity it is their highest
+    fidelity; above the highest identity it is ``nan``.
     """
     points = sorted((record["identity"], record["prompt_fidelity"]) for record in curve)
     front: list[tuple[float, float]] = []
@@ -135,7 +135,7 @@ def summarize(records: Sequence[Record]) -> list[Row]:
 
 
 def comparisons(records: Sequence[Record]) -> list[Comparison]:
-    """The first MLM setting of a method against all of it that are neither plain nor MLM."""
+    """The first MLM setting of a method against those that are neither plain nor MLM."""
     by_setting = curves(records)
     settings = _settings(records)
     found = []
@@ -160,7 +160,7 @@ def _setting_of(record: Record) -> SettingKey:
 
 
 def _settings(records: Sequence[Record]) -> list[SettingKey]:
-    """In the order in which they first appear."""
+    """Settings in the order in which they first appear."""
     return list(dict.fromkeys(map(_setting_of, records)))
 
 

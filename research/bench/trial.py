@@ -1,7 +1,6 @@
 """One training of the benchmark and its evaluations: a setting, a concept and a seed.
 
-Trains and evaluates as ``mlm-plugin pocket demo`` does; added are the rivals, CLIP's scores and the
-time of a step.
+Trains and evaluates like ``mlm-plugin pocket demo``, and adds rivals, CLIP scores and step times.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores(OracleScores):
-    """Means over the test prompts, those by the pocket CLIP too."""
+    """Means over the test prompts, including those by the pocket CLIP."""
 
     clip_t: float
     clip_i: float
@@ -85,17 +84,17 @@ class BenchTest(ConceptTest):
 
 
 class TimedEvaluations(EvaluationCallback):
-    """Evaluates, and keeps the time of the steps between the evaluations."""
+    """Evaluates, and measures the time of the steps between the evaluations."""
 
     seconds, since, num_steps = 0.0, 0.0, 0
 
     @property
     def seconds_per_step(self) -> float:
-        """Without the evaluations and without the first step, which warms up."""
+        """Mean without the evaluations and the first step, which is warm-up."""
         return round(self.seconds / max(1, self.num_steps), 5)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Take the time, then evaluate, if this is one of the steps."""
+        """Record the time, then evaluate if this is one of the steps."""
         if trainer.progress.current_step > 1:
             self.seconds += time.perf_counter() - self.since
             self.num_steps += 1
@@ -107,15 +106,15 @@ def run_trial(trial: Trial, context: BenchContext) -> list[dict[str, Any]]:
     """Train and evaluate: one record per evaluation.
 
     Raises:
-        Stopped: after a signal; nothing of the trial is kept.
-        UserError: as the trainer has it.
+        Stopped: after a signal; the trial is discarded.
+        UserError: as in the trainer.
     """
     setting, concept, seed = trial
     plan = context.plan
     test = BenchTest(
         concept, seed, context.oracle, context.sampling, plan.num_pictures, context.clip
     )
-    if setting is None:  # what fidelity could be: the untrained model with the class word
+    if setting is None:  # the ceiling of fidelity: the untrained model with the class word
         base = pipeline_of(load_stable_diffusion(str(context.model)))
         scores = test.evaluate(base, words=concept.scene.subject).scores
         return [_record(trial, 0, scores, seconds_per_step=0.0)]
@@ -170,7 +169,7 @@ def options_of(trial: Trial, context: BenchContext, folder: Path) -> dict[str, s
 
 
 def trainer_of(trial: Trial, context: BenchContext, folder: Path) -> Trainer:
-    """A trainer whose term is the setting's."""
+    """A trainer with the term of the setting."""
     setting = trial.setting
     trainer, concepts = create_trainer(options_of(trial, context, folder))
     if setting.regularizer in RIVALS:

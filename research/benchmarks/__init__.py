@@ -1,1 +1,1 @@
-"""Speed and memory: the term on and off, and this trainer beside others."""
+"""Speed and memory: with and without the term, and compared with other trainers."""

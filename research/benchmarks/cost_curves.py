@@ -3,10 +3,10 @@
     python -m research.benchmarks.cost_curves --shape sd15 --tokenizer FOLDER --output FOLDER
     python -m research.benchmarks.cost_curves --shape sdxl --resolutions 512 768 1024 ...
 
-One point of each curve at a time changes, the others stay at their first value. Every point is a
-run of ``step_time.py``, steps with the term and without in turn. The output folder gets
-``curves.json``, ``curves.md``, a table, and ``curves.html``, plots. Points that are there already
-are not measured again, so a run that was stopped goes on.
+One setting changes along each curve, the others stay at their first value. Every point is a run of
+``step_time.py``, with steps with and without the term in turn. The output folder gets
+``curves.json``, ``curves.md`` (a table) and ``curves.html`` (plots). Existing points are not
+measured again, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ HEADINGS = ("", "", "time", "processor time", "memory", "s on", "s off")
 
 
 class Axis(NamedTuple):
-    """What one curve goes along: an option of ``step_time.py``."""
+    """The x axis of a curve: an option of ``step_time.py``."""
 
     option: str
     title: str
-    values: list[int]  # the first is where the other curves stay
+    values: list[int]  # the first is used for the other curves
 
 
 def axes_of(args: argparse.Namespace) -> list[Axis]:
-    """The curves that were asked for; an axis with one value is no curve but counts as setting."""
+    """The requested curves; an axis with one value is not a curve, but a fixed setting."""
     axes = [
         Axis("mlm_batch_size", "MLM prompts per step", args.mlm_batch_sizes),
         Axis("mlm_prompt_tokens", "tokens of a prompt", args.prompt_tokens),
@@ -51,7 +51,7 @@ def axes_of(args: argparse.Namespace) -> list[Axis]:
 
 
 def points_of(axes: Sequence[Axis]) -> Iterator[tuple[Axis, dict[str, int]]]:
-    """Every axis with the settings of each of its points, in the order of the values."""
+    """Every axis with the settings of its points, in the order of the values."""
     base = {axis.option: axis.values[0] for axis in axes}
     for axis in axes:
         if len(axis.values) > 1:
@@ -78,7 +78,7 @@ def measure(settings: Mapping[str, int], args: argparse.Namespace) -> dict[str, 
 
 
 def curve_rows(curves: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """One row for each point: what it adds, and the seconds it comes from."""
+    """One row for each point: what the term adds, and the seconds with and without."""
     rows = []
     for curve in curves:
         for point in curve["points"]:
@@ -133,7 +133,7 @@ def plot(curve: Mapping[str, Any]) -> Figure:
 
 
 def curves_of(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every point; those of several curves once."""
+    """Measure every point; shared points once."""
     curves: dict[str, dict[str, Any]] = {}
     for axis, settings in points_of(axes_of(args)):
         found = measure(settings, args)
@@ -148,24 +148,26 @@ def curves_of(args: argparse.Namespace) -> list[dict[str, Any]]:
             },
         )
         kept = ("median_seconds", "median_cpu_seconds", "peak_bytes", "mlm_tokens_per_prompt")
-        is_length = axis.option == "mlm_prompt_tokens"  # more than asked for: prompts stay whole
+        is_length = (
+            axis.option == "mlm_prompt_tokens"
+        )  # may be more than requested, as prompts are not split
         x = round(found["mlm_tokens_per_prompt"]) if is_length else settings[axis.option]
         curve["points"].append({"x": x} | {key: found[key] for key in (*RATIOS, *kept)})
     return list(curves.values())
 
 
 def parse(argv: Iterable[str]) -> argparse.Namespace:
-    """Read the command line; what is unknown goes on to ``step_time.py``."""
+    """Read the command line; unknown options are passed to ``step_time.py``."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="Further options, such as --mixed_precision, go on to step_time.py.",
+        epilog="Further options, such as --mixed_precision, are passed to step_time.py.",
     )
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument("--tokenizer", type=Path, help="folder of the real CLIP tokenizer")
     for name, default, text in (
         ("mlm_batch_sizes", [8, 1, 2, 4, 16], "prompts per step"),
-        ("prompt_tokens", [0, 24, 32, 48, 77], "tokens of a prompt, at least; 0: as they come"),
+        ("prompt_tokens", [0, 24, 32, 48, 77], "minimum number of tokens per prompt; 0: as drawn"),
         ("resolutions", [512, 256, 768, 1024], "pixels"),
         ("text_encoders", [2, 1], "SDXL: both or CLIP-L alone"),
     ):

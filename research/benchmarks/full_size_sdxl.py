@@ -1,15 +1,14 @@
 """A LoRA of a full-size Stable Diffusion XL with random weights, from checkpoint to diffusers.
 
-The product itself on the real shapes: `train_network_mlm.py` with both text encoders, the MLM term,
-an 8-bit optimizer, gradient checkpointing and cached latents; then what it saved in a
-``StableDiffusionXLPipeline``. It shows that it runs, in how much memory and how fast; pictures of
-random weights show nothing.
+Runs `train_network_mlm.py` on real shapes with both text encoders, the MLM term, an 8-bit
+optimizer, gradient checkpointing and cached latents, and loads the result in a
+``StableDiffusionXLPipeline``. It shows that training runs, how fast, and in how much memory.
 
     python -m research.benchmarks.full_size_sdxl --work FOLDER --tokenizer FOLDER --output F.json
 
-FOLDER needs 8 GB and keeps the model for the next time. Each stage is a process of its own that
-may not take more memory than ``--limit_gib``. The contextualizers have random weights too (hours
-of pretraining on a CPU would not change what is measured), and their files say so.
+FOLDER needs 8 GB and keeps the model for the next run. Each stage is a separate process limited to
+``--limit_gib`` of memory. The contextualizers have random weights too (hours of pretraining on a
+CPU would not change what is measured), and their files say so.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def stage_commands(args: argparse.Namespace) -> dict[str, list[str]]:
 def train_flags(
     args: argparse.Namespace, *, model: Path, contextualizers: Iterable[Path]
 ) -> list[str]:
-    """Options of the training, as ``presets/sdxl_8gb.toml`` has them where a CPU allows it."""
+    """Options of the training, like ``presets/sdxl_8gb.toml`` as far as a CPU allows."""
     options = {
         "pretrained_model_name_or_path": model,
         "train_data_dir": args.work / "data",
@@ -87,7 +86,7 @@ def contextualizer_files(work: Path) -> list[Path]:
 
 
 def run_stage(command: list[str], *, limit_gib: float, log: Path) -> dict[str, float]:
-    """A stage in a process of its own.
+    """Run a stage in a separate process.
 
     Returns:
         seconds, processor seconds and the peak of its resident set.
@@ -102,7 +101,7 @@ def run_stage(command: list[str], *, limit_gib: float, log: Path) -> dict[str, f
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            # RLIMIT_AS would count files that are only mapped
+            # RLIMIT_AS would count memory-mapped files
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
         )
         _, status, usage = os.wait4(process.pid, 0)
@@ -117,7 +116,7 @@ def run_stage(command: list[str], *, limit_gib: float, log: Path) -> dict[str, f
 
 
 def make_contextualizers(work: Path) -> None:
-    """Write a contextualizer for each text encoder, fitted to its table and not trained."""
+    """Write an untrained contextualizer for each text encoder, initialized from its table."""
     import torch
 
     from mlm_plugin.contextualizer_file import ContextualizerFacts, save_contextualizer
@@ -144,7 +143,7 @@ def make_contextualizers(work: Path) -> None:
 
 
 def load_in_diffusers(work: Path) -> None:
-    """Load what was saved into the pipeline and write how many modules each part took."""
+    """Load the saved LoRA into the pipeline and write the number of modules of each part."""
     import torch
     from diffusers import StableDiffusionXLPipeline
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -162,7 +161,7 @@ def load_in_diffusers(work: Path) -> None:
 
 
 def saved_modules(path: Path) -> dict[str, Any]:
-    """What the LoRA file holds: modules by part, how many have learned, whether all is finite."""
+    """Contents of the LoRA file: modules by part, how many have changed, whether all is finite."""
     from safetensors.torch import load_file
 
     state = load_file(path)
@@ -183,7 +182,7 @@ def module_counts(names: Iterable[str]) -> dict[str, int]:
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The result in some lines."""
+    """The result in a few lines."""
     lines = [
         f"{name}: {stage['seconds']:.0f} s, {stage['peak_bytes'] / 2**30:.1f} GiB"
         for name, stage in result["stages"].items()
@@ -223,7 +222,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run all stages; a model that is there already is taken."""
+    """Run all stages; an existing model is reused."""
     from mlm_plugin.toy import build_toy_data
 
     work: Path = args.work
@@ -237,7 +236,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         log = work / f"{name}.log"
         stages[name] = run_stage(command, limit_gib=args.limit_gib, log=log)
     steps = json.loads((work / "steps.json").read_text())
-    # the probe begins a new peak behind the warm-up, and the kernel forgets the first with it
+    # the probe resets the peak after the warm-up, and the kernel discards the first one
     peaks = stages["train"]["peak_bytes"], steps["loading_peak_bytes"], steps["peak_bytes"]
     stages["train"]["peak_bytes"] = max(peaks)
     return {

@@ -1,7 +1,7 @@
 """Make a Stable Diffusion 1.5 model with random weights, as a diffusers folder and as one file.
 
-The real thing in size, names, shapes and vocabulary, so that loaders, trainers and memory can be
-tried where the real weights cannot be had. It has learned nothing.
+It has the real size, names, shapes and vocabulary, so that loaders, trainers and memory can be
+tested where the real weights are not available. It is not trained.
 
     python -m research.benchmarks.make_sd15 --output DIR --tokenizer FOLDER [--dtype fp16] [--tiny]
 
@@ -61,8 +61,8 @@ def build_models(
 
     Args:
         tiny: 32 channels and two text layers instead of the real sizes; names and depths stay.
-        seed: of the weights; the global random stream is left as it was.
-        dtype: of all weights.
+        seed: seed of the weights; the global random stream is not changed.
+        dtype: dtype of all weights.
     """
     configs = {part: _config(part, tiny=tiny) for part in ("unet", "vae", "text_encoder")}
     with torch.random.fork_rng(devices=[]):
@@ -92,7 +92,7 @@ def save_diffusers(models: Models, folder: Path, *, tokenizer: Path) -> None:
 
 
 def ldm_state_dict(models: Models) -> dict[str, Tensor]:
-    """All weights under LDM names, with the buffers a WebUI checkpoint carries besides."""
+    """All weights under LDM names, with the additional buffers of a WebUI checkpoint."""
     positions = torch.arange(models.text_encoder.config.max_position_embeddings)[None]
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     return {
@@ -122,7 +122,7 @@ def _config(part: str, *, tiny: bool) -> dict:
 
 
 def main() -> None:
-    """Write both forms and say where they are."""
+    """Write both forms and print their paths."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(

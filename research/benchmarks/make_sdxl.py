@@ -1,8 +1,8 @@
 """Make a Stable Diffusion XL with random weights, as a diffusers folder and as one file.
 
-The real thing in size, names, shapes and vocabulary, so that loaders, trainers and memory can be
-tried where the real weights cannot be had. It has learned nothing. Full size: 3.5 billion weights,
-7 GB of memory and of disk for each form in bf16.
+It has the real size, names, shapes and vocabulary, so that loaders, trainers and memory can be
+tested where the real weights are not available. It is not trained. Full size: 3.5 billion weights,
+7 GB of memory, and 7 GB on disk for each form in bf16.
 
     python -m research.benchmarks.make_sdxl --output DIR --tokenizer FOLDER [--dtype bf16] [--tiny]
 
@@ -28,7 +28,7 @@ from mlm_plugin.models.components import Components
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
 from research.benchmarks.make_sd15 import DTYPES
 
-WIDTHS = 32, 64  # of the tiny text encoders
+WIDTHS = 32, 64  # widths of the tiny text encoders
 TINY = {
     "unet": {
         "block_out_channels": [32, 32, 64],
@@ -67,8 +67,8 @@ def build_models(
     Args:
         tiny: 32 and 64 channels instead of the real widths; names and depths stay, so a LoRA has
             its 986 modules.
-        seed: of the weights; the global random stream is left as it was.
-        dtype: of all weights, drawn in it: full size in fp32 would take 14 GB on the way.
+        seed: seed of the weights; the global random stream is not changed.
+        dtype: dtype of all weights, used for drawing too: fp32 would temporarily take 14 GB.
     """
     configs = {part: _config(part, tiny=tiny) for part in TINY}
     with torch.random.fork_rng(devices=[]), default_dtype(dtype):
@@ -123,7 +123,7 @@ def _config(part: str, *, tiny: bool) -> dict:
 
 
 def main() -> None:
-    """Write what was asked for and say where it is."""
+    """Write the requested forms and print their paths."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(

@@ -1,9 +1,9 @@
 """Step time and peak memory of the standalone trainer against those of diffusers and sd-scripts.
 
-LoRA training by three programs on the same random model of real shape, the same pictures, at the
-same batch, precision, rank, optimizer and gradient checkpointing, U-Net and text encoders. The
-programs take turns, some steps each and round after round, so whatever else the machine does falls
-on all of them. The peers are checkouts on this machine; one is enough:
+Three programs train a LoRA of U-Net and text encoders on the same random model of real shape and
+the same pictures, with the same batch size, precision, rank, optimizer and gradient checkpointing.
+They take turns for some steps each, in several rounds, so that other load on the machine affects
+all of them. The peers are local checkouts; one is enough:
 
     python -m research.benchmarks.peers --shape sd15 --tokenizer FOLDER --output F.json \
         --work FOLDER --diffusers_examples diffusers/examples/dreambooth --sd_scripts sd-scripts
@@ -41,7 +41,7 @@ KOHYAS_MODULES = {
     ],
     "q_proj": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 }
-"""What ``networks.lora`` adapts in the U-Net and in CLIP, as peft names it."""
+"""The modules that ``networks.lora`` adapts in the U-Net and in CLIP, by their names in peft."""
 
 SCRIPTS = {
     "sd_scripts": ("train_network.py", "sdxl_train_network.py"),
@@ -55,10 +55,10 @@ class Run:
     """One program with its arguments.
 
     Attributes:
-        name: for files and output.
+        name: name in files and output.
         python: interpreter.
-        script: what it runs.
-        flags: of the script.
+        script: the script to run.
+        flags: flags of the script.
         probe: flags of ``probe.py``.
     """
 
@@ -77,14 +77,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Pair:
-    """A peer and ours beside it."""
+    """A peer and the matching run of ours."""
 
     ours: Run
     theirs: Run
 
 
 def pairs_of(args: argparse.Namespace) -> dict[str, Pair]:
-    """What is compared, by the name of the peer."""
+    """The comparisons by the name of the peer."""
     pairs = {}
     for peer, folder, python in (
         ("sd_scripts", args.sd_scripts, args.sd_scripts_python),
@@ -111,7 +111,7 @@ def script_of(peer: str, folder: Path, shape: str) -> Path:
     """The peer's script for a shape.
 
     Raises:
-        FileNotFoundError: the folder does not hold it.
+        FileNotFoundError: it is not in the folder.
     """
     path = folder.resolve() / SCRIPTS[peer][is_sdxl(shape)]
     if not path.is_file():
@@ -125,7 +125,7 @@ def is_sdxl(shape: str) -> bool:
 
 
 def kohyas_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """What ours and sd-scripts understand alike."""
+    """Flags that ours and sd-scripts share."""
     options = {
         "train_data_dir": args.work / "data",
         "resolution": args.resolution,
@@ -144,7 +144,7 @@ def kohyas_flags(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def our_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """Of the standalone trainer, without the MLM term."""
+    """Flags of the standalone trainer, without the MLM term."""
     return (
         *kohyas_flags(args),
         f"--pretrained_model_name_or_path={args.work / 'diffusers'}",
@@ -155,7 +155,7 @@ def our_flags(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def sd_scripts_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """Of ``train_network.py`` and its sister for SDXL."""
+    """Flags of ``train_network.py`` and its SDXL version."""
     name = "sdxl.safetensors" if is_sdxl(args.shape) else "sd15.safetensors"
     return (
         *kohyas_flags(args),
@@ -170,7 +170,7 @@ def sd_scripts_flags(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def diffusers_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """Of ``train_dreambooth_lora.py`` and its sister for SDXL."""
+    """Flags of ``train_dreambooth_lora.py`` and its SDXL version."""
     options = {
         "pretrained_model_name_or_path": args.work / "diffusers",
         "instance_data_dir": picture_folder(args.work),
@@ -195,17 +195,17 @@ def diffusers_flags(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def module_flags(args: argparse.Namespace) -> tuple[str, ...]:
-    """What gives the examples the modules that kohya's trainers take."""
+    """Flags that make the examples adapt the same modules as kohya's trainers."""
     return () if args.own_modules else ("--modules", json.dumps(KOHYAS_MODULES))
 
 
 def picture_folder(work: Path) -> Path:
-    """One folder that all three read: repeats and caption stand in its name."""
+    """One folder for all three: repeats and caption are in its name."""
     return work / "data" / f"10_{CAPTION}"
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Model in both forms, tokenizers as sd-scripts keeps them, pictures. What is there is kept."""
+    """Create models, tokenizers for sd-scripts, and pictures, unless they exist."""
     from PIL import Image
 
     environment = environment_of_runs()
@@ -225,13 +225,13 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def environment_of_runs() -> dict[str, str]:
-    """This package before everything else, and no look-ups on the network."""
+    """Environment with this package first in the path, and without network access."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
 
 
 def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """One turn of one program."""
+    """Run one turn of one program."""
     report, log = args.work / f"{run.name}.json", args.work / f"{run.name}.log"
     report.unlink(missing_ok=True)
     command = run.command(report, num_warmup=args.num_warmup, num_steps=args.num_steps)
@@ -245,7 +245,7 @@ def execute(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_turn(pairs: Mapping[str, Pair], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """The reports of every program, one of each round; every other round goes backwards."""
+    """The reports of every program, one per round; every other round is in reverse order."""
     runs = [run for pair in pairs.values() for run in (pair.ours, pair.theirs)]
     reports: dict[str, list[dict]] = {run.name: [] for run in runs}
     for number in range(args.num_rounds):
@@ -257,7 +257,7 @@ def in_turn(pairs: Mapping[str, Pair], args: argparse.Namespace) -> dict[str, li
 
 
 def summed_up(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Medians over the steps of all rounds; of memory, over rounds."""
+    """Medians over the steps of all rounds; for memory, over rounds."""
     steps = {key: [v for one in reports for v in one[key]] for key in ("seconds", "cpu_seconds")}
     return {
         "median_seconds": statistics.median(steps["seconds"]),

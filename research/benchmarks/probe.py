@@ -1,14 +1,14 @@
-"""Runs a trainer's script and notes time and memory of its optimizer steps, whoever wrote it.
+"""Runs any trainer's script and records time and memory of its optimizer steps.
 
     python research/benchmarks/probe.py REPORT.json [--num_steps N] [--num_warmup W] -- SCRIPT [...]
 
-A step is what lies between the ends of two calls of ``optimizer.step``: fetching the batch, both
-passes, the optimizer, whatever the trainer logs. After step N the process ends at once, so nothing
-is saved; without N the script runs to its end.
+A step is the time between the ends of two calls of ``optimizer.step``: fetching the batch, both
+passes, the optimizer, and logging. After step N the process ends at once, so nothing is saved;
+without N the script runs to its end.
 
-Memory has two peaks, one up to the end of warm-up (loading, caching latents) and one of the steps
-behind it. On a GPU it is ``torch.cuda.max_memory_allocated``, else the resident set of the process
-(``VmHWM``), which holds code and mapped files too.
+Memory has two peaks, one up to the end of warm-up (loading, caching latents) and one for the steps
+after it. On a GPU it is ``torch.cuda.max_memory_allocated``, else the resident set of the process
+(``VmHWM``), which includes code and memory-mapped files.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Notes:
 
     Args:
         path: JSON file.
-        num_steps: the process ends after so many steps; 0 = it goes on.
-        num_warmup: steps before the second peak begins.
+        num_steps: the process ends after this many steps; 0 = never.
+        num_warmup: steps before the second peak starts.
     """
 
     def __init__(self, path: Path, *, num_steps: int, num_warmup: int):
@@ -64,7 +64,7 @@ class Notes:
             os._exit(0)
 
     def write(self) -> None:
-        """What is known so far."""
+        """Write the results so far."""
         report = {
             "seconds": differences(self.wall)[self.num_warmup :],
             "cpu_seconds": differences(self.cpu)[self.num_warmup :],
@@ -80,19 +80,19 @@ class Notes:
 
 
 def differences(times: list[float]) -> list[float]:
-    """Between neighbours."""
+    """Differences of neighbours."""
     return [after - before for before, after in pairwise(times)]
 
 
 def peak_bytes() -> int:
-    """The highest level since the last reset."""
+    """The peak since the last reset."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return kilobytes("VmHWM", STATUS.read_text()) * 1024
 
 
 def reset_peak() -> None:
-    """Begin a new peak at the level of now."""
+    """Reset the peak to the current level."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -109,7 +109,7 @@ def kilobytes(field: str, status: str) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
+    """Versions of the installed libraries."""
     found = {}
     for package in PACKAGES:
         try:
@@ -120,17 +120,17 @@ def versions() -> dict[str, str]:
 
 
 def allow_any_diffusers() -> None:
-    """Let the examples run that ask for a development version; they say so in their first lines."""
+    """Disable the version check of examples that require a development version."""
     import diffusers.utils
 
     diffusers.utils.check_min_version = lambda _version: None
 
 
 def adapt_to_kohyas_modules(modules: dict[str, list[str]]) -> None:
-    """Let the examples put adapters on the modules that kohya's trainers take.
+    """Make the examples adapt the same modules as kohya's trainers.
 
     Args:
-        modules: new ``target_modules`` by one name that the old ones have.
+        modules: new ``target_modules`` by a name among the old ones.
     """
     import peft
 
@@ -143,7 +143,7 @@ def adapt_to_kohyas_modules(modules: dict[str, list[str]]) -> None:
 
 
 def run(script: Path, arguments: list[str], before: list[Callable[[], None]]) -> None:
-    """The script as its own main program."""
+    """Run the script as the main program."""
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
     for change in before:
@@ -152,10 +152,10 @@ def run(script: Path, arguments: list[str], before: list[Callable[[], None]]) ->
 
 
 def main() -> None:
-    """Note what the script does."""
+    """Run the script and record its steps."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("report", type=Path)
-    parser.add_argument("--num_steps", type=int, default=0, help="end after so many; 0: never")
+    parser.add_argument("--num_steps", type=int, default=0, help="end after this many; 0: never")
     parser.add_argument("--num_warmup", type=int, default=1)
     parser.add_argument("--any_diffusers", action="store_true", help="skip the examples' check")
     parser.add_argument("--modules", type=json.loads, help="JSON: target_modules of peft by name")

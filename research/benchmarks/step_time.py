@@ -1,7 +1,7 @@
-"""What the MLM term costs: step time and peak memory of LoRA training with it and without.
+"""The cost of the MLM term: step time and peak memory of LoRA training with and without it.
 
-The real trainer with random weights. One run in one process, whose steps alternate: on, off, on,
-off; so whatever else the machine does falls on both alike.
+The real trainer with random weights. The steps of one run in one process alternate: on, off, on,
+off. So other load on the machine affects both equally.
 
     python -m research.benchmarks.step_time --shape sd15 --resolution 512 --output F.json \
         --tokenizer FOLDER
@@ -10,9 +10,9 @@ off; so whatever else the machine does falls on both alike.
 neighbouring steps. For a busy machine, with ``OMP_NUM_THREADS=1``: ``ratio_time_fastest`` compares
 the fastest steps, ``ratio_cpu_time`` the medians of this process's processor time.
 
-Memory is what the run would hold: weights of the base model (without the VAE: latents are cached),
-adapters, optimizer, and for "on" the contextualizer, then the highest level of a step above that.
-How it was measured stands in ``memory_method``.
+Memory is the weights of the base model (without the VAE: latents are cached), adapters, optimizer
+and, for "on", the contextualizer, plus the peak of a step above that. How it was measured is in
+``memory_method``.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "bitsand
 SEED = 0
 NUM_TARGETS = 64
 SHAPES = {"tiny": make_sd15, "sd15": make_sd15, "tiny_sdxl": make_sdxl, "sdxl": make_sdxl}
-"""Who makes the models; ``tiny`` in the name has few channels."""
+"""The modules that make the models; ``tiny`` in the name means few channels."""
 
 
 class Alternating:
-    """Stands for the trainer's schedule: the term acts in every even step."""
+    """Replaces the trainer's schedule: the term acts in every even step."""
 
     def __init__(self, weight: float):
         self.weight = weight
@@ -86,7 +86,7 @@ class Alternating:
 
 
 class OneBatch:
-    """Stands for the trainer's loader and its order: the same cached latents again and again."""
+    """Replaces the trainer's loader and its order: always the same cached latents."""
 
     def __init__(self, *, resolution: int, length: int):
         size, latent = (resolution, resolution), resolution // 8
@@ -107,14 +107,14 @@ class OneBatch:
         )
 
     def start_epoch(self, epoch: int, *, skip: int = 0, step: int = 0) -> None:
-        """Every epoch is alike."""
+        """Nothing to do: every epoch is the same."""
 
     def __iter__(self) -> Iterator[Batch]:
         return iter([self.batch] * self.length)
 
 
 class StepClock(Callback):
-    """Seconds of every step and, in the steps that ``measures`` names, the peak above the start."""
+    """Seconds of every step and, in the steps in ``measures``, the peak above the start."""
 
     def __init__(self, device: torch.device, *, measures: Iterable[int]):
         self.measures = frozenset(measures)
@@ -168,7 +168,7 @@ class CpuPeak:
 
     method = (
         "torch.profiler memory events (PyTorch's CPU allocator) of two extra steps that are not "
-        "timed: highest running sum; memory that libraries take by themselves is not seen"
+        "timed: highest running sum; memory allocated by libraries themselves is not seen"
     )
 
     def begin(self) -> None:
@@ -188,7 +188,7 @@ class CpuPeak:
 
 @dataclass
 class Bench:
-    """A trainer ready to run and what it is made of."""
+    """A trainer ready to run, and its parts."""
 
     trainer: Trainer
     clock: StepClock
@@ -196,7 +196,7 @@ class Bench:
     num_prompt_tokens: float
 
     def resident_bytes(self, *, mlm: bool) -> int:
-        """Bytes that lie in memory between two steps."""
+        """Bytes in memory between two steps."""
         models, optimizer = self.trainer.models, self.trainer.optimizer
         parts: list[nn.Module] = [models.unet, *(te.model for te in models.text_encoders)]
         tensors = [t for part in parts for t in (*part.parameters(), *part.buffers())]
@@ -224,7 +224,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     """The trainer of a LoRA run whose steps alternate.
 
-    Built as ``commands/train.py`` builds it, with models from memory instead of a file.
+    Like ``commands/train.py``, but with models from memory instead of a file.
     """
     config = config_of(args)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.device == "cpu")
@@ -273,7 +273,7 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
-    """The options of the run that is measured."""
+    """The options of the measured run."""
     clip_l_alone = {"text_encoder_lr": (1e-4, 0.0)} if args.num_text_encoders == 1 else {}
     return TrainConfig.from_flat(
         {
@@ -302,12 +302,12 @@ def random_models(
     if maker is make_sdxl:
         tokenizers = tokenizer, second_tokenizer(tokenizer)
         clips = made.text_encoder, made.text_encoder_2
-        reading = {"clip_skip": SDXL_CLIP_SKIP, "final_norm": False}
+        settings = {"clip_skip": SDXL_CLIP_SKIP, "final_norm": False}
     else:
-        tokenizers, clips, reading = (tokenizer,), (made.text_encoder,), {}
+        tokenizers, clips, settings = (tokenizer,), (made.text_encoder,), {}
     return StableDiffusion(
         text_encoders=[
-            TextEncoder(*pair, **reading)
+            TextEncoder(*pair, **settings)
             for pair in zip(tokenizers, [clip.to(device) for clip in clips], strict=True)
         ],
         vae=made.vae.to("meta"),
@@ -322,11 +322,11 @@ def random_models(
 
 
 class LongPrompts:
-    """Stands for the trainer's prompts: as many in a row as make up a length.
+    """Replaces the trainer's prompts: several are joined to reach a length.
 
     Args:
-        prompts: where they come from.
-        length: tokens, BOS and EOS included; 0 leaves prompts alone.
+        prompts: source of the prompts.
+        length: number of tokens, BOS and EOS included; 0 leaves prompts alone.
         text_encoder: counts them.
     """
 
@@ -334,7 +334,7 @@ class LongPrompts:
         self.prompts, self.length, self.text_encoder = prompts, length, text_encoder
 
     def sample(self, rng: random.Random) -> PromptPair:
-        """A prompt of at least the length, and the same with the class word."""
+        """A prompt of at least this length, and the same with the class word."""
         pairs = [self.prompts.sample(rng)]
         while self.text_encoder.count_tokens(joined(pairs).text) + 2 < self.length:
             pairs.append(self.prompts.sample(rng))
@@ -342,14 +342,14 @@ class LongPrompts:
 
 
 def joined(pairs: Sequence[PromptPair]) -> PromptPair:
-    """One behind the other."""
+    """Prompts concatenated."""
     return PromptPair(*(" ".join(texts) for texts in zip(*pairs, strict=True)))
 
 
 def with_targets(
     encoder: EncoderHandle, prompts: LongPrompts, options: MLMOptions
 ) -> EncoderHandle:
-    """The encoder with the targets of ``mlm_target = class``, fewer than a training takes."""
+    """The encoder with targets for ``mlm_target = class``, fewer than in a training."""
     if mlm_target(options, [CONCEPT]) == "word":
         return encoder
     rng = random.Random(0)
@@ -364,7 +364,7 @@ def with_targets(
 
 
 def untrained_contextualizer(text_encoder: TextEncoder, args: argparse.Namespace) -> Contextualizer:
-    """A contextualizer of the sizes that pretraining would give it; it has learned nothing."""
+    """An untrained contextualizer of the default size."""
     table_VD = text_encoder.token_embedding.weight.detach().cpu()
     vocab_size, hidden_size = table_VD.shape
     sizes = ContextualizerSizes(
@@ -401,7 +401,7 @@ def mean_tokens(regularizer: MLMRegularizer, *, num_calls: int) -> float:
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the trainer and sum up: times without warm-up, memory of the last pairs."""
+    """Run the trainer and summarize: times without warm-up, memory of the last pairs."""
     bench.trainer.run()
     clock = bench.clock
     first, last = 2 * args.num_warmup, 2 * (args.num_warmup + args.num_pairs)
@@ -441,7 +441,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """What was measured, where and with what."""
+    """What was measured, and the environment."""
     device = bench.trainer.accelerator.device
     cuda = device.type == "cuda"
     return {
@@ -466,7 +466,7 @@ def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def tokenizer_folder(given: Path | None) -> Iterator[Path]:
-    """The given vocabulary, or a toy one that lives as long as the block."""
+    """The given vocabulary, or a temporary toy one."""
     if given:
         yield given
         return
@@ -487,7 +487,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     defaults = TrainConfig().mlm
     parser.add_argument("--mlm_batch_size", type=int, default=defaults.mlm_batch_size)
     parser.add_argument(
-        "--mlm_prompt_tokens", type=int, default=0, help="at least so many; 0: as they come"
+        "--mlm_prompt_tokens", type=int, default=0, help="minimum number; 0: as drawn"
     )
     parser.add_argument("--mlm_target", choices=("class", "word"), default="class")
     parser.add_argument(
@@ -517,7 +517,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, write the JSON and say the ratios."""
+    """Measure, write the JSON and print the ratios."""
     args = parse(sys.argv[1:])
     with tokenizer_folder(args.tokenizer) as folder:
         bench = build_bench(args, folder)

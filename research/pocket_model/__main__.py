@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     """Train and print the quality of the model; returns the exit code.
 
     Raises:
-        UserError: an unknown flag, a missing one, or a device that is not there.
+        UserError: an unknown flag, a missing one, or a device that is not available.
     """
     given = _parser().parse_args(list(argv))
     if given.seed < 0:
@@ -46,7 +46,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m research.pocket_model",
         description="Train the pocket model from scratch: autoencoder, CLIP, oracle, U-Net. Hours "
-        "on a CPU; the same command goes on where it stopped.",
+        "on a CPU; the same command continues where it stopped.",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR",
                         help="Folder of the model.")  # fmt: skip

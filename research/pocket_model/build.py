@@ -1,7 +1,7 @@
-"""From nothing to a pocket model: every stage in order, each saved when done, so that it resumes.
+"""Train a pocket model from scratch: every stage in order, each saved when done, to resume from.
 
-``DIR/stages`` holds what the stages made, in fp32; ``DIR`` itself is the product in fp16: a
-diffusers folder, the CLIP model it came from, the oracle and the quality card.
+``DIR/stages`` has the results of the stages in fp32. ``DIR`` itself is the product in fp16: a
+diffusers folder, the CLIP model it came from, the oracle and the quality report.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["FULL", "TINY", "Recipe", "build"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what comes out, apart from the seed."""
+    """Everything that determines the result, apart from the seed."""
 
     sizes: Sizes
     num_merges: int
@@ -103,7 +103,7 @@ def build(
     device: torch.device | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a pocket model into ``output`` and return its quality card.
+    """Train a pocket model into ``output`` and return its quality report.
 
     Raises:
         UserError: the folder belongs to another recipe or cannot be written.
@@ -153,7 +153,7 @@ class _Builder:
             ),
         )
         self._save_product(tokenizer, vae, clip, oracle, unet)
-        card = self._quality_card(tokenizer, vae, clip, oracle, unet)
+        card = self._quality_report(tokenizer, vae, clip, oracle, unet)
         _write_json(self.output / "quality.json", card)
         return card
 
@@ -164,7 +164,7 @@ class _Builder:
         return CLIPTokenizer.from_pretrained(folder)
 
     def _stage(self, name: str, cls, new: Callable, train: Callable):
-        """A finished stage from its folder, or a new model after its training."""
+        """Load a finished stage from its folder, or train a new model."""
         folder = self.stages / name
         if (folder / "config.json").exists():
             return cls.from_pretrained(folder).to(self.device).eval().requires_grad_(False)
@@ -221,7 +221,7 @@ class _Builder:
         _write_json(self.output / "model_index.json", model_index("DDPMScheduler"))
 
     def _contextualizer(self, tokenizer) -> None:
-        """On the text encoder as it ships, so that users' runs find the same encoder."""
+        """Made for the text encoder as shipped, so that users' runs find the same encoder."""
         path = self.output / CONTEXTUALIZER
         if path.exists():
             return
@@ -238,7 +238,7 @@ class _Builder:
         self.seconds["contextualizer"] = round(time.monotonic() - began, 1)
         _write_json(self.seconds_path, self.seconds)
 
-    def _quality_card(self, tokenizer, vae, clip, oracle, unet) -> dict[str, Any]:
+    def _quality_report(self, tokenizer, vae, clip, oracle, unet) -> dict[str, Any]:
         began = time.monotonic()
         prompts = quality.held_out_prompts(self.recipe.num_prompts, seed=self.seed)
         pictures = generate(
@@ -269,7 +269,7 @@ class _Builder:
         )
         if path.exists() and json.loads(path.read_text()) != ours:
             raise UserError(
-                f"--output {self.output}: holds a model of another recipe or seed; choose another "
+                f"--output {self.output}: has a model of another recipe or seed; choose another "
                 "folder"
             )
         _write_json(path, ours)

@@ -37,8 +37,8 @@ class Sizes:
 def new_vae(sizes: Sizes) -> AutoencoderKL:
     """Autoencoder of factor 8 with four latent channels, as Stable Diffusion's.
 
-    Norms run over at least four channels: over one alone they would erase its mean, and with it
-    how bright a picture is.
+    Norms run over at least four channels: a norm over a single one would remove its mean, and with
+    it the brightness of a picture.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -53,7 +53,7 @@ def new_vae(sizes: Sizes) -> AutoencoderKL:
 
 
 def new_clip(sizes: Sizes, *, vocab_size: int) -> CLIPModel:
-    """CLIP with both towers; patches of one latent's size."""
+    """CLIP with both towers; patches have the size of one latent."""
     end = vocab_size - 1
     text = CLIPTextConfig(
         vocab_size=vocab_size,
@@ -86,7 +86,7 @@ def new_clip(sizes: Sizes, *, vocab_size: int) -> CLIPModel:
 
 
 def preprocessor_config() -> dict[str, Any]:
-    """How the vision tower takes pictures, as transformers' ``CLIPImageProcessor`` writes it."""
+    """Preprocessing for the vision tower, in the format of transformers' ``CLIPImageProcessor``."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

@@ -1,4 +1,4 @@
-"""Copies of a built model what ships with the package."""
+"""Copies the parts of a built model that ship with the package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mlm_plugin.pocket.shipped import CONTEXTUALIZER, TOKENIZER_FILES
 __all__ = ["pack"]
 
 LEFT_OUT = ("stages", "text_encoder", *(f"clip/{name}" for name in TOKENIZER_FILES))
-"""What ``mlm_plugin.pocket.shipped.unpack`` makes again from the rest."""
+"""Parts that ``mlm_plugin.pocket.shipped.unpack`` restores from the rest."""
 
 
 def pack(built: Path, target: Path) -> int:
-    """Copy what ships of a built model; returns the bytes.
+    """Copy the parts of a built model that ship; returns their size in bytes.
 
     Args:
         built: folder that :func:`research.pocket_model.build.build` wrote.

@@ -28,18 +28,19 @@ def scene_pixels(scenes: Sequence[Scene]) -> Tensor:
 
 
 def draw_any_scene(rng: Generator, *, unnamed_share: float, held_out: bool | None) -> Scene:
-    """A scene whose thing has, with a given probability, two colours that no caption names."""
+    """A scene whose object has, with a given probability, two colours that no caption names."""
     scene = draw_scene(rng, held_out=held_out)
     return replace(scene, paint=random_paint(rng)) if rng.random() < unnamed_share else scene
 
 
 def universal_art(rng: Generator, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures for the autoencoder, the world and much else, and where things are in them.
+    """Pictures for the autoencoder, of the world and others, and where objects are in them.
 
     Returns bytes ``(B, 32, 32, 3)`` and booleans ``(B, 32, 32)``.
 
-    More than half are scenes; the others have things in any colours, are recoloured and shifted as
-    a whole, or are patchworks of patterns: an autoencoder of scenes alone draws no new thing.
+    More than half are scenes. The others have objects in any colours, are recoloured and shifted as
+    a whole, or are patchworks of patterns: an autoencoder trained on scenes alone does not
+    generalize to new objects.
     """
     art = np.empty((batch_size, SIDE, SIDE, 3), np.uint8)
     things = np.zeros((batch_size, SIDE, SIDE), bool)

@@ -1,4 +1,4 @@
-"""How good a pocket model is: prompts it never saw, and the oracle's verdict on the pictures."""
+"""Quality of a pocket model: unseen prompts, judged by the oracle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BARS = {
 
 
 def held_out_prompts(number: int, *, seed: int) -> list[Caption]:
-    """Captions that ask for at least one pair of values which building never showed."""
+    """Captions with at least one held-out pair of values."""
     rng = generator_of("held-out prompts", seed)
     prompts: list[Caption] = []
     while len(prompts) < number:
@@ -36,12 +36,12 @@ def held_out_prompts(number: int, *, seed: int) -> list[Caption]:
 
 @torch.no_grad()
 def judge(oracle: Oracle, pictures: Tensor, prompts: Sequence[Caption]) -> dict[str, Any]:
-    """Share of what was said that is seen: per attribute, per pair, for the held-out pairs.
+    """Share of prompted attributes that are seen: per attribute, per pair, for held-out pairs.
 
     Args:
-        oracle: sees what is in a picture.
+        oracle: recognizes what is in a picture.
         pictures: ``(B, 3, 64, 64)``, one per prompt.
-        prompts: what was asked for.
+        prompts: the prompts of the pictures.
     """
     device = next(oracle.parameters()).device
     predictions = oracle(pictures.to(device))
@@ -64,7 +64,7 @@ def judge(oracle: Oracle, pictures: Tensor, prompts: Sequence[Caption]) -> dict[
 
 
 def missed_bars(verdict: Mapping[str, Any]) -> dict[str, float]:
-    """What lies below its bar, with the value reached."""
+    """Measures below their bar, with their values."""
     reached = {**verdict["accuracy"], "pairs": verdict["mean_of_pairs"]}
     return {name: reached[name] for name, bar in BARS.items() if reached.get(name, 0.0) < bar}
 

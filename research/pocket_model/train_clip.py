@@ -1,7 +1,8 @@
 """Training of both CLIP towers and their tokenizer. Shapes: B captions, L tokens, D width.
 
-Contrast alone hardly teaches the text tower left and right, since few pairs of a batch differ in
-nothing else. So both towers also name the attributes, with linear heads that are thrown away.
+The contrastive loss alone hardly teaches the text tower left and right, since few pairs of a batch
+differ in nothing else. So both towers also predict the attributes, with linear heads that are
+discarded.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def contrastive_loss(text_BD: Tensor, image_BD: Tensor, scale: Tensor) -> Tensor
 
 
 def label_heads(width: int) -> nn.Linear:
-    """One linear layer that answers every attribute, side by side."""
+    """One linear layer that predicts all attributes."""
     return nn.Linear(width, sum(len(values) for values in ATTRIBUTES.values()))
 
 
@@ -125,7 +126,7 @@ def label_loss(logits: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def text_states(text_model: nn.Module, tokenizer, texts: Sequence[str]) -> Tensor:
-    """Conditioning of the U-Net, ``(B, 77, D)``, as the Stable Diffusion pipeline makes it."""
+    """Conditioning of the U-Net, ``(B, 77, D)``, as in the Stable Diffusion pipeline."""
     ids_BL = tokenizer(
         list(texts), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
@@ -134,7 +135,7 @@ def text_states(text_model: nn.Module, tokenizer, texts: Sequence[str]) -> Tenso
 
 
 def _ordinary_words(tokenizer) -> list[str]:
-    """Whole words of the vocabulary that name nothing in this world."""
+    """Whole words of the vocabulary without a meaning in this world."""
     named = all_words()
     return sorted(
         word

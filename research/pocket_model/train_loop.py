@@ -1,4 +1,4 @@
-"""One training from start to end: seeded, with progress, resumable, averaged. Knows no pictures.
+"""One training loop: seeded, with progress, resumable, averaged. Knows no pictures.
 
 Every step draws from a generator named by training, seed and step, so that a resumed training
 equals an uninterrupted one.
@@ -42,14 +42,14 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class Job:
-    """A training apart from what is trained.
+    """Settings of a training.
 
     Attributes:
-        plan: length, batch, rate.
-        seed: names every random draw.
+        plan: length, batch size, learning rate.
+        seed: determines every random draw.
         state_path: the state file; removed by the caller once the result is saved.
         device: where the models are.
-        show_progress: whether a bar is drawn.
+        show_progress: whether to show a bar.
     """
 
     plan: TrainPlan
@@ -60,7 +60,7 @@ class Job:
 
 
 class Interrupted(Exception):
-    """A signal stopped the building; the same command goes on."""
+    """A signal stopped the building; the same command continues."""
 
     def __init__(self, exit_code: int):
         super().__init__("building stopped; the same command continues")
@@ -73,19 +73,20 @@ def run_train_loop(
     loss_of: Callable[[np.random.Generator, int], tuple[Tensor, dict[str, float]]],
     job: Job,
 ) -> float:
-    """Train ``modules``; at the end they hold the averaged weights.
+    """Train ``modules``; at the end they have the averaged weights.
 
     A state file is written every ``save_every_n_steps`` and on SIGINT or SIGTERM; the same call
-    goes on from it.
+    continues from it.
 
     Args:
-        name: what the progress bar shows and the random streams are named by.
-        modules: what is trained.
-        loss_of: loss of one batch and numbers to show, from the step's generator and the step.
-        job: how long and how fast, and where the state is kept.
+        name: name in the progress bar and of the random streams.
+        modules: the modules to train.
+        loss_of: computes the loss of a batch and numbers to show, from the step's generator and the
+            step.
+        job: settings and state file.
 
     Returns:
-        Seconds of training, earlier ones of a resumed training included.
+        Seconds of training, including those before a resume.
 
     Raises:
         Interrupted: after a signal, with the state saved.

@@ -1,7 +1,7 @@
-"""Training of the oracle, and how often it is right.
+"""Training of the oracle, and its accuracy.
 
-It is trained on all of the world, held-out pairs included, on things of any colours, and on what
-the autoencoder makes of them, since its task is to judge generated pictures.
+It is trained on the whole world, held-out pairs included, on objects of any colours, and on
+reconstructions by the autoencoder, since its task is to judge generated pictures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["oracle_accuracy", "save_oracle", "train_oracle"]
 
 UNNAMED_SHARE = 0.3
 RECONSTRUCTED_SHARE = 0.6
-CHUNK = 128  # pictures at once, where no gradient is needed
+CHUNK = 128  # pictures per batch without gradients
 LATENT_NOISE = 0.25  # in units of the latents' standard deviation
 
 
@@ -38,7 +38,7 @@ def train_oracle(
     pool_size: int,
     job: Job,
 ) -> float:
-    """Train on ``pool_size`` pictures, clean and as the autoencoder makes them; the seconds."""
+    """Train on ``pool_size`` pictures and their reconstructions; returns the seconds."""
     scenes = _draw_scenes("oracle pool", pool_size, seed=job.seed)
     generator = torch.Generator().manual_seed(job.seed)
     clean, made = (torch.empty(pool_size, 3, SIDE, SIDE) for _ in range(2))
@@ -55,7 +55,7 @@ def train_oracle(
         art = torch.where(reconstructed, made[rows], clean[rows])
         art = art + 0.15 * torch.rand(len(rows), 1, 1, 1) * torch.randn_like(art)
         wanted = {name: value[rows].to(job.device) for name, value in targets.items()}
-        return label_loss(oracle.answers(art.to(job.device)), wanted), {}
+        return label_loss(oracle.all_logits(art.to(job.device)), wanted), {}
 
     oracle.train()
     seconds = run_train_loop(
@@ -72,7 +72,7 @@ def train_oracle(
 def oracle_accuracy(
     oracle: Oracle, vae: AutoencoderKL, *, num_pictures: int, seed: int
 ) -> dict[str, float]:
-    """Share of rightly named values on fresh scenes, as the autoencoder makes them."""
+    """Accuracy on reconstructions of new scenes, by attribute."""
     scenes = _draw_scenes("oracle test", num_pictures, seed=seed, unnamed_share=0.0)
     device = next(oracle.parameters()).device
     right = dict.fromkeys(ATTRIBUTES, 0)
@@ -87,7 +87,7 @@ def oracle_accuracy(
 
 
 def save_oracle(oracle: Oracle, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write its weights; whole numbers keep their type."""
+    """Write its weights; integers keep their type."""
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
         for name, value in oracle.state_dict().items()
@@ -107,7 +107,7 @@ def _draw_scenes(
 def _reconstruct(
     vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator, *, noise: float
 ) -> Tensor:
-    """What the autoencoder makes of pictures, with some noise on the latents in between."""
+    """Reconstructions by the autoencoder, with some noise on the latents."""
     device = next(vae.parameters()).device
     latents = vae.encode(pixels.to(device)).latent_dist.mean
     amount = noise * torch.rand(len(pixels), 1, 1, 1, generator=generator)

@@ -1,4 +1,4 @@
-"""Training of the pocket U-Net on latents, with the text tower as CLIP left it."""
+"""Training of the pocket U-Net on latents, with the frozen text tower of CLIP."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def noise_loss(
 def _pool(
     vae: AutoencoderKL, text_model: nn.Module, tokenizer, pool_size: int, *, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Latents ``(B, 4, 8, 8)`` of scenes and states ``(B, 77, D)``, in half, of their captions."""
+    """Latents ``(B, 4, 8, 8)`` of scenes, and fp16 states ``(B, 77, D)`` of their captions."""
     rng = generator_of("unet pool", seed)
     latents, states = [], []
     for start in range(0, pool_size, CHUNK):

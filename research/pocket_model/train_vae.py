@@ -13,7 +13,7 @@ from research.pocket_model.train_loop import Job, run_train_loop
 __all__ = ["encode", "measure_scale", "train_vae", "vae_loss"]
 
 KL_WEIGHT = 2e-6
-THING_WEIGHT = 4.0  # of a pixel on a thing; backgrounds are large and alike, faces are not
+THING_WEIGHT = 4.0  # of a pixel on an object; backgrounds are large and similar, faces are not
 NUM_MEASURED = 256
 
 
@@ -23,7 +23,7 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, weight: Tensor) -> tuple[Tensor
     Args:
         vae: the autoencoder.
         pixels: ``(B, 3, 64, 64)`` in [-1, 1].
-        weight: ``(B, 1, 64, 64)``, of the error of each pixel.
+        weight: ``(B, 1, 64, 64)``, weight of the error of each pixel.
     """
     posterior = vae.encode(pixels).latent_dist
     error = vae.decode(posterior.sample()).sample - pixels
@@ -56,7 +56,7 @@ def train_vae(vae: AutoencoderKL, job: Job) -> float:
 
 @torch.no_grad()
 def measure_scale(vae: AutoencoderKL, *, seed: int) -> float:
-    """What makes the latents of scenes have variance 1."""
+    """The scale that gives latents of scenes variance 1."""
     rng = generator_of("scale", seed)
     scenes = [draw_scene(rng) for _ in range(NUM_MEASURED)]
     device = next(vae.parameters()).device

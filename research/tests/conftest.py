@@ -1,4 +1,4 @@
-"""Fixtures of research, and the marker that its tests carry."""
+"""Fixtures of research, and the marker of its tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_pocket(tmp_path_factory, _own_cache):
-    """A miniature of the pocket model: folder, quality card, last losses of every training."""
+    """A miniature of the pocket model: folder, quality report, last losses of every training."""
     from research.pocket_model.build import TINY, build
 
     folder = tmp_path_factory.mktemp("pocket") / "tiny"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def arguments(toy_folder, toy_pictures, toy_contextualizer, tmp_path, _fresh_accelerator):
-    """Flags of a short run of the quickstart preset; later flags win over these."""
+    """Flags of a short run of the quickstart preset; later flags take precedence."""
     return [
         *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
         *("--pretrained_model_name_or_path", str(toy_folder)),
@@ -115,13 +115,13 @@ def test_a_frozen_part_of_a_pivotal_run_stays(arguments, tmp_path):
     run = [*arguments, "--method", "pivotal", "--mlm_loss_weight", "0"]
     stop = ["--stop_embedding_training", "0.5", "--save_every_n_steps", "1"]
     assert train_main([*run, *stop, "--max_train_steps", "4"]) == 0
-    rows = [
+    saved = [
         load_file(tmp_path / "out" / f"x{name}_embedding.safetensors")["emb_params"]
         for name in ("-step00000001", "-step00000002", "-step00000003", "")
     ]
-    assert not torch.equal(rows[0], rows[1])
-    assert torch.equal(rows[1], rows[2])
-    assert torch.equal(rows[2], rows[3])
+    assert not torch.equal(saved[0], saved[1])
+    assert torch.equal(saved[1], saved[2])
+    assert torch.equal(saved[2], saved[3])
 
 
 @pytest.mark.parametrize(

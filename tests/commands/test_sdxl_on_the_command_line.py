@@ -19,7 +19,7 @@ FIRST_STEP = "text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
 def arguments(
     toy_sdxl_folder, toy_pictures, toy_sdxl_contextualizers, tmp_path, _fresh_accelerator
 ):
-    """Flags of a short run of the quickstart preset; later flags win over these."""
+    """Flags of a short run of the quickstart preset; later flags take precedence."""
     return [
         *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
         *("--pretrained_model_name_or_path", str(toy_sdxl_folder)),
@@ -93,7 +93,10 @@ def test_class_images_are_drawn_with_both_text_encoders(arguments, tmp_path):
     [
         (["--method", "xti"], "is SDXL; use one of lora"),
         (["--v2"], "--v2"),
-        (["--cache_text_encoder_outputs"], "cache_text_encoder_outputs cannot go with training"),
+        (
+            ["--cache_text_encoder_outputs"],
+            "cache_text_encoder_outputs cannot be combined with training",
+        ),
         (["--mlm_contextualizer", "one.safetensors"], "names 1 file(s), needed: 2"),
     ],
 )

@@ -41,7 +41,7 @@ def contextualizer(toy_folder, tmp_path_factory):
 
 @pytest.fixture
 def arguments(toy_folder, toy_pictures, contextualizer, tmp_path):
-    """Flags of a small run; later flags win over these."""
+    """Flags of a small run; later flags take precedence."""
     return [
         *("--pretrained_model_name_or_path", str(toy_folder)),
         *("--train_data_dir", str(toy_pictures)),
@@ -62,7 +62,7 @@ def arguments(toy_folder, toy_pictures, contextualizer, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    """A process trains once; tests train many times, with other precisions."""
+    """A process trains once; tests train many times, with different precisions."""
     from accelerate.state import AcceleratorState
 
     yield
@@ -439,4 +439,4 @@ def test_a_kill_leaves_no_half_file_under_a_final_name(arguments, tmp_path):
     process.kill()
     process.communicate(timeout=60)
     for path in out.glob("dog*.safetensors"):
-        load_file(path)  # every one of them is whole
+        load_file(path)  # every one of them is complete

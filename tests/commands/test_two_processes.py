@@ -56,7 +56,7 @@ def start(arguments):
 
 
 class KnownNoise:
-    """The denoising loss with noise and timestep that follow from picture and step.
+    """The denoising loss with noise and timestep determined by picture and step.
 
     So they are the same whichever process sees the picture, in a batch of whichever size.
     """
@@ -80,7 +80,7 @@ class KnownNoise:
 
 
 class BothRanks:
-    """The term of both processes in turn, as one process meets it batch by batch."""
+    """The term of both processes in turn, as one process sees it batch by batch."""
 
     def __init__(self, regularizer):
         self.regularizers = [copy.copy(regularizer) for _ in range(2)]
@@ -103,7 +103,7 @@ class SignalAfter(Callback):
 
 
 def shared_run(arguments, rank):
-    """A run of known noise, with the pictures and prompts that this process saw."""
+    """A run with known noise, and the pictures and prompts that this process saw."""
     trainer = start(arguments)
     trainer.diffusion_loss = KnownNoise(trainer)
     if trainer.regularizer and trainer.accelerator.num_processes == 1:
@@ -162,7 +162,7 @@ def failing_run(arguments, rank):
 
 
 def plain_run(arguments, rank):
-    """The whole program; whatever rank 1 would write of its own lies in a folder of its own."""
+    """The whole program; anything that rank 1 might write is in a separate folder."""
     if rank:
         at = arguments.index("--output_dir") + 1
         arguments = [*arguments[:at], f"{arguments[at]}-rank1", *arguments[at + 1 :]]
@@ -190,7 +190,7 @@ def weights_of(trainer):
 
 @contextmanager
 def process_group(store, rank):
-    """One group for each run, as if each had been launched by itself."""
+    """One group for each run, as if each had been launched separately."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
@@ -276,7 +276,7 @@ def runs(folder, toy_folder, toy_pictures, toy_contextualizer, request):
 
 @pytest.fixture(scope="module")
 def printed(folder, runs):
-    """All runs by two processes; what both of them printed."""
+    """All runs by two processes, and their output."""
     (folder / "runs.json").write_text(json.dumps(runs))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -329,7 +329,7 @@ def assert_equal(a, b):
 
 
 def assert_close(a, b, *, start):
-    """Equal up to rounding, measured by how far the weights have come."""
+    """Equal up to rounding, relative to the change of the weights."""
     assert a.keys() == b.keys() == start.keys()
     moved = max((b[name] - start[name]).abs().max() for name in b)
     apart = max((b[name] - a[name]).abs().max() for name in b)
@@ -364,7 +364,7 @@ def test_a_tensor_without_gradient_on_one_process_counts_as_zero_there(ranks):
     for name, gradient in ((first, 0.5), (second, 1.0)):  # means of (1, 0) and (0, 2)
         expected = before[name] - rate * (gradient + decay * before[name])
         torch.testing.assert_close(after[name], expected)
-    for name in others:  # without gradient anywhere nothing moves, not even by decay
+    for name in others:  # without any gradient nothing changes, not even by decay
         assert torch.equal(after[name], before[name]), name
 
 
@@ -417,7 +417,7 @@ def test_only_the_first_process_writes_and_says_so(folder, ranks, printed):
         "resumed.json",
         "resumed.safetensors",
     ]
-    assert len(names_in(folder / "logs")) == 1  # of the straight run; the resumed one has none
+    assert len(names_in(folder / "logs")) == 1  # of the uninterrupted run; the resumed one has none
     assert printed.count(f"wrote {folder / 'straight' / 'dog.safetensors'}") == 1
 
 

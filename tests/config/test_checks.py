@@ -1,4 +1,4 @@
-"""Options that do not go together end the run before a model is opened; others are named."""
+"""Contradicting options end the run before a model is opened; ineffective ones are named."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
-from mlm_plugin.methods.checks import check_config  # with what the method says of the options
+from mlm_plugin.methods.checks import check_config  # includes the checks of the method
 
 PRESETS = sorted((Path(__file__).parents[2] / "presets").glob("*.toml"))
 USABLE = TrainConfig().replace(

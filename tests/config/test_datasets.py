@@ -488,7 +488,7 @@ def test_a_list_of_one_kind_takes_the_rest_from_the_folders(tmp_path):
         (["10_sks dog", "5_ohwx"], {}, ["'ohwx'", "--class_token", "10_ohwx dog"]),
     ],
 )
-def test_concepts_that_cannot_be_told_apart_are_refused(tmp_path, names, options, parts):
+def test_concepts_that_cannot_be_distinguished_are_refused(tmp_path, names, options, parts):
     with pytest.raises(UserError) as caught:
         concepts(tmp_path, names, **options)
     assert "\n" not in str(caught.value)

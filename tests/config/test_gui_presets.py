@@ -1,4 +1,4 @@
-"""GUI presets become TOMLs that load; nothing is lost without a word."""
+"""GUI presets become TOMLs that load; nothing is dropped silently."""
 
 import json
 from pathlib import Path

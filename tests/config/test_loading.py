@@ -1,4 +1,4 @@
-"""Flags beat TOML, values reach their types, and every error names place, key and way out."""
+"""Flags override the TOML, values get their types, errors name place, key and remedy."""
 
 import logging
 import subprocess
@@ -247,7 +247,7 @@ def test_broken_toml_names_file_and_line_and_hints_at_backslashes(toml):
     assert read_toml(toml("vae = 'C:\\Users\\me'"))["vae"] == "C:\\Users\\me"
 
 
-def test_a_byte_order_mark_is_no_error(tmp_path):
+def test_a_byte_order_mark_is_not_an_error(tmp_path):
     path = tmp_path / "notepad.toml"
     path.write_bytes(b"\xef\xbb\xbfseed = 5\n")
     assert load(str(path)).schedule.seed == 5

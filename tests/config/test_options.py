@@ -1,4 +1,4 @@
-"""Every kohya option is known, and the declarations say the same as kohya's parser."""
+"""Every kohya option is known, and the declarations agree with kohya's parser."""
 
 import json
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_types_and_choices_contain_kohyas():
         assert kohyas <= set(declared.choices or ()), declared.name
 
 
-def test_an_option_stands_in_one_table_only():
+def test_an_option_is_in_one_table_only():
     tables = [OPTIONS, NO_EFFECT, REFUSED, ALIASES, SWITCH_ALIASES]
     assert sum(len(table) for table in tables) == len(known_names())
 

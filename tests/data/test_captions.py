@@ -170,7 +170,7 @@ def test_wildcards_read_every_line(tmp_path):
     assert read_captions(tmp_path / "a.png", ".txt", True).text == "one\ntwo"
 
 
-def test_face_information_in_the_name_is_no_part_of_the_caption_name(tmp_path):
+def test_face_information_in_the_name_is_not_part_of_the_caption_name(tmp_path):
     _write(tmp_path, my_dog__txt="found")
     assert read_captions(tmp_path / "my_dog_10_20_30_40.png", ".txt", False).text == "found"
     assert read_captions(tmp_path / "dog_10_20_30.png", ".txt", False).text is None

@@ -1,4 +1,4 @@
-"""The report before training: counts, and warnings about what is probably not meant."""
+"""The report before training: counts, and warnings about what is probably unintended."""
 
 import numpy as np
 import pytest
@@ -152,7 +152,7 @@ PETS = ("sks dog", "zwx cat")
 
 @pytest.fixture
 def cats(folder):
-    """Two pictures more, in a folder of their own."""
+    """Two more pictures, in a separate folder."""
     other = folder.with_name("5_zwx cat")
     other.mkdir()
     for i, colour in enumerate(("red", "blue")):

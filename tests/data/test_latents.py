@@ -121,20 +121,20 @@ def test_valid_files_are_used_again(folder):
     ],
     ids=str,
 )
-def test_files_of_another_vae_size_or_setting_are_made_anew(folder, change):
+def test_files_of_another_vae_size_or_setting_are_made_again(folder, change):
     _cached_anew(folder)
     num_encodings = 8 if change.get("subset", {}).get("flip_aug") else 4
     assert _cached_anew(folder, **dict(change)) == num_encodings
     assert _cached_anew(folder, **dict(change)) == 0
 
 
-def test_a_changed_picture_is_encoded_anew(folder):
+def test_a_changed_picture_is_encoded_again(folder):
     _cached_anew(folder)
     shutil.copy(folder / "0.png", folder / "1.png")
     assert _cached_anew(folder) == 1
 
 
-def test_a_broken_file_and_one_of_sd_scripts_are_made_anew(folder):
+def test_a_broken_file_and_one_of_sd_scripts_are_made_again(folder):
     _cached_anew(folder)
     (folder / "0_0064x0064_sd.npz").write_bytes(b"broken")
     path = folder / "1_0064x0064_sd.npz"

@@ -1,4 +1,4 @@
-"""Scales, places and words are those of the definition, and the mask is exactly the picture."""
+"""Scales, positions and words follow the definition, and the mask is exactly the picture."""
 
 import random
 
@@ -38,7 +38,7 @@ def test_kinds_come_as_often_as_the_definition_says():
     draws = _draws((512, 512), 6000)
     small = [s for s in draws if s.words in SMALL_WORDS]
     large = [s for s in draws if s.words in LARGE_WORDS]
-    # U[1/3, 1) lies below 0.6 in 0.4 of the cases; it is drawn in two thirds of them
+    # U[1/3, 1) is below 0.6 in 0.4 of the cases; it is drawn in two thirds of them
     assert len(small) / len(draws) == pytest.approx(2 / 3 * 0.4, abs=0.02)
     assert len(large) / len(draws) == pytest.approx(1 / 3, abs=0.02)
     assert {s.size[0] for s in small} == set(range(168, 304 + 1, 8))
@@ -86,7 +86,7 @@ def test_the_mask_is_the_papers_on_its_own_grid():
     assert torch.equal(torch.nn.functional.avg_pool2d(scaling.valid_mask(), 8)[0], cells)
 
 
-def test_a_picture_is_moved_not_changed():
+def test_a_picture_is_shifted_not_changed():
     picture = torch.rand(3, 32, 24)
     placed = Scaling((64, 80), (24, 32), left=16, top=40).place(picture)
     assert torch.equal(placed[:, 40:72, 16:40], picture)

@@ -1,4 +1,4 @@
-"""Templates have one slot, are all different and say nothing of the place."""
+"""Templates have one slot, are all different and mention no place."""
 
 import pytest
 

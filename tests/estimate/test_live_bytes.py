@@ -83,7 +83,7 @@ def test_the_peak_is_where_most_lives_at_once(device):
     assert sum(live.live.values()) == 0
 
 
-def test_a_view_is_no_new_memory_and_keeps_all_of_the_old():
+def test_a_view_is_not_new_memory_and_keeps_all_of_the_old():
     live = LiveBytes("cpu")
     with live:
         row = torch.empty(8, KIB, dtype=torch.uint8)[3]

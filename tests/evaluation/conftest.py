@@ -1,4 +1,4 @@
-"""Judges of a few thousand random weights, saved as those of the hub are; readers of reports."""
+"""Judges with a few thousand random weights, in the format of the hub; readers of reports."""
 
 import json
 import re

@@ -35,7 +35,7 @@ def test_a_file_of_prompts_may_have_comments_and_blank_lines(tmp_path):
         ("a dog\n", "line 1: 'a dog' has 0 slots"),
         ("a {}\n{} and {}\n", "line 2"),
         ("# nothing\n", "no prompts"),
-        ("a {}\na {}\n", "stands there twice"),
+        ("a {}\na {}\n", "is there twice"),
     ],
 )
 def test_a_bad_file_of_prompts_is_named_with_the_line(tmp_path, text, message):

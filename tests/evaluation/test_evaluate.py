@@ -17,7 +17,7 @@ NASTY = "<script>alert('x')</script> & \"quoted\""
 
 @pytest.fixture
 def arguments(toy_folder, toy_pictures, tiny_clip, tiny_dino, toy_contextualizer, tmp_path):
-    """Flags of a short evaluation; later flags win over these."""
+    """Flags of a short evaluation; later flags take precedence."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a {} on the beach\na {} wearing a red hat\n<b>a</b> {} & co\n")
     return [
@@ -46,7 +46,7 @@ def pixels_of(folder):
     return {path.name: np.asarray(Image.open(path)) for path in (folder / "pictures").iterdir()}
 
 
-def test_every_number_is_in_the_files_and_the_page_stands_alone(
+def test_every_number_is_in_the_files_and_the_page_is_self_contained(
     arguments, tmp_path, capsys, page_of
 ):
     evaluate(*arguments, "--label", NASTY)
@@ -80,7 +80,7 @@ def test_every_number_is_in_the_files_and_the_page_stands_alone(
     assert "wrote" in capsys.readouterr().out
 
 
-def test_a_stopped_drawing_goes_on_and_gives_the_same_pictures(arguments, tmp_path):
+def test_a_stopped_drawing_continues_and_gives_the_same_pictures(arguments, tmp_path):
     evaluate(*arguments, "--batch_size", "1")
     out = tmp_path / "out"
     whole, first = pixels_of(out), results_of(out)
@@ -90,7 +90,7 @@ def test_a_stopped_drawing_goes_on_and_gives_the_same_pictures(arguments, tmp_pa
     (out / "pictures" / "001_01.png").unlink()
     evaluate(*arguments, "--batch_size", "1")
     again = pixels_of(out)
-    assert (again["000_00.png"] == np.asarray(marked)).all()  # what is there stays
+    assert (again["000_00.png"] == np.asarray(marked)).all()  # existing pictures are kept
     assert (again["001_01.png"] == whole["001_01.png"]).all()
     assert results_of(out)["prompts"][1] == first["prompts"][1]
 

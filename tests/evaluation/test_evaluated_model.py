@@ -1,4 +1,4 @@
-"""What is loaded draws as diffusers draws it, and leaves the base text encoder alone."""
+"""A loaded model draws like diffusers, and leaves the base text encoder alone."""
 
 from pathlib import Path
 
@@ -45,11 +45,13 @@ def files(toy_folder, tmp_path):
     """One file of each kind with random values large enough to see."""
     models = load_stable_diffusion(toy_folder)
     metadata = {"made": "for a test"}
-    rows_ND = torch.randn(2, 32) * 0.1
-    save_embedding(tmp_path / "embedding.safetensors", {"emb_params": rows_ND}, metadata=metadata)
+    vectors_ND = torch.randn(2, 32) * 0.1
+    save_embedding(
+        tmp_path / "embedding.safetensors", {"emb_params": vectors_ND}, metadata=metadata
+    )
     codes = layer_codes(models.unet)
-    rows_KND = torch.randn(len(codes), 1, 32) * 0.1
-    save_xti(tmp_path / "xti.safetensors", rows_KND, metadata=metadata, codes=codes)
+    vectors_KND = torch.randn(len(codes), 1, 32) * 0.1
+    save_xti(tmp_path / "xti.safetensors", vectors_KND, metadata=metadata, codes=codes)
     weights = {
         name: tensor + torch.randn_like(tensor) * 0.2
         for name, tensor in models.unet.state_dict().items()
@@ -94,7 +96,7 @@ def test_a_file_draws_what_a_user_of_diffusers_gets(toy_folder, files, kind):
     assert not torch.allclose(expected, plain, atol=1e-3)
 
 
-def test_the_base_text_encoder_stays_as_it_was(toy_folder, toy_text_encoder, files):
+def test_the_base_text_encoder_is_unchanged(toy_folder, toy_text_encoder, files):
     subject = load(toy_folder, lora=files["lora"])
     (base,) = subject.base_text_encoders
     assert base.fingerprint() == toy_text_encoder.fingerprint()

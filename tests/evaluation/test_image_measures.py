@@ -1,4 +1,4 @@
-"""Scores of pictures whose answer is known."""
+"""Scores of pictures with known results."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The formulas on vectors whose answer is known."""
+"""The formulas on vectors with known results."""
 
 import math
 

@@ -17,7 +17,7 @@ ENCODERS = ("clip_l", "clip_g")
 
 @pytest.fixture(scope="module")
 def arguments(toy_sdxl_folder, toy_pictures, toy_sdxl_contextualizers, tmp_path_factory):
-    """Flags of a short evaluation without judges; later flags win over these."""
+    """Flags of a short evaluation without judges; later flags take precedence."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     prompts.write_text("a {} on the beach\na {} wearing a red hat\n")
     return [
@@ -91,7 +91,7 @@ def test_the_report_names_both_text_encoders(text_only, page_of):
     assert text.count("Pooled text: drift") == 1
 
 
-def test_a_stopped_drawing_goes_on_and_gives_the_same_pictures(arguments, tmp_path, page_of):
+def test_a_stopped_drawing_continues_and_gives_the_same_pictures(arguments, tmp_path, page_of):
     out = tmp_path / "out"
     evaluate(*arguments, "--mlm_contextualizer", "none", "--output", str(out))
     files = [out / "pictures" / f"00{i}_00.png" for i in (0, 1)]
@@ -100,13 +100,13 @@ def test_a_stopped_drawing_goes_on_and_gives_the_same_pictures(arguments, tmp_pa
     files[1].unlink()
     Image.new("RGB", (64, 64), "red").save(files[0])
     evaluate(*arguments, "--mlm_contextualizer", "none", "--output", str(out))
-    assert (np.asarray(Image.open(files[0])) == (255, 0, 0)).all()  # what is there stays
+    assert (np.asarray(Image.open(files[0])) == (255, 0, 0)).all()  # existing pictures are kept
     assert (np.asarray(Image.open(files[1])) == whole[1]).all()
     assert results_of(out)["text"]["clip_l"]["masked_words"] is None
     assert page_of(out / "report.html").tags.count("img") == 5 + 2
 
 
-def test_runs_of_sd_1_and_sdxl_have_rows_of_their_own(
+def test_runs_of_sd_1_and_sdxl_are_in_separate_rows(
     text_only, arguments, toy_folder, toy_contextualizer, tmp_path, page_of, capsys
 ):
     sd1 = tmp_path / "sd1"
@@ -117,14 +117,16 @@ def test_runs_of_sd_1_and_sdxl_have_rows_of_their_own(
     shutil.copytree(text_only, same)
     both, alike = tmp_path / "both", tmp_path / "alike"
     evaluate("--compare", str(text_only), str(same), "--output", str(alike))
-    assert "unlike" not in capsys.readouterr().err
+    assert "different text encoders" not in capsys.readouterr().err
     evaluate("--compare", str(sd1), str(text_only), "--output", str(both))
-    assert "unlike text encoders (A: text_encoder; B: clip_l and clip_g)" in capsys.readouterr().err
+    assert (
+        "different text encoders (A: text_encoder; B: clip_l and clip_g)" in capsys.readouterr().err
+    )
     values = [run["values"] for run in json.loads((both / "comparison.json").read_text())["runs"]]
     assert [run["masked_loss"] is None for run in values] == [False, True]
     assert [run["masked_loss_clip_g"] is None for run in values] == [True, False]
-    assert "unlike text encoders" in page_of(both / "report.html").text
-    assert "unlike text encoders" not in page_of(alike / "report.html").text
+    assert "different text encoders" in page_of(both / "report.html").text
+    assert "different text encoders" not in page_of(alike / "report.html").text
 
 
 def test_contextualizers_that_do_not_fit_are_found_before_anything_is_drawn(

@@ -46,10 +46,10 @@ def files(toy_folder, toy_sdxl_folder, tmp_path_factory):
             save_file(state | bundled, path.replace("lora.", "bundled_lora."))
             text = {key: value for key, value in state.items() if key.startswith("lora_te")}
             save_file(text, path.replace("lora.", "text_lora."))
-        rows = {"clip_l": torch.randn(2, 32) * 0.1, "clip_g": torch.randn(2, 48) * 0.1}
-        save_embedding(made.embedding, rows, metadata={})
-        save_embedding(made.half_embedding, {"clip_l": rows["clip_l"]}, metadata={})
-        save_embedding(made.sd1_embedding, {"emb_params": rows["clip_l"]}, metadata={})
+        vectors = {"clip_l": torch.randn(2, 32) * 0.1, "clip_g": torch.randn(2, 48) * 0.1}
+        save_embedding(made.embedding, vectors, metadata={})
+        save_embedding(made.half_embedding, {"clip_l": vectors["clip_l"]}, metadata={})
+        save_embedding(made.sd1_embedding, {"emb_params": vectors["clip_l"]}, metadata={})
         trained = load_stable_diffusion(toy_sdxl_folder)
         for encoder in trained.text_encoders:
             encoder.token_embedding.weight.mul_(1.5)
@@ -114,10 +114,10 @@ def client(folder, files, kinds):
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     if "embedding" not in kinds:
         return pipeline, "sks"
-    rows = load_file(files.embedding)
+    vectors = load_file(files.embedding)
     for key, number in (("clip_l", ""), ("clip_g", "_2")):
         pipeline.load_textual_inversion(
-            rows[key],
+            vectors[key],
             token="<learned>",
             text_encoder=getattr(pipeline, f"text_encoder{number}"),
             tokenizer=getattr(pipeline, f"tokenizer{number}"),
@@ -157,7 +157,7 @@ def test_a_checkpoint_file_is_a_base_model_too(toy_sdxl_folder, files, tmp_path,
     assert (ours(subject, tmp_path) == same).all()
 
 
-def test_the_base_text_encoders_stay_as_they_were(toy_sdxl_folder, files):
+def test_the_base_text_encoders_are_unchanged(toy_sdxl_folder, files):
     subject = load(toy_sdxl_folder, files={"lora": files.lora, "embedding": files.embedding})
     untouched = load_stable_diffusion(toy_sdxl_folder).text_encoders
     for base, before in zip(subject.base_text_encoders, untouched, strict=True):
@@ -200,8 +200,12 @@ def test_an_embedding_inside_a_lora_is_left_out(toy_sdxl_folder, files, tmp_path
     [
         ("lora", "sd1_lora", r"another kind of model \(textencoder of width 32, unet of width 32"),
         ("lora", "sd1_text_lora", r"is Stable Diffusion XL \(textencoder1 of width 32, text"),
-        ("embedding", "sd1_embedding", r"rows for 1 text encoder\(s\), .* XL and needs 2 \(clip_l"),
-        ("embedding", "half_embedding", r"rows for 1 text encoder\(s\)"),
+        (
+            "embedding",
+            "sd1_embedding",
+            r"embeddings for 1 text encoder\(s\), .* XL and needs 2 \(clip_l",
+        ),
+        ("embedding", "half_embedding", r"embeddings for 1 text encoder\(s\)"),
         ("checkpoint", "sd1_checkpoint", r"--checkpoint \(the base model is Stable Diffusion XL"),
         ("xti", "embedding", "--xti: .* is Stable Diffusion XL, files of this method are for"),
         ("delta", "lora", "--delta: .* is Stable Diffusion XL, files of this method are for"),
@@ -217,7 +221,7 @@ def test_files_of_sd_1_are_refused_on_sdxl(option, file, message, toy_sdxl_folde
     [
         ("lora", "lora", r"another kind of model .* is Stable Diffusion 1.x \(textencoder of"),
         ("lora", "text_lora", "another kind of model .textencoder1 of width 32, textencoder2 of"),
-        ("embedding", "embedding", r"rows for 2 text encoder\(s\), .* 1.x and needs 1"),
+        ("embedding", "embedding", r"embeddings for 2 text encoder\(s\), .* 1.x and needs 1"),
         ("checkpoint", "checkpoint", r"--checkpoint \(the base model is Stable Diffusion 1.x\)"),
     ],
 )

@@ -72,8 +72,8 @@ def test_the_embedding_has_the_norm_and_direction_it_was_given(toy_text_encoder)
     class_D = toy_text_encoder.token_embedding.weight.detach()[ids].mean(dim=0)
     across_D = torch.randn_like(class_D)
     across_D -= class_D * (across_D @ class_D) / class_D.square().sum()
-    rows_KND = torch.stack([3 * class_D, 3 * class_D.norm() * across_D / across_D.norm()])[None]
-    LearnedTokens(toy_text_encoder, {"sks": rows_KND})
+    vectors_KND = torch.stack([3 * class_D, 3 * class_D.norm() * across_D / across_D.norm()])[None]
+    LearnedTokens(toy_text_encoder, {"sks": vectors_KND})
     found = embedding_measures(toy_text_encoder, placeholder_token="sks", class_token="dog")
     assert found["norm"] == pytest.approx(3 * class_D.norm().item(), rel=1e-4)
     assert found["cosine"] == pytest.approx(0.5, abs=1e-4)  # one along, one across
@@ -88,9 +88,9 @@ def test_random_words_are_words_of_one_token_and_named_by_the_seed(toy_text_enco
     assert all(toy_text_encoder.count_tokens(word) == 1 for word in words)
 
 
-def test_the_same_words_are_hidden_whatever_stands_in_the_slot(toy_text_encoder, contextualizer):
+def test_the_same_words_are_masked_whatever_is_in_the_slot(toy_text_encoder, contextualizer):
     words = ["sks", "zwx", "dog"]
-    readings = [
+    results = [
         masked_words(
             toy_text_encoder,
             contextualizer,
@@ -100,13 +100,13 @@ def test_the_same_words_are_hidden_whatever_stands_in_the_slot(toy_text_encoder,
         )
         for word in ("", "sks", "zwx")
     ]
-    assert len({reading.num_masked for reading in readings}) == 1
-    assert len({reading.loss for reading in readings}) == 3
+    assert len({result.num_masked for result in results}) == 1
+    assert len({result.loss for result in results}) == 3
 
 
-def test_every_layers_reading_of_a_placeholder_counts(toy_text_encoder, contextualizer):
+def test_every_layers_embedding_of_a_placeholder_counts(toy_text_encoder, contextualizer):
     table_VD = toy_text_encoder.token_embedding.weight.detach()
-    rows = LearnedTokens(toy_text_encoder, {"sks": table_VD[[5, 900]][:, None]})
+    both_tokens = LearnedTokens(toy_text_encoder, {"sks": table_VD[[5, 900]][:, None]})
     prompts = [with_concept(template, "sks", "dog") for template in TEMPLATES]
     with torch.no_grad():
         assert pooled_states(toy_text_encoder, prompts).shape[:2] == (2, 4)
@@ -114,9 +114,9 @@ def test_every_layers_reading_of_a_placeholder_counts(toy_text_encoder, contextu
             toy_text_encoder, contextualizer, prompts, protected=["sks", "dog"], seed=0
         )
     singles = []
-    rows.remove()
-    for row in (5, 900):
-        single = LearnedTokens(toy_text_encoder, {"sks": table_VD[[row]][:, None]})
+    both_tokens.remove()
+    for token in (5, 900):
+        single = LearnedTokens(toy_text_encoder, {"sks": table_VD[[token]][:, None]})
         with torch.no_grad():
             singles.append(
                 masked_words(

@@ -46,7 +46,7 @@ def cross_attention(unet):
 
 
 def train(unet):
-    """Move all keys and values; what they were and what they are."""
+    """Change all keys and values; returns them before and after."""
     generator = torch.Generator().manual_seed(0)
     weights = cross_attention(unet)
     base = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -120,10 +120,10 @@ def test_values_that_are_not_finite_are_refused(unet, tmp_path, value, dtype):
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [
-        ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "lora_unet_conv_in.alpha is no key"),
+        ({"lora_unet_conv_in.alpha": torch.tensor(1.0)}, "lora_unet_conv_in.alpha is not a key"),
         (
             {f"{LAYER}.processor.to_q_custom_diffusion.weight": torch.ones(2, 2)},
-            "to_q_custom_diffusion.weight is no key or value",
+            "to_q_custom_diffusion.weight is not a key or value",
         ),
         (
             {f"{LAYER}.processor.to_k_custom_diffusion.weight": torch.ones(2, 2)},

@@ -26,7 +26,7 @@ from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 from mlm_plugin.models.components import Components
 
 # Number and digest of names and shapes; from tests/reference/derive_checkpoint.py. The projection
-# of the real model is square, so the digest does not depend on which way it lies.
+# of the real model is square, so the digest does not depend on its orientation.
 SD_SCRIPTS_TENSORS = (2514, "0e7097ed9dccb5ed")
 CLIP_G = "conditioner.embedders.1.model."
 

@@ -107,8 +107,8 @@ def test_diffusers_loads_a_lora_and_computes_what_our_model_computes(
 
 def test_a_lora_passes_the_check_with_its_counts(tmp_path, models):
     network = create_network(models, NetworkOptions(network_args=["conv_dim=2"]))
-    rows = {"sks": [torch.ones(2, 32), torch.ones(2, 48)]}
-    state = network.kohya_state_dict() | bundled_embeddings(rows)
+    vectors = {"sks": [torch.ones(2, 32), torch.ones(2, 48)]}
+    state = network.kohya_state_dict() | bundled_embeddings(vectors)
     save_lora(tmp_path / "x.safetensors", state, metadata={}, dtype=torch.float16)
     counts = verify_lora(tmp_path / "x.safetensors")
     assert counts == (18 + 18, network.num_unet_modules)
@@ -118,61 +118,63 @@ def test_a_lora_passes_the_check_with_its_counts(tmp_path, models):
 # --- embeddings ------------------------------------------------------------------------------
 
 
-def rows_of(num_vectors, *, seed=0):
+def vectors_of(num_vectors, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(num_vectors, width, generator=generator) for width in (32, 48)]
 
 
-def saved(path, rows, **settings):
-    tensors = dict(zip(EMBEDDING_KEYS[len(rows)], rows, strict=True))
+def saved(path, vectors, **settings):
+    tensors = dict(zip(EMBEDDING_KEYS[len(vectors)], vectors, strict=True))
     save_embedding(path, tensors, metadata={}, **settings)
     return path
 
 
-def test_one_file_holds_the_rows_of_both_encoders(tmp_path):
-    rows = rows_of(3)
-    path = saved(tmp_path / "x.safetensors", rows)
+def test_one_file_holds_the_vectors_of_both_encoders(tmp_path):
+    vectors = vectors_of(3)
+    path = saved(tmp_path / "x.safetensors", vectors)
     assert load_file(path).keys() == {"clip_l", "clip_g"}
-    assert all(map(torch.equal, read_embeddings(path), rows))
+    assert all(map(torch.equal, read_embeddings(path), vectors))
     assert verify_embedding(path) == 3
 
 
 def test_other_numbers_of_vectors_are_refused(tmp_path):
     path = saved(tmp_path / "x.safetensors", [torch.ones(2, 32), torch.ones(3, 48)])
     for read in (read_embeddings, verify_embedding):
-        with pytest.raises(UserError, match="not.* one number"):
+        with pytest.raises(UserError, match="not.* the same number"):
             read(path)
 
 
-def test_an_embedding_of_one_model_is_told_from_the_others(tmp_path):
-    sdxl = saved(tmp_path / "xl.safetensors", rows_of(1))
+def test_an_embedding_of_one_model_is_distinguished_from_the_others(tmp_path):
+    sdxl = saved(tmp_path / "xl.safetensors", vectors_of(1))
     with pytest.raises(UserError, match="is an embedding for SDXL"):
         read_embedding(sdxl)
     sd1 = saved(tmp_path / "1.safetensors", [torch.ones(2, 768)])
-    assert [rows.shape for rows in read_embeddings(sd1)] == [(2, 768)]
+    assert [vectors.shape for vectors in read_embeddings(sd1)] == [(2, 768)]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_sd_scripts_reads_the_file_and_we_read_its_file(tmp_path, suffix):
     read, write = method_of_sd_scripts("load_weights"), method_of_sd_scripts("save_weights")
-    rows = rows_of(2)
-    path = saved(tmp_path / "ours.safetensors", rows)
-    assert all(map(torch.equal, read(str(path)), rows))
-    write(str(tmp_path / f"theirs{suffix}"), rows, torch.float16, {})
-    for ours, original in zip(read_embeddings(tmp_path / f"theirs{suffix}"), rows, strict=True):
+    vectors = vectors_of(2)
+    path = saved(tmp_path / "ours.safetensors", vectors)
+    assert all(map(torch.equal, read(str(path)), vectors))
+    write(str(tmp_path / f"theirs{suffix}"), vectors, torch.float16, {})
+    for ours, original in zip(read_embeddings(tmp_path / f"theirs{suffix}"), vectors, strict=True):
         assert torch.equal(ours, original.half().float())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_vectors", [1, 3])
-def test_diffusers_reads_learned_rows_as_our_encoders_do(tmp_path, models, pipeline, num_vectors):
-    rows = rows_of(num_vectors)
-    for text_encoder, tensor in zip(models.text_encoders, rows, strict=True):
+def test_diffusers_reads_learned_vectors_as_our_encoders_do(
+    tmp_path, models, pipeline, num_vectors
+):
+    vectors = vectors_of(num_vectors)
+    for text_encoder, tensor in zip(models.text_encoders, vectors, strict=True):
         LearnedTokens(text_encoder, {"sks": tensor[None]})
     captions = ["a photo of sks dog", "sks", "a dog! and sks!"]
     states, pooled = encode_captions(models.text_encoders, captions)
 
-    loaded = load_file(saved(tmp_path / "x.safetensors", rows))
+    loaded = load_file(saved(tmp_path / "x.safetensors", vectors))
     for key, encoder, tokenizer in (
         ("clip_l", pipeline.text_encoder, pipeline.tokenizer),
         ("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2),

@@ -21,13 +21,13 @@ def pipeline(toy_folder):
 
 
 @pytest.fixture
-def rows_KND():
+def vectors_KND():
     return torch.randn(K, N, D, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def path(tmp_path, rows_KND):
-    save_xti(tmp_path / "v.safetensors", rows_KND, metadata={})
+def path(tmp_path, vectors_KND):
+    save_xti(tmp_path / "v.safetensors", vectors_KND, metadata={})
     return tmp_path / "v.safetensors"
 
 
@@ -47,13 +47,15 @@ def embeddings(pipeline, xti):
     }
 
 
-def test_each_layer_gets_the_states_of_its_own_rows(pipeline, path, rows_KND, tmp_path, toy_folder):
+def test_each_layer_gets_the_states_of_its_own_vectors(
+    pipeline, path, vectors_KND, tmp_path, toy_folder
+):
     xti = load_xti(pipeline, path, placeholder_token="<v>")
     states = split_layers(xti.encode([PROMPT, NEGATIVE]), K)
     assert states.shape == (K, 2, 77, D)
     plain = StableDiffusionPipeline.from_pretrained(toy_folder)
     for k in range(K):
-        save_embedding(tmp_path / "k.safetensors", {EMBEDDING_KEY: rows_KND[k]}, metadata={})
+        save_embedding(tmp_path / "k.safetensors", {EMBEDDING_KEY: vectors_KND[k]}, metadata={})
         plain.load_textual_inversion(str(tmp_path), weight_name="k.safetensors", token="<v>")
         expected, _ = plain.encode_prompt([PROMPT, NEGATIVE], "cpu", 1, False)
         plain.unload_textual_inversion()
@@ -63,11 +65,11 @@ def test_each_layer_gets_the_states_of_its_own_rows(pipeline, path, rows_KND, tm
 
 
 @pytest.mark.parametrize("num_images_per_prompt", [1, 2])
-def test_equal_rows_for_all_layers_draw_what_textual_inversion_draws(
-    pipeline, rows_KND, tmp_path, toy_folder, num_images_per_prompt
+def test_equal_vectors_for_all_layers_draw_what_textual_inversion_draws(
+    pipeline, vectors_KND, tmp_path, toy_folder, num_images_per_prompt
 ):
-    rows_ND = rows_KND[0]
-    save_xti(tmp_path / "xti.safetensors", rows_ND.expand(K, N, D), metadata={})
+    vectors_ND = vectors_KND[0]
+    save_xti(tmp_path / "xti.safetensors", vectors_ND.expand(K, N, D), metadata={})
     xti = load_xti(pipeline, tmp_path / "xti.safetensors", placeholder_token="<v>")
     drawn = latents_of(
         pipeline, num_images_per_prompt=num_images_per_prompt, **embeddings(pipeline, xti)
@@ -75,7 +77,7 @@ def test_equal_rows_for_all_layers_draw_what_textual_inversion_draws(
 
     plain = StableDiffusionPipeline.from_pretrained(toy_folder)
     plain.set_progress_bar_config(disable=True)
-    save_embedding(tmp_path / "ti.safetensors", {EMBEDDING_KEY: rows_ND}, metadata={})
+    save_embedding(tmp_path / "ti.safetensors", {EMBEDDING_KEY: vectors_ND}, metadata={})
     plain.load_textual_inversion(str(tmp_path), weight_name="ti.safetensors", token="<v>")
     expected = latents_of(
         plain,
@@ -86,11 +88,11 @@ def test_equal_rows_for_all_layers_draw_what_textual_inversion_draws(
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_row_of_one_layer_changes_the_picture(pipeline, rows_KND, tmp_path):
+def test_a_vector_of_one_layer_changes_the_picture(pipeline, vectors_KND, tmp_path):
     drawn = []
     for scale in (1, -1):
-        rows_KND[15] *= scale
-        save_xti(tmp_path / "x.safetensors", rows_KND, metadata={})
+        vectors_KND[15] *= scale
+        save_xti(tmp_path / "x.safetensors", vectors_KND, metadata={})
         xti = load_xti(pipeline, tmp_path / "x.safetensors", placeholder_token="<v>")
         drawn.append(latents_of(pipeline, **embeddings(pipeline, xti)))
         xti.remove()

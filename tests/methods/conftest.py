@@ -43,7 +43,7 @@ def trainer_of(toy_folder, toy_pictures, toy_contextualizer, _fresh_accelerator)
             concepts=concepts_of(config, datasets, required=True),
             seed=1,
         )
-        trainer.callbacks = []  # nothing is saved by itself
+        trainer.callbacks = []  # nothing is saved automatically
         return trainer
 
     return make

@@ -32,7 +32,7 @@ def gradients_of(trainer, backward):
 
 
 def tensors_of(trainer):
-    """What lies on the device for the whole run."""
+    """Tensors that are on the device for the whole run."""
     models = trainer.models
     networks = [models.unet, models.vae, *(te.model for te in models.text_encoders)]
     networks += [encoder.contextualizer for encoder in trainer.regularizer.encoders]
@@ -125,7 +125,7 @@ READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 
 
 class DeviceReads(TorchDispatchMode):
-    """Notes every read of a value that would lie on the GPU: of the models or made of theirs.
+    """Records every read of a value that would be on the GPU: of the models or derived from them.
 
     What was drawn and masked on the CPU stays out of it, as on a GPU.
     """
@@ -154,7 +154,7 @@ class DeviceReads(TorchDispatchMode):
 
     def _note(self, tensors):
         for tensor in tensors:
-            storage = tensor.untyped_storage()  # held, so that no other one takes its address
+            storage = tensor.untyped_storage()  # kept, so that no other one gets its address
             self._on_device[storage._cdata] = storage
 
     def _watched(self, name):
@@ -196,7 +196,7 @@ def test_limiting_norms_makes_nobody_wait(trainer_of, monkeypatch):
     assert reads_of_a_step(trainer, monkeypatch) == ["tolist"]
 
 
-def test_steps_inside_the_backward_pass_look_at_the_loss_before_it(trainer_of, monkeypatch):
+def test_steps_inside_the_backward_pass_check_the_loss_before_it(trainer_of, monkeypatch):
     trainer = trainer_of("dreambooth", fused_backward_pass=True, optimizer_type="SGDNesterov")
     assert reads_of_a_step(trainer, monkeypatch) == ["aten._local_scalar_dense.default", "tolist"]
 
@@ -243,7 +243,7 @@ def test_a_run_with_steps_inside_the_backward_pass_is_the_same_run(checkpointing
     start = {name: tensor.clone() for name, tensor in plain.method.state_dict().items()}
     plain.run()
     end = plain.method.state_dict()
-    fused, _ = dreambooth(trainer_of, fused_backward_pass=True, **options)  # seeds anew
+    fused, _ = dreambooth(trainer_of, fused_backward_pass=True, **options)  # seeds again
     fused.run()
     assert_same(end, fused.method.state_dict())
     moved = {name.partition(".")[0] for name in end if (end[name] != start[name]).any()}
@@ -291,7 +291,7 @@ def test_a_bad_gradient_takes_back_the_step_that_is_half_done(trainer_of):
 
 def test_steps_inside_the_backward_pass_are_for_one_process(trainer_of, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 2))
-    with pytest.raises(UserError, match="fused_backward_pass cannot go with 2 processes"):
+    with pytest.raises(UserError, match="fused_backward_pass cannot be combined with 2 processes"):
         trainer_of("dreambooth", fused_backward_pass=True)
 
 

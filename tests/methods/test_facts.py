@@ -1,4 +1,4 @@
-"""What a method is, said once: its rates, the options it reads, and whether the MLM term acts."""
+"""The facts of each method: its rates, the options it reads, and whether the MLM term acts."""
 
 import pytest
 
@@ -322,6 +322,6 @@ def test_what_a_frozen_text_encoder_leaves_unread_is_named(caplog):
 
 
 @pytest.mark.parametrize("method", ["dreambooth", "textual_inversion", "xti", "custom_diffusion"])
-def test_the_scale_of_a_network_is_no_matter_where_none_is_trained(method, caplog):
+def test_the_scale_of_a_network_does_not_matter_where_none_is_trained(method, caplog):
     check_config(NO_NETWORK.replace(method=method, network_dim=32))
     assert "network_alpha is 1" not in caplog.text

@@ -144,7 +144,7 @@ RATES_TE = {f"learning_rate_te{number}" for number in ("", "1", "2")}
 
 
 class Row(NamedTuple):
-    """What a method is held to.
+    """What is expected of a method.
 
     Attributes:
         client: the program that loads its files, and what draws the concept there.
@@ -252,7 +252,7 @@ def test_the_term_changes_the_text_side_and_never_the_noise(name, trainer_of):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_frozen_part_stays_as_it_is(name, trainer_of):
+def test_a_frozen_part_is_unchanged(name, trainer_of):
     trainer = trainer_of(name)
     for part in trainer.method.parts():
         trainer.method.freeze(part)
@@ -284,7 +284,7 @@ VALUES = {
     "stop_text_encoder_training": 0.5,
     "stop_unet_training": 5,
 }
-"""A value that is not the default, where True and 4 are no values."""
+"""A value other than the default, where True and 4 are not allowed."""
 
 PARTNERS = {"dim_from_weights": {"network_weights": "a.safetensors"}}
 

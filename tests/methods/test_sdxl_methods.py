@@ -63,7 +63,7 @@ def add_embedding(pipeline, file):
 
 
 def client_of(method, folder, files):
-    """The pipeline with the files in it, and the word that calls the concept."""
+    """The pipeline with the files loaded, and the word that triggers the concept."""
     if method.trains_base_weights:
         pipeline = StableDiffusionXLPipeline.from_single_file(
             str(files[0]), config=str(folder), local_files_only=True
@@ -185,7 +185,7 @@ def test_kept_captions_train_as_those_that_are_encoded_each_time(sdxl_trainer_of
         losses.append(trainer._diffusion_loss(next(iter(trainer.loader))).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     for text_encoder in trainer.models.text_encoders:
-        text_encoder.model = None  # nothing asks for it any more
+        text_encoder.model = None  # no longer needed
     trainer._diffusion_loss(next(iter(trainer.loader)))
 
 

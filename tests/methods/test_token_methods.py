@@ -90,10 +90,10 @@ def check(method, *, concepts=TWO[:1], **options):
 @pytest.mark.parametrize(
     ("concepts", "message"),
     [
-        ([("dog", "dog")], "'dog' also stands in 'dog'"),
-        ([("sks", "dog"), ("sks dog", "cat")], "'sks' also stands in 'sks dog cat'"),
-        ([("sks dog", "cat"), ("sks", "dog")], "'sks dog' also stands in 'sks dog'"),
-        ([("sks", "dog"), ("zwx", "sks cat")], "'sks' also stands in 'zwx sks cat'"),
+        ([("dog", "dog")], "'dog' also occurs in 'dog'"),
+        ([("sks", "dog"), ("sks dog", "cat")], "'sks' also occurs in 'sks dog cat'"),
+        ([("sks dog", "cat"), ("sks", "dog")], "'sks dog' also occurs in 'sks dog'"),
+        ([("sks", "dog"), ("zwx", "sks cat")], "'sks' also occurs in 'zwx sks cat'"),
         ([("a", "dog")], "everyday word"),
         ([("The", "dog")], "everyday word"),
     ],
@@ -114,7 +114,7 @@ def test_a_list_must_have_one_entry_per_concept_and_names_their_order(option):
 
 def test_a_file_is_read_before_the_model_is(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         check("custom_diffusion", weights=(str(path),))
     save_file({"emb_params": torch.ones(2, 32)}, path)
     with pytest.raises(UserError, match="2 vectors, num_vectors_per_token is 1; set it to 2"):
@@ -151,7 +151,7 @@ def test_every_layer_is_conditioned_on_the_embeddings_of_that_layer(trainer_of):
             expected = text_encoder.encode(method.only_tokens.variant(ids_BL, k))
             torch.testing.assert_close(states_KBLD[k], expected)
     assert not torch.equal(states_KBLD[0, 0], states_KBLD[1, 0])
-    torch.testing.assert_close(states_KBLD[0, 1], states_KBLD[1, 1])  # it holds no row
+    torch.testing.assert_close(states_KBLD[0, 1], states_KBLD[1, 1])  # it contains no learned token
 
 
 def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of):
@@ -170,7 +170,7 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
     assert torch.equal(method.mlm_ids(text_encoder, prompts, rng), every.flatten(0, 1))
 
 
-def test_xti_goes_on_with_its_own_files_and_with_those_of_textual_inversion(trainer_of, tmp_path):
+def test_xti_continues_with_its_own_files_and_with_those_of_textual_inversion(trainer_of, tmp_path):
     first = trainer_of("xti")
     first.run()
     full, average = export(first, tmp_path / "x.safetensors")
@@ -313,7 +313,7 @@ def test_prompts_of_the_term_hold_one_or_both_concepts(trainer_of, two_concepts)
     assert (False, True) in has_dog
 
 
-def test_no_concept_word_of_either_is_hidden(trainer_of, two_concepts):
+def test_no_concept_word_of_either_is_masked(trainer_of, two_concepts):
     trainer = trainer_of("textual_inversion", train_data_dir=two_concepts, mlm_probability=1)
     (encoder,) = trainer.regularizer.encoders
     ids = encoder.tokenize(["sks dog next to zwx cat on a hill"], random.Random(0))

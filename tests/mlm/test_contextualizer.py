@@ -45,7 +45,7 @@ def facts_of(model, **changes):
     return dataclasses.replace(facts, **changes)
 
 
-def test_the_loss_at_labelled_rows_equals_transformers_masked_lm_loss(network, batch):
+def test_the_loss_at_labelled_positions_equals_transformers_masked_lm_loss(network, batch):
     """BERT computes all positions and lets cross-entropy ignore most; ours gathers them first."""
     from transformers import BertConfig, BertForMaskedLM
 
@@ -88,7 +88,7 @@ def test_without_labels_the_loss_is_a_zero_with_a_graph(network, batch):
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_padding_does_not_change_the_answer(network, batch):
+def test_padding_does_not_change_the_logits(network, batch):
     hidden, labels, is_token = batch
     table = torch.randn(50, 32)
     disturbed = torch.where(is_token[..., None], hidden, torch.randn_like(hidden) * 100)
@@ -111,7 +111,7 @@ def test_attention_goes_both_ways(network, batch):
         attention_mask_BL=is_token,
         token_table_VD=torch.randn(50, 32),
     ).loss.backward()
-    assert (hidden.grad[0, 0] != 0).any()  # before the hidden word at 2
+    assert (hidden.grad[0, 0] != 0).any()  # before the masked word at 2
     assert (hidden.grad[0, 8] != 0).any()  # and after it
     assert (hidden.grad[2] == 0).all()  # a prompt without labels
 

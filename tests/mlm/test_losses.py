@@ -20,7 +20,7 @@ def test_the_cross_entropy_is_the_mean_over_masked_tokens_and_zero_without_one()
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
     empty = masked_cross_entropy(logits[:0], labels[:0])
     assert empty.item() == 0
-    empty.backward()  # it belongs to the graph
+    empty.backward()  # it is part of the graph
 
 
 def test_the_teacher_comes_first_in_the_divergence():

@@ -84,7 +84,7 @@ def test_every_maskable_word_is_masked_as_a_whole(toy_text_encoder, vocabulary, 
                 assert all(hidden) or not any(hidden)
 
 
-def test_labels_hold_the_hidden_ids_and_the_input_holds_mask_ids(vocabulary, ids_BL):
+def test_labels_hold_the_masked_ids_and_the_input_holds_mask_ids(vocabulary, ids_BL):
     masked, labels = mask_tokens(ids_BL, vocabulary, mlm_probability=0.3, rng=random.Random(1))
     hidden = labels != IGNORE_INDEX
     assert torch.equal(labels[hidden], ids_BL[hidden])
@@ -130,7 +130,7 @@ def test_content_words_are_chosen_far_more_often_than_function_words(
         ).labels
         for word in counts:
             counts[word] += bool(torch.isin(labels, torch.tensor(words_of(tokenizer, word))).any())
-    assert counts["rain"] > 2 * counts["the"]  # although "the" stands twice in the prompt
+    assert counts["rain"] > 2 * counts["the"]  # although "the" is in the prompt twice
 
 
 def test_bert_masking_hides_most_replaces_some_and_keeps_some(toy_text_encoder, vocabulary):
@@ -154,7 +154,7 @@ def test_bert_masking_hides_most_replaces_some_and_keeps_some(toy_text_encoder, 
     assert counts["random"] / total == pytest.approx(0.1, abs=0.03)
 
 
-def test_the_same_stream_gives_the_same_masks_and_the_input_stays_as_it_was(vocabulary, ids_BL):
+def test_the_same_stream_gives_the_same_masks_and_the_input_is_unchanged(vocabulary, ids_BL):
     before = ids_BL.clone()
     first = mask_tokens(ids_BL, vocabulary, mlm_probability=0.3, rng=random.Random(7))
     second = mask_tokens(ids_BL, vocabulary, mlm_probability=0.3, rng=random.Random(7))

@@ -87,7 +87,7 @@ def test_built_in_texts_are_clean_english(enumerated):
 
 
 def article(word):
-    """Written again, by spelling alone, so that a wrong list in the package shows."""
+    """Reimplemented by spelling alone, so that a wrong list in the package is found."""
     if word == "{}":
         return None
     if re.match(r"(uni[cfqtv]|us[aeiu]|ut[eio]|eu|one|once|ukulele|ufo)", word):
@@ -435,7 +435,7 @@ def test_subjects_are_many_and_find_their_own_category():
         subjects("plants")
 
 
-def test_no_class_word_stands_in_two_categories():
+def test_no_class_word_is_in_two_categories():
     classes = english._subject_table()["classes"]
     assert set(classes) == set(BUILTIN)
     words = Counter(word for known in classes.values() for word in known)

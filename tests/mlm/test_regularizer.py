@@ -1,4 +1,4 @@
-"""The heart: where the gradient goes, that the host is left alone, when the term acts."""
+"""Where the gradient goes, that the host is left alone, and when the term acts."""
 
 import random
 
@@ -91,7 +91,7 @@ def test_the_gradient_reaches_the_concept_for_masks_on_either_side(toy_text_enco
     assert (grad.abs().sum(dim=1) > 0).all()
 
 
-def test_the_hosts_random_streams_stay_as_they_were(toy_text_encoder):
+def test_the_hosts_random_streams_are_unchanged(toy_text_encoder):
     regularizer = make_regularizer(make_handle(toy_text_encoder))
     torch.manual_seed(3)
     random.seed(3)
@@ -145,7 +145,7 @@ def test_a_tap_reads_prompts_with_the_stream_of_the_call(toy_text_encoder):
 
 
 def test_a_tap_may_read_each_prompt_several_times(toy_text_encoder):
-    """As XTI does with the rows of every layer in turn."""
+    """As XTI does with the embeddings of every layer in turn."""
 
     def tokenize_twice(prompts, _rng):
         return toy_text_encoder.tokenize_trimmed(prompts).repeat(2, 1)

@@ -132,7 +132,7 @@ def test_the_loss_is_the_divergence_from_the_teacher(toy_text_encoder, contextua
 
 
 def _states(text_encoder, ids, embedded):
-    """The encoder's states for given embeddings: a hook in place of the table's answer."""
+    """The encoder's states for given embeddings: a hook replaces the table's output."""
     handle = text_encoder.token_embedding.register_forward_hook(lambda *_: embedded)
     try:
         return text_encoder.encode(ids.clamp(min=0))

@@ -458,7 +458,7 @@ def test_shipped_architectures_have_the_published_sizes_and_distinct_names(
 
 
 def test_names_of_the_real_checkpoint_are_hit():
-    """Names as they stand in v1-5-pruned-emaonly.safetensors."""
+    """Names as in v1-5-pruned-emaonly.safetensors."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
             json.loads((ARCHITECTURES / "sd_v1" / "unet" / "config.json").read_text())
@@ -534,7 +534,7 @@ def test_a_part_without_weights_or_with_damaged_ones_is_refused(folder, part):
     assert f"{folder / part} holds no weights" in error_of(load_stable_diffusion, folder)
 
 
-def test_a_folder_that_is_no_model_says_what_is_missing(folder):
+def test_a_folder_that_is_not_a_model_says_what_is_missing(folder):
     shutil.rmtree(folder / "unet")
     assert "unet/config.json is missing" in error_of(load_stable_diffusion, folder)
 
@@ -586,7 +586,7 @@ def test_a_folder_without_a_scheduler_follows_the_option(folder):
     assert model.prediction_type == "v_prediction"
 
 
-# --- names that are not here ---
+# --- names that do not exist ---
 
 
 @pytest.mark.parametrize("option", ["name", "vae"])
@@ -703,7 +703,7 @@ def test_the_local_hub_cache_is_searched(made, empty_hub_cache):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_no_tokenizer_anywhere_says_where_one_may_lie(made, tmp_path, given):
+def test_no_tokenizer_anywhere_says_where_one_may_be(made, tmp_path, given):
     cache = tmp_path / "empty" if given else None
     message = error_of(made.load, tokenizer_cache_dir=cache)
     assert "--tokenizer_cache_dir" in message

@@ -1,4 +1,4 @@
-"""What the U-Net is told: SDXL's two encoders and sizes as diffusers and sd-scripts have them."""
+"""Conditioning of the U-Net: SDXL's two encoders and sizes, as in diffusers and sd-scripts."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed weights: how near they are, what passes through them, what is put on top of them."""
+"""Packed weights: their error, gradients through them, and adapters on top of them."""
 
 import importlib.util
 import sys
@@ -172,7 +172,7 @@ def test_a_packed_u_net_predicts_nearly_the_same(kind, near):
     assert 0 < relative(predict(unet), expected) < near
 
 
-def test_convolutions_and_what_reads_the_time_stay_as_they_are():
+def test_convolutions_and_what_reads_the_time_are_unchanged():
     unet, packed = toy_unet(), toy_unet()
     quantize_linears(packed, "nf4", device="cpu")
     packed_names = {n for n, m in packed.named_modules() if isinstance(m, QuantizedLinear)}

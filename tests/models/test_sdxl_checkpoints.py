@@ -1,4 +1,4 @@
-"""SDXL: folder and file give the same model, both text encoders read as sd-scripts reads them."""
+"""SDXL: folder and file give the same model, both text encoders are used as in sd-scripts."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_folder_is_loaded_as_diffusers_loads_it(made, pipeline):
     assert not any(weight.requires_grad for weight in weights_of(model))
 
 
-def test_sd1_is_no_sdxl(toy_folder):
+def test_sd1_is_not_sdxl(toy_folder):
     model = load_stable_diffusion(toy_folder)
     assert (len(model.text_encoders), model.family, model.is_sdxl) == (1, "sd_v1", False)
 
@@ -221,7 +221,7 @@ def test_another_vae_from_a_file_is_scaled_as_sdxls(made, toy_sdxl_folder, tmp_p
     assert torch.equal(vae.quant_conv.bias, made.model.vae.quant_conv.bias + 1)
 
 
-# --- what is no SDXL base model --------------------------------------------------------------
+# --- other models than SDXL base -------------------------------------------------------------
 
 
 def test_an_inpainting_model_is_refused(made, tmp_path, folder):

@@ -119,10 +119,10 @@ def test_storing_activations_gives_the_same_states_and_leaves_checkpointing_on(t
 
 @pytest.fixture(params=["eos id", "highest id"])
 def pooling_encoder(request, toy_sdxl_folder):
-    """SDXL's second encoder, with either way in which the library finds the end by itself."""
+    """SDXL's second encoder, with both ways in which the library finds the end token."""
     _, text_encoder = load_stable_diffusion(toy_sdxl_folder).text_encoders
     text_encoder.tokenizer = second_tokenizer(text_encoder.tokenizer)
-    if request.param == "highest id":  # what old configurations, SDXL's own among them, ask for
+    if request.param == "highest id":  # in old configurations, including SDXL's own
         text_encoder.body.eos_token_id = 2
     return text_encoder
 
@@ -137,13 +137,13 @@ def test_the_pooled_state_is_the_librarys_projected_end(pooling_encoder):
 
 @torch.no_grad()
 def test_learned_tokens_do_not_move_the_pooled_state(pooling_encoder):
-    """A row with the values of a word gives the word's pooled state, though its id is higher."""
+    """An embedding with the values of a word gives its pooled state, though its id is higher."""
     table = pooling_encoder.token_embedding.weight
     (dog,) = pooling_encoder.tokenizer("dog", add_special_tokens=False).input_ids
     captions = ["a photo of a dog!", "dog"]
     expected = pooling_encoder.encode_captions_pooled(captions)
-    rows = LearnedTokens(pooling_encoder, {"sks": table[None, None, dog]})
+    learned = LearnedTokens(pooling_encoder, {"sks": table[None, None, dog]})
     found = pooling_encoder.encode_captions_pooled([c.replace("dog", "sks") for c in captions])
     torch.testing.assert_close(found.pooled, expected.pooled)
     torch.testing.assert_close(found.states, expected.states)
-    rows.remove()
+    learned.remove()

@@ -1,4 +1,4 @@
-"""Learned tokens: what captions become, who answers them, and what stays as it was."""
+"""Learned tokens: expanded captions, embeddings through the hook, and what is unchanged."""
 
 import pytest
 import torch

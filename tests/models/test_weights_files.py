@@ -26,7 +26,7 @@ def test_a_cut_pickle_is_a_user_error_wherever_it_is_cut(tmp_path, is_zip):
 
 def test_values_of_a_safetensors_file_are_not_read_before_they_are_used(tmp_path):
     """So an estimate can ask a checkpoint of 7 GB for its shapes."""
-    pytest.importorskip("resource")  # elsewhere a mapped file cannot be written to
+    pytest.importorskip("resource")  # elsewhere a memory-mapped file cannot be written to
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(5_000_000)}, path)
     tensor = read_weights(path)["a"]

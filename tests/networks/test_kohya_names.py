@@ -61,6 +61,6 @@ def test_webuis_know_only_layers_that_exist(key, known):
     assert is_known_key(key) is known
 
 
-def test_text_encoder_names_are_told_from_unet_names():
+def test_text_encoder_names_are_distinguished_from_unet_names():
     assert part_of("lora_te_text_model_encoder_layers_0_mlp_fc1") == "textencoder"
     assert part_of("lora_unet_conv_in") == "unet"

@@ -1,4 +1,4 @@
-"""Concepts: new things, pictured in one place, asked for in others."""
+"""Concepts: unseen objects, pictured in one place, prompted in others."""
 
 import numpy as np
 import pytest

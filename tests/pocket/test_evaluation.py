@@ -1,4 +1,4 @@
-"""`mlm-plugin evaluate` on a pocket model: the oracle's scores, where it is known what is asked."""
+"""`mlm-plugin evaluate` on a pocket model: scores by the oracle, if prompts have labels."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def arguments(pocket, data, tmp_path):
-    """Flags of a short evaluation; later flags win over these."""
+    """Flags of a short evaluation; later flags take precedence."""
     return [
         *("--pretrained_model_name_or_path", str(pocket)),
         *("--train_data_dir", str(data / "train")),
@@ -69,7 +69,7 @@ def results_of(folder):
 
 
 def put_pictures(folder, scenes):
-    """As if the model had drawn these; what is there is not drawn again."""
+    """As if the model had drawn these; existing pictures are not drawn again."""
     (folder / "pictures").mkdir(parents=True)
     for number, scene in enumerate(scenes):
         Image.fromarray(render(scene)).save(folder / "pictures" / f"{number:03d}_00.png")
@@ -163,8 +163,8 @@ def test_without_what_it_needs_the_oracle_is_left_out_and_says_why(
     results = results_of(tmp_path / "out")
     assert results["measures"] == {}
     assert reason in results["judges"]["Oracle left out"]
-    told = f"the oracle is left out: {results['judges']['Oracle left out']}\n"
-    assert told in capsys.readouterr().err
+    warning = f"the oracle is left out: {results['judges']['Oracle left out']}\n"
+    assert warning in capsys.readouterr().err
 
 
 def test_a_prompt_without_labels_has_its_identity_alone(arguments, data, tmp_path):

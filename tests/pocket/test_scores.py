@@ -1,4 +1,4 @@
-"""Scores of predictions written by hand: what was asked is seen, and the concept is itself."""
+"""Scores of predictions written by hand: prompt fidelity and identity."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ every_concept = pytest.mark.parametrize("concept", CONCEPTS, ids=lambda concept:
 
 
 def predictions_of(*scenes):
-    """What an oracle without fault sees in pictures of these scenes."""
+    """What a perfect oracle sees in pictures of these scenes."""
     logits = {
         name: F.one_hot(
             torch.tensor([values.index(getattr(scene, name)) for scene in scenes]), len(values)
@@ -77,7 +77,7 @@ def pictures_of(*scenes):
 
 
 @every_concept
-def test_a_concept_is_itself_wherever_it_stands(concept):
+def test_a_concept_is_recognized_at_any_position(concept):
     elsewhere = replace(concept.scene, background="sea", position="middle", seed=5)
     assert identity(pictures_of(concept.scene, elsewhere), concept).min() > 0.9
     for companion in ATTRIBUTES["companion"]:

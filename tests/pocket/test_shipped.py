@@ -1,4 +1,4 @@
-"""The built-in model, pictures and contexts that the name "pocket" stands for."""
+"""The built-in model, pictures and contexts behind the name "pocket"."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mlm_plugin.pocket.oracle import load_oracle
 from mlm_plugin.setup import builtin_names
 
 
-def test_the_name_pocket_stands_for_a_model_every_loader_takes():
+def test_the_name_pocket_means_a_model_every_loader_takes():
     folder = builtin_names.model_path("pocket")
     assert folder == builtin_names.model_path("pocket")
     states = load_stable_diffusion(folder).text_encoders[0].encode_captions(["a red cat"])
@@ -33,7 +33,7 @@ def test_the_unpacked_text_encoder_is_the_text_tower_of_clip():
         assert torch.equal(value, tower[name.removeprefix("text_model.")]), name
 
 
-def test_the_name_pocket_stands_for_pictures_and_prompts():
+def test_the_name_pocket_means_pictures_and_prompts():
     assert len(list(Path(builtin_names.data_path("pocket")).rglob("*.png"))) == 4
     lines = Path(builtin_names.contexts_path("pocket")).read_text().splitlines()
     assert len(lines) == 1000

@@ -89,7 +89,7 @@ def test_positions_are_where_they_say():
 
 
 @pytest.mark.parametrize("background", ATTRIBUTES["background"])
-def test_things_are_told_from_the_background(background, rng):
+def test_objects_are_distinguished_from_the_background(background, rng):
     scene = draw_scene(rng, background=background, position="left", companion=NO_COMPANION)
     art = render_art(scene)
     things = things_in(scene, art)

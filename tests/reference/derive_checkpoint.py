@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def saved_tensors(family: str) -> dict[str, Tensor]:
-    """What sd-scripts gives to ``save_file`` for a model of full size, made without a base file."""
+    """What sd-scripts passes to ``save_file`` for a full-size model without a base file."""
     written: dict[str, Tensor] = {}
     save = _functions("model_util.py", FUNCTIONS, written)["save_stable_diffusion_checkpoint"]
     unet, vae, text_encoder = _models(family)

@@ -1,7 +1,7 @@
 """Real scripts of sd-scripts on models with real module names and toy widths. Run by path:
 
     python shrunken_sd_scripts.py build FOLDER TOKENIZER   models, tokenizers, contextualizers
-    python shrunken_sd_scripts.py plain SCRIPT.py [...]    a script of the checkout as it is
+    python shrunken_sd_scripts.py plain SCRIPT.py [...]    an unchanged script of the checkout
     python shrunken_sd_scripts.py mlm [...]                train_network_mlm.py in the checkout
     python shrunken_sd_scripts.py standalone [...]         train_network_mlm.py without it
 
@@ -335,7 +335,7 @@ def share_draws() -> None:
 
 
 def main() -> None:
-    """See the head of this file."""
+    """See the module docstring."""
     mode, *rest = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
     torch.set_num_threads(1)

@@ -40,7 +40,7 @@ def call(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Models, contextualizers, tokenizers and photos, as the runs name them."""
+    """Models, contextualizers, tokenizers and photos, by their names in the runs."""
     folder = tmp_path_factory.mktemp("sd-scripts")
     tokenizer = ROOT.parent / "shared" / "data" / "clip-vit-large-patch14-tokenizer"
     if not tokenizer.is_dir():
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def arguments(folder, tmp_path):
-    """Flags that all runs share; later ones win."""
+    """Flags that all runs share; later ones take precedence."""
     return [
         *("--pretrained_model_name_or_path", folder / "sd15"),
         *("--tokenizer_cache_dir", folder / "tokenizers"),

@@ -25,10 +25,10 @@ from mlm_plugin.pretrain import pretrain
 from mlm_plugin.sd_scripts import locate
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
-    network_obstacle,
     read_mlm_options,
-    script_obstacle,
     text_encoder_rates,
+    why_network_has_no_gradient,
+    why_script_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script
 from mlm_plugin.sd_scripts.locate import (
@@ -38,7 +38,11 @@ from mlm_plugin.sd_scripts.locate import (
     launch_options,
 )
 from mlm_plugin.sd_scripts.mixin import with_mlm
-from mlm_plugin.sd_scripts.patches import summed_backward, tapped_models, with_mlm_embedding
+from mlm_plugin.sd_scripts.patches import (
+    collected_text_encoders,
+    summed_backward,
+    with_mlm_embedding,
+)
 from mlm_plugin.sd_scripts.term import STATE_FILE, MLMTerm, wrap_text_encoder
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
@@ -67,7 +71,7 @@ class StubData:
 
 
 class StubNetwork(nn.Module):
-    """One low-rank module on the text encoder, as kohya hangs them in: by ``forward``."""
+    """One low-rank module on the text encoder, attached by ``forward`` like kohya's."""
 
     def __init__(self, text_encoder, *, dropout=0.0):
         super().__init__()
@@ -87,7 +91,7 @@ class StubNetwork(nn.Module):
 
 
 class StubTrainer:
-    """sd-scripts v0.10.1 ``NetworkTrainer``: what is touched, in its order of calls."""
+    """sd-scripts v0.10.1 ``NetworkTrainer``: the overridden methods, in its order of calls."""
 
     network_class = StubNetwork
 
@@ -285,7 +289,7 @@ class LaterTrainer(StubTrainer):
 
 
 def parse(*flags, **changes):
-    """Options as sd-scripts has them after its parser, its own defaults included."""
+    """Options as parsed by sd-scripts, its own defaults included."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--learning_rate", type=float, default=0.5)
     parser.add_argument("--max_train_steps", type=int, default=4)
@@ -465,7 +469,7 @@ def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step
 
         process_batch.__signature__ = inspect.signature(StubTrainer.process_batch)
 
-    with pytest.raises(UserError, match="no trained weight"):
+    with pytest.raises(UserError, match="nothing is trained before"):
         run("--mlm_loss_weight", "0.5", host=Frozen)
 
 
@@ -515,14 +519,14 @@ def run_sd3(run, raw_contextualizer):
     return run_sd3
 
 
-def tapped_clips(trainer):
+def collected_clips(trainer):
     return [encoder.text_encoder.model for encoder in trainer.mlm.setup.encoders]
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_sd3_hears_the_term_in_both_clip_encoders_whether_t5_is_cached_or_not(run_sd3, cached):
     trainer = run_sd3(cache_text_encoder_outputs=cached)
-    assert tapped_clips(trainer) == trainer.clips
+    assert collected_clips(trainer) == trainer.clips
     assert all("loss/mlm" in logs for logs in trainer.logs)
 
 
@@ -533,13 +537,13 @@ def test_flux_hears_the_term_in_clip_whether_t5_is_cached_or_not(run, cached):
         **{"host": StubFluxTrainer, "arch": "flux", "cache_text_encoder_outputs": cached},
         clip_skip=2,  # not read by FLUX
     )
-    assert tapped_clips(trainer) == trainer.clips
+    assert collected_clips(trainer) == trainer.clips
     assert all("loss/mlm" in logs for logs in trainer.logs)
 
 
 def test_a_clip_encoder_with_rate_0_is_left_out(run_sd3):
     trainer = run_sd3(text_encoder_lr=[1e-4, 0.0])
-    assert tapped_clips(trainer) == trainer.clips[:1]
+    assert collected_clips(trainer) == trainer.clips[:1]
 
 
 def test_a_rate_for_t5_alone_trains_no_clip_encoder(run_sd3):
@@ -573,7 +577,7 @@ def test_networks_without_a_rate_for_each_encoder_use_the_first():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("arch", ["sd3", "flux"])
-def test_contextualizers_are_made_for_half_weights_which_stay_as_they_were(
+def test_contextualizers_are_made_for_half_weights_which_are_unchanged(
     toy_text_encoder, tmp_path, monkeypatch, arch, dtype
 ):
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
@@ -627,15 +631,15 @@ def term(toy_contextualizer):
     )
 
 
-def tapped(term, text_encoder):
-    return tapped_models(
+def collected(term, text_encoder):
+    return collected_text_encoders(
         term, arch="sd", clip_skip=None, tokenizers=lambda: [text_encoder.tokenizer]
     )
 
 
 def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder):
     originals = (Accelerator.backward, Accelerator.log, Accelerator.prepare)
-    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
         logs = train_whole_model(parse(num_batches=3), toy_text_encoder)
     assert (Accelerator.backward, Accelerator.log, Accelerator.prepare) == originals
     assert [set(values) for values in logs[:3]] == [
@@ -648,13 +652,13 @@ def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder
 
 
 def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
         train_whole_model(parse(num_batches=4), toy_text_encoder, freeze_from=2)
     assert term.call == 2
 
 
 def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), tapped(term, toy_text_encoder):
+    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
         with pytest.raises(UserError, match="does not train the text encoder"):
             train_whole_model(parse(), toy_text_encoder, freeze_from=0)
 
@@ -671,23 +675,23 @@ def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_enc
 )
 def test_scripts_that_leave_the_text_encoder_alone_are_refused(changes, reason):
     args = argparse.Namespace(learning_rate=1e-4, **changes)
-    assert reason in script_obstacle(args)
+    assert reason in why_script_has_no_gradient(args)
 
 
 def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
     args = argparse.Namespace(
         learning_rate=1e-4, train_text_encoder=True, learning_rate_te1=0.0, learning_rate_te2=None
     )
-    assert script_obstacle(args) is None
+    assert why_script_has_no_gradient(args) is None
     args = argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])
-    assert network_obstacle(args, arch="sdxl") is None
+    assert why_network_has_no_gradient(args, arch="sdxl") is None
 
 
 # --- textual inversion ------------------------------------------------------------------------
 
 
 class StubEmbeddingTrainer:
-    """sd-scripts v0.10.1 ``TextualInversionTrainer``: a loop of its own, a growing vocabulary."""
+    """sd-scripts v0.10.1 ``TextualInversionTrainer``: its own loop, a growing vocabulary."""
 
     def __init__(self, text_encoder):
         self.text_encoder = text_encoder
@@ -738,7 +742,9 @@ def embedding_run(text_encoder, contextualizer, *flags):
     return trainer
 
 
-def test_textual_inversion_learns_its_rows_with_the_term(toy_text_encoder, toy_contextualizer):
+def test_textual_inversion_learns_its_embeddings_with_the_term(
+    toy_text_encoder, toy_contextualizer
+):
     flags = ("--class_token", "dog", "--mlm_loss_weight", "0.5")
     trainer = embedding_run(toy_text_encoder, toy_contextualizer, *flags)
     assert trainer.mlm.call == 2
@@ -759,7 +765,7 @@ def test_textual_inversion_at_weight_0_is_the_plain_run(toy_text_encoder, toy_co
     assert trainer.saved == {"modelspec.title": "x"}
 
 
-# --- what is tapped ---------------------------------------------------------------------------
+# --- which states are used --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -780,7 +786,7 @@ def test_the_states_are_those_that_the_unet_sees(toy_text_encoder, arch, clip_sk
     torch.testing.assert_close(wrapped.encode(ids), expected)
 
 
-def test_what_flux_sees_is_the_tapped_state_at_the_end_of_the_text(toy_text_encoder):
+def test_what_flux_sees_is_the_state_at_the_end_of_the_text(toy_text_encoder):
     model, tokenizer = toy_text_encoder.model, toy_text_encoder.tokenizer
     ids = toy_text_encoder.tokenize(["a photo of a dog"])[:, 0]
     end = (ids == tokenizer.eos_token_id).int().argmax(dim=-1)
@@ -788,7 +794,7 @@ def test_what_flux_sees_is_the_tapped_state_at_the_end_of_the_text(toy_text_enco
     torch.testing.assert_close(states[0, end], model(ids).pooler_output)
 
 
-def test_every_way_to_read_an_encoder_has_its_own_contextualizer(toy_text_encoder):
+def test_every_choice_of_states_has_its_own_contextualizer(toy_text_encoder):
     model, tokenizer = toy_text_encoder.model, toy_text_encoder.tokenizer
     prints = {
         wrap_text_encoder(model, tokenizer, arch=arch, clip_skip=skip).fingerprint()
@@ -835,7 +841,7 @@ def test_token_string_names_the_placeholder():
         ({"mlm_probability": 1.5}, "mlm_probability = 1.5"),
         ({"mlm_joint_share": 2}, "mlm_joint_share = 2"),
         ({"mlm_start_step": 3, "mlm_end_step": 3}, "mlm_end_step = 3"),
-        ({"mlm_start_step": 4}, "lies behind the end"),
+        ({"mlm_start_step": 4}, "is after the end"),
     ],
 )
 def test_bad_options_are_one_line(changes, message):
@@ -900,7 +906,7 @@ def test_a_wrong_place_is_one_line_and_exit_code_2(flags, message, capsys):
     assert len(error.splitlines()) == 1
 
 
-def test_a_checkout_without_the_seam_is_too_old(checkout):
+def test_a_checkout_without_process_batch_is_too_old(checkout):
     (checkout / "train_network.py").write_text("class NetworkTrainer: ...\n")
     with pytest.raises(UserError, match="too old"):
         find_checkout(options_of("--sd_scripts_dir", str(checkout)), script="x.py", environment={})

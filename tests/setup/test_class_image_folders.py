@@ -1,4 +1,4 @@
-"""Which folder holds the pictures of a class, and that it may be made by the run itself."""
+"""Which folder has the pictures of a class, and that the run may create it."""
 
 import pytest
 

@@ -8,7 +8,7 @@ from mlm_plugin.training.caption_cache import CaptionCache
 
 
 @pytest.mark.parametrize("has_pooled", [False, True])
-def test_answers_are_those_of_the_encoder_in_the_order_asked_for(has_pooled):
+def test_results_are_those_of_the_encoder_in_the_order_asked_for(has_pooled):
     asked = []
 
     def encode(captions):
@@ -19,9 +19,9 @@ def test_answers_are_those_of_the_encoder_in_the_order_asked_for(has_pooled):
     cache = CaptionCache(encode, ["a", "", "bcd", "a"], device="cpu", dtype=torch.float16)
     assert sorted(asked) == ["", "a", "bcd"]
     assert len(cache) == 3
-    answer = cache(["bcd", "a", "bcd"])
-    assert answer.states[:, 0, 0].tolist() == [3, 1, 3]
-    assert answer.states.dtype == torch.float16
-    assert not answer.states.requires_grad
-    assert (answer.pooled is not None) == has_pooled
+    cached = cache(["bcd", "a", "bcd"])
+    assert cached.states[:, 0, 0].tolist() == [3, 1, 3]
+    assert cached.states.dtype == torch.float16
+    assert not cached.states.requires_grad
+    assert (cached.pooled is not None) == has_pooled
     assert len(asked) == 3

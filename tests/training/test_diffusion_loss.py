@@ -234,7 +234,7 @@ def test_the_mean_over_everywhere_is_the_plain_mean():
     torch.testing.assert_close(dl.mean_where(loss, masks), loss.mean(dim=(1, 2, 3)))
 
 
-def test_the_mean_ignores_what_lies_outside():
+def test_the_mean_ignores_what_is_outside():
     loss = torch.rand(2, 4, 16, 12)
     masks = torch.zeros(2, 1, 128, 96)
     masks[0, :, :64, :48] = 1
@@ -282,7 +282,7 @@ def loss_of(predictor=predict, case=None, **more):
     [{}, {"loss_type": "huber"}, {"min_snr_gamma": 5.0, "v_parameterization": True}],
     ids=str,
 )
-def test_valid_masks_of_ones_leave_the_loss_as_it_is(case):
+def test_valid_masks_of_ones_leave_the_loss_unchanged(case):
     plain = loss_of(case=case)
     torch.testing.assert_close(
         loss_of(case=case, valid_masks=torch.ones(2, 1, 128, 96)), plain, rtol=1e-6, atol=0

@@ -1,4 +1,4 @@
-"""Class images: the same set however it comes about, and nothing drawn twice."""
+"""Class images: the same set after any interruptions, and nothing drawn twice."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_a_data_set_finds_the_pictures_and_their_captions(models, toy_pictures, 
     assert sources.skipped == {}
 
 
-def test_interrupted_and_resumed_drawing_gives_the_set_of_a_straight_run(models, tmp_path):
+def test_interrupted_and_resumed_drawing_gives_the_set_of_an_uninterrupted_run(models, tmp_path):
     draw(tmp_path / "straight", models)
     calls = []
 
@@ -174,7 +174,7 @@ def test_other_settings_are_refused_only_where_two_kinds_would_be_mixed(models, 
     draw(tmp_path, models, num_images=1)
     with caplog.at_level(logging.INFO):
         assert draw(tmp_path, models, num_images=1, seed=1) == []
-    assert "seed 0, not 1; they are used as they are" in caplog.text
+    assert "seed 0, not 1; they are used unchanged" in caplog.text
     with pytest.raises(UserError, match=r"seed 0, not 1.*class_images\.json"):
         draw(tmp_path, models, num_images=2, seed=1)
     with pytest.raises(UserError, match="size"):
@@ -230,7 +230,7 @@ def test_a_damaged_settings_file_is_named(models, tmp_path, text):
         draw(tmp_path, models, num_images=1)
 
 
-def test_random_states_and_the_model_stay_as_they_were(models, tmp_path):
+def test_random_states_and_the_model_are_unchanged(models, tmp_path):
     weights = [parameter.clone() for parameter in models.unet.parameters()]
     states = torch.get_rng_state(), random.getstate()
     draw(tmp_path, models, num_images=1, sampler="euler_a")

@@ -59,7 +59,7 @@ def test_single_steps_are_the_whole_step(name, arguments):
     assert len(single.param_groups) == 2
 
 
-def test_a_state_that_was_loaded_goes_on():
+def test_a_state_that_was_loaded_continues():
     plain, fused = network(), network()
     whole, single = optimizer_of(plain), optimizer_of(fused)
     steps = FusedSteps(list(fused.parameters()), single)
@@ -89,7 +89,7 @@ def test_one_gradient_lives_at_a_time():
     assert alive == [0] * len(list(model.parameters()))
 
 
-def test_each_gradient_is_clipped_by_itself_and_the_norm_is_of_all():
+def test_each_gradient_is_clipped_separately_and_the_norm_is_of_all():
     plain, fused = network(), network()
     whole, single = (optimizer_of(model, "SGD") for model in (plain, fused))
     steps = FusedSteps(list(fused[2:].parameters()), single, max_grad_norm=0.4)
@@ -115,7 +115,7 @@ def test_a_gradient_that_is_not_finite_shows_and_spoils_no_weight():
 
 def test_only_optimizers_known_to_step_so_are_taken():
     class Own(torch.optim.SGD):
-        """Who knows what it does."""
+        """An unknown optimizer."""
 
     model = network()
     assert steps_one_by_one(optimizer_of(model, "Adafactor"))

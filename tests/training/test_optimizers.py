@@ -106,7 +106,7 @@ def test_an_empty_name_is_adamw_and_equals_torchs_own():
     assert torch.equal(groups[0]["params"][0], reference_groups[0]["params"][0])
 
 
-def test_groups_keep_their_rates_and_the_callers_groups_stay_as_they_are():
+def test_groups_keep_their_rates_and_the_callers_groups_are_unchanged():
     groups = parameter_groups(0.1, 0.2)
     optimizer = make("AdamW", groups=groups)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
@@ -125,7 +125,7 @@ def test_nesterov_has_momentum_and_is_nesterov():
     assert make("SGDNesterov", "momentum=0.5").param_groups[0]["momentum"] == 0.5
 
 
-def test_adafactor_steps_relatively_unless_told_not_to(caplog):
+def test_adafactor_steps_relatively_unless_disabled(caplog):
     with caplog.at_level(logging.WARNING):
         optimizer = make("Adafactor")
     assert uses_relative_step(optimizer)
@@ -165,7 +165,7 @@ def test_adamw8bit_holds_its_state_in_8_bits_and_survives_a_save_on_the_cpu():
 
 
 @pytest.mark.skipif(not installed("AdamWScheduleFree"), reason="schedulefree is not installed")
-def test_a_schedule_free_optimizer_trains_at_one_point_and_answers_at_another():
+def test_a_schedule_free_optimizer_trains_at_one_point_and_evaluates_at_another():
     groups = parameter_groups()
     optimizer = make("AdamWScheduleFree", groups=groups)
     assert is_schedule_free(optimizer)

@@ -148,7 +148,7 @@ def test_json_mixes_lines_and_objects(tmp_path):
     ]
 
 
-def test_the_trigger_stands_for_the_concept(tmp_path):
+def test_the_trigger_is_replaced_by_the_concept(tmp_path):
     path = write(tmp_path, "p.txt", "a photo of [trigger] on the moon --n not [trigger]")
     (prompt,) = parse_sample_prompts(path, trigger="sks dog")
     assert prompt == SamplePrompt("a photo of sks dog on the moon", "not sks dog")
@@ -315,7 +315,7 @@ def test_without_guidance_the_negative_prompt_does_not_count(parts, tmp_path):
     assert np.abs(one.astype(int) - other).max() <= 1
 
 
-def test_training_goes_on_as_if_no_sample_had_been_drawn(parts, tmp_path):
+def test_training_continues_as_if_no_sample_had_been_drawn(parts, tmp_path):
     unet, vae = parts
     vae.eval()
     unet.train()

@@ -109,7 +109,7 @@ def test_a_length_below_one_is_a_ratio(length, steps):
     assert num_steps(length, 30) == steps
 
 
-def test_a_resumed_schedule_goes_on_where_it_was():
+def test_a_resumed_schedule_continues_where_it_was():
     options = OptimizerOptions(lr_scheduler="cosine", lr_warmup_steps=3)
     optimizer = torch.optim.AdamW(parameter_groups(1.0))
     scheduler = create_scheduler(optimizer, options, num_training_steps=20)

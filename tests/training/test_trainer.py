@@ -41,7 +41,7 @@ CONCEPTS = (Concept("sks", "dog"),)
 
 
 class Curve(Callback):
-    """Remembers every step."""
+    """Records every step."""
 
     def __init__(self):
         self.results = []
@@ -281,7 +281,7 @@ OF_PART = {"textencoder": "lora_te_", "unet": "lora_unet_", "embedding": "embedd
 
 
 class History(Callback):
-    """Keeps the trained tensors, as they are after every step, and what the steps gave."""
+    """Keeps the trained tensors after every step, and the results of the steps."""
 
     def __init__(self):
         self.states, self.results = [], []
@@ -292,7 +292,7 @@ class History(Callback):
         self.results.append(result)
 
     def changed_in_step(self, part):
-        """For each step after the first: whether any tensor of the part is another one."""
+        """For each step after the first: whether any tensor of the part has changed."""
         names = [name for name in self.states[0] if name.startswith(OF_PART[part])]
         assert names
         return [
@@ -311,12 +311,12 @@ def run_with_history(*args, **settings):
 @pytest.mark.parametrize(
     ("optimizer_type", "optimizer_args"),
     [
-        ("AdamW", ("weight_decay=0.5",)),  # decay and momentum would go on without gradients
+        ("AdamW", ("weight_decay=0.5",)),  # decay and momentum would continue without gradients
         ("SGDNesterov", ("momentum=0.9", "weight_decay=0.5")),
     ],
 )
 @pytest.mark.parametrize(("part", "other"), [("textencoder", "unet"), ("unet", "textencoder")])
-def test_a_frozen_part_stays_bit_identical_and_the_other_goes_on(
+def test_a_frozen_part_stays_bit_identical_and_the_other_continues(
     toy_folder, dataset, part, other, optimizer_type, optimizer_args
 ):
     settings = {"optimizer_type": optimizer_type, "optimizer_args": optimizer_args}
@@ -373,7 +373,7 @@ def test_the_term_stays_while_the_u_net_is_frozen(toy_folder, dataset):
 
 
 def test_the_term_ends_with_the_last_part_of_the_text_side(toy_folder, dataset):
-    """Pivotal tuning: token embeddings and the text encoder's LoRA both lie before the states."""
+    """Pivotal tuning: token embeddings and the text encoder's LoRA both are before the states."""
     rates = dataclasses.replace(RATES, embedding_lr=1e-3)
     freeze_at = {"embedding": 2, "textencoder": 4}
     _, history = run_with_history(
@@ -421,7 +421,7 @@ def test_accumulated_gradients_of_a_frozen_part_are_none_of_its_steps(toy_folder
     assert history.changed_in_step("unet") == [True, True]
 
 
-def test_a_bad_loss_after_freezing_goes_back_and_leaves_the_frozen_part(toy_folder, dataset):
+def test_a_bad_loss_after_freezing_rolls_back_and_leaves_the_frozen_part(toy_folder, dataset):
     poison = Poison(nan_loss)
     trainer = make_trainer(toy_folder, dataset, callbacks=[poison], freeze_at={"textencoder": 1})
     with pytest.raises(NonFiniteLoss):
@@ -432,7 +432,7 @@ def test_a_bad_loss_after_freezing_goes_back_and_leaves_the_frozen_part(toy_fold
 
 
 class Poison(Callback):
-    """Replaces the diffusion loss after two steps and remembers what each step left."""
+    """Replaces the diffusion loss after two steps and records the state after each step."""
 
     def __init__(self, loss, folder=None):
         self.loss, self.folder, self.states, self.rates = loss, folder, [], []
@@ -449,7 +449,7 @@ class Poison(Callback):
             trainer.save_state(self.folder)
 
 
-def test_a_vae_that_overflows_is_told_from_weights_that_diverged(toy_folder, dataset):
+def test_a_vae_that_overflows_is_distinguished_from_weights_that_diverged(toy_folder, dataset):
     trainer = make_trainer(toy_folder, dataset)
     trainer.models.vae.quant_conv.bias.data.fill_(math.inf)
     with pytest.raises(
@@ -464,7 +464,7 @@ def nan_loss(*_args, **_more):
 
 
 @pytest.mark.parametrize("optimizer_type", ["AdamW", "AdamWScheduleFree"])
-def test_a_non_finite_loss_goes_back_to_the_step_before(
+def test_a_non_finite_loss_rolls_back_to_the_step_before(
     toy_folder, dataset, tmp_path, optimizer_type
 ):
     if "ScheduleFree" in optimizer_type:
@@ -510,7 +510,7 @@ def test_a_bad_loss_among_several_batches_drops_the_gradients_of_all(toy_folder,
     assert all(parameter.grad is None for parameter in trainer.method.parameters())
 
 
-def test_a_term_that_is_not_finite_is_told_from_the_rest(toy_folder, dataset):
+def test_a_term_that_is_not_finite_is_distinguished_from_the_rest(toy_folder, dataset):
     trainer = make_trainer(toy_folder, dataset, mlm_weight=0.5)
     regularizer = trainer.regularizer
     trainer.regularizer = lambda number: regularizer(number)._replace(
@@ -591,7 +591,7 @@ class MemoryTracker(GeneralTracker):
 
 
 def curve_logger(trainer):
-    (text_encoder,) = trainer.models.text_encoders  # a fresh LoRA leaves its states as they were
+    (text_encoder,) = trainer.models.text_encoders  # a new LoRA leaves its states unchanged
     return CurveLogger({"te/drift_cos": TextDrift(text_encoder)})
 
 
@@ -686,7 +686,7 @@ def test_a_state_of_other_settings_is_refused_by_name(toy_folder, dataset, tmp_p
     values = json.loads(file.read_text())
     del values["settings"]
     file.write_text(json.dumps(values))
-    trainer.load_state(tmp_path / "a-state")  # of a version that kept none
+    trainer.load_state(tmp_path / "a-state")  # of a version that stored none
 
 
 def test_a_state_of_other_optimizer_groups_is_refused(toy_folder, dataset, tmp_path):

@@ -116,7 +116,7 @@ def test_a_signal_ends_the_bench_and_keeps_what_is_done(tiny_pocket, tmp_path, m
 
     monkeypatch.setattr(trial.BenchTest, "evaluate", evaluate_and_stop)
     assert run_bench(plan, model=tiny_pocket[0], output=tmp_path) == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     records = json.loads((tmp_path / "results.json").read_text())["records"]
     assert [record["method"] for record in records] == ["base"]
 
@@ -149,7 +149,7 @@ def test_parts_of_a_plan_can_be_chosen():
         chosen(FULL, methods=["dora"], tuning=False)
 
 
-def test_a_class_word_stands_where_the_plan_says_so(context, tmp_path):
+def test_a_class_word_is_where_the_plan_says_so(context, tmp_path):
     options = options_of(Trial(Setting("textual_inversion"), REPORTED[1], 3), context, tmp_path)
     assert options["init_word"] == "robot"
     assert options["seed"] == "3"

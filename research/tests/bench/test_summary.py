@@ -1,4 +1,4 @@
-"""From records to the table: Pareto fronts, pairs, and what has no partner."""
+"""From records to the table: Pareto fronts, pairs, and runs without a partner."""
 
 import math
 

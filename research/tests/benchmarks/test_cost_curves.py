@@ -1,4 +1,4 @@
-"""Cost curves: which points there are, and what is made of them."""
+"""Cost curves: the choice of points, table and plots."""
 
 import json
 import sys

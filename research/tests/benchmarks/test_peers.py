@@ -1,4 +1,4 @@
-"""The comparison with other trainers: flags that they know, ratios, and a run where one is here."""
+"""The comparison with other trainers: their flags, ratios, and a run if one is available."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_the_example_of_diffusers_is_compared(shape, tmp_path):
         *("--num_warmup", "1", "--num_steps", "2", "--num_rounds", "1"),
     ]
     command = [sys.executable, "-m", "research.benchmarks.peers", *map(str, flags)]
-    subprocess.run(command, check=True, cwd=ROOT)  # the runs get this package by themselves
+    subprocess.run(command, check=True, cwd=ROOT)  # the runs find this package on their own
     found = json.loads((tmp_path / "r.json").read_text())["peers"]["diffusers"]
     assert found["ratio_time"] > 0
     assert len(found["theirs"]["seconds"]) == 2

@@ -67,7 +67,7 @@ def test_fields_of_a_status_are_kilobytes():
 def test_examples_get_the_modules_of_kohyas_trainers(monkeypatch):
     import peft
 
-    monkeypatch.setattr(peft, "LoraConfig", peft.LoraConfig)  # put back afterwards
+    monkeypatch.setattr(peft, "LoraConfig", peft.LoraConfig)  # restored afterwards
     probe.adapt_to_kohyas_modules(peers.KOHYAS_MODULES)
     unet = peft.LoraConfig(r=4, target_modules=["to_k", "to_q"])
     other = peft.LoraConfig(r=4, target_modules=["lin1"])

@@ -1,4 +1,4 @@
-"""The step-time benchmark runs at toy size and writes what its readers look for."""
+"""The step-time benchmark runs at toy size and writes the expected keys."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A miniature rebuilt from scratch: it learns, it resumes, and every loader takes it."""
+"""A miniature rebuilt from scratch: it learns, it resumes, and every loader reads it."""
 
 import json
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ def test_the_model_draws_backgrounds_that_the_prompt_names(tiny_pocket):
     assert tiny_pocket[1]["accuracy"]["background"] > 0.25  # 0.1 by chance
 
 
-def test_the_card_says_how_it_was_made(tiny_pocket):
+def test_the_report_says_how_it_was_made(tiny_pocket):
     folder, card, _ = tiny_pocket
     assert json.loads((folder / "quality.json").read_text()) == json.loads(json.dumps(card))
     assert card["seed"] == 0

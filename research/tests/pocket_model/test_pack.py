@@ -1,4 +1,4 @@
-"""What ships is small, unpacks to what was built, and is as good as its card says."""
+"""What ships is small, unpacks to what was built, and is as good as its report says."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_what_can_be_made_again_is_not_packed(packed, tiny_pocket):
     assert "clip/vocab.json" not in names
 
 
-def test_the_name_pocket_stands_for_a_model_every_loader_takes(packed, tiny_pocket):
+def test_the_name_pocket_means_a_model_every_loader_takes(packed, tiny_pocket):
     folder = builtin_names.model_path("pocket")
     assert folder == builtin_names.model_path("pocket")
     models = load_stable_diffusion(folder)
@@ -45,7 +45,7 @@ def test_the_name_pocket_stands_for_a_model_every_loader_takes(packed, tiny_pock
     load_oracle(shipped.pocket_model() / "oracle.safetensors")
 
 
-def test_the_quality_card_says_where_it_comes_from(tiny_pocket):
+def test_the_quality_report_says_where_it_comes_from(tiny_pocket):
     card = json.loads((tiny_pocket[0] / "quality.json").read_text())
     for name in ("accuracy", "num_prompts", "seed", "commit", "recipe", "seconds", "hardware"):
         assert name in card
@@ -62,8 +62,8 @@ def test_the_built_in_model_meets_every_bar_and_is_small():
     assert size <= 12 * 2**20
 
 
-def test_the_built_in_model_draws_as_its_card_says():
-    """Some of the card's own prompts, with fewer steps."""
+def test_the_built_in_model_draws_as_its_report_says():
+    """Some of the report's prompts, with fewer steps."""
     folder = shipped.pocket_model()
     models = load_stable_diffusion(str(folder))
     prompts = held_out_prompts(48, seed=0)
