@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
-import tempfile
 from collections.abc import Sequence
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
@@ -39,10 +37,8 @@ from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import encoder_handle, prompts_for
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.models.tokenizers import load_tokenizer
 from mlm_plugin.pretrain import is_small
 from mlm_plugin.setup.models import model_settings, prepare_models, quantize_models
-from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 
 __all__ = ["Pictures", "largest_batch", "meta_training"]
@@ -69,9 +65,7 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
     config = config.replace(init_word=init_word, weights=None, torch_compile=False)
     concepts = _concepts(config)
     models = empty_stable_diffusion(
-        config.model.pretrained_model_name_or_path,
-        model_settings(config),
-        spare_tokenizer=_spare_tokenizer,
+        config.model.pretrained_model_name_or_path, model_settings(config)
     )
     check_model(config, is_sdxl=models.is_sdxl)
     quantize_models(config, models, torch.device("meta"))
@@ -111,14 +105,6 @@ def largest_batch(config: TrainConfig) -> Pictures:
     number, *sides = max(sizes, key=lambda size: size[0] * size[1] * size[2])
     width, height = (max(BUCKET_STEP, side - side % BUCKET_STEP) for side in sides)
     return number, width, height
-
-
-@cache
-def _spare_tokenizer():
-    """A tokenizer with a small vocabulary: a prompt has somewhat more tokens than with CLIP's."""
-    with tempfile.TemporaryDirectory() as folder:
-        build_toy_tokenizer(Path(folder), toy_corpus())
-        return load_tokenizer(Path(folder))
 
 
 def _concepts(config: TrainConfig) -> list[Concept]:

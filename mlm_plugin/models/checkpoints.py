@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -141,7 +140,7 @@ def load_stable_diffusion(
     }
     if settings.vae is None:
         networks["vae"] = source.load("vae", settings.vae_dtype)
-    tokenizers = source.tokenizers or _find_tokenizers(source, settings)
+    tokenizers = source.tokenizers or _find_tokenizers(source, networks, settings)
     if settings.vae is not None:
         shapes = configs or ARCHITECTURES / source.family
         networks["vae"] = _load_vae(str(settings.vae), configs=shapes, dtype=settings.vae_dtype)
@@ -151,8 +150,6 @@ def load_stable_diffusion(
 def empty_stable_diffusion(
     name_or_path: str | os.PathLike,
     settings: ModelSettings | None = None,
-    *,
-    spare_tokenizer: Callable[[], Any] | None = None,
 ) -> StableDiffusion:
     """What :func:`load_stable_diffusion` would load, on the meta device: weights are not read.
 
@@ -161,7 +158,6 @@ def empty_stable_diffusion(
     Args:
         name_or_path: as in :func:`load_stable_diffusion`.
         settings: likewise; a replacement VAE has the shapes of the model's own.
-        spare_tokenizer: creates a tokenizer where none is found; without it that is an error.
 
     Raises:
         UserError: as in :func:`load_stable_diffusion`, except for damaged weights.
@@ -173,13 +169,7 @@ def empty_stable_diffusion(
         part: empty_network(part, source.configs / part).to("meta")
         for part in ("unet", *clips, "vae")
     }
-    tokenizers = source.tokenizers
-    try:
-        tokenizers = tokenizers or _find_tokenizers(source, settings)
-    except UserError:
-        if spare_tokenizer is None:
-            raise
-        tokenizers = [spare_tokenizer() for _ in clips]
+    tokenizers = source.tokenizers or _find_tokenizers(source, networks, settings)
     return _assembled(source, Components(**networks), tokenizers, settings)
 
 
@@ -196,9 +186,15 @@ def _load_vae(name: str, *, configs: Path, dtype: torch.dtype) -> nn.Module:
     return load_vae_folder(find_folder(name, option="--vae"), source=f"--vae: {name}", dtype=dtype)
 
 
-def _find_tokenizers(source: Source, settings: ModelSettings) -> list:
-    near = source.path.parent if isinstance(source, CheckpointFile) else None
-    return find_tokenizers(source.family, cache_dir=settings.tokenizer_cache_dir, near=near)
+def _find_tokenizers(
+    source: Source, networks: Mapping[str, nn.Module], settings: ModelSettings
+) -> list:
+    return find_tokenizers(
+        source.family,
+        vocab_size=networks["text_encoder"].config.vocab_size,
+        cache_dir=settings.tokenizer_cache_dir,
+        near=source.path.parent if isinstance(source, CheckpointFile) else None,
+    )
 
 
 def _assembled(

@@ -24,21 +24,29 @@ SD1_TOKENIZER = "openai/clip-vit-large-patch14"
 SD2_TOKENIZER = "stabilityai/stable-diffusion-2"
 OPEN_CLIP_PADDING = "!"  # id 0
 FILES = ("vocab.json", "merges.txt")
+SHIPPED = Path(__file__).parent / "clip_tokenizer"
+SHIPPED_SIZE = 49408  # tokens of CLIP's vocabulary
 
 
 def find_tokenizers(
-    family: str, *, cache_dir: str | os.PathLike | None = None, near: Path | None = None
+    family: str,
+    *,
+    vocab_size: int,
+    cache_dir: str | os.PathLike | None = None,
+    near: Path | None = None,
 ) -> list:
     """Load a model's tokenizers, two for SDXL, from the first location that has one; no network.
 
     Locations, in order: ``cache_dir`` as sd-scripts fills it (``openai_clip-vit-large-patch14`` or
     ``stabilityai_stable-diffusion-2``, with or without a ``tokenizer`` folder inside),
-    ``cache_dir`` itself, a ``tokenizer`` folder at ``near``, the local Hugging Face cache. SD 1.x
-    and 2.x share the vocabulary and differ in the padding, so either tokenizer serves both: SD 2.x
-    pads with ``!`` instead of the end token, which is set here.
+    ``cache_dir`` itself, a ``tokenizer`` folder at ``near``, the local Hugging Face cache, and for
+    models with CLIP's vocabulary the one in this package. SD 1.x and 2.x share the vocabulary and
+    differ in the padding, so either tokenizer serves both: SD 2.x pads with ``!`` instead of the
+    end token, which is set here.
 
     Args:
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
+        vocab_size: tokens that the text encoder knows.
         cache_dir: ``--tokenizer_cache_dir``.
         near: folder of the checkpoint.
 
@@ -50,7 +58,10 @@ def find_tokenizers(
     hub_ids = [SD1_TOKENIZER, SD2_TOKENIZER]
     if family == "sd_v2":
         hub_ids.reverse()
-    place = next(filter(is_tokenizer_folder, _places(hub_ids, cache_dir, near)), None)
+    places = list(filter(is_tokenizer_folder, _places(hub_ids, cache_dir, near)))
+    if vocab_size == SHIPPED_SIZE:
+        places.append(SHIPPED)
+    place = next(iter(places), None)
     if place is None:
         tried = "".join(f"{place}, " for place in (cache_dir, near and near / "tokenizer") if place)
         raise UserError(

@@ -26,6 +26,7 @@ from mlm_plugin.models.ldm_names import (
     unet_names,
     vae_names,
 )
+from mlm_plugin.models.tokenizers import SHIPPED, find_tokenizers, load_tokenizer
 from research.benchmarks import make_sd15
 
 UNET_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -702,10 +703,25 @@ def test_the_local_hub_cache_is_searched(made, empty_hub_cache):
     assert made.load(tokenizer_cache_dir=None).text_encoders[0].tokenizer is not None
 
 
+def test_a_checkpoint_alone_takes_the_shipped_vocabulary_of_clip(made):
+    tokenizer = made.load(tokenizer_cache_dir=None).text_encoders[0].tokenizer
+    ids = [49406, 320, 1125, 539, 48136, 1929, 49407]
+    assert tokenizer("a photo of sks dog").input_ids == ids
+    assert tokenizer(["dog", "a dog"], padding=True).input_ids[0] == [49406, 1929, 49407, 49407]
+    (sd2,) = find_tokenizers("sd_v2", vocab_size=49408)
+    assert sd2(["dog", "a dog"], padding=True).input_ids[0] == [49406, 1929, 49407, 0]
+
+
+def test_the_shipped_vocabulary_is_the_real_one(clip_vocabulary):
+    (ours,) = find_tokenizers("sd_v1", vocab_size=49408)
+    assert ours.get_vocab() == load_tokenizer(clip_vocabulary).get_vocab()
+    assert "MIT License" in (SHIPPED / "LICENSE.txt").read_text()
+
+
 @pytest.mark.parametrize("given", [True, False])
-def test_no_tokenizer_anywhere_says_where_one_may_be(made, tmp_path, given):
+def test_a_model_of_another_vocabulary_needs_its_tokenizer(tmp_path, given):
     cache = tmp_path / "empty" if given else None
-    message = error_of(made.load, tokenizer_cache_dir=cache)
+    message = error_of(find_tokenizers, "sd_v1", vocab_size=600, cache_dir=cache)
     assert "--tokenizer_cache_dir" in message
     assert "openai/clip-vit-large-patch14" in message
     assert (str(cache) in message) is given
@@ -713,10 +729,10 @@ def test_no_tokenizer_anywhere_says_where_one_may_be(made, tmp_path, given):
 
 def test_a_folder_without_a_tokenizer_takes_the_cached_one(made, folder):
     shutil.rmtree(folder / "tokenizer")
-    assert "no CLIP tokenizer found" in error_of(load_stable_diffusion, folder)
+    shipped = load_stable_diffusion(folder).text_encoders[0].tokenizer
     settings = ModelSettings(tokenizer_cache_dir=made.tokenizer.parent)
-    model = load_stable_diffusion(folder, settings)
-    assert model.text_encoders[0].tokenizer is not None
+    cached = load_stable_diffusion(folder, settings).text_encoders[0].tokenizer
+    assert (len(cached.get_vocab()), len(shipped.get_vocab())) == (514, 49408)
 
 
 def test_a_damaged_tokenizer_is_one_line(folder):
