@@ -64,7 +64,7 @@ __all__ = ["build_trainer", "train"]
 
 logger = logging.getLogger(__name__)
 
-RESUME_SETTINGS = (
+COMMON_STATE_OPTIONS = (
     "method",
     "train_batch_size",
     "gradient_accumulation_steps",
@@ -76,6 +76,7 @@ RESUME_SETTINGS = (
     "lr_scheduler_args",
     "lr_warmup_steps",
 )
+"""What every training state depends on; ``Method.state_options`` has the rest."""
 
 
 def train(argv: Sequence[str]) -> int:
@@ -258,7 +259,7 @@ def _settings_of(
     """Options that must be the same when a run is resumed, as the state depends on them."""
     options = config.to_flat()
     # those of all methods, so that states of different methods can be compared
-    names = {*RESUME_SETTINGS}.union(*(method.state_options() for method in METHODS.values()))
+    names = {*COMMON_STATE_OPTIONS}.union(*(method.state_options() for method in METHODS.values()))
     pictures = "".join(f"{i.path.name}/{i.repeats}/{i.bucket}" for i in dataset.images)
     digest = hashlib.sha256(pictures.encode()).hexdigest()[:16]
     return {name: str(options[name]) for name in sorted(names)} | {
