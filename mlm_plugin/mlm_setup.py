@@ -150,8 +150,11 @@ class MLMSetup:
     def compute_targets(self, accelerator: Accelerator) -> None:
         """What the untrained text encoders make of the prompts, where it is not known yet.
 
-        The concepts must be known, and placeholders with embeddings of their own in place.
+        Placeholders with embeddings of their own must be in place. Does nothing as long as the
+        concepts are not known.
         """
+        if self.prompts is None:
+            return
         with_targets = mlm_target(self.options, self.concepts) != "word" or not all(
             encoder.is_trained for encoder in self.encoders
         )
