@@ -139,8 +139,11 @@ class CrossAttention:
         """
         losses = []
         for layer, rows in self._layers_of(rng, layers_N):
-            h, g = (x if rows is None else x[rows.to(x.device)] for x in (states_ND, teacher_ND))
-            losses += [projection.distance(h, g) for projection in self.by_layer[layer]]
+            chosen = [
+                x if rows is None else x[rows.to(x.device)]
+                for x in (states_ND, teacher_ND, start_ND)
+            ]
+            losses += [projection.distance(*chosen) for projection in self.by_layer[layer]]
         return torch.stack(losses).mean()
 
     def written_back(
