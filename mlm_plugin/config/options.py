@@ -245,6 +245,17 @@ class EmbeddingOptions:
         "Embedding files to start from, one per concept (.safetensors, .pt, .bin).",
         path=True,
     )
+    directional_embedding: bool = option(
+        False,
+        "Learn only the direction of token embeddings; their norm is the mean norm of the "
+        "vocabulary (Directional Textual Inversion). embedding_lr then acts on vectors of norm 1.",
+    )
+    directional_kappa: float = option(
+        1e-4,
+        "Strength of the von Mises-Fisher prior, which pulls the direction of a token embedding "
+        "back to its initial one; 0 for no prior.",
+        at_least=0,
+    )
     xti_mlm_layers: str = option(
         "sample",
         "MLM term of xti: `sample` encodes each prompt with the embeddings of one random layer, "

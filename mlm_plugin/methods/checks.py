@@ -66,6 +66,7 @@ def _method_errors(config: TrainConfig) -> Iterator[str]:
     yield from _rates(config)
     yield from _fused(config)
     yield from _text_side(config)
+    yield from _directional(config)
 
 
 def _quantized(config: TrainConfig) -> Iterator[str]:
@@ -112,6 +113,18 @@ def _text_side(config: TrainConfig) -> Iterator[str]:
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g} asks for the MLM term, but "
             f"{reason}, so it would change nothing; train something before the text encoder's "
             "output, or set mlm_loss_weight = 0"
+        )
+
+
+def _directional(config: TrainConfig) -> Iterator[str]:
+    method = METHODS[config.schedule.method]
+    if not config.embedding.directional_embedding or not method.learns_tokens:
+        return
+    rate = method.learning_rate_of("embedding", config.optimizer)
+    if not rate.value:
+        yield (
+            f"directional_embedding asks for the direction of token embeddings to be learned, but "
+            f"{rate.option} = 0 leaves them untrained; leave it out, or give a rate"
         )
 
 

@@ -54,6 +54,8 @@ def test_the_parts_of_a_method_in_sdxl(name, parts):
 def test_a_training_state_depends_on_the_rates_and_stops_of_its_parts_and_on_little_more():
     assert METHODS["xti"].state_options() == {
         "num_vectors_per_token",
+        "directional_embedding",
+        "directional_kappa",
         "embedding_lr",
         "stop_embedding_training",
     }
