@@ -100,12 +100,9 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
         ),
     ],
 )
-def test_a_contradiction_names_its_options(changes, parts):
-    with pytest.raises(UserError) as caught:
+def test_a_contradiction_names_its_options(changes, parts, refused):
+    with refused(parts):
         check_config(USABLE.replace(**changes))
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
