@@ -769,7 +769,12 @@ class MLMOptions:
         "`bert`: 80 % mask, 10 % random, 10 % kept.",
         choices=("mask", "bert"),
     )
-    mlm_every_n_steps: int = option(1, "Add the term at every n-th optimizer step.", at_least=1)
+    mlm_every_n_steps: int = option(
+        1,
+        "Add the term at every n-th optimizer step, n times as strong: the mean gradient is the "
+        "same, its effect under AdamW up to a quarter smaller.",
+        at_least=1,
+    )
     mlm_start_step: int = option(0, "First optimizer step with the term, from 0.", at_least=0)
     mlm_end_step: int | None = option(
         None,

@@ -56,6 +56,7 @@ OPTIONS = {
 OPTIMIZERS = {
     "AdamW, no clipping": {"max_grad_norm": "0"},
     "AdamW, clipping": {"max_grad_norm": "1"},
+    "AdamW, text encoder at 5e-4": {"text_encoder_lr": "5e-4"},
     "AdamW, clipping at 0.05": {"max_grad_norm": "0.05"},  # about the norm without the term
     "Adafactor, clipping": {
         "optimizer_type": "Adafactor",
