@@ -143,6 +143,8 @@ METHOD_OPTIONS = (
     "embedding_lr",
     "num_vectors_per_token",
     "init_word",
+    "directional_embedding",
+    "directional_kappa",
     "stop_unet_training",
     "stop_text_encoder_training",
     "stop_embedding_training",

@@ -33,7 +33,8 @@ class MLMSchedule:
 
     Attributes:
         weight: ``mlm_loss_weight``.
-        every_n_steps: act on every n-th step with n times the weight, to keep the expectation.
+        every_n_steps: act on every n-th step with n times the weight. The mean gradient is the
+            same; what an optimizer makes of it need not be (docs/method.md, Costs).
         start_step: first step with the term.
         end_step: first step without it again; ``None`` = to the end.
     """

@@ -217,7 +217,7 @@ class Trainer:
         return self.mlm_schedule.weight_at(self.progress.current_step)
 
     def _backward(self, batch: Batch, number: int, weight: float) -> Tensor:
-        """Add the gradients of one batch to the existing ones.
+        """Add the gradients of one batch, and of the method's own prior, to the existing ones.
 
         Returns:
             ``(K,)`` fp32 on the device: the denoising loss and, where the term acts, its loss and
@@ -226,7 +226,10 @@ class Trainer:
         diffusion = LossSum(partial(self._diffusion_summand, batch))
         mlm = LossSum(partial(self._mlm_summand, number))
         loss = diffusion + weight * mlm
-        return loss.backward(self.accelerator.backward)
+        values = loss.backward(self.accelerator.backward)
+        if (prior := self.method.prior_loss()) is not None:
+            self.accelerator.backward(prior)
+        return values
 
     def _diffusion_summand(self, batch: Batch) -> tuple[Tensor]:
         loss = self._diffusion_loss(batch)
