@@ -6,10 +6,8 @@ concept with equal seeds share data order, noise and the noise of test pictures.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,7 +36,6 @@ __all__ = [
     "as_images",
     "create_trainer",
     "mean_of",
-    "output_to",
     "pipeline_of",
 ]
 
@@ -156,15 +153,3 @@ def as_images(pictures: Tensor) -> list[Image.Image]:
 def mean_of(values: Tensor) -> float:
     """Mean, rounded to five decimals."""
     return round(float(values.float().mean()), 5)
-
-
-@contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Redirect everything printed in the block to a new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        path.open("w", encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        yield
