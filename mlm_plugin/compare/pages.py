@@ -92,6 +92,7 @@ def report(
         num_subjects=len(done),
         plan=plan,
         curves=_curves(plan, records),
+        curves_of_subjects=_curves(plan, records, thin=True) if len(done) > 1 else None,
         rows=_rows(summary),
         grids=_grids(plan, trials),
         options={arm.name: arm.options for arm in plan.arms},
@@ -116,8 +117,8 @@ def _rows(summary: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _curves(plan: Plan, records: Sequence[Record]) -> Markup | None:
-    """Likeness against text score: a thick line per arm, a thin one per arm and subject."""
+def _curves(plan: Plan, records: Sequence[Record], *, thin: bool = False) -> Markup | None:
+    """Likeness against text score: a line per arm and, if ``thin``, one per arm and subject."""
     axes = axes_of(records)
     if axes is None:
         return None
@@ -129,7 +130,7 @@ def _curves(plan: Plan, records: Sequence[Record]) -> Markup | None:
             title = f"{arm.name}, step {look}"
             points += [
                 Point(xs[name], ys[name], f"{title}, {name}", series, faint=True, curve=name)
-                for name in (xs if len(xs) > 1 else ())
+                for name in (xs if thin else ())
             ]
             if xs:
                 x, y = (sum(values.values()) / len(values) for values in (xs, ys))

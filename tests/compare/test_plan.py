@@ -1,5 +1,8 @@
 """Plans: those of the package, and what a file may hold."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from mlm_plugin.compare.plan import BUILT_IN, read_plan
@@ -46,6 +49,16 @@ def test_an_arm_stands_on_the_common_options_and_these_on_a_preset(tmp_path):
     assert (a.options["network_dim"], b.options["network_dim"]) == (32, 32)
     assert (a.options["unet_lr"], b.options["unet_lr"]) == (2e-4, 3e-4)
     assert "seed" not in a.options
+
+
+def test_the_plan_in_the_documentation_is_one(tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(root)
+    (tmp_path / "plan.toml").write_text(block)
+    plan = read_plan(str(tmp_path / "plan.toml"))
+    assert plan.arms[1].options["network_dim"] == 32, "of the preset"
 
 
 def test_drawing_has_the_defaults_of_evaluate_where_it_says_nothing(tmp_path):

@@ -257,7 +257,7 @@ def test_the_report_shows_curves_differences_pictures_and_settings(finished, pag
     page = page_of(report)
     text = report.read_text(encoding="utf-8")
     assert page.tags.count("img") == 2 * (5 + 2 * 2), "photos, and a picture per prompt and arm"
-    assert text.count('<g class="curve">') == 2 * 3, "means and two subjects of each arm"
+    assert text.count('<g class="curve">') == 2 + 2 * 3, "means, then also two subjects"
     assert "with <MLM>" in page.text
     assert "<b>a</b>" in page.text
     assert "Text at equal likeness" in page.text
