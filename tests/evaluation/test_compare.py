@@ -6,7 +6,9 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from mlm_plugin.cli import main
@@ -156,6 +158,22 @@ def test_drawing_leaves_no_trace_in_the_training(finished, toy_folder, tmp_path)
     assert plain.keys() == alone.keys()
     assert all((plain[name] == alone[name]).all() for name in plain)
     assert any(tensor.any() for name, tensor in plain.items() if "lora_up" in name)
+
+
+def test_the_last_look_is_what_evaluate_draws_from_the_file(finished, tmp_path):
+    trial = finished.trial("with_MLM_-dog")
+    argv = ["evaluate", *finished.flags, "--lora", str(trial / "last.safetensors"),
+            "--class_token", "dog", "--train_data_dir", str(finished.folder / "subjects" / "dog"),
+            "--prompts", str(finished.folder / "prompts.txt"), "--num_images_per_prompt", "1",
+            "--steps", "1", "--mlm_contextualizer", "none", "--output", str(tmp_path)]  # fmt: skip
+    assert main(argv) == 0
+    for name in ("000_00.png", "001_00.png"):
+        ours = np.asarray(Image.open(trial / "step000002" / "pictures" / name)).astype(int)
+        theirs = np.asarray(Image.open(tmp_path / "pictures" / name))
+        assert abs(ours - theirs).max() <= 1
+    assert finished.results["records"][-1]["measures"]["clip_t"] == pytest.approx(
+        json.loads((tmp_path / "results.json").read_text())["measures"]["clip_t"]["mean"], abs=1e-4
+    )
 
 
 def test_what_is_done_is_not_done_again(place, trained, capsys):
