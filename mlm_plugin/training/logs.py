@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.callbacks import Callback, StepResult, mlm_curves
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.trainer import Trainer
 
@@ -43,9 +43,7 @@ class CurveLogger(Callback):
         if result.mlm is not None:
             values["loss/mlm"] = result.mlm
             values["loss/mlm_weighted"] = result.mlm_weight * result.mlm
-            values["mlm/accuracy"] = result.mlm_accuracy
-            for number, loss in enumerate(result.mlm_losses, start=1):
-                values[f"loss/mlm_te{number}"] = loss
+            values |= mlm_curves(result.mlm_parts)
         if step % max(1, trainer.plan.num_steps // NUM_DRIFTS) == 0:
             trainer.method.train(False)
             values |= {tag: drift() for tag, drift in self.drifts.items()}
