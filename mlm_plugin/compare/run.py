@@ -90,9 +90,9 @@ def _description(plan: Plan, trials: Sequence[Trial]) -> str:
     num_looks = len(plan.looks) * plan.pictures_per_prompt
     num_pictures = sum(len(trial.prompts) * num_looks for trial in trials)
     return (
-        f"{len(plan.arms)} arms x {len(trials) // len(plan.arms) // len(plan.seeds)} subjects x "
-        f"{len(plan.seeds)} seeds: {len(trials)} trials, {len(trials) * plan.looks[-1]} steps, "
-        f"{num_pictures} pictures; {sum(trial.is_done for trial in trials)} trials are done"
+        f"{len(trials)} trials (arms: {len(plan.arms)}, seeds: {len(plan.seeds)}, subjects: "
+        f"{len(trials) // len(plan.arms) // len(plan.seeds)}), {len(trials) * plan.looks[-1]} "
+        f"steps, {num_pictures} pictures; {sum(trial.is_done for trial in trials)} trials are done"
     )
 
 

@@ -38,6 +38,7 @@ from mlm_plugin.setup.console import output_to
 from mlm_plugin.setup.data import create_dataset
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.guards import NonFiniteLoss
+from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.samples import SAMPLERS
 from mlm_plugin.training.trainer import Trainer
 
@@ -170,7 +171,7 @@ def train_trial(trial: Trial) -> None:
     """Train and draw; continues from the state of a stopped run.
 
     Raises:
-        Stopped: after a signal; the state is saved.
+        Stopped: after a signal; the state is saved, or the trial was at its end and is done.
         UserError: as in the trainer, or the loss is not finite.
     """
     config, folder = trial.run.config, trial.folder
@@ -184,6 +185,7 @@ def train_trial(trial: Trial) -> None:
             trainer = trainer_of(trial.run._replace(config=config))
             trainer.callbacks.insert(0, Looks(trial))
             trainer.run()
+            stop_code = trainer.stop_code
     except NonFiniteLoss as error:
         raise UserError(f"{trial.title}: {error}; {error.advice}") from error
     except UserError as error:
@@ -197,6 +199,8 @@ def train_trial(trial: Trial) -> None:
     _write_json(folder / DONE, {"trial": trial.title, "options": options})
     for state in states:
         shutil.rmtree(state)
+    if stop_code:
+        raise Stopped(stop_code)
 
 
 class Looks(Callback):
