@@ -79,7 +79,7 @@ def report(
     Args:
         plan: what is compared.
         trials: those that are done.
-        records: their measures.
+        records: the measures of those that are compared.
         facts: model, judges, versions and so on, shown at the end.
     """
     summary = summary_of(plan, records)

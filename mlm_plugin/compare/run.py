@@ -20,6 +20,7 @@ from mlm_plugin.compare.options import CompareOptions
 from mlm_plugin.compare.pages import report, summary_of, write_blind_sheet
 from mlm_plugin.compare.plan import Plan
 from mlm_plugin.compare.subjects import find_subjects
+from mlm_plugin.compare.summary import complete_runs
 from mlm_plugin.compare.trials import Trial, checked_trials, score_trial, train_trial
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.errors import UserError
@@ -138,19 +139,20 @@ class _Comparison:
         """Write results and report of what is done; returns the report."""
         output = Path(self.options.output)
         facts = self._facts()
+        records = complete_runs(self.records, [arm.name for arm in self.plan.arms])
         content = {
             "format": FORMAT,
             "plan": dataclasses.asdict(self.plan),
             "facts": facts,
             "records": self.records,
-            "summary": summary_of(self.plan, self.records),
+            "summary": summary_of(self.plan, records),
         }
         with atomic_path(output / RESULTS_FILE) as temporary:
             text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
             temporary.write_text(f"{text}\n", encoding="utf-8")
         known = {(r["arm"], r["subject"], r["seed"]) for r in self.records}
         done = [t for t in self.trials if (t.arm, t.subject.name, t.seed) in known]
-        return write_report(output, report(self.plan, done, self.records, facts))
+        return write_report(output, report(self.plan, done, records, facts))
 
     def _facts(self) -> Mapping[str, str]:
         drawing = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(self.plan.drawing).items())

@@ -5,7 +5,7 @@ A record has ``arm``, ``subject``, ``seed``, ``step`` and ``measures`` by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,15 @@ import torch
 from mlm_plugin.evaluation.measures import best_at_level, mean_with_interval, sign_flip_p_value
 from mlm_plugin.evaluation.results import AXES, IMAGE_MEASURES
 
-__all__ = ["axes_of", "by_subject", "differences", "last_look", "matched_difference", "means"]
+__all__ = [
+    "axes_of",
+    "by_subject",
+    "complete_runs",
+    "differences",
+    "last_look",
+    "matched_difference",
+    "means",
+]
 
 Record = Mapping[str, Any]
 Run = tuple[str, int]  # subject, seed
@@ -24,6 +32,18 @@ def axes_of(records: Sequence[Record]) -> tuple[str, str] | None:
     return next(
         (pair for pair in AXES if all(set(pair) <= r["measures"].keys() for r in records)), None
     )
+
+
+def complete_runs(records: Sequence[Record], arms: Collection[str]) -> list[Record]:
+    """Those of subjects and seeds that every arm has learned; all, while there are none.
+
+    So that arms are not compared on different subjects while the others are still in training.
+    """
+    arms_of: dict[Run, set[str]] = {}
+    for record in records:
+        arms_of.setdefault((record["subject"], record["seed"]), set()).add(record["arm"])
+    runs = {run for run, found in arms_of.items() if found == set(arms)}
+    return [r for r in records if (r["subject"], r["seed"]) in runs] or list(records)
 
 
 def last_look(records: Sequence[Record]) -> list[Record]:

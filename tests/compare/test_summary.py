@@ -2,7 +2,13 @@
 
 import pytest
 
-from mlm_plugin.compare.summary import axes_of, differences, matched_difference, means
+from mlm_plugin.compare.summary import (
+    axes_of,
+    complete_runs,
+    differences,
+    matched_difference,
+    means,
+)
 
 AXES = ("clip_t", "dino")
 
@@ -41,6 +47,15 @@ def test_six_subjects_of_one_sign_are_the_fewest_below_a_twentieth():
     assert differences(first, other)["clip_t"]["p"] == 2 / 2**6
     five = [record for record in other if record["subject"] != "s0"]
     assert differences(first, five)["clip_t"]["p"] > 0.05
+
+
+def test_arms_are_compared_on_what_all_have_learned():
+    dog, cat = {("dog", 0): [(0.1, 0.5)]}, {("cat", 0): [(0.9, 0.5)]}
+    plain, half = records("a", {**dog, **cat}), records("b", dog)
+    kept = complete_runs([*plain, *half], ["a", "b"])
+    assert {record["subject"] for record in kept} == {"dog"}
+    assert len(kept) == 2
+    assert complete_runs(plain, ["a", "b"]) == plain, "until there is something to compare"
 
 
 def test_one_subject_has_no_p():
