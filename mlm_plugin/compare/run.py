@@ -62,8 +62,8 @@ def run_compare(options: CompareOptions, plan: Plan) -> int:
         return 0
     comparison = _Comparison(options, plan, trials)
     try:
-        for number, trial in enumerate(trials, start=1):
-            comparison.run(trial, f"{number}/{len(trials)} {trial.title}")
+        for number in sorted(range(len(trials)), key=lambda i: not trials[i].is_done):
+            comparison.run(number)
     except (Stopped, Interrupted) as stopped:
         print("stopped; the same command continues", file=sys.stderr)
         return stopped.exit_code
@@ -102,7 +102,7 @@ class _Comparison:
 
     def __init__(self, options: CompareOptions, plan: Plan, trials: Sequence[Trial]):
         self.options, self.plan, self.trials = options, plan, trials
-        self.records: list[dict[str, Any]] = []
+        self.by_trial: dict[int, list[dict[str, Any]]] = {}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         names = {"CLIP": options.clip_model, "DINO": options.dino_model}
         self.judges = {judge: name for judge, name in names.items() if name != NO_MODEL}
@@ -120,38 +120,39 @@ class _Comparison:
             None if dino == NO_MODEL else load_dino(dino, device=self.device),
         )
 
-    def run(self, trial: Trial, title: str) -> None:
-        """Train, draw and score one trial, unless that is done."""
-        began, is_new = time.monotonic(), not trial.is_done
+    def run(self, number: int) -> None:
+        """Train, draw and score a trial, unless that is done."""
+        trial, began = self.trials[number], time.monotonic()
+        is_new = not trial.is_done
         if is_new:
-            print(f"{title}: log in {trial.folder / 'log.txt'}", flush=True)
+            log = trial.folder / "log.txt"
+            print(f"{number + 1}/{len(self.trials)} {trial.title}: log in {log}", flush=True)
             train_trial(trial)
         found = score_trial(trial, self.judges, load=functools.cache(self.load))
-        self.records += found
+        self.by_trial[number] = found
         if is_new:
-            shown = ", ".join(
-                f"{name} {value:.3f}" for name, value in found[-1]["measures"].items()
-            )
+            last = found[-1]["measures"]
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in last.items())
             print(f"  {(time.monotonic() - began) / 60:.1f} min: {shown}", flush=True)
             self.write()
 
     def write(self) -> Path:
         """Write results and report of what is done; returns the report."""
         output = Path(self.options.output)
-        facts = self._facts()
-        records = complete_runs(self.records, [arm.name for arm in self.plan.arms])
+        facts, numbers = self._facts(), sorted(self.by_trial)
+        all_records = [record for number in numbers for record in self.by_trial[number]]
+        records = complete_runs(all_records, [arm.name for arm in self.plan.arms])
         content = {
             "format": FORMAT,
             "plan": dataclasses.asdict(self.plan),
             "facts": facts,
-            "records": self.records,
+            "records": all_records,
             "summary": summary_of(self.plan, records),
         }
         with atomic_path(output / RESULTS_FILE) as temporary:
             text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
             temporary.write_text(f"{text}\n", encoding="utf-8")
-        known = {(r["arm"], r["subject"], r["seed"]) for r in self.records}
-        done = [t for t in self.trials if (t.arm, t.subject.name, t.seed) in known]
+        done = [self.trials[number] for number in numbers]
         return write_report(output, report(self.plan, done, records, facts))
 
     def _facts(self) -> Mapping[str, str]:
