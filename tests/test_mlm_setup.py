@@ -33,7 +33,7 @@ def prepared(options, text_encoder: TextEncoder, accelerator, *, concepts_first=
     setup.prepare([text_encoder], accelerator)
     if not concepts_first:
         setup.use_concepts(CONCEPTS)
-    setup.compute_targets(accelerator)
+    setup.compute_targets(accelerator.device)
     return setup
 
 
@@ -56,12 +56,12 @@ def test_targets_are_those_of_the_untrained_encoder(toy_text_encoder, options, a
     before = [target.teacher_ND.clone() for target in setup.encoders[0].targets]
     untrained = loss_of(setup)
     disturb(toy_text_encoder)
-    setup.compute_targets(accelerator)  # they are there already
+    setup.compute_targets(accelerator.device)  # they are there already
     (encoder,) = attached(setup).encoders
     assert all(map(torch.equal, before, (t.teacher_ND for t in encoder.targets)))
     assert loss_of(setup) > untrained
     encoder_again, setup.encoders[0].targets = setup.encoders[0], None
-    setup.compute_targets(accelerator)
+    setup.compute_targets(accelerator.device)
     late = encoder_again.targets
     assert late[0].ids == encoder.targets[0].ids
     assert not torch.allclose(late[0].teacher_ND, before[0], atol=1e-3)

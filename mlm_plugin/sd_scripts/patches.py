@@ -103,7 +103,7 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
 def collected_text_encoders(
     term: MLMTerm, *, arch: str, clip_skip: int | None, tokenizers: Callable[[], list[Any]]
 ) -> Iterator[None]:
-    """Pass trained CLIP text encoders and the U-Net, seen in ``Accelerator.prepare``, to the term."""
+    """Pass the CLIP text encoders and the U-Net in ``Accelerator.prepare`` to the term."""
 
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):

@@ -101,7 +101,7 @@ class MLMTerm:
             UserError: the given contextualizer does not fit.
         """
         self.setup.prepare([text_encoder], accelerator, trained=[is_trained], more_may_come=True)
-        self.setup.compute_targets(accelerator)
+        self.setup.compute_targets(accelerator.device)
 
     def read_at(self, place: str, unet: nn.Module, *, keep_copies: bool = False) -> None:
         """Set where the term reads.
@@ -144,7 +144,7 @@ class MLMTerm:
         States without them load, and plain trainers load states with them, as the file is separate
         from those of accelerate.
         """
-        self.setup.compute_targets(accelerator)
+        self.setup.compute_targets(accelerator.device)
 
         def save(_models, _weights, output_dir):
             with atomic_path(Path(output_dir) / STATE_FILE) as temporary:

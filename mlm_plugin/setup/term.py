@@ -85,7 +85,7 @@ def attach_term(
         )
     method.train(False)
     with method.untrained():
-        setup.compute_targets(accelerator)
+        setup.compute_targets(accelerator.device)
     return setup.attach(
         rank=accelerator.process_index,
         dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],

@@ -18,8 +18,6 @@ from mlm_plugin.mlm_setup import (
     MLMSetup,
     PreparedEncoder,
     mlm_target,
-    prompts_for,
-    targets_for,
 )
 
 SKS_DOG = Concept("sks", "dog")
@@ -35,12 +33,11 @@ def contextualizer(toy_text_encoder, toy_contextualizer):
 
 def take(text_encoder, contextualizer, *concepts, options=OPTIONS, seed=0, is_trained=True):
     """The encoder with its targets."""
-    encoder = PreparedEncoder(text_encoder, contextualizer, is_trained)
-    prompts = prompts_for(options, concepts)
-    encoder.targets = targets_for(
-        encoder, concepts, options, prompts=prompts, seed=seed, device=CPU
-    )
-    return encoder
+    setup = MLMSetup(options, seed=seed)
+    setup.use_concepts(concepts)
+    setup.encoders = [PreparedEncoder(text_encoder, contextualizer, is_trained)]
+    setup.compute_targets(CPU)
+    return setup.encoders[0]
 
 
 def regularizer_of(encoder, *concepts, options=OPTIONS):
