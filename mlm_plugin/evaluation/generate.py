@@ -170,7 +170,8 @@ def _draw(
         ).images
     if not latents_NChw.isfinite().all():
         raise UserError(
-            f"the U-Net overflowed in {pipeline.unet.dtype}: use bf16 or fp32 (--precision)"
+            f"the U-Net overflowed in {pipeline.unet.dtype}: set --precision bf16 or fp32 "
+            "(mixed_precision in a plan)"
         )
     # one by one: at SDXL's size a picture needs gigabytes
     return [decode_latents(pipeline.vae, one_1Chw) for one_1Chw in latents_NChw.float().split(1)]
