@@ -97,6 +97,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.progress = Progress(seed=identity.seed, num_processes=identity.num_processes)
         self._exit_code = 0  # of a signal, once the processes have exchanged it
+        self.stop_code = 0  # of a signal in the last step, which ended the run anyway
         self._step_before = StepBefore(method.parameters(), self.optimizer, self.scheduler)
 
     # --- the run --------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ class Trainer:
                 if self.accelerator.num_processes == 1 and self.progress.current_step > first_step:
                     self._rescue()
                 raise
+        self.stop_code = stop.exit_code if stop else 0
         self._call("on_train_end")
 
     def _run_epoch(self, bar: tqdm, stop: StopRequest) -> None:

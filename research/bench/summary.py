@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mlm_plugin.evaluation.measures import Mean, mean_with_interval, sign_flip_p_value
+from mlm_plugin.evaluation.measures import (
+    Mean,
+    best_at_level,
+    mean_with_interval,
+    sign_flip_p_value,
+)
 
 __all__ = [
     "MEASURES",
@@ -100,13 +105,8 @@ def fidelity_at(identity: float, curve: Sequence[Record]) -> float:
     Linear between the Pareto-optimal evaluations. Below their lowest identity it is their highest
     fidelity; above the highest identity it is ``nan``.
     """
-    points = sorted((record["identity"], record["prompt_fidelity"]) for record in curve)
-    front: list[tuple[float, float]] = []
-    for point in reversed(points):
-        if not front or point[1] > front[-1][1]:
-            front.append(point)
-    xs, ys = zip(*reversed(front), strict=True)
-    return float(np.interp(identity, xs, ys, right=np.nan))
+    points = [(record["identity"], record["prompt_fidelity"]) for record in curve]
+    return best_at_level(identity, points)
 
 
 def matched_difference(

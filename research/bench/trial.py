@@ -23,7 +23,6 @@ from mlm_plugin.demo.trial import (
     as_images,
     create_trainer,
     mean_of,
-    output_to,
     pipeline_of,
 )
 from mlm_plugin.demo.trial import Scores as OracleScores
@@ -34,6 +33,7 @@ from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.pocket.captions import Caption
 from mlm_plugin.pocket.concepts import Concept, training_scenes
 from mlm_plugin.pocket.world import render
+from mlm_plugin.setup.console import output_to
 from mlm_plugin.training.callbacks import StepResult
 from mlm_plugin.training.trainer import Trainer
 from research.bench.context import BenchContext
