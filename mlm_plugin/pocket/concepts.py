@@ -85,13 +85,24 @@ REPORTED = (
     _concept("zwx robot", "checkered", "right", "snow", (190, 215, 40)),
     _concept("ohwx cup", "striped", "middle", "city", (236, 120, 20)),
     _concept("ktn bird", "checkered", "left", "desert", (20, 200, 220)),
+    _concept("mje house", "striped", "right", "mountains", (150, 90, 40)),
+    _concept("zwx cup", "checkered", "right", "night", (230, 60, 220)),
+    _concept("qxj mushroom", "striped", "left", "brick wall", (20, 200, 220)),
+    _concept("hta dog", "checkered", "right", "desert", (140, 20, 80)),
+    _concept("sks robot", "striped", "left", "beach", (230, 60, 220)),
+    _concept("ohwx bird", "striped", "middle", "snow", (236, 120, 20)),
+    _concept("ktn house", "checkered", "left", "forest", (128, 140, 30)),
+    _concept("mje mushroom", "checkered", "middle", "sea", (190, 215, 40)),
 )
 TUNING = (
     _concept("vvq cat", "striped", "right", "beach", (150, 90, 40)),
     _concept("qxj car", "checkered", "middle", "forest", (230, 60, 220)),
     _concept("hta fish", "striped", "left", "night", (128, 140, 30)),
+    _concept("mje cat", "checkered", "left", "mountains", (20, 200, 220)),
+    _concept("zwx car", "striped", "right", "meadow", (236, 120, 20)),
+    _concept("ohwx fish", "checkered", "middle", "brick wall", (230, 60, 220)),
 )
-"""Settings are tuned on these and reported on the others."""
+"""Settings are tuned on these and reported on the others, which have other shapes."""
 
 
 def find_concept(name: str, *, named_by: str = "--concept") -> Concept:
