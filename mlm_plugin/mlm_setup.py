@@ -1,8 +1,8 @@
-"""From options to the regularizer: prepare, then attach. Both hosts use it.
+"""From options to the regularizer: prepare, compute targets, attach. Both hosts use it.
 
 Before anything is trained, :class:`MLMSetup` finds the contextualizer of each text encoder and
-computes the teacher targets. The host then puts into the text encoders what it trains, and
-:meth:`MLMSetup.attach` returns the regularizer.
+computes what the untrained model makes of the prompts. :meth:`MLMSetup.attach` returns the
+regularizer, on models that hold what the host trains.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.contextualizer_file import LoadedContextualizer, contextualizer_settings
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.contextualizer import Contextualizer
-from mlm_plugin.mlm.encoder import EncoderHandle, TeacherTarget
+from mlm_plugin.mlm.cross_attention import CrossAttention
+from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget, Variants
 from mlm_plugin.mlm.masking import MaskingVocabulary
-from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptSet
+from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptPair, PromptSet
 from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
-from mlm_plugin.mlm.teacher import compute_teacher_targets
+from mlm_plugin.mlm.teacher import (
+    MaskSettings,
+    TeacherPair,
+    compute_targets,
+    with_kept_states,
+)
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of
@@ -35,13 +41,13 @@ from mlm_plugin.random_state import preserved_random_state
 __all__ = [
     "MLMSetup",
     "PreparedEncoder",
-    "build_regularizer",
     "encoder_handle",
+    "mask_settings",
     "mlm_schedule",
     "mlm_target",
     "prompt_set_names",
     "prompts_for",
-    "teacher_targets_for",
+    "targets_for",
     "trigger_of",
 ]
 
@@ -49,41 +55,51 @@ logger = logging.getLogger(__name__)
 
 NUM_TARGETS = 1024
 
-Tokenize = Callable[[TextEncoder, list[str], random.Random], Tensor]
-"""A method's own way to turn prompts into ids ``(B, L)``."""
+Vary = Callable[[TextEncoder, Tensor, random.Random], Variants]
+"""A method's own variants of encoded prompts."""
 
 
 @dataclass
 class PreparedEncoder:
-    """A text encoder that the term acts on, and what was prepared while it was untrained."""
+    """A text encoder that the term reads, and what was prepared while it was untrained."""
 
     text_encoder: TextEncoder
-    contextualizer: LoadedContextualizer
-    teacher_targets: list[TeacherTarget] | None = None  # not yet computed; empty: not needed
+    contextualizer: Contextualizer | None = None  # None where states are compared
+    is_trained: bool = True  # whether anything before its output is
+    targets: list[PromptTarget] | None = None  # not yet computed; empty: not needed
 
 
 class MLMSetup:
     """The term of one run, from its options to the regularizer.
 
     Concepts (:meth:`use_concepts`) and text encoders (:meth:`prepare`) come in any order, as the
-    host has them, and :meth:`attach` ends the set-up.
+    host has them. Then come :meth:`compute_targets`, before the first step, and :meth:`attach`.
 
     Args:
         options: the ``mlm`` group of a run.
         seed: of the run; ``mlm_seed`` takes precedence.
+        read_at: ``encoder``, ``cross_attention`` or ``both``.
 
     Attributes:
         encoders: prepared so far.
+        contextualizers: found for them; none where states are compared.
         concepts: empty until they are known.
         prompts: where prompts come from, once the concepts are known.
     """
 
-    def __init__(self, options: MLMOptions, *, seed: int):
+    def __init__(self, options: MLMOptions, *, seed: int, read_at: str = "encoder"):
         self.options = options
         self.seed = seed if options.mlm_seed is None else options.mlm_seed
+        self.read_at = read_at
         self.encoders: list[PreparedEncoder] = []
+        self.contextualizers: list[LoadedContextualizer] = []
         self.concepts: tuple[Concept, ...] = ()
         self.prompts: JointPrompts | None = None
+
+    @property
+    def reads_cross_attention(self) -> bool:
+        """Whether the U-Net's keys and values are read."""
+        return self.read_at != "encoder"
 
     def use_concepts(self, concepts: Sequence[Concept], *, captions: Iterable[str] = ()) -> None:
         """Set what is learned; the captions may serve as prompts.
@@ -99,101 +115,113 @@ class MLMSetup:
         text_encoders: Sequence[TextEncoder],
         accelerator: Accelerator,
         *,
+        trained: Sequence[bool] | None = None,
         more_may_come: bool = False,
     ) -> None:
-        """Find or pretrain contextualizers, and compute teacher targets.
+        """Find or pretrain the contextualizers of text encoders, unless states are compared.
 
         The host's random state is not changed.
 
         Args:
             text_encoders: untrained.
             accelerator: its device does the work; one process pretrains, the others find the file.
+            trained: for each, whether anything before its output will be trained; default all.
             more_may_come: whether the host may prepare further text encoders later.
 
         Raises:
             UserError: a given file does not fit.
         """
-        settings = contextualizer_settings(
-            self.options.mlm_contextualizer,
-            len(self.encoders) + len(text_encoders),
-            more_may_come=more_may_come,
-        )[len(self.encoders) :]
-        for text_encoder, setting in zip(text_encoders, settings, strict=False):
-            with (
-                preserved_random_state(accelerator.device),
-                accelerator.main_process_first(),
-                _on_device(text_encoder.model, accelerator.device),
-            ):
-                found = find_contextualizer(
-                    text_encoder, setting, show_progress=accelerator.is_local_main_process
-                )
-            self.encoders.append(PreparedEncoder(text_encoder, found))
-        self.compute_targets(accelerator)
+        networks: list[Contextualizer | None] = [None] * len(text_encoders)
+        if self.options.mlm_target != "states":
+            settings = contextualizer_settings(
+                self.options.mlm_contextualizer,
+                len(self.encoders) + len(text_encoders),
+                more_may_come=more_may_come,
+            )[len(self.encoders) :]
+            found = [
+                _contextualizer_for(text_encoder, setting, accelerator)
+                for text_encoder, setting in zip(text_encoders, settings, strict=False)
+            ]
+            self.contextualizers += found
+            networks = [contextualizer.network for contextualizer in found]
+        trained = trained or [True] * len(text_encoders)
+        self.encoders += map(PreparedEncoder, text_encoders, networks, trained)
 
     def compute_targets(self, accelerator: Accelerator) -> None:
-        """Teacher targets of the text encoders that lack them, once the concepts are known."""
-        if self.prompts is None:
-            return
+        """What the untrained text encoders make of the prompts, where it is not known yet.
+
+        The concepts must be known, and placeholders with embeddings of their own in place.
+        """
+        with_targets = mlm_target(self.options, self.concepts) != "word" or not all(
+            encoder.is_trained for encoder in self.encoders
+        )
         for encoder in self.encoders:
-            if encoder.teacher_targets is None:
-                with _on_device(encoder.text_encoder.model, accelerator.device):
-                    encoder.teacher_targets = teacher_targets_for(
-                        encoder.text_encoder,
-                        encoder.contextualizer.network,
-                        self.concepts,
-                        self.options,
-                        prompts=self.prompts,
-                        seed=self.seed,
-                    )
+            if encoder.targets is None:
+                encoder.targets = []
+                if with_targets:
+                    with (
+                        preserved_random_state(accelerator.device),
+                        _on_device(encoder.text_encoder.model, accelerator.device),
+                    ):
+                        encoder.targets = targets_for(
+                            encoder,
+                            self.concepts,
+                            self.options,
+                            prompts=self.prompts,
+                            seed=self.seed,
+                            device=accelerator.device,
+                        )
 
     def attach(
-        self, *, rank: int, dtype: torch.dtype, tokenize: Tokenize | None = None
+        self,
+        *,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        vary: Vary | None = None,
+        cross_attention: CrossAttention | None = None,
     ) -> MLMRegularizer:
-        """The term on text encoders that hold what is trained.
+        """The term on models that hold what is trained.
 
         Args:
             rank: rank of this process; each draws its own prompts.
             dtype: precision of the contextualizers; their loss is fp32 in any case.
-            tokenize: prompts to ids, if the method has its own way.
+            device: where the term is computed.
+            vary: a method's own variants of a prompt, if it has any.
+            cross_attention: the U-Net's, where it is read.
         """
         handles = [
-            encoder_handle(
-                encoder.text_encoder,
-                encoder.contextualizer.network,
-                self.concepts,
-                teacher_targets=encoder.teacher_targets or (),
-                tokenize=tokenize,
-                dtype=dtype,
-            )
+            encoder_handle(encoder, self.concepts, dtype=dtype, device=device, vary=vary)
             for encoder in self.encoders
         ]
-        seed = f"{self.seed}/{rank}"
-        return build_regularizer(handles, self.options, prompts=self.prompts, seed=seed)
+        options = self.options
+        return MLMRegularizer(
+            handles,
+            lambda rng: self.prompts.sample(rng).text,
+            batch_size=options.mlm_batch_size,
+            masks=mask_settings(options),
+            seed=f"{self.seed}/{rank}",
+            cross_attention=cross_attention,
+            reads_encoder=self.read_at != "cross_attention",
+        )
 
 
-def build_regularizer(
-    encoders: Sequence[EncoderHandle],
-    options: MLMOptions,
-    *,
-    prompts: JointPrompts,
-    seed: int | str,
-) -> MLMRegularizer:
-    """Join prompts, masks and text encoders.
+def _contextualizer_for(
+    text_encoder: TextEncoder, setting: str, accelerator: Accelerator
+) -> LoadedContextualizer:
+    with (
+        preserved_random_state(accelerator.device),
+        accelerator.main_process_first(),
+        _on_device(text_encoder.model, accelerator.device),
+    ):
+        return find_contextualizer(
+            text_encoder, setting, show_progress=accelerator.is_local_main_process
+        )
 
-    Args:
-        encoders: one for each text encoder, from :func:`encoder_handle`.
-        options: batch size, rate, replacement.
-        prompts: where prompts come from.
-        seed: names the stream; give each process its own.
-    """
-    return MLMRegularizer(
-        encoders,
-        lambda rng: prompts.sample(rng).text,
-        batch_size=options.mlm_batch_size,
-        mlm_probability=options.mlm_probability,
-        replace=options.mlm_replace,
-        seed=seed,
-    )
+
+def mask_settings(options: MLMOptions) -> MaskSettings:
+    """How words are masked."""
+    return MaskSettings(options.mlm_probability, options.mlm_replace)
 
 
 def prompts_for(
@@ -234,7 +262,7 @@ def trigger_of(concepts: Sequence[Concept]) -> str | None:
 
 
 def mlm_target(options: MLMOptions, concepts: Sequence[Concept]) -> str:
-    """``mlm_target`` with ``auto`` decided: ``class`` or ``word``.
+    """``mlm_target`` with ``auto`` decided: ``class``, ``word`` or ``states``.
 
     Raises:
         UserError: ``class`` is asked for, and a concept has no class word.
@@ -260,80 +288,91 @@ def mlm_schedule(options: MLMOptions) -> MLMSchedule:
     )
 
 
-def teacher_targets_for(
-    text_encoder: TextEncoder,
-    contextualizer: Contextualizer,
+def targets_for(
+    encoder: PreparedEncoder,
     concepts: Sequence[Concept],
     options: MLMOptions,
     *,
     prompts: JointPrompts,
     seed: int,
-) -> list[TeacherTarget]:
-    """The teacher targets of ``mlm_target = class``; none for ``word``.
+    device: torch.device,
+) -> list[PromptTarget]:
+    """Prompts and what an untrained text encoder makes of them.
 
     Text encoders of one run get the same prompts.
 
     Args:
-        text_encoder: untrained.
-        contextualizer: made for it; moved to its device.
+        encoder: untrained; its contextualizer is moved to the device.
         concepts: what is never masked.
         options: target, rate, replacement.
         prompts: where prompts come from.
         seed: of the run; processes share it.
+        device: where the text encoder is.
     """
-    if mlm_target(options, concepts) == "word":
-        return []
+    target = mlm_target(options, concepts)
     rng = random.Random(f"readings/{seed}")  # the name is part of the result: do not change it
-    pairs = [prompts.sample(rng) for _ in range(NUM_TARGETS)]
-    own_dtype = contextualizer.mask_vector.dtype  # half precision in a small file, kept
-    return compute_teacher_targets(
-        encoder_handle(text_encoder, contextualizer, concepts, dtype=own_dtype),
-        pairs,
-        mlm_probability=options.mlm_probability,
-        replace=options.mlm_replace,
-        rng=rng,
+    pairs = [_teacher_pair(prompts.sample(rng)) for _ in range(NUM_TARGETS)]
+    network = encoder.contextualizer  # half precision in a small file is kept
+    own_dtype = torch.float32 if network is None else network.mask_vector.dtype
+    handle = encoder_handle(encoder, concepts, dtype=own_dtype, device=device)
+    targets = compute_targets(
+        handle, pairs, rng, masks=mask_settings(options), with_teacher=target != "word"
     )
+    return targets if encoder.is_trained else with_kept_states(handle, targets)
+
+
+def _teacher_pair(pair: PromptPair) -> TeacherPair:
+    import os
+
+    return TeacherPair(pair.text, pair.text if os.environ.get("MLM_OWN") else pair.class_text)
 
 
 def encoder_handle(
-    text_encoder: TextEncoder,
-    contextualizer: Contextualizer,
+    encoder: PreparedEncoder,
     concepts: Sequence[Concept],
     *,
-    teacher_targets: Sequence[TeacherTarget] = (),
-    tokenize: Tokenize | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device,
+    vary: Vary | None = None,
 ) -> EncoderHandle:
     """A text encoder as the regularizer sees it.
 
     Args:
-        text_encoder: untrained for the teacher, else with what is trained in place.
-        contextualizer: made for it; moved to its device.
+        encoder: untrained for the teacher, else with what is trained in place.
         concepts: what is never masked.
-        teacher_targets: from :func:`teacher_targets_for`.
-        tokenize: prompts to ids, if the method has its own way.
-        dtype: precision of the contextualizer.
+        dtype: precision of the contextualizer, which is moved to the device.
+        device: where the term is computed.
+        vary: a method's own variants of a prompt, if it has any.
     """
-    embedding = text_encoder.token_embedding
-    # embeddings that a host added after the vocabulary are never predicted
-    table = embedding.weight.detach()[: contextualizer.sizes.vocab_size]
-    if embedding.weight.requires_grad:  # the output table must not follow the training
-        table = table.clone()
-
-    def token_ids(prompts: list[str], rng: random.Random) -> Tensor:
-        if tokenize is not None:
-            return tokenize(text_encoder, prompts, rng)
-        return text_encoder.tokenize_trimmed(prompts)
-
+    text_encoder = encoder.text_encoder
+    reader = {}
+    if (network := encoder.contextualizer) is not None:
+        reader = {
+            "contextualizer": network.to(device, dtype),
+            "token_table": _token_table(text_encoder, network.sizes.vocab_size, device),
+        }
+    if vary is not None:
+        reader["vary"] = lambda ids_BL, rng: vary(text_encoder, ids_BL, rng)
     return EncoderHandle(
-        tokenize=token_ids,
+        tokenize=text_encoder.tokenize_trimmed,
         encode=text_encoder.encode_storing,
-        embedding=embedding,
-        contextualizer=contextualizer.to(table.device, dtype),
+        embedding=text_encoder.token_embedding,
         vocabulary=_masking_vocabulary(text_encoder, concepts),
-        token_table=table,
-        teacher_targets=teacher_targets,
+        pad_token_id=text_encoder.tokenizer.pad_token_id,
+        device=device,
+        targets=encoder.targets or (),
+        is_trained=encoder.is_trained,
+        **reader,
     )
+
+
+def _token_table(text_encoder: TextEncoder, vocab_size: int, device: torch.device) -> Tensor:
+    """The output table; embeddings that a host added after the vocabulary are never predicted."""
+    weight_VD = text_encoder.token_embedding.weight
+    table_VD = weight_VD.detach()[:vocab_size].to(device)
+    if weight_VD.requires_grad:  # the output table must not follow the training
+        table_VD = table_VD.clone()
+    return table_VD
 
 
 def _masking_vocabulary(

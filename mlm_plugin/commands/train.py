@@ -158,7 +158,7 @@ def build_trainer(
 
     set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
-    regularizer = term and attach_term(term, config, method, rank=accelerator.process_index)
+    regularizer = term and attach_term(term, config, method, accelerator)
     prepare_models(config, models, method)
     cache_latents(config, dataset, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
@@ -173,7 +173,7 @@ def build_trainer(
         models=models,
         concepts=concepts,
         seed=seed,
-        contextualizers=[encoder.contextualizer for encoder in term.encoders] if term else [],
+        contextualizers=term.contextualizers if term else [],
     )
     drawer = sample_drawer(config, concepts)
     captions = cached_captions(config, dataset, method, drawer, accelerator)
@@ -183,7 +183,7 @@ def build_trainer(
         loader=create_loader(config, order, device=accelerator.device),
         objective=Objective(
             _diffusion_loss(config, models, accelerator.device),
-            mlm=MLMTerm(regularizer, mlm_schedule(config.mlm)) if regularizer else None,
+            mlm=regularizer and MLMTerm(regularizer, mlm_schedule(config.mlm), term.read_at),
             encode=captions,
         ),
         optimization=optimization,

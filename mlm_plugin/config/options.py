@@ -741,12 +741,22 @@ class MLMOptions:
         "For `mlm_target = word` the research code uses 1e-4 to 5e-4.",
         at_least=0,
     )
+    mlm_read_at: str = option(
+        "auto",
+        "Where the term reads. `encoder`: the text encoder's output. `cross_attention`: the keys "
+        "and values that the U-Net makes of it, so that training the U-Net alone is reached too. "
+        "`both`. `auto`: `encoder` where anything before its output is trained, else "
+        "`cross_attention`.",
+        choices=("auto", "encoder", "cross_attention", "both"),
+    )
     mlm_target: str = option(
         "auto",
-        "Target at masked words. `class`: what is predicted from the untrained text encoder with "
-        "the class word in place of the concept. `word`: the masked word itself, as in the paper. "
-        "`auto`: `class` if every concept has a class word.",
-        choices=("auto", "class", "word"),
+        "What is compared around the concept. `class`: predictions for masked words, with those "
+        "from the untrained text encoder with the class word in place of the concept. `word`: the "
+        "masked words themselves, as in the paper. `states`: the states of all words, with those "
+        "of the untrained model; needs no contextualizer. `auto`: `class` if every concept has a "
+        "class word, else `word`.",
+        choices=("auto", "class", "word", "states"),
     )
     mlm_batch_size: int = option(8, "Prompts of the MLM term per batch of images.", at_least=1)
     mlm_probability: float = option(

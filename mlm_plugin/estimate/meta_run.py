@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,11 +32,14 @@ from mlm_plugin.estimate.step import Training
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.methods.checks import check_model
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
-from mlm_plugin.mlm.encoder import EncoderHandle
+from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget
+from mlm_plugin.mlm.masking import IGNORE_INDEX
 from mlm_plugin.mlm.prompts import JointPrompts
 from mlm_plugin.mlm.regularizer import MLMRegularizer
-from mlm_plugin.mlm_setup import encoder_handle, prompts_for
+from mlm_plugin.mlm.teacher import context_labels
+from mlm_plugin.mlm_setup import PreparedEncoder, encoder_handle, mask_settings, prompts_for
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
+from mlm_plugin.models.key_values import read_cross_attention
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import is_small
 from mlm_plugin.setup.models import model_settings, prepare_models, quantize_models
@@ -164,31 +168,59 @@ def _regularizer(
     config: TrainConfig, method: Method, concepts: Sequence[Concept]
 ) -> MLMRegularizer | None:
     """The MLM term at the longest of many batches of prompts."""
-    options, encoders = config.mlm, method.models.text_encoders
+    options, text_encoders = config.mlm, method.models.text_encoders
     if not options.mlm_loss_weight:
         return None
-    reached = method.trained_text_encoders(config, num_text_encoders=len(encoders))
+    read_at = method.mlm_read_at(config, num_text_encoders=len(text_encoders))
+    trained = method.trained_text_encoders(config, num_text_encoders=len(text_encoders))
     handles = [
         encoder_handle(
-            text_encoder,
-            _contextualizer(text_encoder),
+            PreparedEncoder(
+                text_encoder,
+                None if options.mlm_target == "states" else _contextualizer(text_encoder),
+                is_trained,
+            ),
             concepts,
-            tokenize=method.mlm_ids,
             dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+            device=torch.device("meta"),
+            vary=method.mlm_variants,
         )
-        for text_encoder, is_reached in zip(encoders, reached, strict=True)
-        if is_reached
+        for text_encoder, is_trained in zip(text_encoders, trained, strict=True)
+        if is_trained or read_at != "encoder"
     ]
     if options.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
         options = config.replace(mlm_prompt_set="auto").mlm
-    drawn = itertools.cycle(_longest_prompts(config, handles[0], prompts_for(options, concepts)))
+    longest = _longest_prompts(config, handles[0], prompts_for(options, concepts))
+    if options.mlm_target == "states" or not all(trained):
+        handles = [_with_targets(handle, longest) for handle in handles]
+    drawn = itertools.cycle(longest)
+    unet, keep_copies = method.models.unet, method.trains_base_weights
     return MLMRegularizer(
         handles,
         lambda _rng: next(drawn),
         batch_size=options.mlm_batch_size,
-        mlm_probability=options.mlm_probability,
-        replace=options.mlm_replace,
+        masks=mask_settings(options),
+        cross_attention=None
+        if read_at == "encoder"
+        else read_cross_attention(unet, keep_copies=keep_copies),
+        reads_encoder=read_at != "cross_attention",
     )
+
+
+def _with_targets(encoder: EncoderHandle, prompts: Sequence[str]) -> EncoderHandle:
+    """The encoder with targets of these prompts that have sizes, but no values."""
+    width = encoder.embedding.embedding_dim
+    ids_BL = encoder.tokenize(prompts)
+    targets = [
+        PromptTarget(
+            ids.tolist(),
+            labels.tolist(),
+            torch.empty(int((labels != IGNORE_INDEX).sum()), width, device="meta"),
+            None if encoder.is_trained else torch.empty(len(ids), width, device="meta"),
+        )
+        for ids, labels in zip(ids_BL, context_labels(ids_BL, encoder.vocabulary), strict=True)
+    ]
+    return replace(encoder, targets=targets)
 
 
 def _longest_prompts(
@@ -197,7 +229,7 @@ def _longest_prompts(
     """The batch with the longest prompts of several."""
     rng, size = random.Random(0), config.mlm.mlm_batch_size
     drawn = ([source.sample(rng).text for _ in range(size)] for _ in range(NUM_DRAWS))
-    return max(drawn, key=lambda prompts: encoder.tokenize(prompts, rng).shape[1])
+    return max(drawn, key=lambda prompts: encoder.tokenize(prompts).shape[1])
 
 
 def _contextualizer(text_encoder: TextEncoder) -> Contextualizer:

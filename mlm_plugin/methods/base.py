@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.errors import UserError
-from mlm_plugin.methods.facts import MethodFacts, Part
+from mlm_plugin.methods.facts import MethodFacts, Part, is_before
+from mlm_plugin.mlm.encoder import Variants
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.models.text_encoder import TextEncoder
@@ -139,10 +141,18 @@ class Method(MethodFacts, ABC):
     @property
     def trains_text_side(self) -> bool:
         """Whether anything before the text encoder's output is trained now."""
+        return self.trains_before("encoder")
+
+    def trains_before(self, read_at: str) -> bool:
+        """Whether anything before the place that the MLM term reads is trained now.
+
+        Args:
+            read_at: ``encoder``, ``cross_attention`` or ``both``.
+        """
         return any(
             parameter.requires_grad
             for part, members in self.parts().items()
-            if part != "unet"
+            if is_before(part, read_at)
             for parameter in members
         )
 
@@ -156,14 +166,15 @@ class Method(MethodFacts, ABC):
         """Conditioning of the U-Net; joined layers make its states longer (XTI)."""
         return encode_captions(self.models.text_encoders, captions)
 
-    def mlm_ids(
-        self, text_encoder: TextEncoder, prompts: Sequence[str], rng: random.Random
-    ) -> Tensor:
-        """Ids of MLM prompts, ``(B, L)`` on the CPU, padded to the longest.
+    def mlm_variants(
+        self, text_encoder: TextEncoder, ids_BL: Tensor, rng: random.Random
+    ) -> Variants:
+        """Ids of MLM prompts as the method encodes them; ``rng`` is for those with several ways."""
+        return Variants(ids_BL)
 
-        ``rng`` is for methods that encode a prompt in more than one way.
-        """
-        return text_encoder.tokenize_trimmed(prompts)
+    def untrained(self) -> AbstractContextManager:
+        """Within the block, before the first step, the models compute as without training."""
+        return nullcontext()
 
     def train(self, mode: bool = True) -> None:
         """Training mode (dropout, gradient checkpointing) on or off."""

@@ -20,7 +20,7 @@ from mlm_plugin.config.options import OPTIONS, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
 
-__all__ = ["check_config", "check_model"]
+__all__ = ["check_config", "check_model", "no_gradient_message"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,19 +100,27 @@ def _fused(config: TrainConfig) -> Iterator[str]:
 
 def _text_side(config: TrainConfig) -> Iterator[str]:
     """Options that need, or exclude, training before the text encoder's output."""
-    reason = METHODS[config.schedule.method].why_no_gradient(config)
-    if config.dataset.cache_text_encoder_outputs and reason is None:
+    method = METHODS[config.schedule.method]
+    if config.dataset.cache_text_encoder_outputs and method.why_text_untrained(config) is None:
         yield (
             "cache_text_encoder_outputs cannot be combined with training anything before the text "
             "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0) "
             "or no_train_text_encoder (dreambooth), or leave it out"
         )
-    if config.mlm.mlm_loss_weight and reason is not None:
-        yield (
-            f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g} asks for the MLM term, but "
-            f"{reason}, so it would change nothing; train something before the text encoder's "
-            "output, or set mlm_loss_weight = 0"
-        )
+    if config.mlm.mlm_loss_weight and (reason := method.why_no_gradient(config)):
+        yield no_gradient_message(config, reason)
+
+
+def no_gradient_message(config: TrainConfig, reason: str) -> str:
+    """The error for a run in which the MLM term would change nothing."""
+    elsewhere = ""
+    if config.mlm.mlm_read_at == "encoder":
+        elsewhere = ", take mlm_read_at = cross_attention if the U-Net is trained"
+    return (
+        f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g} asks for the MLM term, but {reason}, so "
+        f"it would change nothing; train something that it reads{elsewhere}, or set "
+        "mlm_loss_weight = 0"
+    )
 
 
 def _method_warnings(config: TrainConfig) -> Iterator[str]:

@@ -44,8 +44,8 @@ LORA = "_lora"
 class CustomDiffusion(LearnsTokens):
     """Trains ``to_k`` and ``to_v`` of every cross-attention layer, and token embeddings.
 
-    The MLM term acts on the embeddings only. Keys and values at the first token (BOS) get no
-    gradient: they are the same for every prompt and would absorb whatever all pictures share.
+    Keys and values at the first token (BOS) get no gradient: they are the same for every prompt and
+    would absorb whatever all pictures share.
 
     Args:
         models: the base, in fp32.
@@ -157,7 +157,9 @@ class CustomDiffusion(LearnsTokens):
 
 
 def _detach_first_token(_layer: nn.Module, _args: tuple, output_BLD: Tensor) -> Tensor:
-    """The same values, without gradient at BOS."""
+    """The same values, without gradient at BOS; tokens ``(N, D)`` outside a prompt have none."""
+    if output_BLD.ndim < 3:
+        return output_BLD
     return torch.cat([output_BLD[:, :1].detach(), output_BLD[:, 1:]], dim=1)
 
 

@@ -98,11 +98,11 @@ class DreamBooth(Method):
         return {"unet": rates["unet"]} if config.finetune.no_train_text_encoder else rates
 
     @classmethod
-    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
-        """A frozen text encoder; see ``MethodFacts.why_no_gradient``."""
+    def why_text_untrained(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """A frozen text encoder; see ``MethodFacts.why_text_untrained``."""
         if config.finetune.no_train_text_encoder:
             return "no_train_text_encoder leaves the text encoder untrained"
-        return super().why_no_gradient(config, num_text_encoders=num_text_encoders)
+        return super().why_text_untrained(config, num_text_encoders=num_text_encoders)
 
     @classmethod
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:

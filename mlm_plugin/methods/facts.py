@@ -19,6 +19,7 @@ __all__ = [
     "LearningRate",
     "MethodFacts",
     "Part",
+    "is_before",
     "why_untrained",
 ]
 
@@ -108,11 +109,44 @@ class MethodFacts:
         return {part: cls.learning_rate_of(part, config.optimizer) for part in parts}
 
     @classmethod
+    def mlm_read_at(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str:
+        """Where the MLM term reads: ``mlm_read_at`` with ``auto`` decided.
+
+        Args:
+            config: all options.
+            num_text_encoders: those of the model; 2 if unknown.
+        """
+        if config.mlm.mlm_read_at != "auto":
+            return config.mlm.mlm_read_at
+        if cls.why_text_untrained(config, num_text_encoders=num_text_encoders) is None:
+            return "encoder"
+        return "cross_attention"
+
+    @classmethod
     def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
         """Why the MLM term has no gradient, naming the options; None if it has one.
 
         This is the only place that decides from options whether the term acts. During training,
-        :attr:`Method.trains_text_side` says whether it still does.
+        :meth:`Method.trains_before` says whether it still does.
+
+        Args:
+            config: all options.
+            num_text_encoders: those of the model; 2 if unknown.
+        """
+        of_text = cls.why_text_untrained(config, num_text_encoders=num_text_encoders)
+        read_at = cls.mlm_read_at(config, num_text_encoders=num_text_encoders)
+        if of_text is None or read_at == "encoder":
+            return of_text
+        of_unet = cls.why_unet_untrained(config)
+        if of_unet is not None:
+            return of_text if of_unet == of_text else f"{of_text}, and {of_unet}"
+        if read_at == "both":
+            return f"{of_text}; with mlm_read_at = cross_attention it reads at the U-Net alone"
+        return None
+
+    @classmethod
+    def why_text_untrained(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """Why nothing before the text encoder's output is trained, naming the options.
 
         Args:
             config: all options.
@@ -125,9 +159,17 @@ class MethodFacts:
         return why_untrained(of_text, "the text encoder")
 
     @classmethod
+    def why_unet_untrained(cls, config: TrainConfig) -> str | None:
+        """Why the U-Net's keys and values are not trained, naming the options."""
+        rate = cls.learning_rates(config).get("unet")
+        if rate is None:
+            return f"method = {config.schedule.method!r} trains no U-Net"
+        return why_untrained([rate], "the U-Net")
+
+    @classmethod
     def trained_text_encoders(cls, config: TrainConfig, *, num_text_encoders: int) -> list[bool]:
         """For each text encoder of the model, whether anything is trained before its output."""
-        if cls.why_no_gradient(config, num_text_encoders=num_text_encoders):
+        if cls.why_text_untrained(config, num_text_encoders=num_text_encoders):
             return [False] * num_text_encoders
         rates = cls.learning_rates(config, num_text_encoders=num_text_encoders)
         trained = {part for part, rate in rates.items() if rate.value}
@@ -138,6 +180,11 @@ class MethodFacts:
     def _options_of_parts(cls) -> set[str]:
         options = [*cls.rate_options.values(), *(STOP_OPTIONS[part] for part in cls.rate_options)]
         return {name for names in options for name in names}
+
+
+def is_before(part: Part, read_at: str) -> bool:
+    """Whether training a part can change what the MLM term reads at this place."""
+    return part != "unet" or read_at != "encoder"
 
 
 def why_untrained(rates: Iterable[LearningRate], what: str) -> str | None:

@@ -90,8 +90,8 @@ class LearnsTokens(Method):
     learned_tokens: list[LearnedTokens]
 
     @classmethod
-    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
-        """Frozen token embeddings; see ``MethodFacts.why_no_gradient``."""
+    def why_text_untrained(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """Frozen token embeddings; see ``MethodFacts.why_text_untrained``."""
         rate = cls.learning_rate_of("embedding", config.optimizer)
         return why_untrained([rate], "the token embeddings")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,25 @@ class LoRAMethod(Method):
         self.network = create_network(models, options)
 
     @classmethod
-    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
-        """No modules or no rate for the text encoder; see ``MethodFacts.why_no_gradient``."""
+    def why_text_untrained(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """No modules or no rate for the text encoder; see ``MethodFacts.why_text_untrained``."""
         network = config.network
         if network.network_train_unet_only:
             return "network_train_unet_only trains no text encoder"
-        if reason := super().why_no_gradient(config, num_text_encoders=num_text_encoders):
+        if reason := super().why_text_untrained(config, num_text_encoders=num_text_encoders):
             return reason
         if network.network_module.startswith("lycoris"):
             for argument in network.network_args:
                 if argument.startswith("preset=unet-"):
                     return f"network_args {argument} trains no text encoder"
         return None
+
+    @classmethod
+    def why_unet_untrained(cls, config: TrainConfig) -> str | None:
+        """No modules or no rate for the U-Net; see ``MethodFacts.why_unet_untrained``."""
+        if config.network.network_train_text_encoder_only:
+            return "network_train_text_encoder_only trains no U-Net"
+        return super().why_unet_untrained(config)
 
     @classmethod
     def prepare(
@@ -78,6 +86,10 @@ class LoRAMethod(Method):
             unet_lr=self.learning_rate_of("unet", options).value,
             text_encoder_lrs=[self.learning_rate_of(part, options).value for part in text_parts],
         )
+
+    def untrained(self) -> AbstractContextManager:
+        """The models without adapters; they may start from a file."""
+        return self.network.disabled()
 
     def train(self, mode: bool = True) -> None:
         """Put U-Net, text encoder and adapters into training mode or out of it."""

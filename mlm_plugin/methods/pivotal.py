@@ -66,11 +66,11 @@ class Pivotal(LearnsTokens, LoRAMethod):
         self.learned_tokens, self.bundle = list(learned_tokens), bundle
 
     @classmethod
-    def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
-        """Either part is enough; see ``MethodFacts.why_no_gradient``."""
-        if LearnsTokens.why_no_gradient(config) is None:
+    def why_text_untrained(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:
+        """Either part is enough; see ``MethodFacts.why_text_untrained``."""
+        if LearnsTokens.why_text_untrained(config) is None:
             return None
-        return LoRAMethod.why_no_gradient(config, num_text_encoders=num_text_encoders)
+        return LoRAMethod.why_text_untrained(config, num_text_encoders=num_text_encoders)
 
     @classmethod
     def prepare(

@@ -27,6 +27,7 @@ from mlm_plugin.methods.learned_tokens import (
     webui_words,
 )
 from mlm_plugin.methods.textual_inversion import TextualInversion
+from mlm_plugin.mlm.encoder import Variants
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.models.cross_attention import (
@@ -90,17 +91,17 @@ class XTI(TextualInversion):
         (text_encoder,) = self.models.text_encoders
         return Conditioning(encode_per_layer(text_encoder, captions))
 
-    def mlm_ids(
-        self, text_encoder: TextEncoder, prompts: Sequence[str], rng: random.Random
-    ) -> Tensor:
-        """Ids of each prompt for one random layer ``(B, L)``, or for every layer ``(K B, L)``."""
-        ids_BL = text_encoder.tokenize_trimmed(prompts)
+    def mlm_variants(
+        self, text_encoder: TextEncoder, ids_BL: Tensor, rng: random.Random
+    ) -> Variants:
+        """Each prompt for one random layer ``(B, L)``, or for every layer ``(K B, L)``."""
         tokens = self.only_tokens
         layers = range(tokens.num_variants)
         if self.all_layers:
-            return torch.cat([tokens.variant(ids_BL, k) for k in layers])
-        drawn_B1 = torch.tensor([[rng.choice(layers)] for _ in prompts])
-        return tokens.variant(ids_BL, drawn_B1)
+            ids = torch.cat([tokens.variant(ids_BL, k) for k in layers])
+            return Variants(ids, torch.tensor(layers).repeat_interleave(len(ids_BL)))
+        drawn_B1 = torch.tensor([[rng.choice(layers)] for _ in ids_BL])
+        return Variants(tokens.variant(ids_BL, drawn_B1), drawn_B1.squeeze(1))
 
     def files(self, path: Path) -> list[Path]:
         """Per placeholder the full file, then the averages for WebUIs."""

@@ -18,17 +18,32 @@ from torch import Tensor, nn
 from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.mlm.masking import MASK_ID, MaskingVocabulary
 
-__all__ = ["EncoderHandle", "TeacherTarget", "mask_embedding"]
+__all__ = ["EncoderHandle", "PromptTarget", "Variants", "mask_embedding"]
 
 
-class TeacherTarget(NamedTuple):
-    """A masked prompt with the class word, and the teacher's predictions at its masked tokens."""
+class PromptTarget(NamedTuple):
+    """A prompt with the concept, and what the untrained model makes of the words around it."""
 
-    text: str  # with the concept
-    class_ids: list[int]  # with the class word, up to its EOS
-    masked_ids: list[int]  # the same with MASK_ID where a token was masked
-    labels: list[int]  # masked ids, IGNORE_INDEX elsewhere
-    teacher_ND: Tensor  # the contextualizer's features, in the order of the masked tokens
+    ids: list[int]  # up to EOS, MASK_ID where a token is masked
+    labels: list[int]  # ids of the N tokens that are compared, IGNORE_INDEX elsewhere
+    teacher_ND: Tensor | None = None  # features of the contextualizer, or states; on the CPU
+    states_LD: Tensor | None = None  # of this prompt, where the encoder is frozen; on the CPU
+
+
+class Variants(NamedTuple):
+    """Prompts as a method encodes them.
+
+    Attributes:
+        ids_BL: B prompts, or several times as many.
+        layers_B: the cross-attention layer that each is for; ``None`` = for all of them.
+    """
+
+    ids_BL: Tensor
+    layers_B: Tensor | None = None
+
+
+def _as_they_are(ids_BL: Tensor, _rng: random.Random) -> Variants:
+    return Variants(ids_BL)
 
 
 @dataclass
@@ -36,39 +51,46 @@ class EncoderHandle:
     """One text encoder of a host, as the regularizer sees it.
 
     Attributes:
-        tokenize: prompts to ids ``(B, L)`` on the CPU, padded to the longest. The random stream is
-            for encoders that encode a prompt in several ways (XTI); B may then be a multiple.
+        tokenize: prompts to ids ``(B, L)`` on the CPU, padded to the longest.
         encode: ids ``(B, L)`` to the states that the U-Net is conditioned on, ``(B, L, D)``.
         embedding: the encoder's token embedding layer, which gets the mask vector by a hook.
-        contextualizer: pretrained for this encoder; frozen here.
         vocabulary: word ends, and the words that are never masked.
-        token_table: ``(V, D)``, frozen output table; a copy where the host trains the embeddings.
-        teacher_targets: predictions from the untrained encoder, with the class word. Without them
-            the masked words themselves are the targets.
+        pad_token_id: what prompts are padded with.
+        device: where the term is computed.
+        contextualizer: pretrained for this encoder, frozen here; ``None`` where states are compared
+            (``mlm_target = states``).
+        token_table: ``(V, D)``, frozen output table of the contextualizer.
+        targets: prompts with what the untrained model makes of them. Without them fresh prompts
+            are drawn, and the masked words themselves are the targets.
+        vary: variants of encoded prompts (XTI), drawn from the given stream.
+        is_trained: whether anything before this encoder's output is trained.
     """
 
-    tokenize: Callable[[list[str], random.Random], Tensor]
+    tokenize: Callable[[list[str]], Tensor]
     encode: Callable[[Tensor], Tensor]
     embedding: nn.Embedding
-    contextualizer: Contextualizer
     vocabulary: MaskingVocabulary
-    token_table: Tensor
-    teacher_targets: Sequence[TeacherTarget] = ()
+    pad_token_id: int
+    device: torch.device
+    contextualizer: Contextualizer | None = None
+    token_table: Tensor | None = None
+    targets: Sequence[PromptTarget] = ()
+    vary: Callable[[Tensor, random.Random], Variants] = _as_they_are
+    is_trained: bool = True
 
     def __post_init__(self):
-        self.contextualizer.require_trained()
-        self.contextualizer.requires_grad_(False).eval()
-        assert not self.token_table.requires_grad, "the output table must be frozen"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the text encoder is."""
-        return self.token_table.device
+        if self.contextualizer is not None:
+            self.contextualizer.require_trained()
+            self.contextualizer.requires_grad_(False).eval()
+            assert not self.token_table.requires_grad, "the output table must be frozen"
 
     def encode_masked(self, masked_ids_BL: Tensor) -> Tensor:
-        """States ``(B, L, D)`` of ids that hold MASK_ID."""
+        """States ``(B, L, D)`` of ids that may hold MASK_ID."""
+        ids_BL = masked_ids_BL.to(self.device, non_blocking=True)
+        if self.contextualizer is None:
+            return self.encode(ids_BL)
         with mask_embedding(self.embedding, self.contextualizer.mask_vector):
-            return self.encode(masked_ids_BL.to(self.device, non_blocking=True))
+            return self.encode(ids_BL)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ __all__ = [
     "masked_positions",
     "masked_word_loss",
     "positions_outside",
+    "relative_distance",
     "teacher_kl",
 ]
 
@@ -50,6 +51,16 @@ def teacher_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
     log_q_NV = teacher_logits_NV.log_softmax(dim=-1)
     divergence = F.kl_div(log_p_NV, log_q_NV, reduction="sum", log_target=True)
     return divergence / max(1, len(logits_NV))
+
+
+def relative_distance(states_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """``sum_i |h_i - g_i|^2 / sum_i |g_i|^2``, 0-d fp32: what share of the states has changed.
+
+    Without tokens it is a zero that is still part of the graph.
+    """
+    teacher_ND = teacher_ND.float()
+    norm = teacher_ND.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return (states_ND.float() - teacher_ND).square().sum() / norm
 
 
 class MaskedWordLoss(NamedTuple):

@@ -1,26 +1,30 @@
 """The regularizer: context-rich prompts in, one scalar out.
 
 ``loss = diffusion loss + weight * MLM loss``: mask words around the concept, run the text encoder
-that is being trained, let the frozen contextualizer predict the masked words. The gradient reaches
-whatever is trained before the text encoder's output.
+that is being trained, let the frozen contextualizer predict the masked words. Where the U-Net is
+trained, what its cross-attention makes of the states can be read as well. The gradient reaches
+whatever is trained before the place that is read.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.encoder import EncoderHandle
-from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
-from mlm_plugin.mlm.masking import MaskedTokens, mask_tokens, prompt_attention_mask
-from mlm_plugin.mlm.teacher import align_to_prompt
+from mlm_plugin.mlm.losses import masked_positions, masked_word_loss, relative_distance
+from mlm_plugin.mlm.masking import mask_tokens, prompt_attention_mask
+from mlm_plugin.mlm.teacher import MaskSettings, padded
 
 __all__ = ["MLMOutput", "MLMRegularizer", "MLMSchedule"]
+
+CROSS_ATTENTION = "cross_attention"
 
 
 @dataclass(frozen=True)
@@ -49,25 +53,88 @@ class MLMSchedule:
 class MLMOutput(NamedTuple):
     """What one call returns. Tensors stay on the device; reading them synchronizes."""
 
-    loss: Tensor  # 0-d fp32, mean over the text encoders, not yet weighted
-    accuracy: Tensor  # 0-d fp32, share of masked tokens predicted correctly, detached
-    num_masked: int
-    losses: tuple[Tensor, ...] = ()  # what the loss is the mean of, one per text encoder
+    loss: Tensor  # 0-d fp32, mean over what is read, not yet weighted
+    num_masked: int  # tokens that were masked or compared
+    parts: Mapping[str, Tensor]  # to log: ``accuracy``, and each loss where there are several
+
+
+class Part(NamedTuple):
+    """The loss at one text encoder's states."""
+
+    loss: Tensor
+    num_tokens: int
+    num_correct: Tensor | None = None  # None where states are compared
+
+
+@dataclass
+class EncodedPrompts:
+    """A batch of prompts behind one text encoder.
+
+    Attributes:
+        encoder: that text encoder.
+        states_BLD: as it is trained now.
+        labels_BL: ids of the compared tokens, IGNORE_INDEX elsewhere; on the CPU.
+        attention_mask_BL: false for padding; on the CPU.
+        teacher_ND: of the untrained encoder, at the compared tokens.
+        layers_B: the cross-attention layer that each prompt is for; ``None`` = for all.
+    """
+
+    encoder: EncoderHandle
+    states_BLD: Tensor
+    labels_BL: Tensor
+    attention_mask_BL: Tensor
+    teacher_ND: Tensor | None = None
+    layers_B: Tensor | None = None
+
+    @property
+    def positions_N(self) -> Tensor:
+        """Indices of the compared tokens into the ``B L`` positions, on the device."""
+        return masked_positions(self.labels_BL).to(self.encoder.device, non_blocking=True)
+
+    @property
+    def layers_N(self) -> Tensor | None:
+        """The layer that each compared token is for; on the CPU."""
+        if self.layers_B is None:
+            return None
+        layers_BL = self.layers_B[:, None].expand_as(self.labels_BL)
+        return layers_BL.flatten()[masked_positions(self.labels_BL)]
+
+    def compared_states(self) -> Tensor:
+        """States of the compared tokens, ``(N, D)``."""
+        return self.states_BLD.flatten(0, 1)[self.positions_N]
+
+    def part(self, states_BLD: Tensor) -> Part:
+        """The loss at these states: those of the encoder, or the same written back."""
+        encoder = self.encoder
+        if encoder.contextualizer is None:
+            states_ND = states_BLD.flatten(0, 1)[self.positions_N]
+            return Part(relative_distance(states_ND, self.teacher_ND), len(states_ND))
+        result = masked_word_loss(
+            encoder.contextualizer,
+            states_BLD,
+            labels_BL=self.labels_BL,
+            attention_mask_BL=self.attention_mask_BL.to(encoder.device, non_blocking=True),
+            token_table_VD=encoder.token_table,
+            teacher_ND=self.teacher_ND,
+        )
+        return Part(result.loss, result.num_masked, result.num_correct)
 
 
 class MLMRegularizer:
-    """Computes the MLM loss of prompts: freshly drawn, or those of the teacher targets.
+    """Computes the MLM loss of prompts: freshly drawn, or those of the targets.
 
     Every call draws from its own stream, named by seed and call number. The host's random numbers
     stay unchanged, and a resumed run continues with the same prompts without any stored state.
 
     Args:
-        encoders: one per text encoder; all see the same prompts, with or without teacher targets.
+        encoders: one per text encoder; all see the same prompts, with or without targets. With
+            ``cross_attention`` they are all that condition the U-Net, in its order.
         sample_prompt: draws one prompt that holds the concept.
         batch_size: B, prompts per call.
-        mlm_probability: share of the context words to mask.
-        replace: ``"mask"`` or ``"bert"`` (80/10/10).
+        masks: share of the context words to mask, and what replaces them.
         seed: names the stream; give each process its own.
+        cross_attention: is read, if given.
+        reads_encoder: whether the output of the trained text encoders is read.
     """
 
     def __init__(
@@ -76,83 +143,132 @@ class MLMRegularizer:
         sample_prompt: Callable[[random.Random], str],
         *,
         batch_size: int,
-        mlm_probability: float,
-        replace: str = "mask",
+        masks: MaskSettings,
         seed: int | str = 0,
+        cross_attention: CrossAttention | None = None,
+        reads_encoder: bool = True,
     ):
         assert encoders, "a regularizer needs at least one text encoder"
-        num_targets = {len(encoder.teacher_targets) for encoder in encoders}
+        num_targets = {len(encoder.targets) for encoder in encoders}
         assert len(num_targets) == 1, "text encoders see the same prompts"
+        assert cross_attention or reads_encoder, "a regularizer reads something"
         self.encoders = list(encoders)
         self.sample_prompt = sample_prompt
         self.batch_size = batch_size
-        self.mlm_probability = mlm_probability
-        self.replace = replace
+        self.masks = masks
         self.seed = seed
+        self.cross_attention = cross_attention
+        self.reads_encoder = reads_encoder
 
     def __call__(self, call: int) -> MLMOutput:
         """The term for call number ``call`` (0, 1, ...)."""
         rng = random.Random(f"mlm/{self.seed}/{call}")
-        if targets := self.encoders[0].teacher_targets:
+        batches = self._batches(rng)
+        parts: dict[str, Part] = {}
+        if self.reads_encoder:
+            for number, batch in enumerate(batches, start=1):
+                if batch.encoder.is_trained:
+                    parts[f"te{number}"] = batch.part(batch.states_BLD)
+        if self.cross_attention:
+            parts[CROSS_ATTENTION] = self._at_cross_attention(self.cross_attention, batches, rng)
+        return _output(parts)
+
+    def _batches(self, rng: random.Random) -> list[EncodedPrompts]:
+        """The prompts of this call behind every text encoder."""
+        if targets := self.encoders[0].targets:
             drawn = rng.choices(range(len(targets)), k=self.batch_size)
-            parts = [self._against_teacher(encoder, drawn, rng) for encoder in self.encoders]
-        else:
-            prompts = [self.sample_prompt(rng) for _ in range(self.batch_size)]
-            parts, state = [], rng.getstate()
-            for encoder in self.encoders:
-                rng.setstate(state)  # the same words are masked for every text encoder
-                parts.append(self._against_words(encoder, prompts, rng))
-        num_masked = sum(part.num_masked for part in parts)
-        num_correct = sum(part.num_correct for part in parts)
-        losses = tuple(part.loss for part in parts)
-        return MLMOutput(
-            loss=torch.stack(losses).mean(),
-            accuracy=num_correct / max(1, num_masked),
-            num_masked=num_masked,
-            losses=losses,
-        )
+            return [_from_targets(encoder, drawn, rng) for encoder in self.encoders]
+        prompts = [self.sample_prompt(rng) for _ in range(self.batch_size)]
+        batches, state = [], rng.getstate()
+        for encoder in self.encoders:
+            rng.setstate(state)  # the same words are masked for every text encoder
+            batches.append(self._masked(encoder, prompts, rng))
+        return batches
 
-    def _against_words(
+    def _masked(
         self, encoder: EncoderHandle, prompts: list[str], rng: random.Random
-    ) -> MaskedWordLoss:
-        ids_BL = encoder.tokenize(prompts, rng)
-        masked = mask_tokens(
-            ids_BL,
-            encoder.vocabulary,
-            mlm_probability=self.mlm_probability,
-            rng=rng,
-            replace=self.replace,
+    ) -> EncodedPrompts:
+        """Fresh prompts, whose masked words are the targets."""
+        ids_BL, layers_B = encoder.vary(encoder.tokenize(prompts), rng)
+        masked = mask_tokens(ids_BL, encoder.vocabulary, rng=rng, **self.masks._asdict())
+        return EncodedPrompts(
+            encoder,
+            encoder.encode_masked(masked.input_ids),
+            masked.labels,
+            prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id),
+            layers_B=layers_B,
         )
-        return _loss(encoder, ids_BL, masked)
 
-    def _against_teacher(
-        self, encoder: EncoderHandle, drawn: Sequence[int], rng: random.Random
-    ) -> MaskedWordLoss:
-        targets = [encoder.teacher_targets[number] for number in drawn]
-        ids_BL = encoder.tokenize([target.text for target in targets], rng)
-        targets = targets * (len(ids_BL) // len(targets))  # XTI may encode a prompt several times
-        aligned = [align_to_prompt(*pair) for pair in zip(targets, ids_BL.tolist(), strict=True)]
-        masked_ids, labels, found = zip(*aligned, strict=True)
-        teacher = [target.teacher_ND[rows] for target, rows in zip(targets, found, strict=True)]
-        masked = MaskedTokens(torch.tensor(masked_ids), torch.tensor(labels))
-        return _loss(encoder, ids_BL, masked, teacher_ND=torch.cat(teacher))
+    def _at_cross_attention(
+        self,
+        cross_attention: CrossAttention,
+        batches: Sequence[EncodedPrompts],
+        rng: random.Random,
+    ) -> Part:
+        first = batches[0]
+        if first.encoder.contextualizer is None:
+            states_ND = torch.cat([batch.compared_states() for batch in batches], dim=-1)
+            teacher_ND = torch.cat([batch.teacher_ND for batch in batches], dim=-1)
+            loss = cross_attention.distance(states_ND, teacher_ND, rng, layers_N=first.layers_N)
+            return Part(loss, len(states_ND))
+        widths = [batch.states_BLD.shape[-1] for batch in batches]
+        joined_BLD = torch.cat([batch.states_BLD for batch in batches], dim=-1)
+        written = cross_attention.written_back(joined_BLD, rng, layers_B=first.layers_B)
+        return _mean_part(
+            [
+                batch.part(states_BLD)
+                for batch, states_BLD in zip(batches, written.split(widths, dim=-1), strict=True)
+            ]
+        )
 
 
-def _loss(
-    encoder: EncoderHandle,
-    ids_BL: Tensor,
-    masked: MaskedTokens,
-    *,
-    teacher_ND: Tensor | None = None,
-) -> MaskedWordLoss:
-    attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
-    if teacher_ND is not None:
+def _from_targets(
+    encoder: EncoderHandle, drawn: Sequence[int], rng: random.Random
+) -> EncodedPrompts:
+    """Prompts with what the untrained model makes of them."""
+    targets = [encoder.targets[number] for number in drawn]
+    masked = padded(targets, pad_token_id=encoder.pad_token_id)
+    ids_BL, layers_B = encoder.vary(masked.input_ids, rng)
+    copies = len(ids_BL) // len(targets)  # XTI may encode a prompt several times
+    if targets[0].states_LD is None:
+        states_BLD = encoder.encode_masked(ids_BL)
+    else:
+        kept = [target.states_LD for target in targets]
+        states_BLD = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(
+            encoder.device, non_blocking=True
+        )
+    teacher_ND = None
+    if targets[0].teacher_ND is not None:
+        teacher_ND = torch.cat([target.teacher_ND for target in targets] * copies)
         teacher_ND = teacher_ND.to(encoder.device, non_blocking=True)
-    return masked_word_loss(
-        encoder.contextualizer,
-        encoder.encode_masked(masked.input_ids),
-        labels_BL=masked.labels,
-        attention_mask_BL=attention_mask_BL.to(encoder.device, non_blocking=True),
-        token_table_VD=encoder.token_table,
-        teacher_ND=teacher_ND,
+    return EncodedPrompts(
+        encoder,
+        states_BLD,
+        masked.labels.repeat(copies, 1),
+        prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id),
+        teacher_ND,
+        layers_B,
+    )
+
+
+def _mean_part(parts: Sequence[Part]) -> Part:
+    """Of several text encoders."""
+    return Part(
+        torch.stack([part.loss for part in parts]).mean(),
+        sum(part.num_tokens for part in parts),
+        sum(part.num_correct for part in parts),
+    )
+
+
+def _output(parts: Mapping[str, Part]) -> MLMOutput:
+    logged = {name: part.loss for name, part in parts.items()} if len(parts) > 1 else {}
+    with_words = [part for part in parts.values() if part.num_correct is not None]
+    if with_words:
+        num_masked = sum(part.num_tokens for part in with_words)
+        correct = sum(part.num_correct for part in with_words)
+        logged = {"accuracy": correct / max(1, num_masked), **logged}
+    return MLMOutput(
+        loss=torch.stack([part.loss for part in parts.values()]).mean(),
+        num_masked=sum(part.num_tokens for part in parts.values()),
+        parts=logged,
     )

@@ -1,12 +1,13 @@
-"""Teacher targets: what the contextualizer predicts from the untrained text encoder.
+"""Teacher targets: what the untrained model makes of the words around the concept.
 
 The masked word is one of many that fit, and no text encoder can tell which one it was. As a target
-it is mostly noise. The teacher removes the noise: it sees the same prompt with the class word in
-place of the concept and the same words masked. The target is the distribution that the
-contextualizer then predicts for each masked word (``mlm_target = class``).
+it is mostly noise. A teacher removes the noise. The target is then what the contextualizer predicts
+for each masked word from the untrained text encoder (``mlm_target = class``), or the states of that
+encoder themselves (``mlm_target = states``).
 
 Targets are computed before anything is trained, and kept as vectors, so that training needs no
-second text encoder in memory.
+second text encoder in memory. Where the text encoder stays frozen, its states of the prompts are
+kept as well, and training needs no text encoder at all.
 
 Source: soft targets from Hinton et al. 2015, arXiv 1503.02531; the class word as what a concept
 should behave like among other words from CoRe, arXiv 2408.15914.
@@ -17,94 +18,189 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mlm_plugin.mlm.encoder import EncoderHandle, TeacherTarget
+from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget
 from mlm_plugin.mlm.losses import masked_positions
 from mlm_plugin.mlm.masking import (
     IGNORE_INDEX,
     MaskedTokens,
+    MaskingVocabulary,
     mask_tokens,
     prompt_attention_mask,
 )
-from mlm_plugin.mlm.prompts import PromptPair
 
-__all__ = ["align_to_prompt", "compute_teacher_targets"]
+__all__ = [
+    "MaskSettings",
+    "TeacherPair",
+    "align_to_prompt",
+    "compute_targets",
+    "context_labels",
+    "padded",
+    "with_kept_states",
+]
 
 BATCH_SIZE = 32
 
 
+class TeacherPair(NamedTuple):
+    """A prompt with the concept, and the prompt that the untrained model reads in its place."""
+
+    text: str
+    teacher_text: str
+
+
+class MaskSettings(NamedTuple):
+    """How words are masked: see :func:`mask_tokens`."""
+
+    mlm_probability: float
+    replace: str
+
+
 @torch.no_grad()
-def compute_teacher_targets(
+def compute_targets(
     encoder: EncoderHandle,
-    pairs: Sequence[PromptPair],
-    *,
-    mlm_probability: float,
-    replace: str,
+    pairs: Sequence[TeacherPair],
     rng: random.Random,
-) -> list[TeacherTarget]:
-    """Compute one target for each prompt.
+    *,
+    masks: MaskSettings,
+    with_teacher: bool = True,
+) -> list[PromptTarget]:
+    """Compute one target for each pair.
+
+    An encoder with a contextualizer gets masked words and predictions for them; one without gets
+    all words around the concept and their states.
 
     Args:
-        encoder: untrained.
-        pairs: prompts with the concept and with the class word.
-        mlm_probability: share of the context words to mask.
-        replace: ``"mask"`` or ``"bert"``, as in :func:`mask_tokens`.
+        encoder: untrained; placeholders may have embeddings of their own already.
+        pairs: prompts.
         rng: source of the masks.
+        masks: share of the context words to mask, and what replaces them.
+        with_teacher: false where the masked words themselves are the targets.
     """
     targets = []
     for start in range(0, len(pairs), BATCH_SIZE):
         batch = pairs[start : start + BATCH_SIZE]
-        ids_BL = encoder.tokenize([pair.class_text for pair in batch], rng)
-        masked = mask_tokens(
-            ids_BL, encoder.vocabulary, mlm_probability=mlm_probability, rng=rng, replace=replace
-        )
-        attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
-        features_ND = _features(encoder, masked, attention_mask_BL)
-        by_prompt = features_ND.split((masked.labels != IGNORE_INDEX).sum(dim=1).tolist())
-        lengths = attention_mask_BL.sum(dim=1).tolist()
-        for row, pair in enumerate(batch):
-            ids, masked_ids, labels = (
-                tensor[row, : lengths[row]].tolist() for tensor in (ids_BL, *masked)
+        ids_BL = encoder.tokenize([pair.teacher_text for pair in batch])
+        masked = _compared_tokens(encoder, ids_BL, masks, rng)
+        counts = (masked.labels != IGNORE_INDEX).sum(dim=1).tolist()
+        teachers: Sequence[Tensor | None] = [None] * len(batch)
+        if with_teacher:
+            teachers = _teacher(encoder, ids_BL, masked).split(counts)
+        prompts_BL = encoder.tokenize([pair.text for pair in batch])
+        for row, teacher_ND in enumerate(teachers):
+            targets.append(
+                _target(
+                    _up_to_eos(prompts_BL[row], encoder.vocabulary),
+                    _up_to_eos(ids_BL[row], encoder.vocabulary),
+                    MaskedTokens(masked.input_ids[row], masked.labels[row]),
+                    teacher_ND,
+                )
             )
-            targets.append(TeacherTarget(pair.text, ids, masked_ids, labels, by_prompt[row]))
     return targets
 
 
-def _features(encoder: EncoderHandle, masked: MaskedTokens, attention_mask_BL: Tensor) -> Tensor:
-    """``(N, D)``, in fp32 on the CPU."""
-    features_ND = encoder.contextualizer.features(
-        encoder.encode_masked(masked.input_ids),
-        attention_mask_BL.to(encoder.device),
-        masked_positions(masked.labels).to(encoder.device),
+@torch.no_grad()
+def with_kept_states(encoder: EncoderHandle, targets: Sequence[PromptTarget]) -> list[PromptTarget]:
+    """The targets with the states of a frozen encoder, which is not needed any more."""
+    kept = []
+    for start in range(0, len(targets), BATCH_SIZE):
+        batch = targets[start : start + BATCH_SIZE]
+        masked = padded(batch, pad_token_id=encoder.pad_token_id)
+        states_BLD = encoder.encode_masked(masked.input_ids).cpu()
+        kept += [
+            target._replace(states_LD=states_BLD[row, : len(target.ids)].clone())
+            for row, target in enumerate(batch)
+        ]
+    return kept
+
+
+def padded(targets: Sequence[PromptTarget], *, pad_token_id: int) -> MaskedTokens:
+    """Masked ids and labels of several targets, both ``(B, L)``."""
+    length = max(len(target.ids) for target in targets)
+    return MaskedTokens(
+        torch.tensor([t.ids + [pad_token_id] * (length - len(t.ids)) for t in targets]),
+        torch.tensor([t.labels + [IGNORE_INDEX] * (length - len(t.ids)) for t in targets]),
     )
-    return features_ND.float().cpu()
+
+
+def context_labels(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
+    """The ids themselves at the words around the concept and at EOS, ``(B, L)``.
+
+    BOS is left out: a causal encoder gives it the same state in every prompt.
+    """
+    labels_BL = torch.full_like(ids_BL, IGNORE_INDEX)
+    for row, ids in enumerate(ids_BL.tolist()):
+        for start, end in vocabulary.split_words(ids):
+            if tuple(ids[start:end]) not in vocabulary.protected:
+                labels_BL[row, start:end] = ids_BL[row, start:end]
+        if vocabulary.eos_token_id in ids:
+            labels_BL[row, ids.index(vocabulary.eos_token_id)] = vocabulary.eos_token_id
+    return labels_BL
 
 
 def align_to_prompt(
-    target: TeacherTarget, ids_L: Sequence[int]
+    prompt_ids: Sequence[int], teacher_ids: Sequence[int], masked: MaskedTokens
 ) -> tuple[list[int], list[int], list[int]]:
-    """Mask the same words in the prompt with the concept.
+    """Mask or mark the same words in the prompt with the concept.
 
     Args:
-        target: the target of the prompt with the class word.
-        ids_L: ids of the prompt with the concept, padding included.
+        prompt_ids: the prompt with the concept.
+        teacher_ids: the teacher's prompt.
+        masked: masked ids and labels of the latter, ``(L,)``.
 
     Returns:
-        masked ids and labels, as long as ``ids_L``, and which of the N masked tokens were found:
-        the longer of two prompts may be truncated.
+        masked ids and labels, as long as ``prompt_ids``, and which of the N labelled tokens were
+        found: the longer of two prompts may be truncated.
     """
-    masked, labels, found = list(ids_L), [IGNORE_INDEX] * len(ids_L), []
-    positions = (position for position, label in enumerate(target.labels) if label != IGNORE_INDEX)
+    masked_ids, labels_L = masked.input_ids.tolist(), masked.labels.tolist()
+    ids, labels, found = list(prompt_ids), [IGNORE_INDEX] * len(prompt_ids), []
+    positions = (position for position, label in enumerate(labels_L) if label != IGNORE_INDEX)
     number_of = {position: number for number, position in enumerate(positions)}
     for start, our_start, size in SequenceMatcher(
-        None, target.class_ids, ids_L, autojunk=False
+        None, teacher_ids, prompt_ids, autojunk=False
     ).get_matching_blocks():
         for position in range(start, start + size):
             if position in number_of:
                 ours = our_start + position - start
-                masked[ours], labels[ours] = target.masked_ids[position], target.labels[position]
+                ids[ours], labels[ours] = masked_ids[position], labels_L[position]
                 found.append(number_of[position])
-    return masked, labels, found
+    return ids, labels, found
+
+
+def _compared_tokens(
+    encoder: EncoderHandle, ids_BL: Tensor, masks: MaskSettings, rng: random.Random
+) -> MaskedTokens:
+    if encoder.contextualizer is None:
+        return MaskedTokens(ids_BL, context_labels(ids_BL, encoder.vocabulary))
+    return mask_tokens(ids_BL, encoder.vocabulary, rng=rng, **masks._asdict())
+
+
+def _teacher(encoder: EncoderHandle, ids_BL: Tensor, masked: MaskedTokens) -> Tensor:
+    """Features of the contextualizer or states at the labelled tokens, ``(N, D)`` on the CPU."""
+    states_BLD = encoder.encode_masked(masked.input_ids)
+    positions_N = masked_positions(masked.labels).to(states_BLD.device)
+    if encoder.contextualizer is None:
+        return states_BLD.flatten(0, 1)[positions_N].cpu()
+    attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
+    features_ND = encoder.contextualizer.features(
+        states_BLD, attention_mask_BL.to(states_BLD.device), positions_N
+    )
+    return features_ND.float().cpu()
+
+
+def _target(
+    prompt_ids: Sequence[int],
+    teacher_ids: Sequence[int],
+    masked: MaskedTokens,
+    teacher_ND: Tensor | None,
+) -> PromptTarget:
+    ids, labels, found = align_to_prompt(prompt_ids, teacher_ids, masked)
+    return PromptTarget(ids, labels, None if teacher_ND is None else teacher_ND[found].clone())
+
+
+def _up_to_eos(ids_L: Tensor, vocabulary: MaskingVocabulary) -> list[int]:
+    return ids_L[prompt_attention_mask(ids_L[None], vocabulary.eos_token_id)[0]].tolist()

@@ -38,7 +38,10 @@ MAX_SHARED_TOKENS = 3 * 75 + 2
 MIN_LAYERS = 4
 """Fewest layers whose joined states, 77 tokens each, are clearly longer than any shared ones."""
 
-SIDES = ("down_blocks", "mid_block", "up_blocks")
+SIDES = {
+    "down_blocks": 0, "mid_block": 1, "up_blocks": 2,
+    "input_blocks": 0, "middle_block": 1, "output_blocks": 2,  # sd-scripts' own U-Net of SDXL
+}  # fmt: skip
 CODES = {"input": "IN", "output": "OUT"}
 
 
@@ -48,7 +51,7 @@ def cross_attention_names(unet: nn.Module) -> list[str]:
     16 in SD 1.x and 2.x: six on the way down, one in the middle, nine on the way up.
     """
     names = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
-    return sorted(names, key=lambda name: SIDES.index(name.partition(".")[0]))
+    return sorted(names, key=lambda name: SIDES[name.partition(".")[0]])
 
 
 def layer_codes(unet: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import STOP_OPTIONS
 from mlm_plugin.methods.base import Method, Part
+from mlm_plugin.methods.facts import is_before
 
 __all__ = ["freeze_steps"]
 
@@ -42,12 +43,13 @@ def freeze_steps(config: TrainConfig, method: Method, *, num_steps: int) -> dict
             f"{', '.join(dict.fromkeys(stops[part].option for part in steps))}: nothing is trained "
             f"from step {end} of {num_steps} on; let one part continue, or shorten the run"
         )
-    text_end = max((end for part, end in ends.items() if part != "unet"), default=0)
-    if config.mlm.mlm_loss_weight and text_end <= config.mlm.mlm_start_step:
+    read_at = method.mlm_read_at(config, num_text_encoders=len(method.models.text_encoders))
+    last = max((end for part, end in ends.items() if is_before(part, read_at)), default=0)
+    if config.mlm.mlm_loss_weight and last <= config.mlm.mlm_start_step:
         raise UserError(
-            f"mlm_start_step = {config.mlm.mlm_start_step}: nothing before the text encoder's "
-            f"output is trained from step {text_end} on, so the MLM term would never act; start it "
-            "earlier, or train the text side for longer"
+            f"mlm_start_step = {config.mlm.mlm_start_step}: nothing that the MLM term reads is "
+            f"trained from step {last} on, so it would never act; start it earlier, or train that "
+            "part for longer"
         )
     return steps
 

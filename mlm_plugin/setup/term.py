@@ -11,9 +11,11 @@ from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
+from mlm_plugin.methods.checks import no_gradient_message
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.key_values import read_cross_attention
 
 __all__ = ["attach_term", "prepare_term"]
 
@@ -27,7 +29,7 @@ def prepare_term(
     accelerator: Accelerator,
     seed: int,
 ) -> MLMSetup | None:
-    """Find or pretrain contextualizers and compute targets; ``None`` where the term is off.
+    """Find or pretrain contextualizers; ``None`` where the term is off.
 
     Args:
         config: options of the run.
@@ -45,30 +47,55 @@ def prepare_term(
         return None
     method = METHODS[config.schedule.method]
     if reason := method.why_no_gradient(config, num_text_encoders=num_text_encoders):
-        raise UserError(f"mlm_loss_weight = {options.mlm_loss_weight:g}: {reason}")
+        raise UserError(no_gradient_message(config, reason))
+    read_at = method.mlm_read_at(config, num_text_encoders=num_text_encoders)
     trained = method.trained_text_encoders(config, num_text_encoders=num_text_encoders)
-    reached = zip(models.text_encoders, trained, strict=True)
-    setup = MLMSetup(options, seed=seed)
+    read = [
+        (text_encoder, is_trained)
+        for text_encoder, is_trained in zip(models.text_encoders, trained, strict=True)
+        if is_trained or read_at != "encoder"  # the U-Net reads all of them together
+    ]
+    setup = MLMSetup(options, seed=seed, read_at=read_at)
     setup.use_concepts(concepts, captions=_captions(dataset))
-    setup.prepare([encoder for encoder, is_trained in reached if is_trained], accelerator)
+    setup.prepare(
+        [text_encoder for text_encoder, _ in read],
+        accelerator,
+        trained=[is_trained for _, is_trained in read],
+    )
     return setup
 
 
 def attach_term(
-    setup: MLMSetup, config: TrainConfig, method: Method, *, rank: int
+    setup: MLMSetup, config: TrainConfig, method: Method, accelerator: Accelerator
 ) -> MLMRegularizer:
-    """The term on text encoders that hold what the method trains.
+    """The term on models that hold what the method trains.
 
     Raises:
-        UserError: the method trains nothing before the text encoders' outputs.
+        UserError: the method trains nothing before the place that is read.
     """
-    if not method.trains_text_side:
+    unet, cross_attention = method.models.unet, None
+    if setup.reads_cross_attention:
+        cross_attention = read_cross_attention(unet, keep_copies=method.trains_base_weights)
+    has_gradient = method.trains_text_side or (
+        cross_attention is not None
+        and cross_attention.has_gradient(unet.config.cross_attention_dim, accelerator.device)
+    )
+    if not has_gradient:
+        place = "U-Net's keys and values" if cross_attention else "text encoder"
         raise UserError(
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g}: this network trains nothing in the "
-            "text encoder, the MLM term would do nothing; set mlm_loss_weight = 0 or train it"
+            f"{place}, the MLM term would do nothing; set mlm_loss_weight = 0 or train it"
         )
-    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
-    return setup.attach(rank=rank, dtype=dtype, tokenize=method.mlm_ids)
+    method.train(False)
+    with method.untrained():
+        setup.compute_targets(accelerator)
+    return setup.attach(
+        rank=accelerator.process_index,
+        dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+        device=accelerator.device,
+        vary=method.mlm_variants,
+        cross_attention=cross_attention,
+    )
 
 
 def _captions(dataset: TrainDataset) -> list[str]:

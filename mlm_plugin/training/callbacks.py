@@ -5,8 +5,8 @@ Saving, sampling and logging are callbacks; the loop knows none of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -25,37 +25,40 @@ class StepResult:
     diffusion: float
     mlm: float | None = None  # before the weight; None where the term did not act
     mlm_weight: float = 0.0
-    mlm_accuracy: float | None = None
-    mlm_losses: tuple[float, ...] = ()  # of each text encoder, where there are several
+    mlm_parts: Mapping[str, float] = field(default_factory=dict)  # see ``MLMOutput.parts``
     extras: dict[str, Tensor | float] | None = None  # tensors on the device, read when logged
 
     @classmethod
-    def mean_of(cls, losses_NK: Sequence[Sequence[float]], weight: float) -> StepResult:
+    def mean_of(
+        cls, losses_NK: Sequence[Sequence[float]], weight: float, *, parts: Sequence[str] = ()
+    ) -> StepResult:
         """The mean over N batches.
 
         Args:
             losses_NK: for each batch the denoising loss and, where ``weight`` is not 0, the MLM
-                loss, its accuracy and its loss for each text encoder.
+                loss and its parts.
             weight: weight of the MLM loss.
+            parts: names of the parts.
         """
         diffusion, *of_term = (sum(column) / len(column) for column in zip(*losses_NK, strict=True))
         if not weight:
             return cls(loss=diffusion, diffusion=diffusion)
-        mlm, accuracy, *by_encoder = of_term
+        mlm, *of_parts = of_term
         return cls(
             loss=diffusion + weight * mlm,
             diffusion=diffusion,
             mlm=mlm,
             mlm_weight=weight,
-            mlm_accuracy=accuracy,
-            mlm_losses=tuple(by_encoder) if len(by_encoder) > 1 else (),
+            mlm_parts=dict(zip(parts, of_parts, strict=False)),
         )
 
     def summary(self) -> dict[str, str]:
         """The numbers beside the progress bar."""
         shown = {"loss": f"{self.loss:.4f}", "diffusion": f"{self.diffusion:.4f}"}
         if self.mlm is not None:
-            shown |= {"mlm": f"{self.mlm:.3f}", "mlm_acc": f"{self.mlm_accuracy:.0%}"}
+            shown["mlm"] = f"{self.mlm:.3f}"
+        if "accuracy" in self.mlm_parts:
+            shown["mlm_acc"] = f"{self.mlm_parts['accuracy']:.0%}"
         return shown
 
 

@@ -9,7 +9,7 @@ from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["CurveLogger"]
+__all__ = ["CurveLogger", "mlm_curves"]
 
 NUM_DRIFTS = 50  # times per run that the text encoder's drift is measured
 
@@ -43,9 +43,7 @@ class CurveLogger(Callback):
         if result.mlm is not None:
             values["loss/mlm"] = result.mlm
             values["loss/mlm_weighted"] = result.mlm_weight * result.mlm
-            values["mlm/accuracy"] = result.mlm_accuracy
-            for number, loss in enumerate(result.mlm_losses, start=1):
-                values[f"loss/mlm_te{number}"] = loss
+            values |= mlm_curves(result.mlm_parts)
         if step % max(1, trainer.plan.num_steps // NUM_DRIFTS) == 0:
             trainer.method.train(False)
             values |= {tag: drift() for tag, drift in self.drifts.items()}
@@ -70,6 +68,14 @@ class CurveLogger(Callback):
             tracker.finish()
 
     on_stop = on_train_end
+
+
+def mlm_curves(parts: Mapping[str, float]) -> dict[str, float]:
+    """The parts of the MLM term under their tags."""
+    return {
+        "mlm/accuracy" if name == "accuracy" else f"loss/mlm_{name}": value
+        for name, value in parts.items()
+    }
 
 
 def _learning_rates(trainer: Trainer) -> dict[str, float]:

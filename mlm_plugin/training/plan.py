@@ -19,10 +19,11 @@ __all__ = ["MLMTerm", "Objective", "Optimization", "TrainPlan"]
 
 
 class MLMTerm(NamedTuple):
-    """The MLM loss and its weight by step."""
+    """The MLM loss, its weight by step, and the place that it reads."""
 
     regularizer: MLMRegularizer
     schedule: MLMSchedule
+    read_at: str = "encoder"
 
 
 @dataclass(frozen=True)

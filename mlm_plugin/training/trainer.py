@@ -85,7 +85,8 @@ class Trainer:
         self.loader = loader
         self.diffusion_loss = objective.diffusion
         self.encode = objective.encode or method.encode
-        self.regularizer, self.mlm_schedule = objective.mlm or (None, None)
+        self.regularizer, self.mlm_schedule, self.mlm_read_at = objective.mlm or (None, None, "")
+        self._term_parts: tuple[str, ...] = ()  # names of what is logged with the term
         self.optimizer = optimization.optimizer
         self.scheduler = optimization.scheduler
         self.max_grad_norm = optimization.max_grad_norm
@@ -197,7 +198,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.batches_in_epoch += len(batches)
         self.progress.num_batches += len(batches)
-        result = StepResult.mean_of(steps[self.accelerator.process_index].losses, weight)
+        losses = steps[self.accelerator.process_index].losses
+        result = StepResult.mean_of(losses, weight, parts=self._term_parts)
         result.extras = self.method.after_step()
         return result
 
@@ -210,7 +212,7 @@ class Trainer:
 
     def _mlm_weight(self) -> float:
         """Weight of the term in the coming step; 0 where it does not act."""
-        if self.regularizer is None or not self.method.trains_text_side:
+        if self.regularizer is None or not self.method.trains_before(self.mlm_read_at):
             return 0.0
         return self.mlm_schedule.weight_at(self.progress.current_step)
 
@@ -218,8 +220,8 @@ class Trainer:
         """Add the gradients of one batch to the existing ones.
 
         Returns:
-            ``(K,)`` fp32 on the device: the denoising loss and, where the term acts, its loss, its
-            accuracy and its loss for each text encoder.
+            ``(K,)`` fp32 on the device: the denoising loss and, where the term acts, its loss and
+            the numbers that are logged with it.
         """
         diffusion = LossSum(partial(self._diffusion_summand, batch))
         mlm = LossSum(partial(self._mlm_summand, number))
@@ -236,7 +238,8 @@ class Trainer:
 
     def _mlm_summand(self, number: int) -> tuple[Tensor, ...]:
         term = self._term(number)
-        return (term.loss, term.accuracy, *term.losses)
+        self._term_parts = tuple(term.parts)
+        return (term.loss, *term.parts.values())
 
     def _diffusion_loss(self, batch: Batch) -> Tensor:
         return batch_diffusion_loss(

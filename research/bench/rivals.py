@@ -168,4 +168,4 @@ RIVALS = ("core", "textboost", "classdiffusion", "output_preservation")
 
 
 def _as_output(loss: Tensor) -> MLMOutput:
-    return MLMOutput(loss=loss, accuracy=torch.zeros_like(loss), num_masked=0)
+    return MLMOutput(loss=loss, num_masked=0, parts={})

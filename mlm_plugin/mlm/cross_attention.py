@@ -1,0 +1,168 @@
+"""How the U-Net's cross-attention reads a prompt: its keys and values, without a pass through it.
+
+A cross-attention layer sees the prompt's states h through two linear maps, ``W_K h`` and ``W_V h``.
+Training adds ``dW`` to them. What it changes for a prompt, ``dW h``, takes a few small matrix
+products. It is read in two ways:
+
+- :meth:`CrossAttention.distance` compares keys and values with those of the untrained model;
+- :meth:`CrossAttention.written_back` expresses the change in the text encoder's own language,
+  ``h + W^+ dW h``, so that a contextualizer can read it. Without ``dW`` that is h itself.
+
+Shapes: N tokens, D width of the states (in SDXL of both encoders side by side), O outputs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlm_plugin.mlm.losses import relative_distance
+
+__all__ = ["CrossAttention", "Projection", "solve_for_states"]
+
+MAX_LAYERS = 16
+"""Layers per call: all of SD 1 and 2, a random part of SDXL's 70."""
+
+RIDGE = 1e-2
+"""Of the mean squared singular value of W. It bounds how much ``W^+`` enlarges the rounding errors
+of half precision, in directions that W hardly reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """``to_k`` or ``to_v`` of a cross-attention layer.
+
+    Attributes:
+        layer: number of the layer.
+        trained: the map as it is now, ``(..., D) -> (..., O)``.
+        weight: returns W ``(O, D)`` of the untrained map, in the precision that ``trained`` takes.
+        bias: of the untrained map.
+    """
+
+    layer: int
+    trained: Callable[[Tensor], Tensor]
+    weight: Callable[[], Tensor]
+    bias: Tensor | None = None
+
+    def distance(self, states_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        """``|(W + dW) h - W g|^2 / |W g|^2``, 0-d fp32."""
+        weight_OD = self.weight()
+        with torch.no_grad():
+            wanted_NO = F.linear(teacher_ND.to(weight_OD.dtype), weight_OD, self.bias)
+        return relative_distance(self.trained(states_ND.to(weight_OD.dtype)), wanted_NO)
+
+    def written_back(self, states: Tensor) -> Tensor:
+        """``h + W^+ dW h``, fp32 ``(..., D)``."""
+        weight_OD = self.weight()
+        states = states.to(weight_OD.dtype)
+        change = self.trained(states).float() - F.linear(states, weight_OD, self.bias).float()
+        with torch.autocast(states.device.type, enabled=False):
+            return states.float() + solve_for_states(weight_OD.float(), change)
+
+
+def solve_for_states(weight_OD: Tensor, change: Tensor) -> Tensor:
+    """``W^+ c``, ``(..., O) -> (..., D)``: the smallest change of states that W maps close to c.
+
+    ``W^+ = (W'W + rI)^-1 W' = W' (WW' + rI)^-1``, with a small ridge r; the smaller of the two is
+    solved.
+
+    Source: ridge regression; the pseudo-inverse is its limit for r -> 0.
+    """
+    num_outputs, width = weight_OD.shape
+    if num_outputs <= width:
+        return _solve(weight_OD @ weight_OD.T, change) @ weight_OD
+    return _solve(weight_OD.T @ weight_OD, change @ weight_OD)
+
+
+def _solve(gram_MM: Tensor, right: Tensor) -> Tensor:
+    """``(G + rI)^-1 b`` for b in the last dimension."""
+    ridge = RIDGE * gram_MM.diagonal().mean()
+    factor = torch.linalg.cholesky(gram_MM + ridge * torch.eye(len(gram_MM)).to(gram_MM))
+    columns = right.flatten(0, -2).T
+    return torch.cholesky_solve(columns, factor).T.reshape(right.shape)
+
+
+class CrossAttention:
+    """The cross-attention layers of a U-Net, as trained and as they were.
+
+    Args:
+        projections: ``to_k`` and ``to_v`` of every layer.
+    """
+
+    def __init__(self, projections: Sequence[Projection]):
+        assert projections, "no cross-attention"
+        self.by_layer: dict[int, list[Projection]] = defaultdict(list)
+        for projection in projections:
+            self.by_layer[projection.layer].append(projection)
+
+    def has_gradient(self, width: int, device: torch.device) -> bool:
+        """Whether any key or value is trained; the states themselves may be as well."""
+        with torch.enable_grad():
+            token_1D = torch.zeros(1, width, device=device)
+            return any(
+                projection.trained(token_1D.to(projection.weight().dtype)).requires_grad
+                for members in self.by_layer.values()
+                for projection in members
+            )
+
+    def distance(
+        self,
+        states_ND: Tensor,
+        teacher_ND: Tensor,
+        rng: random.Random,
+        *,
+        layers_N: Tensor | None = None,
+    ) -> Tensor:
+        """Mean over layers, K and V of ``|(W + dW) h - W g|^2 / |W g|^2``, 0-d fp32.
+
+        Args:
+            states_ND: h, as the trained text encoder gives them.
+            teacher_ND: g, of the untrained text encoder.
+            rng: draws the layers, where there are more than ``MAX_LAYERS``.
+            layers_N: the layer that each token is for, on the CPU; by default all layers.
+        """
+        losses = []
+        for layer, rows in self._layers_of(rng, layers_N):
+            h, g = (x if rows is None else x[rows.to(x.device)] for x in (states_ND, teacher_ND))
+            losses += [projection.distance(h, g) for projection in self.by_layer[layer]]
+        return torch.stack(losses).mean()
+
+    def written_back(
+        self, states_BLD: Tensor, rng: random.Random, *, layers_B: Tensor | None = None
+    ) -> Tensor:
+        """States as one layer's keys or values show them, ``(B, L, D)`` fp32.
+
+        Layer, and K or V, are drawn for each prompt.
+
+        Args:
+            states_BLD: of B prompts.
+            rng: draws the layers.
+            layers_B: the layers, where they are given.
+        """
+        prompts_of: dict[Projection, list[int]] = defaultdict(list)
+        layers = list(self.by_layer) if layers_B is None else layers_B.tolist()
+        for row in range(len(states_BLD)):
+            layer = rng.choice(layers) if layers_B is None else layers[row]
+            prompts_of[rng.choice(self.by_layer[layer])].append(row)
+        written: dict[int, Tensor] = {}
+        for projection, rows in prompts_of.items():
+            written |= zip(rows, projection.written_back(states_BLD[rows]), strict=True)
+        return torch.stack([written[row] for row in range(len(states_BLD))])
+
+    def _layers_of(
+        self, rng: random.Random, layers_N: Tensor | None
+    ) -> list[tuple[int, Tensor | None]]:
+        """Layers, and which tokens are for each; ``None`` = all."""
+        if layers_N is not None:
+            numbers = layers_N.unique().tolist()
+            return [(layer, (layers_N == layer).nonzero().squeeze(1)) for layer in numbers]
+        layers = list(self.by_layer)
+        if len(layers) > MAX_LAYERS:
+            layers = rng.sample(layers, MAX_LAYERS)
+        return [(layer, None) for layer in layers]
