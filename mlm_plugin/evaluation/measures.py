@@ -6,6 +6,7 @@ Features need not be normalized; cos(a, b) = a.b / (|a| |b|).
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -123,16 +124,25 @@ def student_t_quantile(df: int) -> float:
 def sign_flip_p_value(differences: Tensor, *, seed: int = 0) -> float:
     """Probability of a mean at least as far from 0 if the sign of each difference were random.
 
-    ``(1 + #{|mean(s d)| >= |mean(d)|}) / (1 + R)`` over R = 10 000 random signs s; two-sided.
+    Two-sided. Up to 13 differences all ``2^n`` assignments s of signs are counted: the share with
+    ``|mean(s d)| >= |mean(d)|``, at least ``2 / 2^n``. Above that, R = 10 000 random ones:
+    ``(1 + #{...}) / (1 + R)``.
 
     Args:
-        differences: ``(n,)``, the same prompt and noise under two models.
-        seed: seed of the signs.
+        differences: ``(n,)`` independent values, the same prompt and noise under two models.
+        seed: seed of the random signs.
 
     Source: the paired randomization test (Fisher 1935); Phipson and Smyth 2010 for the 1.
     """
     d_n = differences.double()
+    n = len(d_n)
+    if 2**n <= NUM_FLIPS:
+        signs_Rn = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n))).double()
+        return _share_reached(signs_Rn, d_n)
     generator = torch.Generator().manual_seed(seed)
-    signs_Rn = torch.randint(0, 2, (NUM_FLIPS, len(d_n)), generator=generator).double() * 2 - 1
-    reached = (signs_Rn @ d_n).abs() >= d_n.sum().abs() - 1e-12
-    return (1 + reached.sum().item()) / (1 + NUM_FLIPS)
+    signs_Rn = torch.randint(0, 2, (NUM_FLIPS, n), generator=generator).double() * 2 - 1
+    return (1 + NUM_FLIPS * _share_reached(signs_Rn, d_n)) / (1 + NUM_FLIPS)
+
+
+def _share_reached(signs_Rn: Tensor, d_n: Tensor) -> float:
+    return ((signs_Rn @ d_n).abs() >= d_n.sum().abs() - 1e-12).double().mean().item()

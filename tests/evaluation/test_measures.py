@@ -77,8 +77,14 @@ def test_the_interval_holds_the_truth_nineteen_times_in_twenty():
 
 
 def test_sign_flips_tell_a_shift_from_noise():
-    assert sign_flip_p_value(torch.full((12,), 0.1)) < 0.002
+    assert sign_flip_p_value(torch.full((20,), 0.1)) < 0.002
     assert sign_flip_p_value(torch.tensor([1.0, -1.0, 0.5, -0.5])) == pytest.approx(1)
     assert sign_flip_p_value(torch.zeros(5)) == pytest.approx(1)
-    # of 2^4 sign patterns only all-plus and all-minus reach the mean
-    assert sign_flip_p_value(torch.ones(4)) == pytest.approx(2 / 16, abs=0.015)
+
+
+@pytest.mark.parametrize("n", [4, 12])
+def test_all_sign_flips_of_a_few_differences_are_counted(n):
+    """Of 2^n assignments, only all-plus and all-minus reach the mean."""
+    assert sign_flip_p_value(torch.ones(n)) == 2 / 2**n
+    assert sign_flip_p_value(torch.ones(n), seed=1) == 2 / 2**n
+    assert sign_flip_p_value(torch.tensor([3.0, 2.0, 1.0, -0.5])) == 4 / 16
