@@ -18,7 +18,6 @@ from mlm_plugin.pocket.captions import (
 )
 from mlm_plugin.pocket.concepts import (
     ASKED,
-    CONTEXT_FAMILIES,
     REPORTED,
     TUNING,
     contexts,
@@ -130,12 +129,6 @@ def test_contexts_for_the_term_ask_nothing_that_a_test_prompt_asks(concept):
     for text in texts:
         assert said_in(text)
         assert said_in(text) not in tested
-
-
-def test_contexts_can_leave_out_what_a_family_names():
-    others = tuple(name for name in CONTEXT_FAMILIES if name != "background")
-    texts = contexts(REPORTED[0], number=200, families=others)
-    assert not [text for text in texts if dict(said_in(text)).get("background")]
 
 
 def asked_of(said):
