@@ -67,6 +67,7 @@ class Family:
         flags: options of all its trials.
         rates: an option and three values, for arms that also choose the weight of a term.
         plain: the grid of plain training.
+        other_rates: what the best plain setting has besides, for arms with a term.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Family:
     flags: Flags
     rates: tuple[str, tuple[str, str, str]]
     plain: tuple[Flags, ...]
+    other_rates: Flags = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ FAMILIES = {
             LORA,
             ("text_encoder_lr", TEXT_RATES),
             _grid({"unet_lr": ("2.5e-3", "5e-3"), "text_encoder_lr": TEXT_RATES}),
+            {"unet_lr": "5e-3"},
         ),
         Family(
             "lora_unet_only",
@@ -147,18 +150,20 @@ FAMILIES = {
         Family(
             "dreambooth",
             "dreambooth",
-            {"learning_rate": "3e-4", **COSINE},
+            COSINE,
             ("learning_rate_te", ("3e-5", "1e-4", "3e-4")),
             _grid(
                 {"learning_rate": ("1.5e-4", "3e-4"), "learning_rate_te": ("3e-5", "1e-4", "3e-4")}
             ),
+            {"learning_rate": "3e-4"},
         ),
         Family(
             "pivotal",
             "pivotal",
-            {**LORA, "embedding_lr": "1e-2", "init_word": "CLASS"},
+            {**LORA, "init_word": "CLASS"},
             ("text_encoder_lr", TEXT_RATES),
             _grid({"embedding_lr": ("3e-3", "1e-2"), "text_encoder_lr": TEXT_RATES}),
+            {"embedding_lr": "1e-2"},
         ),
         Family(
             "custom_diffusion",
@@ -216,7 +221,7 @@ def _plain(family: str) -> Arm:
 
 def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
     """Three learning rates times two weights."""
-    flags = dict(FORMS.get(form, {}))
+    flags = {**FAMILIES[family].other_rates, **FORMS.get(form, {})}
     if form == "encoder/word":
         flags["mlm_probability"] = "0.15"  # as in the paper
     rate, values = FAMILIES[family].rates
