@@ -16,7 +16,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, read_text
 from research.bench.plan import PLAN, Trial
 
-__all__ = ["RECORDS", "Records", "key_of"]
+__all__ = ["RECORDS", "Record", "Records", "key_of"]
 
 RECORDS = Path(__file__).parents[1] / "results" / "bench"
 Record = Mapping[str, Any]
