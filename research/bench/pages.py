@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
+from textwrap import indent
 from typing import NamedTuple
 
 from mlm_plugin.evaluation.measures import Mean
@@ -55,10 +56,11 @@ def main() -> int:
 
 
 def rewritten(text: str, found: Mapping[str, str]) -> str:
-    """A page with its blocks replaced."""
+    """A page with its blocks replaced, indented like their markers."""
     for name, block in found.items():
-        pattern = rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)"
-        text = re.sub(pattern, lambda match, b=block: match[1] + b + match[2], text, flags=re.S)
+        pattern = rf"^( *)<!-- bench:{name} -->\n.*?<!-- /bench:{name} -->"
+        marked = f"<!-- bench:{name} -->\n\n{block}\n<!-- /bench:{name} -->"
+        text = re.sub(pattern, lambda match, m=marked: indent(m, match[1]), text, flags=re.S | re.M)
     return text
 
 

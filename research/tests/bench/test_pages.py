@@ -101,6 +101,8 @@ def test_without_records_a_block_says_so(tmp_path):
     assert set(blocks(Records(tmp_path)).values()) == {"No results of the current plan yet.\n"}
 
 
-def test_only_blocks_are_rewritten():
-    text = "a\n<!-- bench:claims -->\nold\n<!-- /bench:claims -->\nb\n"
-    assert rewritten(text, {"claims": "new\n", "report": "x\n"}) == text.replace("old", "new")
+def test_only_blocks_are_rewritten_and_keep_their_indent():
+    text = "a\n  <!-- bench:claims -->\nold\n  <!-- /bench:claims -->\nb\n"
+    new = "a\n  <!-- bench:claims -->\n\n  new\n\n  <!-- /bench:claims -->\nb\n"
+    assert rewritten(text, {"claims": "new\n", "report": "x\n"}) == new
+    assert rewritten(new, {"claims": "new\n"}) == new
