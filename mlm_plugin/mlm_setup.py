@@ -25,11 +25,10 @@ from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget, Variants
 from mlm_plugin.mlm.masking import MaskingVocabulary
-from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptPair, PromptSet
+from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptSet
 from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
 from mlm_plugin.mlm.teacher import (
     MaskSettings,
-    TeacherPair,
     compute_targets,
     with_kept_states,
 )
@@ -47,7 +46,6 @@ __all__ = [
     "mlm_target",
     "prompt_set_names",
     "prompts_for",
-    "targets_for",
     "trigger_of",
 ]
 
@@ -79,6 +77,7 @@ class MLMSetup:
         options: the ``mlm`` group of a run.
         seed: of the run; ``mlm_seed`` takes precedence.
         read_at: ``encoder``, ``cross_attention`` or ``both``.
+        num_targets: prompts that the untrained model reads.
 
     Attributes:
         encoders: prepared so far.
@@ -87,8 +86,16 @@ class MLMSetup:
         prompts: where prompts come from, once the concepts are known.
     """
 
-    def __init__(self, options: MLMOptions, *, seed: int, read_at: str = "encoder"):
+    def __init__(
+        self,
+        options: MLMOptions,
+        *,
+        seed: int,
+        read_at: str = "encoder",
+        num_targets: int = NUM_TARGETS,
+    ):
         self.options = options
+        self.num_targets = num_targets
         self.seed = seed if options.mlm_seed is None else options.mlm_seed
         self.read_at = read_at
         self.encoders: list[PreparedEncoder] = []
@@ -147,30 +154,35 @@ class MLMSetup:
         trained = trained or [True] * len(text_encoders)
         self.encoders += map(PreparedEncoder, text_encoders, networks, trained)
 
-    def compute_targets(self, accelerator: Accelerator) -> None:
+    def compute_targets(self, device: torch.device) -> None:
         """What the untrained text encoders make of the prompts, where it is not known yet.
 
-        The concepts must be known, and placeholders with embeddings of their own in place.
+        Placeholders with embeddings of their own must be in place. Does nothing as long as the
+        concepts are not known.
+
+        Args:
+            device: does the work.
         """
-        with_targets = mlm_target(self.options, self.concepts) != "word" or not all(
-            encoder.is_trained for encoder in self.encoders
-        )
+        if self.prompts is None:
+            return
         for encoder in self.encoders:
             if encoder.targets is None:
-                encoder.targets = []
-                if with_targets:
-                    with (
-                        preserved_random_state(accelerator.device),
-                        _on_device(encoder.text_encoder.model, accelerator.device),
-                    ):
-                        encoder.targets = targets_for(
-                            encoder,
-                            self.concepts,
-                            self.options,
-                            prompts=self.prompts,
-                            seed=self.seed,
-                            device=accelerator.device,
-                        )
+                with preserved_random_state(device), _on_device(encoder.text_encoder.model, device):
+                    encoder.targets = self._targets_of(encoder, device)
+
+    def _targets_of(self, encoder: PreparedEncoder, device: torch.device) -> list[PromptTarget]:
+        """The same prompts and masks for every text encoder and process."""
+        with_teacher = mlm_target(self.options, self.concepts) != "word"
+        if not with_teacher and all(encoder.is_trained for encoder in self.encoders):
+            return []  # fresh prompts are drawn
+        rng = random.Random(f"readings/{self.seed}")  # part of the result: do not change the name
+        pairs = [self.prompts.sample(rng) for _ in range(self.num_targets)]
+        network = encoder.contextualizer  # half precision in a small file is kept
+        own_dtype = torch.float32 if network is None else network.mask_vector.dtype
+        handle = encoder_handle(encoder, self.concepts, dtype=own_dtype, device=device)
+        masks = mask_settings(self.options)
+        targets = compute_targets(handle, pairs, rng, masks=masks, with_teacher=with_teacher)
+        return targets if encoder.is_trained else with_kept_states(handle, targets)
 
     def attach(
         self,
@@ -286,45 +298,6 @@ def mlm_schedule(options: MLMOptions) -> MLMSchedule:
         start_step=options.mlm_start_step,
         end_step=options.mlm_end_step,
     )
-
-
-def targets_for(
-    encoder: PreparedEncoder,
-    concepts: Sequence[Concept],
-    options: MLMOptions,
-    *,
-    prompts: JointPrompts,
-    seed: int,
-    device: torch.device,
-) -> list[PromptTarget]:
-    """Prompts and what an untrained text encoder makes of them.
-
-    Text encoders of one run get the same prompts.
-
-    Args:
-        encoder: untrained; its contextualizer is moved to the device.
-        concepts: what is never masked.
-        options: target, rate, replacement.
-        prompts: where prompts come from.
-        seed: of the run; processes share it.
-        device: where the text encoder is.
-    """
-    target = mlm_target(options, concepts)
-    rng = random.Random(f"readings/{seed}")  # the name is part of the result: do not change it
-    pairs = [_teacher_pair(prompts.sample(rng)) for _ in range(NUM_TARGETS)]
-    network = encoder.contextualizer  # half precision in a small file is kept
-    own_dtype = torch.float32 if network is None else network.mask_vector.dtype
-    handle = encoder_handle(encoder, concepts, dtype=own_dtype, device=device)
-    targets = compute_targets(
-        handle, pairs, rng, masks=mask_settings(options), with_teacher=target != "word"
-    )
-    return targets if encoder.is_trained else with_kept_states(handle, targets)
-
-
-def _teacher_pair(pair: PromptPair) -> TeacherPair:
-    import os
-
-    return TeacherPair(pair.text, pair.text if os.environ.get("MLM_OWN") else pair.class_text)
 
 
 def encoder_handle(

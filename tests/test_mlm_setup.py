@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.errors import UserError
-from mlm_plugin.mlm_setup import MLMSetup, teacher_targets_for
+from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.models.text_encoder import TextEncoder
 
 CONCEPTS = [Concept("sks", "dog")]
@@ -33,7 +33,7 @@ def prepared(options, text_encoder: TextEncoder, accelerator, *, concepts_first=
     setup.prepare([text_encoder], accelerator)
     if not concepts_first:
         setup.use_concepts(CONCEPTS)
-        setup.compute_targets(accelerator)
+    setup.compute_targets(accelerator.device)
     return setup
 
 
@@ -43,27 +43,27 @@ def disturb(text_encoder):
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
+def attached(setup, rank=0):
+    return setup.attach(rank=rank, dtype=torch.float32, device=torch.device("cpu"))
+
+
 def loss_of(setup):
-    return setup.attach(rank=0, dtype=torch.float32)(0).loss.item()
+    return attached(setup)(0).loss.item()
 
 
 def test_targets_are_those_of_the_untrained_encoder(toy_text_encoder, options, accelerator):
     setup = prepared(options, toy_text_encoder, accelerator)
-    before = [target.teacher_ND.clone() for target in setup.encoders[0].teacher_targets]
+    before = [target.teacher_ND.clone() for target in setup.encoders[0].targets]
     untrained = loss_of(setup)
     disturb(toy_text_encoder)
-    (encoder,) = setup.attach(rank=0, dtype=torch.float32).encoders
-    assert all(map(torch.equal, before, (t.teacher_ND for t in encoder.teacher_targets)))
+    setup.compute_targets(accelerator.device)  # they are there already
+    (encoder,) = attached(setup).encoders
+    assert all(map(torch.equal, before, (t.teacher_ND for t in encoder.targets)))
     assert loss_of(setup) > untrained
-    late = teacher_targets_for(
-        toy_text_encoder,
-        setup.encoders[0].contextualizer.network,
-        CONCEPTS,
-        options,
-        prompts=setup.prompts,
-        seed=setup.seed,
-    )
-    assert late[0].masked_ids == encoder.teacher_targets[0].masked_ids
+    encoder_again, setup.encoders[0].targets = setup.encoders[0], None
+    setup.compute_targets(accelerator.device)
+    late = encoder_again.targets
+    assert late[0].ids == encoder.targets[0].ids
     assert not torch.allclose(late[0].teacher_ND, before[0], atol=1e-3)
 
 
@@ -71,8 +71,16 @@ def test_concepts_and_text_encoders_come_in_any_order(toy_text_encoder, options,
     first = prepared(options, toy_text_encoder, accelerator)
     second = prepared(options, toy_text_encoder, accelerator, concepts_first=False)
     assert loss_of(first) == loss_of(second)
-    pairs = zip(first.encoders[0].teacher_targets, second.encoders[0].teacher_targets, strict=True)
+    pairs = zip(first.encoders[0].targets, second.encoders[0].targets, strict=True)
     assert all(torch.equal(a.teacher_ND, b.teacher_ND) for a, b in pairs)
+
+
+def test_states_need_no_contextualizer(toy_text_encoder, accelerator):
+    options = MLMOptions(mlm_batch_size=4, mlm_target="states", mlm_contextualizer="missing")
+    setup = prepared(options, toy_text_encoder, accelerator)
+    assert setup.contextualizers == []
+    disturb(toy_text_encoder)
+    assert loss_of(setup) > 0
 
 
 def test_the_host_keeps_its_random_numbers(toy_text_encoder, options, accelerator):
@@ -85,14 +93,14 @@ def test_the_host_keeps_its_random_numbers(toy_text_encoder, options, accelerato
 
 def test_processes_draw_prompts_of_their_own(toy_text_encoder, options, accelerator):
     setup = prepared(options, toy_text_encoder, accelerator)
-    first, second = (setup.attach(rank=rank, dtype=torch.float32) for rank in range(2))
+    first, second = (attached(setup, rank) for rank in range(2))
     assert first(0).loss != second(0).loss
 
 
 def test_a_concept_is_never_masked(toy_text_encoder, options, accelerator):
     setup = prepared(options, toy_text_encoder, accelerator)
     concept = set(toy_text_encoder.tokenizer("sks dog", add_special_tokens=False).input_ids)
-    for target in setup.encoders[0].teacher_targets:
+    for target in setup.encoders[0].targets:
         assert not concept & set(target.labels)
 
 

@@ -371,6 +371,11 @@ _RULES = (
         ),
     ),
     _without(" ".join(_MLM_DETAILS), "mlm_loss_weight"),
+    Rule(
+        ("mlm_contextualizer", "mlm_probability", "mlm_replace"),
+        "with mlm_target = states",
+        lambda flat: flat["mlm_target"] != "states" or not flat["mlm_loss_weight"],
+    ),
     Rule(("mlm_prompt_syntax",), "with mlm_prompt_set = {mlm_prompt_set}", _reads_syntax),
 )
 """Which settings make an option effective, mirroring the code that reads it."""

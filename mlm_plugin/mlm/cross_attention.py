@@ -101,12 +101,16 @@ class CrossAttention:
         for projection in projections:
             self.by_layer[projection.layer].append(projection)
 
-    def has_gradient(self, width: int, device: torch.device) -> bool:
+    @property
+    def width(self) -> int:
+        """D, which all text encoders have together."""
+        return next(iter(self.by_layer.values()))[0].weight().shape[1]
+
+    def has_gradient(self) -> bool:
         """Whether any key or value is trained; the states themselves may be as well."""
         with torch.enable_grad():
-            token_1D = torch.zeros(1, width, device=device)
             return any(
-                projection.trained(token_1D.to(projection.weight().dtype)).requires_grad
+                projection.trained(projection.weight()[:1]).requires_grad
                 for members in self.by_layer.values()
                 for projection in members
             )

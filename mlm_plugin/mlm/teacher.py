@@ -32,10 +32,10 @@ from mlm_plugin.mlm.masking import (
     mask_tokens,
     prompt_attention_mask,
 )
+from mlm_plugin.mlm.prompts import PromptPair
 
 __all__ = [
     "MaskSettings",
-    "TeacherPair",
     "align_to_prompt",
     "compute_targets",
     "context_labels",
@@ -44,13 +44,6 @@ __all__ = [
 ]
 
 BATCH_SIZE = 32
-
-
-class TeacherPair(NamedTuple):
-    """A prompt with the concept, and the prompt that the untrained model reads in its place."""
-
-    text: str
-    teacher_text: str
 
 
 class MaskSettings(NamedTuple):
@@ -63,7 +56,7 @@ class MaskSettings(NamedTuple):
 @torch.no_grad()
 def compute_targets(
     encoder: EncoderHandle,
-    pairs: Sequence[TeacherPair],
+    pairs: Sequence[PromptPair],
     rng: random.Random,
     *,
     masks: MaskSettings,
@@ -76,7 +69,7 @@ def compute_targets(
 
     Args:
         encoder: untrained; placeholders may have embeddings of their own already.
-        pairs: prompts.
+        pairs: prompts with the concept, and with the class word instead.
         rng: source of the masks.
         masks: share of the context words to mask, and what replaces them.
         with_teacher: false where the masked words themselves are the targets.
@@ -84,7 +77,7 @@ def compute_targets(
     targets = []
     for start in range(0, len(pairs), BATCH_SIZE):
         batch = pairs[start : start + BATCH_SIZE]
-        ids_BL = encoder.tokenize([pair.teacher_text for pair in batch])
+        ids_BL = encoder.tokenize([pair.class_text for pair in batch])
         masked = _compared_tokens(encoder, ids_BL, masks, rng)
         counts = (masked.labels != IGNORE_INDEX).sum(dim=1).tolist()
         teachers: Sequence[Tensor | None] = [None] * len(batch)

@@ -55,4 +55,9 @@ def _copied(linear: nn.Module) -> Callable[[], Tensor]:
 def _frozen(linear: nn.Module) -> Callable[[], Tensor]:
     if isinstance(linear, QuantizedLinear):
         return linear.unpacked
-    return lambda: linear.weight.detach()
+    return lambda: _in_computing_precision(linear.weight.detach())
+
+
+def _in_computing_precision(weight: Tensor) -> Tensor:
+    """Weights in 8 bits (``fp8_base`` of sd-scripts) are only stored in them."""
+    return weight.to(torch.bfloat16) if weight.itemsize == 1 else weight

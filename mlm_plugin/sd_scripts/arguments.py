@@ -14,6 +14,7 @@ from mlm_plugin.errors import UserError
 
 __all__ = [
     "add_mlm_arguments",
+    "read_at",
     "read_mlm_options",
     "text_encoder_rates",
     "why_network_has_no_gradient",
@@ -23,6 +24,7 @@ __all__ = [
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
 PLACE = "command line or config_file"
 CACHED = "cache_text_encoder_outputs leaves the text encoder untrained"
+WITH_CROSS_ATTENTION = ("sd", "sdxl")
 T5_CACHED = ("sd3", "flux")
 """Architectures that cache the outputs of T5 alone while their CLIP encoders are trained."""
 
@@ -71,18 +73,53 @@ def _entries() -> Iterator[Option]:
             yield entry
 
 
-def why_network_has_no_gradient(args: argparse.Namespace, *, arch: str) -> str | None:
+def read_at(options: MLMOptions, *, arch: str, trains_text: bool) -> str:
+    """``mlm_read_at`` with ``auto`` decided: at the U-Net where no text encoder is trained.
+
+    Args:
+        options: of the run.
+        arch: architecture of the model.
+        trains_text: whether a CLIP text encoder is trained.
+    """
+    if options.mlm_read_at != "auto":
+        return options.mlm_read_at
+    return "encoder" if trains_text or arch not in WITH_CROSS_ATTENTION else "cross_attention"
+
+
+def why_network_has_no_gradient(
+    args: argparse.Namespace, options: MLMOptions, *, arch: str
+) -> str | None:
     """Why the term has no gradient in a network trainer, naming its options; None if it has."""
+    if getattr(args, "model_type", None) == "chroma":
+        return "model_type = chroma has no CLIP text encoder"
+    of_text = _why_text_untrained(args, arch=arch)
+    place = read_at(options, arch=arch, trains_text=of_text is None)
+    if of_text is None or place == "encoder":
+        return of_text
+    if place == "both":
+        return f"{of_text}; with mlm_read_at = cross_attention it reads at the U-Net alone"
+    return _why_unet_untrained(args)
+
+
+def _why_text_untrained(args: argparse.Namespace, *, arch: str) -> str | None:
     if getattr(args, "network_train_unet_only", False):
         return "network_train_unet_only trains no text encoder"
     if getattr(args, "cache_text_encoder_outputs", False) and arch not in T5_CACHED:
         return CACHED
-    if getattr(args, "model_type", None) == "chroma":
-        return "model_type = chroma has no CLIP text encoder"
     if not any(_given_rates(args)):
         given = getattr(args, "text_encoder_lr", None)
         name = "learning_rate" if given in (None, []) else "text_encoder_lr"
         return f"{name} = 0 leaves the text encoder untrained"
+    return None
+
+
+def _why_unet_untrained(args: argparse.Namespace) -> str | None:
+    if getattr(args, "network_train_text_encoder_only", False):
+        return "network_train_text_encoder_only trains no U-Net, and nothing trains a text encoder"
+    given = getattr(args, "unet_lr", None)
+    if not float((args.learning_rate if given is None else given) or 0):
+        name = "learning_rate" if given is None else "unet_lr"
+        return f"{name} = 0 leaves the U-Net untrained, and nothing trains a text encoder"
     return None
 
 

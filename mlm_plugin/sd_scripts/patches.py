@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import DataLoader
 
+from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.sd_scripts.arguments import read_mlm_options
 from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import (
@@ -100,12 +103,14 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
 def collected_text_encoders(
     term: MLMTerm, *, arch: str, clip_skip: int | None, tokenizers: Callable[[], list[Any]]
 ) -> Iterator[None]:
-    """Pass each trained CLIP text encoder, seen in ``Accelerator.prepare``, to the term."""
+    """Pass the CLIP text encoders and the U-Net in ``Accelerator.prepare`` to the term."""
 
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
             result = original(self, *args, **kwargs)
             for model in args:
+                if isinstance(model, nn.Module) and cross_attention_names(model):
+                    term.read_at(given_place(term.options), model, keep_copies=True)
                 if is_clip_text_model(model):
                     # of SDXL's two encoders, the second is the one with a projection
                     is_second = hasattr(model, "text_projection")
@@ -132,6 +137,11 @@ def _wrapped(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> It
         yield
     finally:
         setattr(owner, name, original)
+
+
+def given_place(options: MLMOptions) -> str:
+    """``mlm_read_at`` in scripts that train a text encoder or its embeddings in any case."""
+    return "encoder" if options.mlm_read_at == "auto" else options.mlm_read_at
 
 
 class MLMEmbeddingMixin:
@@ -161,6 +171,7 @@ class MLMEmbeddingMixin:
         result = super().load_target_model(*args, **kwargs)
         if self.mlm:
             given = bind(super().load_target_model, args, kwargs)
+            self.mlm.read_at(given_place(self.mlm.options), result[3])
             for model, tokenizer in zip(result[1], self._tokenizers, strict=False):
                 text_encoder = wrap_text_encoder(
                     model, tokenizer, arch=self.mlm_arch, clip_skip=given["args"].clip_skip

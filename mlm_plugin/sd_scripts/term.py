@@ -22,10 +22,13 @@ from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig, con
 from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
-from mlm_plugin.mlm.regularizer import MLMRegularizer
+from mlm_plugin.mlm.cross_attention import CrossAttention
+from mlm_plugin.mlm.regularizer import MLMOutput, MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup, mlm_schedule, mlm_target, prompt_set_names
+from mlm_plugin.models.key_values import read_cross_attention
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.random_state import preserved_random_state
+from mlm_plugin.training.callbacks import mlm_curves
 
 __all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "no_gradient_message", "wrap_text_encoder"]
 
@@ -39,20 +42,16 @@ class LossParts(NamedTuple):
     """Parts of the last loss; tensors stay on the device until a logger reads them."""
 
     diffusion: Tensor
-    mlm: Tensor | None = None  # before the weight; None where the term did not act
+    term: MLMOutput | None = None  # None where the term did not act
     weight: float = 0.0
-    accuracy: Tensor | None = None
 
     def logs(self) -> dict[str, float]:
         """Values under the tags of the standalone trainer."""
         values = {"loss/diffusion": self.diffusion.item()}
-        if self.mlm is not None:
-            mlm = self.mlm.item()
-            values |= {
-                "loss/mlm": mlm,
-                "loss/mlm_weighted": self.weight * mlm,
-                "mlm/accuracy": self.accuracy.item(),
-            }
+        if self.term is not None:
+            mlm = self.term.loss.item()
+            values |= {"loss/mlm": mlm, "loss/mlm_weighted": self.weight * mlm}
+            values |= mlm_curves({name: part.item() for name, part in self.term.parts.items()})
         return values
 
 
@@ -90,15 +89,39 @@ class MLMTerm:
         self.step = 0
         self.call = 0
         self.parts: LossParts | None = None
+        self._cross_attention: CrossAttention | None = None
         self._regularizer: MLMRegularizer | None = None
 
-    def add_text_encoder(self, text_encoder: TextEncoder, accelerator: Accelerator) -> None:
+    def add_text_encoder(
+        self, text_encoder: TextEncoder, accelerator: Accelerator, *, is_trained: bool = True
+    ) -> None:
         """Prepare a text encoder, which is still untrained.
 
         Raises:
             UserError: the given contextualizer does not fit.
         """
-        self.setup.prepare([text_encoder], accelerator, more_may_come=True)
+        self.setup.prepare([text_encoder], accelerator, trained=[is_trained], more_may_come=True)
+        self.setup.compute_targets(accelerator.device)
+
+    def read_at(self, place: str, unet: nn.Module, *, keep_copies: bool = False) -> None:
+        """Set where the term reads.
+
+        Args:
+            place: ``encoder``, ``cross_attention`` or ``both``.
+            unet: still untrained.
+            keep_copies: whether its own weights will be trained.
+
+        Raises:
+            UserError: the model has no cross-attention that can be read.
+        """
+        self.setup.read_at = place
+        if self.setup.reads_cross_attention:
+            self._cross_attention = read_cross_attention(unet, keep_copies=keep_copies)
+            if self._cross_attention is None:
+                raise UserError(
+                    f"mlm_read_at = {place!r}: this model has no cross-attention layers, only "
+                    "Stable Diffusion 1, 2 and XL have; leave it out"
+                )
 
     def use_data(self, dataset_group: Any) -> None:
         """Take concepts and captions from the data, unless the options name them.
@@ -121,7 +144,7 @@ class MLMTerm:
         States without them load, and plain trainers load states with them, as the file is separate
         from those of accelerate.
         """
-        self.setup.compute_targets(accelerator)
+        self.setup.compute_targets(accelerator.device)
 
         def save(_models, _weights, output_dir):
             with atomic_path(Path(output_dir) / STATE_FILE) as temporary:
@@ -143,7 +166,7 @@ class MLMTerm:
         """``loss + weight * MLM loss``, 0-d; the loss itself in steps without the term.
 
         Raises:
-            UserError: nothing before the text encoder's output is trained.
+            UserError: nothing that the term reads is trained.
         """
         weight = self.schedule.weight_at(self.step)
         self.parts = LossParts(loss.detach())
@@ -154,13 +177,9 @@ class MLMTerm:
                     output = self._regularizer_for(accelerator)(self.call)
             if not output.loss.requires_grad:
                 raise UserError(
-                    no_gradient_message(
-                        self.options, "nothing is trained before the text encoder's output"
-                    )
+                    no_gradient_message(self.options, "nothing that the term reads is trained")
                 )
-            self.parts = LossParts(
-                loss.detach(), output.loss.detach(), weight, output.accuracy.detach()
-            )
+            self.parts = LossParts(loss.detach(), _detached(output), weight)
             loss = loss + weight * output.loss.to(loss.device)
         self.call += 1
         if accelerator.sync_gradients:
@@ -177,9 +196,10 @@ class MLMTerm:
         }
         values |= {
             "ss_mlm_target": mlm_target(self.options, concepts),
+            "ss_mlm_read_at": self.setup.read_at,
             "ss_mlm_prompt_set": prompt_set_names(self.options, concepts),
             "ss_mlm_contextualizer": ", ".join(
-                encoder.contextualizer.digest for encoder in self.setup.encoders
+                contextualizer.digest for contextualizer in self.setup.contextualizers
             ),
             "ss_mlm_seed": self.setup.seed,
             "ss_mlm_version": __version__,
@@ -192,17 +212,38 @@ class MLMTerm:
     def _regularizer_for(self, accelerator: Accelerator) -> MLMRegularizer:
         """Created on first use, when models have their device, precision and trained weights."""
         if self._regularizer is None:
+            if self._cross_attention is not None:
+                self._require_all_text_encoders(self._cross_attention)
             dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
-            self._regularizer = self.setup.attach(rank=accelerator.process_index, dtype=dtype)
+            self._regularizer = self.setup.attach(
+                rank=accelerator.process_index,
+                dtype=dtype,
+                device=accelerator.device,
+                cross_attention=self._cross_attention,
+            )
         return self._regularizer
+
+    def _require_all_text_encoders(self, cross_attention: CrossAttention) -> None:
+        widths = [e.text_encoder.token_embedding.embedding_dim for e in self.setup.encoders]
+        if sum(widths) != cross_attention.width:
+            raise UserError(
+                f"mlm_read_at = {self.setup.read_at!r}: this script trains {len(widths)} of the "
+                "text encoders, and the U-Net reads all of them; train all, or take "
+                "mlm_read_at = encoder"
+            )
 
 
 def no_gradient_message(options: MLMOptions, reason: str) -> str:
     """The message for a run in which the term would change nothing."""
     return (
         f"mlm_loss_weight = {options.mlm_loss_weight:g} asks for the MLM term, but {reason}, so "
-        "it would change nothing; train the text encoder or set mlm_loss_weight = 0"
+        "it would change nothing; train something that it reads, or set mlm_loss_weight = 0"
     )
+
+
+def _detached(output: MLMOutput) -> MLMOutput:
+    parts = {name: part.detach() for name, part in output.parts.items()}
+    return output._replace(loss=output.loss.detach(), parts=parts)
 
 
 def is_clip_text_model(module: Any) -> bool:

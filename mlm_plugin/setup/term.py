@@ -73,14 +73,11 @@ def attach_term(
     Raises:
         UserError: the method trains nothing before the place that is read.
     """
-    unet, cross_attention = method.models.unet, None
+    cross_attention = None
     if setup.reads_cross_attention:
-        cross_attention = read_cross_attention(unet, keep_copies=method.trains_base_weights)
-    has_gradient = method.trains_text_side or (
-        cross_attention is not None
-        and cross_attention.has_gradient(unet.config.cross_attention_dim, accelerator.device)
-    )
-    if not has_gradient:
+        unet, keep_copies = method.models.unet, method.trains_base_weights
+        cross_attention = read_cross_attention(unet, keep_copies=keep_copies)
+    if not (method.trains_text_side or (cross_attention and cross_attention.has_gradient())):
         place = "U-Net's keys and values" if cross_attention else "text encoder"
         raise UserError(
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g}: this network trains nothing in the "
@@ -88,7 +85,7 @@ def attach_term(
         )
     method.train(False)
     with method.untrained():
-        setup.compute_targets(accelerator)
+        setup.compute_targets(accelerator.device)
     return setup.attach(
         rank=accelerator.process_index,
         dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],

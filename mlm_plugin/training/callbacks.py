@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["Callback", "StepResult"]
+__all__ = ["Callback", "StepResult", "mlm_curves"]
 
 
 @dataclass
@@ -60,6 +60,14 @@ class StepResult:
         if "accuracy" in self.mlm_parts:
             shown["mlm_acc"] = f"{self.mlm_parts['accuracy']:.0%}"
         return shown
+
+
+def mlm_curves(parts: Mapping[str, float]) -> dict[str, float]:
+    """The parts of the MLM term under their tags."""
+    return {
+        "mlm/accuracy" if name == "accuracy" else f"loss/mlm_{name}": value
+        for name, value in parts.items()
+    }
 
 
 class Callback:

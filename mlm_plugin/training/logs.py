@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.callbacks import Callback, StepResult, mlm_curves
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["CurveLogger", "mlm_curves"]
+__all__ = ["CurveLogger"]
 
 NUM_DRIFTS = 50  # times per run that the text encoder's drift is measured
 
@@ -68,14 +68,6 @@ class CurveLogger(Callback):
             tracker.finish()
 
     on_stop = on_train_end
-
-
-def mlm_curves(parts: Mapping[str, float]) -> dict[str, float]:
-    """The parts of the MLM term under their tags."""
-    return {
-        "mlm/accuracy" if name == "accuracy" else f"loss/mlm_{name}": value
-        for name, value in parts.items()
-    }
 
 
 def _learning_rates(trainer: Trainer) -> dict[str, float]:

@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -42,19 +42,18 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import MLMOptions, TrainConfig
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.files import atomic_path
 from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
-from mlm_plugin.mlm.encoder import EncoderHandle
 from mlm_plugin.mlm.prompts import JointPrompts, PromptPair
 from mlm_plugin.mlm.regularizer import MLMRegularizer
-from mlm_plugin.mlm.teacher import compute_teacher_targets
-from mlm_plugin.mlm_setup import build_regularizer, encoder_handle, mlm_target, prompts_for
+from mlm_plugin.mlm_setup import MLMSetup, PreparedEncoder
 from mlm_plugin.models.checkpoints import SDXL_CLIP_SKIP, SDXL_VERSION, StableDiffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
+from mlm_plugin.setup.term import attach_term
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
@@ -231,16 +230,9 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
     device, dtype = accelerator.device, DTYPES[args.mixed_precision]
     set_seed(SEED)
     models = random_models(args, tokenizer_folder, device=device, dtype=dtype)
-    trained = LoRAMethod.trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
-    reached = [te for te, on in zip(models.text_encoders, trained, strict=True) if on]
-    contextualizers = [untrained_contextualizer(text_encoder, args) for text_encoder in reached]
-    prompts = LongPrompts(prompts_for(config.mlm, [CONCEPT]), args.mlm_prompt_tokens, reached[0])
-    encoders = [
-        with_targets(encoder_handle(*pair, [CONCEPT], dtype=dtype), prompts, config.mlm)
-        for pair in zip(reached, contextualizers, strict=True)
-    ]
+    setup = prepared_setup(args, config, models)
     method = LoRAMethod.prepare(models, config, [CONCEPT])
-    regularizer = build_regularizer(encoders, config.mlm, prompts=prompts, seed=0)
+    regularizer = attach_term(setup, config, method, accelerator)
     enable_checkpointing(models, args.gradient_checkpointing)
     num_steps = 2 * (args.num_warmup + args.num_pairs + args.num_memory_pairs)
     optimizer = create_optimizer(
@@ -262,14 +254,40 @@ def build_bench(args: argparse.Namespace, tokenizer_folder: Path) -> Bench:
                 prediction_type=models.prediction_type,
                 device=device,
             ),
-            mlm=MLMTerm(regularizer, Alternating(config.mlm.mlm_loss_weight)),
+            mlm=MLMTerm(regularizer, Alternating(config.mlm.mlm_loss_weight), setup.read_at),
         ),
         optimization=Optimization(optimizer, scheduler),
         plan=TrainPlan(num_steps=num_steps, batches_per_epoch=num_steps),
         identity=RunIdentity(seed=0),
         callbacks=[clock],
     )
+    contextualizers = [e.contextualizer for e in setup.encoders if e.contextualizer]
     return Bench(trainer, clock, contextualizers, mean_tokens(regularizer, num_calls=50))
+
+
+def prepared_setup(
+    args: argparse.Namespace, config: TrainConfig, models: StableDiffusion
+) -> MLMSetup:
+    """The set-up of the term with untrained contextualizers."""
+    count = len(models.text_encoders)
+    read_at = LoRAMethod.mlm_read_at(config, num_text_encoders=count)
+    trained = LoRAMethod.trained_text_encoders(config, num_text_encoders=count)
+    setup = MLMSetup(config.mlm, seed=0, read_at=read_at, num_targets=NUM_TARGETS)
+    setup.use_concepts([CONCEPT])
+    setup.encoders = [
+        PreparedEncoder(
+            text_encoder,
+            None
+            if config.mlm.mlm_target == "states"
+            else untrained_contextualizer(text_encoder, args),
+            is_trained,
+        )
+        for text_encoder, is_trained in zip(models.text_encoders, trained, strict=True)
+        if is_trained or read_at != "encoder"
+    ]
+    first = setup.encoders[0].text_encoder
+    setup.prompts = LongPrompts(setup.prompts, args.mlm_prompt_tokens, first)
+    return setup
 
 
 def config_of(args: argparse.Namespace) -> TrainConfig:
@@ -284,6 +302,8 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
             "optimizer_type": args.optimizer_type,
             "mlm_batch_size": args.mlm_batch_size,
             "mlm_target": args.mlm_target,
+            "mlm_read_at": args.mlm_read_at,
+            "network_train_unet_only": args.network_train_unet_only,
             "placeholder_token": (CONCEPT.placeholder_token,),
             "class_token": (CONCEPT.class_token,),
         }
@@ -346,23 +366,6 @@ def joined(pairs: Sequence[PromptPair]) -> PromptPair:
     return PromptPair(*(" ".join(texts) for texts in zip(*pairs, strict=True)))
 
 
-def with_targets(
-    encoder: EncoderHandle, prompts: LongPrompts, options: MLMOptions
-) -> EncoderHandle:
-    """The encoder with targets for ``mlm_target = class``, fewer than in a training."""
-    if mlm_target(options, [CONCEPT]) == "word":
-        return encoder
-    rng = random.Random(0)
-    targets = compute_teacher_targets(
-        encoder,
-        [prompts.sample(rng) for _ in range(NUM_TARGETS)],
-        mlm_probability=options.mlm_probability,
-        replace=options.mlm_replace,
-        rng=rng,
-    )
-    return replace(encoder, teacher_targets=targets)
-
-
 def untrained_contextualizer(text_encoder: TextEncoder, args: argparse.Namespace) -> Contextualizer:
     """An untrained contextualizer of the default size."""
     table_VD = text_encoder.token_embedding.weight.detach().cpu()
@@ -390,14 +393,11 @@ def enable_checkpointing(models: StableDiffusion, enabled: bool) -> None:
 def mean_tokens(regularizer: MLMRegularizer, *, num_calls: int) -> float:
     """Mean number of tokens of a padded prompt batch, BOS and EOS included."""
     rng, encoder = random.Random(0), regularizer.encoders[0]
-    texts = [target.text for target in encoder.teacher_targets]
     batches = [
-        rng.choices(texts, k=regularizer.batch_size)
-        if texts
-        else [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
+        [regularizer.sample_prompt(rng) for _ in range(regularizer.batch_size)]
         for _ in range(num_calls)
     ]
-    return statistics.mean(encoder.tokenize(prompts, rng).shape[1] for prompts in batches)
+    return statistics.mean(encoder.tokenize(prompts).shape[1] for prompts in batches)
 
 
 def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
@@ -452,6 +452,8 @@ def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(DTYPES[args.mixed_precision]).removeprefix("torch."),
         "mlm_batch_size": args.mlm_batch_size,
         "mlm_target": args.mlm_target,
+        "mlm_read_at": args.mlm_read_at,
+        "network_train_unet_only": args.network_train_unet_only,
         "mlm_tokens_per_prompt": bench.num_prompt_tokens,
         "tokenizer": "CLIP vocabulary" if args.tokenizer else "toy vocabulary (longer prompts)",
         "num_text_encoders": len(bench.contextualizers),
@@ -489,7 +491,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--mlm_prompt_tokens", type=int, default=0, help="minimum number; 0: as drawn"
     )
-    parser.add_argument("--mlm_target", choices=("class", "word"), default="class")
+    parser.add_argument("--mlm_target", choices=("class", "word", "states"), default="class")
+    parser.add_argument(
+        "--mlm_read_at", choices=("auto", "encoder", "cross_attention", "both"), default="auto"
+    )
+    parser.add_argument("--network_train_unet_only", action="store_true")
     parser.add_argument(
         "--num_text_encoders", type=int, choices=(1, 2), default=2, help="SDXL; 1: CLIP-L alone"
     )

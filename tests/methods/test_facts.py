@@ -14,8 +14,9 @@ NO_NETWORK = TrainConfig().replace(pretrained_model_name_or_path="model", output
 TOKEN_METHODS = ("textual_inversion", "xti", "custom_diffusion", "pivotal")
 
 
-def why_no_gradient(config, **count):
-    return METHODS[config.schedule.method].why_no_gradient(config, **count)
+def why_no_gradient(config, *, read_at="encoder", **count):
+    method = METHODS[config.schedule.method]
+    return method.why_no_gradient(config.replace(mlm_read_at=read_at), **count)
 
 
 def trained_text_encoders(config, *, num_text_encoders):
@@ -202,13 +203,40 @@ WITHOUT_GRADIENT = [
 
 @pytest.mark.parametrize(("changes", "named"), WITHOUT_GRADIENT)
 def test_mlm_without_a_gradient_is_refused_with_the_reason(changes, named):
-    config = USABLE.replace(**changes)
+    config = USABLE.replace(**changes, mlm_read_at="encoder")
     assert named in why_no_gradient(config)
     with pytest.raises(UserError, match=named) as caught:
         check_config(config)
     assert "mlm_loss_weight = 0" in str(caught.value)
     check_config(config.replace(mlm_loss_weight=0.0))
     assert why_no_gradient(USABLE) is None
+
+
+@pytest.mark.parametrize(("changes", "named"), WITHOUT_GRADIENT)
+def test_where_the_u_net_is_trained_the_term_reads_there(changes, named):
+    config = USABLE.replace(**changes)
+    method = METHODS[config.schedule.method]
+    assert method.mlm_read_at(USABLE) == "encoder"
+    assert method.mlm_read_at(config) == "cross_attention"
+    assert why_no_gradient(config, read_at="auto") is None
+    check_config(config)
+    reason = why_no_gradient(config, read_at="both")
+    assert named in reason
+    assert "mlm_read_at = cross_attention" in reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"network_train_text_encoder_only": True, "text_encoder_lr": (0.0,)}, "text_encoder_only"),
+        ({"unet_lr": 0.0, "text_encoder_lr": (0.0,)}, "unet_lr = 0"),
+        ({"method": "xti", "embedding_lr": 0.0}, "trains no U-Net"),
+    ],
+)
+def test_a_term_at_the_cross_attention_needs_keys_and_values_that_are_trained(changes, named):
+    reason = why_no_gradient(USABLE.replace(**changes), read_at="cross_attention")
+    assert named in reason
+    assert ", and " in reason
 
 
 @pytest.mark.parametrize("method", TOKEN_METHODS)

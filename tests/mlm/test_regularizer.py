@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
-from mlm_plugin.mlm.encoder import EncoderHandle, mask_embedding
+from mlm_plugin.mlm.encoder import EncoderHandle, Variants, mask_embedding
 from mlm_plugin.mlm.losses import masked_word_loss
 from mlm_plugin.mlm.masking import (
     IGNORE_INDEX,
@@ -15,6 +15,7 @@ from mlm_plugin.mlm.masking import (
     prompt_attention_mask,
 )
 from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
+from mlm_plugin.mlm.teacher import MaskSettings
 
 PROMPTS = [
     "a photo of sks dog on the beach",
@@ -30,20 +31,23 @@ def make_handle(text_encoder, **changes):
     )
     contextualizer.start_from(table, torch.ones(len(table)))
     parts = {
-        "tokenize": lambda prompts, _rng: text_encoder.tokenize_trimmed(prompts),
+        "tokenize": text_encoder.tokenize_trimmed,
         "encode": text_encoder.encode,
         "embedding": text_encoder.token_embedding,
         "contextualizer": contextualizer,
         "vocabulary": MaskingVocabulary.from_tokenizer(
             text_encoder.tokenizer, protected=["sks", "dog"], low_priority=["a", "of", "the"]
         ),
+        "pad_token_id": text_encoder.tokenizer.pad_token_id,
+        "device": torch.device("cpu"),
         "token_table": table,
     }
     return EncoderHandle(**parts | changes)
 
 
-def make_regularizer(*encoders, **settings):
-    settings = {"batch_size": 4, "mlm_probability": 0.3, "seed": 0} | settings
+def make_regularizer(*encoders, mlm_probability=0.3, **settings):
+    masks = MaskSettings(mlm_probability, "mask")
+    settings = {"batch_size": 4, "masks": masks, "seed": 0} | settings
     return MLMRegularizer(encoders, lambda rng: rng.choice(PROMPTS), **settings)
 
 
@@ -52,7 +56,7 @@ def test_one_call_gives_a_finite_loss_and_counts_its_words(toy_text_encoder):
     assert output.loss.ndim == 0
     assert output.loss.dtype == torch.float32
     assert torch.isfinite(output.loss)
-    assert 0 <= output.accuracy <= 1
+    assert 0 <= output.parts["accuracy"] <= 1
     assert output.num_masked >= 4
 
 
@@ -117,7 +121,7 @@ def test_several_text_encoders_see_the_same_prompts_and_their_losses_are_average
 ):
     seen = []
 
-    def tokenize(prompts, _rng):
+    def tokenize(prompts):
         seen.append(list(prompts))
         return toy_text_encoder.tokenize_trimmed(prompts)
 
@@ -129,45 +133,44 @@ def test_several_text_encoders_see_the_same_prompts_and_their_losses_are_average
     assert torch.isfinite(double.loss)
 
 
-def test_a_tap_reads_prompts_with_the_stream_of_the_call(toy_text_encoder):
+def test_variants_of_prompts_are_drawn_from_the_stream_of_the_call(toy_text_encoder):
     draws = []
 
-    def tokenize(prompts, rng):
+    def vary(ids_BL, rng):
         draws.append(rng.random())
-        return toy_text_encoder.tokenize_trimmed(prompts)
+        return Variants(ids_BL)
 
-    regularizer = make_regularizer(make_handle(toy_text_encoder, tokenize=tokenize))
+    regularizer = make_regularizer(make_handle(toy_text_encoder, vary=vary))
     for call in (0, 1, 1):
         regularizer(call)
     assert draws[0] != draws[1] == draws[2]
-    make_regularizer(make_handle(toy_text_encoder, tokenize=tokenize), seed=1)(1)
+    make_regularizer(make_handle(toy_text_encoder, vary=vary), seed=1)(1)
     assert draws[3] != draws[1]
 
 
-def test_a_tap_may_read_each_prompt_several_times(toy_text_encoder):
-    """As XTI does with the embeddings of every layer in turn."""
+def test_a_prompt_may_have_several_variants(toy_text_encoder):
+    """As in XTI, with the embeddings of every layer in turn."""
 
-    def tokenize_twice(prompts, _rng):
-        return toy_text_encoder.tokenize_trimmed(prompts).repeat(2, 1)
+    def twice(ids_BL, _rng):
+        return Variants(ids_BL.repeat(2, 1))
 
     single = make_regularizer(make_handle(toy_text_encoder))(0)
-    double = make_regularizer(make_handle(toy_text_encoder, tokenize=tokenize_twice))(0)
+    double = make_regularizer(make_handle(toy_text_encoder, vary=twice))(0)
     assert torch.isfinite(double.loss)
     assert double.num_masked > single.num_masked
 
 
 def test_prompts_without_context_give_zero_and_not_nan(toy_text_encoder):
-    regularizer = MLMRegularizer(
-        [make_handle(toy_text_encoder)], lambda rng: "sks dog", batch_size=2, mlm_probability=0.3
-    )
+    regularizer = make_regularizer(make_handle(toy_text_encoder), batch_size=2)
+    regularizer.sample_prompt = lambda rng: "sks dog"
     output = regularizer(0)
     output.loss.backward()
     assert output.loss == 0
     assert output.num_masked == 0
-    assert output.accuracy == 0
+    assert output.parts["accuracy"] == 0
 
 
-def test_a_tap_refuses_a_contextualizer_without_mask_vector(toy_text_encoder):
+def test_a_handle_refuses_a_contextualizer_without_mask_vector(toy_text_encoder):
     table = toy_text_encoder.token_embedding.weight.detach()
     fresh = Contextualizer(ContextualizerSizes(hidden_size=32, vocab_size=len(table)))
     with pytest.raises(ValueError, match="never trained"):
@@ -193,7 +196,7 @@ def test_text_encoders_with_unlike_padding_mask_the_same_words(toy_text_encoder)
     seen = []
 
     def handle(pad_id):
-        def tokenize(prompts, _rng):
+        def tokenize(prompts):
             ids_BL = toy_text_encoder.tokenize_trimmed(prompts)
             eos = toy_text_encoder.tokenizer.eos_token_id
             is_padding = ~prompt_attention_mask(ids_BL, eos)

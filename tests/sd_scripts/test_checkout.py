@@ -184,6 +184,31 @@ def test_a_lora_of_sdxl_hears_the_term_in_both_text_encoders(both, folder, stays
     assert metadata_of(ours)["ss_mlm_contextualizer"].count(",") == 1
 
 
+@pytest.mark.parametrize("target", ["states", "class"])
+def test_the_u_net_alone_hears_the_term_in_its_cross_attention(both, target):
+    plain, ours, values = both(
+        *("train_network.py", *LORA, "--network_train_unet_only"), ours=("--mlm_target", target)
+    )
+    names = changed(plain, ours)
+    assert names
+    assert all(name.startswith("lora_unet_") for name in load_file(ours))
+    assert any("attn2_to_k" in name for name in names)
+    assert metadata_of(ours)["ss_mlm_read_at"] == "cross_attention"
+    assert len(values["loss/mlm"]) == 3
+    assert values["loss/mlm"][0] < values["loss/mlm"][-1]  # it starts where nothing is changed
+
+
+def test_sdxl_with_cached_outputs_hears_the_term_in_its_cross_attention(both, folder):
+    model = ("--pretrained_model_name_or_path", folder / "sdxl.safetensors")
+    cached = ("--network_train_unet_only", "--cache_text_encoder_outputs")
+    plain, ours, values = both(
+        *("sdxl_train_network.py", *model, *LORA, *cached), ours=("--mlm_target", "states")
+    )
+    assert len(load_file(ours)) == 3 * 722
+    assert any("attn2_to_v" in name for name in changed(plain, ours))
+    assert len(values["loss/mlm"]) == 3
+
+
 @pytest.fixture
 def parts(folder):
     """Where SD 3 and FLUX have their files, and flags that both share."""

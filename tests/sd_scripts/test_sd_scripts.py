@@ -70,10 +70,20 @@ class StubData:
         return index
 
 
-class StubNetwork(nn.Module):
-    """One low-rank module on the text encoder, attached by ``forward`` like kohya's."""
+class StubUNet(nn.Module):
+    """Cross-attention alone, under the names of sd-scripts' U-Net of SDXL."""
 
-    def __init__(self, text_encoder, *, dropout=0.0):
+    def __init__(self, width=32):
+        super().__init__()
+        attn2 = nn.Module()
+        attn2.to_k, attn2.to_v = (nn.Linear(width, 16, bias=False) for _ in range(2))
+        self.middle_block = nn.ModuleDict({"attn2": attn2})
+
+
+class StubNetwork(nn.Module):
+    """One low-rank module on the text encoder and one on the U-Net, attached like kohya's."""
+
+    def __init__(self, text_encoder, unet, *, dropout=0.0):
         super().__init__()
         body = getattr(text_encoder, "text_model", text_encoder)  # flat since transformers 5.6
         target = body.encoder.layers[0].mlp.fc1
@@ -87,13 +97,27 @@ class StubNetwork(nn.Module):
             change = nn.functional.dropout(x @ self.down.T, dropout) @ self.up.T
             return org_forward(x) + change
 
-        self.apply_to = lambda: setattr(target, "forward", forward)
+        value = unet.middle_block.attn2.to_v
+        self.value_down = nn.Parameter(torch.randn(2, value.in_features) * 0.02)
+        self.value_up = nn.Parameter(torch.zeros(value.out_features, 2))
+        org_value = value.forward
+
+        def value_forward(x):
+            return org_value(x) + x @ self.value_down.T @ self.value_up.T
+
+        def apply_to():
+            value.forward = value_forward
+            if self.text_encoder_loras:
+                target.forward = forward
+
+        self.apply_to = apply_to
 
 
 class StubTrainer:
     """sd-scripts v0.10.1 ``NetworkTrainer``: the overridden methods, in its order of calls."""
 
     network_class = StubNetwork
+    unet_width = 32
 
     def __init__(self):
         self.losses, self.validation_losses, self.logs, self.noises = [], [], [], []
@@ -171,8 +195,11 @@ class StubTrainer:
         )
         model = text_encoder.model
         models = self.text_encoders_of(model)
-        self.network = network = self.network_class(model, dropout=args.network_dropout)
-        self.post_process_network(args, accelerator, network, models, None)
+        self.unet = unet = StubUNet(self.unet_width)
+        self.network = network = self.network_class(model, unet, dropout=args.network_dropout)
+        if args.network_train_unet_only:
+            network.text_encoder_loras = []
+        self.post_process_network(args, accelerator, network, models, unet)
         network.apply_to()
         optimizer = torch.optim.SGD(network.parameters(), lr=args.learning_rate)
         model.requires_grad_(False)
@@ -445,17 +472,59 @@ def test_prompts_can_be_the_captions_of_the_data(run):
 )
 def test_runs_without_a_gradient_are_refused_with_the_reason(run, changes, reason):
     with pytest.raises(UserError, match=reason):
-        run("--mlm_loss_weight", "0.5", **changes)
+        run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", **changes)
+    with pytest.raises(UserError, match="mlm_read_at = cross_attention|learning_rate = 0"):
+        run("--mlm_loss_weight", "0.5", "--mlm_read_at", "both", **changes)
     run("--mlm_loss_weight", "0", **changes)
 
 
-def test_a_network_without_text_encoder_modules_is_refused(run):
+U_NET_ONLY = {
+    "network_train_unet_only": True,
+    "unet_lr": 0.5,
+    "cache_text_encoder_outputs": True,
+    "text_encoder_lr": None,
+}
+
+
+@pytest.mark.parametrize("target", ["states", "class", "word"])
+def test_training_the_u_net_alone_is_read_at_its_cross_attention(run, target):
+    plain, _ = run(plain=True, **U_NET_ONLY)
+    ours, text_encoder = run("--mlm_loss_weight", "0.5", "--mlm_target", target, **U_NET_ONLY)
+    assert ours.metadata["ss_mlm_read_at"] == "cross_attention"
+    assert all("loss/mlm" in logs for logs in ours.logs)
+    assert ("mlm/accuracy" in ours.logs[0]) == (target != "states")
+    assert same(text_encoder.model.state_dict(), run(plain=True)[1].model.state_dict())
+    before, after = weights(plain), weights(ours)
+    assert torch.equal(before["down"], after["down"])
+    # kohya's U-Net is not run here: whatever moves its keys and values is the term
+    assert not before["value_up"].any()
+    if target != "states":
+        assert after["value_up"].any()
+
+
+@pytest.mark.parametrize("place", ["cross_attention", "both"])
+def test_the_cross_attention_is_read_beside_a_trained_text_encoder(run, place):
+    ours, _ = run("--mlm_loss_weight", "0.5", "--mlm_read_at", place, "--mlm_target", "states")
+    moved = weights(ours)
+    assert moved["up"].any()
+    assert moved["value_up"].any()
+    assert ("loss/mlm_te1" in ours.logs[0]) == (place == "both")
+
+
+def test_a_network_without_text_encoder_modules_is_read_at_the_cross_attention(run):
     class UNetOnly(StubTrainer):
         def post_process_network(self, args, accelerator, network, text_encoders, unet):
             network.text_encoder_loras = []
 
-    with pytest.raises(UserError, match="no text-encoder modules"):
-        run("--mlm_loss_weight", "0.5", host=UNetOnly)
+    trainer, _ = run("--mlm_loss_weight", "0.5", host=UNetOnly)
+    assert trainer.mlm.setup.read_at == "cross_attention"
+    with pytest.raises(UserError, match="no CLIP text encoder"):
+        run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", host=UNetOnly)
+
+
+def test_sd3_is_read_at_its_text_encoders_alone(run_sd3):
+    with pytest.raises(UserError, match="a text encoder here that is not CLIP"):
+        run_sd3("--mlm_read_at", "both")
 
 
 def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step(run):
@@ -469,7 +538,7 @@ def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step
 
         process_batch.__signature__ = inspect.signature(StubTrainer.process_batch)
 
-    with pytest.raises(UserError, match="nothing is trained before"):
+    with pytest.raises(UserError, match="nothing that the term reads is trained"):
         run("--mlm_loss_weight", "0.5", host=Frozen)
 
 
@@ -479,6 +548,8 @@ def test_text_encoders_that_are_not_clip_are_left_alone(run):
             text_encoders[0].config.model_type = "t5"
 
     with pytest.raises(UserError, match="no CLIP text encoder"):
+        run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", host=Other)
+    with pytest.raises(UserError, match="a text encoder here that is not CLIP"):
         run("--mlm_loss_weight", "0.5", host=Other)
 
 
@@ -684,7 +755,7 @@ def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
     )
     assert why_script_has_no_gradient(args) is None
     args = argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])
-    assert why_network_has_no_gradient(args, arch="sdxl") is None
+    assert why_network_has_no_gradient(args, MLMOptions(), arch="sdxl") is None
 
 
 # --- textual inversion ------------------------------------------------------------------------

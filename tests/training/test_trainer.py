@@ -20,7 +20,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.mlm.regularizer import MLMSchedule
-from mlm_plugin.mlm_setup import build_regularizer, encoder_handle, prompts_for
+from mlm_plugin.mlm_setup import MLMSetup, PreparedEncoder
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.training import rollback
 from mlm_plugin.training.callbacks import Callback
@@ -144,9 +144,13 @@ def make_regularizer(method):
             )
         )
     contextualizer.start_from(table, torch.ones(len(table)))
-    options = MLMOptions(mlm_batch_size=3, mlm_prompt_set="living")
-    encoder = encoder_handle(text_encoder, contextualizer, CONCEPTS, tokenize=method.mlm_ids)
-    return build_regularizer([encoder], options, prompts=prompts_for(options, CONCEPTS), seed=SEED)
+    options = MLMOptions(mlm_batch_size=3, mlm_prompt_set="living", mlm_target="word")
+    setup = MLMSetup(options, seed=SEED)
+    setup.use_concepts(CONCEPTS)
+    setup.encoders = [PreparedEncoder(text_encoder, contextualizer)]
+    return setup.attach(
+        rank=0, dtype=torch.float32, device=torch.device("cpu"), vary=method.mlm_variants
+    )
 
 
 def run(*args, **settings):

@@ -1,0 +1,177 @@
+"""The term at the U-Net's cross-attention, on the real trainer of every method."""
+
+import pytest
+import torch
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.methods import METHODS
+from mlm_plugin.models.cross_attention import cross_attention_names
+
+TRAINS_KEYS = ("lora", "dreambooth", "custom_diffusion", "pivotal")
+UNET_ONLY = {
+    "lora": {"network_train_unet_only": True},
+    "dreambooth": {"no_train_text_encoder": True},
+    "pivotal": {"network_train_unet_only": True, "embedding_lr": 0},
+}
+TARGETS = ("states", "class", "word")
+
+
+def term_of(trainer, call=0):
+    trainer.method.train(False)
+    return trainer._term(call)
+
+
+def disturb(trainer, part):
+    with torch.no_grad():
+        for parameter in trainer.method.parts()[part]:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def reached(trainer):
+    """Parts with a gradient of the term."""
+    trainer._term(0).loss.backward()
+    return {
+        part
+        for part, members in trainer.method.parts().items()
+        if any(p.grad is not None and p.grad.any() for p in members)
+    }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_term_reaches_the_keys_and_values_of_every_method_that_trains_them(
+    name, target, trainer_of
+):
+    trainer = trainer_of(name, mlm_read_at="cross_attention", mlm_target=target)
+    for part in trainer.method.parts():
+        disturb(trainer, part)
+    assert ("unet" in reached(trainer)) == (name in TRAINS_KEYS)
+    if name in ("textual_inversion", "xti"):
+        assert reached(trainer) == {"embedding"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_at_both_places_their_losses_are_averaged(name, trainer_of):
+    trainer = trainer_of(name, mlm_read_at="both", mlm_target="states")
+    disturb(trainer, next(iter(trainer.method.parts())))
+    output = term_of(trainer)
+    assert output.parts.keys() == {"te1", "cross_attention"}
+    assert output.loss == torch.stack(list(output.parts.values())).mean()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", UNET_ONLY)
+def test_a_run_that_trains_the_u_net_alone_has_a_term_and_no_text_encoder(name, target, trainer_of):
+    options = {**UNET_ONLY[name], "mlm_target": target, "mlm_loss_weight": 1}
+    trainer = trainer_of(name, cache_text_encoder_outputs=True, cache_latents=True, **options)
+    assert trainer.mlm_read_at == "cross_attention"
+    (text_encoder,) = trainer.models.text_encoders
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the text encoder was run")
+
+    text_encoder.model.forward = refuse
+    first = term_of(trainer).loss.item()
+    disturb(trainer, "unet")
+    assert abs(term_of(trainer).loss.item() - first) > 1e-4
+    trainer.run()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_term_pulls_changed_keys_and_values_back(target, trainer_of):
+    trainer = trainer_of("lora", **UNET_ONLY["lora"], mlm_target=target, mlm_batch_size=8)
+    disturb(trainer, "unet")
+    optimizer = torch.optim.Adam(trainer.method.parameters(), lr=2e-3)
+    losses = []
+    for call in range(30):
+        loss = term_of(trainer, call % 3).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # masked words cannot be guessed by the toy's contextualizer, which has learned nothing
+    assert sum(losses[-3:]) < (0.98 if target == "word" else 0.9) * sum(losses[:3])
+
+
+def test_a_lora_that_starts_from_a_file_is_compared_with_the_model_without_it(trainer_of, tmp_path):
+    options = {**UNET_ONLY["lora"], "mlm_target": "states", "mlm_loss_weight": 1}
+    first = trainer_of("lora", **options)
+    disturb(first, "unet")
+    expected = term_of(first).loss.item()
+    from mlm_plugin.methods import Export
+
+    first.method.export(Export(tmp_path / "a.safetensors", lambda _kind: {}))
+    second = trainer_of("lora", **options, network_weights=tmp_path / "a.safetensors")
+    assert term_of(second).loss.item() == pytest.approx(expected, rel=1e-4)
+    both = trainer_of("lora", mlm_target="states", mlm_read_at="both")
+    assert both.regularizer.encoders[0].targets[0].teacher_ND is not None
+
+
+@pytest.mark.parametrize("algo", ["locon", "loha", "lokr"])
+def test_lycoris_is_seen_through(algo, trainer_of):
+    pytest.importorskip("lycoris")
+    trainer = trainer_of(
+        "lora",
+        network_module="lycoris.kohya",
+        network_args=[f"algo={algo}"],
+        mlm_read_at="cross_attention",
+        mlm_target="states",
+    )
+    before = term_of(trainer).loss.item()
+    disturb(trainer, "unet")
+    assert term_of(trainer).loss.item() > before + 1e-5
+    assert "unet" in reached(trainer)
+
+
+def test_a_packed_u_net_is_read(trainer_of):
+    options = {**UNET_ONLY["lora"], "mlm_loss_weight": 1}
+    for target in ("states", "class"):
+        trainer = trainer_of("lora", quantize_unet="int8", mlm_target=target, **options)
+        disturb(trainer, "unet")
+        assert term_of(trainer).loss.item() > 1e-4
+        assert reached(trainer) == {"unet"}
+
+
+def test_dreambooth_keeps_the_weights_of_before_in_half_precision(trainer_of):
+    trainer = trainer_of("dreambooth", mlm_read_at="cross_attention", mlm_target="states")
+    unet, cross_attention = trainer.models.unet, trainer.regularizer.cross_attention
+    name = cross_attention_names(unet)[0]
+    layer = unet.get_submodule(f"{name}.to_k")
+    before = layer.weight.detach().clone()
+    disturb(trainer, "unet")
+    kept = cross_attention.by_layer[0][0].weight()
+    assert torch.equal(kept, before.half().float())
+    assert not torch.allclose(layer.weight, before, atol=1e-2)
+
+
+def test_a_network_without_keys_and_values_is_refused(trainer_of, tmp_path):
+    pytest.importorskip("lycoris")
+    preset = tmp_path / "convolutions.toml"
+    preset.write_text(
+        'unet_target_module = ["ResnetBlock2D"]\nunet_target_name = []\n'
+        "text_encoder_target_module = []\ntext_encoder_target_name = []\n"
+    )
+    network = {"network_module": "lycoris.kohya", "network_args": [f"preset={preset}"]}
+    with pytest.raises(UserError, match="U-Net's keys and values"):
+        trainer_of("lora", **network, mlm_read_at="cross_attention", mlm_target="states")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sdxl_is_read_with_both_encoders_states(target, sdxl_trainer_of):
+    options = {"network_train_unet_only": True, "cache_text_encoder_outputs": True}
+    trainer = sdxl_trainer_of("lora", **options, mlm_target=target, mlm_loss_weight=1)
+    assert len(trainer.regularizer.encoders) == 2
+    before = term_of(trainer).loss.item()
+    disturb(trainer, "unet")
+    assert term_of(trainer).loss.item() > before + 1e-5
+    assert reached(trainer) == {"unet"}
+
+
+def test_with_one_of_two_text_encoders_trained_the_other_ones_states_are_kept(sdxl_trainer_of):
+    trainer = sdxl_trainer_of(
+        "lora", text_encoder_lr=[1e-3, 0.0], mlm_read_at="both", mlm_target="states"
+    )
+    first, second = trainer.regularizer.encoders
+    assert first.targets[0].states_LD is None
+    assert second.targets[0].states_LD is not None
+    assert trainer._term(0).parts.keys() == {"te1", "cross_attention"}
