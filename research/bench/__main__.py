@@ -10,7 +10,7 @@ from mlm_plugin.cli import run_command
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.demo.command import add_folders, prepare_model
 from mlm_plugin.errors import UserError
-from research.bench.plan import UNTRAINED, find_arms
+from research.bench.plan import CLAIMED, UNTRAINED, find_arms
 from research.bench.records import RECORDS, Records
 
 __all__ = ["main"]
@@ -23,8 +23,9 @@ def main(argv: Sequence[str]) -> int:
         UserError: an unknown flag, a missing one, or an arm that cannot be reported yet.
     """
     given = _parser().parse_args(list(argv))
-    arms = find_arms(given.arms)
-    if given.stage == "report":
+    reports = given.stage == "report"
+    arms = find_arms(given.arms or (CLAIMED if reports else None))
+    if reports:
         arms.insert(0, UNTRAINED)
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: must be at least 1")
@@ -51,8 +52,8 @@ def _parser() -> CommandParser:
     parser.add_argument("--stage", choices=("tuning", "report"), required=True,
                         help="The search for settings, or what is reported.")  # fmt: skip
     parser.add_argument("--arms", nargs="+", metavar="A",
-                        help='Arms such as "lora plain", or families such as lora (default: all '
-                        "of the plan).")  # fmt: skip
+                        help='Arms such as "lora plain", or families such as lora (default: the '
+                        "whole plan; for the report, the arms of the claims).")  # fmt: skip
     add_folders(parser, written="scratch files")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR",
                         help="Folder of the records (default: those of the checkout).")  # fmt: skip

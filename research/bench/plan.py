@@ -18,6 +18,7 @@ from mlm_plugin.pocket.concepts import REPORTED, TUNING, Concept
 
 __all__ = [
     "ARMS",
+    "CLAIMED",
     "CLAIMS",
     "NUM_SETTINGS",
     "PLAN",
@@ -295,6 +296,8 @@ def _claims() -> tuple[Claim, ...]:
 
 CLAIMS = _claims()
 """Every comparison that gets a p-value; Holm's correction is over all of them."""
+CLAIMED = tuple(dict.fromkeys(name for claim in CLAIMS for name in claim))
+"""The arms that the claims are about."""
 
 
 def find_arms(names: Sequence[str] | None) -> list[Arm]:

@@ -21,7 +21,7 @@ from mlm_plugin.files import require_writable
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.training.interrupt import Stopped
 from research.bench.context import BenchContext
-from research.bench.plan import UNTRAINED, Arm, BenchPlan, Trial, trials_to_report
+from research.bench.plan import ARMS, UNTRAINED, Arm, BenchPlan, Trial, trials_to_report
 from research.bench.records import Records, key_of
 from research.bench.search import search
 from research.bench.trial import run_trial
@@ -89,9 +89,10 @@ def missing_trials(stage: str, arm: Arm, records: Records) -> list[Trial]:
     """The trials of an arm to run next; none where the stage is complete.
 
     Raises:
-        UserError: the arm is to be reported before it is tuned.
+        UserError: the arm is to be reported before it is tuned, or tuned before plain training.
     """
     if stage == "tuning":
+        _check_other_rates(arm, records)
         return search(arm, records.of(stage, arm.name)).missing
     if arm is UNTRAINED:
         settings = arm.grid
@@ -103,6 +104,21 @@ def missing_trials(stage: str, arm: Arm, records: Records) -> list[Trial]:
     done = records.of(stage, arm.name)
     trials = [trial for setting in settings for trial in trials_to_report(arm, setting)]
     return [trial for trial in trials if key_of(trial) not in done]
+
+
+def _check_other_rates(arm: Arm, records: Records) -> None:
+    """Refuse an arm whose plan does not take over what the best plain setting has."""
+    family = arm.family
+    if arm.form == "plain" or not family.other_rates:
+        return
+    plain = ARMS[f"{family.name} plain"]
+    winner = search(plain, records.of("tuning", plain.name)).winner
+    if winner is None:
+        raise UserError(f"{arm.name}: takes over rates of {plain.name}; tune that first")
+    if winner != {**winner, **family.other_rates}:
+        raise UserError(
+            f"{arm.name}: {plain.name} is best with {winner}; set other_rates in plan.py to it"
+        )
 
 
 def fingerprint_of_model(model: Path) -> str:

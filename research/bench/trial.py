@@ -22,7 +22,7 @@ from mlm_plugin.demo.trial import (
 )
 from mlm_plugin.mlm.regularizer import MLMOutput, MLMSchedule
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.pocket.concepts import training_scenes
+from mlm_plugin.pocket.concepts import TUNING, training_scenes
 from mlm_plugin.training.callbacks import StepResult
 from mlm_plugin.training.trainer import Trainer
 from research.bench.context import BenchContext
@@ -72,7 +72,7 @@ def run_trial(trial: Trial, context: BenchContext) -> dict[str, Any]:
         folder = context.folder / "runs" / key_of(trial)
         with output_to(folder / "log.txt"):
             trainer = trainer_of(trial, context, folder)
-            callback = TimedEvaluations(test, context.plan.evaluation_steps)
+            callback = TimedEvaluations(test, _evaluation_steps(trial, context))
             trainer.callbacks = [callback]
             trainer.run()
         found, ms_per_step = callback.evaluations, callback.ms_per_step
@@ -85,6 +85,12 @@ def run_trial(trial: Trial, context: BenchContext) -> dict[str, Any]:
         "ms_per_step": ms_per_step,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _evaluation_steps(trial: Trial, context: BenchContext) -> tuple[int, ...]:
+    """On tuning concepts the last alone, as the score of a search needs no more."""
+    steps = context.plan.evaluation_steps
+    return steps[-1:] if trial.concept in TUNING else steps
 
 
 def _look(step: int, scores: Scores) -> list[float]:

@@ -71,6 +71,11 @@ def test_the_trainer_accepts_every_setting(arm, context, tmp_path, monkeypatch):
         assert options.get("init_word") in (None, REPORTED[0].scene.subject)
 
 
+def test_on_tuning_concepts_only_the_end_is_evaluated(context):
+    record = run_trial(Trial(PLAIN, PLAIN.grid[0], TUNING[0], 0), context)
+    assert [look[0] for look in record["looks"]] == [2]
+
+
 def test_the_untrained_model_is_evaluated_with_both_words(context):
     name, word = (
         run_trial(Trial(UNTRAINED, setting, REPORTED[0], 0), context) for setting in UNTRAINED.grid
@@ -130,10 +135,26 @@ def test_a_second_run_does_nothing_and_a_longer_one_goes_on(context, records, sh
     assert run_stage("tuning", [PLAIN], **everything) == 0
     assert capsys.readouterr().out.count("fidelity") == 3
     assert len(records.of("tuning", PLAIN.name)) == 3
-    assert run_stage("tuning", [PLAIN, CORE], **everything, limits=Limits(jobs=2)) == 0
+    unet_only = ARMS["lora_unet_only plain"]
+    assert run_stage("tuning", [PLAIN, unet_only], **everything, limits=Limits(jobs=2)) == 0
     out = capsys.readouterr().out
-    assert out.count("fidelity") == out.count("lora core (") == 3
+    assert out.count("fidelity") == out.count("lora_unet_only plain (") == 3
     assert "tuning of lora plain: complete" in out
+
+
+def test_terms_wait_for_plain_training_and_take_over_its_rates(context, records, fake_trials):
+    """The best plain setting of the fake trials is the last, with ``unet_lr`` 5e-3."""
+    everything = {"context": context, "records": records}
+    with pytest.raises(UserError, match="lora core: takes over rates of lora plain; tune that"):
+        run_stage("tuning", [CORE], **everything)
+    for rate, named in (("5e-3", None), ("2.5e-3", "best with .*5e-3.*set other_rates")):
+        family = dataclasses.replace(CORE.family, other_rates={"unet_lr": rate})
+        arms = [PLAIN, dataclasses.replace(CORE, family=family)]
+        if named is None:
+            assert run_stage("tuning", arms, **everything) == 0
+        else:
+            with pytest.raises(UserError, match=named):
+                run_stage("tuning", arms, **everything)
 
 
 @pytest.fixture
