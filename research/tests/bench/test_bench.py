@@ -200,14 +200,14 @@ def test_no_trial_starts_after_the_time_is_up(context, records, fake_trials, cap
 def test_a_signal_ends_the_bench_and_keeps_what_is_done(
     context, records, short_search, monkeypatch, capsys
 ):
-    evaluate = trial.ConceptTest.evaluate
+    on_step_end = trial.TimedEvaluations.on_step_end
 
-    def evaluate_and_stop(test, model, words=None):
+    def stop_in_the_second_trial(callback, trainer, result):
         if records.of("tuning", PLAIN.name):
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(test, model, words)
+        on_step_end(callback, trainer, result)
 
-    monkeypatch.setattr(trial.ConceptTest, "evaluate", evaluate_and_stop)
+    monkeypatch.setattr(trial.TimedEvaluations, "on_step_end", stop_in_the_second_trial)
     assert run_stage("tuning", [PLAIN], context=context, records=records) == 143
     assert "the same command continues" in capsys.readouterr().err
     assert len(records.of("tuning", PLAIN.name)) == 1
