@@ -213,7 +213,9 @@ WEIGHTS = {
     "classdiffusion": ("0.1", "1"),
     "output_preservation": ("0.3", "3"),
     "prior_preservation": ("0.1", "1"),
+    "encoder/word": ("0.03", "0.3"),
 }  # two weights, a decade apart
+TOKEN_WEIGHTS = ("0.01", "0.1")  # where token embeddings alone are trained
 
 
 def _plain(family: str) -> Arm:
@@ -226,7 +228,8 @@ def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
     if form == "encoder/word":
         flags["mlm_probability"] = "0.15"  # as in the paper
     rate, values = FAMILIES[family].rates
-    grid = _grid({rate: values, "weight": WEIGHTS[form]})
+    weights = TOKEN_WEIGHTS if family in ("textual_inversion", "xti") else WEIGHTS[form]
+    grid = _grid({rate: values, "weight": weights})
     regularizer = "mlm" if form in FORMS else form
     name = form if grammar == "free" else f"{form}/{grammar}"
     return Arm(FAMILIES[family], name, regularizer, grid, flags, grammar)

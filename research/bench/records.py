@@ -43,7 +43,7 @@ class Records:
     """Reads and adds records.
 
     A record has ``key``, ``setting``, ``concept``, ``seed``, ``looks`` (step, prompt fidelity and
-    identity of every evaluation), ``ms_per_step`` and ``seconds`` of the whole trial.
+    identity of every evaluation), ``ms_per_step``, ``seconds`` of the whole trial, and ``commit``.
 
     Args:
         folder: has a folder for each stage.

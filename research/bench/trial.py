@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mlm_plugin.config.datasets import Concept as ConceptWords
 from mlm_plugin.demo.options import BATCH_SIZE, MLM_BATCH_SIZE, Paths, mlm_options, run_options
 from mlm_plugin.demo.trial import (
@@ -29,6 +31,7 @@ from research.bench.context import BenchContext
 from research.bench.plan import Trial
 from research.bench.records import key_of
 from research.bench.rivals import RIVALS, ContextBatches, OutputPreservation, TextRival
+from research.facts import facts_of_here
 from research.pocket_model.pictures import scene_pixels
 from research.pocket_model.train_vae import encode
 
@@ -84,6 +87,7 @@ def run_trial(trial: Trial, context: BenchContext) -> dict[str, Any]:
         "looks": [_look(step, evaluation.scores) for step, evaluation in found.items()],
         "ms_per_step": ms_per_step,
         "seconds": round(time.perf_counter() - began, 1),
+        "commit": facts_of_here(torch.device("cpu"))["commit"],
     }
 
 
