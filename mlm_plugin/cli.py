@@ -21,6 +21,7 @@ commands:
   prompts         print or count the prompts of a prompt set
   estimate        predict the GPU memory of a training, part by part, without loading anything
   evaluate        draw, score and report what was learned; --compare lays runs side by side
+  compare         train with several sets of options on several subjects, and compare them
   pocket concept  write a thing the built-in model has never seen: pictures and test prompts
   pocket demo     learn one thing plain and with the MLM term, and show both
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
@@ -80,6 +81,20 @@ def _evaluate(argv: Sequence[str]) -> int:
     return run_evaluate(command)
 
 
+def _compare(argv: Sequence[str]) -> int:
+    from mlm_plugin.compare.options import parse_compare
+    from mlm_plugin.compare.plan import read_plan
+
+    command = parse_compare(argv)
+    plan = read_plan(command.plan)
+    from mlm_plugin.setup.console import quiet_imports
+
+    quiet_imports()
+    from mlm_plugin.compare.run import run_compare
+
+    return run_compare(command, plan)
+
+
 def _estimate(argv: Sequence[str]) -> int:
     from mlm_plugin.estimate.options import parse_estimate
 
@@ -110,6 +125,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prompts": _prompts,
     "estimate": _estimate,
     "evaluate": _evaluate,
+    "compare": _compare,
     "pocket": _pocket,
     "convert-preset": _convert_preset,
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +14,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mlm_plugin.errors import UserError
+
 ASSETS = Path(__file__).parent / "assets"
+
+
+@pytest.fixture
+def refused() -> Callable[[Sequence[str]], AbstractContextManager]:
+    """``with refused(parts):`` the block ends in a ``UserError`` of one line that holds them."""
+
+    @contextmanager
+    def refused(parts: Sequence[str]) -> Iterator[None]:
+        with pytest.raises(UserError) as caught:
+            yield
+        assert "\n" not in str(caught.value)
+        for part in parts:
+            assert part in str(caught.value)
+
+    return refused
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ ROWS = [
     ("setup",),
     ("evaluation", "estimate"),
     ("sd_scripts", "commands"),
-    ("demo",),
+    ("compare", "demo"),
     ("cli",),
 ]
 ROW_OF = {name: number for number, names in enumerate(ROWS) for name in names}

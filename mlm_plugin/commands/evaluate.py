@@ -49,7 +49,7 @@ from mlm_plugin.files import require_writable
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
-__all__ = ["run_evaluate"]
+__all__ = ["library_versions", "run_evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _description(
         },
         "settings": dataclasses.asdict(options),
         "files": files,
-        "versions": _versions(device),
+        "versions": library_versions(device),
     }
 
 
@@ -345,7 +345,8 @@ def _input(how: Any) -> str:
     )
 
 
-def _versions(device: torch.device) -> dict[str, str]:
+def library_versions(device: torch.device) -> dict[str, str]:
+    """Versions that decide about results, and the device."""
     found = {"mlm_plugin": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -60,7 +61,7 @@ from mlm_plugin.training.plan import MLMTerm, Objective
 from mlm_plugin.training.state import RunIdentity, check_state
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["build_trainer", "train"]
+__all__ = ["CheckedRun", "build_trainer", "check_run", "train", "trainer_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +95,7 @@ def train(argv: Sequence[str]) -> int:
     if config.run.output_config:
         print(f"wrote {write_config(config)}")
         return 0
-    check_config(config)
-    config = with_built_in_paths(config)
-    datasets = resolve_datasets(config)
-    concepts = find_concepts(config, datasets)
-    METHODS[config.schedule.method].check(config, concepts)
+    config, datasets, concepts = check_run(config)
     if config.run.check or config.dataset.debug_dataset:
         _print_data(config, datasets, concepts)
         return 0
@@ -129,6 +126,28 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
+class CheckedRun(NamedTuple):
+    """Options that fit each other and the data, the data sets, and what is learned."""
+
+    config: TrainConfig
+    datasets: Sequence[DatasetConfig]
+    concepts: Sequence[Concept]
+
+
+def check_run(config: TrainConfig) -> CheckedRun:
+    """Check everything that can be checked without a model or a picture.
+
+    Raises:
+        UserError: options that contradict each other or the data.
+    """
+    check_config(config)
+    config = with_built_in_paths(config)
+    datasets = resolve_datasets(config)
+    concepts = find_concepts(config, datasets)
+    METHODS[config.schedule.method].check(config, concepts)
+    return CheckedRun(config, datasets, concepts)
+
+
 def _print_data(
     config: TrainConfig, datasets: Sequence[DatasetConfig], concepts: Sequence[Concept]
 ) -> None:
@@ -136,6 +155,19 @@ def _print_data(
     dataset = create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
     report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
     print("\n".join(report.lines()))
+
+
+def trainer_of(run: CheckedRun) -> Trainer:
+    """The trainer of a run whose options name the seed, in a process of its own."""
+    config, datasets, concepts = run
+    seed = config.schedule.seed
+    return build_trainer(
+        config,
+        accelerator=create_accelerator(config),
+        dataset=create_dataset(config, datasets, concepts, seed=seed),
+        concepts=concepts,
+        seed=seed,
+    )
 
 
 def build_trainer(

@@ -295,6 +295,7 @@ _MLM_DETAILS = tuple(
 _RULES = (
     _without("class_prompt", "generate_class_images"),
     _without("xti_mlm_layers", "mlm_loss_weight"),
+    _without("directional_kappa", "directional_embedding"),
     _without("noise_offset_random_strength", "noise_offset"),
     _without("ip_noise_gamma_random_strength", "ip_noise_gamma"),
     _without("multires_noise_discount", "multires_noise_iterations"),

@@ -13,7 +13,6 @@ from mlm_plugin.demo.trial import (
     EvaluationCallback,
     Scores,
     create_trainer,
-    output_to,
     pipeline_of,
 )
 from mlm_plugin.models.checkpoints import load_stable_diffusion
@@ -21,6 +20,7 @@ from mlm_plugin.pocket.concepts import Concept, prompt_templates, write_concept
 from mlm_plugin.pocket.oracle import load_oracle
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER
 from mlm_plugin.pocket.text_to_image import Sampling
+from mlm_plugin.setup.console import output_to
 from mlm_plugin.training.interrupt import Stopped
 
 __all__ = ["run_demo"]

@@ -6,31 +6,24 @@ concept with equal seeds share data order, noise and the noise of test pictures.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mlm_plugin.commands.train import build_trainer
+from mlm_plugin.commands.train import check_run, trainer_of
 from mlm_plugin.config.datasets import Concept as ConceptWords
-from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.demo.options import as_argv
-from mlm_plugin.methods import METHODS
-from mlm_plugin.methods.checks import check_config
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.pocket.captions import Caption
 from mlm_plugin.pocket.concepts import Concept, prompt_templates
 from mlm_plugin.pocket.oracle import Oracle
 from mlm_plugin.pocket.scores import identity, prompt_fidelity
 from mlm_plugin.pocket.text_to_image import Sampling, TextToImage, generate
-from mlm_plugin.setup.accelerator import create_accelerator
-from mlm_plugin.setup.data import create_dataset, find_concepts
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.samples import as_image
 from mlm_plugin.training.trainer import Trainer
@@ -43,7 +36,6 @@ __all__ = [
     "as_images",
     "create_trainer",
     "mean_of",
-    "output_to",
     "pipeline_of",
 ]
 
@@ -136,20 +128,8 @@ def create_trainer(options: Mapping[str, str]) -> tuple[Trainer, Sequence[Concep
     Raises:
         UserError: as in the ``train`` command.
     """
-    config = load_config(as_argv(options))
-    check_config(config)
-    datasets = resolve_datasets(config)
-    concepts = find_concepts(config, datasets)
-    METHODS[config.schedule.method].check(config, concepts)
-    seed = config.schedule.seed
-    trainer = build_trainer(
-        config,
-        accelerator=create_accelerator(config),
-        dataset=create_dataset(config, datasets, concepts, seed=seed),
-        concepts=concepts,
-        seed=seed,
-    )
-    return trainer, concepts
+    run = check_run(load_config(as_argv(options)))
+    return trainer_of(run), run.concepts
 
 
 def pipeline_of(models: StableDiffusion) -> TextToImage:
@@ -173,15 +153,3 @@ def as_images(pictures: Tensor) -> list[Image.Image]:
 def mean_of(values: Tensor) -> float:
     """Mean, rounded to five decimals."""
     return round(float(values.float().mean()), 5)
-
-
-@contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Redirect everything printed in the block to a new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        path.open("w", encoding="utf-8") as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
-    ):
-        yield

@@ -215,7 +215,7 @@ def _with_targets(encoder: EncoderHandle, prompts: Sequence[str]) -> EncoderHand
         PromptTarget(
             ids.tolist(),
             labels.tolist(),
-            torch.empty(int((labels != IGNORE_INDEX).sum()), width, device="meta"),
+            *[torch.empty(int((labels != IGNORE_INDEX).sum()), width, device="meta")] * 2,
             None if encoder.is_trained else torch.empty(len(ids), width, device="meta"),
         )
         for ids, labels in zip(ids_BL, context_labels(ids_BL, encoder.vocabulary), strict=True)

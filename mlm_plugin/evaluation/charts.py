@@ -36,6 +36,7 @@ class Point(NamedTuple):
         x_interval: half width of a horizontal error bar.
         y_interval: half height of a vertical error bar.
         faint: whether it is small and pale.
+        curve: within a series, dots of the same name are joined.
     """
 
     x: float
@@ -46,6 +47,7 @@ class Point(NamedTuple):
     x_interval: float | None = None
     y_interval: float | None = None
     faint: bool = False
+    curve: str = ""
 
 
 class Line(NamedTuple):
@@ -73,18 +75,21 @@ def scatter_chart(
     lines: Sequence[Line] = (),
     joined: bool = False,
 ) -> Markup:
-    """A scatter plot; ``joined`` connects the dots of each series in order."""
+    """A scatter plot; ``joined`` connects the dots of each curve in order, faint ones thinly."""
     chart = _Chart()
     chart.axes.set(xlabel=x_title, ylabel=y_title)
     for line in lines:
         chart.axes.axhline(line.y, color=SOFT, linewidth=0.8, linestyle=(0, (4, 4)))
         across = chart.axes.get_yaxis_transform()
         chart.text(line.label, (1, line.y), (-4, 3), xycoords=across, ha="right", color=SOFT)
-    for series in dict.fromkeys(point.series for point in points) if joined else ():
-        xy = zip(*[(p.x, p.y) for p in points if p.series == series], strict=True)
-        chart.mark("curve", *xy, color=f"C{series}", alpha=0.7)
+    for series, curve in dict.fromkeys((p.series, p.curve) for p in points) if joined else ():
+        members = [point for point in points if (point.series, point.curve) == (series, curve)]
+        xy = zip(*[(point.x, point.y) for point in members], strict=True)
+        is_thin = all(point.faint for point in members)
+        style = {"alpha": 0.35, "linewidth": 0.7} if is_thin else {"alpha": 0.7}
+        chart.mark("curve", *xy, color=f"C{series}", title=curve, **style)
     for point in sorted(points, key=lambda point: not point.faint):
-        x, y, title, series, label, x_interval, y_interval, faint = point
+        x, y, title, series, label, x_interval, y_interval, faint, _ = point
         halves = y_interval, x_interval
         chart.axes.errorbar(x, y, *halves, fmt="none", ecolor=f"C{series}", alpha=0.7)
         chart.dot(x, y, series, title, **({"markersize": 5, "alpha": 0.35} if faint else {}))

@@ -13,7 +13,7 @@ from mlm_plugin.evaluation.page_parts import axis_title, position, shown, text_e
 from mlm_plugin.evaluation.rendering import letter, render
 from mlm_plugin.evaluation.results import IMAGE_MEASURES, Measure, axes_of, measures_of, value_of
 
-__all__ = ["comparison_page"]
+__all__ = ["comparison_page", "measure_rows"]
 
 MAX_PICTURES = 4  # per run and prompt
 Results = Mapping[str, Any]
@@ -55,7 +55,7 @@ def comparison_page(
         title=f"{' | '.join(run['label'] for run in runs)}: comparison",
         runs=runs,
         warning=warning,
-        measure_rows=_measure_rows(runs, differences),
+        measure_rows=measure_rows(runs, differences),
         plane=_plane(runs) if common else None,
         by_prompt=_by_prompt(runs, common) if common else None,
         prompts=common,
@@ -69,7 +69,13 @@ def comparison_page(
     )
 
 
-def _measure_rows(runs: Sequence[Results], differences: Sequence[Mapping[str, Any]]) -> list[Row]:
+def measure_rows(runs: Sequence[Results], differences: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The table of measures: a row for each that any of the runs has.
+
+    Args:
+        runs: the contents of each ``results.json``.
+        differences: difference of every other run to the first, by measure.
+    """
     changes: list[Mapping[str, Any]] = [{}, *differences]
     rows = []
     for name, measure in measures_of(runs).items():

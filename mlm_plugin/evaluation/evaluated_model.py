@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,14 @@ from mlm_plugin.networks.create import create_network, read_weights
 from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS, part_of
 from mlm_plugin.training.samples import create_sampler
 
-__all__ = ["EvaluatedModel", "LearnedFiles", "LoadSettings", "Pipeline", "load_evaluated_model"]
+__all__ = [
+    "EvaluatedModel",
+    "LearnedFiles",
+    "LoadSettings",
+    "Pipeline",
+    "create_pipeline",
+    "load_evaluated_model",
+]
 
 LORA_UP = "lora_up.weight"
 # Layers that take text states, by the end of their name.
@@ -57,6 +65,7 @@ class EvaluatedModel:
         base_text_encoders: the untrained ones of the base model, fp32; they stay on the CPU.
         encode: encodes prompts into the conditioning of the U-Net.
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
+        autocast: entered for the text encoders and the U-Net, where parts differ in precision.
     """
 
     pipeline: Pipeline
@@ -64,6 +73,7 @@ class EvaluatedModel:
     base_text_encoders: list[TextEncoder]
     encode: Encode
     family: str
+    autocast: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def resolution(self) -> int:
@@ -153,7 +163,7 @@ def load_evaluated_model(
         family = models.family
         del models  # free the memory of a whole model before the next one is loaded
         models = _load_checkpoint(files.checkpoint, settings, base=base, family=family)
-    pipeline = _pipeline(models, settings.sampler)
+    pipeline = create_pipeline(models, settings.sampler)
     encode = _load_files(models, pipeline, files, placeholder_token)
     for module in (models.unet, models.vae, *(encoder.model for encoder in models.text_encoders)):
         module.eval().requires_grad_(False)
@@ -236,7 +246,8 @@ def _load_checkpoint(
     return models
 
 
-def _pipeline(models: StableDiffusion, sampler: str) -> Pipeline:
+def create_pipeline(models: StableDiffusion, sampler: str) -> Pipeline:
+    """The models in a pipeline of diffusers, with a sampler by kohya's name."""
     scheduler = create_sampler(
         sampler, models.noise_scheduler, prediction_type=models.prediction_type
     )

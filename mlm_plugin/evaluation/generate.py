@@ -157,19 +157,21 @@ def _draw(
     """
     pipeline, side = model.pipeline, settings.resolution or model.resolution
     seeds = [picture_seed(settings.seed, prompt.template, number) for number in numbers]
-    latents_NChw = pipeline(
-        **_pipeline_inputs(model.encode([settings.negative_prompt, prompt.prompt])),
-        num_images_per_prompt=len(seeds),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.scale,
-        height=side,
-        width=side,
-        output_type="latent",
-    ).images
+    with model.autocast():
+        latents_NChw = pipeline(
+            **_pipeline_inputs(model.encode([settings.negative_prompt, prompt.prompt])),
+            num_images_per_prompt=len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.scale,
+            height=side,
+            width=side,
+            output_type="latent",
+        ).images
     if not latents_NChw.isfinite().all():
         raise UserError(
-            f"the U-Net overflowed in {pipeline.unet.dtype}: set --precision bf16 or fp32"
+            f"the U-Net overflowed in {pipeline.unet.dtype}: set --precision bf16 or fp32 "
+            "(mixed_precision in a plan)"
         )
     # one by one: at SDXL's size a picture needs gigabytes
     return [decode_latents(pipeline.vae, one_1Chw) for one_1Chw in latents_NChw.float().split(1)]

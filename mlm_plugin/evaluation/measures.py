@@ -6,16 +6,18 @@ Features need not be normalized; cos(a, b) = a.b / (|a| |b|).
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
     "Mean",
+    "best_at_level",
     "custom_concept_score",
     "intra_distance",
     "mean_cosine_to",
@@ -124,25 +126,43 @@ def student_t_quantile(df: int) -> float:
 def sign_flip_p_value(differences: Tensor, *, seed: int = 0) -> float:
     """Probability of a mean at least as far from 0 if the sign of each difference were random.
 
-    Two-sided. Up to 13 differences all ``2^n`` assignments s of signs are counted: the share with
-    ``|mean(s d)| >= |mean(d)|``, at least ``2 / 2^n``. Above that, R = 10 000 random ones:
-    ``(1 + #{...}) / (1 + R)``.
+    Two-sided. Up to n = 13 exact, over all 2^n signs s: ``#{|mean(s d)| >= |mean(d)|} / 2^n``.
+    Else ``(1 + #{...}) / (1 + R)`` over R = 10 000 random s. The smallest possible value is
+    2 / 2^n: 0.25 for three differences, 0.03 for six.
 
     Args:
-        differences: ``(n,)`` independent values, the same prompt and noise under two models.
+        differences: ``(n,)``, independent: the same prompt and noise, or the same subject, under
+            two models.
         seed: seed of the random signs.
 
     Source: the paired randomization test (Fisher 1935); Phipson and Smyth 2010 for the 1.
     """
     d_n = differences.double()
     n = len(d_n)
-    if 2**n <= NUM_FLIPS:
-        signs_Rn = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n))).double()
-        return _share_reached(signs_Rn, d_n)
-    generator = torch.Generator().manual_seed(seed)
-    signs_Rn = torch.randint(0, 2, (NUM_FLIPS, n), generator=generator).double() * 2 - 1
-    return (1 + NUM_FLIPS * _share_reached(signs_Rn, d_n)) / (1 + NUM_FLIPS)
+    is_exact = 2**n <= NUM_FLIPS
+    if is_exact:
+        bits_Rn = torch.arange(2**n)[:, None] >> torch.arange(n) & 1
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        bits_Rn = torch.randint(0, 2, (NUM_FLIPS, n), generator=generator)
+    sums_R = (bits_Rn.double() * 2 - 1) @ d_n
+    num_reached = int((sums_R.abs() >= d_n.sum().abs() - 1e-12).sum())
+    return num_reached / 2**n if is_exact else (1 + num_reached) / (1 + NUM_FLIPS)
 
 
-def _share_reached(signs_Rn: Tensor, d_n: Tensor) -> float:
-    return ((signs_Rn @ d_n).abs() >= d_n.sum().abs() - 1e-12).double().mean().item()
+def best_at_level(level: float, points: Sequence[tuple[float, float]]) -> float:
+    """The best second measure among models whose first is at least ``level``.
+
+    Linear between the Pareto-optimal points. Below their lowest first measure it is their highest
+    second one; above the highest it is ``nan``.
+
+    Args:
+        level: of the first measure, such as likeness.
+        points: both measures of each model, such as likeness and prompt fidelity; higher is better.
+    """
+    front: list[tuple[float, float]] = []
+    for point in sorted(points, reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    xs, ys = zip(*reversed(front), strict=True)
+    return float(np.interp(level, xs, ys, right=np.nan))

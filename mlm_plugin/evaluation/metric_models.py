@@ -1,4 +1,4 @@
-"""CLIP and DINO as judges: pictures and texts in, features out.
+"""CLIP or SigLIP, and DINO, as judges: pictures and texts in, features out.
 
 Loaded by transformers from a folder or hub id. Pictures are resized, cropped and normalized here
 with Pillow from the numbers of the model's ``preprocessor_config.json``: transformers' own image
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPModel, CLIPTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel, CLIPTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["Clip", "Dino", "Preprocessing", "load_clip", "load_dino", "preprocess"]
+__all__ = ["Clip", "Dino", "Preprocessing", "Siglip", "load_clip", "load_dino", "preprocess"]
 
 BATCH = 32
 DINO_MARGIN = 256 / 224  # of DINO's evaluation: resize to 256, crop to 224
@@ -92,6 +92,36 @@ class Clip:
         return self.model.text_projection(pooled).float().cpu()
 
 
+class Siglip(Clip):
+    """SigLIP or SigLIP 2 at a fixed resolution, in place of a CLIP.
+
+    Source: arXiv 2502.14786; its texts are in lower case and padded to 64 tokens, as in training.
+    """
+
+    @torch.no_grad()
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """``(N, D)`` fp32 on the CPU, not normalized."""
+        return _features(
+            images,
+            self.how,
+            self.model,
+            lambda pixels: self.model.vision_model(pixel_values=pixels).pooler_output,
+        )
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """``(N, D)`` fp32 on the CPU; longer texts are truncated."""
+        tokens = self.tokenizer(
+            [text.lower() for text in texts],
+            padding="max_length",
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        ids_NL = tokens.input_ids.to(_device(self.model))
+        return self.model.text_model(input_ids=ids_NL).pooler_output.float().cpu()
+
+
 class Dino:
     """A self-supervised ViT whose CLS state distinguishes individual objects."""
 
@@ -110,15 +140,20 @@ class Dino:
 
 
 def load_clip(name: str, *, device: torch.device | str = "cpu") -> Clip:
-    """A CLIP by folder or hub id, fp32, frozen.
+    """A CLIP or SigLIP by folder or hub id, fp32, frozen.
 
     Raises:
-        UserError: it is neither local nor downloadable, or is not a CLIP.
+        UserError: it is neither local nor downloadable, or is neither of the two.
     """
-    model = _load(lambda: CLIPModel.from_pretrained(name), name, option="clip_model")
-    tokenizer = _load(lambda: CLIPTokenizer.from_pretrained(name), name, option="clip_model")
+
+    def load(model_class: Any) -> Any:
+        return _load(lambda: model_class.from_pretrained(name), name, option="clip_model")
+
+    is_siglip = load(AutoConfig).model_type == "siglip"
+    model = load(AutoModel if is_siglip else CLIPModel)
+    tokenizer = load(AutoTokenizer if is_siglip else CLIPTokenizer)
     how = _preprocessing(_processor_config(name, option="clip_model"), margin=1.0)
-    return Clip(name, _frozen(model, device), tokenizer, how)
+    return (Siglip if is_siglip else Clip)(name, _frozen(model, device), tokenizer, how)
 
 
 def load_dino(name: str, *, device: torch.device | str = "cpu") -> Dino:

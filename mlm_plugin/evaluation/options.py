@@ -75,7 +75,7 @@ class EvaluateOptions:
     )
     clip_model: str = _option(
         "openai/clip-vit-base-patch32",
-        "CLIP that scores: folder or hub id; none = without.",
+        "CLIP or SigLIP that scores: folder or hub id; none = without.",
         "NAME",
     )
     dino_model: str = _option(

@@ -277,7 +277,7 @@ def embedding_measures(
 def _embeddings_of(text_encoder: TextEncoder, word: str) -> Tensor:
     """Token embeddings of a word, learned or from the table."""
     tokens = text_encoder.learned_tokens
-    learned = tokens.embeddings if tokens is not None else {}
+    learned = tokens.vectors if tokens is not None else {}
     if word in learned:
         return learned[word].detach().flatten(0, 1)
     ids = text_encoder.tokenizer(word, add_special_tokens=False).input_ids

@@ -143,6 +143,8 @@ METHOD_OPTIONS = (
     "embedding_lr",
     "num_vectors_per_token",
     "init_word",
+    "directional_embedding",
+    "directional_kappa",
     "stop_unet_training",
     "stop_text_encoder_training",
     "stop_embedding_training",
@@ -197,7 +199,8 @@ class RunFacts:
     steps: int | None = None
     epoch: int | None = None
     concepts: tuple[Concept, ...] = ()
-    mlm_target: str | None = None  # class, word
+    mlm_read_at: str | None = None  # encoder, cross_attention, both
+    mlm_target: str | None = None  # class, word, states
     mlm_prompt_set: str | None = None
     mlm_contextualizer: str | None = None  # fingerprint
     mlm_seed: int | None = None
@@ -474,6 +477,7 @@ def _mlm_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
         metadata: dict[str, Any] = {"ss_mlm_loss_weight": options["mlm_loss_weight"]}
     else:
         metadata = {f"ss_{name}": options[name] for name in MLM_OPTIONS} | {
+            "ss_mlm_read_at": facts.mlm_read_at,
             "ss_mlm_target": facts.mlm_target,
             "ss_mlm_prompt_set": facts.mlm_prompt_set,
             "ss_mlm_contextualizer": facts.mlm_contextualizer,

@@ -182,6 +182,10 @@ class Method(MethodFacts, ABC):
         for text_encoder in self.models.text_encoders:
             text_encoder.model.train(mode)
 
+    def prior_loss(self) -> Tensor | None:
+        """A loss of the trained tensors alone, 0-d, that is added to every batch's; or ``None``."""
+        return None
+
     def after_step(self) -> dict[str, Tensor | float]:
         """Called after an optimizer step; returns numbers to log, 0-d where they are tensors."""
         return {}

@@ -66,6 +66,7 @@ def _method_errors(config: TrainConfig) -> Iterator[str]:
     yield from _rates(config)
     yield from _fused(config)
     yield from _text_side(config)
+    yield from _directional(config)
 
 
 def _quantized(config: TrainConfig) -> Iterator[str]:
@@ -121,6 +122,18 @@ def no_gradient_message(config: TrainConfig, reason: str) -> str:
         f"it would change nothing; train something that it reads{elsewhere}, or set "
         "mlm_loss_weight = 0"
     )
+
+
+def _directional(config: TrainConfig) -> Iterator[str]:
+    method = METHODS[config.schedule.method]
+    if not config.embedding.directional_embedding or not method.learns_tokens:
+        return
+    rate = method.learning_rate_of("embedding", config.optimizer)
+    if not rate.value:
+        yield (
+            f"directional_embedding asks for the direction of token embeddings to be learned, but "
+            f"{rate.option} = 0 leaves them untrained; leave it out, or give a rate"
+        )
 
 
 def _method_warnings(config: TrainConfig) -> Iterator[str]:

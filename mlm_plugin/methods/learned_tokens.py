@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
@@ -19,9 +20,10 @@ from mlm_plugin.export.embedding_files import (
     save_embedding,
     verify_embedding,
 )
-from mlm_plugin.methods.base import Export, Method
+from mlm_plugin.methods.base import Export, Method, load_into, on_cpu
 from mlm_plugin.methods.facts import why_untrained
 from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.directional_tokens import DirectionalTokens
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import (
     LearnedTokens,
@@ -83,8 +85,14 @@ class LearnsTokens(Method):
     """
 
     rate_options = {"embedding": ("embedding_lr",)}
-    own_options = ("num_vectors_per_token", "init_word", "weights")
-    own_state_options = ("num_vectors_per_token",)
+    own_options = (
+        "num_vectors_per_token",
+        "init_word",
+        "weights",
+        "directional_embedding",
+        "directional_kappa",
+    )
+    own_state_options = ("num_vectors_per_token", "directional_embedding", "directional_kappa")
     learns_tokens = True
 
     learned_tokens: list[LearnedTokens]
@@ -118,9 +126,35 @@ class LearnsTokens(Method):
     def embeddings(self) -> dict[str, list[Tensor]]:
         """Embeddings ``(N, D)`` of each text encoder by placeholder, of the first variant."""
         return {
-            name: [tokens.embeddings[name][0] for tokens in self.learned_tokens]
+            name: [tokens.vectors[name][0] for tokens in self.learned_tokens]
             for name in self.placeholders
         }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is trained, and the initial directions where a prior pulls towards them."""
+        return super().state_dict() | on_cpu(self._initial_directions())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what :meth:`state_dict` gave."""
+        own = self._initial_directions()
+        load_into(own, {name: state[name] for name in own if name in state})
+        super().load_state_dict({name: state[name] for name in state if name not in own})
+
+    def prior_loss(self) -> Tensor | None:
+        """The prior of directional embeddings, over all text encoders."""
+        losses = [tokens.prior_loss() for tokens in self.learned_tokens]
+        given = [loss for loss in losses if loss is not None]
+        return torch.stack(given).sum() if given else None
+
+    def after_step(self) -> dict[str, Tensor | float]:
+        """Put directional embeddings back on their sphere."""
+        for tokens in self.learned_tokens:
+            tokens.retract()
+        return super().after_step()
+
+    def _initial_directions(self) -> dict[str, Tensor]:
+        directions = [d for tokens in self.learned_tokens for d in tokens.initial_directions]
+        return {f"initial_direction.{number}": tensor for number, tensor in enumerate(directions)}
 
 
 def create_tokens(
@@ -162,6 +196,8 @@ def create_tokens(
             origin = " ".join(text_encoder.tokenizer.convert_ids_to_tokens(tokens))
         logger.info("%s: its embedding starts at %s", concept.placeholder_token, origin)
         embeddings[concept.placeholder_token] = start.expand(num_variants, *start.shape[-2:])
+    if options.directional_embedding:
+        return DirectionalTokens(text_encoder, embeddings, kappa=options.directional_kappa)
     return LearnedTokens(text_encoder, embeddings)
 
 

@@ -109,7 +109,7 @@ class XTI(TextualInversion):
 
     def export(self, to: Export) -> None:
         """sd-scripts' XTI format, and the layers' average as an ordinary embedding."""
-        codes, embeddings = layer_codes(self.models.unet), self.only_tokens.embeddings
+        codes, embeddings = layer_codes(self.models.unet), self.only_tokens.vectors
         for file, tensor in zip(self._full_files(to.path), embeddings.values(), strict=True):
             metadata = to.metadata("textual-inversion")
             save_xti(file, tensor, metadata=metadata, dtype=to.dtype, codes=codes)

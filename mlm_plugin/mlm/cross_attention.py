@@ -50,12 +50,16 @@ class Projection:
     weight: Callable[[], Tensor]
     bias: Tensor | None = None
 
-    def distance(self, states_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """``|(W + dW) h - W g|^2 / |W g|^2``, 0-d fp32."""
+    def distance(self, states_ND: Tensor, teacher_ND: Tensor, start_ND: Tensor) -> Tensor:
+        """:func:`relative_distance` of ``(W + dW) h`` to ``W g``, beyond that of ``W h0``."""
         weight_OD = self.weight()
         with torch.no_grad():
-            wanted_NO = F.linear(teacher_ND.to(weight_OD.dtype), weight_OD, self.bias)
-        return relative_distance(self.trained(states_ND.to(weight_OD.dtype)), wanted_NO)
+            wanted_NO, start_NO = (
+                F.linear(x.to(weight_OD.dtype), weight_OD, self.bias)
+                for x in (teacher_ND, start_ND)
+            )
+        trained_NO = self.trained(states_ND.to(weight_OD.dtype))
+        return relative_distance(trained_NO, wanted_NO, start_NO)
 
     def written_back(self, states: Tensor) -> Tensor:
         """``h + W^+ dW h``, fp32 ``(..., D)``."""
@@ -119,22 +123,27 @@ class CrossAttention:
         self,
         states_ND: Tensor,
         teacher_ND: Tensor,
+        start_ND: Tensor,
         rng: random.Random,
         *,
         layers_N: Tensor | None = None,
     ) -> Tensor:
-        """Mean over layers, K and V of ``|(W + dW) h - W g|^2 / |W g|^2``, 0-d fp32.
+        """Mean over layers, K and V of :meth:`Projection.distance`, 0-d fp32.
 
         Args:
             states_ND: h, as the trained text encoder gives them.
-            teacher_ND: g, of the untrained text encoder.
+            teacher_ND: g, of the untrained text encoder with the class word.
+            start_ND: h0, of the untrained text encoder with the concept.
             rng: draws the layers, where there are more than ``MAX_LAYERS``.
             layers_N: the layer that each token is for, on the CPU; by default all layers.
         """
         losses = []
         for layer, rows in self._layers_of(rng, layers_N):
-            h, g = (x if rows is None else x[rows.to(x.device)] for x in (states_ND, teacher_ND))
-            losses += [projection.distance(h, g) for projection in self.by_layer[layer]]
+            chosen = [
+                x if rows is None else x[rows.to(x.device)]
+                for x in (states_ND, teacher_ND, start_ND)
+            ]
+            losses += [projection.distance(*chosen) for projection in self.by_layer[layer]]
         return torch.stack(losses).mean()
 
     def written_back(

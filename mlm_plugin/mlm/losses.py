@@ -42,25 +42,52 @@ def masked_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV, labels_N, reduction="sum") / max(1, len(labels_N))
 
 
-def teacher_kl(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
-    """``1/N sum_i KL(q_i || p_i)``: predict what the teacher predicts.
+def teacher_kl(
+    logits_NV: Tensor, teacher_logits_NV: Tensor, start_logits_NV: Tensor | None = None
+) -> Tensor:
+    """``1/N sum_i max(0, KL(q_i || p_i) - KL(q_i || p0_i))``: predict what the teacher predicts.
 
-    Source: knowledge distillation, Hinton et al. 2015, arXiv 1503.02531.
+    Args:
+        logits_NV: of p.
+        teacher_logits_NV: of q.
+        start_logits_NV: of p0, the prediction before training, which costs nothing; without it
+            ``1/N sum_i KL(q_i || p_i)``.
+
+    Source: knowledge distillation, Hinton et al. 2015, arXiv 1503.02531; the hinge at the start is
+    ours.
     """
-    log_p_NV = logits_NV.log_softmax(dim=-1)
     log_q_NV = teacher_logits_NV.log_softmax(dim=-1)
-    divergence = F.kl_div(log_p_NV, log_q_NV, reduction="sum", log_target=True)
-    return divergence / max(1, len(logits_NV))
+    divergence_N = _kl(log_q_NV, logits_NV)
+    if start_logits_NV is not None:
+        divergence_N = (divergence_N - _kl(log_q_NV, start_logits_NV)).relu()
+    return divergence_N.sum() / max(1, len(logits_NV))
 
 
-def relative_distance(states_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-    """``sum_i |h_i - g_i|^2 / sum_i |g_i|^2``, 0-d fp32: what share of the states has changed.
+def _kl(log_q_NV: Tensor, logits_NV: Tensor) -> Tensor:
+    """``KL(q_i || p_i)``, ``(N,)``."""
+    log_p_NV = logits_NV.log_softmax(dim=-1)
+    return F.kl_div(log_p_NV, log_q_NV, reduction="none", log_target=True).sum(dim=-1)
 
-    Without tokens it is a zero that is still part of the graph.
+
+def relative_distance(
+    states_ND: Tensor, teacher_ND: Tensor, start_ND: Tensor | None = None
+) -> Tensor:
+    """``sum_i max(0, |h_i - g_i|^2 - |h0_i - g_i|^2) / sum_i |g_i|^2``, 0-d fp32.
+
+    What share of the states has moved away from g. Without tokens it is a zero that is still part
+    of the graph.
+
+    Args:
+        states_ND: h.
+        teacher_ND: g.
+        start_ND: h0, the states before training, whose distance costs nothing; by default g.
     """
-    teacher_ND = teacher_ND.float()
+    states_ND, teacher_ND = states_ND.float(), teacher_ND.float()
+    distance_N = (states_ND - teacher_ND).square().sum(dim=-1)
+    if start_ND is not None:
+        distance_N = (distance_N - (start_ND.float() - teacher_ND).square().sum(dim=-1)).relu()
     norm = teacher_ND.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return (states_ND.float() - teacher_ND).square().sum() / norm
+    return distance_N.sum() / norm
 
 
 class MaskedWordLoss(NamedTuple):
@@ -79,6 +106,7 @@ def masked_word_loss(
     attention_mask_BL: Tensor,
     token_table_VD: Tensor,
     teacher_ND: Tensor | None = None,
+    start_ND: Tensor | None = None,
 ) -> MaskedWordLoss:
     """Compare the contextualizer's predictions at the masked tokens with words or a teacher.
 
@@ -90,6 +118,7 @@ def masked_word_loss(
         token_table_VD: the tied output table.
         teacher_ND: the contextualizer's features of g. With them the loss is :func:`teacher_kl`,
             without :func:`masked_cross_entropy`.
+        start_ND: the features before training, whose divergence costs nothing.
     """
     device = hidden_BLD.device
     positions_N = masked_positions(labels_BL)
@@ -100,7 +129,11 @@ def masked_word_loss(
     if teacher_ND is None:
         loss = masked_cross_entropy(logits_NV, labels_N)
     else:
-        loss = teacher_kl(logits_NV, contextualizer.logits(teacher_ND, token_table_VD))
+        teacher_NV, start_NV = (
+            None if features is None else contextualizer.logits(features, token_table_VD)
+            for features in (teacher_ND, start_ND)
+        )
+        loss = teacher_kl(logits_NV, teacher_NV, start_NV)
     num_correct = (logits_NV.detach().argmax(dim=-1) == labels_N).sum()
     return MaskedWordLoss(loss, num_correct, len(positions_N))
 

@@ -33,7 +33,8 @@ class MLMSchedule:
 
     Attributes:
         weight: ``mlm_loss_weight``.
-        every_n_steps: act on every n-th step with n times the weight, to keep the expectation.
+        every_n_steps: act on every n-th step with n times the weight. The mean gradient is the
+            same; what an optimizer makes of it need not be (docs/method.md, Costs).
         start_step: first step with the term.
         end_step: first step without it again; ``None`` = to the end.
     """
@@ -75,7 +76,8 @@ class EncodedPrompts:
         states_BLD: as it is trained now.
         labels_BL: ids of the compared tokens, IGNORE_INDEX elsewhere; on the CPU.
         attention_mask_BL: false for padding; on the CPU.
-        teacher_ND: of the untrained encoder, at the compared tokens.
+        teacher_ND: of the untrained encoder with the class word, at the compared tokens.
+        start_ND: of the untrained encoder with the concept.
         layers_B: the cross-attention layer that each prompt is for; ``None`` = for all.
     """
 
@@ -84,6 +86,7 @@ class EncodedPrompts:
     labels_BL: Tensor
     attention_mask_BL: Tensor
     teacher_ND: Tensor | None = None
+    start_ND: Tensor | None = None
     layers_B: Tensor | None = None
 
     @property
@@ -99,16 +102,18 @@ class EncodedPrompts:
         layers_BL = self.layers_B[:, None].expand_as(self.labels_BL)
         return layers_BL.flatten()[masked_positions(self.labels_BL)]
 
-    def compared_states(self) -> Tensor:
-        """States of the compared tokens, ``(N, D)``."""
-        return self.states_BLD.flatten(0, 1)[self.positions_N]
+    def compared_states(self) -> tuple[Tensor, Tensor, Tensor]:
+        """h, g and h0 of the compared tokens, each ``(N, D)``."""
+        states_ND = self.states_BLD.flatten(0, 1)[self.positions_N]
+        return states_ND, self.teacher_ND, self.start_ND
 
     def part(self, states_BLD: Tensor) -> Part:
         """The loss at these states: those of the encoder, or the same written back."""
         encoder = self.encoder
         if encoder.contextualizer is None:
             states_ND = states_BLD.flatten(0, 1)[self.positions_N]
-            return Part(relative_distance(states_ND, self.teacher_ND), len(states_ND))
+            loss = relative_distance(states_ND, self.teacher_ND, self.start_ND)
+            return Part(loss, len(states_ND))
         result = masked_word_loss(
             encoder.contextualizer,
             states_BLD,
@@ -116,6 +121,7 @@ class EncodedPrompts:
             attention_mask_BL=self.attention_mask_BL.to(encoder.device, non_blocking=True),
             token_table_VD=encoder.token_table,
             teacher_ND=self.teacher_ND,
+            start_ND=self.start_ND,
         )
         return Part(result.loss, result.num_masked, result.num_correct)
 
@@ -207,9 +213,13 @@ class MLMRegularizer:
     ) -> Part:
         first = batches[0]
         if first.encoder.contextualizer is None:
-            states_ND = torch.cat([batch.compared_states() for batch in batches], dim=-1)
-            teacher_ND = torch.cat([batch.teacher_ND for batch in batches], dim=-1)
-            loss = cross_attention.distance(states_ND, teacher_ND, rng, layers_N=first.layers_N)
+            states_ND, teacher_ND, start_ND = (
+                torch.cat(parts, dim=-1)
+                for parts in zip(*(batch.compared_states() for batch in batches), strict=True)
+            )
+            loss = cross_attention.distance(
+                states_ND, teacher_ND, start_ND, rng, layers_N=first.layers_N
+            )
             return Part(loss, len(states_ND))
         widths = [batch.states_BLD.shape[-1] for batch in batches]
         joined_BLD = torch.cat([batch.states_BLD for batch in batches], dim=-1)
@@ -237,16 +247,19 @@ def _from_targets(
         states_BLD = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(
             encoder.device, non_blocking=True
         )
-    teacher_ND = None
+    teacher_ND = start_ND = None
     if targets[0].teacher_ND is not None:
-        teacher_ND = torch.cat([target.teacher_ND for target in targets] * copies)
-        teacher_ND = teacher_ND.to(encoder.device, non_blocking=True)
+        teacher_ND, start_ND = (
+            torch.cat(list(vectors) * copies).to(encoder.device, non_blocking=True)
+            for vectors in zip(*((t.teacher_ND, t.start_ND) for t in targets), strict=True)
+        )
     return EncodedPrompts(
         encoder,
         states_BLD,
         masked.labels.repeat(copies, 1),
         prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id),
         teacher_ND,
+        start_ND,
         layers_B,
     )
 

@@ -77,22 +77,28 @@ def compute_targets(
     targets = []
     for start in range(0, len(pairs), BATCH_SIZE):
         batch = pairs[start : start + BATCH_SIZE]
-        ids_BL = encoder.tokenize([pair.class_text for pair in batch])
-        masked = _compared_tokens(encoder, ids_BL, masks, rng)
-        counts = (masked.labels != IGNORE_INDEX).sum(dim=1).tolist()
-        teachers: Sequence[Tensor | None] = [None] * len(batch)
-        if with_teacher:
-            teachers = _teacher(encoder, ids_BL, masked).split(counts)
-        prompts_BL = encoder.tokenize([pair.text for pair in batch])
-        for row, teacher_ND in enumerate(teachers):
-            targets.append(
-                _target(
-                    _up_to_eos(prompts_BL[row], encoder.vocabulary),
-                    _up_to_eos(ids_BL[row], encoder.vocabulary),
-                    MaskedTokens(masked.input_ids[row], masked.labels[row]),
-                    teacher_ND,
-                )
+        prompts_BL, teacher_BL = (
+            encoder.tokenize(list(texts)) for texts in zip(*batch, strict=True)
+        )
+        masked = _compared_tokens(encoder, teacher_BL, masks, rng)
+        aligned = [
+            align_to_prompt(_up_to_eos(prompt, encoder), _up_to_eos(teacher, encoder), one)
+            for prompt, teacher, one in zip(
+                prompts_BL, teacher_BL, map(MaskedTokens, *masked), strict=True
             )
+        ]
+        found = [PromptTarget(ids, labels) for ids, labels, _ in aligned]
+        if with_teacher:
+            teacher = _vectors(encoder, teacher_BL, masked)
+            ours = padded(found, pad_token_id=encoder.pad_token_id)
+            started = _vectors(encoder, prompts_BL, ours)
+            found = [
+                target._replace(teacher_ND=teacher_ND[rows].clone(), start_ND=start_ND.clone())
+                for target, teacher_ND, start_ND, (_, _, rows) in zip(
+                    found, teacher, started, aligned, strict=True
+                )
+            ]
+        targets += found
     return targets
 
 
@@ -172,28 +178,22 @@ def _compared_tokens(
     return mask_tokens(ids_BL, encoder.vocabulary, rng=rng, **masks._asdict())
 
 
-def _teacher(encoder: EncoderHandle, ids_BL: Tensor, masked: MaskedTokens) -> Tensor:
-    """Features of the contextualizer or states at the labelled tokens, ``(N, D)`` on the CPU."""
+def _vectors(encoder: EncoderHandle, ids_BL: Tensor, masked: MaskedTokens) -> tuple[Tensor, ...]:
+    """For each prompt features of the contextualizer, or states, at its N labelled tokens.
+
+    ``(N, D)`` each, on the CPU.
+    """
     states_BLD = encoder.encode_masked(masked.input_ids)
     positions_N = masked_positions(masked.labels).to(states_BLD.device)
     if encoder.contextualizer is None:
-        return states_BLD.flatten(0, 1)[positions_N].cpu()
-    attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
-    features_ND = encoder.contextualizer.features(
-        states_BLD, attention_mask_BL.to(states_BLD.device), positions_N
-    )
-    return features_ND.float().cpu()
+        vectors_ND = states_BLD.flatten(0, 1)[positions_N]
+    else:
+        attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
+        vectors_ND = encoder.contextualizer.features(
+            states_BLD, attention_mask_BL.to(states_BLD.device), positions_N
+        ).float()
+    return vectors_ND.cpu().split((masked.labels != IGNORE_INDEX).sum(dim=1).tolist())
 
 
-def _target(
-    prompt_ids: Sequence[int],
-    teacher_ids: Sequence[int],
-    masked: MaskedTokens,
-    teacher_ND: Tensor | None,
-) -> PromptTarget:
-    ids, labels, found = align_to_prompt(prompt_ids, teacher_ids, masked)
-    return PromptTarget(ids, labels, None if teacher_ND is None else teacher_ND[found].clone())
-
-
-def _up_to_eos(ids_L: Tensor, vocabulary: MaskingVocabulary) -> list[int]:
-    return ids_L[prompt_attention_mask(ids_L[None], vocabulary.eos_token_id)[0]].tolist()
+def _up_to_eos(ids_L: Tensor, encoder: EncoderHandle) -> list[int]:
+    return ids_L[prompt_attention_mask(ids_L[None], encoder.vocabulary.eos_token_id)[0]].tolist()

@@ -80,6 +80,7 @@ class LearnedTokens(nn.Module):
     Attributes:
         embeddings: the trained parameters by placeholder, ``(K, N, D)`` fp32.
         num_variants: K.
+        initial_directions: unit vectors that a prior needs besides the embeddings; here none.
     """
 
     def __init__(self, text_encoder: TextEncoder, embeddings: Mapping[str, Tensor]):
@@ -93,6 +94,7 @@ class LearnedTokens(nn.Module):
         )
         self.placeholders = tuple(embeddings)
         self.num_variants = len(self._parameters_of[0])
+        self.initial_directions: list[Tensor] = []
         self._text_encoder, self._old_tokenizer = text_encoder, text_encoder.tokenizer
         self._tokens = {
             placeholder: [f"<|row_{i}_{j}|>" for j in range(tensor.shape[0] * tensor.shape[1])]
@@ -120,6 +122,18 @@ class LearnedTokens(nn.Module):
     def embeddings(self) -> dict[str, nn.Parameter]:
         """Learned embeddings by placeholder, ``(K, N, D)``."""
         return dict(zip(self.placeholders, self._parameters_of, strict=True))
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        """The vectors that the text encoder reads, by placeholder, ``(K, N, D)``."""
+        return self.embeddings
+
+    def prior_loss(self) -> Tensor | None:
+        """A loss of the embeddings alone, 0-d; ``None`` where they have no prior."""
+        return None
+
+    def retract(self) -> None:
+        """Called after every optimizer step, for embeddings with a constraint."""
 
     @property
     def tokens(self) -> list[str]:
@@ -171,7 +185,7 @@ class LearnedTokens(nn.Module):
         self, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
         ids_BL = self._original_ids.pop()
-        table_ND = torch.cat([tensor.flatten(0, 1) for tensor in self._parameters_of])
+        table_ND = torch.cat([tensor.flatten(0, 1) for tensor in self.vectors.values()])
         learned_BLD = F.embedding((ids_BL - self._first_id).clamp(min=0), table_ND)
         return torch.where((ids_BL >= self._first_id)[..., None], learned_BLD.to(output), output)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from mlm_plugin.config.options import LogOptions
 
-__all__ = ["quiet_imports", "quiet_libraries", "setup_console"]
+__all__ = ["output_to", "quiet_imports", "quiet_libraries", "setup_console"]
 
 LOUD_LIBRARIES = ("bitsandbytes", "httpx", "PIL", "transformers.tokenization_utils_base")
 
@@ -50,3 +53,15 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Redirect everything printed in the block to a new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("w", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        yield

@@ -71,6 +71,7 @@ class RunRecord:
         mlm = {}
         if trainer.regularizer:
             mlm = {
+                "mlm_read_at": trainer.mlm_read_at,
                 "mlm_target": mlm_target(config.mlm, self.concepts),
                 "mlm_prompt_set": prompt_set_names(config.mlm, self.concepts),
                 "mlm_contextualizer": self.contextualizers,

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
+from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods.base import Method
 
@@ -165,6 +166,7 @@ def _check_settings(folder: Path, settings: Mapping[str, str]) -> None:
     before = _read_values(folder).get("settings")
     if not before or not settings:
         return
+    before = _unchanged(settings) | before  # a state may be older than an option
     names = sorted(before.keys() | settings.keys())
     changes = [
         f"{name} {before.get(name, 'not set')} (now {settings.get(name, 'not set')})"
@@ -177,6 +179,15 @@ def _check_settings(folder: Path, settings: Mapping[str, str]) -> None:
             f"resume: {folder} was trained with {', '.join(changes)}; give {old}, or start a new "
             "run from its files (network_weights, weights)"
         )
+
+
+def _unchanged(settings: Mapping[str, str]) -> dict[str, str]:
+    """The options that have their default."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name in OPTIONS and value == str(OPTIONS[name].default)
+    }
 
 
 def load_state(

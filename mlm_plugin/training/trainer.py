@@ -97,6 +97,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.progress = Progress(seed=identity.seed, num_processes=identity.num_processes)
         self._exit_code = 0  # of a signal, once the processes have exchanged it
+        self.stop_code = 0  # of a signal in the last step, which ended the run anyway
         self._step_before = StepBefore(method.parameters(), self.optimizer, self.scheduler)
 
     # --- the run --------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ class Trainer:
                 if self.accelerator.num_processes == 1 and self.progress.current_step > first_step:
                     self._rescue()
                 raise
+        self.stop_code = stop.exit_code if stop else 0
         self._call("on_train_end")
 
     def _run_epoch(self, bar: tqdm, stop: StopRequest) -> None:
@@ -217,7 +219,7 @@ class Trainer:
         return self.mlm_schedule.weight_at(self.progress.current_step)
 
     def _backward(self, batch: Batch, number: int, weight: float) -> Tensor:
-        """Add the gradients of one batch to the existing ones.
+        """Add the gradients of one batch, and of the method's own prior, to the existing ones.
 
         Returns:
             ``(K,)`` fp32 on the device: the denoising loss and, where the term acts, its loss and
@@ -226,7 +228,10 @@ class Trainer:
         diffusion = LossSum(partial(self._diffusion_summand, batch))
         mlm = LossSum(partial(self._mlm_summand, number))
         loss = diffusion + weight * mlm
-        return loss.backward(self.accelerator.backward)
+        values = loss.backward(self.accelerator.backward)
+        if (prior := self.method.prior_loss()) is not None:
+            self.accelerator.backward(prior)
+        return values
 
     def _diffusion_summand(self, batch: Batch) -> tuple[Tensor]:
         loss = self._diffusion_loss(batch)

@@ -236,8 +236,9 @@ def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
 
 
 def _directional(family: str) -> Arm:
-    flags = {"directional_embedding": "true"}
-    return Arm(FAMILIES[family], "directional", "plain", FAMILIES[family].plain, flags)
+    """Directional Textual Inversion, whose rate acts on vectors of norm 1."""
+    grid = _grid({"learning_rate": ("1e-3", "2.5e-3", "6e-3", "1.5e-2", "4e-2", "1e-1")})
+    return Arm(FAMILIES[family], "directional", "plain", grid, {"directional_embedding": "true"})
 
 
 TARGETS_OF_TRAINED_ENCODERS = (

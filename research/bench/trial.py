@@ -19,12 +19,12 @@ from mlm_plugin.demo.trial import (
     EvaluationCallback,
     Scores,
     create_trainer,
-    output_to,
     pipeline_of,
 )
 from mlm_plugin.mlm.regularizer import MLMOutput, MLMSchedule
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.pocket.concepts import TUNING, training_scenes
+from mlm_plugin.setup.console import output_to
 from mlm_plugin.training.callbacks import StepResult
 from mlm_plugin.training.trainer import Trainer
 from research.bench.context import BenchContext

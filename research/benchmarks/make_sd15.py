@@ -121,17 +121,28 @@ def _config(part: str, *, tiny: bool) -> dict:
     return config | TINY[part] if tiny else config
 
 
-def main() -> None:
-    """Write both forms and print their paths."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def command_line(description: str, *, dtype: str, tiny: str) -> argparse.ArgumentParser:
+    """The options of every script that makes a model.
+
+    Args:
+        description: the module's docstring; its first line is shown.
+        dtype: default precision.
+        tiny: size of the model with ``--tiny``.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     parser.add_argument(
         "--tokenizer", type=Path, required=True, help="folder of the CLIP tokenizer"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="32 channels, two text layers")
-    args = parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help=tiny)
+    return parser
+
+
+def main() -> None:
+    """Write both forms and print their paths."""
+    args = command_line(__doc__, dtype="fp32", tiny="32 channels, two text layers").parse_args()
     models = build_models(tiny=args.tiny, seed=args.seed, dtype=DTYPES[args.dtype])
     save_diffusers(models, args.output / "diffusers", tokenizer=args.tokenizer)
     save_single_file(models, args.output / "sd15.safetensors")

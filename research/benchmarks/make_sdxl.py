@@ -11,7 +11,6 @@ writes ``DIR/diffusers`` and ``DIR/sdxl.safetensors`` (LDM names, as WebUI check
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from mlm_plugin.export.checkpoint import save_checkpoint, save_diffusers_folder
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
 from mlm_plugin.models.components import Components
 from mlm_plugin.models.tokenizers import load_tokenizer, second_tokenizer
-from research.benchmarks.make_sd15 import DTYPES
+from research.benchmarks.make_sd15 import DTYPES, command_line
 
 WIDTHS = 32, 64  # widths of the tiny text encoders
 TINY = {
@@ -124,15 +123,8 @@ def _config(part: str, *, tiny: bool) -> dict:
 
 def main() -> None:
     """Write the requested forms and print their paths."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder of the CLIP tokenizer"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser = command_line(__doc__, dtype="bf16", tiny="32 and 64 channels, all layers")
     parser.add_argument("--form", choices=FORMS, default="both")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="32 and 64 channels, all layers")
     args = parser.parse_args()
     models = build_models(tiny=args.tiny, seed=args.seed, dtype=DTYPES[args.dtype])
     if args.form != "file":

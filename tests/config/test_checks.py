@@ -7,7 +7,6 @@ import pytest
 
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.errors import UserError
 from mlm_plugin.methods.checks import check_config  # includes the checks of the method
 
 PRESETS = sorted((Path(__file__).parents[2] / "presets").glob("*.toml"))
@@ -103,12 +102,9 @@ def test_a_plain_run_passes_without_a_word(caplog):
         ),
     ],
 )
-def test_a_contradiction_names_its_options(changes, parts):
-    with pytest.raises(UserError) as caught:
+def test_a_contradiction_names_its_options(changes, parts, refused):
+    with refused(parts):
         check_config(USABLE.replace(**changes))
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -57,5 +57,14 @@ def test_every_mark_has_its_title():
     assert "0.100" in dots()
 
 
+def test_dots_of_a_series_are_joined_curve_by_curve():
+    mean = [Point(x, 0.5, "") for x in (0.1, 0.2)]
+    thin = [Point(x, y, "", faint=True, curve=f"dog {y}") for y in (0.3, 0.4) for x in (0.1, 0.2)]
+    svg = scatter_chart([*mean, *thin], x_title="x", y_title="y", joined=True)
+    assert svg.count('<g class="curve">') == 3
+    assert svg.count("stroke-width: 0.7") == 2
+    assert "<title>dog 0.3</title>" in svg
+
+
 def test_a_single_point_has_axes():
     assert "1.0" in scatter_chart([Point(1.0, 1.0, "only")], x_title="x", y_title="y")

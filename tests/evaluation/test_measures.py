@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlm_plugin.evaluation.measures import (
+    best_at_level,
     custom_concept_score,
     intra_distance,
     mean_cosine_to,
@@ -77,14 +78,21 @@ def test_the_interval_holds_the_truth_nineteen_times_in_twenty():
 
 
 def test_sign_flips_tell_a_shift_from_noise():
-    assert sign_flip_p_value(torch.full((20,), 0.1)) < 0.002
+    assert sign_flip_p_value(torch.full((12,), 0.1)) < 0.002
     assert sign_flip_p_value(torch.tensor([1.0, -1.0, 0.5, -0.5])) == pytest.approx(1)
     assert sign_flip_p_value(torch.zeros(5)) == pytest.approx(1)
+    assert 1 / 10_001 <= sign_flip_p_value(torch.ones(30)) < 0.001
 
 
-@pytest.mark.parametrize("n", [4, 12])
-def test_all_sign_flips_of_a_few_differences_are_counted(n):
-    """Of 2^n assignments, only all-plus and all-minus reach the mean."""
+@pytest.mark.parametrize("n", [1, 2, 4, 13])
+def test_few_sign_flips_are_counted_exactly(n):
+    # of 2^n sign patterns only all-plus and all-minus reach the mean
     assert sign_flip_p_value(torch.ones(n)) == 2 / 2**n
-    assert sign_flip_p_value(torch.ones(n), seed=1) == 2 / 2**n
-    assert sign_flip_p_value(torch.tensor([3.0, 2.0, 1.0, -0.5])) == 4 / 16
+    assert sign_flip_p_value(torch.tensor([3.0, 2.0, -1.0])) == 0.5  # 4 of 8: |6|, |4| and theirs
+
+
+def test_a_level_is_read_off_the_pareto_optimal_points():
+    curve = [(0.2, 0.9), (0.5, 0.6), (0.4, 0.3), (0.6, 0.2)]
+    assert best_at_level(0.35, curve) == pytest.approx(0.75)
+    assert best_at_level(0.0, curve) == pytest.approx(0.9)
+    assert math.isnan(best_at_level(0.7, curve))

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model, ViTModel
+from transformers import (
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+    ViTModel,
+)
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.measures import paired_cosine
@@ -49,6 +57,40 @@ def test_clip_t_is_the_cosine_behind_clips_logits(tiny_clip):
 
 def test_long_texts_are_cut_off(tiny_clip):
     assert load_clip(str(tiny_clip)).text_features(["dog " * 200]).isfinite().all()
+
+
+@pytest.fixture
+def tiny_siglip(tiny_clip, tmp_path):
+    """Folder of a SigLIP with the toy vocabulary."""
+    folder = tmp_path / "siglip"
+    shutil.copytree(tiny_clip, folder)
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 2}  # fmt: skip
+    vocab_size = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+    text = {"vocab_size": vocab_size, "max_position_embeddings": 16, "bos_token_id": None,
+            "eos_token_id": None, "pad_token_id": None, **size}  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 8, **size}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = SiglipConfig(text_config=text, vision_config=vision)
+        SiglipModel(config).eval().save_pretrained(folder)
+    return folder
+
+
+def test_a_siglip_scores_as_its_logits_do(tiny_siglip):
+    siglip = load_clip(str(tiny_siglip))
+    model = SiglipModel.from_pretrained(tiny_siglip).eval()
+    settings = {"padding": "max_length", "max_length": 16, "return_tensors": "pt"}
+    ids = CLIPTokenizer.from_pretrained(tiny_siglip)(TEXTS, **settings).input_ids
+    pixels = torch.stack([preprocess(image, siglip.how) for image in IMAGES])
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=pixels).logits_per_image
+        expected = (logits - model.logit_bias) / model.logit_scale.exp()
+    cosines = paired_cosine(siglip.image_features(IMAGES), siglip.text_features(TEXTS))
+    torch.testing.assert_close(cosines, expected.diagonal(), atol=1e-5, rtol=1e-5)
+    assert siglip.text_features(["dog " * 200]).isfinite().all()
 
 
 def test_dino_is_the_cls_state_of_the_model(tiny_dino):

@@ -101,6 +101,7 @@ def facts(*, enable_bucket=True, num_datasets=1, **changes):
         steps=20,
         epoch=2,
         concepts=(Concept("sks", "dog"),),
+        mlm_read_at="encoder",
         mlm_target="class",
         mlm_prompt_set="living",
         mlm_contextualizer="0123",
@@ -332,6 +333,7 @@ def test_the_mlm_term_is_on_record():
         "ss_mlm_start_step": "0",
         "ss_mlm_end_step": "100",
         "ss_mlm_prompt_syntax": "natural",
+        "ss_mlm_read_at": "encoder",
         "ss_mlm_target": "class",
         "ss_mlm_prompt_set": "living",
         "ss_mlm_contextualizer": "0123",
@@ -413,12 +415,20 @@ def test_the_method_is_on_record_with_the_mlm_term_and_without(kind, method, wei
 
 
 def test_what_a_method_was_given_is_on_record_and_defaults_are_not():
-    given = {"embedding_lr": 5e-3, "num_vectors_per_token": 4, "stop_embedding_training": 0.6}
+    given = {
+        "embedding_lr": 5e-3,
+        "num_vectors_per_token": 4,
+        "directional_embedding": True,
+        "directional_kappa": 1e-3,
+        "stop_embedding_training": 0.6,
+    }
     plain, written = metadata(method="pivotal"), metadata(method="pivotal", **given)
     added = {key: written[key] for key in written.keys() - plain.keys()}
     assert added == {
         "ss_mlm_embedding_lr": "0.005",
         "ss_mlm_num_vectors_per_token": "4",
+        "ss_mlm_directional_embedding": "True",
+        "ss_mlm_directional_kappa": "0.001",
         "ss_mlm_stop_embedding_training": "0.6",
     }
 

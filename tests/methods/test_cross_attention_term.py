@@ -37,6 +37,22 @@ def reached(trainer):
     }
 
 
+@pytest.mark.parametrize("read_at", ["encoder", "cross_attention", "both"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_term_is_zero_before_training_and_rises_when_the_concept_takes_over(
+    name, read_at, trainer_of
+):
+    """With a placeholder in front of the class word, and with one that has its own embedding."""
+    for target in ("states", "class"):
+        trainer = trainer_of(name, mlm_read_at=read_at, mlm_target=target, mlm_batch_size=8)
+        assert [term_of(trainer, call).loss.item() for call in range(3)] == pytest.approx(
+            [0, 0, 0], abs=2e-5
+        )
+        for part in trainer.method.parts():
+            disturb(trainer, part)
+        assert term_of(trainer).loss.item() > 1e-3
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_term_reaches_the_keys_and_values_of_every_method_that_trains_them(

@@ -55,6 +55,8 @@ def test_the_parts_of_a_method_in_sdxl(name, parts):
 def test_a_training_state_depends_on_the_rates_and_stops_of_its_parts_and_on_little_more():
     assert METHODS["xti"].state_options() == {
         "num_vectors_per_token",
+        "directional_embedding",
+        "directional_kappa",
         "embedding_lr",
         "stop_embedding_training",
     }
@@ -99,12 +101,9 @@ def test_every_method_can_run_with_the_defaults_and_have_the_mlm_term(method, ca
         ),
     ],
 )
-def test_a_contradiction_names_its_options(changes, parts):
-    with pytest.raises(UserError) as caught:
+def test_a_contradiction_names_its_options(changes, parts, refused):
+    with refused(parts):
         check_config(USABLE.replace(**changes))
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ NETWORK = {
 }
 TOKENS = {
     *("num_vectors_per_token", "init_word", "weights"),
+    *("directional_embedding", "directional_kappa"),
     *("embedding_lr", "stop_embedding_training"),
 }
 STOP_UNET = {"stop_unet_training"}

@@ -55,20 +55,24 @@ def test_without_a_change_the_states_are_those_of_the_encoder(states):
     layers = CrossAttention([projection(layer, change=0.0, seed=layer) for layer in range(3)])
     assert torch.equal(layers.written_back(states, random.Random(0)), states)
     flat = states.flatten(0, 1)
-    assert layers.distance(flat, flat, random.Random(0)) == 0
+    assert layers.distance(flat, flat, flat, random.Random(0)) == 0
 
 
 def test_the_distance_is_the_mean_share_of_keys_and_values_that_has_changed(states):
     members = [
         projection(layer, change=0.2, seed=10 * layer + k) for layer in (0, 1) for k in (0, 1)
     ]
-    h, g = states.flatten(0, 1), states.flatten(0, 1) + 0.1
-    expected = [
-        (p.trained(h) - g @ p.weight().T).square().sum() / (g @ p.weight().T).square().sum()
-        for p in members
-    ]
-    found = CrossAttention(members).distance(h, g, random.Random(0))
-    assert torch.allclose(found, torch.stack(expected).mean())
+    h, g, h0 = (states.flatten(0, 1) + shift for shift in (0.0, 0.1, 0.05))
+
+    def expected(p):
+        wanted, start = g @ p.weight().T, h0 @ p.weight().T
+        now = (p.trained(h) - wanted).square().sum(dim=-1)
+        return (now - (start - wanted).square().sum(dim=-1)).clamp(min=0).sum() / (
+            wanted.square().sum()
+        )
+
+    found = CrossAttention(members).distance(h, g, h0, random.Random(0))
+    assert torch.allclose(found, torch.stack([expected(p) for p in members]).mean())
 
 
 @pytest.mark.parametrize("reading", ["distance", "written_back"])
@@ -76,7 +80,7 @@ def test_the_gradient_reaches_the_change_and_the_states(states, reading):
     layers, rng = CrossAttention([projection(change=0.2)]), random.Random(0)
     states.requires_grad_(True)
     if reading == "distance":
-        loss = layers.distance(states.flatten(0, 1), states.detach().flatten(0, 1), rng)
+        loss = layers.distance(states.flatten(0, 1), *[states.detach().flatten(0, 1)] * 2, rng)
     else:
         loss = (layers.written_back(states, rng) - states.detach()).square().sum()
     loss.backward()
@@ -101,8 +105,8 @@ def test_tokens_may_each_be_for_one_layer(states):
     members = [projection(layer, change=0.2, seed=layer) for layer in range(3)]
     h = states.flatten(0, 1)
     layers_N = torch.tensor([0] * 5 + [2] * 10)
-    found = CrossAttention(members).distance(h, h, random.Random(0), layers_N=layers_N)
-    expected = [members[0].distance(h[:5], h[:5]), members[2].distance(h[5:], h[5:])]
+    found = CrossAttention(members).distance(h, h, h, random.Random(0), layers_N=layers_N)
+    expected = [members[0].distance(*[h[:5]] * 3), members[2].distance(*[h[5:]] * 3)]
     assert torch.allclose(found, torch.stack(expected).mean())
 
 
@@ -115,7 +119,7 @@ def test_a_call_reads_a_bounded_number_of_layers(states):
 
     layers = CrossAttention([member(layer) for layer in range(70)])
     h = states.flatten(0, 1)
-    values = [layers.distance(h, h, random.Random(seed)).item() for seed in range(40)]
+    values = [layers.distance(h, h, h, random.Random(seed)).item() for seed in range(40)]
     assert len(calls) == 40 * cross_attention.MAX_LAYERS
     assert len(set(calls)) == 70
     assert values == pytest.approx([0.01] * 40, rel=1e-3)

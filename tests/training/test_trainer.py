@@ -686,6 +686,16 @@ def test_a_state_of_other_settings_is_refused_by_name(toy_folder, dataset, tmp_p
         assert text in str(refused.value)
     assert "optimizer_type" not in str(refused.value)
 
+    newer = {**options, "directional_embedding": "False"}
+    trainer.identity = dataclasses.replace(trainer.identity, settings=newer)
+    trainer.load_state(tmp_path / "a-state")  # of a version without this option
+    trainer.identity = dataclasses.replace(
+        trainer.identity, settings=newer | {"directional_embedding": "True"}
+    )
+    with pytest.raises(UserError, match=r"directional_embedding not set \(now True\)"):
+        trainer.load_state(tmp_path / "a-state")
+
+    trainer.identity = dataclasses.replace(trainer.identity, settings=settings)
     file = tmp_path / "a-state" / "train_state.json"
     values = json.loads(file.read_text())
     del values["settings"]

@@ -1,0 +1,1 @@
+"""`mlm-plugin compare`: trainings with different options, compared on several subjects."""

@@ -1,0 +1,130 @@
+"""From records to numbers: subjects are the unit, seeds are averaged first. Knows no files.
+
+A record has ``arm``, ``subject``, ``seed``, ``step`` and ``measures`` by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mlm_plugin.evaluation.measures import best_at_level, mean_with_interval, sign_flip_p_value
+from mlm_plugin.evaluation.results import AXES, IMAGE_MEASURES
+
+__all__ = [
+    "axes_of",
+    "by_subject",
+    "complete_runs",
+    "differences",
+    "last_look",
+    "matched_difference",
+    "means",
+]
+
+Record = Mapping[str, Any]
+Run = tuple[str, int]  # subject, seed
+
+
+def axes_of(records: Sequence[Record]) -> tuple[str, str] | None:
+    """Text score and likeness: the first of ``AXES`` that all records have."""
+    return next(
+        (pair for pair in AXES if all(set(pair) <= r["measures"].keys() for r in records)), None
+    )
+
+
+def complete_runs(records: Sequence[Record], arms: Collection[str]) -> list[Record]:
+    """Those of subjects and seeds that every arm has learned; all, while there are none.
+
+    So that arms are not compared on different subjects while the others are still in training.
+    """
+    arms_of: dict[Run, set[str]] = {}
+    for record in records:
+        arms_of.setdefault((record["subject"], record["seed"]), set()).add(record["arm"])
+    runs = {run for run, found in arms_of.items() if found == set(arms)}
+    return [r for r in records if (r["subject"], r["seed"]) in runs] or list(records)
+
+
+def last_look(records: Sequence[Record]) -> list[Record]:
+    """Those of the last step."""
+    last = max(record["step"] for record in records)
+    return [record for record in records if record["step"] == last]
+
+
+def by_subject(records: Sequence[Record], measure: str) -> dict[str, float]:
+    """The mean over seeds for each subject, of records of one arm and step."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        values.setdefault(record["subject"], []).append(record["measures"][measure])
+    return {subject: sum(found) / len(found) for subject, found in values.items()}
+
+
+def means(records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
+    """Mean over subjects with its 95 % interval, by measure, of records of one arm and step."""
+    names = [name for name in IMAGE_MEASURES if all(name in r["measures"] for r in records)]
+    return {name: _mean(list(by_subject(records, name).values())) for name in names}
+
+
+def differences(first: Sequence[Record], other: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """``other - first`` over subjects, by measure: ``mean``, ``interval``, ``n``, ``p``.
+
+    Args:
+        first: records of one arm and step.
+        other: those of another; runs of equal subject and seed are paired.
+    """
+
+    def values(records: Sequence[Record], name: str) -> dict[Run, float]:
+        return {(r["subject"], r["seed"]): r["measures"][name] for r in records}
+
+    return {
+        name: found
+        for name in means(first).keys() & means(other).keys()
+        if (found := _paired(values(first, name), values(other, name), lambda a, b: b - a))
+    }
+
+
+def matched_difference(
+    first: Sequence[Record], other: Sequence[Record], axes: tuple[str, str]
+) -> dict[str, Any] | None:
+    """Difference in text score at the greatest likeness that both runs of a pair reach.
+
+    Read off the looks of each run by ``best_at_level``: a training that is merely shorter gains
+    nothing. None without common runs.
+
+    Args:
+        first: records of one arm, all steps.
+        other: those of another.
+        axes: names of the text score and the likeness.
+    """
+
+    def curves(records: Sequence[Record]) -> dict[Run, list[tuple[float, float]]]:
+        found: dict[Run, list[tuple[float, float]]] = {}
+        for record in records:
+            text, likeness = (record["measures"][name] for name in axes)
+            found.setdefault((record["subject"], record["seed"]), []).append((likeness, text))
+        return found
+
+    def gain(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
+        level = min(max(a)[0], max(b)[0])
+        return best_at_level(level, b) - best_at_level(level, a)
+
+    return _paired(curves(first), curves(other), gain)
+
+
+def _paired(
+    first: Mapping[Run, Any], other: Mapping[Run, Any], difference: Callable[[Any, Any], float]
+) -> dict[str, Any] | None:
+    """Differences of common runs, averaged over seeds, then over subjects."""
+    by_name: dict[str, list[float]] = {}
+    for run in sorted(first.keys() & other.keys()):
+        by_name.setdefault(run[0], []).append(difference(first[run], other[run]))
+    values = [sum(found) / len(found) for found in by_name.values()]
+    if not values:
+        return None
+    p = sign_flip_p_value(torch.tensor(values, dtype=torch.float64)) if len(values) > 1 else None
+    return {**_mean(values), "p": p}
+
+
+def _mean(values: Sequence[float]) -> dict[str, float | None]:
+    return mean_with_interval(torch.tensor(values, dtype=torch.float64))._asdict()

@@ -1,0 +1,308 @@
+"""The trials of a comparison: checked before the first, then trained, drawn and scored one by one.
+
+A trial is an arm on a subject with a seed. Its folder is named by everything that determines its
+pictures, so that a changed plan makes new ones beside the old.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlm_plugin.commands.train import CheckedRun, check_run, trainer_of
+from mlm_plugin.compare.plan import Arm, Plan
+from mlm_plugin.compare.subjects import Subject
+from mlm_plugin.config.loading import config_from_values
+from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.eval_prompts import (
+    EvaluationPrompt,
+    evaluation_prompts,
+    load_templates,
+)
+from mlm_plugin.evaluation.evaluated_model import EvaluatedModel, create_pipeline
+from mlm_plugin.evaluation.generate import PICTURES, DrawingSettings, draw_pictures, picture_name
+from mlm_plugin.evaluation.image_measures import Judges, score_pictures
+from mlm_plugin.files import atomic_path, read_text
+from mlm_plugin.random_state import preserved_random_state
+from mlm_plugin.setup.console import output_to
+from mlm_plugin.setup.data import create_dataset
+from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.guards import NonFiniteLoss
+from mlm_plugin.training.interrupt import Stopped
+from mlm_plugin.training.samples import SAMPLERS
+from mlm_plugin.training.trainer import Trainer
+
+__all__ = ["Trial", "checked_trials", "score_trial", "train_trial"]
+
+DONE, SCORES = "trial.json", "scores.json"
+PLACES = ("output_dir", "train_data_dir", "dataset_config")  # photos are compared by content
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training.
+
+    Attributes:
+        arm: name of the arm.
+        subject: what is learned.
+        run: its checked options and data, ``output_dir`` and ``seed`` included.
+        photos: the training pictures.
+        prompts: what is drawn.
+        plan: when and how.
+    """
+
+    arm: str
+    subject: Subject
+    run: CheckedRun
+    photos: tuple[Path, ...]
+    prompts: tuple[EvaluationPrompt, ...]
+    plan: Plan
+
+    @property
+    def seed(self) -> int:
+        """Of the training, and of the noise of its pictures."""
+        return self.run.config.schedule.seed
+
+    @property
+    def folder(self) -> Path:
+        """Everything that the trial writes."""
+        return Path(self.run.config.output.output_dir)
+
+    @property
+    def title(self) -> str:
+        """Name in messages."""
+        return f"{self.arm}, {self.subject.name}, seed {self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained, and all its pictures are drawn."""
+        return (self.folder / DONE).is_file()
+
+    def picture(self, look: int, prompt: int, number: int = 0) -> Path:
+        """File of a picture; prompts and pictures are counted from 0."""
+        return self.look_folder(look) / PICTURES / picture_name(prompt, number)
+
+    def look_folder(self, look: int) -> Path:
+        """Where the pictures of this step are."""
+        return self.folder / f"step{look:06d}"
+
+
+def checked_trials(
+    plan: Plan, subjects: Sequence[Subject], *, model: str, output: Path
+) -> list[Trial]:
+    """All trials, seed by seed, with every option and photo checked.
+
+    Raises:
+        UserError: names the arm and the subject.
+    """
+    if plan.drawing.sampler not in SAMPLERS:
+        raise UserError(
+            f"sampler = {plan.drawing.sampler!r}: expected one of {', '.join(SAMPLERS)}"
+        )
+    groups = [
+        _trials(arm, subject, plan, model=model, output=output)
+        for subject in subjects
+        for arm in plan.arms
+    ]
+    return [group[i] for i in range(len(plan.seeds)) for group in groups]
+
+
+def _trials(arm: Arm, subject: Subject, plan: Plan, *, model: str, output: Path) -> list[Trial]:
+    """An arm on a subject, with every seed."""
+    options = {
+        **arm.options,
+        **subject.options(output),
+        "pretrained_model_name_or_path": model,
+        "max_train_steps": plan.looks[-1],
+        "output_dir": str(output),
+    }
+    try:
+        run = check_run(config_from_values(options, place=f"arm {arm.name!r}"))
+        dataset = create_dataset(*run, seed=0)
+    except UserError as error:
+        raise UserError(f"arm {arm.name!r}, subject {subject.name!r}: {error}") from error
+    pictures = [image for image in dataset.images if not image.is_reg]
+    prompts = evaluation_prompts(
+        load_templates(plan.prompts, class_token=subject.class_token),
+        placeholder_token=subject.placeholder_token,
+        class_token=subject.class_token,
+    )
+    facts = {
+        "options": {k: v for k, v in run.config.changed().items() if k not in PLACES},
+        "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in pictures],
+        "prompts": prompts,
+        "looks": plan.looks,
+        "pictures_per_prompt": plan.pictures_per_prompt,
+        "drawing": asdict(plan.drawing),
+    }
+    trials = []
+    for seed in plan.seeds:
+        name = f"{_file_name(arm.name)}-{_file_name(subject.name)}-{seed}-{_digest(facts)}"
+        config = run.config.replace(seed=seed, output_dir=str(output / "trials" / name))
+        photos = tuple(image.path for image in pictures)
+        run_of_seed = run._replace(config=config)
+        trials.append(Trial(arm.name, subject, run_of_seed, photos, tuple(prompts), plan))
+    return trials
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.+]+", "_", text)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+# --- training and drawing -------------------------------------------------------------------
+
+
+def train_trial(trial: Trial) -> None:
+    """Train and draw; continues from the state of a stopped run.
+
+    Raises:
+        Stopped: after a signal; the state is saved, or the trial was at its end and is done.
+        UserError: as in the trainer, or the loss is not finite.
+    """
+    config, folder = trial.run.config, trial.folder
+    states = sorted(folder.glob("*-state"))
+    if states:
+        config = config.replace(resume=str(states[-1]))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # pictures of a run that left no state
+    try:
+        with output_to(folder / "log.txt"):
+            trainer = trainer_of(trial.run._replace(config=config))
+            trainer.callbacks.insert(0, Looks(trial))
+            trainer.run()
+            stop_code = trainer.stop_code
+    except NonFiniteLoss as error:
+        raise UserError(f"{trial.title}: {error}; {error.advice}") from error
+    except UserError as error:
+        raise UserError(f"{trial.title}: {error}") from error
+    finally:
+        trainer = None
+        gc.collect()  # the trainer and its callbacks know each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    options = {name: str(value) for name, value in trial.run.config.changed().items()}
+    _write_json(folder / DONE, {"trial": trial.title, "options": options})
+    for state in states:
+        shutil.rmtree(state)
+    if stop_code:
+        raise Stopped(stop_code)
+
+
+class Looks(Callback):
+    """Draws the prompts at the steps of the plan."""
+
+    def __init__(self, trial: Trial):
+        self.trial = trial
+        plan = trial.plan
+        drawing = asdict(plan.drawing)
+        self.sampler = drawing.pop("sampler")
+        self.settings = DrawingSettings(plan.pictures_per_prompt, trial.seed, **drawing)
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Look at the untrained model, if the plan says so."""
+        if trainer.progress.current_step == 0:
+            self._look(trainer)
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Look, if this is one of the steps."""
+        self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        step = trainer.progress.current_step
+        if step not in self.trial.plan.looks:
+            return
+        with drawing_model(trainer, self.sampler) as model:
+            draw_pictures(
+                self.trial.look_folder(step),
+                self.trial.prompts,
+                self.settings,
+                load=lambda: model,
+                show_progress=False,
+            )
+
+
+@contextmanager
+def drawing_model(trainer: Trainer, sampler: str) -> Iterator[EvaluatedModel]:
+    """The model in training, ready to draw; the training continues as if nothing had been drawn.
+
+    The VAE works in fp32, as in `evaluate`.
+    """
+    models, vae, device = trainer.models, trainer.models.vae, trainer.accelerator.device
+    place, dtype = vae.device, vae.dtype
+    with preserved_random_state(device), trainer.evaluating():
+        torch.nn.Module.to(vae, device, torch.float32)  # diffusers' own warns of its precision
+        try:
+            yield EvaluatedModel(
+                create_pipeline(models, sampler),
+                models.text_encoders,
+                [],
+                trainer.method.encode,
+                models.family,
+                trainer.accelerator.autocast,
+            )
+        finally:
+            torch.nn.Module.to(vae, place, dtype)
+
+
+# --- scores ---------------------------------------------------------------------------------
+
+
+def score_trial(
+    trial: Trial, names: Mapping[str, str], *, load: Callable[[], Judges]
+) -> list[dict[str, Any]]:
+    """A record with the measures of each look; those that the same judges gave are kept.
+
+    Args:
+        trial: is done.
+        names: of the judges.
+        load: returns the judges, on their device.
+
+    Returns:
+        ``arm``, ``subject``, ``seed``, ``step``, and ``measures`` by name.
+    """
+    path = trial.folder / SCORES
+    known = json.loads(read_text(path)) if path.is_file() else {}
+    if known.get("judges") != dict(names):
+        looks = {str(look): _scores(trial, look, load()) for look in trial.plan.looks}
+        known = {"judges": dict(names), "looks": looks}
+        _write_json(path, known)
+    return [
+        {
+            "arm": trial.arm,
+            "subject": trial.subject.name,
+            "seed": trial.seed,
+            "step": look,
+            "measures": known["looks"][str(look)],
+        }
+        for look in trial.plan.looks
+    ]
+
+
+def _scores(trial: Trial, look: int, judges: Judges) -> dict[str, float]:
+    pictures = [
+        [trial.picture(look, i, j) for j in range(trial.plan.pictures_per_prompt)]
+        for i in range(len(trial.prompts))
+    ]
+    found = score_pictures(pictures, trial.prompts, trial.photos, judges, masks={})
+    return {name: measure["mean"] for name, measure in found["measures"].items()}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_path(path) as temporary:
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
