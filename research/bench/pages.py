@@ -72,7 +72,7 @@ def blocks(records: Records) -> dict[str, str]:
         "tuning": _tuning_table(records),
         "report": _report_table(results, records),
         "claims": _claims_table(found),
-        "concepts": _concepts_table(found),
+        "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
     }
 
@@ -169,14 +169,26 @@ def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
     return _table(headings, rows)
 
 
-def _concepts_table(found: Mapping[Claim, Comparison | None]) -> str:
+def _concepts_tables(
+    results: Mapping[str, Result], found: Mapping[Claim, Comparison | None]
+) -> str:
+    """Every arm's fidelity / identity after the last step, then the differences of the claims."""
     names = [concept.name for concept in REPORTED]
-    rows = [
+    values = [
+        [name, *("{1:.0f} / {0:.0f}".format(*100 * result.curves[n][-1]) for n in names)]
+        for name, result in results.items()
+    ]
+    differences = [
         [f"{claim.ours} – {claim.theirs}", *(f"{100 * c.by_concept[n]:+.1f}" for n in names)]
         for claim, c in found.items()
         if c is not None
     ]
-    return _table(("Δ fidelity at matched identity", *names), rows)
+    if not values:
+        return NOTHING
+    tables = [_table(("fidelity / identity, last step", *names), values)]
+    if differences:
+        tables.append(_table(("Δ fidelity at matched identity", *names), differences))
+    return "\n".join(tables)
 
 
 def _readme_table(results: Mapping[str, Result]) -> str:
