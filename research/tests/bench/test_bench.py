@@ -17,11 +17,13 @@ from mlm_plugin.training.callbacks import Callback
 from research.bench import run, search, trial
 from research.bench.__main__ import main
 from research.bench.context import BenchContext
+from research.bench.grammars import GRAMMARS
 from research.bench.plan import ARMS, UNTRAINED, BenchPlan, Trial
 from research.bench.records import Records
 from research.bench.run import Limits, run_stage
 from research.bench.search import Round
 from research.bench.trial import options_of, run_trial
+from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE
 
 SMALL = BenchPlan(evaluation_steps=(1, 2), num_steps=2)
 PLAIN = ARMS["lora plain"]
@@ -82,6 +84,22 @@ def test_the_untrained_model_is_evaluated_with_both_words(context):
     )
     assert [look[0] for look in (*name["looks"], *word["looks"])] == [0, 0]
     assert name["key"] != word["key"]
+
+
+def test_each_grammar_has_its_contextualizer_and_contexts(tiny_pocket, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(CONTEXTUALIZER_RECIPE, max_train_steps=2, eval_every_n_steps=2)
+    monkeypatch.setattr("research.bench.context.CONTEXTUALIZER_RECIPE", recipe)
+    monkeypatch.setattr("research.pocket_model.contextualizer.NUM_CAPTIONS", 300)
+    context = BenchContext(tiny_pocket[0], tmp_path, SMALL)
+    context.prepare(
+        Trial(ARMS[name], ARMS[name].grid[0], REPORTED[0], 0)
+        for name in ("lora encoder/word", "lora encoder/word/linked")
+    )
+    free, linked = (context.contextualizer(grammar) for grammar in ("free", "linked"))
+    assert free == tiny_pocket[0] / "contextualizer.safetensors"
+    assert linked.read_bytes() != free.read_bytes()
+    texts = [context.prompts(REPORTED[0], grammar)[0].read_text() for grammar in GRAMMARS]
+    assert len(set(texts)) == 2
 
 
 class Losses(Callback):
