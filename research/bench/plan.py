@@ -145,7 +145,7 @@ FAMILIES = {
             "lora_unet_only",
             "lora",
             {**LORA, "network_train_unet_only": "true"},
-            ("unet_lr", ("2.5e-3", "5e-3", "1e-2")),
+            ("unet_lr", ("2.5e-3", "3.5e-3", "5e-3")),
             _grid({"unet_lr": ("1.5e-3", "2.5e-3", "3.5e-3", "5e-3", "7e-3", "1e-2")}),
         ),
         Family(
