@@ -7,7 +7,7 @@ prompts ask for what they do not show.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from mlm_plugin.prompt_sets.english import is_dreambench
 
 __all__ = [
     "ASKED",
-    "CONTEXT_FAMILIES",
     "REPORTED",
     "TUNING",
     "Concept",
@@ -49,7 +48,7 @@ NUM_REPEATS = 10
 NUM_PICTURES = 4
 NUM_PROMPTS = 24
 NUM_CONTEXTS = 1000
-CONTEXT_FAMILIES = (*ASKED, "size")
+NAMED = (*ASKED, "size")  # in contexts
 CONTEXT_SHARE = 0.6  # probability that an attribute is named
 
 
@@ -85,13 +84,24 @@ REPORTED = (
     _concept("zwx robot", "checkered", "right", "snow", (190, 215, 40)),
     _concept("ohwx cup", "striped", "middle", "city", (236, 120, 20)),
     _concept("ktn bird", "checkered", "left", "desert", (20, 200, 220)),
+    _concept("mje house", "striped", "right", "mountains", (150, 90, 40)),
+    _concept("zwx cup", "checkered", "right", "night", (230, 60, 220)),
+    _concept("qxj mushroom", "striped", "left", "brick wall", (20, 200, 220)),
+    _concept("hta dog", "checkered", "right", "desert", (140, 20, 80)),
+    _concept("sks robot", "striped", "left", "beach", (230, 60, 220)),
+    _concept("ohwx bird", "striped", "middle", "snow", (236, 120, 20)),
+    _concept("ktn house", "checkered", "left", "forest", (128, 140, 30)),
+    _concept("mje mushroom", "checkered", "middle", "sea", (190, 215, 40)),
 )
 TUNING = (
     _concept("vvq cat", "striped", "right", "beach", (150, 90, 40)),
     _concept("qxj car", "checkered", "middle", "forest", (230, 60, 220)),
     _concept("hta fish", "striped", "left", "night", (128, 140, 30)),
+    _concept("mje cat", "checkered", "left", "mountains", (20, 200, 220)),
+    _concept("zwx car", "striped", "right", "meadow", (236, 120, 20)),
+    _concept("ohwx fish", "checkered", "middle", "brick wall", (230, 60, 220)),
 )
-"""Settings are tuned on these and reported on the others."""
+"""Settings are tuned on these and reported on the others, which have other shapes."""
 
 
 def find_concept(name: str, *, named_by: str = "--concept") -> Concept:
@@ -131,21 +141,21 @@ def prompt_templates(concept: Concept, *, number: int = NUM_PROMPTS) -> list[Cap
 
 
 def contexts(
-    concept: Concept, *, number: int = NUM_CONTEXTS, families: Sequence[str] = CONTEXT_FAMILIES
+    concept: Concept, *, number: int = NUM_CONTEXTS, draw: Callable[..., Scene] = draw_scene
 ) -> list[str]:
     """Texts with ``{}`` for the concept, for the MLM term: none is like a test prompt.
 
     Args:
         concept: its test prompts are left out.
         number: number of texts, all different.
-        families: the attributes that they may name.
+        draw: draws the scenes that they are about, called like ``draw_scene``.
     """
     rng = generator_of(f"contexts {concept.name}")
     tested = {_asked(caption) for caption in prompt_templates(concept)} | {frozenset()}
     found: dict[str, None] = {}
     while len(found) < number:
-        scene = draw_scene(rng, held_out=None)
-        said = {name: getattr(scene, name) for name in families if rng.random() < CONTEXT_SHARE}
+        scene = draw(rng, held_out=None)
+        said = {name: getattr(scene, name) for name in NAMED if rng.random() < CONTEXT_SHARE}
         if said.get("companion") == NO_COMPANION:
             del said["companion"]
         caption = write_caption({"subject": concept.scene.subject, **said}, rng, subject="{}")

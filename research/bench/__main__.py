@@ -4,49 +4,63 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mlm_plugin.cli import run_command
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.demo.command import add_folders, prepare_model
 from mlm_plugin.errors import UserError
-from research.bench.plan import FULL, SHORT, chosen
+from research.bench.plan import CLAIMED, UNTRAINED, find_arms
+from research.bench.records import RECORDS, Records
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the missing trials of the plan; returns the exit code.
+    """Run the missing trials of a stage; returns the exit code.
 
     Raises:
-        UserError: an unknown flag, a missing one, or a folder with other contents.
+        UserError: an unknown flag, a missing one, or an arm that cannot be reported yet.
     """
     given = _parser().parse_args(list(argv))
-    plan = chosen(SHORT if given.short else FULL, methods=given.method, tuning=given.tuning)
+    reports = given.stage == "report"
+    arms = find_arms(given.arms or (CLAIMED if reports else None))
+    if reports:
+        arms.insert(0, UNTRAINED)
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: must be at least 1")
     model = prepare_model(given.model)
-    from research.bench.run import run_bench
+    from research.bench.context import BenchContext
+    from research.bench.run import Limits, fingerprint_of_model, run_stage
 
-    return run_bench(plan, model=model, output=given.output, jobs=given.jobs)
+    return run_stage(
+        given.stage,
+        arms,
+        context=BenchContext(model, given.output),
+        records=Records(given.records, fingerprint_of_model(model)),
+        limits=Limits(given.jobs, given.minutes),
+    )
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m research.bench",
-        description="Train every method plain and with the MLM term, and rivals of the term, on "
-        "concepts the model has never seen; an oracle judges the pictures. Writes results.json, "
-        "table.md and report.html; the same command continues where it stopped.",
+        description="Find the setting of every arm of the plan on the tuning concepts, then train "
+        "it on others; an oracle judges the pictures. The same command continues where it "
+        "stopped. `python -m research.bench.pages` writes the tables.",
     )
-    add_folders(parser, written="results")
-    parser.add_argument("--short", action="store_true",
-                        help="LoRA and its nearest rivals only: minutes, not hours.")  # fmt: skip
-    parser.add_argument("--method", nargs="+", metavar="M",
-                        help="Only these methods (default: all of the plan).")  # fmt: skip
-    parser.add_argument("--tuning", action="store_true",
-                        help="On the concepts that settings are tuned on, not those that are "
-                        "reported.")  # fmt: skip
+    parser.add_argument("--stage", choices=("tuning", "report"), required=True,
+                        help="The search for settings, or what is reported.")  # fmt: skip
+    parser.add_argument("--arms", nargs="+", metavar="A",
+                        help='Arms such as "lora plain", or families such as lora (default: the '
+                        "whole plan; for the report, the arms of the claims).")  # fmt: skip
+    add_folders(parser, written="scratch files")
+    parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR",
+                        help="Folder of the records (default: those of the checkout).")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="Trainings at once, each with its share of cores.")  # fmt: skip
+    parser.add_argument("--minutes", type=float, metavar="M",
+                        help="Start no trial after M minutes.")  # fmt: skip
     return parser
 
 

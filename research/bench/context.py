@@ -1,16 +1,14 @@
-"""What all trials share: the model, its judges, data folders and contextualizers."""
+"""What all trials share: the model, the oracle, data folders and contextualizers."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from mlm_plugin.demo.trial import as_images, pipeline_of
-from mlm_plugin.evaluation.metric_models import Clip, load_clip
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
@@ -19,16 +17,17 @@ from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER
 from mlm_plugin.pocket.text_to_image import Sampling, generate
 from mlm_plugin.pretrain import pretrain
-from research.bench.plan import BenchPlan, Setting
+from research.bench.grammars import GRAMMARS
+from research.bench.plan import PLAN, BenchPlan, Trial
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE, contextualizer_captions
 
 __all__ = ["BenchContext"]
 
-NUM_CLASS_IMAGES = 40
+NUM_CLASS_IMAGES = 200  # as in the presets
 
 
 class BenchContext:
-    """Model and judges, and shared data that is created on first use.
+    """Model and oracle, and shared data that is created on first use.
 
     Args:
         model: folder of a pocket model.
@@ -36,26 +35,25 @@ class BenchContext:
         plan: when and how trainings are evaluated.
     """
 
-    def __init__(self, model: Path, folder: Path, plan: BenchPlan):
+    def __init__(self, model: Path, folder: Path, plan: BenchPlan = PLAN):
         self.model, self.folder, self.plan = Path(model), Path(folder), plan
         self.oracle: Oracle = load_oracle(self.model / "oracle.safetensors")
-        self.clip: Clip = load_clip(str(self.model / "clip"))
 
     @property
     def sampling(self) -> Sampling:
         """How pictures are drawn."""
         return Sampling(self.plan.num_steps, self.plan.guidance)
 
-    def prepare(self, settings: Sequence[Setting], concepts: Sequence[Concept]) -> None:
-        """Create shared data, so that parallel trials only read it."""
-        for concept in concepts:
+    def prepare(self, trials: Iterable[Trial]) -> None:
+        """Create what these trials share, so that parallel ones only read it."""
+        for arm, _setting, concept, _seed in trials:
             self.data(concept)
-            for setting in settings:
-                self.prompts(concept, setting)
-            if any(setting.regularizer == "prior_preservation" for setting in settings):
+            if arm.regularizer == "prior_preservation":
                 self.class_images(concept.scene.subject)
-        for num_blocks in {s.num_blocks for s in settings if s.regularizer == "mlm"}:
-            self.contextualizer(num_blocks)
+            elif arm.regularizer not in ("plain", "untrained"):
+                self.prompts(concept, arm.grammar)
+            if arm.regularizer == "mlm":
+                self.contextualizer(arm.grammar)
 
     def data(self, concept: Concept) -> Path:
         """Training pictures of a concept."""
@@ -64,29 +62,25 @@ class BenchContext:
             write_concept(concept, folder)
         return folder / "train"
 
-    def prompts(self, concept: Concept, setting: Setting) -> tuple[Path, list[str]]:
-        """Prompts of the setting's term, as a file and as texts."""
-        choice = setting.contexts
-        texts = contexts(concept, number=choice.number, families=choice.families)
-        name = f"contexts-{choice.number}-{'-'.join(choice.families)}.txt"
-        path = self.data(concept).parent / name
+    def prompts(self, concept: Concept, grammar: str) -> tuple[Path, list[str]]:
+        """Prompts of a term, as a file and as texts."""
+        texts = contexts(concept, draw=GRAMMARS[grammar])
+        path = self.data(concept).parent / f"contexts-{grammar}.txt"
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text("\n".join(texts) + "\n", encoding="utf-8")
         return path, texts
 
-    def contextualizer(self, num_blocks: int) -> Path:
-        """A contextualizer of this depth, pretrained on captions of the world."""
-        if num_blocks == CONTEXTUALIZER_RECIPE.num_layers:
+    def contextualizer(self, grammar: str) -> Path:
+        """A contextualizer pretrained on captions of this grammar."""
+        if grammar == "free":
             return self.model / CONTEXTUALIZER
-        path = self.folder / "contextualizers" / f"{num_blocks}_blocks.safetensors"
+        path = self.folder / "contextualizers" / f"{grammar}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
+            captions = contextualizer_captions(seed=0, draw=GRAMMARS[grammar])
             pretrain(
-                self.frozen_text_encoder(),
-                path,
-                options=dataclasses.replace(CONTEXTUALIZER_RECIPE, num_layers=num_blocks),
-                captions=contextualizer_captions(seed=0),
+                self.frozen_text_encoder(), path, options=CONTEXTUALIZER_RECIPE, captions=captions
             )
         return path
 

@@ -1,207 +1,334 @@
-"""What is compared: one setting per method and regularizer, and the grids over weights and parts.
+"""What is compared: arms, each with a grid of six settings, and the claims that are tested.
 
-Learning rates, weights and lengths were chosen on the tuning concepts; the table reports others.
-Does not import torch.
+An arm is a way to train; its setting is found on the tuning concepts by ``search.py``, with the
+same number of trials for every arm. ``PLAN.md`` states the rules. Options are written as the
+trainer's flags and are checked only when a trial starts. Does not import torch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from mlm_plugin.demo.options import LORA, MLM_WEIGHT
+from mlm_plugin.demo.options import LORA
 from mlm_plugin.errors import UserError
-from mlm_plugin.pocket.concepts import CONTEXT_FAMILIES, REPORTED, TUNING, Concept
+from mlm_plugin.pocket.concepts import REPORTED, TUNING, Concept
 
 __all__ = [
-    "FULL",
-    "METHOD_FLAGS",
-    "MLM_WEIGHTS",
-    "SHORT",
+    "ARMS",
+    "CLAIMED",
+    "CLAIMS",
+    "NUM_SETTINGS",
+    "PLAN",
+    "RECOMMENDED",
+    "REPORT_SEEDS",
+    "UNTRAINED",
+    "Arm",
     "BenchPlan",
-    "ContextChoice",
-    "Setting",
-    "chosen",
+    "Claim",
+    "Family",
+    "Trial",
+    "find_arms",
+    "trials_to_report",
+    "tuning_trials",
 ]
 
 Flags = Mapping[str, str]
+NUM_SETTINGS = 6
+REPORT_SEEDS = (0, 1)
+TUNING_SEED = 0
 
 
-@dataclass(frozen=True)
-class ContextChoice:
-    """The prompts of a term: how many, and which attributes they may name."""
-
-    number: int = 1000
-    families: tuple[str, ...] = CONTEXT_FAMILIES
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to train.
+class BenchPlan(NamedTuple):
+    """How every trial is trained and evaluated.
 
     Attributes:
-        method: value of ``--method``.
-        regularizer: ``plain``, ``mlm``, a rival, ``prior_preservation`` or ``unet_only``.
-        weight: weight of its term.
-        variant: the difference to the default, for ablations.
-        flags: additional options of the trainer.
-        contexts: the prompts of the term.
-        num_blocks: blocks of the contextualizer; 0 predicts every word from its own state alone.
-    """
-
-    method: str
-    regularizer: str = "plain"
-    weight: float = 0.0
-    variant: str = ""
-    flags: Flags = field(default_factory=dict)
-    contexts: ContextChoice = ContextChoice()
-    num_blocks: int = 2
-
-    @property
-    def name(self) -> str:
-        """Name in files and progress messages."""
-        weight = f"-{self.weight:g}" if self.weight else ""
-        variant = f"-{self.variant.replace(' ', '_')}" if self.variant else ""
-        return f"{self.method}-{self.regularizer}{weight}{variant}"
-
-
-@dataclass(frozen=True)
-class BenchPlan:
-    """Settings, concepts, seeds, and when to evaluate.
-
-    Attributes:
-        settings: what is compared.
-        concepts: concepts to learn.
-        seeds: seeds for every setting.
-        evaluation_steps: steps at which a training is evaluated, by method.
-        ablations: additional settings, with the first seed only.
-        num_pictures: pictures per test prompt.
+        evaluation_steps: steps after which a training is evaluated; the last one ends it.
         num_steps: steps of the sampler.
         guidance: guidance scale of the sampler.
     """
 
-    settings: tuple[Setting, ...]
-    concepts: tuple[Concept, ...]
-    seeds: tuple[int, ...]
-    evaluation_steps: Mapping[str, tuple[int, ...]]
-    ablations: tuple[Setting, ...] = ()
-    num_pictures: int = 1
-    num_steps: int = 15
+    evaluation_steps: tuple[int, ...] = (50, 100, 200)
+    num_steps: int = 10
     guidance: float = 4.0
 
-    def num_train_steps(self, method: str) -> int:
-        """The step of the last evaluation."""
-        return self.evaluation_steps[method][-1]
+
+PLAN = BenchPlan()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Arms that train the same parts, and the learning rates among which they choose.
+
+    Attributes:
+        name: name in tables.
+        method: value of ``--method``.
+        flags: options of all its trials.
+        rates: an option and three values, for arms that also choose the weight of a term.
+        plain: the grid of plain training.
+        other_rates: what the best plain setting has besides, for arms with a term.
+    """
+
+    name: str
+    method: str
+    flags: Flags
+    rates: tuple[str, tuple[str, str, str]]
+    plain: tuple[Flags, ...]
+    other_rates: Flags = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train, and the settings among which the tuning concepts choose.
+
+    Attributes:
+        family: what is trained.
+        form: ``plain``, a form of the MLM term, or a rival.
+        regularizer: ``plain``, ``mlm``, a class of ``rivals.py`` or ``prior_preservation``.
+        grid: six settings; ``weight`` is the weight of the term, the rest are flags.
+        flags: options of all its trials.
+        grammar: of the contexts: ``free`` or ``linked``.
+    """
+
+    family: Family
+    form: str
+    regularizer: str
+    grid: tuple[Flags, ...]
+    flags: Flags = field(default_factory=dict)
+    grammar: str = "free"
+
+    @property
+    def name(self) -> str:
+        """Name in tables and on the command line: ``lora encoder/class``."""
+        return f"{self.family.name} {self.form}"
+
+
+class Trial(NamedTuple):
+    """One training: a setting of an arm, on a concept, with a seed."""
+
+    arm: Arm
+    setting: Flags
+    concept: Concept
+    seed: int
+
+
+class Claim(NamedTuple):
+    """A comparison that is tested: ``ours`` has more prompt fidelity at the same identity."""
+
+    ours: str
+    theirs: str
+
+
+def _grid(axes: Mapping[str, Sequence[str]]) -> tuple[Flags, ...]:
+    combinations = itertools.product(*axes.values())
+    return tuple(dict(zip(axes, values, strict=True)) for values in combinations)
 
 
 COSINE = {"lr_scheduler": "cosine"}  # so that the weights have settled at the last evaluation
-METHOD_FLAGS: Mapping[str, Flags] = {
-    "lora": LORA,
-    "dreambooth": {"learning_rate": "3e-4", **COSINE},
-    "textual_inversion": {"learning_rate": "2e-2", "init_word": "CLASS", **COSINE},
-    "xti": {"learning_rate": "3e-2", "init_word": "CLASS", **COSINE},
-    "custom_diffusion": {"learning_rate": "2e-3", "init_word": "CLASS", **COSINE},
-    "pivotal": {**LORA, "embedding_lr": "1e-2", "init_word": "CLASS"},
-}
-"""``CLASS`` is replaced by the class word."""
+TOKENS = {**COSINE, "init_word": "CLASS"}  # replaced by the class word
+TEXT_RATES = ("5e-4", "1.5e-3", "5e-3")
 
-MLM_WEIGHTS: Mapping[str, float] = dict.fromkeys(METHOD_FLAGS, MLM_WEIGHT) | {
-    "textual_inversion": 0.03, "xti": 0.03,
-}  # fmt: skip
-EVALUATION_STEPS = dict.fromkeys(METHOD_FLAGS, (50, 100, 200, 300))
-
-METHODS = tuple(
-    setting
-    for method in METHOD_FLAGS
-    for setting in (Setting(method), Setting(method, "mlm", MLM_WEIGHTS[method]))
-)
-RIVALS = (
-    Setting("lora", "unet_only", flags={"network_train_unet_only": "true"}),
-    Setting("lora", "prior_preservation", 1.0),
-    Setting("lora", "output_preservation", 1.0),
-    Setting("lora", "core", 0.03),
-    Setting("lora", "textboost", 0.1),
-    Setting("lora", "classdiffusion", 0.1),
-    Setting("dreambooth", "core", 0.03),
-    Setting("pivotal", "core", 0.03),
-)
-WEIGHTS = tuple(Setting("lora", "mlm", weight) for weight in (0.03, 0.3, 1.0))
-
-
-def _ablation(variant: str, **changes) -> Setting:
-    return Setting("lora", "mlm", MLM_WEIGHTS["lora"], variant, **changes)
-
-
-HIDDEN_WORDS = tuple(
-    Setting(
-        method,
-        "mlm",
-        MLM_WEIGHTS[method],
-        "hidden words",
-        flags={"mlm_target": "word", "mlm_probability": "0.15"},
-    )
-    for method in METHOD_FLAGS
-)
-"""The term of the paper: the masked words themselves are the targets."""
-
-ABLATIONS = (
-    *HIDDEN_WORDS,
-    *WEIGHTS,
-    *(
-        _ablation(f"mask rate {rate}", flags={"mlm_probability": rate})
-        for rate in ("0.15", "0.25")
-    ),
-    *(_ablation(f"{n} prompts", contexts=ContextChoice(number=n)) for n in (10, 100)),
-    *(
-        _ablation(
-            f"no {family}",
-            contexts=ContextChoice(
-                families=tuple(other for other in CONTEXT_FAMILIES if other != family)
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "lora",
+            "lora",
+            LORA,
+            ("text_encoder_lr", TEXT_RATES),
+            _grid({"unet_lr": ("2.5e-3", "5e-3"), "text_encoder_lr": TEXT_RATES}),
+            {"unet_lr": "5e-3"},
+        ),
+        Family(
+            "lora_unet_only",
+            "lora",
+            {**LORA, "network_train_unet_only": "true"},
+            ("unet_lr", ("2.5e-3", "3.5e-3", "5e-3")),
+            _grid({"unet_lr": ("1.5e-3", "2.5e-3", "3.5e-3", "5e-3", "7e-3", "1e-2")}),
+        ),
+        Family(
+            "dreambooth",
+            "dreambooth",
+            COSINE,
+            ("learning_rate_te", ("3e-5", "1e-4", "3e-4")),
+            _grid(
+                {"learning_rate": ("1.5e-4", "3e-4"), "learning_rate_te": ("3e-5", "1e-4", "3e-4")}
             ),
-        )
-        for family in CONTEXT_FAMILIES
-    ),
-    *(_ablation(f"{n} blocks", num_blocks=n) for n in (1, 4)),
-    _ablation("position-wise head", num_blocks=0),
+            {"learning_rate": "3e-4"},
+        ),
+        Family(
+            "pivotal",
+            "pivotal",
+            {**LORA, "init_word": "CLASS"},
+            ("text_encoder_lr", TEXT_RATES),
+            _grid({"embedding_lr": ("3e-3", "1e-2"), "text_encoder_lr": TEXT_RATES}),
+            {"embedding_lr": "1e-2"},
+        ),
+        Family(
+            "custom_diffusion",
+            "custom_diffusion",
+            TOKENS,
+            ("learning_rate", ("1e-3", "2e-3", "4e-3")),
+            _grid({"learning_rate": ("5e-4", "1e-3", "2e-3", "3e-3", "4e-3", "8e-3")}),
+        ),
+        Family(
+            "textual_inversion",
+            "textual_inversion",
+            TOKENS,
+            ("learning_rate", ("1e-2", "2e-2", "4e-2")),
+            _grid({"learning_rate": ("5e-3", "1e-2", "2e-2", "3e-2", "4e-2", "8e-2")}),
+        ),
+        Family(
+            "xti",
+            "xti",
+            TOKENS,
+            ("learning_rate", ("1.5e-2", "3e-2", "6e-2")),
+            _grid({"learning_rate": ("7.5e-3", "1.5e-2", "2e-2", "3e-2", "4e-2", "6e-2")}),
+        ),
+    )
+}
+
+FORMS: Mapping[str, Flags] = {
+    f"{where}/{target}": {
+        "mlm_read_at": {"cross": "cross_attention"}.get(where, where),
+        "mlm_target": target,
+    }
+    for where, target in (
+        ("encoder", "class"),
+        ("encoder", "states"),
+        ("cross", "class"),
+        ("cross", "states"),
+        ("both", "states"),
+        ("encoder", "word"),
+    )
+}
+"""Where the MLM term reads, and what it compares."""
+
+WEIGHTS = {
+    **dict.fromkeys(FORMS, ("0.1", "1")),
+    "core": ("0.03", "0.3"),
+    "textboost": ("0.1", "1"),
+    "classdiffusion": ("0.1", "1"),
+    "output_preservation": ("0.3", "3"),
+    "prior_preservation": ("0.1", "1"),
+    "encoder/word": ("0.03", "0.3"),
+}  # two weights, a decade apart
+TOKEN_WEIGHTS = ("0.01", "0.1")  # where token embeddings alone are trained
+
+
+def _plain(family: str) -> Arm:
+    return Arm(FAMILIES[family], "plain", "plain", FAMILIES[family].plain)
+
+
+def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
+    """Three learning rates times two weights."""
+    flags = {**FAMILIES[family].other_rates, **FORMS.get(form, {})}
+    if form == "encoder/word":
+        flags["mlm_probability"] = "0.15"  # as in the paper
+    rate, values = FAMILIES[family].rates
+    weights = TOKEN_WEIGHTS if family in ("textual_inversion", "xti") else WEIGHTS[form]
+    grid = _grid({rate: values, "weight": weights})
+    regularizer = "mlm" if form in FORMS else form
+    name = form if grammar == "free" else f"{form}/{grammar}"
+    return Arm(FAMILIES[family], name, regularizer, grid, flags, grammar)
+
+
+def _directional(family: str) -> Arm:
+    """Directional Textual Inversion, whose rate acts on vectors of norm 1."""
+    grid = _grid({"learning_rate": ("1e-3", "2.5e-3", "6e-3", "1.5e-2", "4e-2", "1e-1")})
+    return Arm(FAMILIES[family], "directional", "plain", grid, {"directional_embedding": "true"})
+
+
+TARGETS_OF_TRAINED_ENCODERS = (
+    "encoder/class", "encoder/states", "cross/class", "cross/states", "both/states",
 )  # fmt: skip
+TEXT_RIVALS = ("core", "textboost", "classdiffusion")
+TERMS: Mapping[str, tuple[str, ...]] = {
+    "lora": (
+        *TEXT_RIVALS, *TARGETS_OF_TRAINED_ENCODERS, "output_preservation", "prior_preservation",
+        "encoder/word",
+    ),
+    "lora_unet_only": ("cross/class", "cross/states", "output_preservation"),
+    "dreambooth": (*TEXT_RIVALS, *TARGETS_OF_TRAINED_ENCODERS, "prior_preservation"),
+    "pivotal": (*TEXT_RIVALS, *TARGETS_OF_TRAINED_ENCODERS, "prior_preservation"),
+    "custom_diffusion": ("core", "encoder/class"),
+    "textual_inversion": ("encoder/class",),
+    "xti": ("encoder/class",),
+}  # fmt: skip
 
-FULL = BenchPlan(
-    settings=(*METHODS, *RIVALS),
-    concepts=REPORTED,
-    seeds=(0, 1, 2),
-    evaluation_steps=EVALUATION_STEPS,
-    ablations=ABLATIONS,
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        *(_plain(family) for family in FAMILIES),
+        *(_term(family, form) for family, forms in TERMS.items() for form in forms),
+        *(_term("lora", form, grammar="linked") for form in ("encoder/class", "encoder/word")),
+        _directional("textual_inversion"),
+        _directional("xti"),
+    )
+}
+
+UNTRAINED = Arm(
+    Family("untrained", "none", {}, ("", ("", "", "")), ()),
+    "model",
+    "untrained",
+    ({"words": "concept"}, {"words": "class"}),
 )
-SHORT = BenchPlan(
-    settings=(*METHODS[:2], RIVALS[0], RIVALS[3], RIVALS[4]),
-    concepts=REPORTED[:3],
-    seeds=(0,),
-    evaluation_steps=EVALUATION_STEPS,
-)
+"""The model before any training, prompted with the concept's name (where every curve starts) and
+with the class word (the most that prompt fidelity can be). It has nothing to tune."""
+
+RECOMMENDED: Mapping[str, str] = {
+    "lora": "encoder/class",
+    "lora_unet_only": "cross/states",
+    "dreambooth": "encoder/class",
+    "pivotal": "encoder/class",
+    "custom_diffusion": "encoder/class",
+}
+"""The form whose claims are tested, by family. Set from the tuning scores before a reported trial
+runs, as ``PLAN.md`` says."""
 
 
-def chosen(plan: BenchPlan, *, methods: Sequence[str] | None, tuning: bool) -> BenchPlan:
-    """A part of a plan.
+def _claims() -> tuple[Claim, ...]:
+    found = []
+    for family, form in RECOMMENDED.items():
+        rivals = [name for name in TERMS[family] if name not in FORMS]
+        found += [Claim(f"{family} {form}", f"{family} {name}") for name in ("plain", *rivals)]
+    found.append(Claim(f"lora {RECOMMENDED['lora']}", "lora_unet_only plain"))
+    return tuple(found)
 
-    Args:
-        plan: the whole plan.
-        methods: methods to keep; ``None``: all.
-        tuning: whether to use the tuning concepts instead of the reported ones.
+
+CLAIMS = _claims()
+"""Every comparison that gets a p-value; Holm's correction is over all of them."""
+CLAIMED = tuple(dict.fromkeys(name for claim in CLAIMS for name in claim))
+"""The arms that the claims are about."""
+
+
+def find_arms(names: Sequence[str] | None) -> list[Arm]:
+    """Arms by name, or all those of a family; ``None``: all of the plan.
 
     Raises:
-        UserError: a method that the plan does not have.
+        UserError: a name that the plan does not have.
     """
-    known = list(dict.fromkeys(s.method for s in (*plan.settings, *plan.ablations)))
-    for method in methods or ():
-        if method not in known:
-            raise UserError(f"--method {method}: not in this plan; it has {', '.join(known)}")
+    found: list[Arm] = []
+    for name in names if names is not None else FAMILIES:
+        arms = [arm for arm in ARMS.values() if name in (arm.name, arm.family.name)]
+        if not arms:
+            known = ", ".join((*FAMILIES, *ARMS))
+            raise UserError(f"--arms {name!r}: not in the plan; it has {known}")
+        found += [arm for arm in arms if arm not in found]
+    return found
 
-    def kept(settings: Sequence[Setting]) -> tuple[Setting, ...]:
-        return tuple(s for s in settings if methods is None or s.method in methods)
 
-    return replace(
-        plan,
-        settings=kept(plan.settings),
-        ablations=kept(plan.ablations),
-        concepts=TUNING[: len(plan.concepts)] if tuning else plan.concepts,
-    )
+def trials_to_report(arm: Arm, setting: Flags) -> list[Trial]:
+    """The trials of an arm that the tables show, seed by seed."""
+    return [Trial(arm, setting, concept, seed) for seed in REPORT_SEEDS for concept in REPORTED]
+
+
+def tuning_trials(arm: Arm, settings: Sequence[Flags], concepts: slice) -> list[Trial]:
+    """Trials of some settings on some tuning concepts."""
+    return [
+        Trial(arm, setting, concept, TUNING_SEED)
+        for concept in TUNING[concepts]
+        for setting in settings
+    ]

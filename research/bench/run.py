@@ -1,16 +1,15 @@
-"""All trials of a plan, one after the other; results are saved after each, to resume from."""
+"""Runs the missing trials of a stage; a record is written after each, to resume from."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,72 +17,123 @@ import torch
 
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path, require_writable
+from mlm_plugin.files import require_writable
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.training.interrupt import Stopped
 from research.bench.context import BenchContext
-from research.bench.plan import METHOD_FLAGS, BenchPlan
-from research.bench.report import html_report, markdown_table
-from research.bench.trial import Trial, run_trial
-from research.facts import facts_of_here
+from research.bench.plan import ARMS, UNTRAINED, Arm, BenchPlan, Trial, trials_to_report
+from research.bench.records import Records, key_of
+from research.bench.search import search
+from research.bench.trial import run_trial
 
-__all__ = ["run_bench"]
+__all__ = ["Limits", "fingerprint_of_model", "run_stage"]
 
-RESULTS = "results.json"
+Outcome = dict[str, Any] | int
+"""A record, or the exit code of a signal."""
 
 
-def run_bench(plan: BenchPlan, *, model: Path, output: Path, jobs: int = 1) -> int:
-    """Run the missing trials of a plan; returns the exit code.
+@dataclass(frozen=True)
+class Limits:
+    """What a run may use.
+
+    Attributes:
+        jobs: parallel trials, each in its own process.
+        minutes: no trial starts after them; ``None``: no limit.
+    """
+
+    jobs: int = 1
+    minutes: float | None = None
+
+
+def run_stage(
+    stage: str,
+    arms: Sequence[Arm],
+    *,
+    context: BenchContext,
+    records: Records,
+    limits: Limits = Limits(),
+) -> int:
+    """Run what is missing of some arms, one arm after the other; returns the exit code.
 
     Args:
-        plan: settings, concepts, seeds.
-        model: folder of a pocket model.
-        output: folder for results, table, page and the pictures of every run.
-        jobs: parallel trials, each in its own process.
+        stage: ``tuning`` or ``report``.
+        arms: arms of the plan.
+        context: model, oracle, scratch folder.
+        records: of earlier trials, to which new ones are added.
+        limits: processes and time.
 
     Raises:
-        UserError: the folder has results of another model, or cannot be written.
+        UserError: an arm is to be reported before it is tuned, or its records are of another
+            model.
     """
-    require_writable(output, "--output")
-    results = _open_results(output, model)
-    done = set(results["done"])
-    trials = [trial for trial in _trials(plan) if _fingerprint(plan, trial) not in done]
-    context = BenchContext(model, output, plan)
-    context.prepare((*plan.settings, *plan.ablations), plan.concepts)
-    began = time.monotonic()
-    with _Pool(context, jobs) as pool:
-        for number, (trial, records) in enumerate(pool.outcomes(trials), start=1):
-            if isinstance(records, int):
-                print("stopped; the same command continues", file=sys.stderr)
-                return records
-            results["records"] = _without(results["records"], records[-1]) + records
-            results["done"].append(_fingerprint(plan, trial))
-            _write(output, results)
-            last, minutes = records[-1], (time.monotonic() - began) / 60
-            print(
-                f"{number}/{len(trials)} {trial.setting.name if trial.setting else 'base'}, "
-                f"{trial.concept.name}, seed {trial.seed}: fidelity {last['prompt_fidelity']:.0%}, "
-                f"identity {last['identity']:.0%} ({minutes:.1f} min)",
-                flush=True,
-            )
-    print(f"wrote {output / RESULTS}, {output / 'table.md'} and {output / 'report.html'}")
+    require_writable(context.folder, "--output")
+    ends = time.monotonic() + 60 * limits.minutes if limits.minutes is not None else float("inf")
+    with _Pool(context, limits.jobs, ends) as pool:
+        for arm in arms:
+            while trials := missing_trials(stage, arm, records):
+                context.prepare(trials)
+                for trial, outcome in pool.outcomes(trials):
+                    if isinstance(outcome, int):
+                        print("stopped; the same command continues", file=sys.stderr)
+                        return outcome
+                    records.add(stage, arm.name, outcome)
+                    print(_line(trial, outcome), flush=True)
+                if time.monotonic() > ends:
+                    print("out of time; the same command continues")
+                    return 0
+            print(f"{stage} of {arm.name}: complete", flush=True)
     return 0
 
 
-def _trials(plan: BenchPlan) -> list[Trial]:
-    """Seed by seed, so that an interrupted bench has complete pairs; ablations last."""
-    rounds = [(seed, (None, *plan.settings)) for seed in plan.seeds]
-    rounds.append((plan.seeds[0], plan.ablations))
-    return [
-        Trial(setting, concept, seed)
-        for seed, settings in rounds
-        for concept in plan.concepts
-        for setting in settings
-    ]
+def missing_trials(stage: str, arm: Arm, records: Records) -> list[Trial]:
+    """The trials of an arm to run next; none where the stage is complete.
+
+    Raises:
+        UserError: the arm is to be reported before it is tuned, or tuned before plain training.
+    """
+    if stage == "tuning":
+        _check_other_rates(arm, records)
+        return search(arm, records.of(stage, arm.name)).missing
+    if arm is UNTRAINED:
+        settings = arm.grid
+    else:
+        winner = search(arm, records.of("tuning", arm.name)).winner
+        if winner is None:
+            raise UserError(f"{arm.name}: its search is incomplete; run --stage tuning first")
+        settings = (winner,)
+    done = records.of(stage, arm.name)
+    trials = [trial for setting in settings for trial in trials_to_report(arm, setting)]
+    return [trial for trial in trials if key_of(trial) not in done]
 
 
-Outcome = list[dict[str, Any]] | int
-"""Records, or the exit code of a signal."""
+def _check_other_rates(arm: Arm, records: Records) -> None:
+    """Refuse an arm whose plan does not take over what the best plain setting has."""
+    family = arm.family
+    if arm.form == "plain" or not family.other_rates:
+        return
+    plain = ARMS[f"{family.name} plain"]
+    winner = search(plain, records.of("tuning", plain.name)).winner
+    if winner is None:
+        raise UserError(f"{arm.name}: takes over rates of {plain.name}; tune that first")
+    if winner != {**winner, **family.other_rates}:
+        raise UserError(
+            f"{arm.name}: {plain.name} is best with {winner}; set other_rates in plan.py to it"
+        )
+
+
+def fingerprint_of_model(model: Path) -> str:
+    """Fingerprint of a pocket model's U-Net."""
+    weights = (model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
+def _line(trial: Trial, record: dict[str, Any]) -> str:
+    setting = ", ".join(f"{name} {value}" for name, value in trial.setting.items())
+    _step, fidelity, identity = record["looks"][-1]
+    return (
+        f"{trial.arm.name} ({setting}), {trial.concept.name}, seed {trial.seed}: "
+        f"fidelity {fidelity:.0%}, identity {identity:.0%} ({record['seconds']:.0f} s)"
+    )
 
 
 def run_one(trial: Trial, context: BenchContext) -> Outcome:
@@ -95,10 +145,10 @@ def run_one(trial: Trial, context: BenchContext) -> Outcome:
 
 
 class _Pool:
-    """Runs trials one by one in this process, or in parallel in others."""
+    """Runs trials one by one in this process, or in parallel in others, until the time is up."""
 
-    def __init__(self, context: BenchContext, jobs: int):
-        self.context = context
+    def __init__(self, context: BenchContext, jobs: int, ends: float):
+        self.context, self.jobs, self.ends = context, jobs, ends
         self.executor = None
         if jobs > 1:
             self.executor = ProcessPoolExecutor(
@@ -117,13 +167,23 @@ class _Pool:
 
     def outcomes(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
         """Outcomes in the order in which they finish."""
+        waiting = iter(trials)
         if not self.executor:
-            for trial in trials:
+            for trial in waiting:
+                if time.monotonic() > self.ends:
+                    return
                 yield trial, run_one(trial, self.context)
             return
-        running = {self.executor.submit(_run_in_worker, trial): trial for trial in trials}
-        for future in as_completed(running):
-            yield running[future], future.result()
+        running: dict[Any, Trial] = {}
+        while True:
+            while len(running) < self.jobs and time.monotonic() <= self.ends:
+                if (trial := next(waiting, None)) is None:
+                    break
+                running[self.executor.submit(_run_in_worker, trial)] = trial
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
 
 
 _context: BenchContext | None = None  # of a worker process
@@ -139,48 +199,3 @@ def _start_worker(model: Path, folder: Path, plan: BenchPlan, jobs: int) -> None
 
 def _run_in_worker(trial: Trial) -> Outcome:
     return run_one(trial, _context)
-
-
-def _open_results(output: Path, model: Path) -> dict[str, Any]:
-    weights = (model / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    digest = hashlib.sha256(weights).hexdigest()[:16]
-    path = output / RESULTS
-    if not path.exists():
-        return {"format": 1, "model": digest, **facts_of_here(torch.device("cpu")),
-                "records": [], "done": []}  # fmt: skip
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if results.get("model") != digest:
-        raise UserError(f"--output {output}: has results of another model; choose another folder")
-    return results
-
-
-def _write(output: Path, results: Mapping[str, Any]) -> None:
-    texts = {
-        RESULTS: json.dumps(results, indent=1) + "\n",
-        "table.md": markdown_table(results["records"]),
-        "report.html": html_report({k: v for k, v in results.items() if k != "done"}),
-    }
-    for name, text in texts.items():
-        with atomic_path(output / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-
-def _fingerprint(plan: BenchPlan, trial: Trial) -> str:
-    """Fingerprint of everything that determines the results of a trial."""
-    setting, concept, seed = trial
-    facts: list[Any] = [concept.name, seed, plan.num_pictures, plan.num_steps, plan.guidance]
-    if setting:
-        described = dataclasses.asdict(dataclasses.replace(setting, flags={}))
-        described["flags"] = dict(setting.flags)
-        facts += [
-            described,
-            dict(METHOD_FLAGS[setting.method]),
-            plan.evaluation_steps[setting.method],
-        ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _without(records: list[Mapping[str, Any]], like: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Records of other runs than that of ``like``."""
-    names = ("method", "regularizer", "weight", "variant", "concept", "seed")
-    return [r for r in records if any(r[name] != like[name] for name in names)]

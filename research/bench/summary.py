@@ -1,194 +1,122 @@
-"""From records to numbers: means, paired differences, and fidelity at equal identity.
+"""From records to numbers: means over concepts, differences, and fidelity at matched identity.
 
-A *run* is one setting on one concept with one seed; its *curve* is its evaluations over the
-training. Runs of two settings are paired by concept and seed. Knows no models.
+The unit is the concept: seeds are averaged first. ``PLAN.md`` states the rules. Knows no models.
+Shapes: S seeds, K looks, C concepts, P points of a pooled curve.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mlm_plugin.evaluation.measures import (
-    Mean,
-    best_at_level,
-    mean_with_interval,
-    sign_flip_p_value,
-)
+from mlm_plugin.evaluation.measures import Mean, mean_with_interval, sign_flip_p_value
 
 __all__ = [
-    "MEASURES",
     "Comparison",
-    "Difference",
-    "Row",
-    "SettingKey",
-    "comparisons",
-    "curves",
-    "difference",
-    "fidelity_at",
+    "Curve",
+    "compare",
+    "curves_of",
+    "holm",
     "matched_difference",
-    "summarize",
+    "pooled",
 ]
 
-MEASURES = ("prompt_fidelity", "identity", "clip_t", "clip_i")
 Record = Mapping[str, Any]
-RunKey = tuple[str, int]  # concept, seed
-
-
-class SettingKey(NamedTuple):
-    """What identifies a setting."""
-
-    method: str
-    regularizer: str
-    weight: float
-    variant: str
-
-    @property
-    def plain(self) -> SettingKey:
-        """The setting to compare with."""
-        return SettingKey(self.method, "plain", 0.0, "")
-
-    @property
-    def title(self) -> str:
-        """Name in tables."""
-        if self.regularizer == "plain":
-            return self.method
-        weight = f" {self.weight:g}" if self.weight else ""
-        variant = f", {self.variant}" if self.variant else ""
-        return f"{self.method} + {self.regularizer}{weight}{variant}"
-
-
-class Difference(NamedTuple):
-    """Mean of paired differences, with 95 % interval and p-value."""
-
-    value: Mean
-    p_value: float
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    setting: SettingKey
-    means: dict[str, Mean]
-    seconds_per_step: float
-    fidelity: Difference | None  # to the plain run of the method, at the last evaluation
-    identity: Difference | None
-    matched: Difference | None  # in fidelity, at the identity that both runs reach
+Curve = np.ndarray
+"""Identity and prompt fidelity at each look, ``(K, 2)``; the first is the untrained model."""
 
 
 class Comparison(NamedTuple):
-    """The MLM term minus a rival on the same method, after the last step."""
+    """One arm minus another.
 
-    ours: SettingKey
-    theirs: SettingKey
-    num_runs: int
-    fidelity: Difference
-    identity: Difference
-    matched: Difference
-
-
-def curves(records: Sequence[Record]) -> dict[SettingKey, dict[RunKey, list[Record]]]:
-    """Evaluations by setting and run, in the order of the steps."""
-    found: dict[SettingKey, dict[RunKey, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in sorted(records, key=lambda record: record["step"]):
-        found[_setting_of(record)][record["concept"], record["seed"]].append(record)
-    return {setting: dict(runs) for setting, runs in found.items()}
-
-
-def fidelity_at(identity: float, curve: Sequence[Record]) -> float:
-    """Best prompt fidelity of a run among models of at least this identity.
-
-    Linear between the Pareto-optimal evaluations. Below their lowest identity it is their highest
-    fidelity; above the highest identity it is ``nan``.
+    Attributes:
+        by_concept: difference in fidelity at matched identity of every concept.
+        matched: their mean.
+        p_value: of the exact sign flips, uncorrected.
+        fidelity: difference in prompt fidelity after the last step.
+        identity: difference in identity after the last step.
     """
-    points = [(record["identity"], record["prompt_fidelity"]) for record in curve]
-    return best_at_level(identity, points)
+
+    by_concept: Mapping[str, float]
+    matched: Mean
+    p_value: float
+    fidelity: Mean
+    identity: Mean
 
 
-def matched_difference(
-    ours: Mapping[RunKey, Sequence[Record]], theirs: Mapping[RunKey, Sequence[Record]]
-) -> Difference | None:
-    """Fidelity of one setting over another at the greatest identity that both runs reach."""
-    values = []
-    for run in sorted(ours.keys() & theirs.keys()):
-        reached = min(max(record["identity"] for record in runs[run]) for runs in (ours, theirs))
-        values.append(fidelity_at(reached, ours[run]) - fidelity_at(reached, theirs[run]))
-    return _difference(values)
+def curves_of(records: Iterable[Record], untrained: Iterable[Record]) -> dict[str, Curve]:
+    """By concept, the mean over seeds of an arm's looks, behind that of the untrained model.
+
+    Args:
+        records: the arm's.
+        untrained: of the untrained model with the concepts' names; the same seeds are used.
+    """
+    starts = {(r["concept"], r["seed"]): r["looks"] for r in untrained}
+    found = defaultdict(list)
+    for record in records:
+        start = starts[record["concept"], record["seed"]]
+        looks = np.array([*start, *record["looks"]], float)
+        found[record["concept"]].append(looks[:, [2, 1]])
+    return {concept: np.mean(curves_SK2, axis=0) for concept, curves_SK2 in found.items()}
 
 
-def difference(
-    name: str, ours: Mapping[RunKey, Sequence[Record]], theirs: Mapping[RunKey, Sequence[Record]]
-) -> Difference | None:
-    """A measure of one setting over another at their last evaluations."""
-    both = sorted(ours.keys() & theirs.keys())
-    return _difference([ours[run][-1][name] - theirs[run][-1][name] for run in both])
+def pooled(curve_K2: Curve) -> Curve:
+    """The curve with looks pooled until identity rises from each point to the next, ``(P, 2)``.
+
+    Source: pool adjacent violators (Ayer et al. 1955), applied to both coordinates.
+    """
+    blocks: list[tuple[np.ndarray, int]] = []
+    for point in curve_K2:
+        mean, count = point, 1
+        while blocks and blocks[-1][0][0] >= mean[0]:
+            before, num_before = blocks.pop()
+            mean = (num_before * before + count * mean) / (num_before + count)
+            count += num_before
+        blocks.append((mean, count))
+    return np.stack([mean for mean, _count in blocks])
 
 
-def summarize(records: Sequence[Record]) -> list[Row]:
-    """The table, in the order in which settings first appear."""
-    by_setting = curves(records)
-    return [_row(setting, by_setting) for setting in _settings(records)]
+def matched_difference(ours_K2: Curve, theirs_K2: Curve) -> float:
+    """Fidelity of one curve over another at the lower of the identities at which they end.
+
+    Both are pooled and linear between their points. Exchanging them changes the sign alone.
+    """
+    ours_P2, theirs_P2 = pooled(ours_K2), pooled(theirs_K2)
+    identity = min(ours_P2[-1, 0], theirs_P2[-1, 0])
+    return float(np.interp(identity, *ours_P2.T) - np.interp(identity, *theirs_P2.T))
 
 
-def comparisons(records: Sequence[Record]) -> list[Comparison]:
-    """The first MLM setting of a method against those that are neither plain nor MLM."""
-    by_setting = curves(records)
-    settings = _settings(records)
-    found = []
-    for theirs in settings:
-        ours = next(
-            (s for s in settings if s[:2] == (theirs.method, "mlm") and not s.variant), None
-        )
-        if ours is None or theirs.regularizer in ("plain", "mlm"):
-            continue
-        pair = by_setting[ours], by_setting[theirs]
-        num_runs = len(pair[0].keys() & pair[1].keys())
-        if num_runs:
-            fidelity, identity = difference("prompt_fidelity", *pair), difference("identity", *pair)
-            found.append(
-                Comparison(ours, theirs, num_runs, fidelity, identity, matched_difference(*pair))
-            )
-    return found
-
-
-def _setting_of(record: Record) -> SettingKey:
-    return SettingKey(*(record[name] for name in SettingKey._fields))
-
-
-def _settings(records: Sequence[Record]) -> list[SettingKey]:
-    """Settings in the order in which they first appear."""
-    return list(dict.fromkeys(map(_setting_of, records)))
-
-
-def _row(
-    setting: SettingKey, by_setting: Mapping[SettingKey, Mapping[RunKey, list[Record]]]
-) -> Row:
-    runs = by_setting[setting]
-    last = [runs[run][-1] for run in sorted(runs)]
-    means = {
-        name: mean_with_interval(torch.tensor([record[name] for record in last]))
-        for name in MEASURES
-    }
-    seconds = float(np.median([record["seconds_per_step"] for record in last]))
-    plain = by_setting.get(setting.plain)
-    if plain is None or setting == setting.plain:
-        return Row(setting, means, seconds, None, None, None)
-    return Row(
-        setting,
-        means,
-        seconds,
-        difference("prompt_fidelity", runs, plain),
-        difference("identity", runs, plain),
-        matched_difference(runs, plain),
+def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Comparison | None:
+    """One arm minus another over the concepts that both have; ``None`` if there are none."""
+    concepts = [concept for concept in ours if concept in theirs]
+    if not concepts:
+        return None
+    by_concept = {c: matched_difference(ours[c], theirs[c]) for c in concepts}
+    last_C2 = torch.tensor(np.stack([ours[c][-1] - theirs[c][-1] for c in concepts]))
+    matched_C = torch.tensor(list(by_concept.values()), dtype=torch.float64)
+    return Comparison(
+        by_concept,
+        mean_with_interval(matched_C),
+        sign_flip_p_value(matched_C),
+        mean_with_interval(last_C2[:, 1]),
+        mean_with_interval(last_C2[:, 0]),
     )
 
 
-def _difference(values: Sequence[float]) -> Difference | None:
-    if not values:
-        return None
-    tensor = torch.tensor(values)
-    return Difference(mean_with_interval(tensor), sign_flip_p_value(tensor))
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's corrected p-values, in the order given.
+
+    ``p'_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))`` over the m sorted p-values.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    m, greatest = len(p_values), 0.0
+    corrected = [0.0] * m
+    for rank, index in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        greatest = max(greatest, min(1.0, (m - rank) * p_values[index]))
+        corrected[index] = greatest
+    return corrected

@@ -1,86 +1,41 @@
-"""One training of the benchmark and its evaluations: a setting, a concept and a seed.
+"""One training of the bench and its evaluations: a setting of an arm, a concept and a seed.
 
-Trains and evaluates like ``mlm-plugin pocket demo``, and adds rivals, CLIP scores and step times.
+Trains and evaluates like ``mlm-plugin pocket demo``, and adds rivals and times.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from PIL import Image
-from torch import Tensor
+import torch
 
 from mlm_plugin.config.datasets import Concept as ConceptWords
 from mlm_plugin.demo.options import BATCH_SIZE, MLM_BATCH_SIZE, Paths, mlm_options, run_options
 from mlm_plugin.demo.trial import (
     ConceptTest,
     EvaluationCallback,
-    as_images,
+    Scores,
     create_trainer,
-    mean_of,
     pipeline_of,
 )
-from mlm_plugin.demo.trial import Scores as OracleScores
-from mlm_plugin.evaluation.measures import mean_cosine_to, paired_cosine
-from mlm_plugin.evaluation.metric_models import Clip
 from mlm_plugin.mlm.regularizer import MLMOutput, MLMSchedule
 from mlm_plugin.models.checkpoints import load_stable_diffusion
-from mlm_plugin.pocket.captions import Caption
-from mlm_plugin.pocket.concepts import Concept, training_scenes
-from mlm_plugin.pocket.world import render
+from mlm_plugin.pocket.concepts import TUNING, training_scenes
 from mlm_plugin.setup.console import output_to
 from mlm_plugin.training.callbacks import StepResult
 from mlm_plugin.training.trainer import Trainer
 from research.bench.context import BenchContext
-from research.bench.plan import METHOD_FLAGS, Setting
+from research.bench.plan import Trial
+from research.bench.records import key_of
 from research.bench.rivals import RIVALS, ContextBatches, OutputPreservation, TextRival
+from research.facts import facts_of_here
 from research.pocket_model.pictures import scene_pixels
 from research.pocket_model.train_vae import encode
 
-__all__ = ["Trial", "contact_sheet", "run_trial"]
-
-SHEET_COLUMNS = 8
-
-
-class Trial(NamedTuple):
-    """A setting, or ``None`` for the untrained model, on a concept with a seed."""
-
-    setting: Setting | None
-    concept: Concept
-    seed: int
-
-
-@dataclass(frozen=True)
-class Scores(OracleScores):
-    """Means over the test prompts, including those by the pocket CLIP."""
-
-    clip_t: float
-    clip_i: float
-
-
-@dataclass(frozen=True)
-class BenchTest(ConceptTest):
-    """The test of a concept with CLIP as a second judge."""
-
-    clip: Clip
-
-    def score(self, pictures: Tensor, prompts: Sequence[Caption]) -> Scores:
-        """Mean scores of pictures, one for each prompt."""
-        class_texts = [p.text.replace("{}", self.concept.scene.subject) for p in prompts]
-        features = self.clip.image_features(as_images(pictures))
-        originals = self.clip.image_features(
-            [Image.fromarray(render(scene)) for scene in training_scenes(self.concept)]
-        )
-        return Scores(
-            **dataclasses.asdict(super().score(pictures, prompts)),
-            clip_t=mean_of(paired_cosine(features, self.clip.text_features(class_texts))),
-            clip_i=mean_of(mean_cosine_to(features, originals)),
-        )
+__all__ = ["options_of", "run_trial", "trainer_of"]
 
 
 class TimedEvaluations(EvaluationCallback):
@@ -89,9 +44,9 @@ class TimedEvaluations(EvaluationCallback):
     seconds, since, num_steps = 0.0, 0.0, 0
 
     @property
-    def seconds_per_step(self) -> float:
+    def ms_per_step(self) -> float:
         """Mean without the evaluations and the first step, which is warm-up."""
-        return round(self.seconds / max(1, self.num_steps), 5)
+        return round(1000 * self.seconds / max(1, self.num_steps), 1)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Record the time, then evaluate if this is one of the steps."""
@@ -102,87 +57,90 @@ class TimedEvaluations(EvaluationCallback):
         self.since = time.perf_counter()
 
 
-def run_trial(trial: Trial, context: BenchContext) -> list[dict[str, Any]]:
-    """Train and evaluate: one record per evaluation.
+def run_trial(trial: Trial, context: BenchContext) -> dict[str, Any]:
+    """Train and evaluate; returns the record.
 
     Raises:
         Stopped: after a signal; the trial is discarded.
         UserError: as in the trainer.
     """
-    setting, concept, seed = trial
-    plan = context.plan
-    test = BenchTest(
-        concept, seed, context.oracle, context.sampling, plan.num_pictures, context.clip
-    )
-    if setting is None:  # the ceiling of fidelity: the untrained model with the class word
-        base = pipeline_of(load_stable_diffusion(str(context.model)))
-        scores = test.evaluate(base, words=concept.scene.subject).scores
-        return [_record(trial, 0, scores, seconds_per_step=0.0)]
-    folder = context.folder / "runs" / setting.name / f"{concept.token}-{seed}"
-    with output_to(folder / "log.txt"):
-        trainer = trainer_of(trial, context, folder)
-        callback = TimedEvaluations(test, plan.evaluation_steps[setting.method])
-        trainer.callbacks = [callback]
-        trainer.run()
-    contact_sheet(callback.last.pictures).save(folder / "last.png")
-    return [
-        _record(trial, step, evaluation.scores, seconds_per_step=callback.seconds_per_step)
-        for step, evaluation in callback.evaluations.items()
-    ]
-
-
-def _record(trial: Trial, step: int, scores: Scores, *, seconds_per_step: float) -> dict[str, Any]:
-    setting = trial.setting or Setting("base")
+    arm, setting, concept, seed = trial
+    began = time.perf_counter()
+    test = ConceptTest(concept, seed, context.oracle, context.sampling, num_pictures=1)
+    if arm.regularizer == "untrained":
+        words = concept.scene.subject if setting["words"] == "class" else None
+        untrained = pipeline_of(load_stable_diffusion(str(context.model)))
+        found, ms_per_step = {0: test.evaluate(untrained, words=words)}, 0.0
+    else:
+        folder = context.folder / "runs" / key_of(trial)
+        with output_to(folder / "log.txt"):
+            trainer = trainer_of(trial, context, folder)
+            callback = TimedEvaluations(test, _evaluation_steps(trial, context))
+            trainer.callbacks = [callback]
+            trainer.run()
+        found, ms_per_step = callback.evaluations, callback.ms_per_step
     return {
-        "method": setting.method,
-        "regularizer": setting.regularizer,
-        "weight": setting.weight,
-        "variant": setting.variant,
-        "concept": trial.concept.name,
-        "seed": trial.seed,
-        "step": step,
-        **dataclasses.asdict(scores),
-        "seconds_per_step": seconds_per_step,
+        "key": key_of(trial),
+        "setting": dict(setting),
+        "concept": concept.name,
+        "seed": seed,
+        "looks": [_look(step, evaluation.scores) for step, evaluation in found.items()],
+        "ms_per_step": ms_per_step,
+        "seconds": round(time.perf_counter() - began, 1),
+        "commit": facts_of_here(torch.device("cpu"))["commit"],
     }
+
+
+def _evaluation_steps(trial: Trial, context: BenchContext) -> tuple[int, ...]:
+    """On tuning concepts the last alone, as the score of a search needs no more."""
+    steps = context.plan.evaluation_steps
+    return steps[-1:] if trial.concept in TUNING else steps
+
+
+def _look(step: int, scores: Scores) -> list[float]:
+    return [step, round(scores.prompt_fidelity, 4), round(scores.identity, 4)]
 
 
 def options_of(trial: Trial, context: BenchContext, folder: Path) -> dict[str, str]:
     """The trainer's options."""
-    setting, concept, seed = trial
-    num_steps = context.plan.num_train_steps(setting.method)
+    arm, setting, concept, seed = trial
     paths = Paths(context.model, context.data(concept), folder)
-    options = run_options(paths, method=setting.method, num_steps=num_steps, seed=seed)
-    options |= {**METHOD_FLAGS[setting.method], **setting.flags}
-    if setting.regularizer == "mlm":
+    num_steps = context.plan.evaluation_steps[-1]
+    options = run_options(paths, method=arm.family.method, num_steps=num_steps, seed=seed)
+    flags = {**arm.family.flags, **arm.flags, **setting}
+    weight = flags.pop("weight", "0")
+    if arm.regularizer == "mlm":
         options |= mlm_options(
-            setting.weight,
-            prompts=context.prompts(concept, setting)[0],
-            contextualizer=context.contextualizer(setting.num_blocks),
+            float(weight),
+            prompts=context.prompts(concept, arm.grammar)[0],
+            contextualizer=context.contextualizer(arm.grammar),
         )
-    if setting.regularizer == "prior_preservation":
+        if flags["mlm_target"] == "states":
+            del options["mlm_contextualizer"]  # not read
+    if arm.regularizer == "prior_preservation":
         options |= {
-            "prior_loss_weight": str(setting.weight),
+            "prior_loss_weight": weight,
             "reg_data_dir": str(context.class_images(concept.scene.subject)),
         }
     subject = concept.scene.subject
+    options |= flags
     return {name: subject if value == "CLASS" else value for name, value in options.items()}
 
 
 def trainer_of(trial: Trial, context: BenchContext, folder: Path) -> Trainer:
-    """A trainer with the term of the setting."""
-    setting = trial.setting
+    """A trainer with the term of the arm."""
     trainer, concepts = create_trainer(options_of(trial, context, folder))
-    if setting.regularizer in RIVALS:
+    if trial.arm.regularizer in RIVALS:
         trainer.regularizer = _rival(trial, concepts[0], trainer, context)
-        trainer.mlm_schedule = MLMSchedule(setting.weight)
+        trainer.mlm_schedule = MLMSchedule(float(trial.setting["weight"]))
     return trainer
 
 
 def _rival(
     trial: Trial, words: ConceptWords, trainer: Trainer, context: BenchContext
 ) -> Callable[[int], MLMOutput]:
-    setting, concept, seed = trial
-    if setting.regularizer == "output_preservation":
+    arm, _setting, concept, seed = trial
+    if arm.regularizer == "output_preservation":
         return OutputPreservation(
             method=trainer.method,
             caption=words.class_token,
@@ -190,20 +148,11 @@ def _rival(
             batch_size=BATCH_SIZE,
             seed=seed,
         )
+    texts = context.prompts(concept, arm.grammar)[1]
     return TextRival(
-        setting.regularizer,
+        arm.regularizer,
         text_encoder=trainer.models.text_encoders[0],
         frozen=context.frozen_text_encoder(),
         concept=words,
-        prompts=ContextBatches(context.prompts(concept, setting)[1], MLM_BATCH_SIZE, seed),
+        prompts=ContextBatches(texts, MLM_BATCH_SIZE, seed),
     )
-
-
-def contact_sheet(pictures: Tensor) -> Image.Image:
-    """All pictures, eight side by side."""
-    images = as_images(pictures)
-    side, num_lines = images[0].width, -(-len(images) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * side, num_lines * side), "white")
-    for number, image in enumerate(images):
-        sheet.paste(image, (number % SHEET_COLUMNS * side, number // SHEET_COLUMNS * side))
-    return sheet

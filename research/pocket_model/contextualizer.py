@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.pocket.captions import caption_scene
-from mlm_plugin.pocket.world import draw_scene, generator_of
+from mlm_plugin.pocket.world import Scene, draw_scene, generator_of
 
 __all__ = ["CONTEXTUALIZER_RECIPE", "contextualizer_captions"]
 
@@ -19,7 +21,12 @@ CONTEXTUALIZER_RECIPE = PretrainOptions(
 )
 
 
-def contextualizer_captions(*, seed: int) -> list[str]:
-    """Captions of the world, with ordinary subjects, for a contextualizer to learn from."""
+def contextualizer_captions(*, seed: int, draw: Callable[..., Scene] = draw_scene) -> list[str]:
+    """Captions of the world, with ordinary subjects, for a contextualizer to learn from.
+
+    Args:
+        seed: seed of every draw.
+        draw: draws the scenes, called like ``draw_scene``.
+    """
     rng = generator_of("contextualizer captions", seed)
-    return [caption_scene(draw_scene(rng), rng).text for _ in range(NUM_CAPTIONS)]
+    return [caption_scene(draw(rng), rng).text for _ in range(NUM_CAPTIONS)]

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from mlm_plugin.demo.command import run_pocket
@@ -16,7 +18,6 @@ from mlm_plugin.pocket.captions import (
 )
 from mlm_plugin.pocket.concepts import (
     ASKED,
-    CONTEXT_FAMILIES,
     REPORTED,
     TUNING,
     contexts,
@@ -25,6 +26,8 @@ from mlm_plugin.pocket.concepts import (
     training_scenes,
 )
 from mlm_plugin.pocket.prompt_labels import read_labels
+from mlm_plugin.pocket.scores import identity
+from mlm_plugin.pocket.shipped import pocket_model
 from mlm_plugin.pocket.world import ATTRIBUTES, COLOURS, NO_COMPANION, render
 
 CONCEPTS = (*REPORTED, *TUNING)
@@ -41,13 +44,34 @@ def test_a_concept_is_made_of_known_values_and_unnamed_colours(concept):
     assert distance.max(axis=1).min() > 75  # of 442; in one of its two colours at least
 
 
-def test_no_two_concepts_share_a_name_a_shape_or_a_place():
-    for part in (
-        [concept.token for concept in CONCEPTS],
-        [concept.scene.subject for concept in CONCEPTS],
-        [concept.scene.background for concept in CONCEPTS],
-    ):
+def test_no_two_concepts_share_a_name_or_a_shape_with_its_pattern():
+    looks = [(concept.scene.subject, concept.scene.pattern) for concept in CONCEPTS]
+    for part in ([concept.name for concept in CONCEPTS], looks):
         assert len(set(part)) == len(CONCEPTS)
+
+
+def test_settings_are_tuned_on_other_shapes_than_those_reported():
+    assert (len(REPORTED), len(TUNING)) == (12, 6)
+    reported, tuning = ({c.scene.subject for c in concepts} for concepts in (REPORTED, TUNING))
+    assert not reported & tuning
+
+
+@pytest.fixture(scope="module")
+def vae():
+    folder = pocket_model() / "vae"
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+@every_concept
+def test_the_autoencoder_preserves_every_concept(concept, vae):
+    pixels = torch.stack([_pixels(render(scene)) for scene in training_scenes(concept)])
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    assert identity(decoded, concept).mean() > 0.75
+
+
+def _pixels(art):
+    return torch.from_numpy(art).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @every_concept
@@ -105,12 +129,6 @@ def test_contexts_for_the_term_ask_nothing_that_a_test_prompt_asks(concept):
     for text in texts:
         assert said_in(text)
         assert said_in(text) not in tested
-
-
-def test_contexts_can_leave_out_what_a_family_names():
-    others = tuple(name for name in CONTEXT_FAMILIES if name != "background")
-    texts = contexts(REPORTED[0], number=200, families=others)
-    assert not [text for text in texts if dict(said_in(text)).get("background")]
 
 
 def asked_of(said):

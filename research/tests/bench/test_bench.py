@@ -1,4 +1,4 @@
-"""The bench on a miniature: every setting runs as asked, pairs share noise, and it resumes."""
+"""The bench on a miniature: every kind of arm runs as asked, pairs share noise, and it resumes."""
 
 import dataclasses
 import json
@@ -7,21 +7,41 @@ import signal
 
 import pytest
 
+from mlm_plugin.config.loading import load_config
+from mlm_plugin.config.options import OPTIONS
+from mlm_plugin.demo.options import as_argv
 from mlm_plugin.errors import UserError
+from mlm_plugin.methods.checks import check_config
 from mlm_plugin.pocket.concepts import REPORTED, TUNING
 from mlm_plugin.training.callbacks import Callback
-from research.bench import trial
+from research.bench import run, search, trial
 from research.bench.__main__ import main
 from research.bench.context import BenchContext
-from research.bench.plan import FULL, METHOD_FLAGS, SHORT, Setting, chosen
-from research.bench.run import run_bench
-from research.bench.trial import Trial, options_of, run_trial
+from research.bench.grammars import GRAMMARS
+from research.bench.plan import ARMS, UNTRAINED, BenchPlan, Trial
+from research.bench.records import Records
+from research.bench.run import Limits, run_stage
+from research.bench.search import Round
+from research.bench.trial import options_of, run_trial
+from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE
 
-STEPS = dict.fromkeys(METHOD_FLAGS, (1, 2))
-SMALL = dataclasses.replace(
-    FULL, ablations=(), evaluation_steps=STEPS, num_steps=2, concepts=REPORTED[:1], seeds=(0,)
-)
-KINDS = {(s.method, s.regularizer): s for s in reversed(FULL.settings)}
+SMALL = BenchPlan(evaluation_steps=(1, 2), num_steps=2)
+PLAIN = ARMS["lora plain"]
+CORE = ARMS["lora core"]
+
+
+def is_known(arm):
+    """Whether the trainer has all options of the arm."""
+    return set(arm.flags) <= set(OPTIONS)
+
+
+def kinds():
+    """Every regularizer on LoRA, every family plain, and the term in the U-Net alone."""
+    found = {"cross": ARMS["lora_unet_only cross/states"]}
+    for arm in ARMS.values():
+        if arm.family.name == "lora" or arm.form == "plain":
+            found.setdefault((arm.family.name, arm.regularizer), arm)
+    return found.values()
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +49,57 @@ def context(tiny_pocket, tmp_path_factory):
     return BenchContext(tiny_pocket[0], tmp_path_factory.mktemp("bench"), SMALL)
 
 
-@pytest.mark.parametrize("setting", KINDS.values(), ids=lambda setting: setting.name)
-def test_every_kind_of_setting_trains_and_is_evaluated(setting, context):
-    records = run_trial(Trial(setting, REPORTED[0], 0), context)
-    assert [record["step"] for record in records] == [1, 2]
-    for record in records:
-        assert (record["method"], record["regularizer"]) == (setting.method, setting.regularizer)
-        assert 0 <= record["prompt_fidelity"] <= 1
-        assert 0 <= record["identity"] <= 1
-        assert -1 <= record["clip_t"] <= 1
-    assert records[0]["seconds_per_step"] == records[1]["seconds_per_step"] > 0
+@pytest.mark.parametrize("arm", kinds(), ids=lambda arm: arm.name)
+def test_every_kind_of_arm_trains_and_is_evaluated(arm, context, monkeypatch):
+    monkeypatch.setattr("research.bench.context.NUM_CLASS_IMAGES", 4)
+    record = run_trial(Trial(arm, arm.grid[0], REPORTED[0], 0), context)
+    assert [look[0] for look in record["looks"]] == [1, 2]
+    assert all(0 <= value <= 1 for look in record["looks"] for value in look[1:])
+    assert record["ms_per_step"] > 0
+    assert json.loads(json.dumps(record)) == record
 
 
-def test_no_two_settings_share_a_name():
-    names = [setting.name for setting in (*FULL.settings, *FULL.ablations)]
-    assert len(set(names)) == len(names)
-    assert {setting.name for setting in SHORT.settings} <= set(names)
+@pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
+def test_the_trainer_accepts_every_setting(arm, context, tmp_path, monkeypatch):
+    if not is_known(arm):
+        pytest.skip("the trainer does not have its options yet")
+    monkeypatch.setattr(context, "contextualizer", lambda grammar: tmp_path)
+    monkeypatch.setattr(context, "class_images", lambda subject: tmp_path)
+    for setting in arm.grid:
+        options = options_of(Trial(arm, setting, REPORTED[0], 3), context, tmp_path)
+        config = load_config(as_argv(options))
+        check_config(config)
+        assert config.schedule.seed == 3
+        assert options.get("init_word") in (None, REPORTED[0].scene.subject)
+
+
+def test_on_tuning_concepts_only_the_end_is_evaluated(context):
+    record = run_trial(Trial(PLAIN, PLAIN.grid[0], TUNING[0], 0), context)
+    assert [look[0] for look in record["looks"]] == [2]
+
+
+def test_the_untrained_model_is_evaluated_with_both_words(context):
+    name, word = (
+        run_trial(Trial(UNTRAINED, setting, REPORTED[0], 0), context) for setting in UNTRAINED.grid
+    )
+    assert [look[0] for look in (*name["looks"], *word["looks"])] == [0, 0]
+    assert name["key"] != word["key"]
+
+
+def test_each_grammar_has_its_contextualizer_and_contexts(tiny_pocket, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(CONTEXTUALIZER_RECIPE, max_train_steps=2, eval_every_n_steps=2)
+    monkeypatch.setattr("research.bench.context.CONTEXTUALIZER_RECIPE", recipe)
+    monkeypatch.setattr("research.pocket_model.contextualizer.NUM_CAPTIONS", 300)
+    context = BenchContext(tiny_pocket[0], tmp_path, SMALL)
+    context.prepare(
+        Trial(ARMS[name], ARMS[name].grid[0], REPORTED[0], 0)
+        for name in ("lora encoder/word", "lora encoder/word/linked")
+    )
+    free, linked = (context.contextualizer(grammar) for grammar in ("free", "linked"))
+    assert free == tiny_pocket[0] / "contextualizer.safetensors"
+    assert linked.read_bytes() != free.read_bytes()
+    texts = [context.prompts(REPORTED[0], grammar)[0].read_text() for grammar in GRAMMARS]
+    assert len(set(texts)) == 2
 
 
 class Losses(Callback):
@@ -56,112 +111,154 @@ class Losses(Callback):
         self.terms.append(result.mlm)
 
 
-def losses_of(setting, context, tmp_path):
-    trainer = trial.trainer_of(Trial(setting, REPORTED[0], 0), context, tmp_path)
+def losses_of(arm, setting, context, tmp_path):
+    trainer = trial.trainer_of(Trial(arm, setting, REPORTED[0], 0), context, tmp_path)
     callback = Losses()
     trainer.callbacks = [callback]
     trainer.run()
     return callback
 
 
-@pytest.mark.parametrize("regularizer", ["mlm", "core", "output_preservation"])
-def test_settings_of_a_seed_see_the_same_pictures_and_noise(regularizer, context, tmp_path):
-    plain = losses_of(Setting("lora"), context, tmp_path)
-    other = losses_of(Setting("lora", regularizer, 0.1), context, tmp_path)
+@pytest.mark.parametrize("form", ["encoder/class", "core", "output_preservation"])
+def test_arms_see_the_same_pictures_and_noise(form, context, tmp_path):
+    rates = {"unet_lr": "5e-3", "text_encoder_lr": "5e-3"}
+    plain = losses_of(PLAIN, rates, context, tmp_path)
+    other = losses_of(ARMS[f"lora {form}"], {**rates, "weight": "0.1"}, context, tmp_path)
     assert other.diffusion[0] == plain.diffusion[0]
     assert plain.terms == [None, None]
     assert all(term is not None for term in other.terms)
 
 
 def test_a_term_of_weight_zero_is_the_plain_run(context):
-    plain, nothing = (
-        run_trial(Trial(Setting("lora", name), REPORTED[0], 0), context)
-        for name in ("plain", "core")
-    )
-    for a, b in zip(plain, nothing, strict=True):
-        assert a["identity"] == b["identity"]
-        assert a["clip_t"] == b["clip_t"]
+    rates = {"unet_lr": "5e-3", "text_encoder_lr": "5e-3"}
+    plain = run_trial(Trial(PLAIN, rates, REPORTED[0], 0), context)
+    nothing = run_trial(Trial(CORE, {**rates, "weight": "0"}, REPORTED[0], 0), context)
+    assert nothing["looks"] == plain["looks"]
 
 
-def test_the_table_of_a_plan_is_written_and_a_second_run_does_nothing(
-    tiny_pocket, tmp_path, capsys
-):
-    plan = dataclasses.replace(SMALL, settings=(Setting("lora"), Setting("lora", "core", 0.1)))
-    assert run_bench(plan, model=tiny_pocket[0], output=tmp_path) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    steps = [(r["method"], r["regularizer"], r["step"]) for r in results["records"]]
-    assert steps == [
-        ("base", "plain", 0),
-        *(("lora", n, s) for n in ("plain", "core") for s in (1, 2)),
-    ]
-    assert "lora + core 0.1" in (tmp_path / "table.md").read_text()
-    assert "<svg" in (tmp_path / "report.html").read_text()
+@pytest.fixture
+def short_search(monkeypatch):
+    """Two settings on one concept, the better one on another: three trials."""
+    rounds = (Round(2, slice(0, 1)), Round(1, slice(1, 2)))
+    monkeypatch.setattr(search, "ROUNDS", rounds)
+
+
+@pytest.fixture
+def records(tmp_path):
+    return Records(tmp_path / "records", "a model")
+
+
+def test_a_second_run_does_nothing_and_a_longer_one_goes_on(context, records, short_search, capsys):
+    everything = {"context": context, "records": records}
+    assert run_stage("tuning", [PLAIN], **everything) == 0
     assert capsys.readouterr().out.count("fidelity") == 3
+    assert len(records.of("tuning", PLAIN.name)) == 3
+    unet_only = ARMS["lora_unet_only plain"]
+    assert run_stage("tuning", [PLAIN, unet_only], **everything, limits=Limits(jobs=2)) == 0
+    out = capsys.readouterr().out
+    assert out.count("fidelity") == out.count("lora_unet_only plain (") == 3
+    assert "tuning of lora plain: complete" in out
 
-    assert run_bench(plan, model=tiny_pocket[0], output=tmp_path) == 0
-    assert "fidelity" not in capsys.readouterr().out
-    more = dataclasses.replace(plan, settings=(*plan.settings, Setting("lora", "textboost", 0.1)))
-    assert run_bench(more, model=tiny_pocket[0], output=tmp_path) == 0
-    assert capsys.readouterr().out.count("fidelity") == 1
+
+def test_terms_wait_for_plain_training_and_take_over_its_rates(context, records, fake_trials):
+    """The best plain setting of the fake trials is the last, with ``unet_lr`` 5e-3."""
+    everything = {"context": context, "records": records}
+    with pytest.raises(UserError, match="lora core: takes over rates of lora plain; tune that"):
+        run_stage("tuning", [CORE], **everything)
+    for rate, named in (("5e-3", None), ("2.5e-3", "best with .*5e-3.*set other_rates")):
+        family = dataclasses.replace(CORE.family, other_rates={"unet_lr": rate})
+        arms = [PLAIN, dataclasses.replace(CORE, family=family)]
+        if named is None:
+            assert run_stage("tuning", arms, **everything) == 0
+        else:
+            with pytest.raises(UserError, match=named):
+                run_stage("tuning", arms, **everything)
 
 
-def test_a_signal_ends_the_bench_and_keeps_what_is_done(tiny_pocket, tmp_path, monkeypatch, capsys):
-    plan = dataclasses.replace(SMALL, settings=(Setting("lora"), Setting("lora", "core", 0.1)))
-    evaluate = trial.BenchTest.evaluate
+@pytest.fixture
+def fake_trials(monkeypatch):
+    ran = []
 
-    def evaluate_and_stop(test, model, words=None):
-        if words is None:
+    def fake(trial_, _context):
+        ran.append(trial_)
+        fidelity = 0.5 + 0.1 * trial_.arm.grid.index(trial_.setting)
+        return {
+            "key": run.key_of(trial_), "setting": dict(trial_.setting),
+            "concept": trial_.concept.name, "seed": trial_.seed,
+            "looks": [[2, fidelity, 0.5]], "ms_per_step": 1.0, "seconds": 1.0,
+        }  # fmt: skip
+
+    monkeypatch.setattr(run, "run_trial", fake)
+    return ran
+
+
+def test_the_setting_found_is_reported_on_all_concepts_and_seeds(context, records, fake_trials):
+    everything = {"context": context, "records": records}
+    with pytest.raises(UserError, match="lora plain: its search is incomplete; run --stage tun"):
+        run_stage("report", [PLAIN], **everything)
+    run_stage("tuning", [PLAIN], **everything)
+    assert {trial.concept.name for trial in fake_trials} == {c.name for c in TUNING}
+    fake_trials.clear()
+    run_stage("report", [UNTRAINED, PLAIN], **everything)
+    trained = [trial for trial in fake_trials if trial.arm is PLAIN]
+    assert len(fake_trials) == 3 * len(trained) == 3 * 24
+    assert all(trial.setting == PLAIN.grid[-1] for trial in trained)
+    assert {(t.concept.name, t.seed) for t in trained} == {
+        (concept.name, seed) for concept in REPORTED for seed in (0, 1)
+    }
+
+
+def test_no_trial_starts_after_the_time_is_up(context, records, fake_trials, capsys):
+    limits = Limits(minutes=0)
+    assert run_stage("tuning", [PLAIN], context=context, records=records, limits=limits) == 0
+    assert not fake_trials
+    assert "out of time; the same command continues" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_bench_and_keeps_what_is_done(
+    context, records, short_search, monkeypatch, capsys
+):
+    on_step_end = trial.TimedEvaluations.on_step_end
+
+    def stop_in_the_second_trial(callback, trainer, result):
+        if records.of("tuning", PLAIN.name):
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(test, model, words)
+        on_step_end(callback, trainer, result)
 
-    monkeypatch.setattr(trial.BenchTest, "evaluate", evaluate_and_stop)
-    assert run_bench(plan, model=tiny_pocket[0], output=tmp_path) == 143
+    monkeypatch.setattr(trial.TimedEvaluations, "on_step_end", stop_in_the_second_trial)
+    assert run_stage("tuning", [PLAIN], context=context, records=records) == 143
     assert "the same command continues" in capsys.readouterr().err
-    records = json.loads((tmp_path / "results.json").read_text())["records"]
-    assert [record["method"] for record in records] == ["base"]
+    assert len(records.of("tuning", PLAIN.name)) == 1
 
 
-def test_trials_in_processes_of_their_own_give_the_same_records(tiny_pocket, tmp_path):
-    plan = dataclasses.replace(SMALL, settings=(Setting("lora"), Setting("lora", "core", 0.1)))
-    records = []
-    for jobs in (1, 2):
-        output = tmp_path / str(jobs)
-        assert run_bench(plan, model=tiny_pocket[0], output=output, jobs=jobs) == 0
-        found = json.loads((output / "results.json").read_text())["records"]
-        records.append(sorted(found, key=lambda r: (r["method"], r["regularizer"], r["step"])))
-    for one, other in zip(*records, strict=True):
-        assert one.keys() == other.keys()
-        for name in ("regularizer", "step", "prompt_fidelity", "identity"):
-            assert one[name] == pytest.approx(other[name], abs=1e-4)
-
-
-def test_results_of_another_model_are_not_mixed(tiny_pocket, tmp_path):
-    (tmp_path / "results.json").write_text('{"model": "other", "records": [], "done": []}')
+def test_results_of_another_model_are_not_mixed(records):
+    record = {"key": "a", "looks": []}
+    records.add("tuning", PLAIN.name, record)
+    assert records.of("tuning", PLAIN.name) == {"a": record}
     with pytest.raises(UserError, match="results of another model"):
-        run_bench(SMALL, model=tiny_pocket[0], output=tmp_path)
+        Records(records.folder, "another").of("tuning", PLAIN.name)
 
 
-def test_parts_of_a_plan_can_be_chosen():
-    plan = chosen(FULL, methods=["xti"], tuning=True)
-    assert {setting.method for setting in plan.settings} == {"xti"}
-    assert plan.concepts == TUNING
-    with pytest.raises(UserError, match="--method dora: not in this plan; it has lora"):
-        chosen(FULL, methods=["dora"], tuning=False)
-
-
-def test_a_class_word_is_where_the_plan_says_so(context, tmp_path):
-    options = options_of(Trial(Setting("textual_inversion"), REPORTED[1], 3), context, tmp_path)
-    assert options["init_word"] == "robot"
-    assert options["seed"] == "3"
+def test_a_key_depends_on_all_that_determines_a_result():
+    one = Trial(PLAIN, PLAIN.grid[0], REPORTED[0], 0)
+    others = [
+        one._replace(seed=1),
+        one._replace(concept=REPORTED[1]),
+        one._replace(setting=PLAIN.grid[1]),
+        one._replace(arm=dataclasses.replace(PLAIN, flags={"network_dim": "4"})),
+        one._replace(arm=dataclasses.replace(PLAIN, grammar="linked")),
+    ]
+    assert len({run.key_of(trial) for trial in (one, *others)}) == 6
+    assert run.key_of(one) == run.key_of(one._replace(setting=dict(PLAIN.grid[0])))
 
 
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--output", "{}", "--model", "{}"], "no oracle.safetensors there"),
-        ([], "required: --output"),
-        (["--output", "{}", "--method", "dora"], "--method dora"),
-        (["--output", "{}", "--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--stage", "tuning", "--output", "{}", "--model", "{}"], "no oracle.safetensors there"),
+        (["--stage", "tuning"], "required: --output"),
+        (["--stage", "tuning", "--output", "{}", "--arms", "dora"], "--arms 'dora'"),
+        (["--stage", "tuning", "--output", "{}", "--jobs", "0"], "--jobs 0: must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line(argv, named, tmp_path):

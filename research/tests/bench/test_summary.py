@@ -1,98 +1,96 @@
-"""From records to the table: Pareto fronts, pairs, and runs without a partner."""
+"""Means over seeds, Holm's correction, and a comparison that favours neither arm."""
 
-import math
-
+import numpy as np
 import pytest
 
-from research.bench.report import html_report, markdown_table
-from research.bench.summary import (
-    SettingKey,
-    comparisons,
-    fidelity_at,
-    matched_difference,
-    summarize,
-)
+from research.bench.summary import compare, curves_of, holm, matched_difference, pooled
+
+START = (0.16, 0.99)
 
 
-def evaluation(step, fidelity, identity, *, regularizer="plain", concept="sks dog", seed=0):
-    return {
-        "method": "lora", "regularizer": regularizer, "weight": 0.1 * (regularizer != "plain"),
-        "variant": "", "concept": concept, "seed": seed, "step": step,
-        "prompt_fidelity": fidelity, "identity": identity, "clip_t": 0.2, "clip_i": 0.5,
-        "seconds_per_step": 0.05,
-    }  # fmt: skip
+def curve(*points):
+    return np.array([START, *points])
 
 
-CURVE = [evaluation(50, 0.9, 0.2), evaluation(100, 0.7, 0.4), evaluation(200, 0.5, 0.6)]
+def test_seeds_are_averaged_first_behind_the_untrained_model():
+    def record(seed, *looks):
+        return {"concept": "sks dog", "seed": seed, "looks": looks}
+
+    untrained = [record(0, (0, 1.0, 0.1)), record(1, (0, 0.9, 0.2))]
+    trained = [record(0, (200, 0.6, 0.5)), record(1, (200, 0.8, 0.7))]
+    found = curves_of(trained, untrained)
+    assert found["sks dog"] == pytest.approx(np.array([[0.15, 0.95], [0.6, 0.7]]))
 
 
-def test_fidelity_is_linear_between_evaluations_and_level_below_them():
-    assert fidelity_at(0.3, CURVE) == pytest.approx(0.8)
-    assert fidelity_at(0.4, CURVE) == pytest.approx(0.7)
-    assert fidelity_at(0.0, CURVE) == pytest.approx(0.9)
-    assert math.isnan(fidelity_at(0.7, CURVE))
+def test_looks_are_pooled_until_identity_rises():
+    found = pooled(curve((0.5, 0.9), (0.4, 0.7), (0.6, 0.6)))
+    assert found == pytest.approx(curve((0.45, 0.8), (0.6, 0.6)))
+    falling = pooled(curve((0.6, 0.9), (0.5, 0.8), (0.4, 0.4)))
+    assert falling == pytest.approx(curve((0.5, 0.7)))
 
 
-def test_an_evaluation_that_another_beats_on_both_counts_does_not_lower_the_front():
-    assert fidelity_at(0.5, [*CURVE, evaluation(300, 0.4, 0.5)]) == pytest.approx(0.6)
+def test_arms_are_compared_where_both_have_been():
+    """Ours ends at 0.5 with 0.8; there theirs is halfway from 0.7 to 0.5."""
+    ours, theirs = curve((0.3, 0.95), (0.5, 0.8)), curve((0.4, 0.7), (0.6, 0.5))
+    assert matched_difference(ours, theirs) == pytest.approx(0.2)
+    assert matched_difference(theirs, ours) == pytest.approx(-0.2)
 
 
-def test_runs_are_compared_where_both_have_been():
-    """Theirs reaches 0.6 of identity, ours 0.5: there theirs has 0.6 of fidelity and ours 0.8."""
-    ours = {("sks dog", 0): [evaluation(50, 0.95, 0.3), evaluation(200, 0.8, 0.5)]}
-    theirs = {("sks dog", 0): CURVE, ("zwx robot", 0): CURVE}
-    found = matched_difference(ours, theirs)
-    assert found.value.mean == pytest.approx(0.2)
-    assert found.value.n == 1
-    assert matched_difference(theirs, ours).value.mean == pytest.approx(-0.2)
+def test_the_unit_is_the_concept():
+    gains = {f"concept {i}": 0.05 + 0.01 * i for i in range(12)}
+    theirs = {name: curve((0.6, 0.5)) for name in gains}
+    ours = {name: curve((0.6, 0.5 + gain)) for name, gain in gains.items()}
+    found = compare(ours, theirs)
+    assert found.by_concept == pytest.approx(gains)
+    assert found.matched.n == 12
+    assert found.p_value == 2 / 4096
+    assert found.fidelity.mean == pytest.approx(np.mean(list(gains.values())))
+    assert compare(ours, {}) is None
 
 
-def test_the_table_pairs_runs_by_concept_and_seed():
-    records = []
-    for seed, gain in enumerate((0.1, 0.2, 0.3)):
-        records += [evaluation(100, 0.5 + seed / 10, 0.6, seed=seed)]
-        records += [evaluation(100, 0.5 + seed / 10 + gain, 0.5, seed=seed, regularizer="mlm")]
-    plain, mlm = summarize(records)
-    assert plain.setting == SettingKey("lora", "plain", 0.0, "")
-    assert plain.fidelity is None
-    assert plain.means["prompt_fidelity"].mean == pytest.approx(0.6)
-    assert mlm.fidelity.value.mean == pytest.approx(0.2)
-    assert mlm.identity.value.mean == pytest.approx(-0.1)
-    assert mlm.fidelity.value.n == 3
-    assert mlm.fidelity.p_value == pytest.approx(0.25, abs=0.02)  # 2 of 8 signs
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
 
 
-def test_the_term_is_held_against_every_rival_of_its_method():
-    records = []
-    for seed in range(3):
-        for regularizer, fidelity in (("plain", 0.5), ("mlm", 0.9), ("core", 0.8)):
-            records += [evaluation(100, fidelity, 0.5, seed=seed, regularizer=regularizer)]
-    (comparison,) = comparisons(records)
-    assert (comparison.ours.regularizer, comparison.theirs.regularizer, comparison.num_runs) == (
-        "mlm",
-        "core",
-        3,
-    )
-    assert comparison.fidelity.value.mean == pytest.approx(0.1)
-    assert comparison.identity.value.mean == pytest.approx(0.0)
-    assert comparison.matched.value.mean == pytest.approx(0.1)
-    assert "| lora + mlm 0.1 | lora + core 0.1 | 3 | +10.0" in markdown_table(records)
-    assert comparisons([record for record in records if record["regularizer"] != "core"]) == []
+# Simulated arms. On the shared curve, fidelity falls by 0.8 per unit of identity.
 
 
-def test_only_the_last_evaluation_of_a_run_counts_as_its_end():
-    (row,) = summarize(CURVE)
-    assert row.means["identity"].mean == pytest.approx(0.6)
-    assert row.means["identity"].n == 1
+def simulated(rng, end):
+    """Three noisy looks of an arm whose identity ends at ``end``: the mean over two seeds."""
+    identity = np.linspace(0.45, 1, 3) ** 0.5 * end
+    truth_K2 = np.stack([identity, 1.1 - 0.8 * identity], axis=1)
+    noise_SK2 = rng.normal(0, (0.03, 0.08), (2, *truth_K2.shape))
+    return np.vstack([(0.16, 1.1 - 0.8 * 0.16), (truth_K2 + noise_SK2).mean(axis=0)])
 
 
-def test_table_and_page_name_every_setting_once_and_escape_it():
-    records = [*CURVE, evaluation(200, 0.6, 0.6, regularizer="mlm")]
-    table = markdown_table(records)
-    assert table.count("\n") == 4
-    assert "| lora + mlm 0.1 | 1 | 60.0 | 60.0 |" in table
-    page = html_report({"model": "<b>", "records": records})
-    assert "lora + mlm 0.1" in page
-    assert "&lt;b&gt;" in page
-    assert page.count('<g class="dot">') == 4  # one per setting and evaluation
-    assert page.count('<g class="curve">') == 2  # one per setting
+def greatest_common_identity(ours, theirs):
+    """The rule of before: best fidelity on the Pareto front, where the lower maximum is."""
+    reached = min(ours[:, 0].max(), theirs[:, 0].max())
+    return _on_front(reached, ours) - _on_front(reached, theirs)
+
+
+def _on_front(identity, curve_K2):
+    front = []
+    for point in sorted(map(tuple, curve_K2), reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return np.interp(identity, *zip(*reversed(front), strict=True))
+
+
+def mean_and_error(rule, ends, *, number=4000):
+    rng = np.random.default_rng(0)
+    values = [rule(simulated(rng, ends[0]), simulated(rng, ends[1])) for _ in range(number)]
+    return np.mean(values), np.std(values) / np.sqrt(number)
+
+
+@pytest.mark.parametrize("ends", [(0.65, 0.65), (0.58, 0.66), (0.66, 0.58)])
+def test_arms_on_one_curve_differ_by_nothing_on_average(ends):
+    mean, error = mean_and_error(matched_difference, ends)
+    assert abs(mean) < 3 * error < 0.004
+
+
+def test_the_rule_of_before_favoured_the_arm_that_goes_further():
+    mean, error = mean_and_error(greatest_common_identity, (0.58, 0.66))
+    assert mean < -5 * error
+    assert mean < -0.005

@@ -1,0 +1,231 @@
+"""The tables of the pages, written from the committed records: ``python -m research.bench.pages``.
+
+A page has a pair of markers, ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``, around every
+table; what is between them is generated. Does not train anything.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median
+from textwrap import indent
+from typing import NamedTuple
+
+from mlm_plugin.evaluation.measures import Mean
+from mlm_plugin.pocket.concepts import REPORTED
+from research.bench.plan import (
+    ARMS,
+    CLAIMS,
+    FAMILIES,
+    RECOMMENDED,
+    UNTRAINED,
+    Arm,
+    Claim,
+    Trial,
+    trials_to_report,
+)
+from research.bench.records import Record, Records, key_of
+from research.bench.search import search
+from research.bench.summary import Comparison, Curve, compare, curves_of, holm
+
+__all__ = ["PAGES", "blocks", "rewritten"]
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "docs" / "experiments.md", ROOT / "README.md")
+NOTHING = "No results of the current plan yet.\n"
+
+
+class Result(NamedTuple):
+    """What is reported of an arm: its setting, the last look and the curve of every concept."""
+
+    setting: Mapping[str, str]
+    records: list[Record]
+    curves: dict[str, Curve]
+
+
+def main() -> int:
+    """Write the tables of all pages."""
+    found = blocks(Records())
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+        print(f"wrote {page}")
+    return 0
+
+
+def rewritten(text: str, found: Mapping[str, str]) -> str:
+    """A page with its blocks replaced, indented like their markers."""
+    for name, block in found.items():
+        pattern = rf"^( *)<!-- bench:{name} -->\n.*?<!-- /bench:{name} -->"
+        marked = f"<!-- bench:{name} -->\n\n{block}\n<!-- /bench:{name} -->"
+        text = re.sub(pattern, lambda match, m=marked: indent(m, match[1]), text, flags=re.S | re.M)
+    return text
+
+
+def blocks(records: Records) -> dict[str, str]:
+    """The generated blocks by name."""
+    results = {name: result for name in ARMS if (result := _result(ARMS[name], records))}
+    found = {claim: _compared(claim, results) for claim in CLAIMS}
+    return {
+        "tuning": _tuning_table(records),
+        "report": _report_table(results, records),
+        "claims": _claims_table(found),
+        "concepts": _concepts_tables(results, found),
+        "readme": _readme_table(results),
+    }
+
+
+def _result(arm: Arm, records: Records) -> Result | None:
+    """The complete report of an arm, or ``None``."""
+    winner = search(arm, records.of("tuning", arm.name)).winner
+    if winner is None:
+        return None
+    reported = _all_of(trials_to_report(arm, winner), records)
+    untrained = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[0]), records)
+    if reported is None or untrained is None:
+        return None
+    return Result(winner, reported, curves_of(reported, untrained))
+
+
+def _all_of(trials: Sequence[Trial], records: Records) -> list[Record] | None:
+    done = records.of("report", trials[0].arm.name)
+    keys = [key_of(trial) for trial in trials]
+    return [done[key] for key in keys] if all(key in done for key in keys) else None
+
+
+def _compared(claim: Claim, results: Mapping[str, Result]) -> Comparison | None:
+    if claim.ours not in results or claim.theirs not in results:
+        return None
+    return compare(results[claim.ours].curves, results[claim.theirs].curves)
+
+
+def _tuning_table(records: Records) -> str:
+    rows = []
+    for arm in ARMS.values():
+        done = records.of("tuning", arm.name)
+        found = search(arm, done)
+        if found.winner is None:
+            continue
+        best = [record for record in done.values() if record["setting"] == found.winner]
+        rows.append(
+            [
+                arm.name,
+                _setting(found.winner),
+                f"{found.scores[0][1]:.3f}",
+                *_last_look(best),
+            ]
+        )
+    return _table(("arm", "setting found", "score", "prompt fidelity", "identity"), rows)
+
+
+def _report_table(results: Mapping[str, Result], records: Records) -> str:
+    rows = []
+    ceiling = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[1]), records)
+    if ceiling is not None:
+        rows.append(["untrained model, class word", "–", *_last_look(ceiling), "–", "–"])
+    for name, result in results.items():
+        plain = results.get(f"{ARMS[name].family.name} plain")
+        against = None
+        if plain is not None and plain is not result:
+            against = compare(result.curves, plain.curves)
+        rows.append(
+            [
+                name,
+                _setting(result.setting),
+                *_last_look(result.records),
+                _points(against.matched) if against else "–",
+                f"{median(r['ms_per_step'] for r in result.records):.0f}",
+            ]
+        )
+    headings = (
+        "arm", "setting", "prompt fidelity", "identity", "Δ fidelity to plain at matched identity",
+        "ms / step",
+    )  # fmt: skip
+    return _table(headings, rows)
+
+
+def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
+    """Holm's correction is over all claims; those without results count as p = 1."""
+    corrected = holm([c.p_value if c else 1.0 for c in found.values()])
+    rows = [
+        [
+            claim.ours,
+            claim.theirs,
+            _points(comparison.matched),
+            f"{comparison.p_value:.4f}",
+            f"{p:.4f}",
+            _points(comparison.fidelity),
+            _points(comparison.identity),
+        ]
+        for (claim, comparison), p in zip(found.items(), corrected, strict=True)
+        if comparison is not None
+    ]
+    headings = (
+        "with the term", "against", "Δ fidelity at matched identity", "p",
+        f"p, Holm over {len(found)}", "Δ fidelity, last step", "Δ identity, last step",
+    )  # fmt: skip
+    return _table(headings, rows)
+
+
+def _concepts_tables(
+    results: Mapping[str, Result], found: Mapping[Claim, Comparison | None]
+) -> str:
+    """Every arm's fidelity / identity after the last step, then the differences of the claims."""
+    names = [concept.name for concept in REPORTED]
+    values = [
+        [name, *("{1:.0f} / {0:.0f}".format(*100 * result.curves[n][-1]) for n in names)]
+        for name, result in results.items()
+    ]
+    differences = [
+        [f"{claim.ours} – {claim.theirs}", *(f"{100 * c.by_concept[n]:+.1f}" for n in names)]
+        for claim, c in found.items()
+        if c is not None
+    ]
+    if not values:
+        return NOTHING
+    tables = [_table(("fidelity / identity, last step", *names), values)]
+    if differences:
+        tables.append(_table(("Δ fidelity at matched identity", *names), differences))
+    return "\n".join(tables)
+
+
+def _readme_table(results: Mapping[str, Result]) -> str:
+    rows = []
+    for family in FAMILIES:
+        plain = results.get(f"{family} plain")
+        ours = results.get(f"{family} {RECOMMENDED.get(family, 'encoder/class')}")
+        if plain is not None and ours is not None:
+            difference = compare(ours.curves, plain.curves)
+            cells = ["{} %, likeness {}".format(*_last_look(r.records)) for r in (plain, ours)]
+            rows.append([family.replace("_", " "), *cells, _points(difference.matched)])
+    headings = ("", "best plain setting", "with the term", "difference at the same likeness")
+    return _table(headings, rows)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return NOTHING
+    lines = ["| " + " | ".join(cells) + " |" for cells in (headings, *rows)]
+    lines.insert(1, "|" + "---|" * len(headings))
+    return "\n".join(lines) + "\n"
+
+
+def _last_look(records: Sequence[Record]) -> list[str]:
+    """Mean prompt fidelity and identity after the last step, in percent."""
+    return [f"{100 * mean(r['looks'][-1][column] for r in records):.1f}" for column in (1, 2)]
+
+
+def _setting(setting: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in setting.items())
+
+
+def _points(value: Mean) -> str:
+    """A difference in percentage points, with its 95 % interval."""
+    half = "" if value.interval is None else f" ± {100 * value.interval:.1f}"
+    return f"{100 * value.mean:+.1f}{half}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

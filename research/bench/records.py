@@ -1,0 +1,79 @@
+"""Records of finished trials: small JSON files, one per stage and arm, committed to the repository.
+
+A trial is identified by a fingerprint of everything that determines its result, so a record of
+another plan is not taken for it. Does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path, read_text
+from research.bench.plan import PLAN, Trial
+
+__all__ = ["RECORDS", "Record", "Records", "key_of"]
+
+RECORDS = Path(__file__).parents[1] / "results" / "bench"
+Record = Mapping[str, Any]
+
+
+def key_of(trial: Trial) -> str:
+    """Fingerprint of everything that determines the result of a trial."""
+    arm, setting, concept, seed = trial
+    facts = [
+        arm.family.method,
+        dict(arm.family.flags),
+        arm.regularizer,
+        dict(arm.flags),
+        arm.grammar,
+        dict(setting),
+        concept.name,
+        seed,
+        *PLAN,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Records:
+    """Reads and adds records.
+
+    A record has ``key``, ``setting``, ``concept``, ``seed``, ``looks`` (step, prompt fidelity and
+    identity of every evaluation), ``ms_per_step``, ``seconds`` of the whole trial, and ``commit``.
+
+    Args:
+        folder: has a folder for each stage.
+        model: fingerprint of the pocket model; ``None``: reading only, of any model.
+    """
+
+    def __init__(self, folder: Path = RECORDS, model: str | None = None):
+        self.folder, self.model = folder, model
+
+    def of(self, stage: str, name: str) -> dict[str, Record]:
+        """Records of an arm by key, empty if there are none.
+
+        Raises:
+            UserError: they are those of another model.
+        """
+        path = self._path(stage, name)
+        if not path.exists():
+            return {}
+        content = json.loads(read_text(path))
+        if self.model not in (None, content["model"]):
+            raise UserError(f"{path}: has results of another model; choose another --records")
+        return {record["key"]: record for record in content["trials"]}
+
+    def add(self, stage: str, name: str, record: Record) -> None:
+        """Add the record of a trial, or replace an earlier one."""
+        records = {**self.of(stage, name), record["key"]: record}
+        lines = ",\n".join("  " + json.dumps(value) for value in records.values())
+        header = json.dumps({"arm": name, "model": self.model})[:-1]
+        with atomic_path(self._path(stage, name)) as temporary:
+            temporary.write_text(f'{header}, "trials": [\n{lines}\n]}}\n', encoding="utf-8")
+
+    def _path(self, stage: str, name: str) -> Path:
+        return self.folder / stage / f"{name.replace(' ', '-').replace('/', '_')}.json"

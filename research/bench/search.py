@@ -1,0 +1,86 @@
+"""The search for an arm's setting: successive halving on the tuning concepts, alike for all arms.
+
+Every setting is tried on the first concepts, the better half goes on to the next ones. Knows no
+models and does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import harmonic_mean, mean
+from typing import Any, NamedTuple
+
+from research.bench.plan import Arm, Flags, Trial, tuning_trials
+from research.bench.records import key_of
+
+__all__ = ["NUM_TRIALS", "ROUNDS", "Search", "score", "search"]
+
+Record = Mapping[str, Any]
+
+
+class Round(NamedTuple):
+    """How many settings are tried, and on which of the tuning concepts."""
+
+    num_settings: int
+    concepts: slice
+
+
+ROUNDS = (Round(6, slice(0, 2)), Round(3, slice(2, 4)), Round(2, slice(4, 6)))
+NUM_TRIALS = 22
+"""Trials of a search."""
+
+
+class Search(NamedTuple):
+    """Where a search is.
+
+    Attributes:
+        missing: the trials that the current round lacks; none when the search is complete.
+        scores: mean score of each setting still in the race over all its trials, best first.
+    """
+
+    missing: list[Trial]
+    scores: list[tuple[Flags, float]]
+
+    @property
+    def winner(self) -> Flags | None:
+        """The setting found; ``None`` while the search is incomplete."""
+        return None if self.missing else self.scores[0][0]
+
+
+def score(record: Record) -> float:
+    """Harmonic mean of prompt fidelity and identity after the last step."""
+    _step, fidelity, identity = record["looks"][-1]
+    return harmonic_mean((fidelity, identity))
+
+
+def search(arm: Arm, records: Mapping[str, Record]) -> Search:
+    """The state of an arm's search.
+
+    Args:
+        arm: its grid is searched.
+        records: finished tuning trials by key.
+    """
+    settings: Sequence[Flags] = arm.grid
+    done: list[Trial] = []
+    ranked: list[tuple[Flags, float]] = []
+    for num_settings, concepts in ROUNDS:
+        settings = settings[:num_settings]
+        trials = tuning_trials(arm, settings, concepts)
+        missing = [trial for trial in trials if key_of(trial) not in records]
+        if missing:
+            return Search(missing, ranked)
+        done += trials
+        ranked = _ranked(settings, done, records)
+        settings = [setting for setting, _score in ranked]
+    return Search([], ranked)
+
+
+def _ranked(
+    settings: Sequence[Flags], done: Sequence[Trial], records: Mapping[str, Record]
+) -> list[tuple[Flags, float]]:
+    """Best first; of equal ones, the first in the grid."""
+    means = [
+        mean(score(records[key_of(trial)]) for trial in done if trial.setting == setting)
+        for setting in settings
+    ]
+    return sorted(zip(settings, means, strict=True), key=lambda pair: -pair[1])

@@ -1,0 +1,112 @@
+"""Pages and records agree, and the tables say what the records hold."""
+
+import re
+
+import pytest
+
+from mlm_plugin.pocket.concepts import REPORTED
+from research.bench.pages import PAGES, blocks, rewritten
+from research.bench.plan import ARMS, CLAIMS, UNTRAINED, trials_to_report, tuning_trials
+from research.bench.records import RECORDS, Records, key_of
+from research.bench.search import search
+
+STORED = sorted(RECORDS.glob("*/*.json"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_say_what_the_records_say(page):
+    text = page.read_text(encoding="utf-8")
+    assert rewritten(text, blocks(Records())) == text, "run python -m research.bench.pages"
+
+
+def test_every_block_has_a_place():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert set(re.findall(r"<!-- bench:(\w+) -->", text)) == set(blocks(Records()))
+
+
+def test_no_record_is_of_another_plan():
+    names = {arm.name: arm for arm in (*ARMS.values(), UNTRAINED)}
+    for stage in ("tuning", "report"):
+        for name, arm in names.items():
+            if stage == "tuning":
+                trials = tuning_trials(arm, arm.grid, slice(None))
+            else:
+                trials = [t for setting in arm.grid for t in trials_to_report(arm, setting)]
+            assert set(Records().of(stage, name)) <= {key_of(trial) for trial in trials}, name
+    known = {f"{name.replace(' ', '-').replace('/', '_')}" for name in names}
+    assert {path.stem for path in STORED} <= known
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Complete records of every arm; terms have more fidelity, the more the later the concept."""
+    records = Records(tmp_path, "a model")
+
+    def add(stage, trials):
+        for trial in trials:
+            arm = trial.arm
+            gain = 0.0
+            if arm.regularizer == "mlm":
+                gain = 0.1 + 0.01 * trial.seed
+                gain += 0.01 * REPORTED.index(trial.concept) if stage == "report" else 0
+            step = 0 if arm is UNTRAINED else 200
+            look = [step, 0.95, 0.15] if arm is UNTRAINED else [step, 0.6 + gain, 0.6]
+            records.add(
+                stage,
+                arm.name,
+                {
+                    "key": key_of(trial), "setting": dict(trial.setting),
+                    "concept": trial.concept.name, "seed": trial.seed, "looks": [look],
+                    "ms_per_step": 100.0, "seconds": 30.0,
+                },
+            )  # fmt: skip
+
+    for name in ("lora plain", "lora encoder/class", "lora core"):
+        arm = ARMS[name]
+        while trials := search(arm, records.of("tuning", name)).missing:
+            add("tuning", trials)
+        add("report", trials_to_report(arm, arm.grid[0]))
+    for setting in UNTRAINED.grid:
+        add("report", trials_to_report(UNTRAINED, setting))
+    return records
+
+
+def test_tables_hold_means_over_concepts_and_corrected_p(records):
+    found = blocks(records)
+    assert (
+        "| lora plain | unet_lr 2.5e-3, text_encoder_lr 5e-4 | 60.0 | 60.0 | – | 100 |"
+        in (found["report"])
+    )
+    assert "| untrained model, class word | – | 95.0 | 15.0 |" in found["report"]
+    gain = 100 * (0.1 + 0.005 + 0.01 * 5.5)
+    row = next(line for line in found["claims"].splitlines() if "| lora plain |" in line)
+    assert f"| +{gain:.1f} ± " in row
+    assert f"| 0.0005 | {2 / 4096 * len(CLAIMS):.4f} |" in row
+    values, gains = (
+        next(line for line in found["concepts"].splitlines() if line.startswith(f"| {start} |"))
+        for start in ("lora encoder/class", "lora encoder/class – lora plain")
+    )
+    assert "| 70 / 60 | 72 / 60 |" in values  # 70.5 and 71.5, to even
+    assert "| +10.5 | +11.5 |" in gains
+    assert values.count("|") == gains.count("|") == len(REPORTED) + 2
+    assert "| lora | 60.0 %, likeness 60.0 | 76.0 %, likeness 60.0 |" in found["readme"]
+
+
+def test_an_arm_that_lacks_a_trial_is_not_shown(records):
+    (path,) = (records.folder / "report").glob("lora-core.json")
+    path.unlink()
+    found = blocks(records)
+    assert "lora core" not in found["report"]
+    assert "lora core" not in found["claims"]
+    assert "lora core" in found["tuning"]
+
+
+def test_without_records_a_block_says_so(tmp_path):
+    assert set(blocks(Records(tmp_path)).values()) == {"No results of the current plan yet.\n"}
+
+
+def test_only_blocks_are_rewritten_and_keep_their_indent():
+    text = "a\n  <!-- bench:claims -->\nold\n  <!-- /bench:claims -->\nb\n"
+    new = "a\n  <!-- bench:claims -->\n\n  new\n\n  <!-- /bench:claims -->\nb\n"
+    assert rewritten(text, {"claims": "new\n", "report": "x\n"}) == new
+    assert rewritten(new, {"claims": "new\n"}) == new
