@@ -206,6 +206,8 @@ class MLMSetup:
             encoder_handle(encoder, self.concepts, dtype=dtype, device=device, vary=vary)
             for encoder in self.encoders
         ]
+        for handle in handles:
+            handle.is_read = handle.is_trained and self.read_at != "cross_attention"
         options = self.options
         return MLMRegularizer(
             handles,
@@ -214,7 +216,6 @@ class MLMSetup:
             masks=mask_settings(options),
             seed=f"{self.seed}/{rank}",
             cross_attention=cross_attention,
-            reads_encoder=self.read_at != "cross_attention",
         )
 
 

@@ -2,8 +2,8 @@
 
 The values in ``assets/weights.json`` of plain runs and of masked words as targets were made at
 6e73d21, before the method had a package of its own; those with a teacher when the term got its
-start at zero. ``python -m pytest tests/test_same_weights.py --write-digests`` makes them again; do so only
-where the numbers are meant to change.
+start at zero. ``python -m pytest tests/test_same_weights.py --write-digests`` makes them again; do
+so only where the numbers are meant to change.
 
 A digest is exact, so it holds for one kind of processor and one set of libraries; both are in the
 file. Elsewhere the sums of the weights are compared within a tolerance.

@@ -194,6 +194,8 @@ def _regularizer(
     longest = _longest_prompts(config, handles[0], prompts_for(options, concepts))
     if options.mlm_target == "states" or not all(trained):
         handles = [_with_targets(handle, longest, masks) for handle in handles]
+    for handle in handles:
+        handle.is_read = handle.is_trained and read_at != "cross_attention"
     drawn = itertools.cycle(longest)
     unet, keep_copies = method.models.unet, method.trains_base_weights
     return MLMRegularizer(
@@ -204,7 +206,6 @@ def _regularizer(
         cross_attention=None
         if read_at == "encoder"
         else read_cross_attention(unet, keep_copies=keep_copies),
-        reads_encoder=read_at != "cross_attention",
     )
 
 

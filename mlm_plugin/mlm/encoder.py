@@ -65,6 +65,7 @@ class EncoderHandle:
             are drawn, and the masked words themselves are the targets.
         vary: variants of encoded prompts (XTI), drawn from the given stream.
         is_trained: whether anything before this encoder's output is trained.
+        is_read: whether the term reads that output itself, besides what the U-Net makes of it.
     """
 
     tokenize: Callable[[list[str]], Tensor]
@@ -78,6 +79,7 @@ class EncoderHandle:
     targets: Sequence[PromptTarget] = ()
     vary: Callable[[Tensor, random.Random], Variants] = _as_they_are
     is_trained: bool = True
+    is_read: bool = True
 
     def __post_init__(self):
         if self.contextualizer is not None:

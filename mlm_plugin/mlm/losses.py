@@ -18,6 +18,7 @@ from mlm_plugin.mlm.masking import IGNORE_INDEX
 
 __all__ = [
     "MaskedWordLoss",
+    "TeacherFeatures",
     "class_anchor",
     "context_anchor",
     "divergence",
@@ -96,6 +97,13 @@ class MaskedWordLoss(NamedTuple):
     num_masked: int  # N
 
 
+class TeacherFeatures(NamedTuple):
+    """What the contextualizer makes of g, and the divergence from it before training."""
+
+    features_ND: Tensor
+    start_N: Tensor | float = 0.0
+
+
 def masked_word_loss(
     contextualizer: Contextualizer,
     hidden_BLD: Tensor,
@@ -103,8 +111,7 @@ def masked_word_loss(
     labels_BL: Tensor,
     attention_mask_BL: Tensor,
     token_table_VD: Tensor,
-    teacher_ND: Tensor | None = None,
-    start_N: Tensor | float = 0.0,
+    teacher: TeacherFeatures | None = None,
 ) -> MaskedWordLoss:
     """Compare the contextualizer's predictions at the masked tokens with words or a teacher.
 
@@ -114,9 +121,7 @@ def masked_word_loss(
         labels_BL: masked ids, IGNORE_INDEX elsewhere; on the CPU, to avoid a synchronization.
         attention_mask_BL: false for padding.
         token_table_VD: the tied output table.
-        teacher_ND: the contextualizer's features of g. With them the loss is :func:`teacher_kl`,
-            without :func:`masked_cross_entropy`.
-        start_N: the divergence before training, which costs nothing.
+        teacher: with it the loss is :func:`teacher_kl`, without :func:`masked_cross_entropy`.
     """
     device = hidden_BLD.device
     positions_N = masked_positions(labels_BL)
@@ -124,10 +129,11 @@ def masked_word_loss(
     logits_NV = contextualizer(
         hidden_BLD, attention_mask_BL, positions_N.to(device, non_blocking=True), token_table_VD
     )
-    if teacher_ND is None:
+    if teacher is None:
         loss = masked_cross_entropy(logits_NV, labels_N)
     else:
-        loss = teacher_kl(logits_NV, contextualizer.logits(teacher_ND, token_table_VD), start_N)
+        teacher_NV = contextualizer.logits(teacher.features_ND, token_table_VD)
+        loss = teacher_kl(logits_NV, teacher_NV, teacher.start_N)
     num_correct = (logits_NV.detach().argmax(dim=-1) == labels_N).sum()
     return MaskedWordLoss(loss, num_correct, len(positions_N))
 

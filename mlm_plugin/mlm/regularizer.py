@@ -18,7 +18,12 @@ from torch import Tensor
 
 from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.encoder import EncoderHandle
-from mlm_plugin.mlm.losses import masked_positions, masked_word_loss, relative_distance
+from mlm_plugin.mlm.losses import (
+    TeacherFeatures,
+    masked_positions,
+    masked_word_loss,
+    relative_distance,
+)
 from mlm_plugin.mlm.masking import mask_tokens, prompt_attention_mask
 from mlm_plugin.mlm.teacher import MaskSettings, padded
 
@@ -115,14 +120,16 @@ class EncodedPrompts:
             states_ND = states_BLD.flatten(0, 1)[self.positions_N]
             loss = relative_distance(states_ND, self.teacher_ND, self.start)
             return Part(loss, len(states_ND))
+        teacher = None
+        if self.teacher_ND is not None:
+            teacher = TeacherFeatures(self.teacher_ND, self.start)
         result = masked_word_loss(
             encoder.contextualizer,
             states_BLD,
             labels_BL=self.labels_BL,
             attention_mask_BL=self.attention_mask_BL.to(encoder.device, non_blocking=True),
             token_table_VD=encoder.token_table,
-            teacher_ND=self.teacher_ND,
-            start_N=0.0 if self.start is None else self.start,
+            teacher=teacher,
         )
         return Part(result.loss, result.num_masked, result.num_correct)
 
@@ -141,7 +148,6 @@ class MLMRegularizer:
         masks: share of the context words to mask, and what replaces them.
         seed: names the stream; give each process its own.
         cross_attention: is read, if given.
-        reads_encoder: whether the output of the trained text encoders is read.
     """
 
     def __init__(
@@ -153,29 +159,27 @@ class MLMRegularizer:
         masks: MaskSettings,
         seed: int | str = 0,
         cross_attention: CrossAttention | None = None,
-        reads_encoder: bool = True,
     ):
         assert encoders, "a regularizer needs at least one text encoder"
         num_targets = {len(encoder.targets) for encoder in encoders}
         assert len(num_targets) == 1, "text encoders see the same prompts"
-        assert cross_attention or reads_encoder, "a regularizer reads something"
+        is_read = any(encoder.is_read for encoder in encoders)
+        assert cross_attention or is_read, "a regularizer reads something"
         self.encoders = list(encoders)
         self.sample_prompt = sample_prompt
         self.batch_size = batch_size
         self.masks = masks
         self.seed = seed
         self.cross_attention = cross_attention
-        self.reads_encoder = reads_encoder
 
     def __call__(self, call: int) -> MLMOutput:
         """The term for call number ``call`` (0, 1, ...)."""
         rng = random.Random(f"mlm/{self.seed}/{call}")
         batches = self._batches(rng)
         parts: dict[str, Part] = {}
-        if self.reads_encoder:
-            for number, batch in enumerate(batches, start=1):
-                if batch.encoder.is_trained:
-                    parts[f"te{number}"] = batch.part(batch.states_BLD)
+        for number, batch in enumerate(batches, start=1):
+            if batch.encoder.is_read:
+                parts[f"te{number}"] = batch.part(batch.states_BLD)
         if self.cross_attention:
             parts[CROSS_ATTENTION] = self._at_cross_attention(self.cross_attention, batches, rng)
         return _output(parts)

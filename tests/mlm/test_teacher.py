@@ -40,11 +40,12 @@ def take(text_encoder, contextualizer, *concepts, options=OPTIONS, seed=0, is_tr
     return setup.encoders[0]
 
 
-def regularizer_of(encoder, *concepts, options=OPTIONS):
-    setup = MLMSetup(options, seed=0)
+def regularizer_of(encoder, *concepts, options=OPTIONS, cross_attention=None):
+    read_at = "cross_attention" if cross_attention else "encoder"
+    setup = MLMSetup(options, seed=0, read_at=read_at)
     setup.use_concepts(concepts)
     setup.encoders = [encoder]
-    return setup.attach(rank=0, dtype=torch.float32, device=CPU)
+    return setup.attach(rank=0, dtype=torch.float32, device=CPU, cross_attention=cross_attention)
 
 
 def labelled(target):
@@ -113,8 +114,7 @@ def test_a_frozen_encoder_is_not_run_any_more(toy_text_encoder, contextualizer, 
     wide = CrossAttention([Projection(0, torch.nn.Identity(), lambda: torch.eye(32))])
     values = []
     for each in (trained, encoder):
-        regularizer = regularizer_of(each, SKS_DOG, options=options)
-        regularizer.cross_attention, regularizer.reads_encoder = wide, False
+        regularizer = regularizer_of(each, SKS_DOG, options=options, cross_attention=wide)
         values.append(regularizer(0).loss.item())
         toy_text_encoder.encode_storing = None  # the second must not need it
     assert values[0] == pytest.approx(values[1], abs=1e-6)
