@@ -33,10 +33,10 @@ from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.methods.checks import check_model
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget
-from mlm_plugin.mlm.masking import IGNORE_INDEX
+from mlm_plugin.mlm.masking import IGNORE_INDEX, mask_tokens
 from mlm_plugin.mlm.prompts import JointPrompts
 from mlm_plugin.mlm.regularizer import MLMRegularizer
-from mlm_plugin.mlm.teacher import context_labels
+from mlm_plugin.mlm.teacher import MaskSettings, context_labels
 from mlm_plugin.mlm_setup import PreparedEncoder, encoder_handle, mask_settings, prompts_for
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.key_values import read_cross_attention
@@ -190,16 +190,17 @@ def _regularizer(
     ]
     if options.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
         options = config.replace(mlm_prompt_set="auto").mlm
+    masks = mask_settings(options)
     longest = _longest_prompts(config, handles[0], prompts_for(options, concepts))
     if options.mlm_target == "states" or not all(trained):
-        handles = [_with_targets(handle, longest) for handle in handles]
+        handles = [_with_targets(handle, longest, masks) for handle in handles]
     drawn = itertools.cycle(longest)
     unet, keep_copies = method.models.unet, method.trains_base_weights
     return MLMRegularizer(
         handles,
         lambda _rng: next(drawn),
         batch_size=options.mlm_batch_size,
-        masks=mask_settings(options),
+        masks=masks,
         cross_attention=None
         if read_at == "encoder"
         else read_cross_attention(unet, keep_copies=keep_copies),
@@ -207,19 +208,30 @@ def _regularizer(
     )
 
 
-def _with_targets(encoder: EncoderHandle, prompts: Sequence[str]) -> EncoderHandle:
+def _with_targets(
+    encoder: EncoderHandle, prompts: Sequence[str], masks: MaskSettings
+) -> EncoderHandle:
     """The encoder with targets of these prompts that have sizes, but no values."""
-    width = encoder.embedding.embedding_dim
-    ids_BL = encoder.tokenize(prompts)
-    targets = [
-        PromptTarget(
-            ids.tolist(),
-            labels.tolist(),
-            *[torch.empty(int((labels != IGNORE_INDEX).sum()), width, device="meta")] * 2,
-            None if encoder.is_trained else torch.empty(len(ids), width, device="meta"),
+    width, ids_BL = encoder.embedding.embedding_dim, encoder.tokenize(list(prompts))
+    compares_states = encoder.contextualizer is None
+    labels_BL = context_labels(ids_BL, encoder.vocabulary)
+    if not compares_states:
+        labels_BL = mask_tokens(
+            ids_BL, encoder.vocabulary, rng=random.Random(0), **masks._asdict()
+        ).labels
+    empty = partial(torch.empty, device="meta")
+    targets = []
+    for ids_L, labels_L in zip(ids_BL, labels_BL, strict=True):
+        number = int((labels_L != IGNORE_INDEX).sum())
+        targets.append(
+            PromptTarget(
+                ids_L.tolist(),
+                labels_L.tolist(),
+                empty(number, width),
+                empty(number, width) if compares_states else empty(number),
+                None if encoder.is_trained else empty(len(ids_L), width),
+            )
         )
-        for ids, labels in zip(ids_BL, context_labels(ids_BL, encoder.vocabulary), strict=True)
-    ]
     return replace(encoder, targets=targets)
 
 

@@ -27,7 +27,7 @@ class PromptTarget(NamedTuple):
     ids: list[int]  # up to EOS, MASK_ID where a token is masked
     labels: list[int]  # ids of the N tokens that are compared, IGNORE_INDEX elsewhere
     teacher_ND: Tensor | None = None  # features of the contextualizer, or states; on the CPU
-    start_ND: Tensor | None = None  # the same of this prompt before training
+    start: Tensor | None = None  # before training: states (N, D), or divergence from them (N,)
     states_LD: Tensor | None = None  # of this prompt, where the encoder is frozen; on the CPU
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "MaskedWordLoss",
     "class_anchor",
     "context_anchor",
+    "divergence",
     "encoder_anchor",
     "masked_cross_entropy",
     "masked_positions",
@@ -43,29 +44,26 @@ def masked_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def teacher_kl(
-    logits_NV: Tensor, teacher_logits_NV: Tensor, start_logits_NV: Tensor | None = None
+    logits_NV: Tensor, teacher_logits_NV: Tensor, start_N: Tensor | float = 0.0
 ) -> Tensor:
-    """``1/N sum_i max(0, KL(q_i || p_i) - KL(q_i || p0_i))``: predict what the teacher predicts.
+    """``1/N sum_i max(0, KL(q_i || p_i) - s_i)``: predict what the teacher predicts.
 
     Args:
         logits_NV: of p.
         teacher_logits_NV: of q.
-        start_logits_NV: of p0, the prediction before training, which costs nothing; without it
-            ``1/N sum_i KL(q_i || p_i)``.
+        start_N: s, the divergence before training, which costs nothing.
 
     Source: knowledge distillation, Hinton et al. 2015, arXiv 1503.02531; the hinge at the start is
     ours.
     """
-    log_q_NV = teacher_logits_NV.log_softmax(dim=-1)
-    divergence_N = _kl(log_q_NV, logits_NV)
-    if start_logits_NV is not None:
-        divergence_N = (divergence_N - _kl(log_q_NV, start_logits_NV)).relu()
-    return divergence_N.sum() / max(1, len(logits_NV))
+    divergence_N = divergence(logits_NV, teacher_logits_NV)
+    return (divergence_N - start_N).relu().sum() / max(1, len(logits_NV))
 
 
-def _kl(log_q_NV: Tensor, logits_NV: Tensor) -> Tensor:
+def divergence(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:
     """``KL(q_i || p_i)``, ``(N,)``."""
     log_p_NV = logits_NV.log_softmax(dim=-1)
+    log_q_NV = teacher_logits_NV.log_softmax(dim=-1)
     return F.kl_div(log_p_NV, log_q_NV, reduction="none", log_target=True).sum(dim=-1)
 
 
@@ -106,7 +104,7 @@ def masked_word_loss(
     attention_mask_BL: Tensor,
     token_table_VD: Tensor,
     teacher_ND: Tensor | None = None,
-    start_ND: Tensor | None = None,
+    start_N: Tensor | float = 0.0,
 ) -> MaskedWordLoss:
     """Compare the contextualizer's predictions at the masked tokens with words or a teacher.
 
@@ -118,7 +116,7 @@ def masked_word_loss(
         token_table_VD: the tied output table.
         teacher_ND: the contextualizer's features of g. With them the loss is :func:`teacher_kl`,
             without :func:`masked_cross_entropy`.
-        start_ND: the features before training, whose divergence costs nothing.
+        start_N: the divergence before training, which costs nothing.
     """
     device = hidden_BLD.device
     positions_N = masked_positions(labels_BL)
@@ -129,11 +127,7 @@ def masked_word_loss(
     if teacher_ND is None:
         loss = masked_cross_entropy(logits_NV, labels_N)
     else:
-        teacher_NV, start_NV = (
-            None if features is None else contextualizer.logits(features, token_table_VD)
-            for features in (teacher_ND, start_ND)
-        )
-        loss = teacher_kl(logits_NV, teacher_NV, start_NV)
+        loss = teacher_kl(logits_NV, contextualizer.logits(teacher_ND, token_table_VD), start_N)
     num_correct = (logits_NV.detach().argmax(dim=-1) == labels_N).sum()
     return MaskedWordLoss(loss, num_correct, len(positions_N))
 

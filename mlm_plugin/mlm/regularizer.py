@@ -77,7 +77,8 @@ class EncodedPrompts:
         labels_BL: ids of the compared tokens, IGNORE_INDEX elsewhere; on the CPU.
         attention_mask_BL: false for padding; on the CPU.
         teacher_ND: of the untrained encoder with the class word, at the compared tokens.
-        start_ND: of the untrained encoder with the concept.
+        start: before training, with the concept: states ``(N, D)`` of the compared tokens, or their
+            predictions' divergence ``(N,)`` from the teacher's.
         layers_B: the cross-attention layer that each prompt is for; ``None`` = for all.
     """
 
@@ -86,7 +87,7 @@ class EncodedPrompts:
     labels_BL: Tensor
     attention_mask_BL: Tensor
     teacher_ND: Tensor | None = None
-    start_ND: Tensor | None = None
+    start: Tensor | None = None
     layers_B: Tensor | None = None
 
     @property
@@ -105,14 +106,14 @@ class EncodedPrompts:
     def compared_states(self) -> tuple[Tensor, Tensor, Tensor]:
         """h, g and h0 of the compared tokens, each ``(N, D)``."""
         states_ND = self.states_BLD.flatten(0, 1)[self.positions_N]
-        return states_ND, self.teacher_ND, self.start_ND
+        return states_ND, self.teacher_ND, self.start
 
     def part(self, states_BLD: Tensor) -> Part:
         """The loss at these states: those of the encoder, or the same written back."""
         encoder = self.encoder
         if encoder.contextualizer is None:
             states_ND = states_BLD.flatten(0, 1)[self.positions_N]
-            loss = relative_distance(states_ND, self.teacher_ND, self.start_ND)
+            loss = relative_distance(states_ND, self.teacher_ND, self.start)
             return Part(loss, len(states_ND))
         result = masked_word_loss(
             encoder.contextualizer,
@@ -121,7 +122,7 @@ class EncodedPrompts:
             attention_mask_BL=self.attention_mask_BL.to(encoder.device, non_blocking=True),
             token_table_VD=encoder.token_table,
             teacher_ND=self.teacher_ND,
-            start_ND=self.start_ND,
+            start_N=0.0 if self.start is None else self.start,
         )
         return Part(result.loss, result.num_masked, result.num_correct)
 
@@ -237,7 +238,7 @@ def _from_targets(
 ) -> EncodedPrompts:
     """Prompts with what the untrained model makes of them."""
     targets = [encoder.targets[number] for number in drawn]
-    masked = padded(targets, pad_token_id=encoder.pad_token_id)
+    masked = padded(targets, encoder.pad_token_id)
     ids_BL, layers_B = encoder.vary(masked.input_ids, rng)
     copies = len(ids_BL) // len(targets)  # XTI may encode a prompt several times
     if targets[0].states_LD is None:
@@ -247,11 +248,11 @@ def _from_targets(
         states_BLD = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).to(
             encoder.device, non_blocking=True
         )
-    teacher_ND = start_ND = None
+    teacher_ND = start = None
     if targets[0].teacher_ND is not None:
-        teacher_ND, start_ND = (
+        teacher_ND, start = (
             torch.cat(list(vectors) * copies).to(encoder.device, non_blocking=True)
-            for vectors in zip(*((t.teacher_ND, t.start_ND) for t in targets), strict=True)
+            for vectors in zip(*((t.teacher_ND, t.start) for t in targets), strict=True)
         )
     return EncodedPrompts(
         encoder,
@@ -259,7 +260,7 @@ def _from_targets(
         masked.labels.repeat(copies, 1),
         prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id),
         teacher_ND,
-        start_ND,
+        start,
         layers_B,
     )
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget
-from mlm_plugin.mlm.losses import masked_positions
+from mlm_plugin.mlm.losses import divergence, masked_positions
 from mlm_plugin.mlm.masking import (
     IGNORE_INDEX,
     MaskedTokens,
@@ -89,13 +89,12 @@ def compute_targets(
         ]
         found = [PromptTarget(ids, labels) for ids, labels, _ in aligned]
         if with_teacher:
-            teacher = _vectors(encoder, teacher_BL, masked)
-            ours = padded(found, pad_token_id=encoder.pad_token_id)
-            started = _vectors(encoder, prompts_BL, ours)
+            of_teacher = _vectors(encoder, teacher_BL, masked)
+            before = _vectors(encoder, prompts_BL, padded(found, encoder.pad_token_id))
             found = [
-                target._replace(teacher_ND=teacher_ND[rows].clone(), start_ND=start_ND.clone())
-                for target, teacher_ND, start_ND, (_, _, rows) in zip(
-                    found, teacher, started, aligned, strict=True
+                _with_teacher(encoder, target, teacher_ND[rows], before_ND)
+                for target, teacher_ND, before_ND, (_, _, rows) in zip(
+                    found, of_teacher, before, aligned, strict=True
                 )
             ]
         targets += found
@@ -108,7 +107,7 @@ def with_kept_states(encoder: EncoderHandle, targets: Sequence[PromptTarget]) ->
     kept = []
     for start in range(0, len(targets), BATCH_SIZE):
         batch = targets[start : start + BATCH_SIZE]
-        masked = padded(batch, pad_token_id=encoder.pad_token_id)
+        masked = padded(batch, encoder.pad_token_id)
         states_BLD = encoder.encode_masked(masked.input_ids).cpu()
         kept += [
             target._replace(states_LD=states_BLD[row, : len(target.ids)].clone())
@@ -117,7 +116,7 @@ def with_kept_states(encoder: EncoderHandle, targets: Sequence[PromptTarget]) ->
     return kept
 
 
-def padded(targets: Sequence[PromptTarget], *, pad_token_id: int) -> MaskedTokens:
+def padded(targets: Sequence[PromptTarget], pad_token_id: int) -> MaskedTokens:
     """Masked ids and labels of several targets, both ``(B, L)``."""
     length = max(len(target.ids) for target in targets)
     return MaskedTokens(
@@ -176,6 +175,20 @@ def _compared_tokens(
     if encoder.contextualizer is None:
         return MaskedTokens(ids_BL, context_labels(ids_BL, encoder.vocabulary))
     return mask_tokens(ids_BL, encoder.vocabulary, rng=rng, **masks._asdict())
+
+
+def _with_teacher(
+    encoder: EncoderHandle, target: PromptTarget, teacher_ND: Tensor, before_ND: Tensor
+) -> PromptTarget:
+    """The target with the teacher's vectors, and the prompt's own distance before training."""
+    start = before_ND.clone()
+    if encoder.contextualizer is not None:
+        teacher_NV, before_NV = (
+            encoder.contextualizer.logits(x_ND.to(encoder.device), encoder.token_table)
+            for x_ND in (teacher_ND, before_ND)
+        )
+        start = divergence(before_NV, teacher_NV).cpu()
+    return target._replace(teacher_ND=teacher_ND.clone(), start=start)
 
 
 def _vectors(encoder: EncoderHandle, ids_BL: Tensor, masked: MaskedTokens) -> tuple[Tensor, ...]:

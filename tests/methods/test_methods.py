@@ -242,6 +242,9 @@ def test_the_term_changes_the_text_side_and_never_the_noise(name, trainer_of):
         torch.manual_seed(5)
         losses.append(trainer._diffusion_loss(batch).item())
     assert losses[0] == losses[1]
+    with torch.no_grad():  # at the start the term is 0 and has no gradient
+        for parameter in regularized.method.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
     output, weight = regularized._term(0), regularized._mlm_weight()
     (weight * output.loss).backward()
     reached = {
