@@ -214,7 +214,7 @@ class NetworkOptions:
         False, "Take rank and alpha of every module from network_weights."
     )
     network_train_unet_only: bool = option(
-        False, "Train no text-encoder modules. The MLM term then has no gradient and is refused."
+        False, "Train no text-encoder modules. The MLM term then reads at the cross-attention."
     )
     network_train_text_encoder_only: bool = option(False, "Train no U-Net modules.")
     scale_weight_norms: float | None = option(
