@@ -30,7 +30,6 @@ from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
 from mlm_plugin.mlm.teacher import (
     MaskSettings,
     compute_targets,
-    with_kept_states,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer
@@ -181,8 +180,7 @@ class MLMSetup:
         own_dtype = torch.float32 if network is None else network.mask_vector.dtype
         handle = encoder_handle(encoder, self.concepts, dtype=own_dtype, device=device)
         masks = mask_settings(self.options)
-        targets = compute_targets(handle, pairs, rng, masks=masks, with_teacher=with_teacher)
-        return targets if encoder.is_trained else with_kept_states(handle, targets)
+        return compute_targets(handle, pairs, rng, masks=masks, with_teacher=with_teacher)
 
     def attach(
         self,

@@ -40,7 +40,6 @@ __all__ = [
     "compute_targets",
     "context_labels",
     "padded",
-    "with_kept_states",
 ]
 
 BATCH_SIZE = 32
@@ -65,7 +64,8 @@ def compute_targets(
     """Compute one target for each pair.
 
     An encoder with a contextualizer gets masked words and predictions for them; one without gets
-    all words around the concept and their states.
+    all words around the concept and their states. Those of a frozen encoder are kept, so that it is
+    not needed any more.
 
     Args:
         encoder: untrained; placeholders may have embeddings of their own already.
@@ -88,32 +88,26 @@ def compute_targets(
             )
         ]
         found = [PromptTarget(ids, labels) for ids, labels, _ in aligned]
+        ours = padded(found, encoder.pad_token_id)
+        if with_teacher or not encoder.is_trained:
+            states_BLD = encoder.encode_masked(ours.input_ids)
         if with_teacher:
-            of_teacher = _vectors(encoder, teacher_BL, masked)
-            before = _vectors(encoder, prompts_BL, padded(found, encoder.pad_token_id))
+            states_of_teacher = encoder.encode_masked(masked.input_ids)
+            of_teacher = _vectors(encoder, teacher_BL, masked, states_of_teacher)
+            before = _vectors(encoder, prompts_BL, ours, states_BLD)
             found = [
                 _with_teacher(encoder, target, teacher_ND[rows], before_ND)
                 for target, teacher_ND, before_ND, (_, _, rows) in zip(
                     found, of_teacher, before, aligned, strict=True
                 )
             ]
+        if not encoder.is_trained:
+            found = [
+                target._replace(states_LD=states_LD[: len(target.ids)].clone())
+                for target, states_LD in zip(found, states_BLD.cpu(), strict=True)
+            ]
         targets += found
     return targets
-
-
-@torch.no_grad()
-def with_kept_states(encoder: EncoderHandle, targets: Sequence[PromptTarget]) -> list[PromptTarget]:
-    """The targets with the states of a frozen encoder, which is not needed any more."""
-    kept = []
-    for start in range(0, len(targets), BATCH_SIZE):
-        batch = targets[start : start + BATCH_SIZE]
-        masked = padded(batch, encoder.pad_token_id)
-        states_BLD = encoder.encode_masked(masked.input_ids).cpu()
-        kept += [
-            target._replace(states_LD=states_BLD[row, : len(target.ids)].clone())
-            for row, target in enumerate(batch)
-        ]
-    return kept
 
 
 def padded(targets: Sequence[PromptTarget], pad_token_id: int) -> MaskedTokens:
@@ -191,12 +185,13 @@ def _with_teacher(
     return target._replace(teacher_ND=teacher_ND.clone(), start=start)
 
 
-def _vectors(encoder: EncoderHandle, ids_BL: Tensor, masked: MaskedTokens) -> tuple[Tensor, ...]:
+def _vectors(
+    encoder: EncoderHandle, ids_BL: Tensor, masked: MaskedTokens, states_BLD: Tensor
+) -> tuple[Tensor, ...]:
     """For each prompt features of the contextualizer, or states, at its N labelled tokens.
 
     ``(N, D)`` each, on the CPU.
     """
-    states_BLD = encoder.encode_masked(masked.input_ids)
     positions_N = masked_positions(masked.labels).to(states_BLD.device)
     if encoder.contextualizer is None:
         vectors_ND = states_BLD.flatten(0, 1)[positions_N]

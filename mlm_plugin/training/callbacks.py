@@ -56,7 +56,7 @@ class StepResult:
         """The numbers beside the progress bar."""
         shown = {"loss": f"{self.loss:.4f}", "diffusion": f"{self.diffusion:.4f}"}
         if self.mlm is not None:
-            shown["mlm"] = f"{self.mlm:.3f}"
+            shown["mlm"] = f"{self.mlm:.3g}"
         if "accuracy" in self.mlm_parts:
             shown["mlm_acc"] = f"{self.mlm_parts['accuracy']:.0%}"
         return shown
