@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from mlm_plugin.evaluation.measures import best_at_level, mean_with_interval, sign_flip_p_value
+from mlm_plugin.evaluation import measures
+from mlm_plugin.evaluation.measures import mean_with_interval, sign_flip_p_value
 from mlm_plugin.evaluation.results import AXES, IMAGE_MEASURES
 
 __all__ = [
@@ -87,29 +89,36 @@ def differences(first: Sequence[Record], other: Sequence[Record]) -> dict[str, d
 def matched_difference(
     first: Sequence[Record], other: Sequence[Record], axes: tuple[str, str]
 ) -> dict[str, Any] | None:
-    """Difference in text score at the greatest likeness that both runs of a pair reach.
+    """Difference in text score at the lower of the likenesses at which both curves end.
 
-    Read off the looks of each run by ``best_at_level``: a training that is merely shorter gains
-    nothing. None without common runs.
+    The curves of a subject are means over the seeds that both arms have. None without any.
 
     Args:
         first: records of one arm, all steps.
         other: those of another.
         axes: names of the text score and the likeness.
     """
+    curves, others = _curves(first, axes), _curves(other, axes)
+    seeds_of: dict[str, list[int]] = {}
+    for subject, seed in sorted(curves.keys() & others.keys()):
+        seeds_of.setdefault(subject, []).append(seed)
+    values = [
+        measures.matched_difference(
+            *(np.mean([arm[subject, seed] for seed in seeds], axis=0) for arm in (others, curves))
+        )
+        for subject, seeds in seeds_of.items()
+    ]
+    return _tested(values) if values else None
 
-    def curves(records: Sequence[Record]) -> dict[Run, list[tuple[float, float]]]:
-        found: dict[Run, list[tuple[float, float]]] = {}
-        for record in records:
-            text, likeness = (record["measures"][name] for name in axes)
-            found.setdefault((record["subject"], record["seed"]), []).append((likeness, text))
-        return found
 
-    def gain(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
-        level = min(max(a)[0], max(b)[0])
-        return best_at_level(level, b) - best_at_level(level, a)
-
-    return _paired(curves(first), curves(other), gain)
+def _curves(records: Sequence[Record], axes: tuple[str, str]) -> dict[Run, np.ndarray]:
+    """Likeness and text score of each run at its looks, ``(K, 2)``."""
+    text, likeness = axes
+    found: dict[Run, list[tuple[float, float]]] = {}
+    for record in sorted(records, key=lambda record: record["step"]):
+        point = record["measures"][likeness], record["measures"][text]
+        found.setdefault((record["subject"], record["seed"]), []).append(point)
+    return {run: np.array(points, float) for run, points in found.items()}
 
 
 def _paired(
@@ -120,8 +129,11 @@ def _paired(
     for run in sorted(first.keys() & other.keys()):
         by_name.setdefault(run[0], []).append(difference(first[run], other[run]))
     values = [sum(found) / len(found) for found in by_name.values()]
-    if not values:
-        return None
+    return _tested(values) if values else None
+
+
+def _tested(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over subjects, its interval and ``p``."""
     p = sign_flip_p_value(torch.tensor(values, dtype=torch.float64)) if len(values) > 1 else None
     return {**_mean(values), "p": p}
 

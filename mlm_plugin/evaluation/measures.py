@@ -7,7 +7,6 @@ Features need not be normalized; cos(a, b) = a.b / (|a| |b|).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +16,13 @@ from torch import Tensor
 
 __all__ = [
     "Mean",
-    "best_at_level",
     "custom_concept_score",
     "intra_distance",
+    "matched_difference",
     "mean_cosine_to",
     "mean_with_interval",
     "paired_cosine",
+    "pooled",
     "sign_flip_p_value",
     "student_t_quantile",
 ]
@@ -150,19 +150,32 @@ def sign_flip_p_value(differences: Tensor, *, seed: int = 0) -> float:
     return num_reached / 2**n if is_exact else (1 + num_reached) / (1 + NUM_FLIPS)
 
 
-def best_at_level(level: float, points: Sequence[tuple[float, float]]) -> float:
-    """The best second measure among models whose first is at least ``level``.
-
-    Linear between the Pareto-optimal points. Below their lowest first measure it is their highest
-    second one; above the highest it is ``nan``.
+def pooled(curve_K2: np.ndarray) -> np.ndarray:
+    """The curve with points pooled until the first measure rises from each to the next, ``(P, 2)``.
 
     Args:
-        level: of the first measure, such as likeness.
-        points: both measures of each model, such as likeness and prompt fidelity; higher is better.
+        curve_K2: two measures at each look at a training, in its order, such as likeness and prompt
+            fidelity.
+
+    Source: pool adjacent violators (Ayer et al. 1955), applied to both coordinates.
     """
-    front: list[tuple[float, float]] = []
-    for point in sorted(points, reverse=True):
-        if not front or point[1] > front[-1][1]:
-            front.append(point)
-    xs, ys = zip(*reversed(front), strict=True)
-    return float(np.interp(level, xs, ys, right=np.nan))
+    blocks: list[tuple[np.ndarray, int]] = []
+    for point in curve_K2:
+        mean, count = point, 1
+        while blocks and blocks[-1][0][0] >= mean[0]:
+            before, num_before = blocks.pop()
+            mean = (num_before * before + count * mean) / (num_before + count)
+            count += num_before
+        blocks.append((mean, count))
+    return np.stack([mean for mean, _count in blocks])
+
+
+def matched_difference(ours_K2: np.ndarray, theirs_K2: np.ndarray) -> float:
+    """The second measure of one curve over another at the lower of the first ones that they reach.
+
+    Both are pooled and linear between their points. Exchanging them changes the sign alone, so
+    neither is favoured by stopping earlier.
+    """
+    ours_P2, theirs_P2 = pooled(ours_K2), pooled(theirs_K2)
+    level = min(ours_P2[-1, 0], theirs_P2[-1, 0])
+    return float(np.interp(level, *ours_P2.T) - np.interp(level, *theirs_P2.T))

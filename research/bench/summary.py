@@ -1,7 +1,7 @@
 """From records to numbers: means over concepts, differences, and fidelity at matched identity.
 
 The unit is the concept: seeds are averaged first. ``PLAN.md`` states the rules. Knows no models.
-Shapes: S seeds, K looks, C concepts, P points of a pooled curve.
+Shapes: S seeds, K looks, C concepts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mlm_plugin.evaluation.measures import Mean, mean_with_interval, sign_flip_p_value
+from mlm_plugin.evaluation.measures import (
+    Mean,
+    matched_difference,
+    mean_with_interval,
+    sign_flip_p_value,
+)
 
 __all__ = [
     "Comparison",
@@ -21,8 +26,6 @@ __all__ = [
     "compare",
     "curves_of",
     "holm",
-    "matched_difference",
-    "pooled",
 ]
 
 Record = Mapping[str, Any]
@@ -62,32 +65,6 @@ def curves_of(records: Iterable[Record], untrained: Iterable[Record]) -> dict[st
         looks = np.array([*start, *record["looks"]], float)
         found[record["concept"]].append(looks[:, [2, 1]])
     return {concept: np.mean(curves_SK2, axis=0) for concept, curves_SK2 in found.items()}
-
-
-def pooled(curve_K2: Curve) -> Curve:
-    """The curve with looks pooled until identity rises from each point to the next, ``(P, 2)``.
-
-    Source: pool adjacent violators (Ayer et al. 1955), applied to both coordinates.
-    """
-    blocks: list[tuple[np.ndarray, int]] = []
-    for point in curve_K2:
-        mean, count = point, 1
-        while blocks and blocks[-1][0][0] >= mean[0]:
-            before, num_before = blocks.pop()
-            mean = (num_before * before + count * mean) / (num_before + count)
-            count += num_before
-        blocks.append((mean, count))
-    return np.stack([mean for mean, _count in blocks])
-
-
-def matched_difference(ours_K2: Curve, theirs_K2: Curve) -> float:
-    """Fidelity of one curve over another at the lower of the identities at which they end.
-
-    Both are pooled and linear between their points. Exchanging them changes the sign alone.
-    """
-    ours_P2, theirs_P2 = pooled(ours_K2), pooled(theirs_K2)
-    identity = min(ours_P2[-1, 0], theirs_P2[-1, 0])
-    return float(np.interp(identity, *ours_P2.T) - np.interp(identity, *theirs_P2.T))
 
 
 def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Comparison | None:

@@ -2,16 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from mlm_plugin.evaluation.measures import (
-    best_at_level,
     custom_concept_score,
     intra_distance,
+    matched_difference,
     mean_cosine_to,
     mean_with_interval,
     paired_cosine,
+    pooled,
     sign_flip_p_value,
     student_t_quantile,
 )
@@ -91,8 +93,13 @@ def test_few_sign_flips_are_counted_exactly(n):
     assert sign_flip_p_value(torch.tensor([3.0, 2.0, -1.0])) == 0.5  # 4 of 8: |6|, |4| and theirs
 
 
-def test_a_level_is_read_off_the_pareto_optimal_points():
-    curve = [(0.2, 0.9), (0.5, 0.6), (0.4, 0.3), (0.6, 0.2)]
-    assert best_at_level(0.35, curve) == pytest.approx(0.75)
-    assert best_at_level(0.0, curve) == pytest.approx(0.9)
-    assert math.isnan(best_at_level(0.7, curve))
+def test_looks_are_pooled_until_the_first_measure_rises():
+    curve = np.array([(0.5, 0.9), (0.4, 0.7), (0.6, 0.6)])
+    assert pooled(curve) == pytest.approx(np.array([(0.45, 0.8), (0.6, 0.6)]))
+
+
+def test_a_matched_difference_changes_its_sign_alone_when_the_curves_are_exchanged():
+    ours = np.array([(0.0, 1.0), (0.5, 0.9), (0.6, 0.8)])
+    theirs = np.array([(0.0, 1.0), (0.5, 0.7)])
+    assert matched_difference(ours, theirs) == pytest.approx(0.2)
+    assert matched_difference(theirs, ours) == pytest.approx(-0.2)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from research.bench.summary import compare, curves_of, holm, matched_difference, pooled
+from mlm_plugin.evaluation.measures import matched_difference
+from research.bench.summary import compare, curves_of, holm
 
 START = (0.16, 0.99)
 
@@ -20,13 +21,6 @@ def test_seeds_are_averaged_first_behind_the_untrained_model():
     trained = [record(0, (200, 0.6, 0.5)), record(1, (200, 0.8, 0.7))]
     found = curves_of(trained, untrained)
     assert found["sks dog"] == pytest.approx(np.array([[0.15, 0.95], [0.6, 0.7]]))
-
-
-def test_looks_are_pooled_until_identity_rises():
-    found = pooled(curve((0.5, 0.9), (0.4, 0.7), (0.6, 0.6)))
-    assert found == pytest.approx(curve((0.45, 0.8), (0.6, 0.6)))
-    falling = pooled(curve((0.6, 0.9), (0.5, 0.8), (0.4, 0.4)))
-    assert falling == pytest.approx(curve((0.5, 0.7)))
 
 
 def test_arms_are_compared_where_both_have_been():
