@@ -258,7 +258,7 @@ def test_weight_0_needs_no_contextualizer_and_no_concept(arguments, tmp_path):
     ("flags", "expected"),
     [
         (["--network_train_unet_only", "--mlm_read_at=encoder"], "network_train_unet_only"),
-        (["--text_encoder_lr", "0"], "text_encoder_lr"),
+        (["--text_encoder_lr", "0", "--mlm_read_at", "encoder"], "text_encoder_lr"),
         (["--mlm_contextualizer", "absent.safetensors"], "absent.safetensors"),
         (["--mlm_prompt_set", "livng"], "living"),
         (["--train_data_dir", "nowhere"], "nowhere"),

@@ -114,8 +114,10 @@ def shared_run(arguments, rank):
     prompts = []
     if isinstance(trainer.regularizer, MLMRegularizer):
         encoder = trainer.regularizer.encoders[0]
-        tokenize = encoder.tokenize
-        encoder.tokenize = lambda texts, rng: prompts.extend(texts) or tokenize(texts, rng)
+        encode = encoder.encode
+        encoder.encode = lambda ids_BL: (
+            prompts.extend(map(tuple, ids_BL.tolist())) or encode(ids_BL)
+        )
     trainer.run()
     seen = {"before": before, "weights": weights_of(trainer)}
     return seen | {"epoch": epoch, "prompts": prompts}
