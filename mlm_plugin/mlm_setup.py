@@ -107,6 +107,10 @@ class MLMSetup:
         """Whether the U-Net's keys and values are read."""
         return self.read_at != "encoder"
 
+    def reads(self, is_trained: bool) -> bool:
+        """Whether a text encoder is read; the U-Net reads all of them together."""
+        return is_trained or self.reads_cross_attention
+
     def use_concepts(self, concepts: Sequence[Concept], *, captions: Iterable[str] = ()) -> None:
         """Set what is learned; the captions may serve as prompts.
 
@@ -126,7 +130,7 @@ class MLMSetup:
     ) -> None:
         """Find or pretrain the contextualizers of text encoders, unless states are compared.
 
-        The host's random state is not changed.
+        Text encoders that are not read are left out. The host's random state is not changed.
 
         Args:
             text_encoders: untrained.
@@ -137,21 +141,25 @@ class MLMSetup:
         Raises:
             UserError: a given file does not fit.
         """
-        networks: list[Contextualizer | None] = [None] * len(text_encoders)
+        is_trained = trained or [True] * len(text_encoders)
+        read = [pair for pair in zip(text_encoders, is_trained, strict=True) if self.reads(pair[1])]
+        networks: list[Contextualizer | None] = [None] * len(read)
         if self.options.mlm_target != "states":
             settings = contextualizer_settings(
                 self.options.mlm_contextualizer,
-                len(self.encoders) + len(text_encoders),
+                len(self.encoders) + len(read),
                 more_may_come=more_may_come,
             )[len(self.encoders) :]
             found = [
                 _contextualizer_for(text_encoder, setting, accelerator)
-                for text_encoder, setting in zip(text_encoders, settings, strict=False)
+                for (text_encoder, _), setting in zip(read, settings, strict=False)
             ]
             self.contextualizers += found
             networks = [contextualizer.network for contextualizer in found]
-        trained = trained or [True] * len(text_encoders)
-        self.encoders += map(PreparedEncoder, text_encoders, networks, trained)
+        self.encoders += [
+            PreparedEncoder(text_encoder, network, is_trained)
+            for (text_encoder, is_trained), network in zip(read, networks, strict=True)
+        ]
 
     def compute_targets(self, device: torch.device) -> None:
         """What the untrained text encoders make of the prompts, where it is not known yet.

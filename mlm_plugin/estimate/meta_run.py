@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,16 +32,15 @@ from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.methods.checks import check_model
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget
-from mlm_plugin.mlm.masking import IGNORE_INDEX, mask_tokens
-from mlm_plugin.mlm.prompts import JointPrompts
+from mlm_plugin.mlm.masking import IGNORE_INDEX
 from mlm_plugin.mlm.regularizer import MLMRegularizer
-from mlm_plugin.mlm.teacher import MaskSettings, context_labels
-from mlm_plugin.mlm_setup import PreparedEncoder, encoder_handle, mask_settings, prompts_for
+from mlm_plugin.mlm.teacher import MaskSettings, compared_tokens
+from mlm_plugin.mlm_setup import MLMSetup, PreparedEncoder
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
-from mlm_plugin.models.key_values import read_cross_attention
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import is_small
 from mlm_plugin.setup.models import model_settings, prepare_models, quantize_models
+from mlm_plugin.setup.term import cross_attention_of
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 
 __all__ = ["Pictures", "largest_batch", "meta_training"]
@@ -168,58 +166,52 @@ def _regularizer(
     config: TrainConfig, method: Method, concepts: Sequence[Concept]
 ) -> MLMRegularizer | None:
     """The MLM term at the longest of many batches of prompts."""
-    options, text_encoders = config.mlm, method.models.text_encoders
-    if not options.mlm_loss_weight:
+    if not config.mlm.mlm_loss_weight:
         return None
-    read_at = method.mlm_read_at(config, num_text_encoders=len(text_encoders))
-    trained = method.trained_text_encoders(config, num_text_encoders=len(text_encoders))
-    handles = [
-        encoder_handle(
-            PreparedEncoder(
-                text_encoder,
-                None if options.mlm_target == "states" else _contextualizer(text_encoder),
-                is_trained,
-            ),
-            concepts,
-            dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
-            device=torch.device("meta"),
-            vary=method.mlm_variants,
+    if config.mlm.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
+        config = config.replace(mlm_prompt_set="auto")
+    setup = _prepared(config, method)
+    setup.use_concepts(concepts)
+    regularizer = setup.attach(
+        rank=0,
+        dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+        device=torch.device("meta"),
+        vary=method.mlm_variants,
+        cross_attention=cross_attention_of(setup, method),
+    )
+    longest = _longest_prompts(regularizer)
+    if config.mlm.mlm_target == "states" or not all(e.is_trained for e in setup.encoders):
+        for encoder in regularizer.encoders:
+            encoder.targets = _targets(encoder, longest, regularizer.masks)
+    drawn = itertools.cycle(longest)
+    regularizer.sample_prompt = lambda _rng: next(drawn)
+    return regularizer
+
+
+def _prepared(config: TrainConfig, method: Method) -> MLMSetup:
+    """The set-up of the term, with contextualizers without values."""
+    text_encoders, needs_none = method.models.text_encoders, config.mlm.mlm_target == "states"
+    count = len(text_encoders)
+    read_at = method.mlm_read_at(config, num_text_encoders=count)
+    trained = method.trained_text_encoders(config, num_text_encoders=count)
+    setup = MLMSetup(config.mlm, seed=0, read_at=read_at)
+    setup.encoders = [
+        PreparedEncoder(
+            text_encoder, None if needs_none else _contextualizer(text_encoder), is_trained
         )
         for text_encoder, is_trained in zip(text_encoders, trained, strict=True)
-        if is_trained or read_at != "encoder"
+        if setup.reads(is_trained)
     ]
-    if options.mlm_prompt_set == "captions":  # not read here; built-in ones are as long
-        options = config.replace(mlm_prompt_set="auto").mlm
-    masks = mask_settings(options)
-    longest = _longest_prompts(config, handles[0], prompts_for(options, concepts))
-    if options.mlm_target == "states" or not all(trained):
-        handles = [_with_targets(handle, longest, masks) for handle in handles]
-    for handle in handles:
-        handle.is_read = handle.is_trained and read_at != "cross_attention"
-    drawn = itertools.cycle(longest)
-    unet, keep_copies = method.models.unet, method.trains_base_weights
-    return MLMRegularizer(
-        handles,
-        lambda _rng: next(drawn),
-        batch_size=options.mlm_batch_size,
-        masks=masks,
-        cross_attention=None
-        if read_at == "encoder"
-        else read_cross_attention(unet, keep_copies=keep_copies),
-    )
+    return setup
 
 
-def _with_targets(
+def _targets(
     encoder: EncoderHandle, prompts: Sequence[str], masks: MaskSettings
-) -> EncoderHandle:
-    """The encoder with targets of these prompts that have sizes, but no values."""
+) -> list[PromptTarget]:
+    """Targets of these prompts that have sizes, but no values."""
     width, ids_BL = encoder.embedding.embedding_dim, encoder.tokenize(list(prompts))
     compares_states = encoder.contextualizer is None
-    labels_BL = context_labels(ids_BL, encoder.vocabulary)
-    if not compares_states:
-        labels_BL = mask_tokens(
-            ids_BL, encoder.vocabulary, rng=random.Random(0), **masks._asdict()
-        ).labels
+    labels_BL = compared_tokens(encoder, ids_BL, masks, random.Random(0)).labels
     empty = partial(torch.empty, device="meta")
     targets = []
     for ids_L, labels_L in zip(ids_BL, labels_BL, strict=True):
@@ -233,16 +225,14 @@ def _with_targets(
                 None if encoder.is_trained else empty(len(ids_L), width),
             )
         )
-    return replace(encoder, targets=targets)
+    return targets
 
 
-def _longest_prompts(
-    config: TrainConfig, encoder: EncoderHandle, source: JointPrompts
-) -> list[str]:
+def _longest_prompts(regularizer: MLMRegularizer) -> list[str]:
     """The batch with the longest prompts of several."""
-    rng, size = random.Random(0), config.mlm.mlm_batch_size
-    drawn = ([source.sample(rng).text for _ in range(size)] for _ in range(NUM_DRAWS))
-    return max(drawn, key=lambda prompts: encoder.tokenize(prompts).shape[1])
+    rng, size = random.Random(0), regularizer.batch_size
+    drawn = ([regularizer.sample_prompt(rng) for _ in range(size)] for _ in range(NUM_DRAWS))
+    return max(drawn, key=lambda prompts: regularizer.encoders[0].tokenize(prompts).shape[1])
 
 
 def _contextualizer(text_encoder: TextEncoder) -> Contextualizer:

@@ -37,6 +37,7 @@ from mlm_plugin.mlm.prompts import PromptPair
 __all__ = [
     "MaskSettings",
     "align_to_prompt",
+    "compared_tokens",
     "compute_targets",
     "context_labels",
     "padded",
@@ -80,7 +81,7 @@ def compute_targets(
         prompts_BL, teacher_BL = (
             encoder.tokenize(list(texts)) for texts in zip(*batch, strict=True)
         )
-        masked = _compared_tokens(encoder, teacher_BL, masks, rng)
+        masked = compared_tokens(encoder, teacher_BL, masks, rng)
         aligned = [
             align_to_prompt(_up_to_eos(prompt, encoder), _up_to_eos(teacher, encoder), one)
             for prompt, teacher, one in zip(
@@ -163,9 +164,10 @@ def align_to_prompt(
     return ids, labels, found
 
 
-def _compared_tokens(
+def compared_tokens(
     encoder: EncoderHandle, ids_BL: Tensor, masks: MaskSettings, rng: random.Random
 ) -> MaskedTokens:
+    """Masked words for a contextualizer; without one all words around the concept, as they are."""
     if encoder.contextualizer is None:
         return MaskedTokens(ids_BL, context_labels(ids_BL, encoder.vocabulary))
     return mask_tokens(ids_BL, encoder.vocabulary, rng=rng, **masks._asdict())

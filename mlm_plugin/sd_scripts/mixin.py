@@ -89,11 +89,10 @@ class MLMTrainerMixin:
         for model, tokenizer, is_trained in zip(
             text_encoders, self._tokenizers, trained, strict=False
         ):
-            if is_trained or place != "encoder":  # the U-Net reads all of them together
-                text_encoder = wrap_text_encoder(
-                    model, tokenizer, arch=self.mlm_arch, clip_skip=args.clip_skip
-                )
-                self.mlm.add_text_encoder(text_encoder, given["accelerator"], is_trained=is_trained)
+            text_encoder = wrap_text_encoder(
+                model, tokenizer, arch=self.mlm_arch, clip_skip=args.clip_skip
+            )
+            self.mlm.add_text_encoder(text_encoder, given["accelerator"], is_trained=is_trained)
         self.mlm.attach(given["accelerator"])
 
     def _trained_text_encoders(self, args, network, text_encoders) -> list[bool]:

@@ -12,12 +12,13 @@ from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
 from mlm_plugin.methods.checks import no_gradient_message
+from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.key_values import read_cross_attention
 
-__all__ = ["attach_term", "prepare_term"]
+__all__ = ["attach_term", "cross_attention_of", "prepare_term"]
 
 
 def prepare_term(
@@ -50,18 +51,9 @@ def prepare_term(
         raise UserError(no_gradient_message(config, reason))
     read_at = method.mlm_read_at(config, num_text_encoders=num_text_encoders)
     trained = method.trained_text_encoders(config, num_text_encoders=num_text_encoders)
-    read = [
-        (text_encoder, is_trained)
-        for text_encoder, is_trained in zip(models.text_encoders, trained, strict=True)
-        if is_trained or read_at != "encoder"  # the U-Net reads all of them together
-    ]
     setup = MLMSetup(options, seed=seed, read_at=read_at)
     setup.use_concepts(concepts, captions=_captions(dataset))
-    setup.prepare(
-        [text_encoder for text_encoder, _ in read],
-        accelerator,
-        trained=[is_trained for _, is_trained in read],
-    )
+    setup.prepare(models.text_encoders, accelerator, trained=trained)
     return setup
 
 
@@ -73,10 +65,7 @@ def attach_term(
     Raises:
         UserError: the method trains nothing before the place that is read.
     """
-    cross_attention = None
-    if setup.reads_cross_attention:
-        unet, keep_copies = method.models.unet, method.trains_base_weights
-        cross_attention = read_cross_attention(unet, keep_copies=keep_copies)
+    cross_attention = cross_attention_of(setup, method)
     if not (method.trains_text_side or (cross_attention and cross_attention.has_gradient())):
         place = "U-Net's keys and values" if cross_attention else "text encoder"
         raise UserError(
@@ -93,6 +82,13 @@ def attach_term(
         vary=method.mlm_variants,
         cross_attention=cross_attention,
     )
+
+
+def cross_attention_of(setup: MLMSetup, method: Method) -> CrossAttention | None:
+    """The U-Net's keys and values, where the term reads them."""
+    if not setup.reads_cross_attention:
+        return None
+    return read_cross_attention(method.models.unet, keep_copies=method.trains_base_weights)
 
 
 def _captions(dataset: TrainDataset) -> list[str]:

@@ -283,7 +283,7 @@ def prepared_setup(
             is_trained,
         )
         for text_encoder, is_trained in zip(models.text_encoders, trained, strict=True)
-        if is_trained or read_at != "encoder"
+        if setup.reads(is_trained)
     ]
     first = setup.encoders[0].text_encoder
     setup.prompts = LongPrompts(setup.prompts, args.mlm_prompt_tokens, first)
