@@ -39,8 +39,6 @@ from mlm_plugin.random_state import preserved_random_state
 __all__ = [
     "MLMSetup",
     "PreparedEncoder",
-    "encoder_handle",
-    "mask_settings",
     "mlm_schedule",
     "mlm_target",
     "prompt_set_names",

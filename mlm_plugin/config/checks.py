@@ -14,6 +14,7 @@ from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 __all__ = [
     "Rule",
     "mlm_range_errors",
+    "no_gradient_message",
     "option_errors",
     "option_warnings",
     "without_effect",
@@ -239,6 +240,23 @@ def mlm_range_errors(mlm: MLMOptions, *, num_steps: int | None) -> Iterator[str]
             f"mlm_start_step = {mlm.mlm_start_step} is after the end of the run "
             f"(max_train_steps = {num_steps})"
         )
+
+
+def no_gradient_message(mlm: MLMOptions, reason: str, *, elsewhere: bool = False) -> str:
+    """The error for a run in which the MLM term would change nothing, for any trainer.
+
+    Args:
+        mlm: the options.
+        reason: why.
+        elsewhere: whether ``mlm_read_at = cross_attention`` may help.
+    """
+    advice = ""
+    if elsewhere and mlm.mlm_read_at == "encoder":
+        advice = ", take mlm_read_at = cross_attention if the U-Net is trained"
+    return (
+        f"mlm_loss_weight = {mlm.mlm_loss_weight:g} asks for the MLM term, but {reason}, so it "
+        f"would change nothing; train something that it reads{advice}, or set mlm_loss_weight = 0"
+    )
 
 
 def _mlm(config: TrainConfig) -> Iterator[str]:

@@ -12,6 +12,7 @@ from itertools import chain
 
 from mlm_plugin.config.checks import (
     Rule,
+    no_gradient_message,
     option_errors,
     option_warnings,
     without_effect,
@@ -20,7 +21,7 @@ from mlm_plugin.config.options import OPTIONS, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
 
-__all__ = ["check_config", "check_model", "no_gradient_message"]
+__all__ = ["check_config", "check_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +110,7 @@ def _text_side(config: TrainConfig) -> Iterator[str]:
             "or no_train_text_encoder (dreambooth), or leave it out"
         )
     if config.mlm.mlm_loss_weight and (reason := method.why_no_gradient(config)):
-        yield no_gradient_message(config, reason)
-
-
-def no_gradient_message(config: TrainConfig, reason: str) -> str:
-    """The error for a run in which the MLM term would change nothing."""
-    elsewhere = ""
-    if config.mlm.mlm_read_at == "encoder":
-        elsewhere = ", take mlm_read_at = cross_attention if the U-Net is trained"
-    return (
-        f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g} asks for the MLM term, but {reason}, so "
-        f"it would change nothing; train something that it reads{elsewhere}, or set "
-        "mlm_loss_weight = 0"
-    )
+        yield no_gradient_message(config.mlm, reason, elsewhere=True)
 
 
 def _directional(config: TrainConfig) -> Iterator[str]:

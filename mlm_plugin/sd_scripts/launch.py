@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
@@ -212,7 +213,7 @@ def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace)
 
 def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
     from mlm_plugin.sd_scripts.patches import collected_text_encoders, summed_backward
-    from mlm_plugin.sd_scripts.term import MLMTerm, no_gradient_message
+    from mlm_plugin.sd_scripts.term import MLMTerm
 
     options = read_mlm_options(args)
     if not options.mlm_loss_weight:

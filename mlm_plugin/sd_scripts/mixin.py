@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     read_at,
@@ -20,7 +21,6 @@ from mlm_plugin.sd_scripts.arguments import (
 from mlm_plugin.sd_scripts.term import (
     MLMTerm,
     is_clip_text_model,
-    no_gradient_message,
     wrap_text_encoder,
 )
 

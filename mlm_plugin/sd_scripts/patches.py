@@ -16,15 +16,14 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.cross_attention import cross_attention_names
-from mlm_plugin.sd_scripts.arguments import read_mlm_options
+from mlm_plugin.sd_scripts.arguments import read_at, read_mlm_options
 from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import (
     MLMTerm,
     is_clip_text_model,
-    no_gradient_message,
     wrap_text_encoder,
 )
 
@@ -110,7 +109,8 @@ def collected_text_encoders(
             result = original(self, *args, **kwargs)
             for model in args:
                 if isinstance(model, nn.Module) and cross_attention_names(model):
-                    term.read_at(given_place(term.options), model, keep_copies=True)
+                    place = read_at(term.options, arch=arch, trains_text=True)
+                    term.read_at(place, model, keep_copies=True)
                 if is_clip_text_model(model):
                     # of SDXL's two encoders, the second is the one with a projection
                     is_second = hasattr(model, "text_projection")
@@ -137,11 +137,6 @@ def _wrapped(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> It
         yield
     finally:
         setattr(owner, name, original)
-
-
-def given_place(options: MLMOptions) -> str:
-    """``mlm_read_at`` in scripts that train a text encoder or its embeddings in any case."""
-    return "encoder" if options.mlm_read_at == "auto" else options.mlm_read_at
 
 
 class MLMEmbeddingMixin:
@@ -171,7 +166,8 @@ class MLMEmbeddingMixin:
         result = super().load_target_model(*args, **kwargs)
         if self.mlm:
             given = bind(super().load_target_model, args, kwargs)
-            self.mlm.read_at(given_place(self.mlm.options), result[3])
+            place = read_at(self.mlm.options, arch=self.mlm_arch, trains_text=True)
+            self.mlm.read_at(place, result[3])
             for model, tokenizer in zip(result[1], self._tokenizers, strict=False):
                 text_encoder = wrap_text_encoder(
                     model, tokenizer, arch=self.mlm_arch, clip_skip=given["args"].clip_skip

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mlm_plugin import __version__
+from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig, concepts_of
 from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
@@ -30,7 +31,7 @@ from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.random_state import preserved_random_state
 from mlm_plugin.training.callbacks import mlm_curves
 
-__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "no_gradient_message", "wrap_text_encoder"]
+__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "wrap_text_encoder"]
 
 logger = logging.getLogger(__name__)
 
@@ -231,14 +232,6 @@ class MLMTerm:
                 "text encoders, and the U-Net reads all of them; train all, or take "
                 "mlm_read_at = encoder"
             )
-
-
-def no_gradient_message(options: MLMOptions, reason: str) -> str:
-    """The message for a run in which the term would change nothing."""
-    return (
-        f"mlm_loss_weight = {options.mlm_loss_weight:g} asks for the MLM term, but {reason}, so "
-        "it would change nothing; train something that it reads, or set mlm_loss_weight = 0"
-    )
 
 
 def _detached(output: MLMOutput) -> MLMOutput:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 
+from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS, WEIGHT_DTYPES, Method
-from mlm_plugin.methods.checks import no_gradient_message
 from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup
@@ -48,7 +48,7 @@ def prepare_term(
         return None
     method = METHODS[config.schedule.method]
     if reason := method.why_no_gradient(config, num_text_encoders=num_text_encoders):
-        raise UserError(no_gradient_message(config, reason))
+        raise UserError(no_gradient_message(options, reason, elsewhere=True))
     read_at = method.mlm_read_at(config, num_text_encoders=num_text_encoders)
     trained = method.trained_text_encoders(config, num_text_encoders=num_text_encoders)
     setup = MLMSetup(options, seed=seed, read_at=read_at)
