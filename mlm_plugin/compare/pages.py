@@ -110,7 +110,7 @@ def _rows(summary: Mapping[str, Any]) -> list[Row]:
     if any(matched):
         measure = IMAGE_MEASURES["clip_t"]._replace(
             title="Text at equal likeness",
-            meaning="difference to A in text score, at the greatest likeness that both reach",
+            meaning="difference to A in text score, at the lower of both last likenesses",
         )
         cells = [Cell(None, found, False) for found in (None, *matched)]
         rows.insert(0, Row(measure, cells))

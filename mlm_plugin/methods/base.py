@@ -31,6 +31,7 @@ __all__ = [
     "Method",
     "Part",
     "load_into",
+    "load_part",
     "named_parameters",
     "on_cpu",
     "parameter_group",
@@ -225,6 +226,16 @@ def load_into(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Non
         )
     for name, weight in weights.items():
         weight.copy_(state[name])
+
+
+def load_part(weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Load some weights of a state; returns the rest of it.
+
+    Raises:
+        UserError: as for :func:`load_into`.
+    """
+    load_into(weights, {name: state[name] for name in weights if name in state})
+    return {name: tensor for name, tensor in state.items() if name not in weights}
 
 
 def parameter_group(

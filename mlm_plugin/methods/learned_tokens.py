@@ -20,7 +20,7 @@ from mlm_plugin.export.embedding_files import (
     save_embedding,
     verify_embedding,
 )
-from mlm_plugin.methods.base import Export, Method, load_into, on_cpu
+from mlm_plugin.methods.base import Export, Method, load_part, on_cpu
 from mlm_plugin.methods.facts import why_untrained
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.directional_tokens import DirectionalTokens
@@ -136,9 +136,7 @@ class LearnsTokens(Method):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what :meth:`state_dict` gave."""
-        own = self._initial_directions()
-        load_into(own, {name: state[name] for name in own if name in state})
-        super().load_state_dict({name: state[name] for name in state if name not in own})
+        super().load_state_dict(load_part(self._initial_directions(), state))
 
     def prior_loss(self) -> Tensor | None:
         """The prior of directional embeddings, over all text encoders."""

@@ -13,7 +13,7 @@ from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainCon
 from mlm_plugin.export.lora_files import bundled_embeddings, save_lora
 from mlm_plugin.methods.base import (
     Export,
-    load_into,
+    load_part,
     named_parameters,
     on_cpu,
     parameter_group,
@@ -96,9 +96,7 @@ class Pivotal(LearnsTokens, LoRAMethod):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load adapters and token embeddings."""
-        own = self._named_embeddings()
-        load_into(own, {name: state[name] for name in own if name in state})
-        super().load_state_dict({name: state[name] for name in state if name not in own})
+        super().load_state_dict(load_part(self._named_embeddings(), state))
 
     def files(self, path: Path) -> list[Path]:
         """The LoRA, then one embedding per placeholder."""

@@ -109,7 +109,7 @@ class EncodedPrompts:
         return layers_BL.flatten()[masked_positions(self.labels_BL)]
 
     def compared_states(self) -> tuple[Tensor, Tensor, Tensor]:
-        """h, g and h0 of the compared tokens, each ``(N, D)``."""
+        """h, g and h0 of the compared tokens, each ``(N, D)``; where states are compared."""
         states_ND = self.states_BLD.flatten(0, 1)[self.positions_N]
         return states_ND, self.teacher_ND, self.start
 
@@ -117,9 +117,8 @@ class EncodedPrompts:
         """The loss at these states: those of the encoder, or the same written back."""
         encoder = self.encoder
         if encoder.contextualizer is None:
-            states_ND = states_BLD.flatten(0, 1)[self.positions_N]
-            loss = relative_distance(states_ND, self.teacher_ND, self.start)
-            return Part(loss, len(states_ND))
+            compared = self.compared_states()
+            return Part(relative_distance(*compared), len(compared[0]))
         teacher = None
         if self.teacher_ND is not None:
             teacher = TeacherFeatures(self.teacher_ND, self.start)

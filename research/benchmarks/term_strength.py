@@ -27,13 +27,8 @@ from statistics import mean, median
 import torch
 from torch import Tensor
 
-from mlm_plugin.commands.train import build_trainer
-from mlm_plugin.config.datasets import concepts_of, resolve_datasets
+from mlm_plugin.commands.train import check_run, trainer_of
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.methods.checks import check_config
-from mlm_plugin.setup.accelerator import create_accelerator
-from mlm_plugin.setup.builtin_names import with_built_in_paths
-from mlm_plugin.setup.data import create_dataset
 from mlm_plugin.training.callbacks import Callback
 from mlm_plugin.training.trainer import Trainer
 
@@ -119,17 +114,7 @@ def run(seed: int, *, steps: int, **options: str) -> dict:
     config = load_config(
         [part for name, value in flat_options.items() for part in (f"--{name}", *value.split())]
     )
-    check_config(config)
-    config = with_built_in_paths(config)
-    datasets = resolve_datasets(config)
-    concepts = concepts_of(config, datasets, required=True)
-    trainer = build_trainer(
-        config,
-        accelerator=create_accelerator(config),
-        dataset=create_dataset(config, datasets, concepts, seed=seed),
-        concepts=concepts,
-        seed=seed,
-    )
+    trainer = trainer_of(check_run(config))
     watch = Watch()
     trainer.callbacks = [watch]
     trainer.run()
