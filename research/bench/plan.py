@@ -128,7 +128,7 @@ def _grid(axes: Mapping[str, Sequence[str]]) -> tuple[Flags, ...]:
 
 COSINE = {"lr_scheduler": "cosine"}  # so that the weights have settled at the last evaluation
 TOKENS = {**COSINE, "init_word": "CLASS"}  # replaced by the class word
-TEXT_RATES = ("5e-4", "1.5e-3", "5e-3")
+TEXT_RATES = ("1.5e-4", "5e-4", "1.5e-3")
 
 FAMILIES = {
     family.name: family
@@ -139,7 +139,7 @@ FAMILIES = {
             LORA,
             ("text_encoder_lr", TEXT_RATES),
             _grid({"unet_lr": ("2.5e-3", "5e-3"), "text_encoder_lr": TEXT_RATES}),
-            {"unet_lr": "5e-3"},
+            {"unet_lr": "2.5e-3"},
         ),
         Family(
             "lora_unet_only",
@@ -152,9 +152,9 @@ FAMILIES = {
             "dreambooth",
             "dreambooth",
             COSINE,
-            ("learning_rate_te", ("3e-5", "1e-4", "3e-4")),
+            ("learning_rate_te", ("1e-5", "3e-5", "1e-4")),
             _grid(
-                {"learning_rate": ("1.5e-4", "3e-4"), "learning_rate_te": ("3e-5", "1e-4", "3e-4")}
+                {"learning_rate": ("1.5e-4", "3e-4"), "learning_rate_te": ("1e-5", "3e-5", "1e-4")}
             ),
             {"learning_rate": "3e-4"},
         ),
