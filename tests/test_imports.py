@@ -25,7 +25,7 @@ ROWS = [
     ("evaluation", "estimate"),
     ("sd_scripts", "commands"),
     ("compare", "demo"),
-    ("cli",),
+    ("cli", "kohya"),
 ]
 ROW_OF = {name: number for number, names in enumerate(ROWS) for name in names}
 FORBIDDEN = {  # row -> packages that it must not import

@@ -26,7 +26,7 @@ from mlm_plugin.errors import UserError
 if TYPE_CHECKING:
     from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 
-__all__ = ["ImageInfo", "Sources", "load_pixels", "read_dataset"]
+__all__ = ["ImageInfo", "Sources", "captions_in", "load_pixels", "read_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,15 @@ def _covering(info: ImageInfo, size: Size) -> Size:
     """The size of the whole picture when its bucket has this size."""
     sides = zip(info.resized, info.bucket, size, strict=True)
     return tuple(math.ceil(resized * side / bucket) for resized, bucket, side in sides)
+
+
+def captions_in(subset: SubsetConfig) -> list[str]:
+    """The captions of a subset, one for each picture that has any.
+
+    Raises:
+        UserError: a folder or a metadata file is missing.
+    """
+    return [found.caption for found in _find(subset) if found.caption]
 
 
 def _find(subset: SubsetConfig) -> list[_Found]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from mlm_plugin.config.checks import mlm_range_errors
@@ -42,20 +43,28 @@ def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def read_mlm_options(args: argparse.Namespace) -> MLMOptions:
+def read_mlm_options(
+    args: argparse.Namespace, given: Mapping[str, Any] = MappingProxyType({}), *, place: str = PLACE
+) -> MLMOptions:
     """The checked options of a run; textual inversion's ``token_string`` names the placeholder.
 
+    Args:
+        args: options of the host; may hold ours, as keys of its TOML.
+        given: options that take precedence over them.
+        place: where they were given, for errors.
+
     Raises:
-        UserError: a wrong type, choice or range, or an unknown ``mlm_`` key of the TOML.
+        UserError: a wrong type, choice or range, or an unknown ``mlm_`` key.
     """
     known = {entry.name for entry in _entries()}
-    for name in vars(args):
+    raw = {**vars(args), **given}
+    for name in raw:
         if name.startswith("mlm_") and name not in known:
-            raise UserError(f"{PLACE}: unknown key {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"{place}: unknown key {name!r}{did_you_mean(name, known)}")
     values = {
-        name: coerce(entry, getattr(args, name), place=PLACE)
+        name: coerce(entry, raw[name], place=place)
         for name, entry in OPTIONS.items()
-        if entry.group == "mlm" and getattr(args, name, None) is not None
+        if entry.group == "mlm" and raw.get(name) is not None
     }
     if not values.get("placeholder_token") and getattr(args, "token_string", None):
         values["placeholder_token"] = (args.token_string,)

@@ -10,19 +10,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
-from mlm_plugin.sd_scripts.arguments import (
-    read_at,
-    read_mlm_options,
-    text_encoder_rates,
-    why_network_has_no_gradient,
-)
-from mlm_plugin.sd_scripts.term import (
-    MLMTerm,
-    is_clip_text_model,
-    wrap_text_encoder,
-)
+from mlm_plugin.sd_scripts.arguments import read_mlm_options
+from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
+from mlm_plugin.sd_scripts.term import MLMTerm
 
 __all__ = ["MLMTrainerMixin", "bind", "require_methods", "with_mlm"]
 
@@ -31,7 +22,6 @@ NEEDED = {
     "assert_extra_args": {"args", "train_dataset_group"},
     "post_process_network": {"args", "accelerator", "network", "text_encoders", "unet"},
     "get_tokenizers": set(),
-    "get_text_encoders_train_flags": {"args", "text_encoders"},
     "update_metadata": {"metadata"},
     "generate_step_logs": set(),
 }
@@ -59,10 +49,8 @@ class MLMTrainerMixin:
         """Read the options and refuse runs in which the term has no gradient."""
         given = bind(super().assert_extra_args, args, kwargs)
         options = read_mlm_options(given["args"])
-        if options.mlm_loss_weight:
-            if reason := why_network_has_no_gradient(given["args"], options, arch=self.mlm_arch):
-                raise UserError(no_gradient_message(options, reason))
-            self.mlm = MLMTerm(options, seed=given["args"].seed)
+        self.mlm = create_term(given["args"], options, arch=self.mlm_arch)
+        if self.mlm:
             self.mlm.use_data(given["train_dataset_group"])
         return super().assert_extra_args(*args, **kwargs)
 
@@ -70,43 +58,14 @@ class MLMTrainerMixin:
         """Find the contextualizers while the text encoders are untrained."""
         result = super().post_process_network(*args, **kwargs)
         if self.mlm:
-            self._start_mlm(bind(super().post_process_network, args, kwargs))
+            given = bind(super().post_process_network, args, kwargs)
+            models = Models(
+                given["network"], given["text_encoders"], self._tokenizers, given["unet"]
+            )
+            accelerator = given["accelerator"]
+            use_models(self.mlm, given["args"], models, accelerator, arch=self.mlm_arch)
+            self.mlm.attach(accelerator)
         return result
-
-    def _start_mlm(self, given: dict[str, Any]) -> None:
-        args, network, text_encoders = given["args"], given["network"], given["text_encoders"]
-        trained = self._trained_text_encoders(args, network, text_encoders)
-        place = read_at(self.mlm.options, arch=self.mlm_arch, trains_text=any(trained))
-        if place == "encoder" and not any(trained):
-            reason = "no CLIP text encoder is trained here"
-            raise UserError(no_gradient_message(self.mlm.options, reason))
-        if place != "encoder" and not all(map(is_clip_text_model, text_encoders)):
-            raise UserError(
-                f"mlm_read_at = {place}: the U-Net reads a text encoder here that is not CLIP; "
-                "take mlm_read_at = encoder or set mlm_loss_weight = 0"
-            )
-        self.mlm.read_at(place, given["unet"])
-        for model, tokenizer, is_trained in zip(
-            text_encoders, self._tokenizers, trained, strict=False
-        ):
-            text_encoder = wrap_text_encoder(
-                model, tokenizer, arch=self.mlm_arch, clip_skip=args.clip_skip
-            )
-            self.mlm.add_text_encoder(text_encoder, given["accelerator"], is_trained=is_trained)
-        self.mlm.attach(given["accelerator"])
-
-    def _trained_text_encoders(self, args, network, text_encoders) -> list[bool]:
-        """For each text encoder, whether it is CLIP and trained by this network."""
-        if not getattr(network, "text_encoder_loras", True):
-            return [False] * len(text_encoders)
-        flags = self.get_text_encoders_train_flags(args, text_encoders)
-        if getattr(args, "network_train_unet_only", False):
-            flags = [False] * len(flags)
-        rates = text_encoder_rates(args, network, count=len(text_encoders))
-        return [
-            bool(flag and rate and is_clip_text_model(model))
-            for model, flag, rate in zip(text_encoders, flags, rates, strict=False)
-        ]
 
     def process_batch(self, *args, **kwargs):
         """The host's loss, plus the term in training; validation is unchanged."""

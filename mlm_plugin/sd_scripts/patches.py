@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.cross_attention import cross_attention_names
+from mlm_plugin.sd_scripts.accelerator_hooks import wrapped
 from mlm_plugin.sd_scripts.arguments import read_at, read_mlm_options
 from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import (
@@ -91,10 +92,10 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
 
     with ExitStack() as stack:
         for strategy in strategies:
-            stack.enter_context(_wrapped(strategy, "encode_tokens", encode_tokens))
-        stack.enter_context(_wrapped(Accelerator, "backward", backward))
-        stack.enter_context(_wrapped(Accelerator, "log", log))
-        stack.enter_context(_wrapped(Accelerator, "prepare", prepare))
+            stack.enter_context(wrapped(strategy, "encode_tokens", encode_tokens))
+        stack.enter_context(wrapped(Accelerator, "backward", backward))
+        stack.enter_context(wrapped(Accelerator, "log", log))
+        stack.enter_context(wrapped(Accelerator, "prepare", prepare))
         yield
 
 
@@ -125,18 +126,8 @@ def collected_text_encoders(
 
         return wrapped
 
-    with _wrapped(Accelerator, "prepare", prepare):
+    with wrapped(Accelerator, "prepare", prepare):
         yield
-
-
-@contextmanager
-def _wrapped(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, wrap(original))
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 class MLMEmbeddingMixin:

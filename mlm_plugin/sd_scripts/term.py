@@ -125,18 +125,38 @@ class MLMTerm:
                 )
 
     def use_data(self, dataset_group: Any) -> None:
-        """Take concepts and captions from the data, unless the options name them.
+        """Take concepts and captions from data sets that sd-scripts has built.
 
         Raises:
             UserError: the concept is not known.
         """
         datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
-        config = TrainConfig(mlm=self.options)
-        found = concepts_of(config, [_as_config(dataset) for dataset in datasets], required=True)
+        self.use_datasets([_as_config(dataset) for dataset in datasets], _captions(datasets))
+
+    def use_datasets(self, datasets: Sequence[DatasetConfig], captions: Iterable[str]) -> None:
+        """Take concepts and captions from the data, unless the options name them.
+
+        Args:
+            datasets: their subsets may name concepts.
+            captions: of the pictures to learn from.
+
+        Raises:
+            UserError: the concept is not known.
+        """
+        found = concepts_of(TrainConfig(mlm=self.options), datasets, required=True)
         texts = {c.placeholder_token: self.expand(c.placeholder_token) for c in found}
         self.setup.use_concepts(
             [Concept(texts[c.placeholder_token], c.class_token) for c in found],
-            captions=[_replaced(caption, texts) for caption in _captions(datasets)],
+            captions=[_replaced(caption, texts) for caption in captions],
+        )
+
+    def describe(self) -> str:
+        """What it does, in one line for the log."""
+        options, concepts = self.options, self.setup.concepts
+        return (
+            f"MLM term: {', '.join(concept.text for concept in concepts)!r}, weight "
+            f"{options.mlm_loss_weight:g}, target {mlm_target(options, concepts)}, read at "
+            f"{self.setup.read_at}"
         )
 
     def attach(self, accelerator: Accelerator) -> None:

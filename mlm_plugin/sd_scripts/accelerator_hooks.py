@@ -1,0 +1,109 @@
+"""The MLM term inside the accelerator of a trainer whose loop is not ours to change.
+
+``Accelerator.backward`` is where accumulation, loss scaling, DDP and DeepSpeed begin: a term that
+is added to its argument is treated as the rest of the loss.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+
+from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.term import MLMTerm
+
+__all__ = ["exits_on_user_error", "join_next_accelerator", "wrapped"]
+
+_waiting = ExitStack()
+
+
+def join_next_accelerator(term: MLMTerm | None) -> None:
+    """Add a term to the losses of the accelerator that prepares models next.
+
+    Args:
+        term: ``None``: nothing is added. A term that still waits for its accelerator is dropped.
+    """
+    _waiting.close()
+    if term is None:
+        return
+
+    def prepare(original: Callable) -> Callable:
+        def prepare(self, *args, **kwargs):
+            _waiting.close()
+            _join(self, term)
+            return original(self, *args, **kwargs)
+
+        return prepare
+
+    _waiting.enter_context(wrapped(Accelerator, "prepare", prepare))
+
+
+def _join(accelerator: Accelerator, term: MLMTerm) -> None:
+    """Add the term until the training of this accelerator ends."""
+    term.attach(accelerator)
+    joined = ExitStack()
+    logging_trackers: list[Any] = []
+
+    def backward(original: Callable) -> Callable:
+        def backward(loss, *args, **kwargs):
+            if not logging_trackers:  # the trainer creates them just before its first step
+                logging_trackers.extend(accelerator.trackers)
+                for tracker in logging_trackers:
+                    joined.enter_context(wrapped(tracker, "log", log))
+            with exits_on_user_error():
+                loss = term.add_to(loss, accelerator)
+            return original(loss, *args, **kwargs)
+
+        return backward
+
+    def log(original: Callable) -> Callable:
+        def log(values, *args, **kwargs):
+            if "loss/current" in values and term.parts:  # not of validation
+                values = {**values, **term.parts.logs()}
+            return original(values, *args, **kwargs)
+
+        return log
+
+    def end_training(original: Callable) -> Callable:
+        def end_training(*args, **kwargs):
+            joined.close()
+            return original(*args, **kwargs)
+
+        return end_training
+
+    joined.enter_context(wrapped(accelerator, "backward", backward))
+    joined.enter_context(wrapped(accelerator, "end_training", end_training))
+
+
+@contextmanager
+def exits_on_user_error() -> Iterator[None]:
+    """One line and exit code 2, as on our own command line; the host would print a traceback.
+
+    Options are named as network arguments are written, without dashes.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(r"--(?=[a-z])", "", str(error))
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def wrapped(owner: Any, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """A method of a class or an object, replaced inside the block."""
+    is_own = name in vars(owner)
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

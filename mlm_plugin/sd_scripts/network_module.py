@@ -1,0 +1,254 @@
+"""The network module: an inner network of any kind, with the MLM term in its training.
+
+The trainer passes a network module everything but its accelerator and its data. The data are named
+by its options; the accelerator is met when it prepares the models (:mod:`.accelerator_hooks`).
+
+Source: sd-scripts ``train_network.py`` (order of calls), ``networks/lora.py`` (signatures).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from torch import nn
+
+from mlm_plugin.config.options import OPTIONS
+from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.accelerator_hooks import exits_on_user_error, join_next_accelerator
+from mlm_plugin.sd_scripts.arguments import read_mlm_options
+from mlm_plugin.sd_scripts.data import captions_of, named_datasets
+from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
+from mlm_plugin.sd_scripts.term import MLMTerm
+
+__all__ = ["create_network", "create_network_from_weights", "split_arguments"]
+
+logger = logging.getLogger(__name__)
+
+MODULE = "mlm_plugin.kohya"
+OURS = {name for name, entry in OPTIONS.items() if entry.group == "mlm"}
+
+
+class Architecture(NamedTuple):
+    """What a base model has: where its tokenizers are, and the network module made for it."""
+
+    arch: str
+    tokenizers: tuple[str, ...]
+    inner: str
+
+
+ARCHITECTURES = {
+    "SdTokenizeStrategy": Architecture("sd", ("tokenizer",), "networks.lora"),
+    "SdxlTokenizeStrategy": Architecture("sdxl", ("tokenizer1", "tokenizer2"), "networks.lora"),
+    "Sd3TokenizeStrategy": Architecture("sd3", ("clip_l", "clip_g", "t5xxl"), "networks.lora_sd3"),
+    "FluxTokenizeStrategy": Architecture("flux", ("clip_l", "t5xxl"), "networks.lora_flux"),
+}
+"""By the class of the trainer's tokenize strategy. Source: sd-scripts ``library/strategy_*.py``."""
+
+
+class NetworkArguments(NamedTuple):
+    """``network_args``, sorted by whom they are for."""
+
+    inner: str | None
+    ours: dict[str, Any]
+    rest: dict[str, Any]
+
+
+def create_network(
+    multiplier: float,
+    network_dim: int | None,
+    network_alpha: float | None,
+    vae: nn.Module,
+    text_encoder: nn.Module | list[nn.Module],
+    unet: nn.Module,
+    **network_args: Any,
+) -> nn.Module | None:
+    """The inner module's network, with the term attached. Called by kohya's trainers.
+
+    Exits with code 2 and one line if an argument cannot be used.
+    """
+    with exits_on_user_error():
+        given = split_arguments(network_args)
+        inner = _import_inner(given.inner or _architecture().inner)
+        network = inner.create_network(
+            multiplier, network_dim, network_alpha, vae, text_encoder, unet, **given.rest
+        )
+        return _with_term(network, _Run(inner.__name__, given.ours, text_encoder, unet))
+
+
+def create_network_from_weights(
+    multiplier: float,
+    file: str,
+    vae: nn.Module,
+    text_encoder: nn.Module | list[nn.Module],
+    unet: nn.Module,
+    weights_sd: Mapping[str, Any] | None = None,
+    for_inference: bool = False,
+    **network_args: Any,
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The same with the shapes of a file; without the term where nothing is trained.
+
+    The inner module is the given one, else the one that wrote the file, else the default.
+    """
+    with exits_on_user_error():
+        given = split_arguments(network_args)
+        inner = _import_inner(given.inner or _module_that_wrote(file) or _architecture().inner)
+        network, weights = inner.create_network_from_weights(
+            multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **given.rest
+        )
+        if not for_inference:
+            network = _with_term(network, _Run(inner.__name__, given.ours, text_encoder, unet))
+        return network, weights
+
+
+def split_arguments(network_args: Mapping[str, Any]) -> NetworkArguments:
+    """Ours are ``inner`` and every ``mlm`` option; several values are separated by commas."""
+    rest = dict(network_args)
+    inner = rest.pop("inner", None)
+    is_ours = [name for name in rest if name in OURS or name.startswith("mlm_")]
+    ours = {name: rest.pop(name) for name in is_ours}
+    for name in set(ours) & OURS:
+        if OPTIONS[name].many:
+            ours[name] = [part.strip() for part in str(ours[name]).split(",")]
+    return NetworkArguments(inner, ours, rest)
+
+
+def _import_inner(name: str) -> ModuleType:
+    if name == MODULE:
+        raise UserError(f"inner = {name!r}: must be another module, such as networks.lora")
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"inner = {name!r}: cannot be imported ({error}); it must be a network module such as "
+            "networks.lora or lycoris.kohya"
+        ) from error
+    if not hasattr(module, "create_network"):
+        raise UserError(f"inner = {name!r}: is not a network module, it has no create_network")
+    return module
+
+
+def _module_that_wrote(file: str | None) -> str | None:
+    if file is None or Path(file).suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as weights:
+        return (weights.metadata() or {}).get("ss_network_module")
+
+
+def _tokenize_strategy() -> Any:
+    try:
+        from library.strategy_base import TokenizeStrategy
+    except ImportError as error:
+        raise UserError(
+            f"{MODULE}: works inside sd-scripts v0.10.0 or later ({error}); update sd-scripts"
+        ) from error
+    return TokenizeStrategy.get_strategy()
+
+
+def _architecture() -> Architecture:
+    name = type(_tokenize_strategy()).__name__
+    if name not in ARCHITECTURES:
+        known = ", ".join(architecture.arch for architecture in ARCHITECTURES.values())
+        raise UserError(
+            f"{MODULE}: {name.removesuffix('TokenizeStrategy')} models are not supported, only "
+            f"{known}; choose the network module made for this model"
+        )
+    return ARCHITECTURES[name]
+
+
+class _Run:
+    """The term of one network, from its arguments to the metadata of its file."""
+
+    def __init__(
+        self,
+        inner: str,
+        options: Mapping[str, Any],
+        text_encoder: nn.Module | list[nn.Module],
+        unet: nn.Module,
+    ):
+        self.inner = inner
+        self.options = options
+        self.text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
+        self.unet = unet
+        self.args: argparse.Namespace | None = None
+        self.term: MLMTerm | None = None
+
+    def start(self, args: argparse.Namespace, network: nn.Module) -> None:
+        """Set the term up while the models are untrained; at weight 0 there is none."""
+        self.args = args
+        options = read_mlm_options(args, self.options, place="network_args")
+        architecture = _architecture()
+        self.term = create_term(args, options, arch=architecture.arch)
+        if self.term is not None:
+            datasets = named_datasets(args)
+            uses_captions = options.mlm_prompt_set == "captions"
+            self.term.use_datasets(datasets, captions_of(datasets) if uses_captions else ())
+            strategy = _tokenize_strategy()
+            tokenizers = [getattr(strategy, name) for name in architecture.tokenizers]
+            models = Models(network, self.text_encoders, tokenizers, self.unet)
+            use_models(self.term, args, models, PartialState(), arch=architecture.arch)
+            logger.info("%s", self.term.describe())
+        join_next_accelerator(self.term)
+
+    def metadata(self, metadata: dict[str, str] | None) -> dict[str, str] | None:
+        """What the inner module would have written, and ``ss_mlm_*``."""
+        if metadata is None or self.args is None:
+            return metadata
+        metadata = {**metadata, "ss_network_module": self.inner}
+        metadata.pop("ss_network_args", None)
+        if rest := _arguments_of_inner(self.args.network_args):
+            rest.setdefault("dropout", self.args.network_dropout)  # as the trainer does
+            metadata["ss_network_args"] = json.dumps(rest)
+        if self.term is not None and not self.args.no_metadata:
+            metadata |= self.term.metadata()
+        return metadata
+
+
+def _arguments_of_inner(network_args: list[str] | None) -> dict[str, Any]:
+    pairs = (argument.split("=", 1) for argument in network_args or ())
+    return split_arguments({name: value for name, value in pairs}).rest
+
+
+class _MLMNetwork:
+    """In front of the inner network's class."""
+
+    mlm_run: _Run
+
+    def prepare_network(self, args: argparse.Namespace) -> None:
+        """The trainer's options are final here, and nothing is applied or trained yet."""
+        if inner := getattr(super(), "prepare_network", None):
+            inner(args)
+        with exits_on_user_error():
+            self.mlm_run.start(args, self)
+
+    def apply_to(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a trainer that gave no options, in which the term would silently be missing."""
+        if self.mlm_run.args is None:
+            with exits_on_user_error():
+                raise UserError(
+                    f"{MODULE}: this trainer does not call prepare_network, so the MLM term cannot "
+                    f"be added; set network_module = {self.mlm_run.inner}"
+                )
+        return super().apply_to(*args, **kwargs)
+
+    def save_weights(self, file: str, dtype: Any, metadata: dict[str, str] | None) -> Any:
+        """The inner network's file."""
+        return super().save_weights(file, dtype, self.mlm_run.metadata(metadata))
+
+
+def _with_term(network: nn.Module | None, run: _Run) -> nn.Module | None:
+    if network is not None:
+        inner = type(network)
+        members = {"__module__": inner.__module__, "__doc__": inner.__doc__}
+        network.__class__ = type(inner.__name__, (_MLMNetwork, inner), members)
+        network.mlm_run = run
+    return network
