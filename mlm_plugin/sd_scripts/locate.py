@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 TRAINER = "train_network.py"
 OVERRIDDEN = "def process_batch("
 OLDEST = "v0.10.0"
+NAME_IN_5 = "CLIPImageProcessor"
 LIBRARIES = ("transformers", "diffusers", "accelerate")
 PIN = re.compile(r"^\s*([A-Za-z0-9_.-]+?)(?:\[[^\]]*\])?\s*==\s*([0-9][^\s;#]*)", re.MULTILINE)
 
@@ -129,12 +130,14 @@ def check_checkout(root: Path, *, named: str) -> None:
 def check_libraries(root: Path) -> None:
     """Compare the installed libraries with those that the checkout pins.
 
-    Another major version does not work and is refused; any other difference causes a warning.
+    A difference causes a warning. Another major version is refused, unless the checkout was made to
+    run with it too.
 
     Raises:
-        UserError: a library is missing or of another major version.
+        UserError: a library is missing, or of a major version that cannot work.
     """
     differences = []
+    any_major = _supports_transformers_5(root)
     for name, wanted in _pins(root).items():
         try:
             installed = importlib.metadata.version(name)
@@ -143,7 +146,7 @@ def check_libraries(root: Path) -> None:
                 f"{name} is not installed, {root.name} wants {name}=={wanted}; run this in the "
                 "environment of sd-scripts (pip install -r requirements.txt there)"
             ) from None
-        if installed.split(".")[0] != wanted.split(".")[0]:
+        if not any_major and installed.split(".")[0] != wanted.split(".")[0]:
             raise UserError(
                 f"{name} {installed} is installed, {root.name} wants {name}=={wanted}; run this "
                 "in the environment of sd-scripts, or use --host standalone"
@@ -152,6 +155,17 @@ def check_libraries(root: Path) -> None:
             differences.append(f"{name} {installed} (wanted {wanted})")
     if differences:
         logger.warning("not the versions that sd-scripts pins: %s", ", ".join(differences))
+
+
+def _supports_transformers_5(root: Path) -> bool:
+    """Whether the checkout is v0.10.5 or later, which runs with transformers 4 and 5.
+
+    Source: sd-scripts pull request 2315; the class was renamed in transformers 5.
+    """
+    pipeline = root / "library" / "lpw_stable_diffusion.py"
+    if not pipeline.is_file():
+        return False
+    return NAME_IN_5 in pipeline.read_text(encoding="utf-8", errors="replace")
 
 
 def _pins(root: Path) -> dict[str, str]:

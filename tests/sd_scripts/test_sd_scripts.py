@@ -995,6 +995,14 @@ def test_libraries_of_another_major_version_are_refused_others_named(checkout, m
     installed["transformers"] = "5.6.0"
     with pytest.raises(UserError, match="transformers 5.6.0 is installed"):
         check_libraries(checkout)
+    pipeline = checkout / "library" / "lpw_stable_diffusion.py"
+    pipeline.write_text("from transformers import CLIPFeatureExtractor\n")  # up to v0.10.4
+    with pytest.raises(UserError, match="transformers 5.6.0 is installed"):
+        check_libraries(checkout)
+    pipeline.write_text("from transformers import CLIPImageProcessor as CLIPFeatureExtractor\n")
+    caplog.clear()
+    check_libraries(checkout)
+    assert "transformers 5.6.0 (wanted 4.54.1)" in caplog.text
 
 
 def test_a_missing_library_is_named(checkout, monkeypatch):
