@@ -1,0 +1,494 @@
+"""The network module in a stub trainer: the real calls in the real order, no sd-scripts needed."""
+
+import argparse
+import json
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mlm_plugin import kohya
+from mlm_plugin.config.options import OPTIONS
+from mlm_plugin.sd_scripts.network_module import split_arguments
+from mlm_plugin.sd_scripts.term import STATE_FILE
+
+pytestmark = pytest.mark.usefixtures("_fresh_accelerator", "_sd_scripts")
+
+
+class StubUNet(nn.Module):
+    """Cross-attention alone, under the names of sd-scripts' U-Net."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        attn2 = nn.Module()
+        attn2.to_k, attn2.to_v = (nn.Linear(width, 16, bias=False) for _ in range(2))
+        self.middle_block = nn.ModuleDict({"attn2": attn2})
+
+
+class Adapter(nn.Module):
+    def __init__(self, name, target):
+        super().__init__()
+        self.lora_name, self.target = name, target
+        self.lora_down = nn.Linear(target.in_features, 2, bias=False)
+        self.lora_up = nn.Linear(2, target.out_features, bias=False)
+        nn.init.zeros_(self.lora_up.weight)
+
+    def apply_to(self):
+        org_forward = self.target.forward
+        self.target.forward = lambda x: org_forward(x) + self.lora_up(self.lora_down(x))
+        del self.target
+
+
+class LoRANetwork(nn.Module):
+    """``networks.lora``: the methods that a trainer calls."""
+
+    def __init__(self, text_encoder, unet):
+        super().__init__()
+        body = getattr(text_encoder, "text_model", text_encoder)  # flat since transformers 5.6
+        self.text_encoder_loras = [Adapter("lora_te", body.encoder.layers[0].mlp.fc1)]
+        self.unet_loras = [Adapter("lora_unet", unet.middle_block.attn2.to_v)]
+
+    def apply_to(self, text_encoder, unet, apply_text_encoder=True, apply_unet=True):
+        if not apply_text_encoder:
+            self.text_encoder_loras = []
+        for lora in self.text_encoder_loras + self.unet_loras:
+            lora.apply_to()
+            self.add_module(lora.lora_name, lora)
+
+    def save_weights(self, file, dtype, metadata):
+        save_file(self.state_dict(), file, metadata)
+
+
+class Tracker(GeneralTracker):
+    """Keeps what is logged."""
+
+    name = "kept"
+    requires_logging_directory = False
+    main_process_only = False
+
+    def __init__(self):
+        super().__init__(_blank=True)
+        self.logged = []
+
+    @property
+    def tracker(self):
+        return self.logged
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None):
+        self.logged.append(dict(values))
+
+
+@pytest.fixture
+def _sd_scripts(monkeypatch):
+    """Modules of sd-scripts under their real names."""
+
+    class SdTokenizeStrategy:
+        pass
+
+    class ConfigSanitizer:
+        def __init__(self, support_dreambooth, support_finetuning, support_controlnet, dropout):
+            pass
+
+    class BlueprintGenerator:
+        def __init__(self, sanitizer):
+            pass
+
+        def generate(self, user_config, args):
+            subsets = user_config["datasets"][0]["subsets"]
+            params = [SimpleNamespace(params=SimpleNamespace(**subset)) for subset in subsets]
+            return SimpleNamespace(
+                dataset_group=SimpleNamespace(datasets=[SimpleNamespace(subsets=params)])
+            )
+
+    def subsets_of(train_data_dir, reg_data_dir):
+        return [
+            {"image_dir": train_data_dir, "class_tokens": "sks dog", "is_reg": False},
+            {"image_dir": train_data_dir, "class_tokens": "dog", "is_reg": True},
+        ]
+
+    strategy = SimpleNamespace(get_strategy=lambda: SdTokenizeStrategy())
+    SdTokenizeStrategy.tokenizer = None  # set by the run
+    modules = {
+        "library": {},
+        "library.strategy_base": {"TokenizeStrategy": strategy},
+        "library.config_util": {
+            "BlueprintGenerator": BlueprintGenerator,
+            "ConfigSanitizer": ConfigSanitizer,
+            "generate_dreambooth_subsets_config_by_subdirs": subsets_of,
+        },
+        "networks": {},
+        "networks.lora": {"create_network": create_lora, "create_network_from_weights": from_file},
+    }
+    for name, members in modules.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+        if "." in name:
+            parent, _, child = name.partition(".")
+            monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+    return SdTokenizeStrategy
+
+
+def create_lora(
+    multiplier, network_dim, network_alpha, vae, text_encoder, unet, neuron_dropout=None, **rest
+):
+    network = LoRANetwork(text_encoder, unet)
+    network.given = rest
+    return network
+
+
+def from_file(multiplier, file, vae, te, unet, weights_sd=None, for_inference=False, **rest):
+    return create_lora(multiplier, None, None, vae, te, unet, **rest), {}
+
+
+OWN = {
+    "seed": 3,
+    "learning_rate": 0.5,
+    "text_encoder_lr": None,
+    "max_train_steps": 4,
+    "max_train_epochs": None,
+    "clip_skip": None,
+    "network_train_unet_only": False,
+    "network_weights": None,
+    "network_dropout": None,
+    "dataset_class": None,
+    "dataset_config": None,
+    "in_json": None,
+    "train_data_dir": "data",
+    "reg_data_dir": None,
+    "masked_loss": False,
+    "no_metadata": False,
+    "gradient_accumulation_steps": 1,
+    "resume": None,
+    "save_state": None,
+}
+
+
+@pytest.fixture
+def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
+    """A run of the stub trainer; returns its losses, logs, file and accelerator."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    def train(*network_args, module=kohya, scaler=None, num_batches=4, **changes):
+        tokenizer = CLIPTokenizer.from_pretrained(toy_folder / "tokenizer")
+        _sd_scripts.tokenizer = tokenizer
+        if module is kohya:
+            network_args = (f"mlm_contextualizer={toy_contextualizer}", *network_args)
+        args = argparse.Namespace(**OWN | changes, network_args=list(network_args))
+        args.network_module = module.__name__
+        torch.manual_seed(args.seed)
+        accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps
+        )
+        model = CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval()
+        unet = StubUNet()
+        pairs = dict(argument.split("=", 1) for argument in args.network_args)
+        pairs.setdefault("dropout", args.network_dropout)
+        network = module.create_network(
+            1.0, 4, 1, None, model, unet, neuron_dropout=args.network_dropout, **pairs
+        )
+        if hasattr(network, "prepare_network"):
+            network.prepare_network(args)
+        network.apply_to(model, unet, not args.network_train_unet_only, True)
+        model.requires_grad_(False)
+        unet.requires_grad_(False)
+        unet = accelerator.prepare(unet)
+        network = accelerator.prepare(network)
+        optimizer = torch.optim.SGD(network.parameters(), lr=args.learning_rate)
+        optimizer = accelerator.prepare(optimizer)
+        tracker = Tracker()
+        accelerator.trackers = [tracker]
+        accelerator.scaler = scaler
+        if args.resume:
+            accelerator.load_state(args.resume)
+        gradients, losses = [], []
+        batch = tokenizer(["a photo of sks dog"], return_tensors="pt").input_ids
+        for _ in range(num_batches):
+            with accelerator.accumulate(network):
+                on_step_start = getattr(network, "on_step_start", lambda *args: None)
+                on_step_start(model, unet)
+                states = model(batch)[0]
+                values = unet.middle_block.attn2.to_v(states)
+                loss = ((values - torch.randn_like(values)) ** 2).mean()
+                accelerator.backward(loss)
+                gradients.append([p.grad.clone() for p in network.parameters()])
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            tracker.log({"loss/current": loss.item(), "loss/average": 0.0}, step=len(losses))
+            tracker.log({"loss/validation/step_average": 0.0}, step=len(losses))
+        if args.save_state:
+            accelerator.save_state(args.save_state)
+        accelerator.end_training()
+        metadata = {"ss_network_module": args.network_module, "ss_seed": "3"}
+        if args.network_args:
+            metadata["ss_network_args"] = json.dumps(pairs)
+        file = tmp_path / f"{len(list(tmp_path.glob('*.safetensors')))}.safetensors"
+        network.save_weights(str(file), None, metadata)
+        return SimpleNamespace(
+            losses=losses,
+            gradients=gradients,
+            logged=tracker.logged,
+            file=file,
+            weights=load_file(file),
+            metadata=metadata_of(file),
+            network=network,
+            accelerator=accelerator,
+            tracker=tracker,
+        )
+
+    return train
+
+
+def metadata_of(file):
+    with safe_open(file, framework="pt") as weights:
+        return weights.metadata()
+
+
+def plain_module():
+    return sys.modules["networks.lora"]
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def curve(run, tag):
+    return [values[tag] for values in run.logged if tag in values]
+
+
+def test_at_weight_0_the_file_is_the_plain_one(train):
+    plain = train(module=plain_module())
+    ours = train("mlm_loss_weight=0")
+    assert same(plain.weights, ours.weights)
+    assert plain.losses == ours.losses
+    assert plain.metadata == ours.metadata
+
+
+def test_the_term_changes_the_weights_and_is_logged_beside_the_loss_of_the_host(train):
+    plain = train(module=plain_module())
+    ours = train("mlm_loss_weight=1", "mlm_target=word")
+    assert plain.weights.keys() == ours.weights.keys()
+    assert not same(plain.weights, ours.weights)
+    assert curve(ours, "loss/current") == ours.losses == curve(ours, "loss/diffusion")
+    assert len(curve(ours, "loss/mlm")) == len(ours.losses)
+    assert min(curve(ours, "loss/mlm")) > 0
+    validation = [values for values in ours.logged if "loss/validation/step_average" in values]
+    assert all(len(values) == 1 for values in validation)
+
+
+def test_the_noise_of_the_host_is_that_of_the_plain_run(train):
+    plain = train(module=plain_module())
+    ours = train("mlm_loss_weight=1e-12", "mlm_target=word")
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_the_file_names_the_inner_module_and_what_the_term_did(train):
+    run = train("conv_dim=2", "mlm_loss_weight=0.5")
+    assert run.network.given == {"conv_dim": "2", "dropout": None}
+    assert run.metadata["ss_network_module"] == "networks.lora"
+    assert json.loads(run.metadata["ss_network_args"]) == {"conv_dim": "2", "dropout": None}
+    assert run.metadata["ss_mlm_loss_weight"] == "0.5"
+    assert run.metadata["ss_mlm_placeholder_token"] == "sks"
+    assert "ss_network_args" not in train("mlm_loss_weight=0.5").metadata
+    unnamed = train("mlm_loss_weight=0.5", no_metadata=True).metadata
+    assert not any("mlm" in name for name in unnamed)
+
+
+def test_the_accelerator_is_as_before_once_training_has_ended(train):
+    prepare = Accelerator.prepare
+    run = train("mlm_loss_weight=1")
+    assert Accelerator.prepare is prepare
+    assert not {"backward", "end_training"} & vars(run.accelerator).keys()
+    assert "log" not in vars(run.tracker)
+
+
+class FakeScaler:
+    """A GradScaler of a fixed scale that works on a CPU."""
+
+    def scale(self, loss):
+        return loss * 1024
+
+    def state_dict(self):
+        return {}
+
+
+def test_the_term_is_scaled_and_divided_like_the_rest_of_the_loss(train):
+    def first_step(*network_args, **changes):
+        return train("mlm_target=word", *network_args, num_batches=1, **changes).gradients[0]
+
+    once = first_step("mlm_loss_weight=1")
+    plain = first_step("mlm_loss_weight=0")
+    assert any(not torch.equal(a, b) for a, b in zip(once, plain, strict=True))
+    scaled = first_step("mlm_loss_weight=1", scaler=FakeScaler(), gradient_accumulation_steps=2)
+    for expected, found in zip(once, scaled, strict=True):
+        assert torch.allclose(found, expected * 1024 / 2, rtol=1e-5)
+
+
+def test_schedules_count_optimizer_steps(train):
+    run = train("mlm_start_step=1", "mlm_target=word", gradient_accumulation_steps=2)
+    assert [("loss/mlm" in values) for values in run.logged if "loss/current" in values] == [
+        False, False, True, True,
+    ]  # fmt: skip
+
+
+def test_states_go_on_counting(train, tmp_path):
+    train("mlm_loss_weight=1", save_state=tmp_path / "state")
+    assert json.loads((tmp_path / "state" / STATE_FILE).read_text()) == {"step": 4, "call": 4}
+    run = train("mlm_end_step=4", resume=tmp_path / "state", num_batches=1)
+    assert "loss/mlm" not in run.logged[0]
+
+
+@pytest.mark.parametrize("target", ["states", "class"])
+def test_the_u_net_alone_is_read_at_its_cross_attention(train, target):
+    run = train(f"mlm_target={target}", "mlm_loss_weight=1", network_train_unet_only=True)
+    assert set(run.weights) == {"lora_unet.lora_down.weight", "lora_unet.lora_up.weight"}
+    assert run.metadata["ss_mlm_read_at"] == "cross_attention"
+    assert curve(run, "loss/mlm")[0] == pytest.approx(0, abs=1e-7)
+    assert curve(run, "loss/mlm")[-1] > 1e-6
+
+
+def test_the_concept_comes_from_the_arguments_or_from_the_data(train):
+    named = train("placeholder_token=zxq, ohwx", "class_token=cat, duck toy").metadata
+    assert named["ss_mlm_placeholder_token"] == "zxq, ohwx"
+    assert named["ss_mlm_class_token"] == "cat, duck toy"
+    assert train().metadata["ss_mlm_class_token"] == "dog"
+
+
+def test_options_may_also_be_keys_of_the_toml(train):
+    """sd-scripts keeps keys that it does not know."""
+    assert train(mlm_loss_weight=0.25).metadata["ss_mlm_loss_weight"] == "0.25"
+    both = train("mlm_loss_weight=0.5", mlm_loss_weight=0.25)
+    assert both.metadata["ss_mlm_loss_weight"] == "0.5"
+
+
+def test_prompts_can_be_the_captions_of_the_data(train, tmp_path, toy_pictures):
+    for number, photo in enumerate(sorted(toy_pictures.rglob("*.png"))[:2]):
+        target = tmp_path / "data" / f"{number}.png"
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(photo.read_bytes())
+        target.with_suffix(".caption").write_text("a photo of sks dog in the snow")
+    run = train("mlm_prompt_set=captions", train_data_dir=str(tmp_path / "data"))
+    assert run.metadata["ss_mlm_prompt_set"] == "captions"
+
+
+@pytest.mark.parametrize(
+    ("network_args", "changes", "message"),
+    [
+        (["mlm_los_weight=1"], {}, "network_args: unknown key 'mlm_los_weight'; did you mean"),
+        (["mlm_loss_weight=high"], {}, "network_args: mlm_loss_weight = 'high' is not allowed"),
+        (["mlm_loss_weight=-1"], {}, "mlm_loss_weight = '-1' is not allowed"),
+        (["inner=networks.lorra"], {}, "inner = 'networks.lorra': cannot be imported"),
+        (["inner=mlm_plugin.kohya"], {}, "must be another module"),
+        (["inner=json"], {}, "is not a network module"),
+        (["mlm_read_at=encoder"], {"text_encoder_lr": 0}, "text_encoder_lr = 0 leaves"),
+        ([], {"dataset_class": "my.Data"}, "give placeholder_token"),
+        (["class_token=dog,cat"], {"dataset_class": "my.Data"}, "placeholder_token"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_exit_code_2(train, capsys, network_args, changes, message):
+    with pytest.raises(SystemExit) as stop:
+        train(*network_args, **changes)
+    assert stop.value.code == 2
+    *_progress, printed = capsys.readouterr().err.splitlines()
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert "--" not in printed
+
+
+def test_an_unknown_architecture_is_one_line(train, capsys, monkeypatch):
+    class HunyuanImageTokenizeStrategy:
+        pass
+
+    strategy = sys.modules["library.strategy_base"].TokenizeStrategy
+    monkeypatch.setattr(strategy, "get_strategy", lambda: HunyuanImageTokenizeStrategy())
+    with pytest.raises(SystemExit):
+        train()
+    assert "HunyuanImage models are not supported" in capsys.readouterr().err
+
+
+def test_a_trainer_that_gives_no_options_is_refused(capsys, toy_text_encoder):
+    model, unet = toy_text_encoder.model, StubUNet()
+    network = kohya.create_network(1.0, 4, 1, None, model, unet)
+    with pytest.raises(SystemExit):
+        network.apply_to(model, unet)
+    assert "does not call prepare_network" in capsys.readouterr().err
+
+
+def test_a_file_is_loaded_by_the_module_that_wrote_it(train, toy_text_encoder, monkeypatch):
+    file = train("mlm_loss_weight=1").file
+    other = ModuleType("other_networks")
+    loaded = []
+
+    def create_network_from_weights(*args, **rest):
+        loaded.append(rest)
+        return from_file(*args, **rest)
+
+    other.create_network = create_lora
+    other.create_network_from_weights = create_network_from_weights
+    monkeypatch.setitem(sys.modules, "other_networks", other)
+    copy = file.with_name("copy.safetensors")
+    save_file(load_file(file), copy, {"ss_network_module": "other_networks"})
+    for name, count in ((file, 0), (copy, 1)):
+        network, _ = kohya.create_network_from_weights(
+            1.0, str(name), None, toy_text_encoder.model, StubUNet(), for_inference=True
+        )
+        assert type(network) is LoRANetwork  # nothing is trained, so no term
+        assert len(loaded) == count
+    given = {"inner": "other_networks", "mlm_loss_weight": "1", "conv_dim": "2"}
+    network, _ = kohya.create_network_from_weights(
+        1.0, str(file), None, toy_text_encoder.model, StubUNet(), **given
+    )
+    assert isinstance(network, LoRANetwork)
+    assert network.given == {"conv_dim": "2"}
+    assert hasattr(network, "prepare_network")
+
+
+def test_a_run_that_ended_early_leaves_nothing_for_the_next(train, toy_text_encoder):
+    args = argparse.Namespace(**OWN, network_args=None, mlm_target="states")
+    model, unet = toy_text_encoder.model, StubUNet()
+    sys.modules["library.strategy_base"].TokenizeStrategy.get_strategy()
+    type(
+        sys.modules["library.strategy_base"].TokenizeStrategy.get_strategy()
+    ).tokenizer = toy_text_encoder.tokenizer
+    Accelerator(cpu=True)
+    kohya.create_network(1.0, 4, 1, None, model, unet).prepare_network(args)
+    run = train("mlm_loss_weight=0")
+    assert not curve(run, "loss/mlm")
+
+
+def test_every_option_of_the_term_is_a_network_argument():
+    names = [name for name, entry in OPTIONS.items() if entry.group == "mlm"]
+    given = split_arguments({name: "x" for name in names} | {"inner": "a.b", "algo": "locon"})
+    assert set(given.ours) == set(names)
+    assert given.inner == "a.b"
+    assert given.rest == {"algo": "locon"}
+
+
+def test_the_module_needs_only_what_sd_scripts_installs():
+    """Our other requirements cannot be imported in this process."""
+    others = ("peft", "lycoris", "matplotlib", "jinja2", "tomli", "tomli_w", "bitsandbytes")
+    program = (
+        "import sys\n"
+        f"others = {others!r}\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in others:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import mlm_plugin.kohya\n"
+        "from mlm_plugin.mlm.prompts import PromptSet\n"
+        "PromptSet.load('living', syntax='natural')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
