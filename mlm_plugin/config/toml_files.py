@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import read_text
 
-if sys.version_info >= (3, 11):
+try:
     import tomllib
-else:
-    import tomli as tomllib
+except ImportError:  # Python 3.10
+    try:
+        import tomli as tomllib
+    except ImportError:  # in the environment of sd-scripts
+        import toml as tomllib
 
 __all__ = ["read_toml"]
 
@@ -26,7 +28,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     text = read_text(path)
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # the base class of all their errors
         message = f"{path}: is not valid TOML: {error}"
         if "\\" in text:
             message += "; write Windows paths with / or in single quotes"

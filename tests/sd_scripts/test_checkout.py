@@ -348,3 +348,276 @@ def test_both_hosts_train_the_same(arguments, folder, tmp_path):
         assert found["mlm"][tag] == pytest.approx(found["standalone"][tag], rel=1e-4), tag
     out = tmp_path / "out"
     assert shapes(out / "mlm.safetensors") == shapes(out / "standalone.safetensors")
+
+
+# --- the network module -----------------------------------------------------------------------
+
+CHANGING = ("ss_output_name", "modelspec.title", "modelspec.date", "sshs_", "_at", "_session_id")
+"""Parts of the metadata's names that differ from run to run."""
+
+
+@pytest.fixture
+def module(arguments, folder, tmp_path):
+    """The same for a run with our network module around the one of the plain run."""
+
+    def module(
+        script, *flags, inner="networks.lora", rest=(), ours=(), weight=0.1, contextualizer=None
+    ):
+        rank = ("--network_dim", "4", "--network_alpha", "4")
+        shared = ["plain", script, *arguments, *flags, *rank]
+        own = ("--network_args", *rest) if rest else ()
+        call(
+            *(sys.executable, PROGRAM, *shared, "--network_module", inner, *own),
+            *("--output_name", "plain"),
+        )
+        files = ",".join(str(folder / f"{name}.safetensors") for name in contextualizer or ["sd15"])
+        given = (f"inner={inner}", f"mlm_loss_weight={weight}", f"mlm_contextualizer={files}")
+        call(
+            *(sys.executable, PROGRAM, *shared, "--network_module", "mlm_plugin.kohya"),
+            *("--network_args", *rest, *given, *ours, "--output_name", "mlm"),
+            *("--logging_dir", tmp_path / "our_logs"),
+        )
+        plain, ours = (tmp_path / "out" / f"{name}.safetensors" for name in ("plain", "mlm"))
+        assert shapes(plain) == shapes(ours)
+        assert lasting(metadata_of(plain)) == lasting(metadata_of(ours))
+        return plain, ours, curves(tmp_path / "our_logs")
+
+    return module
+
+
+def lasting(metadata):
+    """What runs of the same options have in common."""
+    return {
+        name: value
+        for name, value in metadata.items()
+        if not name.startswith("ss_mlm_") and not any(part in name for part in CHANGING)
+    }
+
+
+def has_module(name):
+    return (Path(CHECKOUT) / f"{name.replace('.', '/')}.py").is_file()
+
+
+def test_module_at_weight_0_is_the_plain_run_bit_for_bit(module):
+    plain, ours, values = module("train_network.py", weight=0)
+    assert not changed(plain, ours)
+    assert "loss/mlm" not in values
+    assert not any("mlm" in name for name in metadata_of(ours))
+
+
+def test_module_and_launcher_train_the_same(module, arguments, folder, tmp_path):
+    plain, ours, values = module("train_network.py")
+    assert any(name.startswith("lora_te_") for name in changed(plain, ours))
+    call(
+        *(sys.executable, PROGRAM, "mlm", *arguments, *LORA, "--output_name", "launched"),
+        *("--logging_dir", tmp_path / "launched", "--mlm_loss_weight", "0.1"),
+        *("--mlm_contextualizer", folder / "sd15.safetensors"),
+    )
+    launched = curves(tmp_path / "launched")
+    for tag in ("loss/diffusion", "loss/mlm", "mlm/accuracy"):
+        assert values[tag] == pytest.approx(launched[tag], rel=1e-6), tag
+    assert not changed(ours, tmp_path / "out" / "launched.safetensors")
+    assert values["loss/current"] == values["loss/diffusion"]
+
+
+@pytest.mark.parametrize(
+    ("inner", "rest"),
+    [
+        ("lycoris.kohya", ("algo=locon", "conv_dim=4")),
+        ("lycoris.kohya", ("algo=lokr", "conv_dim=4")),
+        ("networks.loha", ("conv_dim=4",)),
+        ("networks.lokr", ()),
+        ("networks.oft", ()),
+    ],
+)
+def test_module_around_other_networks(module, inner, rest):
+    if inner.startswith("lycoris"):
+        pytest.importorskip("lycoris")
+    elif not has_module(inner):
+        pytest.skip(f"this checkout has no {inner}")
+    alone = inner == "networks.oft"  # on the U-Net only
+    unet_only = ("--network_train_unet_only",) if alone else ()
+    plain, ours, values = module("train_network.py", *unet_only, inner=inner, rest=rest)
+    assert any("_te" in name for name in changed(plain, ours)) is not alone
+    assert changed(plain, ours)
+    assert len(values["loss/mlm"]) == 3
+
+
+def test_module_on_sdxl(module, folder):
+    model = ("--pretrained_model_name_or_path", folder / "sdxl.safetensors")
+    plain, ours, values = module("sdxl_train_network.py", *model, contextualizer=["sdxl1", "sdxl2"])
+    names = changed(plain, ours)
+    assert any(name.startswith("lora_te1_") for name in names)
+    assert any(name.startswith("lora_te2_") for name in names)
+    assert_logged(values)
+
+
+def test_module_on_sdxl_with_cached_outputs(module, folder):
+    model = ("--pretrained_model_name_or_path", folder / "sdxl.safetensors")
+    cached = ("--network_train_unet_only", "--cache_text_encoder_outputs")
+    plain, ours, values = module(
+        "sdxl_train_network.py", *model, *cached, ours=("mlm_target=states",)
+    )
+    assert any("attn2_to_v" in name for name in changed(plain, ours))
+    assert values["loss/mlm"][-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "arch", "encoders"),
+    [
+        ("sd3_train_network.py", "sd3", ["sd3_l", "sd3_g"]),
+        ("flux_train_network.py", "flux", ["flux_l"]),
+    ],
+)
+def test_module_on_sd3_and_flux(module, parts, script, arch, encoders):
+    inner = parts[arch][-5]
+    plain, ours, values = module(script, *parts[arch][:-6], inner=inner, contextualizer=encoders)
+    assert any(name.startswith("lora_te1_") for name in changed(plain, ours))
+    assert_logged(values)
+
+
+def test_module_with_accumulation_masks_and_regularization_images(module, folder, tmp_path):
+    reg = tmp_path / "reg" / "1_dog"
+    reg.mkdir(parents=True)
+    shutil.copyfile(sorted(PHOTOS.glob("*.jpg"))[4], reg / "dog.jpg")
+    flags = ("--gradient_accumulation_steps", "2", "--masked_loss", "--reg_data_dir", reg.parent)
+    plain, ours, values = module("train_network.py", *flags)
+    assert len(values["loss/mlm"]) == 6
+    assert changed(plain, ours)
+
+
+def test_module_leaves_validation_alone(module, tmp_path):
+    split = ("--validation_split", "0.4", "--validate_every_n_steps", "3", "--validation_seed", "1")
+    _plain, _ours, values = module("train_network.py", *split, weight=1e-9)
+    tag = "loss/validation/step_average"
+    assert values[tag] == pytest.approx(curves(tmp_path / "logs")[tag], rel=1e-4)
+
+
+def test_module_resumes_and_starts_from_weights(module, arguments, folder, tmp_path):
+    plain, ours, _ = module("train_network.py", "--save_state_on_train_end")
+    state = tmp_path / "out" / "mlm-state"
+    assert (state / "mlm_state.json").is_file()
+    again = ["plain", "train_network.py", *arguments, "--network_module", "mlm_plugin.kohya"]
+    given = (
+        *("--network_args", "mlm_loss_weight=0.1"),
+        f"mlm_contextualizer={folder / 'sd15.safetensors'}",
+    )
+    rank = ("--network_dim", "4", "--network_alpha", "4")
+    printed = call(
+        *(sys.executable, PROGRAM, *again, *rank, *given, "--resume", state),
+        *("--max_train_steps", "5", "--output_name", "resumed"),
+    )
+    assert "continuing from step 3" in " ".join(printed.split())
+    weights = ("--network_weights", plain, "--dim_from_weights", "--base_weights", ours)
+    call(*(sys.executable, PROGRAM, *again, *given, *weights, "--output_name", "continued"))
+    assert shapes(tmp_path / "out" / "continued.safetensors") == shapes(ours)
+
+
+def test_module_in_two_processes_ends_with_the_same_weights(arguments, folder, tmp_path):
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--main_process_port", "29764"),
+    ]
+    call(
+        *(*launcher, PROGRAM, "plain", "train_network.py", *arguments),
+        *("--network_module", "mlm_plugin.kohya", "--network_dim", "4", "--network_dropout", "0.1"),
+        *("--gradient_accumulation_steps", "2", "--network_args", "mlm_loss_weight=0.1"),
+        f"mlm_contextualizer={folder / 'sd15.safetensors'}",
+        ACCELERATE_USE_CPU="1",
+        RANK_WEIGHTS=str(tmp_path),
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert len(first) == 3 * (72 + 192)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+GUI = """\
+bucket_no_upscale = true
+bucket_reso_steps = 64
+caption_extension = ".txt"
+clip_skip = 1
+dynamo_backend = "no"
+enable_bucket = true
+epoch = 1
+gradient_accumulation_steps = 1
+huber_c = 0.1
+huber_schedule = "snr"
+learning_rate = 0.001
+loss_type = "l2"
+lr_scheduler = "cosine"
+lr_scheduler_args = []
+lr_scheduler_num_cycles = 1
+lr_scheduler_power = 1
+max_bucket_reso = 128
+max_data_loader_n_workers = 0
+max_grad_norm = 1
+max_timestep = 1000
+max_train_steps = 3
+min_bucket_reso = 64
+mixed_precision = "no"
+network_alpha = 4
+network_dim = 4
+noise_offset_type = "Original"
+optimizer_args = []
+optimizer_type = "AdamW"
+output_name = "gui"
+prior_loss_weight = 1
+resolution = "64,64"
+sample_prompts = ""
+sample_sampler = "euler_a"
+save_every_n_epochs = 1
+save_model_as = "safetensors"
+save_precision = "float"
+seed = 7
+text_encoder_lr = [ 0.0005,]
+train_batch_size = 1
+unet_lr = 0.001
+wandb_run_name = "gui"
+"""
+"""Keys and value types as the kohya_ss GUI saves them, with small numbers."""
+
+
+def test_module_runs_from_the_toml_of_a_gui(folder, tmp_path):
+    paths = {
+        "pretrained_model_name_or_path": folder / "sd15",
+        "train_data_dir": folder / "data",
+        "output_dir": tmp_path / "out",
+        "tokenizer_cache_dir": folder / "tokenizers",
+    }
+    added = (
+        'network_module = "mlm_plugin.kohya"',
+        'network_args = ["mlm_loss_weight=0.1", "mlm_target=states"]',
+    )
+    lines = [f'{name} = "{path}"' for name, path in paths.items()]
+    config = tmp_path / "gui.toml"
+    config.write_text(GUI + "\n".join((*lines, *added)) + "\n")
+    call(sys.executable, PROGRAM, "plain", "train_network.py", "--config_file", config)
+    metadata = metadata_of(tmp_path / "out" / "gui.safetensors")
+    assert metadata["ss_network_module"] == "networks.lora"
+    assert "ss_network_args" not in metadata
+    assert metadata["ss_mlm_target"] == "states"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["mlm_los_weight=1"], "did you mean mlm_loss_weight"),
+        (["inner=networks.nothing"], "inner = 'networks.nothing': cannot be imported"),
+    ],
+)
+def test_module_refuses_in_one_line(arguments, given, message):
+    done = subprocess.run(
+        [
+            *map(str, (sys.executable, PROGRAM, "plain", "train_network.py", *arguments)),
+            *("--network_module", "mlm_plugin.kohya", "--network_args", *given),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SD_SCRIPTS_DIR": CHECKOUT, "HF_HUB_OFFLINE": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
