@@ -16,7 +16,14 @@ from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 
-__all__ = ["LaunchOptions", "check_checkout", "check_libraries", "find_checkout", "launch_options"]
+__all__ = [
+    "LaunchOptions",
+    "check_checkout",
+    "check_libraries",
+    "config_file_values",
+    "find_checkout",
+    "launch_options",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +59,9 @@ def launch_options(argv: Sequence[str]) -> LaunchOptions:
         peek.add_argument(f"--{name}", nargs="?")  # the run's own parser reports missing values
     parsed, _ = peek.parse_known_args(list(argv))
     flags = {name: value for name, value in vars(parsed).items() if value is not None}
-    given = _from_toml(flags.pop("config_file", None)) | flags
+    in_file = config_file_values(flags.pop("config_file", None))
+    given = {name: value for name, value in in_file.items() if name in LaunchOptions._fields}
+    given |= flags
     return LaunchOptions(
         **{
             name: coerce(OPTIONS[name], given[name], place="command line")
@@ -63,16 +72,21 @@ def launch_options(argv: Sequence[str]) -> LaunchOptions:
     )
 
 
-def _from_toml(config_file: str | None) -> dict[str, Any]:
+def config_file_values(config_file: str | None) -> dict[str, Any]:
+    """Keys and values of a ``--config_file``; none if it does not exist, which the trainer reports.
+
+    Raises:
+        UserError: it is not TOML.
+    """
     if config_file is None:
         return {}
     path = Path(config_file if config_file.endswith(".toml") else f"{config_file}.toml")
-    if not path.is_file():  # the trainer reports it
+    if not path.is_file():
         return {}
     flat: dict[str, Any] = {}
     for name, value in read_toml(path).items():
         flat |= value if isinstance(value, dict) else {name: value}
-    return {name: flat[name] for name in LaunchOptions._fields if name in flat}
+    return flat
 
 
 def find_checkout(

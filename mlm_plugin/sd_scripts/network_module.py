@@ -12,7 +12,8 @@ import argparse
 import importlib
 import json
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.accelerator_hooks import exits_on_user_error, join_next_accelerator
 from mlm_plugin.sd_scripts.arguments import read_mlm_options
 from mlm_plugin.sd_scripts.data import captions_of, named_datasets
+from mlm_plugin.sd_scripts.locate import config_file_values
 from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
 from mlm_plugin.sd_scripts.term import MLMTerm
 
@@ -54,7 +56,13 @@ ARCHITECTURES = {
 
 
 class NetworkArguments(NamedTuple):
-    """``network_args``, sorted by whom they are for."""
+    """``network_args``, sorted by whom they are for.
+
+    Attributes:
+        inner: name of the inner module; ``None`` where nothing says which.
+        ours: options of the term.
+        rest: arguments of the inner module.
+    """
 
     inner: str | None
     ours: dict[str, Any]
@@ -68,6 +76,7 @@ def create_network(
     vae: nn.Module,
     text_encoder: nn.Module | list[nn.Module],
     unet: nn.Module,
+    neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> nn.Module | None:
     """The inner module's network, with the term attached. Called by kohya's trainers.
@@ -75,12 +84,19 @@ def create_network(
     Exits with code 2 and one line if an argument cannot be used.
     """
     with exits_on_user_error():
-        given = split_arguments(network_args)
+        given = _with_config_file(split_arguments(network_args), sys.argv[1:])
         inner = _import_inner(given.inner or _architecture().inner)
         network = inner.create_network(
-            multiplier, network_dim, network_alpha, vae, text_encoder, unet, **given.rest
+            multiplier,
+            network_dim,
+            network_alpha,
+            vae,
+            text_encoder,
+            unet,
+            neuron_dropout=neuron_dropout,
+            **given.rest,
         )
-        return _with_term(network, _Run(inner.__name__, given.ours, text_encoder, unet))
+        return _with_term(network, _Run(inner.__name__, given, text_encoder, unet))
 
 
 def create_network_from_weights(
@@ -95,29 +111,55 @@ def create_network_from_weights(
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """The same with the shapes of a file; without the term where nothing is trained.
 
-    The inner module is the given one, else the one that wrote the file, else the default.
+    The inner module is the one that wrote the file, as far as its metadata say.
     """
     with exits_on_user_error():
-        given = split_arguments(network_args)
-        inner = _import_inner(given.inner or _module_that_wrote(file) or _architecture().inner)
+        given = _with_config_file(split_arguments(network_args), sys.argv[1:])
+        inner = _import_inner(_module_that_wrote(file) or given.inner or _architecture().inner)
         network, weights = inner.create_network_from_weights(
             multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **given.rest
         )
         if not for_inference:
-            network = _with_term(network, _Run(inner.__name__, given.ours, text_encoder, unet))
+            network = _with_term(network, _Run(inner.__name__, given, text_encoder, unet))
         return network, weights
 
 
 def split_arguments(network_args: Mapping[str, Any]) -> NetworkArguments:
-    """Ours are ``inner`` and every ``mlm`` option; several values are separated by commas."""
+    """Ours are ``inner`` and every ``mlm`` option; several values are separated by commas.
+
+    ``algo`` is an argument of LyCORIS, so without ``inner`` it names that module.
+    """
     rest = dict(network_args)
-    inner = rest.pop("inner", None)
+    inner = rest.pop("inner", "lycoris.kohya" if "algo" in rest else None)
     is_ours = [name for name in rest if name in OURS or name.startswith("mlm_")]
     ours = {name: rest.pop(name) for name in is_ours}
     for name in set(ours) & OURS:
         if OPTIONS[name].many:
             ours[name] = [part.strip() for part in str(ours[name]).split(",")]
     return NetworkArguments(inner, ours, rest)
+
+
+def _with_config_file(given: NetworkArguments, argv: Sequence[str]) -> NetworkArguments:
+    """Add the network module of a ``--config_file`` that is overridden on the command line.
+
+    A GUI writes the chosen network and its arguments there, and adds what its user has typed, such
+    as our module and ``mlm_loss_weight=0.1``, as flags, which replace them.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--config_file")
+    in_file = config_file_values(peek.parse_known_args(list(argv))[0].config_file)
+    inner = in_file.get("network_module")
+    if inner in (None, MODULE) or given.inner not in (None, inner):
+        return given
+    theirs = split_arguments(dict(_pairs(in_file.get("network_args"))))
+    typed = {name: value for name, value in given.rest.items() if isinstance(value, str)}
+    return NetworkArguments(
+        inner, {**theirs.ours, **given.ours}, {**given.rest, **theirs.rest, **typed}
+    )
+
+
+def _pairs(network_args: Sequence[str] | None) -> Iterator[list[str]]:
+    return (argument.split("=", 1) for argument in network_args or ())
 
 
 def _import_inner(name: str) -> ModuleType:
@@ -171,12 +213,12 @@ class _Run:
     def __init__(
         self,
         inner: str,
-        options: Mapping[str, Any],
+        given: NetworkArguments,
         text_encoder: nn.Module | list[nn.Module],
         unet: nn.Module,
     ):
         self.inner = inner
-        self.options = options
+        self.given = given
         self.text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
         self.unet = unet
         self.args: argparse.Namespace | None = None
@@ -185,7 +227,7 @@ class _Run:
     def start(self, args: argparse.Namespace, network: nn.Module) -> None:
         """Set the term up while the models are untrained; at weight 0 there is none."""
         self.args = args
-        options = read_mlm_options(args, self.options, place="network_args")
+        options = read_mlm_options(args, self.given.ours, place="network_args")
         architecture = _architecture()
         self.term = create_term(args, options, arch=architecture.arch)
         if self.term is not None:
@@ -205,17 +247,11 @@ class _Run:
             return metadata
         metadata = {**metadata, "ss_network_module": self.inner}
         metadata.pop("ss_network_args", None)
-        if rest := _arguments_of_inner(self.args.network_args):
-            rest.setdefault("dropout", self.args.network_dropout)  # as the trainer does
-            metadata["ss_network_args"] = json.dumps(rest)
+        if any(isinstance(value, str) for value in self.given.rest.values()):  # any was typed
+            metadata["ss_network_args"] = json.dumps(self.given.rest)
         if self.term is not None and not self.args.no_metadata:
             metadata |= self.term.metadata()
         return metadata
-
-
-def _arguments_of_inner(network_args: list[str] | None) -> dict[str, Any]:
-    pairs = (argument.split("=", 1) for argument in network_args or ())
-    return split_arguments({name: value for name, value in pairs}).rest
 
 
 class _MLMNetwork:

@@ -4,6 +4,7 @@ Runs where SD_SCRIPTS_DIR names a checkout, with the Python of its environment. 
 module names and toy widths (``shrunken_sd_scripts.py``); pictures and vocabulary are real.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -578,25 +579,34 @@ wandb_run_name = "gui"
 """Keys and value types as the kohya_ss GUI saves them, with small numbers."""
 
 
-def test_module_runs_from_the_toml_of_a_gui(folder, tmp_path):
-    paths = {
+@pytest.mark.parametrize("as_flags", [False, True])
+def test_module_runs_from_the_toml_of_a_gui(folder, tmp_path, as_flags):
+    """Two lines more in the file, or what was typed into the field for additional parameters."""
+    inner = "lycoris.kohya" if as_flags else "networks.lora"
+    if as_flags:
+        pytest.importorskip("lycoris")
+    ours = ["mlm_loss_weight=0.1", "mlm_target=states"]
+    values = {
         "pretrained_model_name_or_path": folder / "sd15",
         "train_data_dir": folder / "data",
         "output_dir": tmp_path / "out",
         "tokenizer_cache_dir": folder / "tokenizers",
+        "network_module": inner if as_flags else "mlm_plugin.kohya",
     }
-    added = (
-        'network_module = "mlm_plugin.kohya"',
-        'network_args = ["mlm_loss_weight=0.1", "mlm_target=states"]',
-    )
-    lines = [f'{name} = "{path}"' for name, path in paths.items()]
+    network_args = ["algo=locon", "conv_dim=4"] if as_flags else ours
+    lines = [f'{name} = "{value}"' for name, value in values.items()]
     config = tmp_path / "gui.toml"
-    config.write_text(GUI + "\n".join((*lines, *added)) + "\n")
-    call(sys.executable, PROGRAM, "plain", "train_network.py", "--config_file", config)
+    config.write_text(GUI + "\n".join((*lines, f"network_args = {json.dumps(network_args)}\n")))
+    typed = ("--network_module", "mlm_plugin.kohya", "--network_args", *ours) if as_flags else ()
+    call(sys.executable, PROGRAM, "plain", "train_network.py", "--config_file", config, *typed)
     metadata = metadata_of(tmp_path / "out" / "gui.safetensors")
-    assert metadata["ss_network_module"] == "networks.lora"
-    assert "ss_network_args" not in metadata
+    assert metadata["ss_network_module"] == inner
     assert metadata["ss_mlm_target"] == "states"
+    if as_flags:
+        wanted = {"algo": "locon", "conv_dim": "4", "dropout": None}
+        assert json.loads(metadata["ss_network_args"]) == wanted
+    else:
+        assert "ss_network_args" not in metadata
 
 
 @pytest.mark.parametrize(

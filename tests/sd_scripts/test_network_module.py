@@ -467,6 +467,37 @@ def test_a_run_that_ended_early_leaves_nothing_for_the_next(train, toy_text_enco
     assert not curve(run, "loss/mlm")
 
 
+@pytest.fixture
+def lycoris(monkeypatch):
+    """LyCORIS as another inner module."""
+    module = ModuleType("lycoris.kohya")
+    module.create_network = create_lora
+    monkeypatch.setitem(sys.modules, "lycoris", ModuleType("lycoris"))
+    monkeypatch.setitem(sys.modules, "lycoris.kohya", module)
+    return module
+
+
+def test_the_network_chosen_in_a_gui_stays_the_inner_one(train, lycoris, tmp_path, monkeypatch):
+    config = tmp_path / "gui.toml"
+    config.write_text(
+        'network_module = "lycoris.kohya"\n[more]\nnetwork_args = ["conv_dim=4", "dropout=0.1"]\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["train_network.py", "--config_file", str(config)])
+    run = train("mlm_loss_weight=0.5", "conv_dim=8")
+    assert run.metadata["ss_network_module"] == "lycoris.kohya"
+    assert run.network.given == {"conv_dim": "8", "dropout": "0.1"}
+    assert json.loads(run.metadata["ss_network_args"]) == run.network.given
+    assert train("inner=networks.lora").metadata["ss_network_module"] == "networks.lora"
+    config.write_text('network_module = "mlm_plugin.kohya"\n')
+    assert train().metadata["ss_network_module"] == "networks.lora"
+
+
+def test_an_argument_of_lycoris_names_it(train, lycoris):
+    run = train("algo=locon")
+    assert run.metadata["ss_network_module"] == "lycoris.kohya"
+    assert run.network.given == {"algo": "locon", "dropout": None}
+
+
 def test_every_option_of_the_term_is_a_network_argument():
     names = [name for name, entry in OPTIONS.items() if entry.group == "mlm"]
     given = split_arguments({name: "x" for name in names} | {"inner": "a.b", "algo": "locon"})
