@@ -4,6 +4,7 @@ Runs where SD_SCRIPTS_DIR names a checkout, with the Python of its environment. 
 module names and toy widths (``shrunken_sd_scripts.py``); pictures and vocabulary are real.
 """
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -395,6 +396,10 @@ def lasting(metadata):
     }
 
 
+def distributions():
+    return [found.metadata["Name"] for found in importlib.metadata.distributions()]
+
+
 def has_module(name):
     return (Path(CHECKOUT) / f"{name.replace('.', '/')}.py").is_file()
 
@@ -510,7 +515,8 @@ def test_module_resumes_and_starts_from_weights(module, arguments, folder, tmp_p
     )
     assert "continuing from step 3" in " ".join(printed.split())
     weights = ("--network_weights", plain, "--dim_from_weights", "--base_weights", ours)
-    call(*(sys.executable, PROGRAM, *again, *given, *weights, "--output_name", "continued"))
+    states = ("--network_args", "mlm_loss_weight=0.1", "mlm_target=states")
+    call(*(sys.executable, PROGRAM, *again, *states, *weights, "--output_name", "continued"))
     assert shapes(tmp_path / "out" / "continued.safetensors") == shapes(ours)
 
 
@@ -607,6 +613,22 @@ def test_module_runs_from_the_toml_of_a_gui(folder, tmp_path, as_flags):
         assert json.loads(metadata["ss_network_args"]) == wanted
     else:
         assert "ss_network_args" not in metadata
+
+
+def test_our_requirements_change_no_library_of_sd_scripts(tmp_path):
+    """Needs an index of packages, or what is missing in pip's cache."""
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--dry-run", "--report", report, ROOT],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip("pip cannot reach an index")
+    found = {part["metadata"]["name"] for part in json.loads(report.read_text())["install"]}
+    assert "mlm-plugin" in found
+    present = {name.lower() for name in distributions()}
+    assert not {name for name in found - {"mlm-plugin"} if name.lower() in present}
 
 
 @pytest.mark.parametrize(
