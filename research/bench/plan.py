@@ -279,7 +279,7 @@ UNTRAINED = Arm(
 with the class word (the most that prompt fidelity can be). It has nothing to tune."""
 
 RECOMMENDED: Mapping[str, str] = {
-    "lora": "encoder/class",
+    "lora": "both/states",
     "lora_unet_only": "cross/states",
     "dreambooth": "encoder/class",
     "pivotal": "encoder/class",
