@@ -26,6 +26,8 @@ __all__ = [
     "contextualizer_settings",
     "load_and_report",
     "load_contextualizer",
+    "read_contextualizer",
+    "related_contextualizer_paths",
     "save_contextualizer",
 ]
 
@@ -59,6 +61,14 @@ def cached_contextualizer_path(text_encoder: TextEncoder) -> Path:
     """Where the contextualizer of a text encoder is kept between runs."""
     made_for = f"{text_encoder.fingerprint()}-{text_encoder.tokenizer_fingerprint()}"
     return cache_dir() / "contextualizers" / f"{made_for}-r{RECIPE}.safetensors"
+
+
+def related_contextualizer_paths(text_encoder: TextEncoder) -> list[Path]:
+    """Cached contextualizers of other text encoders with this tokenizer, the newest first."""
+    own = cached_contextualizer_path(text_encoder)
+    made_alike = own.parent.glob(f"*-{text_encoder.tokenizer_fingerprint()}-r{RECIPE}.safetensors")
+    others = [path for path in made_alike if path != own]
+    return sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def contextualizer_settings(
@@ -128,6 +138,18 @@ def load_contextualizer(
         UserError: if the file is missing, is not a contextualizer, or was made for another text
             encoder, clip skip or tokenizer (both fingerprints are named).
     """
+    network, facts = read_contextualizer(path)
+    _require_same(path, "text encoder", facts.text_encoder, text_encoder.fingerprint())
+    _require_same(path, "tokenizer", facts.tokenizer, text_encoder.tokenizer_fingerprint())
+    return network, facts
+
+
+def read_contextualizer(path: str | Path) -> tuple[Contextualizer, ContextualizerFacts]:
+    """Read a contextualizer, whatever text encoder it was made for.
+
+    Raises:
+        UserError: if the file is missing or is not a contextualizer.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(
@@ -148,8 +170,6 @@ def load_contextualizer(
             f"{metadata.get('format')!r}, expected {FORMAT!r}); make one with `mlm-plugin pretrain`"
         )
     facts = ContextualizerFacts(**json.loads(metadata["facts"]))
-    _require_same(path, "text encoder", facts.text_encoder, text_encoder.fingerprint())
-    _require_same(path, "tokenizer", facts.tokenizer, text_encoder.tokenizer_fingerprint())
     with torch.device("meta"):  # no random initialization: the caller's stream stays unchanged
         contextualizer = Contextualizer(ContextualizerSizes(**json.loads(metadata["sizes"])))
     contextualizer.load_state_dict(tensors, assign=True)
@@ -157,7 +177,7 @@ def load_contextualizer(
     return contextualizer.requires_grad_(False).eval(), facts
 
 
-def _require_same(path: Path, what: str, made_for: str, present: str) -> None:
+def _require_same(path: str | Path, what: str, made_for: str, present: str) -> None:
     if made_for != present:
         raise UserError(
             f"mlm_contextualizer: {path} was made for {what} {made_for}, this model has {present}; "

@@ -14,7 +14,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,13 @@ from tqdm import tqdm
 
 from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
 from mlm_plugin.contextualizer_file import (
+    POOR_ACCURACY,
     ContextualizerFacts,
     LoadedContextualizer,
     cached_contextualizer_path,
     load_and_report,
+    read_contextualizer,
+    related_contextualizer_paths,
     save_contextualizer,
 )
 from mlm_plugin.errors import UserError
@@ -47,7 +50,9 @@ __all__ = [
     "FamilyScores",
     "Interrupted",
     "Scores",
+    "Start",
     "find_contextualizer",
+    "find_start",
     "is_small",
     "pretrain",
     "pretrain_on_device",
@@ -61,6 +66,9 @@ TAG_SHARE = 0.3
 WIDE = 1024  # width of a text encoder above which a step's prompts are encoded in chunks
 CHUNK_SIZE = 32  # prompts; 128 would take 4 GB of activations in bigG
 NUM_COUNTED = 4096  # prompts that tell how often tokens occur
+MAX_RELATED = 4  # cached contextualizers that are tried as a start
+NUM_COMPARED = 128  # held-out prompts on which they are tried
+RELATED = 0.5  # share of its accuracy that a contextualizer keeps on a similar text encoder
 
 
 class FamilyScores(NamedTuple):
@@ -158,10 +166,58 @@ def find_contextualizer(
             return load_and_report(path, text_encoder)
         except UserError as error:
             logger.warning("%s; making it again", error)
-    logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
     options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
-    pretrain_on_device(text_encoder, path, options=options, show_progress=show_progress)
+    start = find_start(text_encoder, options)
+    if start is None:
+        logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
+    else:
+        options = options.continued()
+        logger.info(
+            "no contextualizer for this text encoder yet: adapting that of a similar one, which "
+            "names %.0f%% of hidden words here (only once)",
+            100 * start.accuracy,
+        )
+    pretrain_on_device(
+        text_encoder, path, options=options, start=start, show_progress=show_progress
+    )
     return load_and_report(path, text_encoder)
+
+
+class Start(NamedTuple):
+    """The contextualizer of a similar text encoder, and what it can do here untrained."""
+
+    network: Contextualizer
+    accuracy: float
+    made_for: str  # fingerprint of its text encoder
+
+
+def find_start(text_encoder: TextEncoder, options: PretrainOptions) -> Start | None:
+    """Where pretraining can start: the best cached contextualizer that reads this encoder too.
+
+    A fine-tuned text encoder keeps the states of its base so nearly that the contextualizer of one
+    reads the other. Which encoders are related is told by that alone.
+
+    Args:
+        text_encoder: has none of its own yet.
+        options: name the held-out prompts and the sizes.
+    """
+    best: Start | None = None
+    for path in related_contextualizer_paths(text_encoder)[:MAX_RELATED]:
+        try:
+            network, facts = read_contextualizer(path)
+        except UserError as error:
+            logger.debug("%s", error)
+            continue
+        run = _Run(text_encoder, path, options=replace(options, num_held_out=NUM_COMPARED))
+        if network.sizes != run.network.sizes:
+            continue
+        run.network.load_state_dict(network.state_dict())
+        with _frozen(text_encoder):
+            run.evaluate()
+        accuracy = run.scores.accuracy
+        if accuracy > max(POOR_ACCURACY, RELATED * facts.accuracy, best.accuracy if best else 0):
+            best = Start(network, accuracy, facts.text_encoder)
+    return best
 
 
 def is_small(text_encoder: TextEncoder) -> bool:
@@ -175,6 +231,7 @@ def pretrain_on_device(
     *,
     options: PretrainOptions,
     captions: Sequence[str] = (),
+    start: Start | None = None,
     show_progress: bool = True,
 ) -> Scores:
     """Pretrain on the text encoder's device; in bf16 where the GPU has it, else in fp32."""
@@ -193,6 +250,7 @@ def pretrain_on_device(
             path,
             options=options,
             captions=captions,
+            start=start,
             autocast=lambda: torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext(),
             show_progress=show_progress,
         )
@@ -206,13 +264,15 @@ def pretrain(
     *,
     options: PretrainOptions,
     captions: Sequence[str] = (),
+    start: Start | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     show_progress: bool = True,
 ) -> Scores:
     """Train a contextualizer for ``text_encoder`` and write it to ``output``.
 
-    A state file beside ``output`` is written at every evaluation and on SIGINT or SIGTERM; the same
-    call continues from it. The text encoder is not changed.
+    It begins with the weights of ``start``, if any. A state file beside ``output`` is written at
+    every evaluation and on SIGINT or SIGTERM; the same call continues from it. The text encoder is
+    not changed.
 
     Returns:
         Held-out scores of the saved network.
@@ -220,7 +280,14 @@ def pretrain(
     Raises:
         Interrupted: after a signal, with the state saved.
     """
-    run = _Run(text_encoder, Path(output), options=options, captions=captions, autocast=autocast)
+    run = _Run(
+        text_encoder,
+        Path(output),
+        options=options,
+        captions=captions,
+        start=start,
+        autocast=autocast,
+    )
     with StopRequest() as stop, _frozen(text_encoder):
         run.resume()
         bar = tqdm(
@@ -254,8 +321,9 @@ class _Run:
         output: Path,
         *,
         options: PretrainOptions,
-        captions: Sequence[str],
-        autocast: Callable[[], AbstractContextManager],
+        captions: Sequence[str] = (),
+        start: Start | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.text_encoder, self.options, self.autocast = text_encoder, options, autocast
         self.output, self.state_path = output, output.with_suffix(".state.pt")
@@ -265,6 +333,9 @@ class _Run:
             text_encoder.tokenizer, protected=(), low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
         )
         self.network = self._new_network().to(self.table.device)
+        self.started_from = None if start is None else start.made_for
+        if start is not None:
+            self.network.load_state_dict(start.network.state_dict())
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=options.learning_rate, weight_decay=0.01
         )
@@ -363,6 +434,7 @@ class _Run:
             training={
                 **asdict(self.options),
                 "num_captions": len(self.corpus.captions),
+                "started_from": self.started_from,
                 "families": {f: s._asdict() for f, s in self.scores.families.items()},
             },
         )
@@ -431,6 +503,7 @@ class _Run:
             **asdict(self.options),
             "recipe": RECIPE,
             "text_encoder": self.text_encoder.fingerprint(),
+            "started_from": self.started_from,
             "captions": zlib.crc32("\n".join(self.corpus.captions).encode()),
         }
 

@@ -1,5 +1,6 @@
 """Pretraining: it learns, its split is clean, it resumes to the same file."""
 
+import copy
 import dataclasses
 import os
 import random
@@ -11,11 +12,16 @@ import pytest
 import torch
 
 from mlm_plugin.config.pretraining import PretrainOptions, parse_pretrain
-from mlm_plugin.contextualizer_file import load_contextualizer
+from mlm_plugin.contextualizer_file import (
+    cached_contextualizer_path,
+    load_contextualizer,
+)
 from mlm_plugin.errors import UserError
 from mlm_plugin.pretrain import (
     Corpus,
     Interrupted,
+    find_contextualizer,
+    find_start,
     learning_rate_share,
     pretrain,
     read_caption_files,
@@ -34,6 +40,18 @@ SMALL = PretrainOptions(
 )
 
 
+ANIMALS = ("cat", "dog", "horse", "bird", "fish", "bear", "fox", "owl")
+PLACES = ("beach", "forest", "street", "kitchen", "river", "garden", "tower", "bridge")
+TIMES = ("morning", "evening", "summer", "winter", "rain", "snow", "night", "autumn")
+REPEATING_CAPTIONS = [
+    f"{animal} {animal} {place} {place} {time} {time}"
+    for animal in ANIMALS
+    for place in PLACES
+    for time in TIMES
+]
+"""One word fixes the one beside it."""
+
+
 def run(text_encoder, path, **changes):
     return pretrain(
         text_encoder, path, options=dataclasses.replace(SMALL, **changes), show_progress=False
@@ -41,23 +59,14 @@ def run(text_encoder, path, **changes):
 
 
 def test_it_learns_to_name_words_that_their_context_tells(toy_text_encoder, tmp_path):
-    """Captions in which one word fixes the other, in combinations that were not trained on."""
-    animals = ("cat", "dog", "horse", "bird", "fish", "bear", "fox", "owl")
-    places = ("beach", "forest", "street", "kitchen", "river", "garden", "tower", "bridge")
-    times = ("morning", "evening", "summer", "winter", "rain", "snow", "night", "autumn")
-    captions = [
-        f"{animal} {animal} {place} {place} {time} {time}"
-        for animal in animals
-        for place in places
-        for time in times
-    ]
+    """Combinations that were not trained on."""
     scores = pretrain(
         toy_text_encoder,
         tmp_path / "c.safetensors",
         options=dataclasses.replace(
             SMALL, max_train_steps=300, batch_size=32, eval_every_n_steps=150, learning_rate=3e-3
         ),
-        captions=captions,
+        captions=REPEATING_CAPTIONS,
         show_progress=False,
     )
     assert scores.families["captions"].accuracy > 0.25  # knowing the position alone gives 1/8
@@ -206,3 +215,57 @@ def test_a_wide_text_encoder_encodes_a_step_in_chunks(toy_text_encoder, tmp_path
     monkeypatch.setattr(pretrain_module, "CHUNK_SIZE", 4)
     pieces = run(toy_text_encoder, tmp_path / "pieces.safetensors", max_train_steps=3)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)
+
+
+# --- starting from the contextualizer of a similar text encoder -------------------------------
+
+
+def moved(text_encoder, share):
+    """A fine-tune of the encoder: every weight moved by a share of its matrix's spread."""
+    generator = torch.Generator().manual_seed(0)
+    other = copy.deepcopy(text_encoder)
+    for weight in other.model.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.data += share * weight.data.std(unbiased=False) * noise
+    return other
+
+
+@pytest.fixture
+def taught(toy_text_encoder, monkeypatch, tmp_path):
+    """A cached contextualizer that names some words, and the recipe that made it."""
+
+    def captions_alone(captions, caption_share):
+        return Corpus(REPEATING_CAPTIONS, caption_share=1.0)
+
+    monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrain_module, "Corpus", captions_alone)
+    options = dataclasses.replace(
+        SMALL, max_train_steps=300, batch_size=32, eval_every_n_steps=150, learning_rate=3e-3
+    )
+    monkeypatch.setattr(pretrain_module, "SMALL_ENCODER", options)
+    path = cached_contextualizer_path(toy_text_encoder)
+    scores = pretrain(toy_text_encoder, path, options=options, show_progress=False)
+    assert scores.accuracy > 0.2
+    return scores
+
+
+def test_a_fine_tuned_encoder_starts_from_the_contextualizer_of_its_base(toy_text_encoder, taught):
+    similar = moved(toy_text_encoder, 0.02)
+    assert similar.fingerprint() != toy_text_encoder.fingerprint()
+    found = find_contextualizer(similar, "auto", show_progress=False)
+    assert found.facts.num_steps <= 30  # a tenth of the steps from nothing
+    assert found.facts.training["started_from"] == toy_text_encoder.fingerprint()
+    assert found.facts.accuracy > 0.9 * taught.accuracy
+
+
+def test_an_unrelated_encoder_starts_from_nothing(toy_text_encoder, taught):
+    unrelated = moved(toy_text_encoder, 20)
+    found = find_contextualizer(unrelated, "auto", show_progress=False)
+    assert found.facts.num_steps == 300
+    assert found.facts.training["started_from"] is None
+
+
+def test_a_damaged_file_is_no_start(toy_text_encoder, taught):
+    cached_contextualizer_path(toy_text_encoder).write_bytes(b"")
+    options = pretrain_module.SMALL_ENCODER
+    assert find_start(moved(toy_text_encoder, 0.02), options) is None

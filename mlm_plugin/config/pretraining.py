@@ -57,6 +57,16 @@ class PretrainOptions:
         if not 0 < self.caption_share <= 1:
             raise UserError(f"--caption_share = {self.caption_share}: must be above 0, up to 1")
 
+    def continued(self) -> PretrainOptions:
+        """The recipe when it starts from the contextualizer of a similar text encoder."""
+        return dataclasses.replace(
+            self,
+            max_train_steps=self.max_train_steps // 10,
+            learning_rate=self.learning_rate / 2,
+            warmup_steps=min(self.warmup_steps, self.max_train_steps // 100),
+            eval_every_n_steps=max(1, self.max_train_steps // 60),
+        )
+
 
 SMALL_ENCODER = PretrainOptions(
     max_train_steps=300, batch_size=64, learning_rate=2e-3, eval_every_n_steps=100, num_layers=2
