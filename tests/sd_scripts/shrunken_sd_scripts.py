@@ -252,11 +252,9 @@ def save_part(path: Path, module: torch.nn.Module, *, prefix: str = "") -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(exist_ok=True)
-    tied = "encoder.embed_tokens.weight"  # T5 holds its table under two names
     weights = {
-        prefix + name: weight.contiguous().clone()
+        prefix + name: weight.contiguous().clone()  # T5 holds its table under two names
         for name, weight in module.state_dict().items()
-        if name != tied
     }
     save_file(weights, path.with_suffix(".safetensors"))
 
