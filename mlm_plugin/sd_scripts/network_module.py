@@ -178,12 +178,14 @@ def _import_inner(name: str) -> ModuleType:
 
 
 def _module_that_wrote(file: str | None) -> str | None:
+    """The module named by a file, if it is one of the known kinds: a file may come from anyone."""
     if file is None or Path(file).suffix != ".safetensors":
         return None
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as weights:
-        return (weights.metadata() or {}).get("ss_network_module")
+        name = (weights.metadata() or {}).get("ss_network_module", "")
+    return name if name.startswith("networks.") or name == "lycoris.kohya" else None
 
 
 def _tokenize_strategy() -> Any:

@@ -427,25 +427,25 @@ def test_a_trainer_that_gives_no_options_is_refused(capsys, toy_text_encoder):
 
 def test_a_file_is_loaded_by_the_module_that_wrote_it(train, toy_text_encoder, monkeypatch):
     file = train("mlm_loss_weight=1").file
-    other = ModuleType("other_networks")
     loaded = []
 
     def create_network_from_weights(*args, **rest):
         loaded.append(rest)
         return from_file(*args, **rest)
 
-    other.create_network = create_lora
-    other.create_network_from_weights = create_network_from_weights
-    monkeypatch.setitem(sys.modules, "other_networks", other)
-    copy = file.with_name("copy.safetensors")
-    save_file(load_file(file), copy, {"ss_network_module": "other_networks"})
-    for name, count in ((file, 0), (copy, 1)):
+    for name in ("networks.other", "os_of_a_stranger"):
+        other = ModuleType(name)
+        other.create_network = create_lora
+        other.create_network_from_weights = create_network_from_weights
+        monkeypatch.setitem(sys.modules, name, other)
+    for writer, count in (("networks.lora", 0), ("networks.other", 1), ("os_of_a_stranger", 1)):
+        save_file(load_file(file), file, {"ss_network_module": writer})
         network, _ = kohya.create_network_from_weights(
-            1.0, str(name), None, toy_text_encoder.model, StubUNet(), for_inference=True
+            1.0, str(file), None, toy_text_encoder.model, StubUNet(), for_inference=True
         )
         assert type(network) is LoRANetwork  # nothing is trained, so no term
         assert len(loaded) == count
-    given = {"inner": "other_networks", "mlm_loss_weight": "1", "conv_dim": "2"}
+    given = {"inner": "networks.other", "mlm_loss_weight": "1", "conv_dim": "2"}
     network, _ = kohya.create_network_from_weights(
         1.0, str(file), None, toy_text_encoder.model, StubUNet(), **given
     )
