@@ -757,7 +757,7 @@ class MLMOptions:
         "Where the term reads. `encoder`: the text encoder's output. `cross_attention`: the keys "
         "and values that the U-Net makes of it, so that training the U-Net alone is reached too. "
         "`both`. `auto`: `encoder` where anything before its output is trained, else "
-        "`cross_attention`.",
+        "`cross_attention`; with `mlm_target` `states` wherever something is trained.",
         choices=("auto", "encoder", "cross_attention", "both"),
     )
     mlm_target: str = option(

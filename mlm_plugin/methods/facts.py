@@ -112,15 +112,19 @@ class MethodFacts:
     def mlm_read_at(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str:
         """Where the MLM term reads: ``mlm_read_at`` with ``auto`` decided.
 
+        States are read wherever something is trained, predictions at the encoder if they can be.
+
         Args:
             config: all options.
             num_text_encoders: those of the model; 2 if unknown.
         """
         if config.mlm.mlm_read_at != "auto":
             return config.mlm.mlm_read_at
-        if cls.why_text_untrained(config, num_text_encoders=num_text_encoders) is None:
-            return "encoder"
-        return "cross_attention"
+        if cls.why_text_untrained(config, num_text_encoders=num_text_encoders) is not None:
+            return "cross_attention"
+        if config.mlm.mlm_target == "states" and cls.why_unet_untrained(config) is None:
+            return "both"
+        return "encoder"
 
     @classmethod
     def why_no_gradient(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:

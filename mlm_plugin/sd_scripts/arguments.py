@@ -20,6 +20,7 @@ __all__ = [
     "text_encoder_rates",
     "why_network_has_no_gradient",
     "why_script_has_no_gradient",
+    "why_unet_untrained",
 ]
 
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
@@ -82,17 +83,22 @@ def _entries() -> Iterator[Option]:
             yield entry
 
 
-def read_at(options: MLMOptions, *, arch: str, trains_text: bool) -> str:
-    """``mlm_read_at`` with ``auto`` decided: at the U-Net where no text encoder is trained.
+def read_at(options: MLMOptions, *, arch: str, trains_text: bool, trains_unet: bool) -> str:
+    """``mlm_read_at`` with ``auto`` decided, as in the standalone trainer.
 
     Args:
         options: of the run.
         arch: architecture of the model.
         trains_text: whether a CLIP text encoder is trained.
+        trains_unet: whether a network is trained on the U-Net.
     """
     if options.mlm_read_at != "auto":
         return options.mlm_read_at
-    return "encoder" if trains_text or arch not in WITH_CROSS_ATTENTION else "cross_attention"
+    if arch not in WITH_CROSS_ATTENTION:
+        return "encoder"
+    if not trains_text:
+        return "cross_attention"
+    return "both" if options.mlm_target == "states" and trains_unet else "encoder"
 
 
 def why_network_has_no_gradient(
@@ -102,12 +108,13 @@ def why_network_has_no_gradient(
     if getattr(args, "model_type", None) == "chroma":
         return "model_type = chroma has no CLIP text encoder"
     of_text = _why_text_untrained(args, arch=arch)
-    place = read_at(options, arch=arch, trains_text=of_text is None)
+    of_unet = why_unet_untrained(args)
+    place = read_at(options, arch=arch, trains_text=of_text is None, trains_unet=of_unet is None)
     if of_text is None or place == "encoder":
         return of_text
     if place == "both":
         return f"{of_text}; with mlm_read_at = cross_attention it reads at the U-Net alone"
-    return _why_unet_untrained(args)
+    return of_unet
 
 
 def _why_text_untrained(args: argparse.Namespace, *, arch: str) -> str | None:
@@ -122,7 +129,8 @@ def _why_text_untrained(args: argparse.Namespace, *, arch: str) -> str | None:
     return None
 
 
-def _why_unet_untrained(args: argparse.Namespace) -> str | None:
+def why_unet_untrained(args: argparse.Namespace) -> str | None:
+    """Why a network trainer trains nothing on the U-Net, naming its options; None if it does."""
     if getattr(args, "network_train_text_encoder_only", False):
         return "network_train_text_encoder_only trains no U-Net, and nothing trains a text encoder"
     given = getattr(args, "unet_lr", None)

@@ -19,6 +19,7 @@ from mlm_plugin.sd_scripts.arguments import (
     read_at,
     text_encoder_rates,
     why_network_has_no_gradient,
+    why_unet_untrained,
 )
 from mlm_plugin.sd_scripts.term import MLMTerm, is_clip_text_model, wrap_text_encoder
 
@@ -75,7 +76,8 @@ def use_models(
         UserError: nothing that the term reads is trained, or a contextualizer does not fit.
     """
     trained = _trained_text_encoders(args, models)
-    place = read_at(term.options, arch=arch, trains_text=any(trained))
+    trains_unet = why_unet_untrained(args) is None
+    place = read_at(term.options, arch=arch, trains_text=any(trained), trains_unet=trains_unet)
     if place == "encoder" and not any(trained):
         reason = "no CLIP text encoder is trained here"
         raise UserError(no_gradient_message(term.options, reason))

@@ -110,7 +110,8 @@ def collected_text_encoders(
             result = original(self, *args, **kwargs)
             for model in args:
                 if isinstance(model, nn.Module) and cross_attention_names(model):
-                    place = read_at(term.options, arch=arch, trains_text=True)
+                    # sdxl_train may train one text encoder, and the U-Net reads both
+                    place = read_at(term.options, arch=arch, trains_text=True, trains_unet=False)
                     term.read_at(place, model, keep_copies=True)
                 if is_clip_text_model(model):
                     # of SDXL's two encoders, the second is the one with a projection
@@ -157,7 +158,9 @@ class MLMEmbeddingMixin:
         result = super().load_target_model(*args, **kwargs)
         if self.mlm:
             given = bind(super().load_target_model, args, kwargs)
-            place = read_at(self.mlm.options, arch=self.mlm_arch, trains_text=True)
+            place = read_at(
+                self.mlm.options, arch=self.mlm_arch, trains_text=True, trains_unet=False
+            )
             self.mlm.read_at(place, result[3])
             for model, tokenizer in zip(result[1], self._tokenizers, strict=False):
                 text_encoder = wrap_text_encoder(

@@ -352,3 +352,20 @@ def test_what_a_frozen_text_encoder_leaves_unread_is_named(caplog):
 def test_the_scale_of_a_network_does_not_matter_where_none_is_trained(method, caplog):
     check_config(NO_NETWORK.replace(method=method, network_dim=32))
     assert "network_alpha is 1" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({}, "both"),
+        ({"network_train_unet_only": True}, "cross_attention"),
+        ({"network_train_text_encoder_only": True}, "encoder"),
+        ({"method": "dreambooth"}, "both"),
+        ({"method": "textual_inversion"}, "encoder"),
+        ({"mlm_target": "class"}, "encoder"),
+    ],
+)
+def test_states_are_read_wherever_something_is_trained(changes, place):
+    config = USABLE.replace(**{"mlm_target": "states", **changes})
+    method = METHODS[config.schedule.method]
+    assert method.mlm_read_at(config) == place

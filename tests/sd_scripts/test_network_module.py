@@ -358,6 +358,19 @@ def test_the_u_net_alone_is_read_at_its_cross_attention(train, target):
     assert curve(run, "loss/mlm")[-1] > 1e-6
 
 
+@pytest.mark.parametrize(
+    ("network_args", "changes", "place"),
+    [
+        (["mlm_target=states"], {}, "both"),
+        (["mlm_target=states"], {"unet_lr": 0.0}, "encoder"),
+        ([], {}, "encoder"),
+    ],
+)
+def test_states_are_read_wherever_something_is_trained(train, network_args, changes, place):
+    run = train(*network_args, num_batches=1, **changes)
+    assert run.metadata["ss_mlm_read_at"] == place
+
+
 def test_the_concept_comes_from_the_arguments_or_from_the_data(train):
     named = train("placeholder_token=zxq, ohwx", "class_token=cat, duck toy").metadata
     assert named["ss_mlm_placeholder_token"] == "zxq, ohwx"
