@@ -96,7 +96,7 @@ def _head(config: TrainConfig, command: EstimateCommand) -> str:
 
 def _remarks(config: TrainConfig) -> Iterator[str]:
     """Parts of the run that are not in the table."""
-    if config.mlm.mlm_loss_weight:
+    if config.mlm.mlm_loss_weight and config.mlm.mlm_target != "states":
         yield "pretraining a contextualizer (once per text encoder, before the rest) is not counted"
     if config.sampling.sample_prompts:
         yield "drawing samples is not counted"

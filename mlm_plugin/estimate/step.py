@@ -163,7 +163,8 @@ def _resident(training: Training, *labels: str) -> LiveBytes:
     away = set() if UNET in labels else set(models.unet.parameters())
     trained = [p for members in training.method.parts().values() for p in members]
     live.hold([parameter for parameter in trained if parameter not in away], TRAINED)
-    for encoder in training.regularizer.encoders if training.regularizer else ():
+    encoders = training.regularizer.encoders if training.regularizer else ()
+    for encoder in (encoder for encoder in encoders if encoder.contextualizer is not None):
         live.hold(_weights(encoder.contextualizer), CONTEXTUALIZERS)
         live.hold([encoder.token_table], CONTEXTUALIZERS if _is_copy(encoder) else TEXT)
     return live
