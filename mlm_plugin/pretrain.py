@@ -12,7 +12,7 @@ import math
 import random
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -242,7 +242,6 @@ def pretrain_on_device(
             "pretraining the contextualizer of a full-size text encoder on a CPU takes hours; "
             "a GPU takes minutes, and the file can be carried over (--mlm_contextualizer FILE)"
         )
-    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     text_encoder.model.float()  # lossless for half weights, and undone below
     try:
         return pretrain(
@@ -251,7 +250,6 @@ def pretrain_on_device(
             options=options,
             captions=captions,
             start=start,
-            autocast=lambda: torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext(),
             show_progress=show_progress,
         )
     finally:
@@ -265,7 +263,6 @@ def pretrain(
     options: PretrainOptions,
     captions: Sequence[str] = (),
     start: Start | None = None,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
     show_progress: bool = True,
 ) -> Scores:
     """Train a contextualizer for ``text_encoder`` and write it to ``output``.
@@ -286,7 +283,6 @@ def pretrain(
         options=options,
         captions=captions,
         start=start,
-        autocast=autocast,
     )
     with StopRequest() as stop, _frozen(text_encoder):
         run.resume()
@@ -323,9 +319,8 @@ class _Run:
         options: PretrainOptions,
         captions: Sequence[str] = (),
         start: Start | None = None,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.text_encoder, self.options, self.autocast = text_encoder, options, autocast
+        self.text_encoder, self.options = text_encoder, options
         self.output, self.state_path = output, output.with_suffix(".state.pt")
         self.corpus = Corpus(captions, caption_share=options.caption_share)
         self.table = text_encoder.token_embedding.weight.detach()
@@ -455,7 +450,7 @@ class _Run:
         )
         device = self.table.device
         with (
-            self.autocast(),
+            _autocast(device),
             mask_embedding(self.text_encoder.token_embedding, self.network.mask_vector),
         ):
             return masked_word_loss(
@@ -506,6 +501,12 @@ class _Run:
             "started_from": self.started_from,
             "captions": zlib.crc32("\n".join(self.corpus.captions).encode()),
         }
+
+
+def _autocast(device: torch.device) -> AbstractContextManager:
+    """Half precision where the GPU has bf16."""
+    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext()
 
 
 def learning_rate_share(step: int, options: PretrainOptions) -> float:

@@ -61,7 +61,7 @@ def records(tmp_path):
                 },
             )  # fmt: skip
 
-    for name in ("lora plain", "lora encoder/class", "lora core"):
+    for name in ("lora plain", "lora both/states", "lora core"):
         arm = ARMS[name]
         while trials := search(arm, records.of("tuning", name)).missing:
             add("tuning", trials)
@@ -74,7 +74,7 @@ def records(tmp_path):
 def test_tables_hold_means_over_concepts_and_corrected_p(records):
     found = blocks(records)
     assert (
-        "| lora plain | unet_lr 2.5e-3, text_encoder_lr 5e-4 | 60.0 | 60.0 | – | 100 |"
+        "| lora plain | unet_lr 2.5e-3, text_encoder_lr 1.5e-4 | 60.0 | 60.0 | – | 100 |"
         in (found["report"])
     )
     assert "| untrained model, class word | – | 95.0 | 15.0 |" in found["report"]
@@ -84,7 +84,7 @@ def test_tables_hold_means_over_concepts_and_corrected_p(records):
     assert f"| 0.0005 | {2 / 4096 * len(CLAIMS):.4f} |" in row
     values, gains = (
         next(line for line in found["concepts"].splitlines() if line.startswith(f"| {start} |"))
-        for start in ("lora encoder/class", "lora encoder/class – lora plain")
+        for start in ("lora both/states", "lora both/states – lora plain")
     )
     assert "| 70 / 60 | 72 / 60 |" in values  # 70.5 and 71.5, to even
     assert "| +10.5 | +11.5 |" in gains
