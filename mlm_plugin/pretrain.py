@@ -201,14 +201,17 @@ def find_start(text_encoder: TextEncoder, options: PretrainOptions) -> Start | N
         text_encoder: has none of its own yet.
         options: name the held-out prompts and the sizes.
     """
+    paths = related_contextualizer_paths(text_encoder)[:MAX_RELATED]
+    if not paths:
+        return None
     best: Start | None = None
-    for path in related_contextualizer_paths(text_encoder)[:MAX_RELATED]:
+    run = _Run(text_encoder, paths[0], options=replace(options, num_held_out=NUM_COMPARED))
+    for path in paths:
         try:
             network, facts = read_contextualizer(path)
         except UserError as error:
             logger.debug("%s", error)
             continue
-        run = _Run(text_encoder, path, options=replace(options, num_held_out=NUM_COMPARED))
         if network.sizes != run.network.sizes:
             continue
         run.network.load_state_dict(network.state_dict())

@@ -76,13 +76,13 @@ def create_network(
     vae: nn.Module,
     text_encoder: nn.Module | list[nn.Module],
     unet: nn.Module,
-    neuron_dropout: float | None = None,
     **network_args: Any,
 ) -> nn.Module | None:
     """The inner module's network, with the term attached. Called by kohya's trainers.
 
     Exits with code 2 and one line if an argument cannot be used.
     """
+    neuron_dropout = network_args.pop("neuron_dropout", None)  # an option, not an argument
     with exits_on_user_error():
         given = _with_config_file(split_arguments(network_args), sys.argv[1:])
         inner = _import_inner(given.inner or _architecture().inner)
@@ -105,7 +105,6 @@ def create_network_from_weights(
     vae: nn.Module,
     text_encoder: nn.Module | list[nn.Module],
     unet: nn.Module,
-    weights_sd: Mapping[str, Any] | None = None,
     for_inference: bool = False,
     **network_args: Any,
 ) -> tuple[nn.Module, Mapping[str, Any]]:
@@ -117,7 +116,13 @@ def create_network_from_weights(
         given = _with_config_file(split_arguments(network_args), sys.argv[1:])
         inner = _import_inner(_module_that_wrote(file) or given.inner or _architecture().inner)
         network, weights = inner.create_network_from_weights(
-            multiplier, file, vae, text_encoder, unet, weights_sd, for_inference, **given.rest
+            multiplier,
+            file,
+            vae,
+            text_encoder,
+            unet,
+            for_inference=for_inference,
+            **given.rest,
         )
         if not for_inference:
             network = _with_term(network, _Run(inner.__name__, given, text_encoder, unet))
