@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,14 @@ from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget, Variants
 from mlm_plugin.mlm.masking import MaskingVocabulary
+from mlm_plugin.mlm.next_word import NextWordHead
 from mlm_plugin.mlm.prompts import JointPrompts, Member, PromptSet
 from mlm_plugin.mlm.regularizer import MLMRegularizer, MLMSchedule
 from mlm_plugin.mlm.teacher import (
     MaskSettings,
     compute_targets,
 )
+from mlm_plugin.models.language_model import AdaptedEncoder, LanguageModelEncoder, T5Encoder
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of
@@ -50,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 NUM_TARGETS = 1024
 
+AnyEncoder = TextEncoder | T5Encoder | LanguageModelEncoder | AdaptedEncoder
 Vary = Callable[[TextEncoder, Tensor, random.Random], Variants]
 """A method's own variants of encoded prompts."""
 
@@ -58,10 +61,11 @@ Vary = Callable[[TextEncoder, Tensor, random.Random], Variants]
 class PreparedEncoder:
     """A text encoder that the term reads, and what was prepared while it was untrained."""
 
-    text_encoder: TextEncoder
+    text_encoder: AnyEncoder
     contextualizer: Contextualizer | None = None  # None where states are compared
     is_trained: bool = True  # whether anything before its output is
     targets: list[PromptTarget] | None = None  # not yet computed; empty: not needed
+    head: NextWordHead | None = None  # of a language model that reads itself
 
 
 class MLMSetup:
@@ -120,7 +124,7 @@ class MLMSetup:
 
     def prepare(
         self,
-        text_encoders: Sequence[TextEncoder],
+        text_encoders: Sequence[AnyEncoder],
         accelerator: Accelerator,
         *,
         trained: Sequence[bool] | None = None,
@@ -128,7 +132,8 @@ class MLMSetup:
     ) -> None:
         """Find or pretrain the contextualizers of text encoders, unless states are compared.
 
-        Text encoders that are not read are left out. The host's random state is not changed.
+        A language model reads itself. Text encoders that are not read are left out. The host's
+        random state is not changed.
 
         Args:
             text_encoders: untrained.
@@ -142,7 +147,10 @@ class MLMSetup:
         is_trained = trained or [True] * len(text_encoders)
         read = [pair for pair in zip(text_encoders, is_trained, strict=True) if self.reads(pair[1])]
         networks: list[Contextualizer | None] = [None] * len(read)
-        if self.options.mlm_target != "states":
+        heads: list[NextWordHead | None] = [None] * len(read)
+        if self.options.mlm_target != "states" and any(pair[0].reads_itself for pair in read):
+            heads = [text_encoder.next_word_head() for text_encoder, _ in read]
+        elif self.options.mlm_target != "states":
             settings = contextualizer_settings(
                 self.options.mlm_contextualizer,
                 len(self.encoders) + len(read),
@@ -155,8 +163,8 @@ class MLMSetup:
             self.contextualizers += found
             networks = [contextualizer.network for contextualizer in found]
         self.encoders += [
-            PreparedEncoder(text_encoder, network, is_trained)
-            for (text_encoder, is_trained), network in zip(read, networks, strict=True)
+            PreparedEncoder(text_encoder, network, is_trained, head=head)
+            for (text_encoder, is_trained), network, head in zip(read, networks, heads, strict=True)
         ]
 
     def compute_targets(self, device: torch.device) -> None:
@@ -172,7 +180,7 @@ class MLMSetup:
             return
         for encoder in self.encoders:
             if encoder.targets is None:
-                with preserved_random_state(device), _on_device(encoder.text_encoder.model, device):
+                with preserved_random_state(device), _on_device(encoder.text_encoder, device):
                     encoder.targets = self._targets_of(encoder, device)
 
     def _targets_of(self, encoder: PreparedEncoder, device: torch.device) -> list[PromptTarget]:
@@ -211,7 +219,11 @@ class MLMSetup:
             for encoder in self.encoders
         ]
         for handle in handles:
-            handle.is_read = handle.is_trained and self.read_at != "cross_attention"
+            handle.is_read = (
+                handle.is_trained
+                and self.read_at != "cross_attention"
+                and not handle.is_in_image_model
+            )
         options = self.options
         return MLMRegularizer(
             handles,
@@ -229,7 +241,7 @@ def _contextualizer_for(
     with (
         preserved_random_state(accelerator.device),
         accelerator.main_process_first(),
-        _on_device(text_encoder.model, accelerator.device),
+        _on_device(text_encoder, accelerator.device),
     ):
         return find_contextualizer(
             text_encoder, setting, show_progress=accelerator.is_local_main_process
@@ -338,8 +350,10 @@ def encoder_handle(
         vocabulary=_masking_vocabulary(text_encoder, concepts),
         pad_token_id=text_encoder.tokenizer.pad_token_id,
         device=device,
+        head=encoder.head,
         targets=encoder.targets or (),
         is_trained=encoder.is_trained,
+        is_in_image_model=isinstance(text_encoder, AdaptedEncoder),
         **reader,
     )
 
@@ -353,9 +367,7 @@ def _token_table(text_encoder: TextEncoder, vocab_size: int, device: torch.devic
     return table_VD
 
 
-def _masking_vocabulary(
-    text_encoder: TextEncoder, concepts: Sequence[Concept]
-) -> MaskingVocabulary:
+def _masking_vocabulary(text_encoder: AnyEncoder, concepts: Sequence[Concept]) -> MaskingVocabulary:
     protected = [word for concept in concepts for word in concept]
     if text_encoder.learned_tokens is not None:  # their ids are in no vocabulary: never a target
         protected += text_encoder.learned_tokens.tokens
@@ -367,8 +379,16 @@ def _masking_vocabulary(
 
 
 @contextmanager
-def _on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """The model on a device inside the block; hosts place their models themselves."""
+def _on_device(text_encoder: AnyEncoder, device: torch.device) -> Iterator[None]:
+    """A text encoder on a device inside the block; hosts place their models themselves."""
+    with ExitStack() as stack:
+        for model in text_encoder.models:
+            stack.enter_context(_moved(model, device))
+        yield
+
+
+@contextmanager
+def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
     before = next(model.parameters()).device
     model.to(device)
     try:

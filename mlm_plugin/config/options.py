@@ -844,7 +844,7 @@ class RunOptions:
     mlm_arch: str = option(
         "auto",
         "Architecture in the sd-scripts host; `auto` detects it from the base model.",
-        choices=("auto", "sd", "sdxl", "sd3", "flux"),
+        choices=("auto", "sd", "sdxl", "sd3", "flux", "anima", "lumina"),
     )
     mlm_script: str | None = option(
         None,

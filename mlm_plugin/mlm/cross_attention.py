@@ -1,4 +1,4 @@
-"""How the U-Net's cross-attention reads a prompt: its keys and values, without a pass through it.
+"""How an image model reads a prompt: its keys and values, without a pass through it.
 
 A cross-attention layer sees the prompt's states h through two linear maps, ``W_K h`` and ``W_V h``.
 Training adds ``dW`` to them. What it changes for a prompt, ``dW h``, takes a few small matrix
@@ -7,6 +7,9 @@ products. It is read in two ways:
 - :meth:`CrossAttention.distance` compares keys and values with those of the untrained model;
 - :meth:`CrossAttention.written_back` expresses the change in the text encoder's own language,
   ``h + W^+ dW h``, so that a contextualizer can read it. Without ``dW`` that is h itself.
+
+A transformer without cross-attention layers (MM-DiT) joins the prompt to the picture in its first
+block. There what the first block projects can be compared (:class:`TextInput`).
 
 Shapes: N tokens, D width of the states (in SDXL of both encoders side by side), O outputs.
 """
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from mlm_plugin.mlm.losses import relative_distance
 
-__all__ = ["CrossAttention", "Projection", "solve_for_states"]
+__all__ = ["CrossAttention", "Projection", "TextInput", "solve_for_states"]
 
 MAX_LAYERS = 16
 """Layers per call: all of SD 1 and 2, a random part of SDXL's 70."""
@@ -35,34 +38,63 @@ of half precision, in directions that W hardly reads."""
 
 
 @dataclass(frozen=True, eq=False)
+class TextInput:
+    """What a transformer does with states before its first projection: embedder and norm.
+
+    Attributes:
+        trained: the map as it is now, ``(N, D) -> (N, inner width)``.
+        untrained: the same without what training adds.
+        width: D.
+    """
+
+    trained: Callable[[Tensor], Tensor]
+    untrained: Callable[[Tensor], Tensor]
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
 class Projection:
-    """``to_k`` or ``to_v`` of a cross-attention layer.
+    """Keys or values of a cross-attention layer, or both of a transformer's first block.
 
     Attributes:
         layer: number of the layer.
         trained: the map as it is now, ``(..., D) -> (..., O)``.
         weight: returns W ``(O, D)`` of the untrained map, in the precision that ``trained`` takes.
         bias: of the untrained map.
+        text_input: what comes before the map; ``None`` = nothing.
+        is_on: whether the map is on a device; block swapping moves some of them away.
     """
 
     layer: int
     trained: Callable[[Tensor], Tensor]
     weight: Callable[[], Tensor]
     bias: Tensor | None = None
+    text_input: TextInput | None = None
+    is_on: Callable[[torch.device], bool] = lambda _device: True
+
+    @property
+    def width(self) -> int:
+        """Of the states that are read."""
+        return self.text_input.width if self.text_input else self.weight().shape[1]
 
     def distance(self, states_ND: Tensor, teacher_ND: Tensor, start_ND: Tensor) -> Tensor:
         """:func:`relative_distance` of ``(W + dW) h`` to ``W g``, beyond that of ``W h0``."""
         weight_OD = self.weight()
         with torch.no_grad():
+            if self.text_input:
+                teacher_ND, start_ND = map(self.text_input.untrained, (teacher_ND, start_ND))
             wanted_NO, start_NO = (
                 F.linear(x.to(weight_OD.dtype), weight_OD, self.bias)
                 for x in (teacher_ND, start_ND)
             )
+        if self.text_input:
+            states_ND = self.text_input.trained(states_ND)
         trained_NO = self.trained(states_ND.to(weight_OD.dtype))
         return relative_distance(trained_NO, wanted_NO, start_NO)
 
     def written_back(self, states: Tensor) -> Tensor:
-        """``h + W^+ dW h``, fp32 ``(..., D)``."""
+        """``h + W^+ dW h``, fp32 ``(..., D)``; of cross-attention layers only."""
+        assert self.text_input is None
         weight_OD = self.weight()
         states = states.to(weight_OD.dtype)
         change = self.trained(states).float() - F.linear(states, weight_OD, self.bias).float()
@@ -93,22 +125,31 @@ def _solve(gram_MM: Tensor, right: Tensor) -> Tensor:
 
 
 class CrossAttention:
-    """The cross-attention layers of a U-Net, as trained and as they were.
+    """The layers of an image model that read the prompt, as trained and as they were.
 
     Args:
-        projections: ``to_k`` and ``to_v`` of every layer.
+        projections: keys and values of every layer.
+        groups: the text encoders whose states lie side by side, by number, for each sequence of
+            tokens that is read; by default all of them for a single one.
     """
 
-    def __init__(self, projections: Sequence[Projection]):
+    def __init__(
+        self, projections: Sequence[Projection], *, groups: Sequence[Sequence[int]] | None = None
+    ):
         assert projections, "no cross-attention"
+        self.groups = groups
         self.by_layer: dict[int, list[Projection]] = defaultdict(list)
         for projection in projections:
             self.by_layer[projection.layer].append(projection)
 
     @property
     def width(self) -> int:
-        """D, which all text encoders have together."""
-        return next(iter(self.by_layer.values()))[0].weight().shape[1]
+        """D, which the text encoders of a group have together."""
+        return next(iter(self.by_layer.values()))[0].width
+
+    def groups_of(self, num_encoders: int) -> Sequence[Sequence[int]]:
+        """``groups``, with the default for so many text encoders."""
+        return [range(num_encoders)] if self.groups is None else self.groups
 
     def has_gradient(self) -> bool:
         """Whether any key or value is trained; the states themselves may be as well."""
@@ -138,7 +179,7 @@ class CrossAttention:
             layers_N: the layer that each token is for, on the CPU; by default all layers.
         """
         losses = []
-        for layer, rows in self._layers_of(rng, layers_N):
+        for layer, rows in self._layers_of(rng, layers_N, states_ND.device):
             chosen = [
                 x if rows is None else x[rows.to(x.device)]
                 for x in (states_ND, teacher_ND, start_ND)
@@ -169,13 +210,17 @@ class CrossAttention:
         return torch.stack([written[row] for row in range(len(states_BLD))])
 
     def _layers_of(
-        self, rng: random.Random, layers_N: Tensor | None
+        self, rng: random.Random, layers_N: Tensor | None, device: torch.device
     ) -> list[tuple[int, Tensor | None]]:
-        """Layers, and which tokens are for each; ``None`` = all."""
+        """Layers, and which tokens are for each; ``None`` = all. Layers elsewhere are left out."""
         if layers_N is not None:
             numbers = layers_N.unique().tolist()
             return [(layer, (layers_N == layer).nonzero().squeeze(1)) for layer in numbers]
-        layers = list(self.by_layer)
+        layers = [
+            layer
+            for layer, members in self.by_layer.items()
+            if all(projection.is_on(device) for projection in members)
+        ]
         if len(layers) > MAX_LAYERS:
             layers = rng.sample(layers, MAX_LAYERS)
         return [(layer, None) for layer in layers]

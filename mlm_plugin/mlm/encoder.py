@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mlm_plugin.mlm.contextualizer import Contextualizer
+from mlm_plugin.mlm.losses import divergence
 from mlm_plugin.mlm.masking import MASK_ID, MaskingVocabulary
+from mlm_plugin.mlm.next_word import NextWordHead
 
 __all__ = ["EncoderHandle", "PromptTarget", "Variants", "mask_embedding"]
 
@@ -58,14 +60,16 @@ class EncoderHandle:
         vocabulary: word ends, and the words that are never masked.
         pad_token_id: what prompts are padded with.
         device: where the term is computed.
-        contextualizer: pretrained for this encoder, frozen here; ``None`` where states are compared
-            (``mlm_target = states``).
+        contextualizer: pretrained for this encoder, frozen here. Without it and without ``head``
+            states are compared (``mlm_target = states``).
         token_table: ``(V, D)``, frozen output table of the contextualizer.
+        head: of a causal language model, which reads itself.
         targets: prompts with what the untrained model makes of them. Without them fresh prompts
             are drawn, and the masked words themselves are the targets.
         vary: variants of encoded prompts (XTI), drawn from the given stream.
         is_trained: whether anything before this encoder's output is trained.
         is_read: whether the term reads that output itself, besides what the U-Net makes of it.
+        is_in_image_model: whether its output is a state inside the image model.
     """
 
     tokenize: Callable[[list[str]], Tensor]
@@ -76,16 +80,32 @@ class EncoderHandle:
     device: torch.device
     contextualizer: Contextualizer | None = None
     token_table: Tensor | None = None
+    head: NextWordHead | None = None
     targets: Sequence[PromptTarget] = ()
     vary: Callable[[Tensor, random.Random], Variants] = _as_they_are
     is_trained: bool = True
     is_read: bool = True
+    is_in_image_model: bool = False
 
     def __post_init__(self):
         if self.contextualizer is not None:
             self.contextualizer.require_trained()
             self.contextualizer.requires_grad_(False).eval()
             assert not self.token_table.requires_grad, "the output table must be frozen"
+
+    @property
+    def reader(self) -> Contextualizer | NextWordHead | None:
+        """What turns states into words; ``None`` where the states themselves are compared."""
+        return self.head or self.contextualizer
+
+    def divergence(self, features_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        """``KL(q_i || p_i)`` of what the reader predicts, ``(N,)``; q from the teacher's features."""
+        if self.head is not None:
+            return self.head.divergence(features_ND, teacher_ND)
+        logits = (
+            self.contextualizer.logits(x, self.token_table) for x in (features_ND, teacher_ND)
+        )
+        return divergence(*logits)
 
     def encode_masked(self, masked_ids_BL: Tensor) -> Tensor:
         """States ``(B, L, D)`` of ids that may hold MASK_ID."""

@@ -19,6 +19,7 @@ from mlm_plugin.mlm.masking import IGNORE_INDEX
 __all__ = [
     "MaskedWordLoss",
     "TeacherFeatures",
+    "beyond_start",
     "class_anchor",
     "context_anchor",
     "divergence",
@@ -57,8 +58,12 @@ def teacher_kl(
     Source: knowledge distillation, Hinton et al. 2015, arXiv 1503.02531; the hinge at the start is
     ours.
     """
-    divergence_N = divergence(logits_NV, teacher_logits_NV)
-    return (divergence_N - start_N).relu().sum() / max(1, len(logits_NV))
+    return beyond_start(divergence(logits_NV, teacher_logits_NV), start_N)
+
+
+def beyond_start(divergence_N: Tensor, start_N: Tensor | float = 0.0) -> Tensor:
+    """``1/N sum_i max(0, d_i - s_i)``: the mean of divergences beyond those before training."""
+    return (divergence_N - start_N).relu().sum() / max(1, len(divergence_N))
 
 
 def divergence(logits_NV: Tensor, teacher_logits_NV: Tensor) -> Tensor:

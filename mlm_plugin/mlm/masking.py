@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,9 @@ IGNORE_INDEX = -100
 LOW_PRIORITY_WEIGHT = 0.1
 """Chance of a function word to be chosen, relative to a content word."""
 
+WORD_STARTS = ("\u0120", "\u2581")
+"""Marks of a word's first token: of byte-level BPE and of SentencePiece."""
+
 Word = tuple[int, ...]
 
 
@@ -47,74 +50,99 @@ class MaskedTokens(NamedTuple):
 class MaskingVocabulary:
     """What masking needs to know about a tokenizer and the concept.
 
+    A tokenizer marks either the last token of a word (CLIP) or the first (byte-level BPE and
+    SentencePiece), where punctuation marks are words of their own.
+
     Attributes:
         ends_word: ids that close a word (CLIP's BPE marks them with ``</w>``).
-        bos_token_id: id of the first token.
+        bos_token_id: id of the first token; ``None`` where prompts begin with a word.
         eos_token_id: id that ends the prompt; everything from the first one on is padding.
         punctuation: ids without a letter or digit; never masked, as they teach nothing.
         protected: words that are never masked: placeholder tokens and the class word.
         low_priority: function words and words of neutral prefixes ("a photo of").
         replacements: ids that 80/10/10 masking may put in a word's place.
+        begins_word: ids that open a word; ``None`` where ends are marked.
+        has_eos: whether ``eos_token_id`` belongs to the prompt; otherwise it is that of padding.
     """
 
     ends_word: frozenset[int]
-    bos_token_id: int
+    bos_token_id: int | None
     eos_token_id: int
     punctuation: frozenset[int]
     protected: frozenset[Word]
     low_priority: frozenset[Word]
     replacements: Sequence[int]
+    begins_word: frozenset[int] | None = None
+    has_eos: bool = True
 
     @classmethod
     def from_tokenizer(
         cls, tokenizer, *, protected: Iterable[str], low_priority: Iterable[str]
     ) -> MaskingVocabulary:
-        """Get word ends and the ids of protected and low-priority words from a CLIP tokenizer."""
+        """Get word boundaries and the ids of protected and low-priority words from a tokenizer."""
         vocabulary = tokenizer.get_vocab()
         added = set(tokenizer.get_added_vocab().values())
         special = set(tokenizer.all_special_ids)
         ends = {id for token, id in vocabulary.items() if token.endswith("</w>")}
-        ends |= added - special
+        begins = {id for token, id in vocabulary.items() if _opens_word(token)}
+        boundaries = ends or begins
         punctuation = {
             id
             for token, id in vocabulary.items()
             if id not in added and _is_punctuation(token.removesuffix("</w>"), id, tokenizer)
         }
+        first, *_, last = tokenizer("a b").input_ids
+        has_eos = last == tokenizer.eos_token_id
         bare = cls(
-            ends_word=frozenset(ends),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            ends_word=frozenset(ends | (added - special)) if ends else frozenset(),
+            bos_token_id=tokenizer.bos_token_id if first == tokenizer.bos_token_id else None,
+            eos_token_id=tokenizer.eos_token_id if has_eos else tokenizer.pad_token_id,
             punctuation=frozenset(punctuation),
             protected=frozenset(),
             low_priority=frozenset(),
-            replacements=sorted(ends - added - special - punctuation),
+            replacements=sorted(boundaries - added - special - punctuation),
+            begins_word=None if ends else frozenset(begins),
+            has_eos=has_eos,
         )
 
         def words(texts: Iterable[str]) -> frozenset[Word]:
             texts = [text for text in texts if text]
             if not texts:
                 return frozenset()
+            if not ends:  # a word has other tokens at the start of the text than after a space
+                texts += [f" {text}" for text in texts]
             encoded = tokenizer(texts, add_special_tokens=False).input_ids
-            return frozenset(tuple(ids[s:e]) for ids in encoded for s, e in bare.split_words(ids))
+            found = {tuple(ids[s:e]) for ids in encoded for s, e in bare.split_words(ids)}
+            if not ends:  # SentencePiece may write the space before a word as a token
+                found = {word for word in found if not punctuation.issuperset(word)}
+            return frozenset(found)
 
-        return cls(
-            **{**bare.__dict__, "protected": words(protected), "low_priority": words(low_priority)}
-        )
+        return replace(bare, protected=words(protected), low_priority=words(low_priority))
 
     def split_words(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         """Spans ``(start, end)`` of the words between BOS and the first EOS."""
-        spans, start = [], 1 if ids and ids[0] == self.bos_token_id else 0
-        for position in range(start, len(ids)):
-            if ids[position] == self.eos_token_id:
-                if start < position:  # a word cut off by the length limit
-                    spans.append((start, position))
-                return spans
-            if ids[position] in self.ends_word:
-                spans.append((start, position + 1))
-                start = position + 1
-        if start < len(ids):
-            spans.append((start, len(ids)))
-        return spans
+        first = 1 if len(ids) and ids[0] == self.bos_token_id else 0
+        length = next((i for i in range(first, len(ids)) if ids[i] == self.eos_token_id), len(ids))
+        if self.begins_word is None:
+            ends = [i + 1 for i in range(first, length) if ids[i] in self.ends_word]
+            if length > first and (not ends or ends[-1] < length):
+                ends.append(length)  # a word cut off by the length limit
+            return list(zip([first, *ends], ends, strict=False))
+        starts = [i for i in range(first, length) if i == first or self._begins(ids[i - 1], ids[i])]
+        return list(zip(starts, [*starts[1:], length], strict=False))
+
+    def _begins(self, before: int, token: int) -> bool:
+        return token in self.begins_word or not self.punctuation.isdisjoint((before, token))
+
+    def words_behind(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Spans of the words behind the first protected one, without the protected ones."""
+        spans = self.split_words(ids)
+        is_protected = [tuple(ids[slice(*span)]) in self.protected for span in spans]
+        if True not in is_protected:
+            return []
+        behind = is_protected.index(True) + 1
+        pairs = zip(spans[behind:], is_protected[behind:], strict=True)
+        return [span for span, protected in pairs if not protected]
 
 
 def mask_tokens(
@@ -165,6 +193,11 @@ def prompt_attention_mask(ids_BL: Tensor, eos_token_id: int) -> Tensor:
     """True up to the first EOS, false after it (SD 1 pads with EOS, SD 2 with "!")."""
     num_eos_before = (ids_BL == eos_token_id).cumsum(dim=1) - (ids_BL == eos_token_id).long()
     return num_eos_before == 0
+
+
+def _opens_word(piece: str) -> bool:
+    """Whether a token follows a space or begins with a punctuation mark ("'s")."""
+    return piece.startswith(WORD_STARTS) or (piece[:1].isascii() and not piece[:1].isalnum())
 
 
 def _is_punctuation(piece: str, id: int, tokenizer) -> bool:  # noqa: A002 - a token id

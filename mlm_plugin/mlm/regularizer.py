@@ -20,6 +20,7 @@ from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.encoder import EncoderHandle
 from mlm_plugin.mlm.losses import (
     TeacherFeatures,
+    beyond_start,
     masked_positions,
     masked_word_loss,
     relative_distance,
@@ -116,9 +117,11 @@ class EncodedPrompts:
     def part(self, states_BLD: Tensor) -> Part:
         """The loss at these states: those of the encoder, or the same written back."""
         encoder = self.encoder
-        if encoder.contextualizer is None:
+        if encoder.reader is None:
             compared = self.compared_states()
             return Part(relative_distance(*compared), len(compared[0]))
+        if encoder.head is not None:
+            return self._next_words(states_BLD)
         teacher = None
         if self.teacher_ND is not None:
             teacher = TeacherFeatures(self.teacher_ND, self.start)
@@ -131,6 +134,13 @@ class EncodedPrompts:
             teacher=teacher,
         )
         return Part(result.loss, result.num_masked, result.num_correct)
+
+    def _next_words(self, states_BLD: Tensor) -> Part:
+        features_ND = self.encoder.head.features(
+            states_BLD, self.attention_mask_BL, self.positions_N
+        )
+        divergence_N = self.encoder.divergence(features_ND, self.teacher_ND)
+        return Part(beyond_start(divergence_N, self.start), len(features_ND))
 
 
 class MLMRegularizer:
@@ -216,15 +226,14 @@ class MLMRegularizer:
         rng: random.Random,
     ) -> Part:
         first = batches[0]
-        if first.encoder.contextualizer is None:
-            states_ND, teacher_ND, start_ND = (
-                torch.cat(parts, dim=-1)
-                for parts in zip(*(batch.compared_states() for batch in batches), strict=True)
+        if first.encoder.reader is None:
+            groups = cross_attention.groups_of(len(batches))
+            return _mean_distance(
+                [
+                    _distance(cross_attention, [batches[number] for number in group], rng)
+                    for group in groups
+                ]
             )
-            loss = cross_attention.distance(
-                states_ND, teacher_ND, start_ND, rng, layers_N=first.layers_N
-            )
-            return Part(loss, len(states_ND))
         widths = [batch.states_BLD.shape[-1] for batch in batches]
         joined_BLD = torch.cat([batch.states_BLD for batch in batches], dim=-1)
         written = cross_attention.written_back(joined_BLD, rng, layers_B=first.layers_B)
@@ -266,6 +275,26 @@ def _from_targets(
         start,
         layers_B,
     )
+
+
+def _distance(
+    cross_attention: CrossAttention, batches: Sequence[EncodedPrompts], rng: random.Random
+) -> Part:
+    """The loss at the keys and values of one sequence of tokens."""
+    states_ND, teacher_ND, start_ND = (
+        torch.cat(parts, dim=-1)
+        for parts in zip(*(batch.compared_states() for batch in batches), strict=True)
+    )
+    loss = cross_attention.distance(
+        states_ND, teacher_ND, start_ND, rng, layers_N=batches[0].layers_N
+    )
+    return Part(loss, len(states_ND))
+
+
+def _mean_distance(parts: Sequence[Part]) -> Part:
+    """Of several sequences."""
+    loss = torch.stack([part.loss for part in parts]).mean()
+    return Part(loss, sum(part.num_tokens for part in parts))
 
 
 def _mean_part(parts: Sequence[Part]) -> Part:

@@ -2,8 +2,8 @@
 
 The masked word is one of many that fit, and no text encoder can tell which one it was. As a target
 it is mostly noise. A teacher removes the noise. The target is then what the contextualizer predicts
-for each masked word from the untrained text encoder (``mlm_target = class``), or the states of that
-encoder themselves (``mlm_target = states``).
+for each masked word from the untrained text encoder, or what a language model predicts for the next
+word (``mlm_target = class``), or the states of that encoder themselves (``mlm_target = states``).
 
 Targets are computed before anything is trained, and kept as vectors, so that training needs no
 second text encoder in memory. Where the text encoder stays frozen, its states of the prompts are
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget
-from mlm_plugin.mlm.losses import divergence, masked_positions
+from mlm_plugin.mlm.losses import masked_positions
 from mlm_plugin.mlm.masking import (
     IGNORE_INDEX,
     MaskedTokens,
@@ -64,9 +64,10 @@ def compute_targets(
 ) -> list[PromptTarget]:
     """Compute one target for each pair.
 
-    An encoder with a contextualizer gets masked words and predictions for them; one without gets
-    all words around the concept and their states. Those of a frozen encoder are kept, so that it is
-    not needed any more.
+    An encoder with a contextualizer gets masked words and predictions for them, one with a head the
+    words behind the concept and predictions of the next ones; one without either gets all words
+    around the concept and their states. Those of a frozen encoder are kept, so that it is not
+    needed any more.
 
     Args:
         encoder: untrained; placeholders may have embeddings of their own already.
@@ -120,6 +121,15 @@ def padded(targets: Sequence[PromptTarget], pad_token_id: int) -> MaskedTokens:
     )
 
 
+def behind_labels(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
+    """The ids themselves at the words behind the concept, ``(B, L)``, where it can be heard."""
+    labels_BL = torch.full_like(ids_BL, IGNORE_INDEX)
+    for row, ids in enumerate(ids_BL.tolist()):
+        for start, end in vocabulary.words_behind(ids):
+            labels_BL[row, start:end] = ids_BL[row, start:end]
+    return labels_BL
+
+
 def context_labels(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
     """The ids themselves at the words around the concept and at EOS, ``(B, L)``.
 
@@ -130,7 +140,7 @@ def context_labels(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
         for start, end in vocabulary.split_words(ids):
             if tuple(ids[start:end]) not in vocabulary.protected:
                 labels_BL[row, start:end] = ids_BL[row, start:end]
-        if vocabulary.eos_token_id in ids:
+        if vocabulary.has_eos and vocabulary.eos_token_id in ids:
             labels_BL[row, ids.index(vocabulary.eos_token_id)] = vocabulary.eos_token_id
     return labels_BL
 
@@ -167,7 +177,9 @@ def align_to_prompt(
 def compared_tokens(
     encoder: EncoderHandle, ids_BL: Tensor, masks: MaskSettings, rng: random.Random
 ) -> MaskedTokens:
-    """Masked words for a contextualizer; without one all words around the concept, as they are."""
+    """Masked words for a contextualizer; otherwise words around the concept, as they are."""
+    if encoder.head is not None:
+        return MaskedTokens(ids_BL, behind_labels(ids_BL, encoder.vocabulary))
     if encoder.contextualizer is None:
         return MaskedTokens(ids_BL, context_labels(ids_BL, encoder.vocabulary))
     return mask_tokens(ids_BL, encoder.vocabulary, rng=rng, **masks._asdict())
@@ -178,28 +190,25 @@ def _with_teacher(
 ) -> PromptTarget:
     """The target with the teacher's vectors, and the prompt's own distance before training."""
     start = before_ND.clone()
-    if encoder.contextualizer is not None:
-        teacher_NV, before_NV = (
-            encoder.contextualizer.logits(x_ND.to(encoder.device), encoder.token_table)
-            for x_ND in (teacher_ND, before_ND)
-        )
-        start = divergence(before_NV, teacher_NV).cpu()
+    if encoder.reader is not None:
+        on_device = (x_ND.to(encoder.device) for x_ND in (before_ND, teacher_ND))
+        start = encoder.divergence(*on_device).cpu()
     return target._replace(teacher_ND=teacher_ND.clone(), start=start)
 
 
 def _vectors(
     encoder: EncoderHandle, ids_BL: Tensor, masked: MaskedTokens, states_BLD: Tensor
 ) -> tuple[Tensor, ...]:
-    """For each prompt features of the contextualizer, or states, at its N labelled tokens.
+    """For each prompt features of the reader, or states, at its N labelled tokens.
 
     ``(N, D)`` each, on the CPU.
     """
     positions_N = masked_positions(masked.labels).to(states_BLD.device)
-    if encoder.contextualizer is None:
+    if encoder.reader is None:
         vectors_ND = states_BLD.flatten(0, 1)[positions_N]
     else:
         attention_mask_BL = prompt_attention_mask(ids_BL, encoder.vocabulary.eos_token_id)
-        vectors_ND = encoder.contextualizer.features(
+        vectors_ND = encoder.reader.features(
             states_BLD, attention_mask_BL.to(states_BLD.device), positions_N
         ).float()
     return vectors_ND.cpu().split((masked.labels != IGNORE_INDEX).sum(dim=1).tolist())

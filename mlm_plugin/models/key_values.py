@@ -1,4 +1,4 @@
-"""Keys and values of a U-Net's cross-attention, as they are trained and as they were.
+"""Keys and values that an image model makes of the prompt, as they are trained and as they were.
 
 Whatever trains them is seen through: adapters that wrap the layer (peft), that replace its
 ``forward`` (LyCORIS, sd-scripts), and training of the weights themselves.
@@ -6,19 +6,46 @@ Whatever trains them is seen through: adapters that wrap the layer (peft), that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm_plugin.mlm.cross_attention import CrossAttention, Projection
+from mlm_plugin.mlm.cross_attention import CrossAttention, Projection, TextInput
 from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.quantized import QuantizedLinear
 
-__all__ = ["MATRICES", "read_cross_attention"]
+__all__ = ["MATRICES", "read_cross_attention", "read_image_transformer"]
 
 MATRICES = ("to_k", "to_v")
 HALF = torch.float16  # more digits than bf16, and weights are far from its limits
+
+ANIMA_LAYER = re.compile(r"blocks\.\d+\.cross_attn\.[kv]_proj")
+"""Keys and values of Anima's transformer; those of its ``llm_adapter`` are not meant."""
+
+
+class FirstBlock(NamedTuple):
+    """The first of an MM-DiT's layers in which the prompt meets the picture, by module names."""
+
+    embedder: str
+    norm: str
+    projection: str
+
+
+FIRST_BLOCKS = (
+    FirstBlock(
+        "context_embedder", "joint_blocks.0.context_block.norm1",
+        "joint_blocks.0.context_block.attn.qkv",
+    ),  # SD 3
+    FirstBlock("txt_in", "double_blocks.0.txt_norm1", "double_blocks.0.txt_attn.qkv"),  # FLUX
+    FirstBlock(
+        "cap_embedder", "context_refiner.0.attention_norm1", "context_refiner.0.attention.qkv"
+    ),  # Lumina 2
+)  # fmt: skip
+"""Source: sd-scripts ``library/sd3_models.py``, ``flux_models.py``, ``lumina_models.py``."""
 
 
 def read_cross_attention(unet: nn.Module, *, keep_copies: bool) -> CrossAttention | None:
@@ -37,13 +64,69 @@ def read_cross_attention(unet: nn.Module, *, keep_copies: bool) -> CrossAttentio
     return CrossAttention(projections) if projections else None
 
 
-def _projection(module: nn.Module, layer: int, *, keep_copy: bool) -> Projection:
+def read_image_transformer(
+    transformer: nn.Module, groups: list[list[int]]
+) -> CrossAttention | None:
+    """What a diffusion transformer of sd-scripts makes of the prompt; ``None`` if it is unknown.
+
+    Anima has cross-attention layers. Those of SD 3, FLUX and Lumina 2 are read in their first
+    block, where the modulation by the timestep, which no adapter of sd-scripts trains by default,
+    is left out.
+
+    Args:
+        transformer: with what is trained in place; its own weights are frozen.
+        groups: as in :class:`CrossAttention`.
+    """
+    layers = [
+        _projection(module, int(name.split(".")[1]), keep_copy=False)
+        for name, module in transformer.named_modules()
+        if ANIMA_LAYER.fullmatch(name)
+    ]
+    projections = layers or list(_first_blocks(transformer))
+    return CrossAttention(projections, groups=groups) if projections else None
+
+
+def _first_blocks(transformer: nn.Module) -> Iterator[Projection]:
+    names = {name for name, _ in transformer.named_modules()}
+    for block in FIRST_BLOCKS:
+        if names.issuperset(block):
+            embedder, norm, qkv = map(transformer.get_submodule, block)
+            yield _projection(qkv, 0, keep_copy=False, text_input=_text_input(embedder, norm))
+
+
+def _text_input(embedder: nn.Module, norm: nn.Module) -> TextInput:
+    """An embedder, which may be a norm and a linear map, and the first norm behind it."""
+    *before, linear = embedder if isinstance(embedder, nn.Sequential) else [embedder]
+    weight = _frozen(linear)
+    width = linear.in_features
+
+    def embedded(states_ND: Tensor, last: Callable[[Tensor], Tensor]) -> Tensor:
+        states_ND = states_ND.to(weight().dtype)
+        states_ND = F.pad(states_ND, (0, width - states_ND.shape[-1]))  # SD 3: CLIP beside T5
+        for module in before:
+            states_ND = module(states_ND)
+        return norm(last(states_ND))
+
+    return TextInput(
+        trained=lambda states_ND: embedded(states_ND, linear),
+        untrained=lambda states_ND: embedded(
+            states_ND, lambda x: F.linear(x.to(weight().dtype), weight(), linear.bias)
+        ),
+        width=width,
+    )
+
+
+def _projection(
+    module: nn.Module, layer: int, *, keep_copy: bool, text_input: TextInput | None = None
+) -> Projection:
     linear = getattr(module, "base_layer", module)  # of peft
     return Projection(
         layer,
         trained=module,
         weight=_copied(linear) if keep_copy else _frozen(linear),
         bias=linear.bias,
+        text_input=text_input,
+        is_on=lambda device: linear.weight.device == device,
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from mlm_plugin.models.token_embeddings import LearnedTokens
 
-__all__ = ["PooledStates", "TextEncoder"]
+__all__ = ["PooledStates", "TextEncoder", "activations_kept"]
 
 SIGN_BITS_PER_TENSOR = 64
 
@@ -49,7 +50,10 @@ class TextEncoder:
 
     Attributes:
         learned_tokens: placeholders with learned embeddings; set by ``LearnedTokens``.
+        reads_itself: whether it has a head of its own, as a language model has.
     """
+
+    reads_itself = False
 
     def __init__(
         self,
@@ -67,6 +71,11 @@ class TextEncoder:
         self.max_token_length = max_token_length
         self.final_norm = final_norm
         self.learned_tokens: LearnedTokens | None = None
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """What has to be on a device to encode there."""
+        return [self.model]
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -160,18 +169,8 @@ class TextEncoder:
         For short batches: they need little memory, and a third of their time would be spent on
         computing activations again.
         """
-        checkpointed = [
-            module
-            for module in self.model.modules()
-            if getattr(module, "gradient_checkpointing", False)
-        ]
-        for module in checkpointed:
-            module.gradient_checkpointing = False
-        try:
+        with activations_kept(self.model):
             return self.encode(input_ids_BL)
-        finally:
-            for module in checkpointed:
-                module.gradient_checkpointing = True
 
     def encode_captions(self, captions: Sequence[str]) -> Tensor:
         """The U-Net's conditioning: ``(B, 75 N + 2, D)``."""
@@ -238,6 +237,19 @@ class TextEncoder:
                     window[1] = eos
             windows.append(window)
         return torch.stack(windows)
+
+
+@contextmanager
+def activations_kept(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing of a transformers model, switched off inside the block."""
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def _joined(states: Tensor, num_windows: int) -> Tensor:

@@ -26,7 +26,8 @@ __all__ = [
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
 PLACE = "command line or config_file"
 CACHED = "cache_text_encoder_outputs leaves the text encoder untrained"
-WITH_CROSS_ATTENTION = ("sd", "sdxl")
+WITH_CROSS_ATTENTION = ("sd", "sdxl", "anima")
+"""Architectures whose image model reads the prompt in all of its layers."""
 T5_CACHED = ("sd3", "flux")
 """Architectures that cache the outputs of T5 alone while their CLIP encoders are trained."""
 
@@ -89,24 +90,21 @@ def read_at(options: MLMOptions, *, arch: str, trains_text: bool, trains_unet: b
     Args:
         options: of the run.
         arch: architecture of the model.
-        trains_text: whether a CLIP text encoder is trained.
+        trains_text: whether a text encoder is trained.
         trains_unet: whether a network is trained on the U-Net.
     """
     if options.mlm_read_at != "auto":
         return options.mlm_read_at
-    if arch not in WITH_CROSS_ATTENTION:
-        return "encoder"
     if not trains_text:
         return "cross_attention"
-    return "both" if options.mlm_target == "states" and trains_unet else "encoder"
+    reads_both = options.mlm_target == "states" and trains_unet and arch in WITH_CROSS_ATTENTION
+    return "both" if reads_both else "encoder"
 
 
 def why_network_has_no_gradient(
     args: argparse.Namespace, options: MLMOptions, *, arch: str
 ) -> str | None:
     """Why the term has no gradient in a network trainer, naming its options; None if it has."""
-    if getattr(args, "model_type", None) == "chroma":
-        return "model_type = chroma has no CLIP text encoder"
     of_text = _why_text_untrained(args, arch=arch)
     of_unet = why_unet_untrained(args)
     place = read_at(options, arch=arch, trains_text=of_text is None, trains_unet=of_unet is None)

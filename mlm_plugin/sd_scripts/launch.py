@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.checks import no_gradient_message
+from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
@@ -25,7 +26,12 @@ __all__ = ["SCRIPTS", "Script", "architecture_of", "choose_script", "train"]
 
 logger = logging.getLogger(__name__)
 
-PIPELINES = {"StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "Flux": "flux"}
+PIPELINES = {
+    "StableDiffusionXL": "sdxl",
+    "StableDiffusion3": "sd3",
+    "Flux": "flux",
+    "Lumina2": "lumina",
+}
 """Prefix of a diffusers pipeline's name, and its architecture."""
 
 KEYS = {
@@ -33,8 +39,12 @@ KEYS = {
     "model.diffusion_model.label_emb.": "sdxl",
     "model.diffusion_model.joint_blocks.": "sd3",
     "model.diffusion_model.double_blocks.": "flux",
+    "byt5_in.": "hunyuan_image",  # which has double blocks too
     "double_blocks.": "flux",
     "single_transformer_blocks.": "flux",
+    "net.llm_adapter.": "anima",
+    "llm_adapter.": "anima",
+    "context_refiner.": "lumina",
 }
 """Prefix of a weight's name that only files of this architecture have."""
 
@@ -103,6 +113,12 @@ def choose_script(options: LaunchOptions) -> Script:
     arch = options.mlm_arch
     if arch == "auto":
         arch = architecture_of(options.pretrained_model_name_or_path)
+    if arch == "hunyuan_image":
+        raise UserError(
+            f"{options.pretrained_model_name_or_path}: no tool trains the text encoders of "
+            "HunyuanImage, and the MLM term cannot read its transformer; train it with sd-scripts' "
+            "own script"
+        )
     for script in SCRIPTS:
         if (script.method, script.arch) == (options.method, arch):
             return script
@@ -113,7 +129,7 @@ def choose_script(options: LaunchOptions) -> Script:
 
 
 def architecture_of(model: str | None) -> str:
-    """``sd``, ``sdxl``, ``sd3`` or ``flux``, from the contents of a checkpoint.
+    """A value of ``mlm_arch``, from the contents of a checkpoint.
 
     Reads names only: the header of a safetensors file or the index of a diffusers folder.
 
@@ -134,8 +150,8 @@ def architecture_of(model: str | None) -> str:
         index = Path(found) if isinstance(found, str) else path
     if not index.is_file():
         raise UserError(
-            f"{model}: cannot tell its architecture before it is loaded; give --mlm_arch sd, "
-            "sdxl, sd3 or flux"
+            f"{model}: cannot tell its architecture before it is loaded; give --mlm_arch: "
+            + ", ".join(OPTIONS["mlm_arch"].choices[1:])
         )
     name = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
     for mark, arch in PIPELINES.items():
@@ -250,6 +266,8 @@ SCRIPTS = (
     Script("sdxl_train_network.py", "sdxl", "lora", _run_network, "SdxlNetworkTrainer"),
     Script("sd3_train_network.py", "sd3", "lora", _run_network, "Sd3NetworkTrainer"),
     Script("flux_train_network.py", "flux", "lora", _run_network, "FluxNetworkTrainer"),
+    Script("anima_train_network.py", "anima", "lora", _run_network, "AnimaNetworkTrainer"),
+    Script("lumina_train_network.py", "lumina", "lora", _run_network, "LuminaNetworkTrainer"),
     Script(
         "train_textual_inversion.py",
         "sd",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.architectures import architecture_named
 from mlm_plugin.sd_scripts.arguments import read_mlm_options
 from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
 from mlm_plugin.sd_scripts.term import MLMTerm
@@ -21,7 +22,7 @@ NEEDED = {
     "process_batch": {"accelerator", "is_train"},
     "assert_extra_args": {"args", "train_dataset_group"},
     "post_process_network": {"args", "accelerator", "network", "text_encoders", "unet"},
-    "get_tokenizers": set(),
+    "get_tokenizers": {"tokenize_strategy"},
     "update_metadata": {"metadata"},
     "generate_step_logs": set(),
 }
@@ -32,18 +33,18 @@ class MLMTrainerMixin:
     """Adds the term where a network trainer computes its loss; at weight 0, the plain trainer.
 
     Attributes:
-        mlm_arch: ``sd``, ``sdxl``, ``sd3`` or ``flux``; which states the image model sees.
+        mlm_arch: architecture of the base model; which states the image model sees.
         mlm: the term; ``None`` at weight 0 and before the options are read.
     """
 
     mlm_arch = "sd"
     mlm: MLMTerm | None = None
-    _tokenizers: list[Any] = []
+    _strategy: Any = None
 
     def get_tokenizers(self, *args, **kwargs):
-        """Keep the tokenizers, one for each text encoder."""
-        self._tokenizers = super().get_tokenizers(*args, **kwargs)
-        return self._tokenizers
+        """Keep the tokenize strategy, which has the tokenizers of all text encoders."""
+        self._strategy = bind(super().get_tokenizers, args, kwargs)["tokenize_strategy"]
+        return super().get_tokenizers(*args, **kwargs)
 
     def assert_extra_args(self, *args, **kwargs):
         """Read the options and refuse runs in which the term has no gradient."""
@@ -59,11 +60,10 @@ class MLMTrainerMixin:
         result = super().post_process_network(*args, **kwargs)
         if self.mlm:
             given = bind(super().post_process_network, args, kwargs)
-            models = Models(
-                given["network"], given["text_encoders"], self._tokenizers, given["unet"]
-            )
+            models = Models(given["network"], given["text_encoders"], self._strategy, given["unet"])
             accelerator = given["accelerator"]
-            use_models(self.mlm, given["args"], models, accelerator, arch=self.mlm_arch)
+            architecture = architecture_named(self.mlm_arch)
+            use_models(self.mlm, given["args"], models, accelerator, architecture)
             self.mlm.attach(accelerator)
         return result
 

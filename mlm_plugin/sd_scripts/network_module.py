@@ -24,6 +24,7 @@ from torch import nn
 from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.accelerator_hooks import exits_on_user_error, join_next_accelerator
+from mlm_plugin.sd_scripts.architectures import current_architecture, tokenize_strategy
 from mlm_plugin.sd_scripts.arguments import read_mlm_options
 from mlm_plugin.sd_scripts.data import captions_of, named_datasets
 from mlm_plugin.sd_scripts.locate import config_file_values
@@ -36,23 +37,6 @@ logger = logging.getLogger(__name__)
 
 MODULE = "mlm_plugin.kohya"
 OURS = {name for name, entry in OPTIONS.items() if entry.group == "mlm"}
-
-
-class Architecture(NamedTuple):
-    """What a base model has: where its tokenizers are, and the network module made for it."""
-
-    arch: str
-    tokenizers: tuple[str, ...]
-    inner: str
-
-
-ARCHITECTURES = {
-    "SdTokenizeStrategy": Architecture("sd", ("tokenizer",), "networks.lora"),
-    "SdxlTokenizeStrategy": Architecture("sdxl", ("tokenizer1", "tokenizer2"), "networks.lora"),
-    "Sd3TokenizeStrategy": Architecture("sd3", ("clip_l", "clip_g", "t5xxl"), "networks.lora_sd3"),
-    "FluxTokenizeStrategy": Architecture("flux", ("clip_l", "t5xxl"), "networks.lora_flux"),
-}
-"""By the class of the trainer's tokenize strategy. Source: sd-scripts ``library/strategy_*.py``."""
 
 
 class NetworkArguments(NamedTuple):
@@ -85,7 +69,7 @@ def create_network(
     neuron_dropout = network_args.pop("neuron_dropout", None)  # an option, not an argument
     with exits_on_user_error():
         given = _with_config_file(split_arguments(network_args), sys.argv[1:])
-        inner = _import_inner(given.inner or _architecture().inner)
+        inner = _import_inner(given.inner or current_architecture(MODULE).inner)
         network = inner.create_network(
             multiplier,
             network_dim,
@@ -114,7 +98,9 @@ def create_network_from_weights(
     """
     with exits_on_user_error():
         given = _with_config_file(split_arguments(network_args), sys.argv[1:])
-        inner = _import_inner(_module_that_wrote(file) or given.inner or _architecture().inner)
+        inner = _import_inner(
+            _module_that_wrote(file) or given.inner or current_architecture(MODULE).inner
+        )
         network, weights = inner.create_network_from_weights(
             multiplier,
             file,
@@ -193,27 +179,6 @@ def _module_that_wrote(file: str | None) -> str | None:
     return name if name.startswith("networks.") or name == "lycoris.kohya" else None
 
 
-def _tokenize_strategy() -> Any:
-    try:
-        from library.strategy_base import TokenizeStrategy
-    except ImportError as error:
-        raise UserError(
-            f"{MODULE}: works inside sd-scripts v0.10.0 or later ({error}); update sd-scripts"
-        ) from error
-    return TokenizeStrategy.get_strategy()
-
-
-def _architecture() -> Architecture:
-    name = type(_tokenize_strategy()).__name__
-    if name not in ARCHITECTURES:
-        known = ", ".join(architecture.arch for architecture in ARCHITECTURES.values())
-        raise UserError(
-            f"{MODULE}: {name.removesuffix('TokenizeStrategy')} models are not supported, only "
-            f"{known}; choose the network module made for this model"
-        )
-    return ARCHITECTURES[name]
-
-
 class _Run:
     """The term of one network, from its arguments to the metadata of its file."""
 
@@ -235,16 +200,14 @@ class _Run:
         """Set the term up while the models are untrained; at weight 0 there is none."""
         self.args = args
         options = read_mlm_options(args, self.given.ours, place="network_args")
-        architecture = _architecture()
+        architecture = current_architecture(MODULE)
         self.term = create_term(args, options, arch=architecture.arch)
         if self.term is not None:
             datasets = named_datasets(args)
             uses_captions = options.mlm_prompt_set == "captions"
             self.term.use_datasets(datasets, captions_of(datasets) if uses_captions else ())
-            strategy = _tokenize_strategy()
-            tokenizers = [getattr(strategy, name) for name in architecture.tokenizers]
-            models = Models(network, self.text_encoders, tokenizers, self.unet)
-            use_models(self.term, args, models, PartialState(), arch=architecture.arch)
+            models = Models(network, self.text_encoders, tokenize_strategy(MODULE), self.unet)
+            use_models(self.term, args, models, PartialState(), architecture)
             logger.info("%s", self.term.describe())
         join_next_accelerator(self.term)
 

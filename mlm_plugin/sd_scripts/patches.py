@@ -22,11 +22,8 @@ from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.sd_scripts.accelerator_hooks import wrapped
 from mlm_plugin.sd_scripts.arguments import read_at, read_mlm_options
 from mlm_plugin.sd_scripts.mixin import bind, require_methods
-from mlm_plugin.sd_scripts.term import (
-    MLMTerm,
-    is_clip_text_model,
-    wrap_text_encoder,
-)
+from mlm_plugin.sd_scripts.term import MLMTerm
+from mlm_plugin.sd_scripts.text_encoders import is_clip_text_model, wrap_text_encoder
 
 __all__ = ["MLMEmbeddingMixin", "collected_text_encoders", "summed_backward", "with_mlm_embedding"]
 

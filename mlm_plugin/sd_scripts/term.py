@@ -10,6 +10,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,18 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
 from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.regularizer import MLMOutput, MLMRegularizer
-from mlm_plugin.mlm_setup import MLMSetup, mlm_schedule, mlm_target, prompt_set_names
-from mlm_plugin.models.key_values import read_cross_attention
-from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.mlm_setup import (
+    AnyEncoder,
+    MLMSetup,
+    mlm_schedule,
+    mlm_target,
+    prompt_set_names,
+)
+from mlm_plugin.models.key_values import read_cross_attention, read_image_transformer
 from mlm_plugin.random_state import preserved_random_state
 from mlm_plugin.training.callbacks import mlm_curves
 
-__all__ = ["LossParts", "MLMTerm", "is_clip_text_model", "wrap_text_encoder"]
+__all__ = ["LossParts", "MLMTerm"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +100,7 @@ class MLMTerm:
         self._regularizer: MLMRegularizer | None = None
 
     def add_text_encoder(
-        self, text_encoder: TextEncoder, accelerator: Accelerator, *, is_trained: bool = True
+        self, text_encoder: AnyEncoder, accelerator: Accelerator, *, is_trained: bool = True
     ) -> None:
         """Prepare a text encoder, which is still untrained.
 
@@ -123,6 +129,45 @@ class MLMTerm:
                     f"mlm_read_at = {place!r}: this model has no cross-attention layers, only "
                     "Stable Diffusion 1, 2 and XL have; leave it out"
                 )
+
+    def read_transformer(self, place: str, transformer: nn.Module, groups: list[list[int]]) -> None:
+        """:meth:`read_at` for a diffusion transformer.
+
+        Args:
+            place: ``cross_attention`` or ``both``.
+            transformer: still untrained.
+            groups: text encoders in the order in which they are added, as in
+                :class:`CrossAttention`.
+
+        Raises:
+            UserError: the model has no text layers that can be read.
+        """
+        self.setup.read_at = place
+        self._cross_attention = read_image_transformer(transformer, groups)
+        if self._cross_attention is None:
+            raise UserError(
+                f"mlm_read_at = {place!r}: the text layers of this transformer are not known; "
+                "take mlm_read_at = encoder if a text encoder is trained"
+            )
+
+    def compare_states(self, why: str) -> None:
+        """Make ``mlm_target`` ``states``, which is all that is possible.
+
+        Args:
+            why: the reason, for the error.
+
+        Raises:
+            UserError: another target was asked for.
+        """
+        if self.options.mlm_target not in ("auto", "states"):
+            raise UserError(
+                f"mlm_target = {self.options.mlm_target}: {why}; take mlm_target = states"
+            )
+        self.options = self.setup.options = replace(self.options, mlm_target="states")
+
+    def target(self) -> str:
+        """``mlm_target`` with ``auto`` decided; the concepts are known."""
+        return mlm_target(self.options, self.setup.concepts)
 
     def use_data(self, dataset_group: Any) -> None:
         """Take concepts and captions from data sets that sd-scripts has built.
@@ -216,7 +261,7 @@ class MLMTerm:
             if entry.group == "mlm" and name.startswith("mlm_")
         }
         values |= {
-            "ss_mlm_target": mlm_target(self.options, concepts),
+            "ss_mlm_target": self.target(),
             "ss_mlm_read_at": self.setup.read_at,
             "ss_mlm_prompt_set": prompt_set_names(self.options, concepts),
             "ss_mlm_contextualizer": ", ".join(
@@ -246,7 +291,7 @@ class MLMTerm:
 
     def _require_all_text_encoders(self, cross_attention: CrossAttention) -> None:
         widths = [e.text_encoder.token_embedding.embedding_dim for e in self.setup.encoders]
-        if sum(widths) != cross_attention.width:
+        if cross_attention.groups is None and sum(widths) != cross_attention.width:
             raise UserError(
                 f"mlm_read_at = {self.setup.read_at!r}: this script trains {len(widths)} of the "
                 "text encoders, and the U-Net reads all of them; train all, or take "
@@ -257,26 +302,6 @@ class MLMTerm:
 def _detached(output: MLMOutput) -> MLMOutput:
     parts = {name: part.detach() for name, part in output.parts.items()}
     return output._replace(loss=output.loss.detach(), parts=parts)
-
-
-def is_clip_text_model(module: Any) -> bool:
-    """Whether this is a CLIP text encoder, and not T5, Gemma or a placeholder."""
-    config = getattr(module, "config", None)
-    return getattr(config, "model_type", None) == "clip_text_model"
-
-
-def wrap_text_encoder(model: nn.Module, tokenizer: Any, *, arch: str, clip_skip: int | None):
-    """The text encoder with the states that the image model of this architecture sees.
-
-    FLUX uses only one state of CLIP: the last one at the position of EOS. Here the last states of
-    all positions are used, which the same weights compute.
-
-    Source: sd-scripts ``library/strategy_sd.py``, ``strategy_sdxl.py``, ``strategy_sd3.py``,
-    ``strategy_flux.py``.
-    """
-    if arch in ("sdxl", "sd3"):  # only SD 1 and 2 read clip_skip
-        return TextEncoder(tokenizer, model, clip_skip=2, final_norm=False)
-    return TextEncoder(tokenizer, model, clip_skip=None if arch == "flux" else clip_skip)
 
 
 def _as_config(dataset: Any) -> DatasetConfig:

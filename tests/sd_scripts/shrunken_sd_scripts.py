@@ -274,7 +274,7 @@ def write_contextualizer(path: Path, model, tokenizer, *, arch: str) -> None:
     """Three steps of pretraining: wiring, not quality."""
     from mlm_plugin.config.pretraining import PretrainOptions
     from mlm_plugin.pretrain import pretrain
-    from mlm_plugin.sd_scripts.term import wrap_text_encoder
+    from mlm_plugin.sd_scripts.text_encoders import wrap_text_encoder
 
     options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
     text_encoder = wrap_text_encoder(model.eval(), tokenizer, arch=arch, clip_skip=None)

@@ -43,7 +43,8 @@ from mlm_plugin.sd_scripts.patches import (
     summed_backward,
     with_mlm_embedding,
 )
-from mlm_plugin.sd_scripts.term import STATE_FILE, MLMTerm, wrap_text_encoder
+from mlm_plugin.sd_scripts.term import STATE_FILE, MLMTerm
+from mlm_plugin.sd_scripts.text_encoders import wrap_text_encoder
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
 PACKAGE = Path(__file__).parents[2]
@@ -188,7 +189,8 @@ class StubTrainer:
         """The loop of train_network.py, without images."""
         torch.manual_seed(args.seed)
         random.seed(args.seed)
-        self.get_tokenizers(SimpleNamespace(tokenizer=text_encoder.tokenizer))
+        names = ("tokenizer", "clip_l", "clip_g", "t5xxl")  # of sd, sd3 and flux
+        self.get_tokenizers(SimpleNamespace(**dict.fromkeys(names, text_encoder.tokenizer)))
         self.assert_extra_args(args, StubData(), None)
         self.accelerator = accelerator = Accelerator(
             cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps
@@ -518,12 +520,12 @@ def test_a_network_without_text_encoder_modules_is_read_at_the_cross_attention(r
 
     trainer, _ = run("--mlm_loss_weight", "0.5", host=UNetOnly)
     assert trainer.mlm.setup.read_at == "cross_attention"
-    with pytest.raises(UserError, match="no CLIP text encoder"):
+    with pytest.raises(UserError, match="no text encoder is trained"):
         run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", host=UNetOnly)
 
 
-def test_sd3_is_read_at_its_text_encoders_alone(run_sd3):
-    with pytest.raises(UserError, match="a text encoder here that is not CLIP"):
+def test_a_transformer_whose_text_layers_are_not_known_is_refused(run_sd3):
+    with pytest.raises(UserError, match="text layers of this transformer are not known"):
         run_sd3("--mlm_read_at", "both")
 
 
@@ -547,7 +549,7 @@ def test_text_encoders_that_are_not_clip_are_left_alone(run):
         def post_process_network(self, args, accelerator, network, text_encoders, unet):
             text_encoders[0].config.model_type = "t5"
 
-    with pytest.raises(UserError, match="no CLIP text encoder"):
+    with pytest.raises(UserError, match="no text encoder is trained"):
         run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", host=Other)
     with pytest.raises(UserError, match="a text encoder here that is not CLIP"):
         run("--mlm_loss_weight", "0.5", host=Other)
@@ -618,21 +620,21 @@ def test_a_clip_encoder_with_rate_0_is_left_out(run_sd3):
 
 
 def test_a_rate_for_t5_alone_trains_no_clip_encoder(run_sd3):
-    with pytest.raises(UserError, match="no CLIP text encoder is trained"):
-        run_sd3(text_encoder_lr=[0.0, 0.0, 1e-4])
+    with pytest.raises(UserError, match="no text encoder is trained"):
+        run_sd3("--mlm_read_at", "encoder", text_encoder_lr=[0.0, 0.0, 1e-4])
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"network_train_unet_only": True}, "network_train_unet_only"),
-        ({"model_type": "chroma"}, "model_type = chroma"),
         ({"text_encoder_lr": [0.0]}, "text_encoder_lr = 0"),
     ],
 )
-def test_runs_of_flux_that_train_no_clip_encoder_are_refused(run, changes, reason):
+def test_reading_the_encoder_is_refused_where_flux_trains_no_clip(run, changes, reason):
+    flags = ("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder")
     with pytest.raises(UserError, match=reason) as caught:
-        run("--mlm_loss_weight", "0.5", host=StubFluxTrainer, arch="flux", **changes)
+        run(*flags, host=StubFluxTrainer, arch="flux", **changes)
     assert "\n" not in str(caught.value)
 
 
