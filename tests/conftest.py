@@ -1,10 +1,11 @@
-"""Digests of trained weights, compared with stored ones: ``same_weights``."""
+"""Shared by all tests: stored digests of trained weights (``same_weights``), small tokenizers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.mlm.prompts import PromptSet
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -50,6 +52,46 @@ def same_weights(request) -> Callable[[str, str, Sequence[Path]], None]:
             _compare(json.loads(path.read_text()), run, summary_of(files))
 
     return same_weights
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A tokenizer of Qwen's kind: byte-level BPE, no BOS or EOS, padding on the right."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    prompts = PromptSet.load("person")
+    rng = random.Random(0)
+    texts = [prompts.sample(rng, "girl") for _ in range(200)]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=511,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        padding_side="right",
+    )
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer():
+    """A tokenizer of T5's kind that knows some letters: SentencePiece, EOS at the end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,._'()"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)
 
 
 def summary_of(files: Sequence[Path]) -> dict:
