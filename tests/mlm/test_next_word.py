@@ -83,7 +83,8 @@ def test_the_term_is_zero_before_training_and_grows_as_the_model_is_pushed_away(
         weight += 0.05 * push
         losses.append(regularizer(0).loss.item())
     assert losses[0] == pytest.approx(0, abs=1e-6)
-    assert losses == sorted(losses) and losses[1] > 0
+    assert losses == sorted(losses)
+    assert losses[1] > 0
 
 
 def test_the_loss_is_what_the_whole_language_model_says(prepared, language_model):

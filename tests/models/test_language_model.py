@@ -48,7 +48,8 @@ def gemma():
 
 def test_a_language_model_is_told_from_t5(qwen, gemma):
     t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_ff=16, d_kv=4, num_layers=1))
-    assert is_causal_language_model(qwen.model) and is_causal_language_model(gemma.model)
+    assert is_causal_language_model(qwen.model)
+    assert is_causal_language_model(gemma.model)
     assert not is_causal_language_model(t5)
 
 
