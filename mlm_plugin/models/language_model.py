@@ -101,12 +101,15 @@ class LanguageModelEncoder(T5Encoder):
     Source: sd-scripts ``library/strategy_anima.py``, ``strategy_lumina.py``.
     """
 
-    reads_itself = True
-
     def __init__(self, tokenizer, model: nn.Module, *, skip: int = 0, prefix: str = ""):
         super().__init__(tokenizer, model)
         self.skip = skip
         self.prefix = prefix
+
+    @property
+    def reads_itself(self) -> bool:
+        """Whether its head is at hand: tied to the token embeddings."""
+        return self.model.config.tie_word_embeddings
 
     def tokenize_trimmed(self, captions: Sequence[str]) -> Tensor:
         """Token ids padded to the longest caption, the prefix included, ``(B, L)``."""

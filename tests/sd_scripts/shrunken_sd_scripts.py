@@ -30,11 +30,32 @@ CHECKOUT = Path(os.environ["SD_SCRIPTS_DIR"]).resolve()
 WIDTH, WIDTH2 = 32, 64  # of the text encoders
 VOCABULARY = 49408
 T5 = {"d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1, "vocab_size": 64}
+LANGUAGE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+}
+GEMMA = {**LANGUAGE, "vocab_size": 512, "query_pre_attn_scalar": 16}
+LUMINA = {
+    "in_channels": 16,
+    "dim": 96,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "axes_dims": [16, 16, 16],
+    "axes_lens": [300, 64, 64],
+    "qk_norm": True,
+    "cap_feat_dim": WIDTH,
+}
 WIDTH_T5 = 4096  # SD 3 joins the states of CLIP and T5 at this width, so it stays
 
 
 def stand_in_for_torchvision() -> None:
-    """The two transforms that the data sets use. Call it after importing diffusers."""
+    """The few transforms that are used. Call it after importing diffusers."""
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
 
@@ -61,6 +82,10 @@ def stand_in_for_torchvision() -> None:
     package, transforms = types.ModuleType("torchvision"), types.ModuleType("transforms")
     for member in (Compose, ToTensor, Normalize):
         setattr(transforms, member.__name__, member)
+    transforms.InterpolationMode = types.SimpleNamespace(NEAREST="nearest")
+    transforms.functional = types.SimpleNamespace(
+        resize=lambda mask, size, interpolation: torch.nn.functional.interpolate(mask, size)
+    )
     package.transforms = transforms
     package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
     sys.modules.update({"torchvision": package, "torchvision.transforms": transforms})
@@ -92,6 +117,7 @@ def shrink() -> None:
         },
     )
     shrink_sd3_and_flux()
+    shrink_anima_and_lumina()
     for module in (model_util, sdxl_model_util):
         module.CLIPTextConfig = shrunken_text_config(module.CLIPTextConfig)
 
@@ -104,6 +130,7 @@ def shrink_sd3_and_flux() -> None:
     sizes = {"hidden_size": 64, "num_heads": 2, "axes_dim": [8, 12, 12], "vec_in_dim": WIDTH}
     spec.params = replace(spec.params, **sizes)
     spec.ae_params = replace(spec.ae_params, ch=32, ch_mult=[1, 1, 1, 1])
+    flux_models.configs["schnell"].ae_params = spec.ae_params  # Lumina's too
     for name in ("VAEEncoder", "VAEDecoder"):
         full_size = getattr(sd3_models, name)
         setattr(sd3_models, name, partial(full_size, ch=32, ch_mult=(1, 1, 1, 1)))
@@ -111,6 +138,43 @@ def shrink_sd3_and_flux() -> None:
     flux_utils.T5Config = lambda **settings: t5_config(**{**settings, **T5})
     sd3_utils.CLIPTextConfig = shrunken_text_config(sd3_utils.CLIPTextConfig)
     flux_utils.CLIPConfig = shrunken_text_config(flux_utils.CLIPConfig)
+
+
+def shrink_anima_and_lumina() -> None:
+    """The same for them. Their language models are built small, with Qwen3's real tokenizer."""
+    from library import anima_models, lumina_models, lumina_util, strategy_lumina
+    from library import qwen_image_autoencoder_kl as qwen_vae
+    from transformers import AutoTokenizer
+
+    narrow(
+        anima_models, "Anima", model_channels=64, num_heads=2, num_blocks=2, adaln_lora_dim=8,
+        crossattn_emb_channels=WIDTH,
+    )  # fmt: skip
+    narrow(
+        anima_models, "LLMAdapter", source_dim=WIDTH, target_dim=WIDTH, model_dim=WIDTH,
+        num_layers=1, num_heads=2,
+    )  # fmt: skip
+    narrow(qwen_vae, "AutoencoderKLQwenImage", base_dim=8)
+
+    params = lumina_models.LuminaParams
+    params.get_2b_config = classmethod(lambda cls: cls(**LUMINA))
+    config = lumina_util.Gemma2Config
+    lumina_util.Gemma2Config = lambda **settings: config(**{**settings, **GEMMA})
+    strategy_lumina.AutoTokenizer = types.SimpleNamespace(
+        from_pretrained=lambda name, cache_dir: AutoTokenizer.from_pretrained(
+            Path(cache_dir) / name.replace("/", "_")
+        )
+    )
+
+
+def narrow(module, name: str, **sizes) -> None:
+    """Replace a class by one that is built with these sizes, whatever is asked for."""
+    full_size = getattr(module, name)
+
+    def init(self, *args, **settings):
+        full_size.__init__(self, *args, **{**settings, **sizes})
+
+    setattr(module, name, type(name, (full_size,), {"__init__": init}))
 
 
 def shrunken_text_config(full_size):
@@ -189,6 +253,7 @@ def build(folder: Path, tokenizer: Path) -> None:
     )
     for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
         shutil.copytree(tokenizer, folder / "tokenizers" / name)
+    build_anima_and_lumina(folder)
     for name, model, arch in (
         ("sd15", sd15, "sd"),
         ("sdxl1", first, "sdxl"),
@@ -245,6 +310,57 @@ def build_sd3_and_flux(folder: Path, text_config):
     for name, model, _ in encoders:
         save_part(folder / "parts" / name, model)
     return encoders
+
+
+def build_anima_and_lumina(folder: Path) -> None:
+    """Random weights of both; Qwen3 as a folder, with the tokenizer of the checkout."""
+    from library import anima_models, lumina_models, lumina_util
+    from library import qwen_image_autoencoder_kl as qwen_vae
+    from transformers import Gemma2Model, Qwen3Config, Qwen3ForCausalLM
+
+    transformer = anima_models.Anima(
+        max_img_h=512, max_img_w=512, max_frames=128, in_channels=16, out_channels=16,
+        patch_spatial=2, patch_temporal=1, pos_emb_cls="rope3d", pos_emb_learnable=True,
+        use_adaln_lora=True, use_llm_adapter=True,
+        rope_h_extrapolation_ratio=4.0, rope_w_extrapolation_ratio=4.0,
+    )  # fmt: skip
+    for name, parameter in transformer.named_parameters():
+        if "final_layer" in name:  # zero when new: nothing would be trained before it
+            torch.nn.init.normal_(parameter, std=0.02)
+    save_part(folder / "parts" / "anima", transformer, prefix="net.")
+    save_part(folder / "parts" / "qwen_vae", qwen_vae.AutoencoderKLQwenImage())
+    qwen = CHECKOUT / "configs" / "qwen3_06b"
+    config = Qwen3Config.from_pretrained(qwen)
+    for name, value in LANGUAGE.items():
+        setattr(config, name, value)
+    config.layer_types = config.layer_types[: config.num_hidden_layers]
+    Qwen3ForCausalLM(config).save_pretrained(folder / "qwen3")
+    for path in qwen.iterdir():
+        if path.name != "config.json":
+            shutil.copyfile(path, folder / "qwen3" / path.name)
+
+    params = lumina_models.LuminaParams.get_2b_config()
+    lumina = lumina_models.NextDiT_2B_GQA_patch2_Adaln_Refiner(params)
+    torch.nn.init.normal_(lumina.final_layer.linear.weight, std=0.02)
+    save_part(folder / "parts" / "lumina", lumina)
+    save_part(folder / "parts" / "gemma2", Gemma2Model(lumina_util.Gemma2Config()))
+    save_gemma_tokenizer(folder / "tokenizers" / "google_gemma-2-2b")
+
+
+def save_gemma_tokenizer(folder: Path) -> None:
+    """A tokenizer of Gemma's kind that knows some letters: BOS in front, no EOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,."]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
 
 
 def save_part(path: Path, module: torch.nn.Module, *, prefix: str = "") -> None:
