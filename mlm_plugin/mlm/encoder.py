@@ -99,7 +99,7 @@ class EncoderHandle:
         return self.head or self.contextualizer
 
     def divergence(self, features_ND: Tensor, teacher_ND: Tensor) -> Tensor:
-        """``KL(q_i || p_i)`` of what the reader predicts, ``(N,)``; q from the teacher's features."""
+        """``KL(q_i || p_i)`` of the reader, ``(N,)``; q from the teacher's features."""
         if self.head is not None:
             return self.head.divergence(features_ND, teacher_ND)
         logits = (

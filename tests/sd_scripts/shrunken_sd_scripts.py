@@ -352,7 +352,14 @@ def save_gemma_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789,."]
+    words = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz0123456789,.",
+    ]
     tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=3))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -213,7 +213,7 @@ def test_sdxl_with_cached_outputs_hears_the_term_in_its_cross_attention(both, fo
 
 @pytest.fixture
 def parts(folder):
-    """Where SD 3 and FLUX have their files, and flags that both share."""
+    """Where the transformers have their files, and flags that SD 3 and FLUX share."""
     parts = folder / "parts"
     shared = ("--t5xxl", parts / "t5xxl.safetensors", "--t5xxl_max_token_length", "32")
     network = ("--network_dim", "4", "--network_alpha", "4")
@@ -228,6 +228,17 @@ def parts(folder):
             *("--pretrained_model_name_or_path", parts / "flux.safetensors", *shared),
             *("--clip_l", parts / "flux_l.safetensors", "--ae", parts / "flux_ae.safetensors"),
             *("--network_module", "networks.lora_flux", *network),
+        ),
+        "anima": (
+            *("--pretrained_model_name_or_path", parts / "anima.safetensors"),
+            *("--qwen3", folder / "qwen3", "--vae", parts / "qwen_vae.safetensors"),
+            *("--timestep_sampling", "sigmoid"),
+            *("--network_module", "networks.lora_anima", *network),
+        ),
+        "lumina": (
+            *("--pretrained_model_name_or_path", parts / "lumina.safetensors"),
+            *("--gemma2", parts / "gemma2.safetensors", "--ae", parts / "flux_ae.safetensors"),
+            *("--network_module", "networks.lora_lumina", *network),
         ),
     }
 
@@ -372,7 +383,9 @@ def module(arguments, folder, tmp_path):
             *(sys.executable, PROGRAM, *shared, "--network_module", inner, *own),
             *("--output_name", "plain"),
         )
-        files = ",".join(str(folder / f"{name}.safetensors") for name in contextualizer or ["sd15"])
+        names = contextualizer or ["sd15"]
+        files = ",".join(str(folder / f"{name}.safetensors") for name in names)
+        files = "auto" if names == ["auto"] else files
         given = (f"inner={inner}", f"mlm_loss_weight={weight}", f"mlm_contextualizer={files}")
         call(
             *(sys.executable, PROGRAM, *shared, "--network_module", "mlm_plugin.kohya"),
@@ -496,6 +509,106 @@ def test_module_on_sd3_and_flux(module, parts, script, arch, encoders):
     plain, ours, values = module(script, *parts[arch][:-6], inner=inner, contextualizer=encoders)
     assert any(name.startswith("lora_te1_") for name in changed(plain, ours))
     assert_logged(values)
+
+
+CACHED = ("--network_train_unet_only", "--cache_text_encoder_outputs")
+FAMILIES = ("sd3", "flux", "anima", "lumina")
+
+
+@pytest.fixture
+def family(module, parts):
+    """A plain run of a transformer and one with the module around its network."""
+
+    def family(arch, *flags, **settings):
+        shared, inner = parts[arch][:-6], parts[arch][-5]
+        return module(f"{arch}_train_network.py", *shared, *flags, inner=inner, **settings)
+
+    return family
+
+
+@pytest.mark.parametrize("arch", ["anima", "lumina"])
+def test_module_at_weight_0_is_the_plain_run_of_a_transformer(family, arch):
+    plain, ours, values = family(arch, weight=0)
+    assert not changed(plain, ours)
+    assert "loss/mlm" not in values
+
+
+@pytest.mark.parametrize("arch", ["anima", "lumina"])
+@pytest.mark.parametrize("target", ["class", "states"])
+def test_module_on_a_language_model_that_reads_itself(family, arch, target):
+    """No contextualizer is asked for, and the term starts at zero."""
+    ours = (f"mlm_target={target}",)
+    plain, ours, values = family(arch, ours=ours, weight=10, contextualizer=["auto"])
+    assert any(name.startswith("lora_te_") for name in changed(plain, ours))
+    assert values["loss/mlm"][0] == pytest.approx(0, abs=1e-6)
+    assert values["loss/mlm"][-1] > 0
+    assert values["loss/diffusion"][0] == values["loss/current"][0]
+    read_at = "both" if (arch, target) == ("anima", "states") else "encoder"
+    assert metadata_of(ours)["ss_mlm_read_at"] == read_at
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_module_reads_a_transformer_that_is_trained_alone(family, arch):
+    """With cached outputs, the usual way; nobody asks for ``states``."""
+    plain, ours, values = family(arch, *CACHED, weight=10, contextualizer=["auto"])
+    assert changed(plain, ours)
+    assert not any(name.startswith("lora_te") for name in load_file(ours))
+    assert values["loss/mlm"][0] == 0
+    assert values["loss/mlm"][-1] > 0
+    facts = metadata_of(ours)
+    assert (facts["ss_mlm_read_at"], facts["ss_mlm_target"]) == ("cross_attention", "states")
+
+
+def test_module_trains_the_adapter_of_anima_with_the_language_model_kept(family):
+    rest = ("train_llm_adapter=true",)
+    plain, ours, values = family("anima", *CACHED, rest=rest, weight=10, contextualizer=["auto"])
+    assert any("llm_adapter" in name for name in changed(plain, ours))
+    assert values["loss/mlm"][-1] > 0
+
+
+@pytest.mark.parametrize("arch", ["sd3", "flux"])
+def test_module_reads_t5_where_states_are_compared(family, arch):
+    plain, ours, values = family(
+        arch, rest=("train_t5xxl=True",), ours=("mlm_target=states",), contextualizer=["auto"]
+    )
+    assert any(name.startswith("lora_te3_") for name in changed(plain, ours))
+    assert values[f"loss/mlm_te{3 if arch == 'sd3' else 2}"][-1] > 0
+
+
+@pytest.mark.parametrize("arch", ["anima", "lumina"])
+def test_module_and_launcher_train_a_language_model_alike(family, parts, arguments, tmp_path, arch):
+    _plain, ours, _values = family(arch, contextualizer=["auto"])
+    call(
+        *(sys.executable, PROGRAM, "mlm", *arguments, *parts[arch]),
+        *("--mlm_loss_weight", "0.1", "--output_name", "launched"),
+    )
+    assert not changed(ours, tmp_path / "out" / "launched.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("ours", "message"),
+    [
+        (("mlm_target=class", "mlm_read_at=both"), "take mlm_target = states"),
+        (("mlm_target=word",), "mlm_target = word: no word is masked for a language model"),
+        (
+            ("mlm_contextualizer=a.safetensors",),
+            "mlm_contextualizer = 'a.safetensors' has no effect",
+        ),
+    ],
+)
+def test_module_refuses_what_a_language_model_cannot_do(parts, arguments, ours, message):
+    command = (
+        *(sys.executable, PROGRAM, "plain", "anima_train_network.py", *arguments),
+        *(*parts["anima"], "--network_module", "mlm_plugin.kohya", "--network_args", *ours),
+    )
+    done = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SD_SCRIPTS_DIR": CHECKOUT, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr.splitlines()[-1]
 
 
 def test_module_with_accumulation_masks_and_regularization_images(module, folder, tmp_path):
