@@ -18,7 +18,7 @@ from pathlib import Path
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.prompts import PromptSet
 from mlm_plugin.prompt_sets.english import category_of
-from mlm_plugin.prompt_sets.files import BUILTIN
+from mlm_plugin.prompt_sets.files import BUILTIN, TAG_SETS
 from mlm_plugin.prompt_sets.grammar import SYNTAXES
 
 __all__ = ["estimated_tokens", "run_prompts"]
@@ -59,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt_set",
         default="auto",
-        help=f"{', '.join(BUILTIN)}, a .toml or .txt file; auto (default): by --class_token",
+        help=f"{', '.join((*BUILTIN, *TAG_SETS))}, a .toml or .txt file; auto (default): by "
+        "--class_token",
     )
     parser.add_argument("--placeholder_token", default="sks", help="default: sks")
     parser.add_argument("--class_token", default="", help="class word after it, for example dog")

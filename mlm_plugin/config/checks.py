@@ -302,7 +302,7 @@ def _reads_syntax(flat: Mapping[str, Any]) -> bool:
     """Whether the prompt set has several syntaxes; at weight 0 another rule applies."""
     prompt_set = flat["mlm_prompt_set"]
     return not flat["mlm_loss_weight"] or not (
-        prompt_set == "captions" or prompt_set.endswith(".txt")
+        prompt_set in ("captions", "illustration") or prompt_set.endswith(".txt")
     )
 
 

@@ -793,9 +793,9 @@ class MLMOptions:
     )
     mlm_prompt_set: str = option(
         "auto",
-        "Prompts: `auto` (by class_token), living, person, object, building, style, "
-        "a .toml or .txt file with {} for the concept, `captions` (those of the data), or `pocket` "
-        "(for the built-in pocket model).",
+        "Prompts: `auto` (by class_token), living, person, object, building, style, illustration "
+        "(tags only, half of them with quality tags in front), a .toml or .txt file with {} for "
+        "the concept, `captions` (those of the data), or `pocket` (for the built-in pocket model).",
         path=True,
     )
     mlm_prompt_syntax: str = option(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from mlm_plugin.errors import UserError
 from mlm_plugin.prompt_sets.english import is_dreambench
 from mlm_plugin.prompt_sets.files import (
+    TAG_SETS,
     find_set_file,
     joint_prompt_tables,
     read_contexts,
@@ -80,9 +81,9 @@ class PromptSet:
         """Load a built-in set by name, or a ``.toml`` or ``.txt`` file by path.
 
         Args:
-            name_or_path: one of ``BUILTIN``, or a file of the user's own.
-            syntax: "natural" or "tags": which templates of a TOML file are used. A text file is
-                used as written.
+            name_or_path: one of ``BUILTIN`` and ``TAG_SETS``, or a file of the user's own.
+            syntax: "natural" or "tags": which templates of a TOML file are used. ``TAG_SETS`` are
+                tags always; a text file is used as written.
 
         Raises:
             UserError: an unknown name, a missing file, or a mistake in the file (with its place).
@@ -92,6 +93,8 @@ class PromptSet:
         path = find_set_file(name_or_path)
         if path.suffix == ".txt":
             return cls._from_lines(path.stem, read_contexts(path))
+        if str(name_or_path) in TAG_SETS:
+            syntax = "tags"
         families, temperature = read_families(path, syntax=syntax)
         return cls(path.stem, families, temperature=temperature)
 

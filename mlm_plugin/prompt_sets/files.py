@@ -14,6 +14,7 @@ from mlm_plugin.prompt_sets.grammar import SETS, Alternatives, Family, WordLists
 
 __all__ = [
     "BUILTIN",
+    "TAG_SETS",
     "FamilySet",
     "find_set_file",
     "joint_prompt_tables",
@@ -22,6 +23,10 @@ __all__ = [
 ]
 
 BUILTIN: tuple[str, ...] = ("living", "person", "object", "building", "style")
+"""Sets by category of the concept; contextualizers are pretrained on them."""
+
+TAG_SETS: tuple[str, ...] = ("illustration",)
+"""Built-in sets that are always drawn as tags."""
 
 _DEFAULT_TEMPERATURE = 4.0
 
@@ -39,13 +44,14 @@ def find_set_file(name_or_path: str | Path) -> Path:
     Raises:
         UserError: an unknown name, or no such file.
     """
-    if str(name_or_path) in BUILTIN:
+    named = (*BUILTIN, *TAG_SETS)
+    if str(name_or_path) in named:
         return SETS / f"{name_or_path}.toml"
     path = Path(name_or_path).expanduser()
     if path.suffix not in (".toml", ".txt"):
         raise UserError(
             f"mlm_prompt_set: {str(name_or_path)!r} is neither a built-in set "
-            f"({', '.join(BUILTIN)}) nor a .toml or .txt file{did_you_mean(path.name, BUILTIN)}"
+            f"({', '.join(named)}) nor a .toml or .txt file{did_you_mean(path.name, named)}"
         )
     if not path.is_file():
         raise UserError(f"mlm_prompt_set: there is no file {path}")

@@ -25,7 +25,7 @@ from mlm_plugin.prompt_sets.english import (
     normal_form,
     subjects,
 )
-from mlm_plugin.prompt_sets.files import BUILTIN
+from mlm_plugin.prompt_sets.files import BUILTIN, TAG_SETS
 from mlm_plugin.prompt_sets.grammar import SYNTAXES
 
 
@@ -57,6 +57,31 @@ def test_counts_are_the_distinct_prompts_of_the_enumeration(enumerated):
     assert len(set(texts)) == len(texts)
     if prompt_set.name in ("living", "person", "object"):
         assert len(texts) >= 30_000
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_illustration_is_tags_with_and_without_quality_in_front(syntax):
+    prompt_set = PromptSet.load("illustration", syntax=syntax)
+    rng = random.Random(1)
+    texts = [prompt_set.draw(rng).text for _ in range(4000)]
+    assert len(set(texts)) > 3000
+    for text in texts:
+        assert text.count("{}") == 1, text
+        tags = text.split(", ")
+        assert all(tag and tag == tag.strip().lower() for tag in tags), text
+        assert not any(tag.startswith(("a ", "an ", "the ")) for tag in tags), text
+        assert len(set(tags)) == len(tags), text
+        assert tags[-1] != "{}", text  # something is said behind the concept
+    share = sum("quality" in text for text in texts) / len(texts)
+    assert 0.4 < share < 0.6
+
+
+def test_every_family_and_list_of_illustration_can_be_drawn():
+    """Some hundred texts of every family, whose sizes go into the millions."""
+    prompt_set = PromptSet.load("illustration")
+    for family in prompt_set._families:
+        texts = [family.text(i) for i in range(0, family.size, max(1, family.size // 500))]
+        assert len(set(texts)) > 0.99 * len(texts), family.name
 
 
 def test_no_built_in_data_makes_a_dreambench_prompt(enumerated):
@@ -158,7 +183,7 @@ def test_drawing_leaves_the_global_random_stream_alone():
 
 
 def test_every_shipped_list_and_file_is_used():
-    used = {f"{name}.toml" for name in BUILTIN}
+    used = {f"{name}.toml" for name in (*BUILTIN, *TAG_SETS)}
     slots, names = set(), set()
     for path in grammar.SETS.glob("*.toml"):
         tables = read_toml(path)

@@ -541,7 +541,7 @@ def test_module_on_a_language_model_that_reads_itself(family, arch, target):
     plain, ours, values = family(arch, ours=ours, weight=10, contextualizer=["auto"])
     assert any(name.startswith("lora_te_") for name in changed(plain, ours))
     assert values["loss/mlm"][0] == pytest.approx(0, abs=1e-6)
-    assert values["loss/mlm"][-1] > 0
+    assert max(values["loss/mlm"]) > 0
     assert values["loss/diffusion"][0] == values["loss/current"][0]
     read_at = "both" if (arch, target) == ("anima", "states") else "encoder"
     assert metadata_of(ours)["ss_mlm_read_at"] == read_at
