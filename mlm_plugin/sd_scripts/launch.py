@@ -44,6 +44,7 @@ KEYS = {
     "single_transformer_blocks.": "flux",
     "net.llm_adapter.": "anima",
     "llm_adapter.": "anima",
+    "model.diffusion_model.context_refiner.": "lumina",
     "context_refiner.": "lumina",
 }
 """Prefix of a weight's name that only files of this architecture have."""

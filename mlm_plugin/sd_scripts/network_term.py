@@ -155,10 +155,10 @@ def _readable(term: MLMTerm, encoders: dict[int, Encoder]) -> dict[int, Encoder]
     if term.options.mlm_target == "states" or len(readable) == len(encoders):
         return encoders
     if not readable:
-        term.compare_states("T5 has nothing that reads its states as words")
+        term.compare_states("nothing reads the states of this text encoder as words")
         return encoders
     logger.warning(
-        "MLM term: T5 is trained too, but has nothing that reads its states as words; "
+        "MLM term: T5 is trained too, but nothing reads its states as words; "
         "with mlm_target = states it is read"
     )
     return readable

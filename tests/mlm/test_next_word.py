@@ -87,6 +87,31 @@ def test_the_term_is_zero_before_training_and_grows_as_the_model_is_pushed_away(
     assert losses[1] > 0
 
 
+def test_training_brings_the_term_down_and_changes_nothing_but_what_is_trained(
+    prepared, language_model
+):
+    regularizer = attached(prepared())
+    before = {name: value.clone() for name, value in language_model.named_parameters()}
+    linear = language_model.model.layers[0].mlp.down_proj
+    original = linear.forward
+    generator = torch.Generator().manual_seed(1)
+    change = 0.3 * torch.randn(linear.weight.shape, generator=generator)
+    change.requires_grad_()
+    linear.forward = lambda x: original(x) + x @ change.T
+    optimizer = torch.optim.Adam([change], lr=1e-2)
+    losses = []
+    for call in range(40):
+        loss = regularizer(call).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
+    after = dict(language_model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(parameter.grad is not None for parameter in after.values())
+
+
 def test_the_loss_is_what_the_whole_language_model_says(prepared, language_model):
     """KL over the next word behind the concept, beyond that before training."""
     setup = prepared(num_targets=1)

@@ -1065,12 +1065,24 @@ def test_scripts_without_a_place_for_the_term_are_refused(changes):
         ("model.diffusion_model.joint_blocks.0.x", "sd3"),
         ("double_blocks.0.img_attn.x", "flux"),
         ("single_transformer_blocks.0.attn.x", "flux"),
+        ("model.diffusion_model.double_blocks.0.x", "flux"),
+        ("net.llm_adapter.embed.weight", "anima"),
+        ("llm_adapter.embed.weight", "anima"),
+        ("context_refiner.0.attention.qkv.weight", "lumina"),
+        ("model.diffusion_model.context_refiner.0.attention.qkv.weight", "lumina"),
     ],
 )
 def test_a_file_says_its_architecture_by_its_names(tmp_path, key, arch):
     for name in ("model.safetensors", "model.sft"):
         save_file({key: torch.zeros(1)}, tmp_path / name)
         assert architecture_of(str(tmp_path / name)) == arch
+
+
+def test_hunyuan_image_is_refused_in_one_line(tmp_path, refused):
+    weights = {name: torch.zeros(1) for name in ("byt5_in.fc1.x", "double_blocks.0.x")}
+    save_file(weights, tmp_path / "model.safetensors")
+    with refused(["HunyuanImage", "model.safetensors"]):
+        launch(pretrained_model_name_or_path=str(tmp_path / "model.safetensors"))
 
 
 def test_a_folder_says_its_architecture_by_its_pipeline(tmp_path, toy_folder):

@@ -1,0 +1,147 @@
+"""Which text encoders of a base model are read, and how: small models of the real classes."""
+
+import argparse
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
+
+from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.sd_scripts.architectures import architecture_named
+from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
+
+DATA = [
+    DatasetConfig(
+        batch_size=1, resolution=(64, 64), subsets=(SubsetConfig(class_tokens="sks girl"),)
+    )
+]
+
+
+class Transformer(nn.Module):
+    """The first block of FLUX."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.Module()
+        block.txt_norm1 = nn.LayerNorm(16, elementwise_affine=False)
+        block.txt_attn = nn.Module()
+        block.txt_attn.qkv = nn.Linear(16, 48)
+        self.txt_in = nn.Linear(16, 16)
+        self.double_blocks = nn.ModuleList([block])
+
+
+def t5():
+    torch.manual_seed(0)
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_ff=16, d_kv=4, num_layers=1))
+
+
+def qwen(**settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    return Qwen3Model(Qwen3Config(vocab_size=512, **sizes, **{**heads, **settings}))
+
+
+@pytest.fixture
+def term(byte_tokenizer, t5_tokenizer, toy_text_encoder):
+    """The term of a run, from the options of host and term."""
+
+    def term(arch, text_encoders, host=None, trains_t5=False, **options):
+        options = MLMOptions(mlm_prompt_set="person", **options)
+        args = argparse.Namespace(
+            learning_rate=1e-3, seed=0, clip_skip=None, max_train_steps=3, **(host or {})
+        )
+        made = create_term(args, options, arch=arch)
+        made.setup.num_targets = 8
+        made.use_datasets(DATA, ())
+        strategy = SimpleNamespace(
+            clip_l=toy_text_encoder.tokenizer, t5xxl=t5_tokenizer, tokenizer=byte_tokenizer
+        )
+        network = SimpleNamespace(
+            text_encoder_loras=[1],
+            train_t5xxl=trains_t5,
+            prepare_optimizer_params_with_multiple_te_lrs=None,
+        )
+        models = Models(network, text_encoders, strategy, Transformer())
+        use_models(made, args, models, Accelerator(cpu=True), architecture_named(arch))
+        return made
+
+    return term
+
+
+UNET_ONLY = {"network_train_unet_only": True}
+
+
+def readers(term):
+    return [type(encoder.text_encoder).__name__ for encoder in term.setup.encoders]
+
+
+def test_a_transformer_trained_alone_reads_the_states_of_t5(term, toy_text_encoder):
+    made = term("flux", [toy_text_encoder.model, t5()], UNET_ONLY)
+    assert (made.setup.read_at, made.target()) == ("cross_attention", "states")
+    assert readers(made) == ["T5Encoder"]
+    assert made.setup.encoders[0].targets[0].states_LD is not None  # T5 is not needed any more
+
+
+def test_chroma_has_t5_alone_and_takes_states(term):
+    made = term("flux", [nn.Linear(1, 1), t5()], trains_t5=True)
+    assert (made.setup.read_at, made.target()) == ("encoder", "states")
+    assert readers(made) == ["T5Encoder"]
+
+
+def test_t5_beside_clip_is_left_out_with_a_word(
+    term, toy_text_encoder, toy_contextualizer, caplog, monkeypatch
+):
+    given = {"mlm_target": "class", "mlm_contextualizer": str(toy_contextualizer)}
+    with caplog.at_level(logging.WARNING):
+        made = term("flux", [toy_text_encoder.model, t5()], trains_t5=True, **given)
+    assert readers(made) == ["TextEncoder"]
+    assert "T5 is trained too" in caplog.text
+    made = term("flux", [toy_text_encoder.model, t5()], trains_t5=True, mlm_target="states")
+    assert readers(made) == ["TextEncoder", "T5Encoder"]
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "parts"),
+    [
+        (UNET_ONLY, {"mlm_target": "class"}, ["mlm_target = class", "take mlm_target = states"]),
+        ({**UNET_ONLY, "blocks_to_swap": 4}, {}, ["blocks_to_swap", "mlm_read_at"]),
+        (UNET_ONLY, {"mlm_read_at": "encoder"}, ["network_train_unet_only"]),
+    ],
+)
+def test_what_a_transformer_cannot_do_is_refused(
+    term, toy_text_encoder, refused, host, options, parts
+):
+    with refused(parts):
+        term("flux", [toy_text_encoder.model, t5()], host, **options)
+
+
+def test_a_language_model_reads_itself(term):
+    made = term("lumina", [qwen()])
+    assert (made.setup.read_at, made.target()) == ("encoder", "class")
+    assert made.setup.encoders[0].head is not None
+    assert not made.setup.contextualizers
+
+
+def test_a_language_model_without_its_own_head_is_compared_by_states(term, refused):
+    model = qwen(tie_word_embeddings=False)
+    assert term("lumina", [model]).target() == "states"
+    with refused(["mlm_target = class", "take mlm_target = states"]):
+        term("lumina", [model], mlm_target="class")
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"mlm_target": "word"}, ["mlm_target = word", "class_token"]),
+        ({"mlm_contextualizer": "x.safetensors"}, ["mlm_contextualizer = 'x.safetensors'"]),
+    ],
+)
+def test_what_a_language_model_cannot_do_is_refused(term, refused, options, parts):
+    with refused(parts):
+        term("lumina", [qwen()], **options)
