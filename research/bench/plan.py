@@ -154,9 +154,12 @@ FAMILIES = {
             COSINE,
             ("learning_rate_te", ("1e-5", "3e-5", "1e-4")),
             _grid(
-                {"learning_rate": ("1.5e-4", "3e-4"), "learning_rate_te": ("1e-5", "3e-5", "1e-4")}
+                {
+                    "learning_rate": ("7.5e-5", "1.5e-4"),
+                    "learning_rate_te": ("1e-5", "3e-5", "1e-4"),
+                }
             ),
-            {"learning_rate": "3e-4"},
+            {"learning_rate": "1.5e-4"},
         ),
         Family(
             "pivotal",
@@ -281,8 +284,8 @@ with the class word (the most that prompt fidelity can be). It has nothing to tu
 RECOMMENDED: Mapping[str, str] = {
     "lora": "both/states",
     "lora_unet_only": "cross/states",
-    "dreambooth": "encoder/class",
-    "pivotal": "encoder/class",
+    "dreambooth": "both/states",
+    "pivotal": "both/states",
     "custom_diffusion": "encoder/class",
 }
 """The form whose claims are tested, by family. Set from the tuning scores before a reported trial
