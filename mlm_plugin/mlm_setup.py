@@ -390,7 +390,17 @@ def _on_device(text_encoder: AnyEncoder, device: torch.device) -> Iterator[None]
 @contextmanager
 def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
     before = next(model.parameters()).device
-    model.to(device)
+    try:
+        model.to(device)
+    except torch.cuda.OutOfMemoryError:  # T5-XXL beside a transformer that is there already
+        logger.warning(
+            "%s does not fit on %s beside the image model: it reads the prompts of the MLM term "
+            "where it is (%s), which takes longer",
+            type(model).__name__,
+            device,
+            before,
+        )
+        model.to(before)
     try:
         yield
     finally:

@@ -111,3 +111,24 @@ def test_another_number_of_files_is_refused(toy_text_encoder, toy_contextualizer
     setup = MLMSetup(two, seed=0)
     setup.prepare([toy_text_encoder], accelerator, more_may_come=True)
     assert len(setup.encoders) == 1
+
+
+def test_an_encoder_that_does_not_fit_on_the_device_reads_where_it_is(
+    toy_text_encoder, accelerator, caplog, monkeypatch
+):
+    """As T5-XXL beside a transformer on the same card."""
+    states = MLMOptions(mlm_target="states", mlm_batch_size=4)
+    wanted = prepared(states, toy_text_encoder, accelerator).encoders[0].targets
+    model, moves = toy_text_encoder.model, []
+    to = model.to
+
+    def full(device):
+        moves.append(device)
+        if len(moves) == 1:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return to(device)
+
+    monkeypatch.setattr(model, "to", full)
+    found = prepared(states, toy_text_encoder, accelerator).encoders[0].targets
+    assert "does not fit" in caplog.text
+    assert all(torch.equal(a.start, b.start) for a, b in zip(found, wanted, strict=True))

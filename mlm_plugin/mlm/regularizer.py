@@ -151,7 +151,7 @@ class MLMRegularizer:
 
     Args:
         encoders: one per text encoder; all see the same prompts, with or without targets. With
-            ``cross_attention`` they are all that condition the U-Net, in its order.
+            ``cross_attention`` they are those that it reads, in its order, and maybe others.
         sample_prompt: draws one prompt that holds the concept.
         batch_size: B, prompts per call.
         masks: share of the context words to mask, and what replaces them.
