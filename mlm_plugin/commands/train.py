@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from mlm_plugin.config.datasets import Concept, DatasetConfig, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
@@ -40,6 +40,7 @@ from mlm_plugin.setup.data import (
     print_report,
     require_placeholders,
 )
+from mlm_plugin.setup.early_checks import require_what_is_named
 from mlm_plugin.setup.models import (
     cache_latents,
     cached_captions,
@@ -138,23 +139,33 @@ def check_run(config: TrainConfig) -> CheckedRun:
     """Check everything that can be checked without a model or a picture.
 
     Raises:
-        UserError: options that contradict each other or the data.
+        UserError: options that contradict each other or the data, or name what is not there.
     """
     check_config(config)
     config = with_built_in_paths(config)
     datasets = resolve_datasets(config)
     concepts = find_concepts(config, datasets)
     METHODS[config.schedule.method].check(config, concepts)
+    require_what_is_named(config, concepts)
     return CheckedRun(config, datasets, concepts)
 
 
 def _print_data(
     config: TrainConfig, datasets: Sequence[DatasetConfig], concepts: Sequence[Concept]
 ) -> None:
-    """The data report of ``--check``; no model is loaded for it."""
+    """The report of ``--check``: data, concepts and length; no model is loaded for it.
+
+    The length is that of one process.
+    """
     dataset = create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
     report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
     print("\n".join(report.lines()))
+    for concept in concepts:
+        print(f"Concept: {concept.placeholder_token!r} is a {concept.class_token or 'thing'}")
+    accumulated = config.schedule.gradient_accumulation_steps
+    order = EpochOrder(dataset, rank=0, world_size=1, batches_per_step=accumulated)
+    plan = create_plan(config, batches_per_epoch=len(order))
+    print(f"Length: {plan.num_steps} steps, {plan.num_epochs} epochs")
 
 
 def trainer_of(run: CheckedRun) -> Trainer:

@@ -72,7 +72,10 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
     _report_unknown_flags(unknown, lenient=lenient)
     values: dict[str, Any] = {}
     for place, given in sources:
-        values |= _read_values(given, place=place, lenient=lenient)
+        read = _read_values(given, place=place, lenient=lenient)
+        if "max_train_steps" in read and "max_train_epochs" not in read:
+            values.pop("max_train_epochs", None)  # epochs of a file, where steps come as a flag
+        values |= read
     return TrainConfig.from_flat(values)
 
 

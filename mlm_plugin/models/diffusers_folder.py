@@ -24,7 +24,13 @@ from mlm_plugin.models.components import (
 from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer, second_tokenizer
 from mlm_plugin.models.weights_files import read_weights
 
-__all__ = ["DiffusersFolder", "find_folder", "find_local_folder", "load_vae_folder"]
+__all__ = [
+    "DiffusersFolder",
+    "find_folder",
+    "find_local_folder",
+    "load_vae_folder",
+    "require_named",
+]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
 MAX_REASON = 200  # characters of a library's message quoted in an error
@@ -47,10 +53,7 @@ def find_folder(source: str, *, option: str) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    if not HUB_ID.fullmatch(source):
-        raise UserError(
-            f"{option}: {source} does not exist (a file, a folder or a hub id org/name)"
-        )
+    require_named(source, option=option)
     reason = "it has no weights"
     for variant in (None, "fp16"):
         try:
@@ -61,6 +64,18 @@ def find_folder(source: str, *, option: str) -> Path:
         if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
             return folder
     raise UserError(f"{option}: {source} is not a file or folder here, nor on the hub ({reason})")
+
+
+def require_named(source: str, *, option: str) -> None:
+    """Refuse what is neither a file or folder on this machine nor a hub id. Nothing is downloaded.
+
+    Raises:
+        UserError: it cannot exist.
+    """
+    if not Path(source).exists() and not HUB_ID.fullmatch(source):
+        raise UserError(
+            f"{option}: {source} does not exist (a file, a folder or a hub id org/name)"
+        )
 
 
 def find_local_folder(source: str, *, option: str) -> Path:

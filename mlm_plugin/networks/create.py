@@ -21,14 +21,14 @@ from mlm_plugin.networks.kohya_names import (
     renamed,
     sdxl_unet_names,
 )
-from mlm_plugin.networks.lycoris_network import create_lycoris
+from mlm_plugin.networks.lycoris_network import create_lycoris, import_lycoris
 from mlm_plugin.networks.network_args import parse_network_args
 from mlm_plugin.networks.peft_network import create_lora
 
 if TYPE_CHECKING:
     from mlm_plugin.models.checkpoints import StableDiffusion
 
-__all__ = ["NETWORK_MODULES", "Network", "create_network", "read_weights"]
+__all__ = ["NETWORK_MODULES", "Network", "check_network", "create_network", "read_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ def create_network(models: StableDiffusion, options: NetworkOptions) -> Network:
     Raises:
         UserError: For a module, argument or file that cannot be used.
     """
-    _check(options)
+    check_network(options)
+    _warn_of_no_effect(options)
     plan = _plan(models, options)
     for model in plan.models.values():
         model.requires_grad_(False)
@@ -87,8 +88,12 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return {canonical_name(key): value for key, value in state.items()}
 
 
-def _check(options: NetworkOptions) -> None:
-    """Refuse options that contradict each other, and name those without effect."""
+def check_network(options: NetworkOptions) -> None:
+    """Refuse options that contradict each other. Loads no model.
+
+    Raises:
+        UserError: also for a file or package that is missing.
+    """
     if options.network_module not in NETWORK_MODULES:
         raise UserError(
             f"network_module: got {options.network_module!r}, allowed are "
@@ -100,10 +105,17 @@ def _check(options: NetworkOptions) -> None:
             "network_train_unet_only and network_train_text_encoder_only leave nothing to train; "
             "drop one of them"
         )
+    if options.network_module == "lycoris.kohya":
+        import_lycoris()
+    if options.network_weights is not None and not Path(options.network_weights).is_file():
+        raise UserError(f"network_weights: there is no file {options.network_weights}")
+    if options.dim_from_weights and options.network_weights is None:
+        raise UserError("dim_from_weights: network_weights is not given; name the file or drop it")
+
+
+def _warn_of_no_effect(options: NetworkOptions) -> None:
     if not options.dim_from_weights:
         return
-    if options.network_weights is None:
-        raise UserError("dim_from_weights: network_weights is not given; name the file or drop it")
     if options.network_dim is not None:
         logger.warning("network_dim has no effect: dim_from_weights takes the ranks of the file")
     if options.network_alpha != NetworkOptions.network_alpha:

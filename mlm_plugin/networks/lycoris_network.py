@@ -31,7 +31,7 @@ from mlm_plugin.networks.network_args import (
     number,
 )
 
-__all__ = ["LycorisNetwork", "create_lycoris"]
+__all__ = ["LycorisNetwork", "create_lycoris", "import_lycoris"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,18 +113,27 @@ class LycorisNetwork(Network):
         self.network.load_state_dict(renamed(weights, own_names), strict=False)
 
 
+def import_lycoris() -> ModuleType:
+    """LyCORIS's network module.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    try:
+        return importlib.import_module("lycoris.kohya")
+    except ImportError as error:
+        raise UserError(
+            "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
+        ) from error
+
+
 def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
     """Put LyCORIS adapters on the models, in place.
 
     Raises:
         UserError: If the package is missing, or for an algo or preset that it does not have.
     """
-    try:
-        lycoris = importlib.import_module("lycoris.kohya")
-    except ImportError as error:
-        raise UserError(
-            "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
-        ) from error
+    lycoris = import_lycoris()
     _check_args(plan.args, lycoris)
     _check_packed_weights(plan)
     dropout, layers = _dropout(plan), _layers(plan)

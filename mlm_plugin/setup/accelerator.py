@@ -20,7 +20,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.setup.tracking import check_trackers, log_folder, tracker_kind
 from mlm_plugin.training.state import read_progress
 
-__all__ = ["create_accelerator", "shared_seed"]
+__all__ = ["create_accelerator", "require_device", "shared_seed"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,18 @@ SHARDING = {
 """Variables that `accelerate launch` sets to split models, which is not supported here."""
 
 
+def require_device(config: TrainConfig) -> None:
+    """Refuse trackers, precision or sharding that this machine cannot serve.
+
+    Raises:
+        UserError: names the option.
+    """
+    check_trackers(config.logging)
+    _refuse_sharding()
+    if config.schedule.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+
+
 def create_accelerator(config: TrainConfig) -> Accelerator:
     """Device, precision and trackers.
 
@@ -40,13 +52,9 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         UserError: the device does not support the precision, a tracker is not installed, or
             accelerate is set up to split models.
     """
-    check_trackers(config.logging)
-    _refuse_sharding()
-    precision = config.schedule.mixed_precision
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+    require_device(config)
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=config.schedule.mixed_precision,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
         log_with=tracker_kind(config.logging),
         project_dir=log_folder(config.logging),

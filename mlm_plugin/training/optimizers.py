@@ -23,6 +23,7 @@ from mlm_plugin.errors import UserError
 __all__ = [
     "OPTIMIZERS",
     "create_optimizer",
+    "find_optimizer_class",
     "import_class",
     "is_schedule_free",
     "optimizer_description",
@@ -69,7 +70,7 @@ def create_optimizer(
     Raises:
         UserError: An unknown name, a missing package, or settings that the class refuses.
     """
-    optimizer_class = _resolve(name)
+    optimizer_class = find_optimizer_class(name)
     _check_device(name, optimizer_class)
     settings = _settings(name, optimizer_args)
     _check_settings(name, optimizer_class, settings)
@@ -96,7 +97,7 @@ def create_optimizer(
 
 def optimizer_description(name: str, optimizer_args: Sequence[str] = ()) -> str:
     """``module.Class(key=value,...)`` as in the metadata ``ss_optimizer`` of kohya's files."""
-    optimizer_class = _resolve(name)
+    optimizer_class = find_optimizer_class(name)
     settings = ",".join(f"{k}={v}" for k, v in _settings(name, optimizer_args).items())
     path = f"{optimizer_class.__module__}.{optimizer_class.__name__}"
     return f"{path}({settings})" if settings else path
@@ -173,7 +174,12 @@ def import_class(path: str, *, option_name: str, default_module: str) -> type:
     return found
 
 
-def _resolve(name: str) -> type[optim.Optimizer]:
+def find_optimizer_class(name: str) -> type[optim.Optimizer]:
+    """The class by kohya's name or its path; imports its package.
+
+    Raises:
+        UserError: not known, or its package is missing or too old.
+    """
     named = _named(name)
     if named.path == name:  # not one of OPTIMIZERS
         if "." not in name and not hasattr(optim, name):

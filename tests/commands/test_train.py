@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
+from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.contextualizer_file import cached_contextualizer_path
 from mlm_plugin.methods import METHODS
@@ -285,6 +286,52 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, tmp_path, capsys, flag
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--network_module", "networks.dylora"],
+        ["--network_weights", "nowhere.safetensors"],
+        ["--resume", "nowhere-state"],
+        ["--pretrained_model_name_or_path", "nowhere.safetensors"],
+        ["--vae", "nowhere.pt"],
+        ["--sample_prompts", "nowhere.txt", "--sample_every_n_steps", "1"],
+        ["--mixed_precision", "fp16"],
+        ["--optimizer_type", "AdamWW"],
+        ["--optimizer_type", "no_such_package.Adam"],
+        ["--mlm_contextualizer", "nowhere.safetensors"],
+        ["--mlm_prompt_set", "livng"],
+        ["--mlm_prompt_set", "nowhere.toml"],
+        ["--log_with", "wandb"],
+    ],
+    ids=lambda flags: " ".join(flags[:2]),
+)
+def test_what_the_run_would_refuse_is_refused_by_check_in_the_same_words(arguments, capsys, flags):
+    messages = []
+    for also in ([], ["--check"]):
+        assert train_main([*arguments, *flags, *also]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        messages.append([line for line in lines if line.startswith("error: ")])
+    assert messages[0] == messages[1]
+    assert len(messages[0]) == 1
+
+
+def test_check_says_what_is_learned_and_how_long(arguments, capsys):
+    assert train_main([*arguments, "--max_train_epochs", "3", "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert "Concept: 'sks' is a dog" in printed
+    assert "3 epochs" in printed
+
+
+def test_steps_as_a_flag_take_precedence_over_epochs_of_the_file(tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text("max_train_epochs = 3\nmax_train_steps = 50\n")
+    assert load_config(["--config_file", str(toml)]).schedule.max_train_epochs == 3
+    schedule = load_config(["--config_file", str(toml), "--max_train_steps", "7"]).schedule
+    assert (schedule.max_train_steps, schedule.max_train_epochs) == (7, None)
+    flags = ["--config_file", str(toml), "--max_train_steps", "7", "--max_train_epochs", "2"]
+    assert load_config(flags).schedule.max_train_epochs == 2
+
+
 def test_check_ends_before_the_model_is_loaded(arguments, capsys):
     flags = ["--pretrained_model_name_or_path", "not/there", "--check"]
     assert train_main([*arguments, *flags]) == 0
@@ -375,7 +422,7 @@ def test_a_run_that_would_end_with_nothing_trained_is_refused(arguments, capsys)
 def test_resuming_with_other_settings_is_refused_by_name(arguments, tmp_path, capsys):
     assert train_main([*arguments, "--save_state", "--max_train_steps", "2"]) == 0
     state = str(tmp_path / "out" / "dog-state")
-    flags = ["--resume", state, "--unet_lr", "1e-6", "--optimizer_type", "Lion"]
+    flags = ["--resume", state, "--unet_lr", "1e-6", "--optimizer_type", "SGDNesterov"]
     assert train_main([*arguments, *flags]) == 2
     error = capsys.readouterr().err
     assert "unet_lr" in error
