@@ -321,6 +321,8 @@ def _read_values(given: Mapping[str, Any], *, place: str, lenient: bool) -> dict
                 logger.warning("%s: %s has no effect: %s", place, name, NO_EFFECT[name].reason)
         else:
             hint = did_you_mean(name, known_names())
+            if not hint and place != _COMMAND_LINE:
+                hint = "; remove it, or add allow_unknown_keys = true"
             _complain(f"{place}: unknown key {name!r}{hint}", lenient=lenient)
     return values
 

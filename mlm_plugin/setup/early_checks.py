@@ -14,6 +14,7 @@ from mlm_plugin.models.diffusers_folder import require_named
 from mlm_plugin.networks.create import check_network
 from mlm_plugin.prompt_sets.files import find_set_file
 from mlm_plugin.setup.accelerator import require_device
+from mlm_plugin.setup.sampling import draws_samples
 from mlm_plugin.training.optimizers import find_optimizer_class
 from mlm_plugin.training.samples import parse_sample_prompts
 from mlm_plugin.training.state import read_progress
@@ -32,7 +33,7 @@ def require_what_is_named(config: TrainConfig, concepts: Sequence[Concept]) -> N
     if METHODS[config.schedule.method].trains_network:
         check_network(config.network)
     find_optimizer_class(config.optimizer.optimizer_type)
-    if config.sampling.sample_prompts:
+    if draws_samples(config):
         parse_sample_prompts(config.sampling.sample_prompts, trigger=trigger_of(concepts))
     if config.schedule.resume:
         read_progress(Path(config.schedule.resume))

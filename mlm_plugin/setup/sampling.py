@@ -18,7 +18,7 @@ from mlm_plugin.training.samples import (
 )
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["SampleDrawer", "sample_drawer"]
+__all__ = ["SampleDrawer", "draws_samples", "sample_drawer"]
 
 
 class SampleDrawer(Callback):
@@ -82,12 +82,19 @@ class SampleDrawer(Callback):
         self.newest = paths[0] if paths else self.newest
 
 
+def draws_samples(config: TrainConfig) -> bool:
+    """Whether any picture will be drawn; a prompt file alone draws none."""
+    options = config.sampling
+    when = (options.sample_every_n_steps, options.sample_every_n_epochs, options.sample_at_first)
+    return bool(options.sample_prompts and any(when))
+
+
 def sample_drawer(config: TrainConfig, concepts: Sequence[Concept]) -> SampleDrawer | None:
-    """The callback that draws samples, or ``None`` without ``sample_prompts``.
+    """The callback that draws samples, or ``None`` where none are due.
 
     Raises:
         UserError: the prompt file cannot be read.
     """
-    if not config.sampling.sample_prompts:
+    if not draws_samples(config):
         return None
     return SampleDrawer(config, trigger=trigger_of(concepts))

@@ -315,6 +315,11 @@ def test_what_the_run_would_refuse_is_refused_by_check_in_the_same_words(argumen
     assert len(messages[0]) == 1
 
 
+def test_a_prompt_file_that_is_never_drawn_from_does_not_end_the_run(arguments, capsys):
+    assert train_main([*arguments, "--sample_prompts", "nowhere.txt"]) == 0
+    assert "sample_prompts has no effect" in capsys.readouterr().err
+
+
 def test_check_says_what_is_learned_and_how_long(arguments, capsys):
     assert train_main([*arguments, "--max_train_epochs", "3", "--check"]) == 0
     printed = capsys.readouterr().out

@@ -421,3 +421,16 @@ def test_the_readme_table_lists_every_option_once():
 
 def test_no_arguments_give_the_defaults():
     assert load_config([]) == TrainConfig()
+
+
+@pytest.mark.parametrize("key", ["LoRA_type", "train_on_input", "ui_language"])
+def test_a_key_of_a_gui_is_not_taken_for_a_slip(tmp_path, key):
+    """The way out is named instead."""
+    toml = tmp_path / "gui.toml"
+    toml.write_text(f'{key} = "Standard"\n')
+    with pytest.raises(UserError) as caught:
+        load_config(["--config_file", str(toml)])
+    assert "did you mean" not in str(caught.value)
+    assert "allow_unknown_keys = true" in str(caught.value)
+    toml.write_text(f'{key} = "Standard"\nallow_unknown_keys = true\n')
+    load_config(["--config_file", str(toml)])
