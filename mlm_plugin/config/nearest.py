@@ -14,7 +14,8 @@ SIMILAR = 0.8
 def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
     """``"; did you mean x?"`` with the nearest of the names, or an empty text.
 
-    A name may also be cut off at a word. Case, and dash or underscore, are ignored. It is appended to an error message.
+    A name may also be cut off at a word. Case, and dash or underscore, are ignored. It is appended
+    to an error message.
     """
     spellings = {_spelling(known): known for known in sorted(names)}
     given = _spelling(name)

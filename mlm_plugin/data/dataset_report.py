@@ -217,6 +217,7 @@ def _picture_warnings(infos: Sequence[ImageInfo]) -> Iterator[str]:
     still = [i.path for i in infos if i.facts.num_frames > 1]
     if still:
         yield f"{_count(still, 'animated file')} used with the first frame only: {_some(still)}"
+    yield from _profile_warnings(infos)
     same: dict[str, set[Path]] = {}
     for info in infos:
         same.setdefault(info.facts.digest, set()).add(info.path)
@@ -226,6 +227,19 @@ def _picture_warnings(infos: Sequence[ImageInfo]) -> Iterator[str]:
     opaque = [i.path for i in infos if i.subset.alpha_mask and not i.facts.has_alpha]
     if opaque:
         yield f"alpha_mask: {_count(opaque, 'image')} without transparency: {_some(opaque)}"
+
+
+def _profile_warnings(infos: Sequence[ImageInfo]) -> Iterator[str]:
+    """Profiles that cannot be used; of the others, which were converted."""
+    broken = [i.path for i in infos if not i.facts.profile.is_usable]
+    if broken:
+        yield (
+            f"{_count(broken, 'image')} with a colour profile that is broken or of another kind, "
+            f"taken as sRGB: {_some(broken)}"
+        )
+    names = Counter(i.facts.profile.name for i in infos if i.facts.profile.is_converted)
+    for name, count in sorted(names.items()):
+        yield f"{count} image(s) converted from the colour profile {name!r} to sRGB"
 
 
 def _skipped_warnings(skipped: dict[Path, str]) -> Iterator[str]:

@@ -4,8 +4,8 @@ Knows no buckets, captions or data sets: sizes and positions are arguments, size
 height). Arrays are (height, width, channels) uint8.
 
 Differences from sd-scripts (commit 48d368fa), all on purpose: EXIF rotation is applied;
-transparent parts become white, unless the alpha channel is requested; 16-bit greys are scaled, not
-clipped; resampling is antialiased for every filter.
+transparent parts become white, unless the alpha channel is requested; ICC profiles are converted to
+sRGB; 16-bit greys are scaled, not clipped; resampling is antialiased for every filter.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from mlm_plugin.data.color import ColorProfile, profile_of, to_srgb
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -70,6 +72,7 @@ class ImageFacts(NamedTuple):
     digest: str  # SHA-256 of the file
     num_frames: int
     has_alpha: bool
+    profile: ColorProfile = ColorProfile()
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -100,6 +103,7 @@ def inspect_image(path: Path) -> ImageFacts:
                 digest=hashlib.sha256(data).hexdigest(),
                 num_frames=getattr(image, "n_frames", 1),
                 has_alpha=_has_transparency(image),
+                profile=profile_of(image),
             )
             image.seek(0)
             image.draft("RGB", (1, 1))  # JPEG: read every byte, but decode at an eighth of the size
@@ -125,12 +129,20 @@ def open_image(path: Path, *, alpha: bool = False) -> np.ndarray:
     Raises:
         ValueError: the file cannot be read.
     """
+    return _pixels(to_srgb(_upright(path)), alpha=alpha)
+
+
+def _upright(path: Path) -> Image.Image:
+    """The first frame, turned as EXIF says, in 8 bits."""
     try:
         with Image.open(path) as image:
             image.load()
-            picture = _eight_bit(ImageOps.exif_transpose(image))
+            return _eight_bit(ImageOps.exif_transpose(image))
     except UNREADABLE as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _pixels(picture: Image.Image, *, alpha: bool = False) -> np.ndarray:
     if not alpha and not _has_transparency(picture):
         return np.asarray(picture.convert("RGB"))
     rgba = picture.convert("RGBA")
@@ -145,7 +157,7 @@ def open_mask(path: Path) -> np.ndarray:
 
     Source: sd-scripts library/custom_train_functions.py apply_masked_loss, which takes red.
     """
-    return open_image(path)[:, :, :1]
+    return _pixels(_upright(path))[:, :, :1]
 
 
 def resize_image(
@@ -227,7 +239,9 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         values = values * 255 if values.max(initial=0) <= 1 else values
     else:
         return image
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    eight_bit = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    eight_bit.info.update(image.info)  # its profile
+    return eight_bit
 
 
 def _has_transparency(image: Image.Image) -> bool:

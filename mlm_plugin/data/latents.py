@@ -239,6 +239,8 @@ def _source_key(info: ImageInfo) -> str:
     mask = hashlib.sha256(info.mask_path.read_bytes()).hexdigest() if info.mask_path else ""
     interpolation = info.subset.resize_interpolation
     parts = (SOURCE_VERSION, info.facts.digest, info.subset.alpha_mask, mask, interpolation)
+    if info.facts.profile.is_converted:
+        parts += ("sRGB",)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
