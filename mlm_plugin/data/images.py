@@ -11,8 +11,12 @@ sRGB; 16-bit greys are scaled, not clipped; resampling is antialiased for every 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +61,18 @@ RESIZE_INTERPOLATIONS = (*PIL_FILTERS, "area")
 ROTATED_EXIF_ORIENTATIONS = (5, 6, 7, 8)
 EXIF_ORIENTATION = 0x0112
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 """What Pillow raises on broken files (PNG chunks: SyntaxError)."""
+
+MAX_PIXELS = 500_000_000
+"""Of a picture; decoded it takes 1.5 GB. Phones make up to 200 million."""
+
+PLUGINS = {
+    ".heic": ("pillow_heif", "pillow-heif"),
+    ".heif": ("pillow_heif", "pillow-heif"),
+    ".jxl": ("pillow_jxl", "pillow-jxl-plugin"),
+}
+"""Module and package that read a format which Pillow does not know."""
 
 COLOR_AUGMENT_RATE = 0.33
 MAX_HUE_SHIFT = 8 / 180
@@ -94,7 +108,7 @@ def inspect_image(path: Path) -> ImageFacts:
     """
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(io.BytesIO(data), path.suffix) as image:
             width, height = image.size
             if image.getexif().get(EXIF_ORIENTATION) in ROTATED_EXIF_ORIENTATIONS:
                 width, height = height, width
@@ -109,7 +123,7 @@ def inspect_image(path: Path) -> ImageFacts:
             image.draft("RGB", (1, 1))  # JPEG: read every byte, but decode at an eighth of the size
             image.load()
     except UnidentifiedImageError as error:
-        raise ValueError("Pillow knows no picture format for it") from error
+        raise ValueError(_why_unidentified(path)) from error
     except UNREADABLE as error:
         raise ValueError(str(error) or type(error).__name__) from error
     return facts
@@ -135,11 +149,49 @@ def open_image(path: Path, *, alpha: bool = False) -> np.ndarray:
 def _upright(path: Path) -> Image.Image:
     """The first frame, turned as EXIF says, in 8 bits."""
     try:
-        with Image.open(path) as image:
+        with _opened(path, path.suffix) as image:
             image.load()
             return _eight_bit(ImageOps.exif_transpose(image))
     except UNREADABLE as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+@contextmanager
+def _opened(source: Path | io.BytesIO, suffix: str) -> Iterator[Image.Image]:
+    """A picture whose pixels are not read yet. Pillow's own limit of its size is lifted."""
+    _register_plugin(suffix.lower())
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(source) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(
+                    f"{width} x {height} is more than {MAX_PIXELS // 10**6} million pixels; "
+                    "save a smaller copy"
+                )
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@cache
+def _register_plugin(suffix: str) -> None:
+    """Let Pillow read a format by a package, where that is installed."""
+    if suffix not in PLUGINS:
+        return
+    try:
+        plugin = importlib.import_module(PLUGINS[suffix][0])
+    except ImportError:
+        return
+    if suffix != ".jxl":  # that one registers itself
+        plugin.register_heif_opener()
+
+
+def _why_unidentified(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix not in PLUGINS or importlib.util.find_spec(PLUGINS[suffix][0]):
+        return "Pillow knows no picture format for it"
+    return f"{suffix} files need the package {PLUGINS[suffix][1]}: pip install {PLUGINS[suffix][1]}"
 
 
 def _pixels(picture: Image.Image, *, alpha: bool = False) -> np.ndarray:

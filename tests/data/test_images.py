@@ -1,6 +1,8 @@
 """Pictures: odd files come out upright, 8-bit and RGB; scaling, cropping and colours."""
 
+import importlib.util
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -195,3 +197,47 @@ def test_tensors_run_from_minus_one_to_one():
     tensor = images.image_tensor(pixels[:, ::-1])
     assert tensor.shape == (3, 1, 1)
     np.testing.assert_allclose(tensor.flatten(), [-1, 1, -0.6], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(11_000, 11_000), (16_000, 12_000)])
+def test_the_picture_of_a_phone_of_200_megapixels_is_read(tmp_path, size, recwarn):
+    Image.new("L", size).save(tmp_path / "a.png")
+    assert images.inspect_image(tmp_path / "a.png").size == size
+    assert images.open_image(tmp_path / "a.png").shape == (*size[::-1], 3)
+    assert not [warning for warning in recwarn if "bomb" in str(warning.message)]
+
+
+def test_a_picture_beyond_the_limit_is_named_with_a_remedy(tmp_path, monkeypatch):
+    Image.new("L", (400, 300)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
+    limit = Image.MAX_IMAGE_PIXELS
+    for read in (images.inspect_image, images.open_image):
+        with pytest.raises(ValueError, match="400 x 300 is more than .* save a smaller copy"):
+            read(tmp_path / "a.png")
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [
+        ("a.heic", "pillow_heif", "pillow-heif"),
+        ("a.HEIF", "pillow_heif", "pillow-heif"),
+        ("a.jxl", "pillow_jxl", "pillow-jxl-plugin"),
+    ],
+)
+def test_a_format_that_needs_a_package_names_it(tmp_path, name, module, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / name).write_bytes(b"not known to Pillow")
+    with pytest.raises(ValueError, match=f"need the package {package}: pip install {package}"):
+        images.inspect_image(tmp_path / name)
+
+
+@pytest.mark.parametrize(("module", "suffix"), [("pillow_heif", ".heic"), ("pillow_jxl", ".jxl")])
+def test_with_the_package_the_format_is_read(tmp_path, picture, module, suffix):
+    plugin = pytest.importorskip(module)
+    if suffix == ".heic":
+        plugin.register_heif_opener()
+    picture.save(tmp_path / f"a{suffix}", quality=95)
+    assert images.inspect_image(tmp_path / f"a{suffix}").size == (64, 48)
+    assert _is_close(images.open_image(tmp_path / f"a{suffix}"), picture, tolerance=12)
