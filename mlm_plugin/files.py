@@ -1,7 +1,12 @@
-"""Helpers for files: atomic writes, text written by people, the user's cache folder."""
+"""Helpers for files: atomic writes, text written by people, the user's cache folder.
+
+What gets its final name is on the disk before (:func:`put_in_place`), so that neither a kill nor a
+power cut leaves half a file under that name.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -11,9 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from mlm_plugin.errors import UserError
 
-__all__ = ["atomic_path", "cache_dir", "cached_folder", "read_text", "require_writable"]
+__all__ = [
+    "atomic_path",
+    "cache_dir",
+    "cached_folder",
+    "disk_errors",
+    "put_in_place",
+    "read_text",
+    "require_writable",
+]
+
+# torch.save reports a full or failing disk as a RuntimeError with one of these.
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @contextmanager
@@ -33,9 +51,69 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Give a complete file or folder its final name, once all of it is on the disk.
+
+    A file replaces the old one; a folder needs a name that is free.
+
+    Raises:
+        OSError: the disk is full or fails, or ``final`` is a folder.
+    """
+    if temporary.is_dir():
+        for item in temporary.rglob("*"):
+            _sync(item)
+    _sync(temporary)
+    os.replace(temporary, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        if os.name == "nt":  # Windows cannot open a folder
+            return
+        flags = os.O_RDONLY
+    else:
+        flags = os.O_RDWR if os.name == "nt" else os.O_RDONLY
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the disk inside the block are ``OSError``, whatever library writes.
+
+    Args:
+        path: what is written; the message names it.
+
+    Raises:
+        OSError: in place of ``SafetensorError`` and of ``torch.save``'s ``RuntimeError``.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {_one_line(error)}") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in TORCH_WRITE_ERRORS):
+            raise
+        raise OSError(
+            f"{path}: cannot be written, is the disk full? ({_one_line(error)})"
+        ) from error
+
+
+def _one_line(error: Exception, *, limit: int = 160) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def require_writable(folder: str | os.PathLike, option: str) -> None:
@@ -104,7 +182,7 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
         try:
             build(unfinished)
             try:
-                unfinished.rename(folder)
+                put_in_place(unfinished, folder)
             except OSError:  # another process was faster
                 if not folder.exists():
                     raise

@@ -134,8 +134,9 @@ class Trainer:
                 if self.accelerator.num_processes == 1 and self.progress.current_step > first_step:
                     self._rescue()
                 raise
-        self.stop_code = stop.exit_code if stop else 0
-        self._call("on_train_end")
+            self.stop_code = stop.exit_code if stop else 0
+            stop.expect_end()
+            self._call("on_train_end")
 
     def _run_epoch(self, bar: tqdm, stop: StopRequest) -> None:
         self.method.train(True)
