@@ -7,6 +7,7 @@ power cut leaves half a file under that name.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,7 +30,10 @@ __all__ = [
     "put_in_place",
     "read_text",
     "require_writable",
+    "writable_cache_dir",
 ]
+
+logger = logging.getLogger(__name__)
 
 # torch.save reports a full or failing disk as a RuntimeError with one of these.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -162,6 +167,22 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "mlm_plugin"
 
 
+def writable_cache_dir() -> Path:
+    """The cache folder; where it cannot be written, a temporary one, with one warning."""
+    try:
+        require_writable(cache_dir(), "MLM_PLUGIN_CACHE")
+    except UserError as error:
+        return _temporary_cache(str(error))
+    return cache_dir()
+
+
+@cache
+def _temporary_cache(reason: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-cache-"))
+    logger.warning("%s; until then %s is used, which the next run will not find", reason, folder)
+    return folder
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
@@ -176,6 +197,8 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
         build: fills a folder that does not exist yet.
     """
     folder = cache_dir() / name
+    if not folder.exists():
+        folder = writable_cache_dir() / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(32):08x}")

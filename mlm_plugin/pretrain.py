@@ -35,7 +35,7 @@ from mlm_plugin.contextualizer_file import (
     save_contextualizer,
 )
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path, disk_errors
+from mlm_plugin.files import atomic_path, cache_dir, disk_errors, writable_cache_dir
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import mask_embedding
 from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
@@ -167,6 +167,7 @@ def find_contextualizer(
             return load_and_report(path, text_encoder)
         except UserError as error:
             logger.warning("%s; making it again", error)
+    path = writable_cache_dir() / path.relative_to(cache_dir())
     options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
     start = find_start(text_encoder, options)
     if start is None:

@@ -123,7 +123,7 @@ def train(argv: Sequence[str]) -> int:
         return 1
     except NonFiniteLoss as error:
         accelerator.print(
-            f"error: {error}; the last good state is saved. Start again with {error.advice}",
+            f"error: {error}; {error.saved}. Start again with {error.advice}",
             file=sys.stderr,
         )
         return 1

@@ -247,7 +247,14 @@ class Saver(Callback):
     def on_stop(self, trainer: Trainer) -> None:
         """Save the state, so that nothing is lost."""
         folder = self._state_folder(self._step_name(trainer.progress.current_step))
-        trainer.save_state(folder)
+        try:
+            trainer.save_state(folder)
+        except OSError as error:
+            if trainer.accelerator.num_processes > 1:
+                raise  # the others wait for this process
+            logger.error("%s could not be saved (%s)", folder, error)
+            folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-")) / "rescued-state"
+            trainer.save_state(folder)
         if trainer.accelerator.is_main_process:
             logger.warning("state saved; continue with --resume %s", folder)
 

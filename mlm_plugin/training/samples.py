@@ -429,7 +429,10 @@ def _to_prompt(values: Mapping[str, Any], *, place: str, trigger: str | None) ->
                 raise UserError(f"{place}: {TRIGGER} stands for the concept, but none is named")
             known[key] = known[key].replace(TRIGGER, trigger)
     if "sample_steps" in known:
-        known["sample_steps"] = max(1, min(1000, known["sample_steps"]))
+        known["sample_steps"] = max(1, min(MAX_STEPS, known["sample_steps"]))
+    for key, (low, high) in LIMITS.items():
+        if not low <= known.get(key, low) <= high:
+            raise UserError(f"{place}: {key}={known[key]}: allowed are {low} to {high}")
     sampler = known.get("sample_sampler", "ddim")
     if sampler not in SAMPLERS:
         raise UserError(
@@ -450,6 +453,12 @@ def _converted(key: str, value: Any, *, place: str) -> Any:
         kind = {int: "a whole number", float: "a number", str: "a text"}[wanted]
         raise UserError(f"{place}: {key}={value!r}: expected {kind}") from error
 
+
+MAX_STEPS = 999
+"""Samplers with an offset of one step have no timestep left for a thousandth."""
+
+LIMITS = {"width": (64, 8192), "height": (64, 8192), "seed": (-(2**63), 2**64 - 1)}
+"""Pixels, and what a random generator takes."""
 
 FIELD_TYPES: dict[str, type] = {
     "prompt": str,

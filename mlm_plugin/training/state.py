@@ -229,8 +229,12 @@ def load_state(
 
 
 def _load_weights(method: Method, path: Path) -> None:
+    weights, own = _whole_weights(path), method.state_dict()
+    if different := sorted(weights.keys() ^ own.keys()):
+        what = "lacks" if different[0] in own else "has besides what is trained"
+        raise _damaged(path, f"{what} {different[0]} and {len(different) - 1} more names")
     try:
-        method.load_state_dict(_whole_weights(path))
+        method.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:  # a name is missing or a shape is another
         text = " ".join(str(error).split())
         raise UserError(
@@ -306,7 +310,8 @@ def _read_values(folder: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"resume: {folder} is not a training state ({error}); give a folder that ends in -state"
+            f"resume: {folder} is not a training state ({PROGRESS_FILE}: {error}); give a folder "
+            "that ends in -state"
         ) from error
     if not isinstance(values, dict):
         raise UserError(
