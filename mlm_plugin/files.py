@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -29,6 +30,7 @@ __all__ = [
     "disk_errors",
     "put_in_place",
     "read_text",
+    "remove_leftovers",
     "require_writable",
     "writable_cache_dir",
 ]
@@ -75,6 +77,30 @@ def put_in_place(temporary: Path, final: Path) -> None:
     _sync(temporary)
     os.replace(temporary, final)
     _sync(final.parent)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what killed runs of this output name left: temporary files and folders.
+
+    A folder that was killed between its two renames gets its name back. Call it before the run
+    writes anything.
+    """
+    ours = re.compile(
+        rf"\.(?P<final>{re.escape(name)}(-step\d{{8}}|-\d{{6}})?(-state)?)"
+        r"\.[a-z0-9_]{8}(\.tmp)?(?P<end>\.old|\.\w+)?"
+    )
+    for path in list(folder.glob(".*")):
+        found = ours.fullmatch(path.name)
+        if found is None:
+            continue
+        final = folder / found["final"]
+        if found["end"] == ".old" and not final.exists():
+            path.rename(final)
+            logger.warning("%s: a killed run left it half renamed; it has its name again", final)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -19,6 +19,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
+from mlm_plugin.files import remove_leftovers
 from mlm_plugin.methods import Export
 from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
@@ -167,9 +168,10 @@ class Saver(Callback):
         self.newest_sample = newest_sample
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Refuse a disk that cannot even hold what is trained."""
+        """Remove leftovers of killed runs; refuse a disk that cannot hold what is trained."""
         if not trainer.accelerator.is_main_process:
             return
+        remove_leftovers(self.folder, self.name)
         dtype = SAVE_DTYPES[self.options.save_precision]
         needed = sum(
             tensor.numel() * (dtype or tensor.dtype).itemsize

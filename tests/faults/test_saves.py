@@ -15,15 +15,16 @@ from safetensors.torch import load_file
 from mlm_plugin.cli import train_main
 from mlm_plugin.export.lora_files import save_lora
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
-from mlm_plugin.files import atomic_path, cached_folder, put_in_place
+from mlm_plugin.files import atomic_path, cached_folder, put_in_place, remove_leftovers
+from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.models.weights_files import write_weights
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
 STATE = {"lora_unet_x.lora_down.weight": torch.ones(4, 4)}
 WRITERS = {
     "weights": ("a.safetensors", lambda path: write_weights(path, STATE, metadata={})),
-    "lora": ("a.safetensors", lambda path: save_lora(path, STATE, {}, dtype=None)),
-    "pickle": ("a.pt", lambda path: save_lora(path, STATE, {}, dtype=None)),
+    "lora": ("a.safetensors", lambda path: save_lora(path, STATE, metadata={}, dtype=None)),
+    "pickle": ("a.pt", lambda path: save_lora(path, STATE, metadata={}, dtype=None)),
     "sidecar": (
         "a.json",
         lambda path: write_sidecar(path, base_model_version="sd_v1", activation_text="x"),
@@ -84,7 +85,7 @@ try:
     if {kind!r} == "weights":
         write_weights(path, state, metadata={{}})
     else:
-        save_lora(path, state, {{}}, dtype=None)
+        save_lora(path, state, metadata={{}}, dtype=None)
 except OSError as error:
     print("refused:", error)
 """
@@ -201,9 +202,7 @@ def test_a_folder_of_that_name_is_refused_before_training(arguments, tmp_path, c
 
 
 def test_a_disk_too_small_is_refused_before_the_first_step(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "mlm_plugin.setup.saving.shutil.disk_usage", lambda _: os.terminal_size((0, 0)) and Usage
-    )
+    monkeypatch.setattr("mlm_plugin.setup.saving.shutil.disk_usage", lambda _: Usage)
     assert train_main(arguments) == 2
     assert "0.0 MB are free" in capsys.readouterr().err
 
@@ -257,3 +256,42 @@ def test_the_sidecar_follows_the_file_and_keeps_the_users_words(tmp_path):
     assert '"sks dog"' in text
     assert "zwx" not in text
     assert '"mine"' in text
+
+
+def test_leftovers_of_a_killed_run_are_removed_by_the_next_of_that_name(arguments, tmp_path):
+    folder = tmp_path / "out"
+    for name in [
+        ".dog.abcdefgh.tmp.safetensors",
+        ".dog-step00000004.abcdefgh.tmp.safetensors",
+        ".dog-000002.0123abcd.tmp",
+    ]:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("half")
+    (folder / ".dog-step00000004-state.abcdefgh").mkdir()
+    (folder / ".cat.abcdefgh.tmp.safetensors").write_text("of another run")
+    (folder / ".dog.notes").write_text("of the user")
+    assert train_main(arguments) == 0
+    hidden = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert hidden == {".cat.abcdefgh.tmp.safetensors", ".dog.notes"}
+
+
+def test_a_state_between_two_renames_gets_its_name_back(tmp_path):
+    old = tmp_path / ".dog-state.abcdefgh.old"
+    old.mkdir()
+    (old / "part").write_text("x")
+    remove_leftovers(tmp_path, "dog")
+    assert (tmp_path / "dog-state" / "part").read_text() == "x"
+    assert not old.exists()
+
+
+def test_one_signal_during_the_final_save_lets_it_finish(arguments, tmp_path, monkeypatch):
+    export = LoRAMethod.export
+
+    def interrupted(*values):
+        os.kill(os.getpid(), signal.SIGINT)
+        export(*values)
+
+    monkeypatch.setattr(LoRAMethod, "export", interrupted)
+    assert train_main(arguments) == 0
+    assert load_file(tmp_path / "out" / "dog.safetensors")
+    assert (tmp_path / "out" / "dog.json").is_file()
