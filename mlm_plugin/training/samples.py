@@ -246,7 +246,7 @@ def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
             models.unet,
             models.encode([prompt.negative_prompt, prompt.prompt]),
             scheduler,
-            DenoiseSettings(size, prompt.sample_steps, prompt.scale),
+            DenoiseSettings(size, min(prompt.sample_steps, MAX_STEPS), prompt.scale),
             generator=_generator(prompt.seed),
         )
 
@@ -429,7 +429,7 @@ def _to_prompt(values: Mapping[str, Any], *, place: str, trigger: str | None) ->
                 raise UserError(f"{place}: {TRIGGER} stands for the concept, but none is named")
             known[key] = known[key].replace(TRIGGER, trigger)
     if "sample_steps" in known:
-        known["sample_steps"] = max(1, min(MAX_STEPS, known["sample_steps"]))
+        known["sample_steps"] = max(1, min(1000, known["sample_steps"]))
     for key, (low, high) in LIMITS.items():
         if not low <= known.get(key, low) <= high:
             raise UserError(f"{place}: {key}={known[key]}: allowed are {low} to {high}")

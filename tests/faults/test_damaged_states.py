@@ -125,3 +125,15 @@ def test_a_whole_state_is_resumed_and_readable_by_all(base, state, tmp_path):
     assert resume(base, state, tmp_path / "out") == 0
     modes = {path.name: path.stat().st_mode & 0o777 for path in state.iterdir()}
     assert modes["model.safetensors"] == modes["train_state.json"]
+
+
+def test_a_loss_that_is_nan_from_the_start_is_told_as_that(base, tmp_path, monkeypatch, capsys):
+    from mlm_plugin.training.diffusion_loss import DiffusionLoss
+
+    call = DiffusionLoss.__call__
+    monkeypatch.setattr(DiffusionLoss, "__call__", lambda *v, **k: call(*v, **k) * float("nan"))
+    flags = ["--max_train_steps", "3", "--output_dir", str(tmp_path / "out")]
+    assert train_main([*base, *flags]) == 1
+    error = capsys.readouterr().err
+    assert "no step was done" in error
+    assert "good state" not in error
