@@ -171,6 +171,7 @@ class Saver(Callback):
         """Remove leftovers of killed runs; refuse a disk that cannot hold what is trained."""
         if not trainer.accelerator.is_main_process:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder, self.name)
         dtype = SAVE_DTYPES[self.options.save_precision]
         needed = sum(
