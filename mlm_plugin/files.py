@@ -1,19 +1,44 @@
-"""Helpers for files: atomic writes, text written by people, the user's cache folder."""
+"""Helpers for files: atomic writes, text written by people, the user's cache folder.
+
+What gets its final name is on the disk before (:func:`put_in_place`), so that neither a kill nor a
+power cut leaves half a file under that name.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["atomic_path", "cache_dir", "cached_folder", "read_text", "require_writable"]
+__all__ = [
+    "atomic_path",
+    "cache_dir",
+    "cached_folder",
+    "disk_errors",
+    "put_in_place",
+    "read_text",
+    "remove_leftovers",
+    "require_writable",
+    "writable_cache_dir",
+]
+
+logger = logging.getLogger(__name__)
+
+# torch.save reports a full or failing disk as a RuntimeError with one of these.
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 @contextmanager
@@ -33,9 +58,93 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Give a complete file or folder its final name, once all of it is on the disk.
+
+    A file replaces the old one; a folder needs a name that is free.
+
+    Raises:
+        OSError: the disk is full or fails, or ``final`` is a folder.
+    """
+    if temporary.is_dir():
+        for item in temporary.rglob("*"):
+            _sync(item)
+    _sync(temporary)
+    os.replace(temporary, final)
+    _sync(final.parent)
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what killed runs of this output name left: temporary files and folders.
+
+    A folder that was killed between its two renames gets its name back. Call it before the run
+    writes anything.
+    """
+    ours = re.compile(
+        rf"\.(?P<final>{re.escape(name)}(-step\d{{8}}|-\d{{6}})?(-state)?)"
+        r"\.[a-z0-9_]{8}(\.tmp)?(?P<end>\.old|\.\w+)?"
+    )
+    for path in list(folder.glob(".*")):
+        found = ours.fullmatch(path.name)
+        if found is None:
+            continue
+        final = folder / found["final"]
+        if found["end"] == ".old" and not final.exists():
+            path.rename(final)
+            logger.warning("%s: a killed run left it half renamed; it has its name again", final)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir():
+        if os.name == "nt":  # Windows cannot open a folder
+            return
+        flags = os.O_RDONLY
+    else:
+        flags = os.O_RDWR if os.name == "nt" else os.O_RDONLY
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the disk inside the block are ``OSError``, whatever library writes.
+
+    Args:
+        path: what is written; the message names it.
+
+    Raises:
+        OSError: in place of ``SafetensorError`` and of ``torch.save``'s ``RuntimeError``.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {_one_line(error)}") from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in TORCH_WRITE_ERRORS):
+            raise
+        raise OSError(
+            f"{path}: cannot be written, is the disk full? ({_one_line(error)})"
+        ) from error
+
+
+def _one_line(error: Exception, *, limit: int = 160) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def require_writable(folder: str | os.PathLike, option: str) -> None:
@@ -84,6 +193,22 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "mlm_plugin"
 
 
+def writable_cache_dir() -> Path:
+    """The cache folder; where it cannot be written, a temporary one, with one warning."""
+    try:
+        require_writable(cache_dir(), "MLM_PLUGIN_CACHE")
+    except UserError as error:
+        return _temporary_cache(str(error))
+    return cache_dir()
+
+
+@cache
+def _temporary_cache(reason: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-cache-"))
+    logger.warning("%s; until then %s is used, which the next run will not find", reason, folder)
+    return folder
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
@@ -99,12 +224,14 @@ def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     """
     folder = cache_dir() / name
     if not folder.exists():
+        folder = writable_cache_dir() / name
+    if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(32):08x}")
         try:
             build(unfinished)
             try:
-                unfinished.rename(folder)
+                put_in_place(unfinished, folder)
             except OSError:  # another process was faster
                 if not folder.exists():
                     raise

@@ -7,6 +7,7 @@ user's own captions. Knows no images and no concept. Shapes: B prompts, L tokens
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import random
@@ -34,7 +35,7 @@ from mlm_plugin.contextualizer_file import (
     save_contextualizer,
 )
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
+from mlm_plugin.files import atomic_path, cache_dir, disk_errors, writable_cache_dir
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import mask_embedding
 from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
@@ -166,6 +167,7 @@ def find_contextualizer(
             return load_and_report(path, text_encoder)
         except UserError as error:
             logger.warning("%s; making it again", error)
+    path = writable_cache_dir() / path.relative_to(cache_dir())
     options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
     start = find_start(text_encoder, options)
     if start is None:
@@ -404,21 +406,54 @@ class _Run:
             "looks_without_gain": self.looks_without_gain,
             "best_loss": self.best_loss,
         }
-        with atomic_path(self.state_path) as temporary:
-            torch.save(state, temporary)
+        try:
+            with disk_errors(self.state_path), atomic_path(self.state_path) as temporary:
+                torch.save(state, temporary)
+        except OSError as error:
+            logger.warning("the pretraining goes on, but cannot be continued later: %s", error)
 
     def resume(self) -> None:
         if not self.state_path.exists():
             return
+        start = copy.deepcopy((self.network.state_dict(), self.optimizer.state_dict()))
+        try:
+            is_ours = self._restore()
+        except Exception as error:  # a damaged pickle can fail with any exception
+            self.network.load_state_dict(start[0])
+            self.optimizer.load_state_dict(start[1])
+            self._set_state_aside(error)
+            return
+        if is_ours:
+            logger.info("continuing the contextualizer at step %d", self.step)
+        else:
+            logger.warning("%s belongs to other settings; starting again", self.state_path.name)
+
+    def _restore(self) -> bool:
+        """Load the state file; false if it belongs to other settings."""
         state = torch.load(self.state_path, map_location=self.table.device, weights_only=True)
         if state["made_for"] != self._made_for():
-            logger.warning("%s belongs to other settings; starting again", self.state_path.name)
-            return
+            return False
+        step, looks, best = (
+            int(state["step"]),
+            int(state["looks_without_gain"]),
+            state["best_loss"],
+        )
+        if not all(weight.isfinite().all() for weight in state["network"].values()):
+            raise ValueError("weights that are not finite")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self.looks_without_gain, self.best_loss = state["looks_without_gain"], state["best_loss"]
-        logger.info("continuing the contextualizer at step %d", self.step)
+        self.step, self.looks_without_gain, self.best_loss = step, looks, float(best)
+        return True
+
+    def _set_state_aside(self, error: Exception) -> None:
+        damaged = self.state_path.with_suffix(".damaged")
+        try:
+            self.state_path.replace(damaged)
+            kept = f"kept as {damaged.name}"
+        except OSError:
+            kept = "it stays where it is"
+        text = type(error).__name__
+        logger.warning("%s is damaged (%s; %s); starting again", self.state_path, text, kept)
 
     def finish(self) -> Scores:
         if self.scores is None:  # resumed at its very end

@@ -22,6 +22,7 @@ from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
+from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
 from mlm_plugin.methods.checks import check_config, check_model
@@ -51,7 +52,7 @@ from mlm_plugin.setup.models import (
 )
 from mlm_plugin.setup.optimization import create_optimization, create_plan
 from mlm_plugin.setup.sampling import SampleDrawer, sample_drawer
-from mlm_plugin.setup.saving import RunRecord, Saver
+from mlm_plugin.setup.saving import RunRecord, SaveFailed, Saver, require_output_name
 from mlm_plugin.setup.term import attach_term, prepare_term
 from mlm_plugin.setup.tracking import curve_loggers
 from mlm_plugin.training.callbacks import Callback
@@ -101,6 +102,7 @@ def train(argv: Sequence[str]) -> int:
         _print_data(config, datasets, concepts)
         return 0
     require_writable(config.output.output_dir, "output_dir")
+    require_output_name(config.output)
     accelerator = create_accelerator(config)
     seed = shared_seed(config)
     try:
@@ -117,9 +119,12 @@ def train(argv: Sequence[str]) -> int:
     except (Stopped, Interrupted) as stopped:
         accelerator.print(f"stopped: {stopped}", file=sys.stderr)
         return stopped.exit_code
+    except SaveFailed as error:
+        accelerator.print(f"error: {error}", file=sys.stderr)
+        return 1
     except NonFiniteLoss as error:
         accelerator.print(
-            f"error: {error}; the last good state is saved. Start again with {error.advice}",
+            f"error: {error}; {error.saved}. Start again with {error.advice}",
             file=sys.stderr,
         )
         return 1
@@ -293,6 +298,13 @@ def _resume(trainer: Trainer, state: str | None) -> None:
     """Continue from the state that ``resume`` names, if any."""
     if state:
         trainer.load_state(Path(state))
+        step, last = trainer.progress.current_step, trainer.plan.num_steps
+        if step >= last:
+            raise UserError(
+                f"resume: {state} is at step {step}, and the run ends at step {last}: nothing is "
+                "left to train; raise max_train_steps or max_train_epochs, or use the file saved "
+                "beside the state"
+            )
         logger.info("resuming from %s, step %d", state, trainer.progress.current_step)
 
 

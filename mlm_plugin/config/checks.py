@@ -41,6 +41,13 @@ def option_warnings(config: TrainConfig) -> Iterator[str]:
             "zero_terminal_snr is meant for v_parameterization: at SNR 0 the noise is the input "
             "itself"
         )
+    every = config.output.save_every_n_steps
+    for name in ("save_last_n_steps", "save_last_n_steps_state"):
+        if every and 0 < (getattr(config.output, name) or 0) < every:
+            yield (
+                f"{name} = {getattr(config.output, name)} is below save_every_n_steps = {every}: "
+                "it counts steps, not files, so only the newest is kept"
+            )
     if config.model.v2 and config.model.clip_skip is not None:
         yield "clip_skip with v2: Stable Diffusion 2 leaves out its last layer already"
 

@@ -71,7 +71,8 @@ def cache_latents(
         infos: the pictures.
         encode: (B, 3, H, W) in [-1, 1] to (B, C, h, w), a sample, not scaled.
         vae_id: changes whenever the VAE's weights do.
-        to_disk: keep the latents in files and return their paths.
+        to_disk: keep the latents in files and return their paths; in memory where no file can
+            be written.
         batch_size: pictures per call of ``encode``, all of one size.
         skip_check: use every existing file without checks (``--skip_cache_check``).
         is_sdxl: use the file names of SDXL's VAE, so that both kinds fit into one folder.
@@ -80,7 +81,7 @@ def cache_latents(
         One entry per picture, in order.
 
     Raises:
-        UserError: the VAE returns NaN, or a file cannot be written.
+        UserError: the VAE returns NaN.
 
     Source: sd-scripts library/strategy_base.py LatentsCachingStrategy.
     """
@@ -96,8 +97,8 @@ def cache_latents(
     for group in _groups(infos, todo, batch_size):
         for i, cached in zip(group, _encode([infos[i] for i in group], encode), strict=True):
             if to_disk:
-                _write(paths[i], infos[i], cached, vae_id)
-            else:
+                to_disk = _try_to_write(paths[i], infos[i], cached, vae_id)
+            if not to_disk:
                 entries[i] = cached
         progress.update(len(group))
     progress.close()
@@ -213,6 +214,20 @@ def _encode(
         yield CachedLatents(plain.clone(), None if mirrored is None else mirrored.clone(), mask)
 
 
+def _try_to_write(path: Path, info: ImageInfo, cached: CachedLatents, vae_id: str) -> bool:
+    """Write a file, or warn and return false: what cannot be kept on disk is kept in memory."""
+    try:
+        _write(path, info, cached, vae_id)
+    except OSError as error:
+        logger.warning(
+            "cache_latents_to_disk: cannot write %s (%s); the latents are kept in memory instead",
+            path,
+            error,
+        )
+        return False
+    return True
+
+
 def _write(path: Path, info: ImageInfo, cached: CachedLatents, vae_id: str) -> None:
     content = {
         "latents": cached.latents.numpy(),
@@ -225,14 +240,8 @@ def _write(path: Path, info: ImageInfo, cached: CachedLatents, vae_id: str) -> N
         content["latents_flipped"] = cached.latents_flipped.numpy()
     if cached.mask is not None:
         content["alpha_mask"] = cached.mask.numpy()
-    try:
-        with atomic_path(path) as temporary:
-            np.savez(temporary, **content)
-    except OSError as error:
-        raise UserError(
-            f"cache_latents_to_disk: cannot write {path} ({error}); free or unlock the folder, "
-            "or use cache_latents alone"
-        ) from error
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **content)
 
 
 def _source_key(info: ImageInfo) -> str:

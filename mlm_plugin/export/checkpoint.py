@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import put_in_place
 from mlm_plugin.models.components import Components
 from mlm_plugin.models.ldm_names import (
     LDM_PARTS,
@@ -330,7 +331,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         try:
-            temporary.rename(folder)
+            put_in_place(temporary, folder)
         except OSError:
             if old.exists():
                 old.rename(folder)

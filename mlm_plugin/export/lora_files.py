@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS
-from mlm_plugin.files import atomic_path
+from mlm_plugin.files import atomic_path, disk_errors
 from mlm_plugin.models.weights_files import for_file, write_weights
 from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, is_known_key, part_of
 
@@ -72,7 +72,7 @@ def save_lora(
         hashes = kohya_hashes(tensors, metadata)
         write_weights(path, tensors, metadata={**metadata, **hashes})
         return
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, disk_errors(path):
         torch.save(tensors, temporary)
 
 

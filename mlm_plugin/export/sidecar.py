@@ -1,6 +1,7 @@
 """Files beside a LoRA that A1111 and Forge show: ``<name>.json`` and the preview ``<name>.png``.
 
-An existing file belongs to the user and is left alone.
+What a user has written into the JSON stays; the words that the run knows follow the file. A preview
+that exists is left alone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def write_sidecar(
 ) -> Path | None:
     """Write the JSON that A1111's user metadata editor reads.
 
+    In an existing file only the trigger and the version are brought up to date: the old ones belong
+    to a LoRA that has been replaced.
+
     Args:
         lora_path: the LoRA file.
         base_model_version: ``ss_base_model_version``, e.g. ``sd_v1``.
@@ -39,25 +43,45 @@ def write_sidecar(
         description: shown on the card.
 
     Returns:
-        The file, or ``None`` if it exists already.
+        The file, or ``None`` if one exists that is not such a JSON; it is left alone.
 
     Source: stable-diffusion-webui ``extensions-builtin/Lora/ui_edit_user_metadata.py``.
     """
     path = Path(lora_path).with_suffix(".json")
-    if path.exists():
-        logger.info("%s exists already and is left unchanged", path)
+    old = _existing(path)
+    if old is None:
+        logger.warning("%s is not a JSON object and is left unchanged", path)
         return None
-    content = {
-        "description": description,
-        "sd version": _version(base_model_version),
-        "activation text": activation_text,
+    known = {"sd version": _version(base_model_version), "activation text": activation_text}
+    if description:
+        known["description"] = description
+    before = old.get("activation text", activation_text)
+    if before != activation_text:
+        logger.warning(
+            "%s: the activation text is now %r, it was %r", path, activation_text, before
+        )
+    new = {
+        "description": "",
+        "sd version": "",
+        "activation text": "",
         "preferred weight": 0.0,  # the WebUI chooses
         "negative text": "",
         "notes": "",
     }
+    content = new | old | known
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def _existing(path: Path) -> dict | None:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _version(base_model_version: str) -> str:

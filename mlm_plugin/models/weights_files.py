@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
+from mlm_plugin.files import atomic_path, disk_errors
 
 __all__ = [
     "PICKLE_SUFFIXES",
@@ -67,11 +67,8 @@ def write_weights(
     Raises:
         OSError: the disk is full or cannot be written, as for any other file.
     """
-    with atomic_path(path) as temporary:
-        try:
-            save_file(dict(tensors), temporary, dict(metadata))
-        except SafetensorError as error:  # the library's name for an error of the disk
-            raise OSError(f"{path}: {_one_line(error)}") from error
+    with atomic_path(path) as temporary, disk_errors(path):
+        save_file(dict(tensors), temporary, dict(metadata))
 
 
 def _readable(path: Path) -> Path:

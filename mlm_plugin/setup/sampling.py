@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mlm_plugin.training.samples import (
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["SampleDrawer", "draws_samples", "sample_drawer"]
+
+logger = logging.getLogger(__name__)
 
 
 class SampleDrawer(Callback):
@@ -64,9 +67,22 @@ class SampleDrawer(Callback):
             at_first=options.sample_at_first,
         ):
             return
-        models = trainer.models
+        try:
+            paths = self._draw(trainer, epoch=epoch)
+        except Exception as error:  # pictures are not worth a run
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            logger.warning(
+                "step %d: the samples could not be drawn (%s); training continues",
+                trainer.progress.current_step,
+                text,
+            )
+            return
+        self.newest = paths[0] if paths else self.newest
+
+    def _draw(self, trainer: Trainer, *, epoch: int | None) -> list[Path]:
+        models, accelerator = trainer.models, trainer.accelerator
         with trainer.evaluating():
-            paths = generate_samples(
+            return generate_samples(
                 self.prompts,
                 SampleModels(
                     models.unet,
@@ -77,9 +93,8 @@ class SampleDrawer(Callback):
                     accelerator.autocast,
                 ),
                 SampleFiles(self.folder, trainer.progress.current_step, epoch, self.name),
-                sampler=options.sample_sampler,
+                sampler=self.options.sample_sampler,
             )
-        self.newest = paths[0] if paths else self.newest
 
 
 def draws_samples(config: TrainConfig) -> bool:

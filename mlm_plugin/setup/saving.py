@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
+from mlm_plugin.files import remove_leftovers
 from mlm_plugin.methods import Export
 from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
@@ -25,9 +27,49 @@ from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.optimizers import optimizer_description
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["RunRecord", "Saver", "removed_epoch", "removed_step"]
+__all__ = [
+    "RunRecord",
+    "SaveFailed",
+    "Saver",
+    "removed_epoch",
+    "removed_step",
+    "require_output_name",
+]
 
 logger = logging.getLogger(__name__)
+
+MAX_NAME_BYTES = 255
+"""The longest file name of common file systems."""
+
+LONGEST_ADDITION = len(".-step00000000-state.12345678.tmp.old")
+"""What temporary names, step and state add to ``output_name`` at most."""
+
+
+class SaveFailed(Exception):
+    """The final files could not be written under their names."""
+
+
+def require_output_name(options: OutputOptions) -> None:
+    """Refuse before training what no file can be called; say what will be replaced.
+
+    Raises:
+        UserError: the name is too long, or belongs to a folder.
+    """
+    name = options.output_name or "last"
+    room = MAX_NAME_BYTES - LONGEST_ADDITION - len(f".{options.save_model_as}")
+    if (length := len(name.encode())) > room:
+        raise UserError(
+            f"output_name has {length} bytes, and at most {room} are allowed, as file names have "
+            f"at most {MAX_NAME_BYTES} with all that is added; choose a shorter one"
+        )
+    path = Path(options.output_dir) / f"{name}.{options.save_model_as}"
+    if path.is_dir():
+        raise UserError(
+            f"output_name = {name!r}: {path} is a folder, so the file cannot be written; remove "
+            "it or choose another name"
+        )
+    if path.exists():
+        logger.warning("%s exists and will be replaced; output_name chooses another name", path)
 
 
 class RunRecord:
@@ -125,6 +167,24 @@ class Saver(Callback):
         self.record = record
         self.newest_sample = newest_sample
 
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Remove leftovers of killed runs; refuse a disk that cannot hold what is trained."""
+        if not trainer.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder, self.name)
+        dtype = SAVE_DTYPES[self.options.save_precision]
+        needed = sum(
+            tensor.numel() * (dtype or tensor.dtype).itemsize
+            for tensor in trainer.method.state_dict().values()
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"output_dir = {str(self.folder)!r}: {free / 1e6:.1f} MB are free, and the file "
+                f"needs {needed / 1e6:.1f} MB; free some or choose another folder"
+            )
+
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Save every n steps."""
         every, step = self.options.save_every_n_steps, trainer.progress.current_step
@@ -150,10 +210,17 @@ class Saver(Callback):
         self._remove_state(trainer, old and self._epoch_name(old))
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Save the final file, its sidecar and preview."""
-        path = self._save(
-            trainer, self.name, epoch=trainer.plan.num_epochs, state=self._wants_final_state
-        )
+        """Save the final file, its sidecar and preview.
+
+        Raises:
+            SaveFailed: it could not be saved there; the message says where it is instead.
+        """
+        try:
+            path = self._save(
+                trainer, self.name, epoch=trainer.plan.num_epochs, state=self._wants_final_state
+            )
+        except (OSError, UserError) as error:
+            raise SaveFailed(self._save_elsewhere(trainer, error)) from error
         if not trainer.accelerator.is_main_process:
             return
         method = trainer.method
@@ -161,13 +228,36 @@ class Saver(Callback):
         names = [str(files[0])]
         names += [f"{file.name}/" if file.is_dir() else file.name for file in files[1:]]
         print(f"wrote {', '.join(names)} ({found})")
-        for file, words in method.webui_files(path).items():
-            self._write_webui_files(file, words)
+        try:
+            for file, words in method.webui_files(path).items():
+                self._write_webui_files(file, words)
+        except OSError as error:
+            logger.warning("%s is saved, but not all files beside it (%s)", path, error)
+
+    def _save_elsewhere(self, trainer: Trainer, error: Exception) -> str:
+        """Save what is trained in the system's temporary folder; says where it is."""
+        what = f"{self._path(self.name)} could not be saved ({' '.join(str(error).split())})"
+        if trainer.accelerator.num_processes > 1:
+            return f"{what}; continue from the last saved state or file"
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-"))
+            self.name = "rescued"  # the name may be what cannot be written
+            path = self._save(trainer, self.name, epoch=trainer.plan.num_epochs, state=False)
+        except (OSError, UserError) as second:
+            return f"{what}, nor in {self.folder} ({' '.join(str(second).split())})"
+        return f"{what}; it is saved as {path}, in a temporary folder: move it now"
 
     def on_stop(self, trainer: Trainer) -> None:
         """Save the state, so that nothing is lost."""
         folder = self._state_folder(self._step_name(trainer.progress.current_step))
-        trainer.save_state(folder)
+        try:
+            trainer.save_state(folder)
+        except OSError as error:
+            if trainer.accelerator.num_processes > 1:
+                raise  # the others wait for this process
+            logger.error("%s could not be saved (%s)", folder, error)
+            folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-")) / "rescued-state"
+            trainer.save_state(folder)
         if trainer.accelerator.is_main_process:
             logger.warning("state saved; continue with --resume %s", folder)
 
@@ -241,10 +331,13 @@ class Saver(Callback):
         if not name or not trainer.accelerator.is_main_process:
             return
         for path in trainer.method.files(self._path(name)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            try:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("the old %s could not be removed (%s)", path, error)
 
     def _remove_state(self, trainer: Trainer, name: str | None) -> None:
         if name and self.options.save_state and trainer.accelerator.is_main_process:

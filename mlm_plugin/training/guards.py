@@ -30,8 +30,10 @@ class NonFiniteLoss(Exception):
 
     Attributes:
         advice: what to change before starting again.
+        saved: what the state on disk holds.
     """
 
+    saved = "the last good state is saved"
     advice = "a lower learning rate, or try no_half_vae or mixed_precision bf16"
 
 

@@ -28,6 +28,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal_number: int | None = None
+        self._is_ending = False
         self._previous: dict[int, object] = {}
 
     def __bool__(self) -> bool:
@@ -48,8 +49,13 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def expect_end(self) -> None:
+        """From now on only the last files are written: the next signal waits for them too."""
+        self.signal_number, self._is_ending = None, True
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self:
             raise KeyboardInterrupt
         self.signal_number = number
-        logger.warning("stopping after this step; once more to stop at once")
+        what = "saving the last files" if self._is_ending else "stopping after this step"
+        logger.warning("%s; once more to stop at once", what)

@@ -246,7 +246,7 @@ def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
             models.unet,
             models.encode([prompt.negative_prompt, prompt.prompt]),
             scheduler,
-            DenoiseSettings(size, prompt.sample_steps, prompt.scale),
+            DenoiseSettings(size, min(prompt.sample_steps, MAX_STEPS), prompt.scale),
             generator=_generator(prompt.seed),
         )
 
@@ -430,6 +430,9 @@ def _to_prompt(values: Mapping[str, Any], *, place: str, trigger: str | None) ->
             known[key] = known[key].replace(TRIGGER, trigger)
     if "sample_steps" in known:
         known["sample_steps"] = max(1, min(1000, known["sample_steps"]))
+    for key, (low, high) in LIMITS.items():
+        if not low <= known.get(key, low) <= high:
+            raise UserError(f"{place}: {key}={known[key]}: allowed are {low} to {high}")
     sampler = known.get("sample_sampler", "ddim")
     if sampler not in SAMPLERS:
         raise UserError(
@@ -450,6 +453,12 @@ def _converted(key: str, value: Any, *, place: str) -> Any:
         kind = {int: "a whole number", float: "a number", str: "a text"}[wanted]
         raise UserError(f"{place}: {key}={value!r}: expected {kind}") from error
 
+
+MAX_STEPS = 999
+"""Samplers with an offset of one step have no timestep left for a thousandth."""
+
+LIMITS = {"width": (64, 8192), "height": (64, 8192), "seed": (-(2**63), 2**64 - 1)}
+"""Pixels, and what a random generator takes."""
 
 FIELD_TYPES: dict[str, type] = {
     "prompt": str,

@@ -14,13 +14,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import disk_errors, put_in_place
 from mlm_plugin.methods.base import Method
+from mlm_plugin.models.weights_files import read_weights, write_weights
 
 __all__ = [
     "Progress",
@@ -86,12 +89,14 @@ def save_state(
     """
     unfinished = _shared_temporary_folder(folder, accelerator)
     try:
-        accelerator.save_state(str(unfinished))
+        with disk_errors(folder):
+            accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            save_file(method.state_dict(), unfinished / WEIGHTS_FILE)
+            write_weights(unfinished / WEIGHTS_FILE, method.state_dict(), metadata={})
             (unfinished / PROGRESS_FILE).write_text(
-                json.dumps({**asdict(progress), "settings": dict(settings)}, indent=2)
+                json.dumps({**asdict(progress), "settings": dict(settings)}, indent=2),
+                encoding="utf-8",
             )
             _move_into_place(unfinished, folder)
         accelerator.wait_for_everyone()
@@ -111,12 +116,16 @@ def _shared_temporary_folder(folder: Path, accelerator: Accelerator) -> Path:
 def _move_into_place(unfinished: Path, folder: Path) -> None:
     unfinished.chmod(0o755)
     if not folder.exists():
-        unfinished.rename(folder)
+        put_in_place(unfinished, folder)
         return
     old = unfinished.with_name(f"{unfinished.name}.old")  # a folder cannot be replaced in one move
     folder.rename(old)
-    unfinished.rename(folder)
-    shutil.rmtree(old)
+    try:
+        put_in_place(unfinished, folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_progress(folder: Path) -> Progress:
@@ -134,6 +143,12 @@ def read_progress(folder: Path) -> Progress:
             f"{', '.join(sorted(missing))}); start a new run from its files instead "
             "(network_weights, weights)"
         )
+    for name in names:
+        if type(values[name]) is not int or values[name] < 0:
+            raise UserError(
+                f"resume: {folder / PROGRESS_FILE}: {name} is {values[name]!r}, not a whole "
+                "number; resume from an earlier state"
+            )
     return Progress(**{name: values[name] for name in names})
 
 
@@ -159,6 +174,7 @@ def check_state(folder: Path, identity: RunIdentity) -> Progress:
             "files (network_weights, weights)"
         )
     _check_settings(folder, identity.settings)
+    _require_whole(folder, identity.num_processes)
     return progress
 
 
@@ -200,7 +216,7 @@ def load_state(
             optimizer or other settings.
     """
     progress = check_state(folder, identity)
-    method.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    _load_weights(method, folder / WEIGHTS_FILE)
     try:
         accelerator.load_state(str(folder))
     except (OSError, KeyError, ValueError) as error:
@@ -212,10 +228,94 @@ def load_state(
     return progress
 
 
-def _read_values(folder: Path) -> dict:
+def _load_weights(method: Method, path: Path) -> None:
+    weights, own = _whole_weights(path), method.state_dict()
+    if different := sorted(weights.keys() ^ own.keys()):
+        what = "lacks" if different[0] in own else "has besides what is trained"
+        raise _damaged(path, f"{what} {different[0]} and {len(different) - 1} more names")
     try:
-        return json.loads((folder / PROGRESS_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        method.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:  # a name is missing or a shape is another
+        text = " ".join(str(error).split())
         raise UserError(
-            f"resume: {folder} is not a training state ({error}); give a folder that ends in -state"
+            f"resume: {path} does not fit what is trained ({text}); resume from an earlier state"
         ) from error
+
+
+def _whole_weights(path: Path) -> dict[str, Tensor]:
+    weights = read_weights(path)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"resume: {path} holds NaN or infinity in {name}; resume from an earlier state"
+            )
+    return weights
+
+
+def _require_whole(folder: Path, num_processes: int) -> None:
+    """Read every file of a state, so that a damaged one is named before a model is loaded.
+
+    accelerate skips random states that it cannot read, and would go on with other ones.
+    """
+    _require_files(folder, num_processes)
+    _whole_weights(folder / WEIGHTS_FILE)
+    for path in sorted(folder.glob("*.bin")):
+        _require_dict(path, _read_tensors(path))
+    for path in sorted(folder.glob("random_states_*.pkl")):
+        _require_random_states(path)
+
+
+def _require_files(folder: Path, num_processes: int) -> None:
+    random_states = [f"random_states_{index}.pkl" for index in range(num_processes)]
+    for name in (WEIGHTS_FILE, "optimizer.bin", "scheduler.bin", *random_states):
+        if not (folder / name).is_file():
+            raise _damaged(folder / name, "is missing")
+
+
+def _require_random_states(path: Path) -> None:
+    from accelerate.checkpointing import load
+
+    try:
+        content = load(path)  # what accelerate calls: NumPy's arrays and nothing that runs code
+    except Exception as error:  # a damaged pickle can fail with any exception
+        raise _damaged(path, "cannot be read") from error
+    _require_dict(path, content)
+    missing = {"random_state", "numpy_random_seed", "torch_manual_seed"} - content.keys()
+    if missing:
+        raise _damaged(path, f"lacks {', '.join(sorted(missing))}")
+
+
+def _read_tensors(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail with any exception
+        raise _damaged(path, "cannot be read") from error
+
+
+def _require_dict(path: Path, content: object) -> None:
+    if not isinstance(content, dict):
+        raise _damaged(path, f"holds a {type(content).__name__}, not a dict")
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"resume: {path} {what}: the state is not complete; resume from an earlier state, or start "
+        "a new run from its files (network_weights, weights)"
+    )
+
+
+def _read_values(folder: Path) -> dict:
+    path = folder / PROGRESS_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"resume: {folder} is not a training state ({PROGRESS_FILE}: {error}); give a folder "
+            "that ends in -state"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"resume: {path} holds a {type(values).__name__}, not an object; "
+            "resume from an earlier state"
+        )
+    return values

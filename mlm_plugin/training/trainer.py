@@ -123,8 +123,8 @@ class Trainer:
             try:
                 while self.progress.current_step < self.plan.num_steps:
                     self._run_epoch(bar, stop)
-            except NonFiniteLoss:
-                self._go_back()
+            except NonFiniteLoss as error:
+                self._go_back(error)
                 self._call("on_stop")
                 raise
             except Stopped:
@@ -134,8 +134,11 @@ class Trainer:
                 if self.accelerator.num_processes == 1 and self.progress.current_step > first_step:
                     self._rescue()
                 raise
-        self.stop_code = stop.exit_code if stop else 0
-        self._call("on_train_end")
+            self.stop_code = stop.exit_code if stop else 0
+            stop.expect_end()
+            self._call("on_train_end")
+            if stop:
+                self.stop_code = stop.exit_code
 
     def _run_epoch(self, bar: tqdm, stop: StopRequest) -> None:
         self.method.train(True)
@@ -299,12 +302,15 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteLoss(f"the norm of the gradient is {norm} at step {number}")
 
-    def _go_back(self) -> None:
+    def _go_back(self, error: NonFiniteLoss) -> None:
         """Undo the step whose weights gave a loss that is not finite."""
         progress = self._step_before.restore()
         if progress is not None:
             self.progress = progress
-        elif self.progress.current_step:
+        elif not self.progress.current_step:
+            error.saved = "no step was done, so what the run starts from or its data is at fault"
+        else:
+            error.saved = "the saved state holds the weights that failed"
             logger.warning("no copy of the step before: the weights are those that failed")
 
     def _rescue(self) -> None:

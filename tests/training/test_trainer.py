@@ -761,7 +761,7 @@ def test_a_state_folder_is_complete_or_absent(toy_folder, dataset, tmp_path, mon
     def fail(*_args, **_more):
         raise OSError("disk full")
 
-    monkeypatch.setattr(state, "save_file", fail)
+    monkeypatch.setattr(state, "write_weights", fail)
     with pytest.raises(OSError, match="disk full"):
         trainer.save_state(tmp_path / "a-state")
     assert list(tmp_path.iterdir()) == []
