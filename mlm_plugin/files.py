@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+STARTED = time.time()  # of this process, nearly
 
 # torch.save reports a full or failing disk as a RuntimeError with one of these.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -82,8 +85,8 @@ def put_in_place(temporary: Path, final: Path) -> None:
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove what killed runs of this output name left: temporary files and folders.
 
-    A folder that was killed between its two renames gets its name back. Call it before the run
-    writes anything.
+    A folder that was killed between its two renames gets its name back. What was changed since
+    this process began belongs to a run beside it and stays. Call it before the run writes anything.
     """
     ours = re.compile(
         rf"\.(?P<final>{re.escape(name)}(-step\d{{8}}|-\d{{6}})?(-state)?)"
@@ -91,7 +94,7 @@ def remove_leftovers(folder: Path, name: str) -> None:
     )
     for path in list(folder.glob(".*")):
         found = ours.fullmatch(path.name)
-        if found is None:
+        if found is None or path.stat().st_mtime > STARTED:
             continue
         final = folder / found["final"]
         if found["end"] == ".old" and not final.exists():

@@ -14,10 +14,9 @@ import hashlib
 import importlib.util
 import io
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +65,8 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 
 MAX_PIXELS = 500_000_000
 """Of a picture; decoded it takes 1.5 GB. Phones make up to 200 million."""
+
+_LIMIT = Lock()
 
 PLUGINS = {
     ".heic": ("pillow_heif", "pillow-heif"),
@@ -156,22 +157,23 @@ def _upright(path: Path) -> Image.Image:
         raise ValueError(f"{path}: {error}") from error
 
 
-@contextmanager
-def _opened(source: Path | io.BytesIO, suffix: str) -> Iterator[Image.Image]:
-    """A picture whose pixels are not read yet. Pillow's own limit of its size is lifted."""
+def _opened(source: Path | io.BytesIO, suffix: str) -> Image.Image:
+    """A picture whose pixels are not read yet."""
     _register_plugin(suffix.lower())
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(source) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(
-                    f"{width} x {height} is more than {MAX_PIXELS // 10**6} million pixels; "
-                    "save a smaller copy"
-                )
-            yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _LIMIT:  # Pillow's own, of the whole process; pictures are inspected in several threads
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(source)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ValueError(
+            f"{width} x {height} is more than {MAX_PIXELS // 10**6} million pixels; "
+            "save a smaller copy"
+        )
+    return image
 
 
 @cache

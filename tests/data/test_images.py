@@ -3,6 +3,7 @@
 import importlib.util
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -205,6 +206,21 @@ def test_the_picture_of_a_phone_of_200_megapixels_is_read(tmp_path, size, recwar
     assert images.inspect_image(tmp_path / "a.png").size == size
     assert images.open_image(tmp_path / "a.png").shape == (*size[::-1], 3)
     assert not [warning for warning in recwarn if "bomb" in str(warning.message)]
+
+
+def test_large_pictures_are_read_in_several_threads(tmp_path):
+    """Pillow's limit is one for the whole process, and is as before afterwards."""
+    paths = [tmp_path / f"{number}.png" for number in range(12)]
+    for path in paths:
+        Image.new("L", (200, 100)).save(path)
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 1000
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(20):
+                assert len(list(pool.map(images.inspect_image, paths))) == 12
+        assert Image.MAX_IMAGE_PIXELS == 1000
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def test_a_picture_beyond_the_limit_is_named_with_a_remedy(tmp_path, monkeypatch):

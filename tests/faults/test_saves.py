@@ -268,17 +268,22 @@ def test_leftovers_of_a_killed_run_are_removed_by_the_next_of_that_name(argument
         folder.mkdir(exist_ok=True)
         (folder / name).write_text("half")
     (folder / ".dog-step00000004-state.abcdefgh").mkdir()
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    (folder / ".dog.ijklmnop.tmp.safetensors").write_text("of a run beside this one")
     (folder / ".cat.abcdefgh.tmp.safetensors").write_text("of another run")
     (folder / ".dog.notes").write_text("of the user")
     assert train_main(arguments) == 0
     hidden = {path.name for path in folder.iterdir() if path.name.startswith(".")}
-    assert hidden == {".cat.abcdefgh.tmp.safetensors", ".dog.notes"}
+    beside = ".dog.ijklmnop.tmp.safetensors"
+    assert hidden == {beside, ".cat.abcdefgh.tmp.safetensors", ".dog.notes"}
 
 
 def test_a_state_between_two_renames_gets_its_name_back(tmp_path):
     old = tmp_path / ".dog-state.abcdefgh.old"
     old.mkdir()
     (old / "part").write_text("x")
+    os.utime(old, (0, 0))
     remove_leftovers(tmp_path, "dog")
     assert (tmp_path / "dog-state" / "part").read_text() == "x"
     assert not old.exists()
