@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,6 +327,9 @@ class FolderName(NamedTuple):
     class_tokens: str
 
 
+REPEATS = re.compile(r"[+-]?\d+_")
+
+
 def folder_name(name: str) -> FolderName | None:
     """The parts of ``<repeats>_<class tokens>``; None if a name does not start with repeats."""
     repeats, _, tokens = name.partition("_")
@@ -343,10 +347,12 @@ def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any
     for folder in sorted(entry for entry in parent.iterdir() if entry.is_dir()):
         parts = folder_name(folder.name)
         if parts is None:
+            reason = "must be 1 or more" if REPEATS.match(folder.name) else "must come first"
             logger.warning(
-                "%s: folder %r is skipped: its name must begin with the number of repeats, like %r",
+                "%s: folder %r is skipped: the number of repeats %s in its name, like %r",
                 name,
                 str(folder),
+                reason,
                 form,
             )
             continue
@@ -354,9 +360,12 @@ def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any
         subset = {"image_dir": str(folder), "num_repeats": parts.num_repeats, "is_reg": is_reg}
         yield subset | ({"class_tokens": parts.class_tokens} if parts.class_tokens.strip() else {})
     if not found:
+        remedy = "put the images into one"
+        if folder_name(parent.resolve().name):
+            remedy = f"give {parent.resolve().parent}, the folder that holds this one"
         raise UserError(
             f"{name} {path}: holds no folder named like {form!r} "
-            "(number of repeats, _, words); put the images into one"
+            f"(number of repeats, _, words); {remedy}"
         )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KNOWN_EXTENSIONS",
     "FoundCaption",
+    "NotUTF8",
     "ineffective_settings",
     "metadata_caption",
     "process_caption",
@@ -47,6 +48,14 @@ class FoundCaption(NamedTuple):
     elsewhere: Path | None  # a caption under another extension, when none was found
 
 
+class NotUTF8(UserError):
+    """A caption file in another encoding; ``path`` and ``byte`` say where."""
+
+    def __init__(self, path: Path, byte: int):
+        super().__init__(f"{path}: the caption is not UTF-8 (byte {byte}); save it as UTF-8")
+        self.path, self.byte = path, byte
+
+
 def read_captions(image_path: Path, extension: str, enable_wildcard: bool) -> FoundCaption:
     """Read the caption file of a picture: same stem, then the stem without face information.
 
@@ -54,7 +63,7 @@ def read_captions(image_path: Path, extension: str, enable_wildcard: bool) -> Fo
     order mark is dropped.
 
     Raises:
-        UserError: the file is not UTF-8.
+        NotUTF8: names the file.
 
     Source: sd-scripts library/train_util.py read_caption; there an empty file stops the run.
     """
@@ -164,9 +173,7 @@ def _read_lines(path: Path, every_line: bool) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: the caption is not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from error
+        raise NotUTF8(path, error.start) from error
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return "\n".join(lines if every_line else lines[:1])
 

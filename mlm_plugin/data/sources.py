@@ -191,7 +191,21 @@ def _from_folder(subset: SubsetConfig) -> list[_Found]:
     folder = subset.image_dir
     if not folder.is_dir():
         raise UserError(f"image_dir: {folder} is not a folder")
-    return [_with_caption(path, subset) for path in images.list_images(folder)]
+    found: list[_Found] = []
+    unreadable: list[captions.NotUTF8] = []
+    for path in images.list_images(folder):
+        try:
+            found.append(_with_caption(path, subset))
+        except captions.NotUTF8 as error:
+            unreadable.append(error)
+    if len(unreadable) > 1:
+        files = ", ".join(f"{error.path.name} (byte {error.byte})" for error in unreadable)
+        raise UserError(
+            f"{folder}: {len(unreadable)} captions are not UTF-8: {files}; save them as UTF-8"
+        )
+    if unreadable:
+        raise unreadable[0]
+    return found
 
 
 def _with_caption(path: Path, subset: SubsetConfig) -> _Found:

@@ -316,6 +316,19 @@ def test_a_folder_without_usable_folders_says_the_right_form(tmp_path, names):
         from_folders(train)
 
 
+@pytest.mark.parametrize("name", ["0_sks dog", "-1_sks dog", "00_sks dog"])
+def test_repeats_below_one_are_named_as_the_reason(tmp_path, caplog, name):
+    train = folders(tmp_path / "train", name, "2_sks dog")
+    from_folders(train)
+    assert "the number of repeats must be 1 or more" in caplog.text
+
+
+def test_the_folder_of_the_concept_itself_is_told_from_its_parent(tmp_path):
+    folders(tmp_path / "train", "10_sks dog")
+    with pytest.raises(UserError, match="give .*train, the folder that holds this one"):
+        from_folders(str(tmp_path / "train" / "10_sks dog"))
+
+
 def test_missing_folders_are_errors(tmp_path):
     with pytest.raises(UserError, match="train_data_dir"):
         from_folders(str(tmp_path / "gone"))

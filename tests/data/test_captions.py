@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from PIL import Image
 
 from mlm_plugin.config.datasets import SubsetConfig
 from mlm_plugin.data.captions import (
@@ -12,6 +13,7 @@ from mlm_plugin.data.captions import (
     process_caption,
     read_captions,
 )
+from mlm_plugin.data.sources import captions_in
 from mlm_plugin.errors import UserError
 
 # Printed by tests/reference/derive_buckets.py, which runs library.train_util
@@ -216,3 +218,18 @@ def test_settings_without_effect_are_named():
         "token_warmup_min",
     ]
     assert ineffective_settings(SubsetConfig(keep_tokens=1, shuffle_caption=True)) == []
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_all_captions_in_another_encoding_are_named_at_once(tmp_path, number):
+    for index in range(number + 1):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{index}.png")
+        text = "a caf\u00e9 in Paris" if index else "a cafe"
+        (tmp_path / f"{index}.txt").write_bytes(text.encode("latin-1"))
+    subset = SubsetConfig(image_dir=tmp_path, caption_extension=".txt")
+    with pytest.raises(UserError) as caught:
+        captions_in(subset)
+    message = str(caught.value)
+    assert f"{number} captions are not UTF-8" in message
+    assert all(f"{index}.txt (byte 5)" in message for index in range(1, number + 1))
+    assert "\n" not in message
