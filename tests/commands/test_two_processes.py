@@ -251,7 +251,7 @@ def runs(folder, toy_folder, toy_pictures, toy_contextualizer, request):
     other.mkdir()
     progress = {"current_epoch": 1, "current_step": 2, "batches_in_epoch": 2, "num_batches": 2}
     (other / "train_state.json").write_text(json.dumps(progress | {"seed": 1, "num_processes": 1}))
-    nowhere = ["--pretrained_model_name_or_path", str(folder / "not there")]
+    nowhere = ["--pretrained_model_name_or_path", "someone/not-there"]  # a hub id may exist
     sdxl = [
         *("--pretrained_model_name_or_path", str(request.getfixturevalue("toy_sdxl_folder"))),
         *("--mlm_contextualizer", request.getfixturevalue("toy_sdxl_contextualizers")),
