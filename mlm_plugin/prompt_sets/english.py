@@ -20,6 +20,7 @@ __all__ = [
     "correct_articles",
     "dreambench_prompts",
     "is_dreambench",
+    "is_ordinary_word",
     "normal_form",
     "subjects",
     "tag_style",
@@ -112,6 +113,12 @@ def category_of(class_token: str) -> str:
             if form in categories:
                 return categories[form]
     return "object"
+
+
+def is_ordinary_word(text: str) -> bool:
+    """Whether these words mean something to everyone: a class word, a subject, a function word."""
+    word = text.lower().strip()
+    return word in _category_of_word() or word in FUNCTION_WORDS or word in NEUTRAL_WORDS
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +46,17 @@ def require_device(config: TrainConfig) -> None:
         raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
 
 
+def _warn_of_launched_precision(config: TrainConfig) -> None:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", config.schedule.mixed_precision):
+        logger.warning(
+            "`accelerate launch` asks for mixed_precision %s, which is not read: this run has "
+            "mixed_precision = %r",
+            launched,
+            config.schedule.mixed_precision,
+        )
+
+
 def create_accelerator(config: TrainConfig) -> Accelerator:
     """Device, precision and trackers.
 
@@ -53,6 +65,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
             accelerate is set up to split models.
     """
     require_device(config)
+    _warn_of_launched_precision(config)
     accelerator = Accelerator(
         mixed_precision=config.schedule.mixed_precision,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
