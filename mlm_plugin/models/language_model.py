@@ -56,20 +56,9 @@ class T5Encoder:
         """The token table, ``(V, D)``."""
         return self.model.get_input_embeddings()
 
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.token_embedding.embedding_dim
-
     def tokenize_trimmed(self, captions: Sequence[str]) -> Tensor:
         """Token ids padded to the longest caption, ``(B, L)``."""
-        return self.tokenizer(
-            list(captions),
-            padding="longest",
-            truncation=True,
-            max_length=MAX_LENGTH,
-            return_tensors="pt",
-        ).input_ids
+        return _padded_ids(self.tokenizer, captions)
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
         """States that the image model is conditioned on, ``(B, L) -> (B, L, D)``."""
@@ -174,20 +163,9 @@ class AdaptedEncoder:
         """Of T5's tokens, ``(V, D)``."""
         return self.adapter.embed
 
-    @property
-    def width(self) -> int:
-        """D of the adapted states."""
-        return self.adapter.norm.weight.shape[0]
-
     def tokenize_trimmed(self, captions: Sequence[str]) -> Tensor:
         """T5's token ids padded to the longest caption, ``(B, L)``."""
-        ids_BL = self.tokenizer(
-            list(captions),
-            padding="longest",
-            truncation=True,
-            max_length=MAX_LENGTH,
-            return_tensors="pt",
-        ).input_ids
+        ids_BL = _padded_ids(self.tokenizer, captions)
         self._texts |= zip(map(self._key, ids_BL), captions, strict=True)
         return ids_BL
 
@@ -227,6 +205,16 @@ class AdaptedEncoder:
                 self._states[texts[row]] = states_MD[is_token_BM[row]].clone()
         kept = [self._states[text] for text in texts]
         return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True), is_token_BM
+
+
+def _padded_ids(tokenizer, captions: Sequence[str]) -> Tensor:
+    return tokenizer(
+        list(captions),
+        padding="longest",
+        truncation=True,
+        max_length=MAX_LENGTH,
+        return_tensors="pt",
+    ).input_ids
 
 
 class _LastLayers(nn.Module):
