@@ -21,7 +21,7 @@ from mlm_plugin.networks.kohya_names import (
     renamed,
     sdxl_unet_names,
 )
-from mlm_plugin.networks.lycoris_network import create_lycoris, import_lycoris
+from mlm_plugin.networks.lycoris_network import create_lycoris, import_lycoris, require_plain_steps
 from mlm_plugin.networks.network_args import parse_network_args
 from mlm_plugin.networks.peft_network import create_lora
 
@@ -106,6 +106,7 @@ def check_network(options: NetworkOptions) -> None:
             "drop one of them"
         )
     if options.network_module == "lycoris.kohya":
+        require_plain_steps(parse_network_args(options.network_args))
         import_lycoris()
     if options.network_weights is not None and not Path(options.network_weights).is_file():
         raise UserError(f"network_weights: there is no file {options.network_weights}")

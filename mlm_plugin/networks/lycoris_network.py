@@ -31,7 +31,7 @@ from mlm_plugin.networks.network_args import (
     number,
 )
 
-__all__ = ["LycorisNetwork", "create_lycoris", "import_lycoris"]
+__all__ = ["LycorisNetwork", "create_lycoris", "import_lycoris", "require_plain_steps"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,19 @@ class LycorisNetwork(Network):
                 )
         own_names = {file_name: name for name, file_name in self.file_names.items()}
         self.network.load_state_dict(renamed(weights, own_names), strict=False)
+
+
+def require_plain_steps(args: Mapping[str, str]) -> None:
+    """Refuse an algorithm whose network must be told of every step's timestep.
+
+    Raises:
+        UserError: T-LoRA, which would train as an ordinary LoRA here.
+    """
+    if args.get("algo", "").lower() == "tlora":
+        raise UserError(
+            "network_args: algo=tlora masks its ranks by the timestep, which this trainer does not "
+            "tell the network; take algo=lora or locon"
+        )
 
 
 def import_lycoris() -> ModuleType:

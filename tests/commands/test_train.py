@@ -291,6 +291,8 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, tmp_path, capsys, flag
     [
         ["--network_module", "networks.dylora"],
         ["--network_weights", "nowhere.safetensors"],
+        ["--network_module=lycoris.kohya", "--network_args=algo=tlora"],
+        ["--network_module=lycoris.kohya", "--network_args=algo=TLora"],
         ["--resume", "nowhere-state"],
         ["--pretrained_model_name_or_path", "nowhere.safetensors"],
         ["--vae", "nowhere.pt"],
