@@ -828,7 +828,9 @@ class RunOptions:
     allow_unknown_keys: bool = option(
         False, "Warn about unknown keys and flags instead of refusing them."
     )
-    check: bool = option(False, "Validate options and data, then exit before the model is loaded.")
+    check: bool = option(
+        False, "Refuse what the run would refuse, print data, concepts and length; load no weights."
+    )
     host: str = option(
         "auto",
         "Trainer that runs: `standalone` (this package's own) or `sd-scripts` (kohya's, with the "

@@ -24,7 +24,16 @@ from mlm_plugin.models.components import (
 from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer, second_tokenizer
 from mlm_plugin.models.weights_files import read_weights
 
-__all__ = ["DiffusersFolder", "find_folder", "find_local_folder", "load_vae_folder"]
+__all__ = [
+    "HUB_ID",
+    "DiffusersFolder",
+    "find_folder",
+    "find_local_folder",
+    "is_elsewhere",
+    "load_vae_folder",
+    "require_vae_folder",
+    "weights_files_of",
+]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
 MAX_REASON = 200  # characters of a library's message quoted in an error
@@ -61,6 +70,17 @@ def find_folder(source: str, *, option: str) -> Path:
         if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
             return folder
     raise UserError(f"{option}: {source} is not a file or folder here, nor on the hub ({reason})")
+
+
+def is_elsewhere(source: str) -> bool:
+    """Whether it is a hub id, and not on this machine."""
+    if Path(source).exists() or not HUB_ID.fullmatch(source):
+        return False
+    try:
+        snapshot_download(source, local_files_only=True)
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def find_local_folder(source: str, *, option: str) -> Path:
@@ -123,10 +143,23 @@ def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Modu
     Raises:
         UserError: there is none, or it is damaged.
     """
+    return _load("vae", _vae_place(folder, source=source), dtype=dtype)
+
+
+def require_vae_folder(folder: Path, *, source: str) -> None:
+    """Refuse a folder without a VAE or its weights.
+
+    Raises:
+        UserError: as in :func:`load_vae_folder`, except for damaged weights.
+    """
+    weights_files_of(_vae_place(folder, source=source))
+
+
+def _vae_place(folder: Path, *, source: str) -> Path:
     for place in (folder / "vae", folder):
         config = read_json(place / "config.json", optional=True)
         if config.get("_class_name") == "AutoencoderKL":
-            return _load("vae", place, dtype=dtype)
+            return place
     raise UserError(f"{source} holds no VAE (neither vae/config.json nor config.json of one)")
 
 
@@ -177,14 +210,16 @@ def _load(part: str, folder: Path, *, dtype: torch.dtype) -> nn.Module:
     """A part from its own folder."""
     network = empty_network(part, folder)
     state = {}
-    for path in _weights_files(folder):
+    for path in weights_files_of(folder):
         state |= {plain_name(name): tensor for name, tensor in read_weights(path).items()}
     fill_weights(network, plain_places, state, prefix="", path=folder, dtype=dtype)
     return network
 
 
-def _weights_files(folder: Path) -> list[Path]:
-    """The files without a variant, else fp16, else the first variant; safetensors if available.
+def weights_files_of(folder: Path) -> list[Path]:
+    """The weights of one part; safetensors if available.
+
+    The files without a variant, else those of fp16, else those of the first variant.
 
     Raises:
         UserError: the folder holds no weights.

@@ -28,7 +28,7 @@ from mlm_plugin.networks.peft_network import create_lora
 if TYPE_CHECKING:
     from mlm_plugin.models.checkpoints import StableDiffusion
 
-__all__ = ["NETWORK_MODULES", "Network", "create_network", "read_weights"]
+__all__ = ["NETWORK_MODULES", "Network", "check_network", "create_network", "read_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def create_network(models: StableDiffusion, options: NetworkOptions) -> Network:
     Raises:
         UserError: For a module, argument or file that cannot be used.
     """
-    _check(options)
+    check_network(options)
     plan = _plan(models, options)
     for model in plan.models.values():
         model.requires_grad_(False)
@@ -87,8 +87,12 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return {canonical_name(key): value for key, value in state.items()}
 
 
-def _check(options: NetworkOptions) -> None:
-    """Refuse options that contradict each other, and name those without effect."""
+def check_network(options: NetworkOptions) -> None:
+    """Refuse options that contradict each other, and name those without effect.
+
+    Raises:
+        UserError: what can be refused without a model.
+    """
     if options.network_module not in NETWORK_MODULES:
         raise UserError(
             f"network_module: got {options.network_module!r}, allowed are "

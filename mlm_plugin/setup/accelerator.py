@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,13 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.setup.tracking import check_trackers, log_folder, tracker_kind
 from mlm_plugin.training.state import read_progress
 
-__all__ = ["create_accelerator", "shared_seed"]
+__all__ = [
+    "check_accelerator",
+    "create_accelerator",
+    "known_seed",
+    "launched_processes",
+    "shared_seed",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +47,16 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         UserError: the device does not support the precision, a tracker is not installed, or
             accelerate is set up to split models.
     """
-    check_trackers(config.logging)
-    _refuse_sharding()
-    precision = config.schedule.mixed_precision
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+    check_accelerator(config)
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=config.schedule.mixed_precision,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
         log_with=tracker_kind(config.logging),
         project_dir=log_folder(config.logging),
         # others wait while one process pretrains, caches latents or draws samples
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
-    if config.optimizer.fused_backward_pass and accelerator.num_processes > 1:
-        raise UserError(
-            f"fused_backward_pass cannot be combined with {accelerator.num_processes} processes, "
-            "which exchange gradients after the backward pass; start one, or leave it out"
-        )
+    _refuse_fused_steps(config, accelerator.num_processes)
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
     if (
@@ -65,6 +64,32 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     ):  # TF32 where the GPU supports it; convolutions use it anyway
         torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def check_accelerator(config: TrainConfig) -> None:
+    """What :func:`create_accelerator` refuses, without creating one.
+
+    Raises:
+        UserError: as there.
+    """
+    check_trackers(config.logging)
+    _refuse_sharding()
+    if config.schedule.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+    _refuse_fused_steps(config, launched_processes())
+
+
+def launched_processes() -> int:
+    """How many processes `accelerate launch` or `torchrun` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _refuse_fused_steps(config: TrainConfig, num_processes: int) -> None:
+    if config.optimizer.fused_backward_pass and num_processes > 1:
+        raise UserError(
+            f"fused_backward_pass cannot be combined with {num_processes} processes, "
+            "which exchange gradients after the backward pass; start one, or leave it out"
+        )
 
 
 def _refuse_sharding() -> None:
@@ -86,11 +111,20 @@ def _unscale_half_gradients(accelerator: Accelerator) -> None:
     accelerator.scaler._unscale_grads_ = unscale_any
 
 
+def known_seed(config: TrainConfig) -> int | None:
+    """The seed that is given, or that of the state to resume; ``None`` if one will be drawn.
+
+    Raises:
+        UserError: the folder to resume is not a state.
+    """
+    if config.schedule.seed is None and config.schedule.resume:
+        return read_progress(Path(config.schedule.resume)).seed
+    return config.schedule.seed
+
+
 def shared_seed(config: TrainConfig) -> int:
     """The seed of the run, the same on all processes: given, of the state to resume, or drawn."""
-    seed = config.schedule.seed
-    if seed is None and config.schedule.resume:
-        return read_progress(Path(config.schedule.resume)).seed
+    seed = known_seed(config)
     if seed is None:
         drawn = [random.SystemRandom().randrange(2**32)]
         seed = broadcast_object_list(drawn)[0]

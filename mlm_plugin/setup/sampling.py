@@ -83,11 +83,13 @@ class SampleDrawer(Callback):
 
 
 def sample_drawer(config: TrainConfig, concepts: Sequence[Concept]) -> SampleDrawer | None:
-    """The callback that draws samples, or ``None`` without ``sample_prompts``.
+    """The callback that draws samples, or ``None`` where none would be drawn.
 
     Raises:
         UserError: the prompt file cannot be read.
     """
-    if not config.sampling.sample_prompts:
+    options = config.sampling
+    is_due = options.sample_every_n_steps or options.sample_every_n_epochs
+    if not options.sample_prompts or not (is_due or options.sample_at_first):
         return None
     return SampleDrawer(config, trigger=trigger_of(concepts))

@@ -346,6 +346,7 @@ def test_token_methods_ask_for_the_concept_even_without_the_mlm_term(
 ):
     (tmp_path / "data" / "10_").mkdir(parents=True)
     Image.new("RGB", (64, 64)).save(tmp_path / "data" / "10_" / "a.png")
+    (tmp_path / "data" / "10_" / "a.txt").write_text("a photo of sks")
     flags = ["--train_data_dir", str(tmp_path / "data"), "--mlm_loss_weight", "0", "--check"]
     asks = METHODS[method].learns_tokens
     assert train_main([*arguments, *flags, "--method", method]) == (2 if asks else 0)
