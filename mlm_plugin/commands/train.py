@@ -112,7 +112,7 @@ def train(argv: Sequence[str]) -> int:
         trainer = build_trainer(
             config, accelerator=accelerator, dataset=dataset, concepts=concepts, seed=seed
         )
-        trainer.run()
+        _run(trainer)
     except (Stopped, Interrupted) as stopped:
         accelerator.print(f"stopped: {stopped}", file=sys.stderr)
         return stopped.exit_code
@@ -138,6 +138,15 @@ def check_run(config: TrainConfig) -> CheckedRun:
     concepts = find_concepts(config, datasets)
     METHODS[config.schedule.method].check(config, concepts)
     return CheckedRun(config, datasets, concepts)
+
+
+def _run(trainer: Trainer) -> None:
+    """Train; errors from here on end with code 1."""
+    try:
+        trainer.run()
+    except Exception as error:
+        error.exit_code = 1
+        raise
 
 
 def _check(run: CheckedRun) -> int:

@@ -404,7 +404,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         description="Teach concepts to Stable Diffusion with the MLM regularizer: a LoRA, or what "
         "--method names. Options are those of kohya's train_network.py, and ours.",
         epilog="Every switch that the TOML turns on is turned off by --no_NAME or --NAME=false, "
-        "e.g. --no_shuffle_caption.",
+        "e.g. --no_shuffle_caption. --traceback shows where an error comes from.",
     )
     for group, cls in GROUPS.items():
         section = built.add_argument_group(group, cls.__doc__)
