@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -10,10 +11,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["atomic_path", "cache_dir", "cached_folder", "read_text", "require_writable"]
+__all__ = [
+    "atomic_path",
+    "cache_dir",
+    "cached_folder",
+    "parse_json",
+    "read_text",
+    "require_writable",
+]
 
 
 @contextmanager
@@ -66,6 +75,20 @@ def read_text(path: str | os.PathLike) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+
+
+def parse_json(text: str, path: str | os.PathLike) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it is not JSON, or nested more deeply than anyone writes; names the file.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply to be read") from error
 
 
 def cache_dir() -> Path:

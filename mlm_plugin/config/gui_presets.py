@@ -10,7 +10,6 @@ Source: bmaltais/kohya_ss kohya_gui/lora_gui.py train_model (which field becomes
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from mlm_plugin.config.gui_fields import (
 from mlm_plugin.config.loading import coerce, parser, write_options
 from mlm_plugin.config.options import NO_EFFECT, OPTIONS, REFUSED
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import parse_json, read_text
 
 __all__ = ["convert_preset", "run_convert_preset"]
 
@@ -112,12 +112,7 @@ def run_convert_preset(argv: Sequence[str]) -> int:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        preset = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    preset = parse_json(read_text(path), path)
     if not isinstance(preset, dict):
         raise UserError(f"{path}: is not a GUI preset: an object of fields is needed")
     return preset

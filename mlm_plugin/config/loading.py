@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ from mlm_plugin.config.options import (
     known_names,
 )
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown
 from mlm_plugin.files import atomic_path
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _COMMAND_LINE = "command line"
+LONGEST_NAME = 255
 _LENIENT = "allow_unknown_keys = true"
 
 
@@ -188,7 +190,7 @@ def coerce(entry: Option, raw: Any, *, place: str) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{place}: {entry.name} = {raw!r} is not allowed; it must be {_expected(entry)}"
+            f"{place}: {entry.name} = {shown(raw)} is not allowed; it must be {_expected(entry)}"
         ) from error
     return value
 
@@ -241,10 +243,26 @@ def _check_limits(entry: Option, value: Any, *, place: str) -> None:
         raise ValueError
     if entry.at_least is not None and value < entry.at_least:
         raise ValueError
+    if entry.at_most is not None and value > entry.at_most:
+        raise ValueError
+    if entry.kind is str:
+        _check_text(entry, value, place=place)
     if entry.path and place != _COMMAND_LINE and any(ord(letter) < 32 for letter in value):
         raise UserError(
             f"{place}: {entry.name} = {value!r} holds a control character; "
             "write Windows paths with / or in single quotes"
+        )
+
+
+def _check_text(entry: Option, value: str, *, place: str) -> None:
+    """What no program and no file system can take."""
+    if "\0" in value:
+        raise UserError(f"{place}: {entry.name} = {value!r} holds a zero byte; remove it")
+    longest = max(len(part.encode("utf-8", "replace")) for part in re.split(r"[/\\,]", value))
+    if entry.path and longest > LONGEST_NAME:
+        raise UserError(
+            f"{place}: {entry.name} = {value!r}: a name in it has {longest} bytes, and no disk "
+            f"takes more than {LONGEST_NAME}"
         )
 
 
@@ -263,6 +281,8 @@ def _expected(entry: Option) -> str:
         text += " (to train none at all: no_train_text_encoder or network_train_unet_only)"
     if entry.at_least is not None:
         text += f" of at least {entry.at_least:g}"
+    if entry.at_most is not None:
+        text += f" and at most {entry.at_most:g}"
     return f"a list; each item {text}" if entry.many else text
 
 

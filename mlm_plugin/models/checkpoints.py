@@ -241,6 +241,7 @@ def _assembled(
     suffix = "_v" if prediction_type == "v_prediction" else ""
     is_sdxl = family == "sdxl"
     clip_skip = _sdxl_clip_skip(settings.clip_skip) if is_sdxl else settings.clip_skip
+    _refuse_skipping_all(clip_skip, networks.text_encoder)
     text_encoders = [
         TextEncoder(
             tokenizer,
@@ -260,6 +261,15 @@ def _assembled(
         prediction_type=prediction_type,
         source=source.name,
     )
+
+
+def _refuse_skipping_all(clip_skip: int | None, clip: nn.Module) -> None:
+    num_layers = clip.config.num_hidden_layers
+    if (clip_skip or 1) > num_layers:
+        raise UserError(
+            f"--clip_skip {clip_skip}: this text encoder has {num_layers} layers; give 1 to "
+            f"{num_layers} (2 is usual for anime models)"
+        )
 
 
 def _sdxl_clip_skip(given: int | None) -> int:
