@@ -282,7 +282,7 @@ def _expected(entry: Option) -> str:
     if entry.at_least is not None:
         text += f" of at least {entry.at_least:g}"
     if entry.at_most is not None:
-        text += f" and at most {entry.at_most:g}"
+        text += f" and at most {entry.at_most}"
     return f"a list; each item {text}" if entry.many else text
 
 

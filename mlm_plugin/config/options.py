@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-LARGEST_RANK = 10_000
+LARGEST_RANK = 1_000_000  # LoKr presets have 100000, which means full matrices
 LARGEST_SIDE = 16_384
 LARGEST_BATCH = 4_096
 MOST_REPEATS = 1_000_000

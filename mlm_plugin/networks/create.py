@@ -32,6 +32,8 @@ __all__ = ["NETWORK_MODULES", "Network", "check_network", "create_network", "rea
 
 logger = logging.getLogger(__name__)
 
+LARGEST_LORA = 10_000  # no layer of a supported model is as wide
+
 NETWORK_MODULES: dict[str, Callable[[NetworkPlan], Network]] = {
     "networks.lora": create_lora,
     "lycoris.kohya": create_lycoris,
@@ -98,6 +100,11 @@ def check_network(options: NetworkOptions) -> None:
             f"network_module: got {options.network_module!r}, allowed are "
             f"{' and '.join(NETWORK_MODULES)}; DyLoRA, OFT and others come with lycoris.kohya and "
             "network_args algo=dylora, algo=diag-oft"
+        )
+    if options.network_module == "networks.lora" and (options.network_dim or 0) > LARGEST_LORA:
+        raise UserError(
+            f"network_dim = {options.network_dim}: a LoRA of that rank is larger than the layers "
+            f"it adapts; at most {LARGEST_LORA}, 4 to 128 are usual"
         )
     if options.network_train_unet_only and options.network_train_text_encoder_only:
         raise UserError(

@@ -83,7 +83,7 @@ def test_every_bad_flag(name, value, arguments):
     ("flag", "part"),
     [
         ("--clip_skip=99", "has 2 layers"),
-        ("--network_dim=1000000000", "at most 10000"),
+        ("--network_dim=1000000000", "at most 1000000"),
         ("--network_dim=10001", "at most 10000"),
         ("--resolution=999999", "at most 16384"),
         ("--resolution=64,999999", "at most 16384"),
