@@ -39,6 +39,7 @@ from mlm_plugin.setup.accelerator import (
     known_seed,
     launched_processes,
     shared_seed,
+    warn_of_launch_settings,
 )
 from mlm_plugin.setup.builtin_names import with_built_in_paths
 from mlm_plugin.setup.class_image_folders import prepare_class_images
@@ -153,6 +154,7 @@ def _check(run: CheckedRun) -> int:
     """``--check``: refuse what the run would refuse, print what it would print, load no weights."""
     config, datasets, concepts = run
     check_accelerator(config)
+    warn_of_launch_settings(config)
     if config.output.output_dir is not None:
         require_writable(_existing(Path(config.output.output_dir)), "output_dir")
     seed = known_seed(config) or 0

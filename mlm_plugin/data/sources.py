@@ -346,10 +346,11 @@ def _placer(config: DatasetConfig):
         return lambda size: buckets.place_in_bucket(size, [resolution])
     steps = config.bucket_reso_steps
     if config.bucket_no_upscale:
-        # The limits are not used here; only the steps are checked.
-        buckets.usable_bucket_range(
-            resolution, min_bucket_reso=steps, max_bucket_reso=max(resolution), steps=steps
-        )
+        buckets.check_steps(steps)  # the limits are not used here
+        if min(resolution) < steps:
+            raise UserError(
+                f"resolution: {resolution[0]},{resolution[1]} is below bucket_reso_steps ({steps})"
+            )
         return lambda size: buckets.place_without_upscale(size, resolution, steps)
     smallest, largest = buckets.usable_bucket_range(
         resolution,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,16 +64,54 @@ def find_folder(source: str, *, option: str) -> Path:
         raise UserError(
             f"{option}: {source} does not exist (a file, a folder or a hub id org/name)"
         )
-    reason = "it has no weights"
+    reason = "nor on the hub: it has no weights there"
     for variant in (None, "fp16"):
         try:
-            folder = Path(_download(source, variant=variant))
+            with _quiet_hub():
+                folder = Path(_download(source, variant=variant))
         except (OSError, ValueError) as error:
-            reason = str(error).split("\n")[0][:MAX_REASON]
+            reason = _why_not_from_hub(error)
             continue
         if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
             return folder
-    raise UserError(f"{option}: {source} is not a file or folder here, nor on the hub ({reason})")
+    raise UserError(f"{option}: {source} is not a file or folder here, {reason}")
+
+
+def _why_not_from_hub(error: Exception) -> str:
+    """How a message goes on after "is not a file or folder here, "."""
+    chain, cause = [], error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names = {base.__name__ for one in chain for base in type(one).__mro__}
+    if names & {"RepositoryNotFoundError", "GatedRepoError"}:
+        return "nor on the hub; a private or gated model needs `huggingface-cli login`"
+    if names & {
+        "OfflineModeIsEnabled",
+        "ConnectionError",
+        "ConnectError",
+        "LocalEntryNotFoundError",
+    }:
+        return (
+            "and the hub cannot be reached; check the name and the network, or give a folder or "
+            "file on this machine"
+        )
+    text = " ".join(str(error).split("\n")[0].split())
+    return f"nor on the hub ({textwrap.shorten(text, MAX_REASON, placeholder=' ...')})"
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hints of libraries about a hub that cannot be reached: the error says it."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def is_elsewhere(source: str) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "correct_articles",
     "dreambench_prompts",
     "is_dreambench",
+    "is_ordinary_word",
     "normal_form",
     "subjects",
     "tag_style",
@@ -97,6 +98,22 @@ def subjects(category: str) -> tuple[str, ...]:
     if category not in table:
         raise UserError(f"subjects: {category!r} is not one of {', '.join(table)}")
     return tuple(table[category])
+
+
+@cache
+def _ordinary_words() -> frozenset[str]:
+    """The words of all subjects, places and styles of the built-in prompt sets, and of grammar."""
+    table = _subject_table()["subjects"]
+    texts = [text for category in table.values() for text in category]
+    lists = read_toml(_TABLES.parent / "words.toml")["lists"]
+    texts += [text for entries in lists.values() for text in entries if isinstance(text, str)]
+    words = {word for text in texts for word in re.findall(r"[a-z]{3,}", text.lower())}
+    return frozenset(words | FUNCTION_WORDS | NEUTRAL_WORDS)
+
+
+def is_ordinary_word(word: str) -> bool:
+    """Whether a single word means something to everyone, as far as the built-in tables know."""
+    return word.lower() in _ordinary_words()
 
 
 def category_of(class_token: str) -> str:

@@ -27,9 +27,16 @@ __all__ = [
     "known_seed",
     "launched_processes",
     "shared_seed",
+    "warn_of_launch_settings",
 ]
 
 logger = logging.getLogger(__name__)
+
+LAUNCH_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": "mixed_precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+}
+"""Variables that `accelerate launch` sets, and the options that decide instead."""
 
 SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -48,6 +55,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
             accelerate is set up to split models.
     """
     check_accelerator(config)
+    warn_of_launch_settings(config)
     accelerator = Accelerator(
         mixed_precision=config.schedule.mixed_precision,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
@@ -77,6 +85,19 @@ def check_accelerator(config: TrainConfig) -> None:
     if config.schedule.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
     _refuse_fused_steps(config, launched_processes())
+
+
+def warn_of_launch_settings(config: TrainConfig) -> None:
+    """Name settings of `accelerate launch` that are not read, where the options differ."""
+    flat = config.to_flat()
+    for variable, option in LAUNCH_SETTINGS.items():
+        given = os.environ.get(variable, "").lower()
+        if given not in ("", "no", "1", str(flat[option]).lower()):
+            logger.warning(
+                "accelerate launch asks for %s = %s, which is not read: this run has %s; give "
+                "--%s %s after the script's name",
+                *(option, given, flat[option], option, given),
+            )
 
 
 def launched_processes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from mlm_plugin.methods import METHODS
 from mlm_plugin.mlm_setup import mlm_target
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_embeddings import placeholder_pattern
+from mlm_plugin.prompt_sets.english import is_ordinary_word
 
 __all__ = [
     "create_dataset",
@@ -27,6 +29,8 @@ __all__ = [
     "print_report",
     "require_placeholders",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tuple[Concept, ...]:
@@ -40,7 +44,19 @@ def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tup
     concepts = concepts_of(config, datasets, required=learns_tokens or uses_term)
     if uses_term:
         mlm_target(config.mlm, concepts)
+    _warn_of_ordinary_words(concepts)
     return concepts
+
+
+def _warn_of_ordinary_words(concepts: Sequence[Concept]) -> None:
+    """A placeholder that means something already loses its meaning, and keeps part of it."""
+    for name in (concept.placeholder_token for concept in concepts):
+        if is_ordinary_word(name):
+            logger.warning(
+                "the placeholder %r is an ordinary word, which the model draws already: the concept "
+                "starts from it, and prompts with the word change; take a rare one, e.g. 'sks'",
+                name,
+            )
 
 
 def create_dataset(
