@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mlm_plugin import __version__
-from mlm_plugin.errors import UserError
+from mlm_plugin.failures import TRACEBACK, exit_code_of
 
-__all__ = ["main", "run_command", "train_main"]
+__all__ = ["main", "train_main"]
 
 USAGE = """\
 usage: mlm-plugin COMMAND [...]
@@ -26,7 +26,8 @@ commands:
   pocket demo     learn one thing plain and with the MLM term, and show both
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 
-`mlm-plugin COMMAND --help` lists the options of a command.\
+`mlm-plugin COMMAND --help` lists the options of a command.
+`--traceback` with any command shows where an error comes from.\
 """
 
 
@@ -131,24 +132,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
-    try:
-        return command(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `mlm-plugin prompts | head`
-        sys.stderr.close()
-        return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `mlm-plugin`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == [TRACEBACK]:  # first of all words, it counts as last
+        arguments = [*arguments[1:], TRACEBACK]
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(USAGE)
@@ -162,12 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return run_command(COMMANDS[name], arguments[1:])
+    return exit_code_of(COMMANDS[name], arguments[1:])
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `train_network_mlm.py`."""
-    return run_command(_train, list(sys.argv[1:] if argv is None else argv))
+    return exit_code_of(_train, list(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,23 @@
-"""The one exception that users cause and can fix."""
+"""The one exception that users cause and can fix, and how its messages show a value."""
 
-__all__ = ["UserError"]
+__all__ = ["UserError", "shown"]
 
 
 class UserError(ValueError):
     """Unusable input, in one line: option or file, what was given, what is allowed, what to do.
 
-    The command line prints the line and exits with code 2.
+    The command line prints the line and exits with ``exit_code``.
+
+    Attributes:
+        exit_code: 2; 1 where training had begun.
     """
+
+    exit_code = 2
+
+
+def shown(value: object) -> str:
+    """A value in a message, as Python writes it; a number of thousands of digits has no text."""
+    try:
+        return repr(value)
+    except ValueError:  # Python's limit for the digits of a whole number
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a number"

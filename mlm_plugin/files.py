@@ -7,6 +7,7 @@ power cut leaves half a file under that name.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import random
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -29,6 +31,7 @@ __all__ = [
     "cache_dir",
     "cached_folder",
     "disk_errors",
+    "parse_json",
     "put_in_place",
     "read_text",
     "remove_leftovers",
@@ -178,6 +181,20 @@ def read_text(path: str | os.PathLike) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
+
+
+def parse_json(text: str, path: str | os.PathLike) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it is not JSON, or nested more deeply than anyone writes; names the file.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply to be read") from error
 
 
 def cache_dir() -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlm_plugin"
 ROWS = [
-    ("errors", "files"),
+    ("errors", "files", "failures"),
     ("config",),
     ("prompt_sets",),
     ("mlm",),

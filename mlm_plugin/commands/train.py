@@ -6,30 +6,41 @@ step is in ``mlm_plugin/setup/``.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig, resolve_datasets
+from mlm_plugin.commands.rehearsal import (
+    CheckedRun,
+    refuse_before_loading,
+    rehearse,
+    run_identity,
+    without_messages,
+)
+from mlm_plugin.config.datasets import Concept, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.data.dataset import EpochOrder, TrainDataset
+from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
-from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
 from mlm_plugin.methods.checks import check_config, check_model
-from mlm_plugin.mlm_setup import mlm_schedule, trigger_of
+from mlm_plugin.mlm_setup import mlm_schedule
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.pretrain import Interrupted
-from mlm_plugin.setup.accelerator import create_accelerator, shared_seed
+from mlm_plugin.setup.accelerator import (
+    check_accelerator,
+    create_accelerator,
+    known_seed,
+    launched_processes,
+    shared_seed,
+    warn_of_launch_settings,
+)
 from mlm_plugin.setup.builtin_names import with_built_in_paths
 from mlm_plugin.setup.class_image_folders import prepare_class_images
 from mlm_plugin.setup.console import quiet_libraries, setup_console
@@ -39,9 +50,7 @@ from mlm_plugin.setup.data import (
     create_order,
     find_concepts,
     print_report,
-    require_placeholders,
 )
-from mlm_plugin.setup.early_checks import require_what_is_named
 from mlm_plugin.setup.models import (
     cache_latents,
     cached_captions,
@@ -60,26 +69,11 @@ from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.plan import MLMTerm, Objective
-from mlm_plugin.training.state import RunIdentity, check_state
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["CheckedRun", "build_trainer", "check_run", "train", "trainer_of"]
 
 logger = logging.getLogger(__name__)
-
-COMMON_STATE_OPTIONS = (
-    "method",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "optimizer_type",
-    "optimizer_args",
-    "lr_scheduler",
-    "lr_scheduler_type",
-    "lr_scheduler_args",
-    "lr_warmup_steps",
-)
-"""What every training state depends on; ``Method.state_options`` has the rest."""
 
 
 def train(argv: Sequence[str]) -> int:
@@ -97,25 +91,30 @@ def train(argv: Sequence[str]) -> int:
     if config.run.output_config:
         print(f"wrote {write_config(config)}")
         return 0
-    config, datasets, concepts = check_run(config)
-    if config.run.check or config.dataset.debug_dataset:
-        _print_data(config, datasets, concepts)
+    run = check_run(config)
+    config, datasets, concepts = run
+    if config.run.check:
+        return _check(run)
+    if config.dataset.debug_dataset:
+        _print_data(run)
         return 0
     require_writable(config.output.output_dir, "output_dir")
     require_output_name(config.output)
     accelerator = create_accelerator(config)
     seed = shared_seed(config)
     try:
+        dataset = create_dataset(config, datasets, concepts, seed=seed)
+        with without_messages():
+            rehearse(run, dataset, seed=seed, num_processes=accelerator.num_processes)
         if config.finetune.generate_class_images:
             config = prepare_class_images(
                 config, concepts, models=lambda: load_models(config), accelerator=accelerator
             )
-            datasets = resolve_datasets(config)
-        dataset = create_dataset(config, datasets, concepts, seed=seed)
+            dataset = create_dataset(config, resolve_datasets(config), concepts, seed=seed)
         trainer = build_trainer(
             config, accelerator=accelerator, dataset=dataset, concepts=concepts, seed=seed
         )
-        trainer.run()
+        _run(trainer)
     except (Stopped, Interrupted) as stopped:
         accelerator.print(f"stopped: {stopped}", file=sys.stderr)
         return stopped.exit_code
@@ -132,14 +131,6 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
-class CheckedRun(NamedTuple):
-    """Options that fit each other and the data, the data sets, and what is learned."""
-
-    config: TrainConfig
-    datasets: Sequence[DatasetConfig]
-    concepts: Sequence[Concept]
-
-
 def check_run(config: TrainConfig) -> CheckedRun:
     """Check everything that can be checked without a model or a picture.
 
@@ -151,26 +142,56 @@ def check_run(config: TrainConfig) -> CheckedRun:
     datasets = resolve_datasets(config)
     concepts = find_concepts(config, datasets)
     METHODS[config.schedule.method].check(config, concepts)
-    require_what_is_named(config, concepts)
     return CheckedRun(config, datasets, concepts)
 
 
-def _print_data(
-    config: TrainConfig, datasets: Sequence[DatasetConfig], concepts: Sequence[Concept]
-) -> None:
-    """The report of ``--check``: data, concepts and length; no model is loaded for it.
+def _run(trainer: Trainer) -> None:
+    """Train; errors that cost steps end with code 1."""
+    first_step = trainer.progress.current_step
+    try:
+        trainer.run()
+    except Stopped:
+        raise
+    except Exception as error:
+        if trainer.progress.current_step > first_step:
+            error.exit_code = 1
+        raise
 
-    The length is that of one process.
-    """
-    dataset = create_dataset(config, datasets, concepts, seed=config.schedule.seed or 0)
-    report = dataset_report(dataset, concepts=[concept.text for concept in concepts])
+
+def _check(run: CheckedRun) -> int:
+    """``--check``: refuse what the run would refuse, print what it would print, load no weights."""
+    config, datasets, concepts = run
+    check_accelerator(config)
+    warn_of_launch_settings(config)
+    if config.output.output_dir is not None:
+        require_writable(_existing(Path(config.output.output_dir)), "output_dir")
+        require_output_name(config.output)
+    seed = known_seed(config) or 0
+    dataset = create_dataset(config, datasets, concepts, seed=seed)
+    found = rehearse(run, dataset, seed=seed, num_processes=launched_processes(), download=False)
+    if found is None:
+        _print_data(run)
+        for concept in concepts:
+            print(f"Concept: {concept.placeholder_token!r} is a {concept.class_token or 'thing'}")
+        name = config.model.pretrained_model_name_or_path
+        print(f"{name} is not on this machine: nothing was checked that depends on the model.")
+        return 0
+    print_report(config, dataset, concepts, found.models)
+    print(f"Length: {found.plan.num_steps} step(s), {found.plan.num_epochs} epoch(s)")
+    print("Everything that can be known without the weights is in order.")
+    return 0
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists: nothing is created for a check."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _print_data(run: CheckedRun) -> None:
+    """The report of ``debug_dataset``; no model is loaded for it."""
+    dataset = create_dataset(*run, seed=run.config.schedule.seed or 0)
+    report = dataset_report(dataset, concepts=[concept.text for concept in run.concepts])
     print("\n".join(report.lines()))
-    for concept in concepts:
-        print(f"Concept: {concept.placeholder_token!r} is a {concept.class_token or 'thing'}")
-    accumulated = config.schedule.gradient_accumulation_steps
-    order = EpochOrder(dataset, rank=0, world_size=1, batches_per_step=accumulated)
-    plan = create_plan(config, batches_per_epoch=len(order))
-    print(f"Length: {plan.num_steps} steps, {plan.num_epochs} epochs")
 
 
 def trainer_of(run: CheckedRun) -> Trainer:
@@ -195,8 +216,10 @@ def build_trainer(
     seed: int,
 ) -> Trainer:
     """Everything between checked options and the first step."""
-    identity = RunIdentity(seed, accelerator.num_processes, _settings_of(config, dataset, concepts))
-    _refuse_before_loading(config, dataset, concepts, identity)
+    identity = run_identity(
+        config, dataset, concepts, seed=seed, num_processes=accelerator.num_processes
+    )
+    refuse_before_loading(config, dataset, concepts, identity)
     models = _load_base_model(config, dataset, concepts, accelerator)
     term = prepare_term(
         config, models, concepts=concepts, dataset=dataset, accelerator=accelerator, seed=seed
@@ -211,7 +234,9 @@ def build_trainer(
     cache_latents(config, dataset, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
 
-    order = create_order(config, dataset, accelerator)
+    order = create_order(
+        config, dataset, rank=accelerator.process_index, world_size=accelerator.num_processes
+    )
     plan = create_plan(config, batches_per_epoch=len(order))
     dataset.set_max_train_steps(plan.num_steps)
     optimization = create_optimization(config, method, plan, accelerator)
@@ -241,22 +266,6 @@ def build_trainer(
     )
     _resume(trainer, config.schedule.resume)
     return trainer
-
-
-def _refuse_before_loading(
-    config: TrainConfig, dataset: TrainDataset, concepts: Sequence[Concept], identity: RunIdentity
-) -> None:
-    """Check state, captions and options as far as possible without a model.
-
-    Raises:
-        UserError: says what is wrong.
-    """
-    if config.schedule.resume:
-        check_state(Path(config.schedule.resume), identity)
-    if METHODS[config.schedule.method].learns_tokens:
-        require_placeholders(dataset, concepts)
-    if config.dataset.cache_text_encoder_outputs:
-        dataset.fixed_captions()  # raises if they change between draws
 
 
 def _load_base_model(
@@ -298,26 +307,4 @@ def _resume(trainer: Trainer, state: str | None) -> None:
     """Continue from the state that ``resume`` names, if any."""
     if state:
         trainer.load_state(Path(state))
-        step, last = trainer.progress.current_step, trainer.plan.num_steps
-        if step >= last:
-            raise UserError(
-                f"resume: {state} is at step {step}, and the run ends at step {last}: nothing is "
-                "left to train; raise max_train_steps or max_train_epochs, or use the file saved "
-                "beside the state"
-            )
         logger.info("resuming from %s, step %d", state, trainer.progress.current_step)
-
-
-def _settings_of(
-    config: TrainConfig, dataset: TrainDataset, concepts: Sequence[Concept]
-) -> dict[str, str]:
-    """Options that must be the same when a run is resumed, as the state depends on them."""
-    options = config.to_flat()
-    # those of all methods, so that states of different methods can be compared
-    names = {*COMMON_STATE_OPTIONS}.union(*(method.state_options() for method in METHODS.values()))
-    pictures = "".join(f"{i.path.name}/{i.repeats}/{i.bucket}" for i in dataset.images)
-    digest = hashlib.sha256(pictures.encode()).hexdigest()[:16]
-    return {name: str(options[name]) for name in sorted(names)} | {
-        "concepts": str(trigger_of(concepts)),
-        "pictures": digest,
-    }

@@ -377,6 +377,21 @@ _RULES = (
     ),
     _without("save_last_n_steps_state save_last_n_epochs_state", "save_state"),
     Rule(
+        ("max_train_steps",),
+        "with max_train_epochs = {max_train_epochs}, which takes precedence",
+        lambda flat: flat["max_train_epochs"] is None,
+    ),
+    Rule(
+        ("sample_every_n_steps",),
+        "with sample_every_n_epochs = {sample_every_n_epochs}, which takes precedence",
+        lambda flat: flat["sample_every_n_epochs"] is None,
+    ),
+    Rule(
+        ("keep_tokens",),
+        "with keep_tokens_separator = {keep_tokens_separator}, which takes precedence",
+        lambda flat: not flat["keep_tokens_separator"],
+    ),
+    Rule(
         ("save_every_n_epochs",),
         "with save_n_epoch_ratio = {save_n_epoch_ratio}, which takes precedence",
         lambda flat: flat["save_n_epoch_ratio"] is None,

@@ -9,7 +9,6 @@ Source: sd-scripts library/config_util.py (schema, order of resolution, folder n
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.nearest import did_you_mean
-from mlm_plugin.config.options import OPTIONS, TrainConfig
+from mlm_plugin.config.options import (
+    LARGEST_BATCH,
+    LARGEST_SIDE,
+    MOST_REPEATS,
+    OPTIONS,
+    TrainConfig,
+)
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown
+from mlm_plugin.files import parse_json, read_text
 
 __all__ = [
     "Concept",
@@ -114,6 +120,7 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     general = user.get("general", {})
     _check_table(general, "general", place=f"{place} [general]")
     options = _option_values(config)
+    check_caption_extension(config.dataset.caption_extension, place="options")
     datasets = tuple(
         _resolve_dataset(
             table, number, general=general, options=options, config=config, place=place
@@ -193,13 +200,20 @@ _KEYS: dict[str, _Key] = {
 }
 """Every key of a dataset_config. Source: ConfigSanitizer's schemas."""
 
+_MOST = {
+    "batch_size": LARGEST_BATCH,
+    "num_repeats": MOST_REPEATS,
+    **dict.fromkeys(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), LARGEST_SIDE),
+}
+LARGEST_NUMBER = 1e30
+
 _EXPECTED = {
     "int": "a whole number, 0 or more",
     "float": "a number",
     "rate": "a number from 0 to 1",
     "bool": "true or false",
     "str": "text",
-    "size": "a number of pixels or [width, height]",
+    "size": f"a number of pixels or [width, height], at most {LARGEST_SIDE}",
     "range": "two numbers [min, max]",
     "interpolation": "one of " + ", ".join(OPTIONS["resize_interpolation"].choices or ()),
     "table": "a table of key = value",
@@ -223,9 +237,26 @@ def _check_table(table: Any, level: str, kind: str | None = None, *, place: str)
             raise UserError(f"{place}: {_misplaced(name, level)}")
         if not _is_kind(_KEYS[name].kind, value):
             raise UserError(
-                f"{place}: {name} = {value!r} is not allowed; "
+                f"{place}: {name} = {shown(value)} is not allowed; "
                 f"it must be {_EXPECTED[_KEYS[name].kind]}"
             )
+        if name in _MOST and value > _MOST[name]:
+            raise UserError(f"{place}: {name} = {value} is too large; at most {_MOST[name]}")
+        if name == "caption_extension":
+            check_caption_extension(value, place=place)
+
+
+def check_caption_extension(extension: str, *, place: str) -> None:
+    """Refuse what cannot end a file name.
+
+    Raises:
+        UserError: a slash or a control character, or one that is too long.
+    """
+    if set(extension) & set("/\\") or not extension.isprintable() or len(extension) > 50:
+        raise UserError(
+            f"{place}: caption_extension = {extension!r} is not the end of a file name; give one "
+            "like '.txt'"
+        )
 
 
 def _misplaced(name: str, level: str) -> str:
@@ -240,13 +271,17 @@ def _misplaced(name: str, level: str) -> str:
 
 
 def _is_kind(kind: str, value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= LARGEST_NUMBER  # neither inf nor NaN
+    )
     is_whole = is_number and float(value).is_integer() and value >= 0
     if kind == "int":
         return is_whole
     if kind == "size":
         sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-        return all(_is_kind("int", side) and side > 0 for side in sides)
+        return all(_is_kind("int", side) and 0 < side <= LARGEST_SIDE for side in sides)
     if kind == "range":
         return (
             isinstance(value, (list, tuple))
@@ -290,12 +325,7 @@ def _read_dataset_config(path: str) -> dict[str, Any]:
         return read_toml(path)
     if suffix != ".json":
         raise UserError(f"dataset_config {path}: must be a .toml or .json file")
-    try:
-        user = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    user = parse_json(read_text(path), path)
     if not isinstance(user, dict):
         raise UserError(f"{path}: must hold an object with general and datasets")
     return user
@@ -388,11 +418,11 @@ def _parse_pair(name: str, text: str | None) -> Any:
     convert = int if kind == "size" else float
     try:
         numbers = [convert(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, OverflowError):
         numbers = []
     value = numbers[0] if kind == "size" and len(numbers) == 1 else numbers
     if not _is_kind(kind, value):
-        form = "`512` or `width,height`" if kind == "size" else "`min,max`"
+        form = f"`512` or `width,height`, at most {LARGEST_SIDE}" if kind == "size" else "`min,max`"
         raise UserError(f"{name} = {text!r} is not allowed; it must be {form}")
     return value
 

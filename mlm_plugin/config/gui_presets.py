@@ -10,25 +10,27 @@ Source: bmaltais/kohya_ss kohya_gui/lora_gui.py train_model (which field becomes
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlm_plugin.config.gui_fields import (
+    GUI_ONLY,
+    HANDLED,
+    KOHYA_ARGS,
+    LYCORIS_ARGS,
+    RENAMED,
+    SDXL_SWITCHES,
+)
 from mlm_plugin.config.loading import coerce, parser, write_options
 from mlm_plugin.config.options import NO_EFFECT, OPTIONS, REFUSED
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import parse_json, read_text
 
 __all__ = ["convert_preset", "run_convert_preset"]
 
 _PLACE = "preset"
-
-_RENAMED = {
-    "max_resolution": "resolution",
-    "optimizer": "optimizer_type",
-    "lora_network_weights": "network_weights",
-}
 
 _LYCORIS_ALGO = {
     "LyCORIS/LoCon": "locon",
@@ -50,92 +52,6 @@ _KOHYA_MODULE = {
     "Kohya DyLoRA": "networks.dylora",
     "Flux1": "networks.lora_flux",
 }
-
-_KOHYA_ARGS = (
-    "down_lr_weight",
-    "mid_lr_weight",
-    "up_lr_weight",
-    "block_lr_zero_threshold",
-    "block_dims",
-    "block_alphas",
-    "conv_block_dims",
-    "conv_block_alphas",
-    "rank_dropout",
-    "module_dropout",
-    "loraplus_lr_ratio",
-    "loraplus_unet_lr_ratio",
-    "loraplus_text_encoder_lr_ratio",
-)
-
-_LYCORIS_ARGS = (
-    "rank_dropout",
-    "module_dropout",
-    "rank_dropout_scale",
-    "bypass_mode",
-    "dora_wd",
-    "use_cp",
-    "use_tucker",
-    "use_scalar",
-    "decompose_both",
-    "train_norm",
-    "constrain",
-    "rescaled",
-)
-
-_HANDLED = {
-    *_KOHYA_ARGS,
-    *_LYCORIS_ARGS,
-    "LoRA_type",
-    "LyCORIS_preset",
-    "additional_parameters",
-    "conv_alpha",
-    "conv_alphas",
-    "conv_dim",
-    "conv_dims",
-    "epoch",
-    "factor",
-    "learning_rate",
-    "lr_scheduler_num_cycles",
-    "lr_warmup",
-    "lr_warmup_steps",
-    "max_train_epochs",
-    "max_train_steps",
-    "network_args",
-    "noise_offset_type",
-    "sample_prompts",
-    "sdxl",
-    "sdxl_cache_text_encoder_outputs",
-    "sdxl_no_half_vae",
-    "stop_text_encoder_training",
-    "text_encoder_lr",
-    "train_on_input",
-    "unet_lr",
-    "unit",
-    "xformers",
-}
-"""Fields that the functions below read."""
-
-_SDXL_SWITCHES = {
-    "sdxl_no_half_vae": "no_half_vae",
-    "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
-}
-"""Fields that the GUI reads of SDXL presets only."""
-
-_GUI_ONLY = {
-    "dynamo_mode",
-    "dynamo_use_dynamic",
-    "dynamo_use_fullgraph",
-    "extra_accelerate_launch_args",
-    "gpu_ids",
-    "main_process_port",
-    "model_list",
-    "multi_gpu",
-    "num_cpu_threads_per_process",
-    "num_machines",
-    "num_processes",
-    "save_as_bool",
-}
-"""Settings of the GUI or of ``accelerate launch``; training does not see them."""
 
 _ORIGINAL_NOISE = ("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale")
 _MULTIRES_NOISE = ("multires_noise_iterations", "multires_noise_discount")
@@ -196,12 +112,7 @@ def run_convert_preset(argv: Sequence[str]) -> int:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        preset = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    preset = parse_json(read_text(path), path)
     if not isinstance(preset, dict):
         raise UserError(f"{path}: is not a GUI preset: an object of fields is needed")
     return preset
@@ -230,8 +141,8 @@ def _plain_options(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, 
     """Fields that are options under their own or another name."""
     values: dict[str, Any] = {}
     for field, value in fields.items():
-        name = _RENAMED.get(field, field)
-        if field in _HANDLED or field in _GUI_ONLY:
+        name = RENAMED.get(field, field)
+        if field in HANDLED or field in GUI_ONLY:
             continue
         if name in OPTIONS:
             values |= _one_option(name, value)
@@ -263,7 +174,7 @@ def _network(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
         if kind not in _KOHYA_MODULE:
             warnings.append(f"LoRA_type = {kind!r} is unknown; networks.lora is used")
         module = _KOHYA_MODULE.get(kind, "networks.lora")
-        names = list(_KOHYA_ARGS)
+        names = list(KOHYA_ARGS)
         if kind in ("Kohya LoCon", "Kohya DyLoRA"):
             names += ["conv_dim", "conv_alpha"]
         if kind == "Kohya DyLoRA":
@@ -288,7 +199,7 @@ def _lycoris_arguments(fields: Mapping[str, Any], algo: str) -> list[str]:
     if algo == "dylora":
         arguments.append(f"block_size={fields.get('unit', 1)}")
     return arguments + [
-        f"{name}={fields[name]}" for name in _LYCORIS_ARGS if not _is_off(fields.get(name))
+        f"{name}={fields[name]}" for name in LYCORIS_ARGS if not _is_off(fields.get(name))
     ]
 
 
@@ -352,9 +263,7 @@ def _switches(fields: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
     if attention in (True, "xformers", "sdpa"):
         values["sdpa" if attention == "sdpa" else "xformers"] = True
     if fields.get("sdxl") is True:
-        values |= {
-            name: True for field, name in _SDXL_SWITCHES.items() if fields.get(field) is True
-        }
+        values |= {name: True for field, name in SDXL_SWITCHES.items() if fields.get(field) is True}
     if fields.get("LoRA_type") == "Flux1":
         warnings.append("the preset is for FLUX, which this trainer does not load")
     prompts = str(fields.get("sample_prompts", "")).strip()

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlm_plugin.config.gui_fields import is_gui_field
 from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import (
     ALIASES,
@@ -29,12 +31,13 @@ from mlm_plugin.config.options import (
     known_names,
 )
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown
 from mlm_plugin.files import atomic_path
 
 __all__ = [
     "coerce",
     "config_from_values",
+    "describe",
     "load_config",
     "options_markdown",
     "parser",
@@ -45,6 +48,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _COMMAND_LINE = "command line"
+LONGEST_NAME = 255
+_LENIENT = "allow_unknown_keys = true"
 
 
 def load_config(argv: Sequence[str]) -> TrainConfig:
@@ -72,11 +77,32 @@ def load_config(argv: Sequence[str]) -> TrainConfig:
     _report_unknown_flags(unknown, lenient=lenient)
     values: dict[str, Any] = {}
     for place, given in sources:
-        read = _read_values(given, place=place, lenient=lenient)
-        if "max_train_steps" in read and "max_train_epochs" not in read:
-            values.pop("max_train_epochs", None)  # epochs of a file, where steps come as a flag
-        values |= read
+        own = _read_values(given, place=place, lenient=lenient)
+        _drop_superseding(values, own, place=place)
+        values |= own
     return TrainConfig.from_flat(values)
+
+
+_SUPERSEDED_BY = {
+    "max_train_steps": "max_train_epochs",
+    "save_every_n_epochs": "save_n_epoch_ratio",
+    "sample_every_n_steps": "sample_every_n_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "keep_tokens": "keep_tokens_separator",
+    "train_data_dir": "dataset_config",
+}
+"""Options that another one replaces where both are given."""
+
+
+def _drop_superseding(before: dict[str, Any], given: Mapping[str, Any], *, place: str) -> None:
+    """A flag wins over the file also where the file has the option that would replace it."""
+    for name, stronger in _SUPERSEDED_BY.items():
+        if given.get(name) and before.get(stronger) and stronger not in given:
+            dropped = before.pop(stronger)
+            logger.warning(
+                "%s: %s = %s takes the place of %s = %s in the file",
+                *(place, name, given[name], stronger, dropped),
+            )
 
 
 def config_from_values(values: Mapping[str, Any], *, place: str) -> TrainConfig:
@@ -164,7 +190,7 @@ def coerce(entry: Option, raw: Any, *, place: str) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{place}: {entry.name} = {raw!r} is not allowed; it must be {_expected(entry)}"
+            f"{place}: {entry.name} = {shown(raw)} is not allowed; it must be {_expected(entry)}"
         ) from error
     return value
 
@@ -217,10 +243,26 @@ def _check_limits(entry: Option, value: Any, *, place: str) -> None:
         raise ValueError
     if entry.at_least is not None and value < entry.at_least:
         raise ValueError
+    if entry.at_most is not None and value > entry.at_most:
+        raise ValueError
+    if entry.kind is str:
+        _check_text(entry, value, place=place)
     if entry.path and place != _COMMAND_LINE and any(ord(letter) < 32 for letter in value):
         raise UserError(
             f"{place}: {entry.name} = {value!r} holds a control character; "
             "write Windows paths with / or in single quotes"
+        )
+
+
+def _check_text(entry: Option, value: str, *, place: str) -> None:
+    """What no program and no file system can take."""
+    if "\0" in value:
+        raise UserError(f"{place}: {entry.name} = {value!r} holds a zero byte; remove it")
+    longest = max(len(part.encode("utf-8", "replace")) for part in re.split(r"[/\\,]", value))
+    if entry.path and longest > LONGEST_NAME:
+        raise UserError(
+            f"{place}: {entry.name} = {value!r}: a name in it has {longest} bytes, and no disk "
+            f"takes more than {LONGEST_NAME}"
         )
 
 
@@ -239,6 +281,8 @@ def _expected(entry: Option) -> str:
         text += " (to train none at all: no_train_text_encoder or network_train_unet_only)"
     if entry.at_least is not None:
         text += f" of at least {entry.at_least:g}"
+    if entry.at_most is not None:
+        text += f" and at most {entry.at_most}"
     return f"a list; each item {text}" if entry.many else text
 
 
@@ -289,7 +333,7 @@ def _report_unknown_flags(arguments: Sequence[str], *, lenient: bool) -> None:
         if not argument.startswith("--"):
             continue
         flag = argument.split("=")[0]
-        names = [*known_names(), *(f"no-{name}" for name in known_names())]
+        names = [*known_names(), *(f"no_{name}" for name in known_names())]
         hint = did_you_mean(flag[2:], names, prefix="--")
         _complain(f"{_COMMAND_LINE}: unknown flag {flag}{hint}", lenient=lenient)
     if arguments and not any(argument.startswith("--") for argument in arguments):
@@ -297,6 +341,17 @@ def _report_unknown_flags(arguments: Sequence[str], *, lenient: bool) -> None:
             f"{_COMMAND_LINE}: cannot place {arguments[0]!r}; flags are written --name value",
             lenient=lenient,
         )
+
+
+def _unknown_key(name: str) -> str:
+    if is_gui_field(name):
+        return (
+            f"{name!r} is a field of the kohya_ss GUI, not an option of a trainer; turn the "
+            "preset (JSON) into TOML with `mlm-plugin convert-preset`, remove the key, or set "
+            f"{_LENIENT}"
+        )
+    hint = did_you_mean(name, known_names())
+    return f"unknown key {name!r}{hint or '; remove it'}, or set {_LENIENT} to go on without it"
 
 
 def _complain(message: str, *, lenient: bool) -> None:
@@ -320,10 +375,7 @@ def _read_values(given: Mapping[str, Any], *, place: str, lenient: bool) -> dict
             if _asks_for_something(NO_EFFECT[name], raw):
                 logger.warning("%s: %s has no effect: %s", place, name, NO_EFFECT[name].reason)
         else:
-            hint = did_you_mean(name, known_names())
-            if not hint and place != _COMMAND_LINE:
-                hint = "; remove it, or add allow_unknown_keys = true"
-            _complain(f"{place}: unknown key {name!r}{hint}", lenient=lenient)
+            _complain(f"{place}: {_unknown_key(name)}", lenient=lenient)
     return values
 
 
@@ -372,8 +424,8 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         formatter_class=_Formatter,
         description="Teach concepts to Stable Diffusion with the MLM regularizer: a LoRA, or what "
         "--method names. Options are those of kohya's train_network.py, and ours.",
-        epilog="Every switch that the TOML turns on is turned off by --no-NAME, "
-        "e.g. --no-shuffle_caption.",
+        epilog="Every switch that the TOML turns on is turned off by --no_NAME or --NAME=false, "
+        "e.g. --no_shuffle_caption. --traceback shows where an error comes from.",
     )
     for group, cls in GROUPS.items():
         section = built.add_argument_group(group, cls.__doc__)
@@ -393,7 +445,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_flag(section: Any, entry: Option) -> None:
-    text = _describe(entry)
+    text = describe(entry)
     if entry.kind is bool:
         _add_switch(section, entry.name, text)
     else:
@@ -402,8 +454,10 @@ def _add_flag(section: Any, entry: Option) -> None:
 
 
 def _add_switch(section: Any, name: str, text: str) -> None:
-    section.add_argument(f"--{name}", action="store_true", help=text)
-    section.add_argument(f"--no-{name}", action="store_false", dest=name, help=argparse.SUPPRESS)
+    """``--x``, ``--x=false`` and ``--no-x``; the value is converted as one of a TOML."""
+    section.add_argument(f"--{name}", nargs="?", const=True, help=text)
+    off = (f"--no-{name}", f"--no_{name}")
+    section.add_argument(*off, action="store_false", dest=name, help=argparse.SUPPRESS)
 
 
 def _add_declined(section: Any, name: str, entry: Declined) -> None:
@@ -422,7 +476,8 @@ def _metavar(entry: Option) -> str:
     return {int: "N", float: "X", str: "KEY=VALUE" if pairs else "TEXT"}[entry.kind]
 
 
-def _describe(entry: Option) -> str:
+def describe(entry: Option) -> str:
+    """Help text of an option, with its choices and its default; ``%`` doubled for argparse."""
     text = entry.help
     if entry.choices is not None and len(entry.choices) > 1 and entry.name != "max_token_length":
         text += " One of: " + ", ".join(str(choice) for choice in entry.choices) + "."
@@ -434,6 +489,9 @@ def _describe(entry: Option) -> str:
 class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36, width=100)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return "" if action.nargs == "?" else super()._format_args(action, default_metavar)
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
         short = "%(prog)s [--config_file RUN.toml] [--dataset_config DATA.toml] [--NAME VALUE ...]"
@@ -452,7 +510,7 @@ def _group_markdown(group: str, cls: type) -> str:
     lines = [f"**{group}**: {cls.__doc__}", "", "| option | default | effect |", "|---|---|---|"]
     for entry in OPTIONS.values():
         if entry.group == group:
-            effect = _describe(entry).replace("%%", "%").split(" (default: ")[0].replace("|", "\\|")
+            effect = describe(entry).replace("%%", "%").split(" (default: ")[0].replace("|", "\\|")
             lines.append(f"| `{entry.name}` | {_default_text(entry)} | {effect} |")
     return "\n".join(lines)
 

@@ -22,6 +22,9 @@ from mlm_plugin.config.methods import METHOD_CLASSES
 __all__ = [
     "ALIASES",
     "GROUPS",
+    "LARGEST_BATCH",
+    "LARGEST_SIDE",
+    "MOST_REPEATS",
     "NO_EFFECT",
     "OPTIONS",
     "REFUSED",
@@ -46,12 +49,19 @@ __all__ = [
 ]
 
 
+LARGEST_RANK = 1_000_000  # LoKr presets have 100000, which means full matrices
+LARGEST_SIDE = 16_384
+LARGEST_BATCH = 4_096
+MOST_REPEATS = 1_000_000
+
+
 def option(
     default: Any,
     help: str,  # noqa: A002 - the word argparse uses
     *,
     choices: tuple | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
     zero_is_off: bool = False,
     path: bool = False,
     secret: bool = False,
@@ -64,6 +74,7 @@ def option(
         help: Its effect and unit.
         choices: Allowed values.
         at_least: Smallest allowed number.
+        at_most: Largest allowed number: far above any use, below what no machine can hold.
         zero_is_off: 0 means None (GUIs write 0 for an empty box).
         path: The text is a file, a folder or a hub id.
         secret: Never written to files.
@@ -75,6 +86,7 @@ def option(
             "help": help,
             "choices": choices,
             "at_least": at_least,
+            "at_most": at_most,
             "zero_is_off": zero_is_off,
             "path": path,
             "secret": secret,
@@ -193,7 +205,9 @@ class NetworkOptions:
     network_module: str = option(
         "networks.lora", "Kind of network: `networks.lora` (built in) or `lycoris.kohya`."
     )
-    network_dim: int | None = option(None, "Rank of the LoRA matrices; 4 if not given.", at_least=1)
+    network_dim: int | None = option(
+        None, "Rank of the LoRA matrices; 4 if not given.", at_least=1, at_most=LARGEST_RANK
+    )
     network_alpha: float = option(
         1.0,
         "Scales the LoRA output by network_alpha / network_dim. Equal to network_dim: scale 1.",
@@ -234,6 +248,7 @@ class EmbeddingOptions:
         1,
         "Vectors per placeholder; more of them capture more detail and take more of the prompt.",
         at_least=1,
+        at_most=LARGEST_BATCH,
     )
     init_word: tuple[str, ...] | None = option(
         None,
@@ -288,6 +303,7 @@ class FinetuneOptions:
         None,
         "Also write the change of custom_diffusion as a LoRA of this rank, which WebUIs load.",
         at_least=1,
+        at_most=LARGEST_RANK,
         zero_is_off=True,
     )
 
@@ -404,7 +420,9 @@ class ScheduleOptions:
         at_least=1,
         zero_is_off=True,
     )
-    train_batch_size: int = option(1, "Images per step and device.", at_least=1)
+    train_batch_size: int = option(
+        1, "Images per step and device.", at_least=1, at_most=LARGEST_BATCH
+    )
     gradient_accumulation_steps: int = option(
         1, "Batches whose gradients are averaged into one optimizer step.", at_least=1
     )
@@ -453,10 +471,17 @@ class DatasetOptions:
     enable_bucket: bool = option(
         False, "Keep aspect ratios: sort images into buckets of about equal area."
     )
-    min_bucket_reso: int = option(256, "Smallest bucket side in pixels.", at_least=1)
-    max_bucket_reso: int = option(1024, "Largest bucket side in pixels.", at_least=1)
+    min_bucket_reso: int = option(
+        256, "Smallest bucket side in pixels.", at_least=1, at_most=LARGEST_SIDE
+    )
+    max_bucket_reso: int = option(
+        1024, "Largest bucket side in pixels.", at_least=1, at_most=LARGEST_SIDE
+    )
     bucket_reso_steps: int = option(
-        64, "Bucket sides are multiples of this many pixels (rounded up to 64).", at_least=1
+        64,
+        "Bucket sides are multiples of this many pixels (rounded up to 64).",
+        at_least=1,
+        at_most=LARGEST_SIDE,
     )
     bucket_no_upscale: bool = option(False, "Never enlarge an image to fill a bucket.")
     resize_interpolation: str | None = option(
@@ -469,7 +494,11 @@ class DatasetOptions:
         False, "Keep the latents beside the images as .npz for the next run."
     )
     vae_batch_size: int = option(
-        1, "Images encoded at once while latents are cached.", at_least=1, convert=_batch_size
+        1,
+        "Images encoded at once while latents are cached.",
+        at_least=1,
+        at_most=LARGEST_BATCH,
+        convert=_batch_size,
     )
     cache_text_encoder_outputs: bool = option(
         False,
@@ -537,7 +566,10 @@ class DatasetOptions:
         None, "Folder of mask images with the names of the training images.", path=True
     )
     dataset_repeats: int = option(
-        1, "num_repeats of subsets under dataset_config that give none.", at_least=1
+        1,
+        "num_repeats of subsets under dataset_config that give none.",
+        at_least=1,
+        at_most=MOST_REPEATS,
     )
     prior_loss_weight: float = option(
         1.0, "Weight of the loss on regularization images.", at_least=0
@@ -769,7 +801,9 @@ class MLMOptions:
         "class word, else `word`.",
         choices=("auto", "class", "word", "states"),
     )
-    mlm_batch_size: int = option(8, "Prompts of the MLM term per batch of images.", at_least=1)
+    mlm_batch_size: int = option(
+        8, "Prompts of the MLM term per batch of images.", at_least=1, at_most=LARGEST_BATCH
+    )
     mlm_probability: float = option(
         0.5, "Share of the context words to mask, above 0 and up to 1; whole words."
     )
@@ -828,7 +862,9 @@ class RunOptions:
     allow_unknown_keys: bool = option(
         False, "Warn about unknown keys and flags instead of refusing them."
     )
-    check: bool = option(False, "Validate options and data, then exit before the model is loaded.")
+    check: bool = option(
+        False, "Refuse what the run would refuse, print data, concepts and length; load no weights."
+    )
     host: str = option(
         "auto",
         "Trainer that runs: `standalone` (this package's own) or `sd-scripts` (kohya's, with the "
@@ -1025,6 +1061,7 @@ class Option(NamedTuple):
     help: str
     choices: tuple | None
     at_least: float | None
+    at_most: float | None
     zero_is_off: bool
     path: bool
     secret: bool

@@ -33,3 +33,5 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         if "\\" in text:
             message += "; write Windows paths with / or in single quotes"
         raise UserError(message) from error
+    except RecursionError as error:
+        raise UserError(f"{path}: is nested too deeply to be read") from error

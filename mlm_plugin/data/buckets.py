@@ -17,6 +17,7 @@ from mlm_plugin.errors import UserError
 __all__ = [
     "LATENT_STRIDE",
     "Placement",
+    "check_steps",
     "crop_box",
     "crop_top_left",
     "make_bucket_resolutions",
@@ -40,6 +41,18 @@ class Placement(NamedTuple):
     resized: Size  # (width, height) after scaling, covers the bucket
 
 
+def check_steps(steps: int) -> None:
+    """Refuse steps that do not fit the latents.
+
+    Raises:
+        UserError: not a multiple of the latents' stride.
+    """
+    if steps < 1 or steps % LATENT_STRIDE:
+        raise UserError(
+            f"bucket_reso_steps: {steps} is not a multiple of {LATENT_STRIDE}; 64 is usual"
+        )
+
+
 def usable_bucket_range(
     resolution: Size, *, min_bucket_reso: int, max_bucket_reso: int, steps: int
 ) -> tuple[int, int]:
@@ -50,10 +63,7 @@ def usable_bucket_range(
 
     Source: sd-scripts library/train_util.py adjust_min_max_bucket_reso_by_steps.
     """
-    if steps < 1 or steps % LATENT_STRIDE:
-        raise UserError(
-            f"bucket_reso_steps: {steps} is not a multiple of {LATENT_STRIDE}; 64 is usual"
-        )
+    check_steps(steps)
     smallest = min_bucket_reso - min_bucket_reso % steps
     largest = max_bucket_reso + -max_bucket_reso % steps
     for name, given, used in (

@@ -7,7 +7,6 @@ Sizes are (width, height).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ import numpy as np
 
 from mlm_plugin.data import buckets, captions, images
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import parse_json
 
 if TYPE_CHECKING:
     from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
@@ -31,6 +31,8 @@ __all__ = ["ImageInfo", "Sources", "captions_in", "load_pixels", "read_dataset"]
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
+
+MOST_PER_EPOCH = 10_000_000
 
 MAX_ASPECT_DIFFERENCE = 0.01
 """A mask may differ in size from its picture; its aspect ratio only by this share."""
@@ -129,6 +131,7 @@ def read_dataset(config: DatasetConfig, *, dataset_index: int = 0) -> Sources:
         logger.warning("skipping %s: %s", path, reason)
     if skipped:
         logger.warning("unusable files, skipped: %d", len(skipped))
+    _refuse_too_many(train + regularisation)
     return Sources(train + _balance(regularisation, sum(i.repeats for i in train)), skipped)
 
 
@@ -231,15 +234,28 @@ def _from_metadata(subset: SubsetConfig) -> list[_Found]:
     return found
 
 
+def _refuse_too_many(images: Sequence[ImageInfo]) -> None:
+    """Every use of a picture has an entry in the order of an epoch."""
+    total = sum(info.repeats for info in images)
+    if total > MOST_PER_EPOCH:
+        most = max(images, key=lambda info: info.repeats)
+        raise UserError(
+            f"{total} pictures per epoch, with repeats; at most {MOST_PER_EPOCH}: "
+            f"lower num_repeats = {most.repeats} of {most.path.parent}"
+        )
+
+
 def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"metadata_file: {path} does not exist")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".jsonl":
-            lines = (json.loads(line) for line in text.split("\n") if line.strip())
+            lines = (parse_json(line, path) for line in text.split("\n") if line.strip())
             return {line["image_path"]: line for line in lines}
-        metadata = json.loads(text)
+        metadata = parse_json(text, path)
+    except UserError as error:
+        raise UserError(f"metadata_file: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"metadata_file: {path} cannot be read: {error}") from error
     if not isinstance(metadata, dict) or not all(isinstance(e, dict) for e in metadata.values()):
@@ -344,10 +360,11 @@ def _placer(config: DatasetConfig):
         return lambda size: buckets.place_in_bucket(size, [resolution])
     steps = config.bucket_reso_steps
     if config.bucket_no_upscale:
-        # The limits are not used here; only the steps are checked.
-        buckets.usable_bucket_range(
-            resolution, min_bucket_reso=steps, max_bucket_reso=max(resolution), steps=steps
-        )
+        buckets.check_steps(steps)  # the limits are not used here
+        if min(resolution) < steps:
+            raise UserError(
+                f"resolution: {resolution[0]},{resolution[1]} is below bucket_reso_steps ({steps})"
+            )
         return lambda size: buckets.place_without_upscale(size, resolution, steps)
     smallest, largest = buckets.usable_bucket_range(
         resolution,

@@ -20,13 +20,17 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES, CheckpointFile, load_vae_file
 from mlm_plugin.models.components import TITLES, Components, empty_network, text_parts
 from mlm_plugin.models.diffusers_folder import (
+    HUB_ID,
     DiffusersFolder,
     find_folder,
     find_local_folder,
     load_vae_folder,
+    require_vae_folder,
+    weights_files_of,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import find_tokenizers
+from mlm_plugin.models.weights_files import read_weights
 
 __all__ = [
     "SDXL_VERSION",
@@ -34,6 +38,7 @@ __all__ = [
     "StableDiffusion",
     "empty_stable_diffusion",
     "load_stable_diffusion",
+    "require_weights",
 ]
 
 logger = logging.getLogger(__name__)
@@ -150,20 +155,23 @@ def load_stable_diffusion(
 def empty_stable_diffusion(
     name_or_path: str | os.PathLike,
     settings: ModelSettings | None = None,
+    *,
+    download: bool = False,
 ) -> StableDiffusion:
     """What :func:`load_stable_diffusion` would load, on the meta device: weights are not read.
 
-    Reads configurations, or names and shapes of a file; nothing is downloaded.
+    Reads configurations, or names and shapes of a file.
 
     Args:
         name_or_path: as in :func:`load_stable_diffusion`.
         settings: likewise; a replacement VAE has the shapes of the model's own.
+        download: whether a hub id that is not on this machine is fetched; refused otherwise.
 
     Raises:
         UserError: as in :func:`load_stable_diffusion`, except for damaged weights.
     """
     settings, name = settings or ModelSettings(), str(name_or_path)
-    source = _open(name, find_local_folder)
+    source = _open(name, find_folder if download else find_local_folder)
     clips = text_parts(source.family)
     networks = {
         part: empty_network(part, source.configs / part).to("meta")
@@ -171,6 +179,29 @@ def empty_stable_diffusion(
     }
     tokenizers = source.tokenizers or _find_tokenizers(source, networks, settings)
     return _assembled(source, Components(**networks), tokenizers, settings)
+
+
+def require_weights(name_or_path: str | os.PathLike, settings: ModelSettings) -> None:
+    """Refuse a folder without weights, and a replacement VAE that is not on this machine.
+
+    Args:
+        name_or_path: as in :func:`load_stable_diffusion`; on this machine.
+        settings: likewise. A VAE by hub id is looked for when it is loaded.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    name, vae = str(name_or_path), settings.vae and str(settings.vae)
+    if not Path(name).is_file():
+        folder = find_local_folder(name, option="--pretrained_model_name_or_path")
+        source = DiffusersFolder(folder, name=name)
+        parts = ("unet", *text_parts(source.family), *(() if vae else ("vae",)))
+        for part in parts:
+            weights_files_of(folder / part)
+    if vae and Path(vae).is_file():
+        read_weights(vae)
+    elif vae and (Path(vae).is_dir() or not HUB_ID.fullmatch(vae)):
+        require_vae_folder(find_local_folder(vae, option="--vae"), source=f"--vae: {vae}")
 
 
 def _open(name: str, find: Callable[..., Path], *, architecture: Path | None = None) -> Source:
@@ -210,6 +241,7 @@ def _assembled(
     suffix = "_v" if prediction_type == "v_prediction" else ""
     is_sdxl = family == "sdxl"
     clip_skip = _sdxl_clip_skip(settings.clip_skip) if is_sdxl else settings.clip_skip
+    _refuse_skipping_all(clip_skip, networks.text_encoder)
     text_encoders = [
         TextEncoder(
             tokenizer,
@@ -229,6 +261,15 @@ def _assembled(
         prediction_type=prediction_type,
         source=source.name,
     )
+
+
+def _refuse_skipping_all(clip_skip: int | None, clip: nn.Module) -> None:
+    num_layers = clip.config.num_hidden_layers
+    if (clip_skip or 1) > num_layers:
+        raise UserError(
+            f"--clip_skip {clip_skip}: this text encoder has {num_layers} layers; give 1 to "
+            f"{num_layers} (2 is usual for anime models)"
+        )
 
 
 def _sdxl_clip_skip(given: int | None) -> int:

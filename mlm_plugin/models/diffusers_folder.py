@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,11 +29,14 @@ from mlm_plugin.models.tokenizers import is_tokenizer_folder, load_tokenizer, se
 from mlm_plugin.models.weights_files import read_weights
 
 __all__ = [
+    "HUB_ID",
     "DiffusersFolder",
     "find_folder",
     "find_local_folder",
+    "is_elsewhere",
     "load_vae_folder",
-    "require_named",
+    "require_vae_folder",
+    "weights_files_of",
 ]
 
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2"}
@@ -53,29 +60,69 @@ def find_folder(source: str, *, option: str) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
-    require_named(source, option=option)
-    reason = "it has no weights"
-    for variant in (None, "fp16"):
-        try:
-            folder = Path(_download(source, variant=variant))
-        except (OSError, ValueError) as error:
-            reason = str(error).split("\n")[0][:MAX_REASON]
-            continue
-        if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
-            return folder
-    raise UserError(f"{option}: {source} is not a file or folder here, nor on the hub ({reason})")
-
-
-def require_named(source: str, *, option: str) -> None:
-    """Refuse what is neither a file or folder on this machine nor a hub id. Nothing is downloaded.
-
-    Raises:
-        UserError: it cannot exist.
-    """
-    if not Path(source).exists() and not HUB_ID.fullmatch(source):
+    if not HUB_ID.fullmatch(source):
         raise UserError(
             f"{option}: {source} does not exist (a file, a folder or a hub id org/name)"
         )
+    reason = "nor on the hub: it has no weights there"
+    for variant in (None, "fp16"):
+        try:
+            with _quiet_hub():
+                folder = Path(_download(source, variant=variant))
+        except (OSError, ValueError) as error:
+            reason = _why_not_from_hub(error)
+            continue
+        if any(WEIGHTS_NAME.fullmatch(path.name) for path in folder.rglob("*")):
+            return folder
+    raise UserError(f"{option}: {source} is not a file or folder here, {reason}")
+
+
+def _why_not_from_hub(error: Exception) -> str:
+    """How a message goes on after "is not a file or folder here, "."""
+    chain, cause = [], error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    names = {base.__name__ for one in chain for base in type(one).__mro__}
+    if names & {"RepositoryNotFoundError", "GatedRepoError"}:
+        return "nor on the hub; a private or gated model needs `huggingface-cli login`"
+    if names & {
+        "OfflineModeIsEnabled",
+        "ConnectionError",
+        "ConnectError",
+        "LocalEntryNotFoundError",
+    }:
+        return (
+            "and the hub cannot be reached; check the name and the network, or give a folder or "
+            "file on this machine"
+        )
+    text = " ".join(str(error).split("\n")[0].split())
+    return f"nor on the hub ({textwrap.shorten(text, MAX_REASON, placeholder=' ...')})"
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hints of libraries about a hub that cannot be reached: the error says it."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def is_elsewhere(source: str) -> bool:
+    """Whether it is a hub id, and not on this machine."""
+    if Path(source).exists() or not HUB_ID.fullmatch(source):
+        return False
+    try:
+        snapshot_download(source, local_files_only=True)
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def find_local_folder(source: str, *, option: str) -> Path:
@@ -138,10 +185,23 @@ def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Modu
     Raises:
         UserError: there is none, or it is damaged.
     """
+    return _load("vae", _vae_place(folder, source=source), dtype=dtype)
+
+
+def require_vae_folder(folder: Path, *, source: str) -> None:
+    """Refuse a folder without a VAE or its weights.
+
+    Raises:
+        UserError: as in :func:`load_vae_folder`, except for damaged weights.
+    """
+    weights_files_of(_vae_place(folder, source=source))
+
+
+def _vae_place(folder: Path, *, source: str) -> Path:
     for place in (folder / "vae", folder):
         config = read_json(place / "config.json", optional=True)
         if config.get("_class_name") == "AutoencoderKL":
-            return _load("vae", place, dtype=dtype)
+            return place
     raise UserError(f"{source} holds no VAE (neither vae/config.json nor config.json of one)")
 
 
@@ -192,14 +252,16 @@ def _load(part: str, folder: Path, *, dtype: torch.dtype) -> nn.Module:
     """A part from its own folder."""
     network = empty_network(part, folder)
     state = {}
-    for path in _weights_files(folder):
+    for path in weights_files_of(folder):
         state |= {plain_name(name): tensor for name, tensor in read_weights(path).items()}
     fill_weights(network, plain_places, state, prefix="", path=folder, dtype=dtype)
     return network
 
 
-def _weights_files(folder: Path) -> list[Path]:
-    """The files without a variant, else fp16, else the first variant; safetensors if available.
+def weights_files_of(folder: Path) -> list[Path]:
+    """The weights of one part; safetensors if available.
+
+    The files without a variant, else those of fp16, else those of the first variant.
 
     Raises:
         UserError: the folder holds no weights.

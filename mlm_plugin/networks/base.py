@@ -238,7 +238,7 @@ def _per_part(rates: Sequence[float], count: int) -> list[float]:
 
 
 def _check_keys(state: Mapping[str, Tensor], *, known: Iterable[str]) -> None:
-    """Refuse tensors that a network does not know, and warn of those that it lacks."""
+    """Refuse tensors that a network does not know, and halves of modules; warn of missing ones."""
     known = set(known)
     unknown = sorted(state.keys() - known)
     if unknown:
@@ -248,12 +248,30 @@ def _check_keys(state: Mapping[str, Tensor], *, known: Iterable[str]) -> None:
             "network_args as the file was trained, or use dim_from_weights"
         )
     missing = {key for key in known - state.keys() if not key.endswith(".alpha")}
+    refuse_halves(state)
     if missing:
         logger.warning(
             "network_weights: %d tensors are not in the file and start fresh: %s, ...",
             len(missing),
             ", ".join(sorted(missing)[:NUM_NAMES_SHOWN]),
         )
+
+
+def refuse_halves(state: Mapping[str, Tensor]) -> None:
+    """Refuse a file with one of a LoRA's two matrices: the product with fresh ones is noise.
+
+    Raises:
+        UserError: names the first such module.
+    """
+    pairs = (("lora_down.weight", "lora_up.weight"), ("lora_up.weight", "lora_down.weight"))
+    for one, other in pairs:
+        modules = sorted(key.removesuffix(one) for key in state if key.endswith(f".{one}"))
+        halves = [name for name in modules if f"{name}{other}" not in state]
+        if halves:
+            raise UserError(
+                f"network_weights: {len(halves)} of {len(modules)} modules have {one} and no "
+                f"{other} ({halves[0].rstrip('.')}, ...): the file is incomplete; get it again"
+            )
 
 
 def _fit_shape(key: str, tensor: Tensor, shape: torch.Size) -> Tensor:

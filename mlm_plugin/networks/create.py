@@ -21,7 +21,7 @@ from mlm_plugin.networks.kohya_names import (
     renamed,
     sdxl_unet_names,
 )
-from mlm_plugin.networks.lycoris_network import create_lycoris, import_lycoris, require_plain_steps
+from mlm_plugin.networks.lycoris_network import create_lycoris
 from mlm_plugin.networks.network_args import parse_network_args
 from mlm_plugin.networks.peft_network import create_lora
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["NETWORK_MODULES", "Network", "check_network", "create_network", "read_weights"]
 
 logger = logging.getLogger(__name__)
+
+LARGEST_LORA = 10_000  # no layer of a supported model is as wide
 
 NETWORK_MODULES: dict[str, Callable[[NetworkPlan], Network]] = {
     "networks.lora": create_lora,
@@ -52,7 +54,6 @@ def create_network(models: StableDiffusion, options: NetworkOptions) -> Network:
         UserError: For a module, argument or file that cannot be used.
     """
     check_network(options)
-    _warn_of_no_effect(options)
     plan = _plan(models, options)
     for model in plan.models.values():
         model.requires_grad_(False)
@@ -89,10 +90,10 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def check_network(options: NetworkOptions) -> None:
-    """Refuse options that contradict each other. Loads no model.
+    """Refuse options that contradict each other, and name those without effect.
 
     Raises:
-        UserError: also for a file or package that is missing.
+        UserError: what can be refused without a model.
     """
     if options.network_module not in NETWORK_MODULES:
         raise UserError(
@@ -100,23 +101,20 @@ def check_network(options: NetworkOptions) -> None:
             f"{' and '.join(NETWORK_MODULES)}; DyLoRA, OFT and others come with lycoris.kohya and "
             "network_args algo=dylora, algo=diag-oft"
         )
+    if options.network_module == "networks.lora" and (options.network_dim or 0) > LARGEST_LORA:
+        raise UserError(
+            f"network_dim = {options.network_dim}: a LoRA of that rank is larger than the layers "
+            f"it adapts; at most {LARGEST_LORA}, 4 to 128 are usual"
+        )
     if options.network_train_unet_only and options.network_train_text_encoder_only:
         raise UserError(
             "network_train_unet_only and network_train_text_encoder_only leave nothing to train; "
             "drop one of them"
         )
-    if options.network_module == "lycoris.kohya":
-        require_plain_steps(parse_network_args(options.network_args))
-        import_lycoris()
-    if options.network_weights is not None and not Path(options.network_weights).is_file():
-        raise UserError(f"network_weights: there is no file {options.network_weights}")
-    if options.dim_from_weights and options.network_weights is None:
-        raise UserError("dim_from_weights: network_weights is not given; name the file or drop it")
-
-
-def _warn_of_no_effect(options: NetworkOptions) -> None:
     if not options.dim_from_weights:
         return
+    if options.network_weights is None:
+        raise UserError("dim_from_weights: network_weights is not given; name the file or drop it")
     if options.network_dim is not None:
         logger.warning("network_dim has no effect: dim_from_weights takes the ranks of the file")
     if options.network_alpha != NetworkOptions.network_alpha:

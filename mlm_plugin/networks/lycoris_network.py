@@ -31,7 +31,7 @@ from mlm_plugin.networks.network_args import (
     number,
 )
 
-__all__ = ["LycorisNetwork", "create_lycoris", "import_lycoris", "require_plain_steps"]
+__all__ = ["LycorisNetwork", "create_lycoris"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,19 +113,6 @@ class LycorisNetwork(Network):
         self.network.load_state_dict(renamed(weights, own_names), strict=False)
 
 
-def require_plain_steps(args: Mapping[str, str]) -> None:
-    """Refuse an algorithm whose network must be told of every step's timestep.
-
-    Raises:
-        UserError: T-LoRA, which would train as an ordinary LoRA here.
-    """
-    if args.get("algo", "").lower() == "tlora":
-        raise UserError(
-            "network_args: algo=tlora masks its ranks by the timestep, which this trainer does not "
-            "tell the network; take algo=lora or locon"
-        )
-
-
 def import_lycoris() -> ModuleType:
     """LyCORIS's network module.
 
@@ -177,12 +164,38 @@ def _check_args(args: Mapping[str, str], lycoris: ModuleType) -> None:
             unknown = describe_unknown(key, LYCORIS_ARGS)
             logger.warning("network_args, passed on to LyCORIS: %s", unknown)
     algo, preset = args.get("algo", "lora").lower(), args.get("preset", "full")
+    _refuse_timestep_masks(algo, preset, lycoris)
     if algo not in lycoris.network_module_dict:
         known = lycoris.network_module_dict
         raise UserError(f"network_args: algo: {describe_unknown(algo, known)}")
     if preset not in lycoris.PRESET and not Path(preset).is_file():
         unknown = describe_unknown(preset, lycoris.PRESET)
         raise UserError(f"network_args: preset, a name or a TOML file: {unknown}")
+
+
+def _refuse_timestep_masks(algo: str, preset: str, lycoris: ModuleType) -> None:
+    """T-LoRA trains fewer ranks at noisy timesteps, which a trainer must tell it in each step.
+
+    A preset may choose it for single modules.
+
+    Raises:
+        UserError: it is asked for.
+    """
+    known = lycoris.PRESET.get(preset) or {}
+    if not known and Path(preset).is_file():
+        known = lycoris.read_preset(preset) or {}
+    if "tlora" in (algo, *_algos_in(known)):
+        raise UserError(
+            "network_args: algo=tlora needs the timestep of every step, which LyCORIS networks are "
+            "not told here, so it would be an ordinary LoRA; take algo=lora"
+        )
+
+
+def _algos_in(preset: Mapping[str, Any]) -> Iterator[str]:
+    """The algorithms that a preset names for kinds of modules, or for single ones."""
+    for table in ("module_algo_map", "name_algo_map"):
+        for settings in (preset.get(table) or {}).values():
+            yield str(settings.get("algo", "")).lower()
 
 
 def _check_packed_weights(plan: NetworkPlan) -> None:

@@ -172,4 +172,26 @@ def _targets(plan: NetworkPlan, part: str, ranks: Ranks) -> list[LoraTarget]:
     if not (plan.train_unet if part == "unet" else plan.train_text_encoder):
         return []
     targets = lora_targets(plan.models[part], ranks, name_of=partial(plan.file_name, part))
-    return targets if plan.ranks_from is None else with_ranks_of(plan.ranks_from, targets)
+    if plan.ranks_from is None:
+        return targets
+    chosen = with_ranks_of(plan.ranks_from, targets)
+    _warn_of_absent(chosen, targets, part)
+    return chosen
+
+
+def _warn_of_absent(
+    chosen: Sequence[LoraTarget], candidates: Sequence[LoraTarget], part: str
+) -> None:
+    """Layers that a LoRA usually adapts and the file leaves out stay untrained.
+
+    Convolutions are left out of the count: most LoRA files have none.
+    """
+    names = {target.kohya_name for target in chosen}
+    usual = {target.kohya_name for target in candidates if "conv" not in target.kohya_name}
+    absent = sorted(usual - names)
+    if absent and names:
+        logger.warning(
+            "network_weights: %d of the %d layers of %s that a LoRA adapts are not in the file, "
+            "and with dim_from_weights they are not trained: %s, ...",
+            *(len(absent), len(usual), part, absent[0]),
+        )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from mlm_plugin.config.checks import mlm_range_errors
-from mlm_plugin.config.loading import coerce
+from mlm_plugin.config.loading import coerce, describe
 from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
 from mlm_plugin.errors import UserError
 
 __all__ = [
     "add_mlm_arguments",
+    "end_in_one_line",
     "read_at",
     "read_mlm_options",
     "text_encoder_rates",
@@ -41,8 +42,24 @@ def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
             nargs="*" if entry.many else None,
             default=entry.default,
             metavar="PATH" if entry.path else {int: "N", float: "X", str: "TEXT"}[entry.kind],
-            help=entry.help.replace("%", "%%"),
+            help=describe(entry),
         )
+
+
+def end_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Let a parser of the host refuse a command line as this package does.
+
+    Without this a mistyped flag prints the usage of all options, and no near name.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        wrong = next((word for word in message.split() if word.startswith("--")), "")
+        is_unknown = message.startswith("unrecognized arguments")
+        hint = did_you_mean(wrong.split("=")[0], known) if is_unknown else ""
+        raise UserError(f"command line: {message}{hint}")
+
+    parser.error = refuse
 
 
 def read_mlm_options(

@@ -21,9 +21,22 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.setup.tracking import check_trackers, log_folder, tracker_kind
 from mlm_plugin.training.state import read_progress
 
-__all__ = ["create_accelerator", "require_device", "shared_seed"]
+__all__ = [
+    "check_accelerator",
+    "create_accelerator",
+    "known_seed",
+    "launched_processes",
+    "shared_seed",
+    "warn_of_launch_settings",
+]
 
 logger = logging.getLogger(__name__)
+
+LAUNCH_SETTINGS = {
+    "ACCELERATE_MIXED_PRECISION": "mixed_precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+}
+"""Variables that `accelerate launch` sets, and the options that decide instead."""
 
 SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -34,29 +47,6 @@ SHARDING = {
 """Variables that `accelerate launch` sets to split models, which is not supported here."""
 
 
-def require_device(config: TrainConfig) -> None:
-    """Refuse trackers, precision or sharding that this machine cannot serve.
-
-    Raises:
-        UserError: names the option.
-    """
-    check_trackers(config.logging)
-    _refuse_sharding()
-    if config.schedule.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
-
-
-def _warn_of_launched_precision(config: TrainConfig) -> None:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", config.schedule.mixed_precision):
-        logger.warning(
-            "`accelerate launch` asks for mixed_precision %s, which is not read: this run has "
-            "mixed_precision = %r",
-            launched,
-            config.schedule.mixed_precision,
-        )
-
-
 def create_accelerator(config: TrainConfig) -> Accelerator:
     """Device, precision and trackers.
 
@@ -64,8 +54,8 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         UserError: the device does not support the precision, a tracker is not installed, or
             accelerate is set up to split models.
     """
-    require_device(config)
-    _warn_of_launched_precision(config)
+    check_accelerator(config)
+    warn_of_launch_settings(config)
     accelerator = Accelerator(
         mixed_precision=config.schedule.mixed_precision,
         gradient_accumulation_steps=config.schedule.gradient_accumulation_steps,
@@ -74,11 +64,7 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         # others wait while one process pretrains, caches latents or draws samples
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
-    if config.optimizer.fused_backward_pass and accelerator.num_processes > 1:
-        raise UserError(
-            f"fused_backward_pass cannot be combined with {accelerator.num_processes} processes, "
-            "which exchange gradients after the backward pass; start one, or leave it out"
-        )
+    _refuse_fused_steps(config, accelerator.num_processes)
     if config.schedule.full_fp16:
         _unscale_half_gradients(accelerator)
     if (
@@ -86,6 +72,45 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
     ):  # TF32 where the GPU supports it; convolutions use it anyway
         torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def check_accelerator(config: TrainConfig) -> None:
+    """What :func:`create_accelerator` refuses, without creating one.
+
+    Raises:
+        UserError: as there.
+    """
+    check_trackers(config.logging)
+    _refuse_sharding()
+    if config.schedule.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("mixed_precision = 'fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+    _refuse_fused_steps(config, launched_processes())
+
+
+def warn_of_launch_settings(config: TrainConfig) -> None:
+    """Name settings of `accelerate launch` that are not read, where the options differ."""
+    flat = config.to_flat()
+    for variable, option in LAUNCH_SETTINGS.items():
+        given = os.environ.get(variable, "").lower()
+        if given not in ("", "no", "1", str(flat[option]).lower()):
+            logger.warning(
+                "accelerate launch asks for %s = %s, which is not read: this run has %s; give "
+                "--%s %s after the script's name",
+                *(option, given, flat[option], option, given),
+            )
+
+
+def launched_processes() -> int:
+    """How many processes `accelerate launch` or `torchrun` has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _refuse_fused_steps(config: TrainConfig, num_processes: int) -> None:
+    if config.optimizer.fused_backward_pass and num_processes > 1:
+        raise UserError(
+            f"fused_backward_pass cannot be combined with {num_processes} processes, "
+            "which exchange gradients after the backward pass; start one, or leave it out"
+        )
 
 
 def _refuse_sharding() -> None:
@@ -107,11 +132,20 @@ def _unscale_half_gradients(accelerator: Accelerator) -> None:
     accelerator.scaler._unscale_grads_ = unscale_any
 
 
+def known_seed(config: TrainConfig) -> int | None:
+    """The seed that is given, or that of the state to resume; ``None`` if one will be drawn.
+
+    Raises:
+        UserError: the folder to resume is not a state.
+    """
+    if config.schedule.seed is None and config.schedule.resume:
+        return read_progress(Path(config.schedule.resume)).seed
+    return config.schedule.seed
+
+
 def shared_seed(config: TrainConfig) -> int:
     """The seed of the run, the same on all processes: given, of the state to resume, or drawn."""
-    seed = config.schedule.seed
-    if seed is None and config.schedule.resume:
-        return read_progress(Path(config.schedule.resume)).seed
+    seed = known_seed(config)
     if seed is None:
         drawn = [random.SystemRandom().randrange(2**32)]
         seed = broadcast_object_list(drawn)[0]

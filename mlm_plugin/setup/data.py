@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
@@ -76,13 +75,13 @@ def create_dataset(
 
 
 def create_order(
-    config: TrainConfig, dataset: TrainDataset, accelerator: Accelerator
+    config: TrainConfig, dataset: TrainDataset, *, rank: int, world_size: int
 ) -> EpochOrder:
-    """Which batches this process takes, epoch by epoch."""
+    """Which batches one of the processes takes, epoch by epoch."""
     return EpochOrder(
         dataset,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=rank,
+        world_size=world_size,
         batches_per_step=config.schedule.gradient_accumulation_steps,
     )
 

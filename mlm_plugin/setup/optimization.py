@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.errors import UserError
@@ -15,7 +19,7 @@ from mlm_plugin.training.optimizers import create_optimizer, steps_one_by_one
 from mlm_plugin.training.plan import Optimization, TrainPlan
 from mlm_plugin.training.schedulers import create_scheduler
 
-__all__ = ["create_optimization", "create_plan"]
+__all__ = ["check_optimization", "create_optimization", "create_plan"]
 
 
 def create_plan(config: TrainConfig, *, batches_per_epoch: int) -> TrainPlan:
@@ -50,25 +54,54 @@ def create_optimization(
         UserError: options that do not fit each other or the length of the run.
     """
     options = config.optimizer
-    optimizer = create_optimizer(
-        options.optimizer_type,
-        method.parameter_groups(options),
-        learning_rate=options.learning_rate,
-        optimizer_args=options.optimizer_args,
+    groups = method.parameter_groups(options)
+    optimizer, scheduler = accelerator.prepare(
+        *_optimizer_and_schedule(options, groups, plan, num_processes=accelerator.num_processes)
     )
-    scheduler = create_scheduler(
-        optimizer,
-        options,
-        num_training_steps=plan.num_steps,
-        num_processes=accelerator.num_processes,
-    )
-    optimizer, scheduler = accelerator.prepare(optimizer, scheduler)
     return Optimization(
         optimizer,
         scheduler,
         max_grad_norm=options.max_grad_norm,
         fused_steps=_fused_steps(options, method, optimizer),
         freeze_at=freeze_steps(config, method, num_steps=plan.num_steps),
+    )
+
+
+def check_optimization(
+    config: TrainConfig, method: Method, plan: TrainPlan, *, num_processes: int
+) -> None:
+    """What :func:`create_optimization` would refuse, for a method without values.
+
+    Raises:
+        UserError: as there.
+    """
+    groups = [
+        {**group, "params": [_stand_in(parameter) for parameter in group["params"]]}
+        for group in method.parameter_groups(config.optimizer)
+    ]
+    optimizer, _ = _optimizer_and_schedule(
+        config.optimizer, groups, plan, num_processes=num_processes
+    )
+    _fused_steps(config.optimizer, method, optimizer)
+    freeze_steps(config, method, num_steps=plan.num_steps)
+
+
+def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter with values and as many dimensions, of size 1."""
+    return nn.Parameter(torch.zeros((1,) * parameter.dim(), dtype=parameter.dtype))
+
+
+def _optimizer_and_schedule(
+    options: OptimizerOptions, groups: list[dict], plan: TrainPlan, *, num_processes: int
+) -> tuple[Optimizer, LRScheduler]:
+    optimizer = create_optimizer(
+        options.optimizer_type,
+        groups,
+        learning_rate=options.learning_rate,
+        optimizer_args=options.optimizer_args,
+    )
+    return optimizer, create_scheduler(
+        optimizer, options, num_training_steps=plan.num_steps, num_processes=num_processes
     )
 
 

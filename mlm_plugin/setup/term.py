@@ -18,7 +18,14 @@ from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.key_values import read_cross_attention
 
-__all__ = ["attach_term", "cross_attention_of", "prepare_term"]
+__all__ = [
+    "attach_term",
+    "check_attached",
+    "cross_attention_of",
+    "num_read_text_encoders",
+    "prepare_term",
+    "start_term",
+]
 
 
 def prepare_term(
@@ -43,6 +50,27 @@ def prepare_term(
     Raises:
         UserError: the term would have no gradient, or a file does not fit.
     """
+    setup = start_term(config, models, concepts=concepts, dataset=dataset, seed=seed)
+    if setup is not None:
+        setup.prepare(models.text_encoders, accelerator, trained=_trained(config, models))
+    return setup
+
+
+def start_term(
+    config: TrainConfig,
+    models: StableDiffusion,
+    *,
+    concepts: Sequence[Concept],
+    dataset: TrainDataset,
+    seed: int,
+) -> MLMSetup | None:
+    """The set-up of the term before a text encoder is read; ``None`` where the term is off.
+
+    Args: as in :func:`prepare_term`; the models need no weights.
+
+    Raises:
+        UserError: the term would have no gradient, or a prompt set cannot be used.
+    """
     options, num_text_encoders = config.mlm, len(models.text_encoders)
     if options.mlm_loss_weight == 0:
         return None
@@ -50,17 +78,44 @@ def prepare_term(
     if reason := method.why_no_gradient(config, num_text_encoders=num_text_encoders):
         raise UserError(no_gradient_message(options, reason, elsewhere=True))
     read_at = method.mlm_read_at(config, num_text_encoders=num_text_encoders)
-    trained = method.trained_text_encoders(config, num_text_encoders=num_text_encoders)
     setup = MLMSetup(options, seed=seed, read_at=read_at)
     setup.use_concepts(concepts, captions=_captions(dataset))
-    setup.prepare(models.text_encoders, accelerator, trained=trained)
     return setup
+
+
+def num_read_text_encoders(setup: MLMSetup, config: TrainConfig, models: StableDiffusion) -> int:
+    """How many text encoders need a contextualizer."""
+    return sum(map(setup.reads, _trained(config, models)))
+
+
+def _trained(config: TrainConfig, models: StableDiffusion) -> Sequence[bool]:
+    method = METHODS[config.schedule.method]
+    return method.trained_text_encoders(config, num_text_encoders=len(models.text_encoders))
 
 
 def attach_term(
     setup: MLMSetup, config: TrainConfig, method: Method, accelerator: Accelerator
 ) -> MLMRegularizer:
     """The term on models that hold what the method trains.
+
+    Raises:
+        UserError: the method trains nothing before the place that is read.
+    """
+    cross_attention = check_attached(setup, config, method)
+    method.train(False)
+    with method.untrained():
+        setup.compute_targets(accelerator.device)
+    return setup.attach(
+        rank=accelerator.process_index,
+        dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+        device=accelerator.device,
+        vary=method.mlm_variants,
+        cross_attention=cross_attention,
+    )
+
+
+def check_attached(setup: MLMSetup, config: TrainConfig, method: Method) -> CrossAttention | None:
+    """The U-Net's keys and values, where they are read; refused where nothing read is trained.
 
     Raises:
         UserError: the method trains nothing before the place that is read.
@@ -72,16 +127,7 @@ def attach_term(
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g}: this network trains nothing in the "
             f"{place}, the MLM term would do nothing; set mlm_loss_weight = 0 or train it"
         )
-    method.train(False)
-    with method.untrained():
-        setup.compute_targets(accelerator.device)
-    return setup.attach(
-        rank=accelerator.process_index,
-        dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
-        device=accelerator.device,
-        vary=method.mlm_variants,
-        cross_attention=cross_attention,
-    )
+    return cross_attention
 
 
 def cross_attention_of(setup: MLMSetup, method: Method) -> CrossAttention | None:

@@ -15,7 +15,6 @@ machine. Weighted prompts, ``(word:1.3)``, are not supported.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
+from mlm_plugin.files import atomic_path, parse_json
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
 from mlm_plugin.random_state import preserved_random_state
 
@@ -374,10 +373,7 @@ def _read_toml(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        entries = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: is not valid JSON: {error}") from error
+    entries = parse_json(_read_text(path), path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of prompts")
     for number, entry in enumerate(entries, start=1):

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlm_plugin.cli import run_command
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.demo.command import add_folders, prepare_model
 from mlm_plugin.errors import UserError
+from mlm_plugin.failures import exit_code_of
 from research.bench.plan import CLAIMED, UNTRAINED, find_arms
 from research.bench.records import RECORDS, Records
 
@@ -65,4 +65,4 @@ def _parser() -> CommandParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(exit_code_of(main, sys.argv[1:]))

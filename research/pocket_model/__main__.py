@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlm_plugin.cli import run_command
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.errors import UserError
+from mlm_plugin.failures import exit_code_of
 
 __all__ = ["main"]
 
@@ -74,4 +74,4 @@ def _device(name: str):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    sys.exit(exit_code_of(main, sys.argv[1:]))

@@ -202,7 +202,6 @@ def test_a_doubtful_setting_is_named_once(changes, named, caplog):
         {
             "lr_warmup_steps": 50,
             "lr_scheduler": "cosine",
-            "max_train_steps": 3,
             "max_train_epochs": 9,
         },
     ],

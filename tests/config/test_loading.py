@@ -262,7 +262,7 @@ def test_a_missing_config_file_is_named():
     [
         (["--netwrk_dim", "4"], ["--netwrk_dim", "--network_dim"]),
         (["--network-dim=4"], ["--network_dim"]),
-        (["--no-shuffle"], ["--no-shuffle_caption"]),
+        (["--no-shuffle"], ["--no_shuffle_caption"]),
         (["--network_dim"], ["--network_dim", "argument"]),
         (["--network_dim", "x"], ["command line", "network_dim"]),
         (["stray"], ["'stray'"]),

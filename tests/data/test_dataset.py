@@ -323,7 +323,7 @@ def test_metadata_files_give_captions_and_tags(tmp_path, name):
 def test_metadata_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "meta.json"
     path.write_text("{")
-    with pytest.raises(UserError, match=r"meta\.json cannot be read"):
+    with pytest.raises(UserError, match=r"metadata_file: .*meta\.json: is not valid JSON"):
         _dataset(_config(SubsetConfig(metadata_file=path)))
     path.write_text('{"a.png": {"caption": "x"}}')
     with pytest.raises(UserError, match="image_dir: needed"):

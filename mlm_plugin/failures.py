@@ -1,0 +1,138 @@
+"""What the command line does with an exception: the one place that decides it.
+
+What a user can cause is one line. Anything else is a mistake of the program: a short report with
+versions and the command, and a file that holds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mlm_plugin import __version__
+from mlm_plugin.errors import UserError
+
+__all__ = ["TRACEBACK", "exit_code_of", "one_line"]
+
+TRACEBACK = "--traceback"
+"""The flag that shows every traceback on the terminal."""
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+SECRETS = ("wandb_api_key", "huggingface_token")
+LONG_WORD = re.compile(r"\S{160,}")
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def exit_code_of(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command and return its exit code, whatever happens.
+
+    Args:
+        command: takes the arguments, returns an exit code.
+        argv: may hold ``--traceback``, which the command does not see.
+
+    Returns:
+        That of the command; 2 for what a user can mend, 1 once training has begun or after an
+        unexpected error, 130 after Ctrl-C.
+    """
+    arguments = [argument for argument in argv if argument != TRACEBACK]
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `mlm-plugin prompts | head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if TRACEBACK in argv:
+            traceback.print_exc()
+        line = _line_of(error)
+        if line is None:
+            print(_report(error), file=sys.stderr)
+            return 1
+        print(f"error: {one_line(line)}", file=sys.stderr)
+        return getattr(error, "exit_code", UserError.exit_code)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters; words that fill the screen are cut."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return LONG_WORD.sub(_shortened, " ".join(printable.split(" ")).strip())
+
+
+def _shortened(match: re.Match) -> str:
+    word = match[0]
+    return f"{word[:60]}...{word[-20:]} ({len(word)} characters)"
+
+
+def _line_of(error: Exception) -> str | None:
+    """The one line for an error that a user can mend; ``None`` for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror or error}"
+    if _is_out_of_memory(error):
+        return (
+            f"not enough memory ({one_line(str(error))[:120] or type(error).__name__}); "
+            "`mlm-plugin estimate` with the same options lists what would save memory"
+        )
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Told by name and words, so that torch need not be imported."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+
+
+def _report(error: Exception) -> str:
+    """A few lines to send to the authors; the traceback is in a file."""
+    facts = [_versions(), f"command: {_command()}"]
+    text = "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__}: {one_line(str(error))[:300]}"
+    try:
+        facts.append(f"traceback: {_written([*facts, text])}")
+    except OSError:  # no place for a file: better here than lost
+        facts.append(text)
+    return "\n".join([f"error: unexpected {what}", *(f"  {fact}" for fact in facts)])
+
+
+def _versions() -> str:
+    found = [f"mlm_plugin {__version__}", f"Python {platform.python_version()}"]
+    for name in LIBRARIES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join([*found, platform.platform()])
+
+
+def _command() -> str:
+    """The command line as it was typed, without keys."""
+    words, hide_next = [], False
+    for word in sys.argv:
+        name, equals, _ = word.lstrip("-").partition("=")
+        is_secret = word.startswith("--") and name in SECRETS
+        words.append("***" if hide_next else f"--{name}=***" if is_secret and equals else word)
+        hide_next = is_secret and not equals
+    return one_line(shlex.join(words))
+
+
+def _written(lines: Sequence[str]) -> Path:
+    """A new file in the system's folder for temporary files."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    handle, name = tempfile.mkstemp(prefix=f"mlm-plugin-error-{stamp}-", suffix=".txt")
+    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("\n".join(lines))
+    return Path(name)
