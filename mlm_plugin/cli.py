@@ -21,6 +21,7 @@ commands:
   prompts         print or count the prompts of a prompt set
   estimate        predict the GPU memory of a training, part by part, without loading anything
   evaluate        draw, score and report what was learned; --compare lays runs side by side
+  doctor          examine a finished LoRA or embedding: what it does to sentences, and mend it
   compare         train with several sets of options on several subjects, and compare them
   pocket concept  write a thing the built-in model has never seen: pictures and test prompts
   pocket demo     learn one thing plain and with the MLM term, and show both
@@ -82,6 +83,18 @@ def _evaluate(argv: Sequence[str]) -> int:
     return run_evaluate(command)
 
 
+def _doctor(argv: Sequence[str]) -> int:
+    from mlm_plugin.doctor.options import parse_doctor
+
+    options = parse_doctor(argv)
+    from mlm_plugin.setup.console import quiet_imports
+
+    quiet_imports()
+    from mlm_plugin.commands.doctor import run_doctor
+
+    return run_doctor(options)
+
+
 def _compare(argv: Sequence[str]) -> int:
     from mlm_plugin.compare.options import parse_compare
     from mlm_plugin.compare.plan import read_plan
@@ -126,6 +139,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prompts": _prompts,
     "estimate": _estimate,
     "evaluate": _evaluate,
+    "doctor": _doctor,
     "compare": _compare,
     "pocket": _pocket,
     "convert-preset": _convert_preset,

@@ -23,6 +23,7 @@ ROWS = [
     ("toy", "pocket"),
     ("setup",),
     ("evaluation", "estimate"),
+    ("doctor",),
     ("sd_scripts", "commands"),
     ("compare", "demo"),
     ("cli", "kohya"),

@@ -17,6 +17,7 @@ from mlm_plugin.models.components import (
     REFINER,
     empty_network,
     fill_weights,
+    find_weight,
     plain_name,
     plain_places,
     read_json,
@@ -100,6 +101,19 @@ class CheckpointFile:
         prefix, names = LDM_PARTS[self.family][part]
         fill_weights(network, names, state, prefix=prefix, path=self.path, dtype=dtype)
         return network
+
+    def unet_weights(self, unet: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some weights of the U-Net by name; the others are not read.
+
+        Args:
+            unet: of this architecture; may be on the meta device.
+            names: of matrices.
+
+        Raises:
+            UserError: a tensor is missing.
+        """
+        places = LDM_PARTS[self.family]["unet"].places(unet.state_dict())
+        return {name: find_weight(self._state, places[name].key, path=self.path) for name in names}
 
 
 def load_vae_file(path: Path, *, configs: Path, dtype: torch.dtype) -> nn.Module:

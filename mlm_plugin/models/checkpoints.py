@@ -19,6 +19,7 @@ from torch import nn
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES, CheckpointFile, load_vae_file
 from mlm_plugin.models.components import TITLES, Components, empty_network, text_parts
+from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.diffusers_folder import (
     HUB_ID,
     DiffusersFolder,
@@ -28,6 +29,7 @@ from mlm_plugin.models.diffusers_folder import (
     require_vae_folder,
     weights_files_of,
 )
+from mlm_plugin.models.key_values import MATRICES
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.tokenizers import find_tokenizers
 from mlm_plugin.models.weights_files import read_weights
@@ -38,6 +40,7 @@ __all__ = [
     "StableDiffusion",
     "empty_stable_diffusion",
     "load_stable_diffusion",
+    "load_text_side",
     "require_weights",
 ]
 
@@ -150,6 +153,35 @@ def load_stable_diffusion(
         shapes = configs or ARCHITECTURES / source.family
         networks["vae"] = _load_vae(str(settings.vae), configs=shapes, dtype=settings.vae_dtype)
     return _assembled(source, Components(**networks), tokenizers, settings)
+
+
+def load_text_side(
+    name_or_path: str | os.PathLike, settings: ModelSettings | None = None
+) -> StableDiffusion:
+    """The parts of a model that read text; all others stay on the meta device.
+
+    These are the text encoders, and the keys and values of the U-Net's cross-attention.
+
+    Args:
+        name_or_path: as in :func:`load_stable_diffusion`.
+        settings: likewise.
+
+    Raises:
+        UserError: as in :func:`load_stable_diffusion`.
+    """
+    settings = settings or ModelSettings()
+    source = _open(str(name_or_path), find_folder)
+    unet, vae = (empty_network(part, source.configs / part) for part in ("unet", "vae"))
+    clips = {part: source.load(part, settings.dtype) for part in text_parts(source.family)}
+    names = [f"{name}.{matrix}" for name in cross_attention_names(unet) for matrix in MATRICES]
+    weights = source.unet_weights(unet, [f"{name}.weight" for name in names])
+    networks = {"unet": unet, "vae": vae, **clips}
+    tokenizers = source.tokenizers or _find_tokenizers(source, networks, settings)
+    models = _assembled(source, Components(**networks), tokenizers, settings)
+    for name in names:
+        weight = weights[f"{name}.weight"].to(settings.dtype, copy=True)
+        unet.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+    return models
 
 
 def empty_stable_diffusion(

@@ -25,6 +25,7 @@ __all__ = [
     "Components",
     "empty_network",
     "fill_weights",
+    "find_weight",
     "plain_name",
     "plain_places",
     "read_json",
@@ -147,6 +148,17 @@ def fill_weights(
         for name, like in wanted.items()
     }
     network.load_state_dict(filled, assign=True)
+
+
+def find_weight(state: Mapping[str, Tensor], key: str, *, path: Path) -> Tensor:
+    """One tensor of a file.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if key not in state:
+        raise UserError(f"{path} lacks {key}: it does not fit its architecture")
+    return state[key]
 
 
 def plain_name(name: str) -> str:

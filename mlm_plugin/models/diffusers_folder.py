@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.components import (
     REFINER,
     empty_network,
     fill_weights,
+    find_weight,
     plain_name,
     plain_places,
     read_json,
@@ -177,6 +178,18 @@ class DiffusersFolder:
         if part == "vae":
             return load_vae_folder(self.configs, source=self.name, dtype=dtype)
         return _load(part, self.configs / part, dtype=dtype)
+
+    def unet_weights(self, _unet: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some weights of the U-Net by name; the others are not read.
+
+        Raises:
+            UserError: a tensor is missing.
+        """
+        folder = self.configs / "unet"
+        state: dict[str, Tensor] = {}
+        for path in weights_files_of(folder):
+            state |= read_weights(path)
+        return {name: find_weight(state, name, path=folder) for name in names}
 
 
 def load_vae_folder(folder: Path, *, source: str, dtype: torch.dtype) -> nn.Module:

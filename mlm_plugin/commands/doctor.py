@@ -1,0 +1,105 @@
+"""`mlm-plugin doctor`: examine a finished file, say what is wrong, mend it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlm_plugin.config.options import LogOptions
+from mlm_plugin.doctor.diagnosis import (
+    Diagnosis,
+    Findings,
+    broken_verdict,
+    examine_embedding,
+    examine_network,
+    verdict_of,
+)
+from mlm_plugin.doctor.examination import Patient, Prompts
+from mlm_plugin.doctor.learned_file import Contents, LearnedFile, contents_of, read_learned_file
+from mlm_plugin.doctor.mending import check_mending, rescale_text_encoders
+from mlm_plugin.doctor.options import DoctorOptions
+from mlm_plugin.doctor.page import doctor_page
+from mlm_plugin.doctor.report import facts_of, lines_of
+from mlm_plugin.evaluation.eval_prompts import load_templates
+from mlm_plugin.evaluation.text_measures import random_words
+from mlm_plugin.files import atomic_path
+from mlm_plugin.models.checkpoints import ModelSettings, load_text_side
+from mlm_plugin.setup.builtin_names import model_path
+from mlm_plugin.setup.console import quiet_libraries, setup_console
+
+__all__ = ["run_doctor"]
+
+NUM_ORDINARY_WORDS = 4
+NO_CLASS = "thing"
+
+
+def run_doctor(options: DoctorOptions) -> int:
+    """Run the command; returns the exit code: 1 for a file that is broken.
+
+    Raises:
+        UserError: from any of the steps.
+    """
+    setup_console(LogOptions())
+    quiet_libraries()
+    file = read_learned_file(options.file)
+    if options.output is not None:
+        check_mending(file, options.output)
+    contents = contents_of(file)
+    diagnosis, findings = broken_verdict(contents), None
+    if diagnosis is None and options.base is not None:
+        findings = _examine(options, file)
+        diagnosis = verdict_of(findings)
+    print("\n".join(lines_of(file, contents, findings, diagnosis)))
+    _write(options, file, contents, findings, diagnosis)
+    is_broken = diagnosis is not None and diagnosis.level == "broken"
+    if options.output is not None and not is_broken:
+        _mend(options, file, findings)
+    return 1 if is_broken else 0
+
+
+def _examine(options: DoctorOptions, file: LearnedFile) -> Findings:
+    settings = ModelSettings(clip_skip=options.clip_skip)
+    models = load_text_side(model_path(options.base), settings)
+    templates = load_templates(options.prompts, class_token=options.class_token)
+    trigger = file.trigger if options.trigger is None else options.trigger
+    ordinary = options.class_token or NO_CLASS
+    if file.embeddings:
+        words = random_words(models.text_encoders[0], NUM_ORDINARY_WORDS, seed=0)
+        patient = Patient(file, models, word=trigger)
+        return examine_embedding(patient, templates, class_token=ordinary, words=words)
+    concept = trigger or ordinary
+    if options.class_token and options.class_token not in concept.split():
+        concept = f"{concept} {options.class_token}"
+    prompts = (Prompts(templates, word) for word in (concept, ordinary))
+    return examine_network(Patient(file, models), *prompts)
+
+
+def _mend(options: DoctorOptions, file: LearnedFile, findings: Findings | None) -> None:
+    strength = options.rescale
+    if strength is None:
+        strength = findings.fit
+        if strength == 1:
+            print("nothing to mend: the text encoder part is not too strong; no file is written")
+            return
+    rescale_text_encoders(file, strength, options.output)
+    print(f"wrote {options.output}: the text encoder part at {strength:g}, all else as it was")
+
+
+def _write(
+    options: DoctorOptions,
+    file: LearnedFile,
+    contents: Contents,
+    findings: Findings | None,
+    diagnosis: Diagnosis | None,
+) -> None:
+    facts = facts_of(file, contents, findings, diagnosis)
+    if options.json is not None:
+        _write_text(options.json, json.dumps(facts, indent=1))
+    if options.page is not None:
+        _write_text(options.page, doctor_page(facts))
+
+
+def _write_text(path: str, text: str) -> None:
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {path}")

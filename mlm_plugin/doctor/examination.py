@@ -1,0 +1,280 @@
+"""How much of the context around a concept a file leaves, at any strength.
+
+The same prompts are read by the base model and by the base model with the file. For each text
+encoder the states are compared, for each block of the U-Net the keys and values.
+
+Shapes: N tokens of all prompts, D width of the states (in SDXL of both encoders side by side).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mlm_plugin.doctor.learned_file import LearnedFile, Module
+from mlm_plugin.doctor.weight_changes import weight_change
+from mlm_plugin.errors import UserError
+from mlm_plugin.mlm.kept_context import kept_context
+from mlm_plugin.mlm.losses import positions_outside
+from mlm_plugin.models.checkpoints import StableDiffusion
+from mlm_plugin.models.components import TITLES
+from mlm_plugin.models.cross_attention import cross_attention_names, layer_codes
+from mlm_plugin.models.key_values import MATRICES
+from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.models.token_embeddings import LearnedTokens
+from mlm_plugin.networks.kohya_names import sdxl_unet_names, text_encoder_name, unet_name
+
+__all__ = ["Patient", "Prompts", "Reading", "Strengths", "reading_of"]
+
+ONE_ENCODER = ("text encoder",)
+TWO_ENCODERS = ("CLIP-L", "OpenCLIP bigG")
+
+
+class Prompts(NamedTuple):
+    """The same contexts around a word.
+
+    Attributes:
+        templates: with ``{}`` for the word.
+        concept: the word or words that are put there; their own tokens are not compared.
+    """
+
+    templates: Sequence[str]
+    concept: str
+
+    @property
+    def texts(self) -> list[str]:
+        """Such as "a sks dog in the jungle"."""
+        return [template.replace("{}", self.concept) for template in self.templates]
+
+
+class Strengths(NamedTuple):
+    """How strongly the two parts of a file are applied; 1 = as trained."""
+
+    text_encoder: float = 1.0
+    unet: float = 1.0
+
+
+class Reading(NamedTuple):
+    """Shares of the context that are kept, 0 to 1.
+
+    Attributes:
+        encoders: by text encoder.
+        blocks: by block of the U-Net, in the order in which they run.
+    """
+
+    encoders: Mapping[str, float]
+    blocks: Mapping[str, float]
+
+    @property
+    def text(self) -> float:
+        """Of the text encoder that keeps least."""
+        return min(self.encoders.values())
+
+    @property
+    def image(self) -> float:
+        """Mean over the blocks."""
+        return sum(self.blocks.values()) / len(self.blocks)
+
+
+class KeyValues(NamedTuple):
+    """Keys or values of one layer."""
+
+    block: str
+    layer: nn.Linear
+    module: Module | None  # of the file
+
+
+class Patient:
+    """A file on its base model.
+
+    Args:
+        file: a network or an embedding.
+        models: from ``load_text_side``, in fp32.
+        word: what an embedding is called in prompts.
+
+    Raises:
+        UserError: the file is for another kind of model.
+    """
+
+    def __init__(self, file: LearnedFile, models: StableDiffusion, *, word: str = ""):
+        _refuse_other_model(file, models)
+        self.file, self.models, self.word = file, models, word
+        self.encoders: list[TextEncoder] = models.text_encoders
+        self.names = ONE_ENCODER if len(self.encoders) == 1 else TWO_ENCODERS
+        self._text_layers = [
+            list(_text_layers(encoder.model, file.of_text_encoder(number)))
+            for number, encoder in enumerate(self.encoders)
+        ]
+        self.key_values = list(_key_values(models.unet, file.modules))
+
+    @property
+    def has_text_part(self) -> bool:
+        """Whether the file changes a text encoder."""
+        return any(self._text_layers)
+
+    @property
+    def has_key_values(self) -> bool:
+        """Whether the file changes what the cross-attention takes."""
+        return any(one.module is not None for one in self.key_values)
+
+    @torch.no_grad()
+    def states(self, prompts: Prompts, *, strength: float) -> list[Tensor]:
+        """States of every text encoder at the words around the concept and at EOS, ``(N, D)``."""
+        return [
+            _states(encoder, prompts, layers, strength)
+            for encoder, layers in zip(self.encoders, self._text_layers, strict=True)
+        ]
+
+    @contextmanager
+    def with_embedding(self) -> Iterator[None]:
+        """The word has the file's vectors inside the block."""
+        added = [
+            LearnedTokens(encoder, {self.word: vectors_ND[None].float()})
+            for encoder, vectors_ND in zip(self.encoders, self.file.embeddings, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for encoder, tokens in zip(self.encoders, added, strict=True):
+                tokens.remove()
+                encoder.learned_tokens = None
+
+
+def reading_of(
+    patient: Patient,
+    prompts: Prompts,
+    strengths: Strengths,
+    *,
+    untrained: Sequence[Tensor],
+    with_blocks: bool = True,
+) -> Reading:
+    """What the model with the file still reads.
+
+    Args:
+        patient: the file on its model.
+        prompts: the contexts around the trigger, or around an ordinary word.
+        strengths: of the two parts.
+        untrained: states of the base model in the same contexts.
+        with_blocks: whether keys and values are compared as well.
+    """
+    states = patient.states(prompts, strength=strengths.text_encoder)
+    encoders = {
+        name: kept_context(now_ND, before_ND)
+        for name, now_ND, before_ND in zip(patient.names, states, untrained, strict=True)
+    }
+    if not with_blocks:
+        return Reading(encoders, {})
+    shares: dict[str, list[float]] = defaultdict(list)
+    joined, joined_before = torch.cat(states, dim=1), torch.cat(list(untrained), dim=1)
+    for one in patient.key_values:
+        shares[one.block].append(_kept_by(one, joined, joined_before, strengths.unet))
+    return Reading(encoders, {block: sum(all_) / len(all_) for block, all_ in shares.items()})
+
+
+@torch.no_grad()
+def _kept_by(one: KeyValues, states_ND: Tensor, untrained_ND: Tensor, strength: float) -> float:
+    weight_OD = one.layer.weight
+    trained_OD = weight_OD
+    if one.module is not None:
+        trained_OD = weight_OD + weight_change(one.module, one.layer, scale=strength)
+    return kept_context(F.linear(states_ND, trained_OD), F.linear(untrained_ND, weight_OD))
+
+
+def _states(
+    encoder: TextEncoder,
+    prompts: Prompts,
+    layers: Sequence[tuple[nn.Module, Module]],
+    strength: float,
+) -> Tensor:
+    ids_BL = encoder.tokenize_trimmed(prompts.texts)
+    concept_ids = encoder.tokenize_trimmed([prompts.concept])[0, 1:-1].tolist()
+    with _changed(layers, strength):
+        states_BLD = encoder.encode(ids_BL)
+    return torch.cat(
+        [
+            states_LD[_context_positions(ids_L.tolist(), concept_ids, encoder.tokenizer)]
+            for states_LD, ids_L in zip(states_BLD, ids_BL, strict=True)
+        ]
+    )
+
+
+def _context_positions(ids_L: list[int], concept_ids: list[int], tokenizer) -> list[int]:
+    """Positions of the words around the concept and of EOS; BOS is the same in every prompt."""
+    trimmed = ids_L[: ids_L.index(tokenizer.eos_token_id) + 1]
+    positions, _ = positions_outside(trimmed, concept_ids, len(concept_ids))
+    return positions[1:]
+
+
+@contextmanager
+def _changed(layers: Sequence[tuple[nn.Module, Module]], strength: float) -> Iterator[None]:
+    """The layers with the file's changes inside the block."""
+    before = [layer.weight for layer, _ in layers]
+    try:
+        for layer, module in layers if strength else ():
+            change = weight_change(module, layer, scale=strength)
+            layer.weight = nn.Parameter(layer.weight + change, requires_grad=False)
+        yield
+    finally:
+        for (layer, _), weight in zip(layers, before, strict=True):
+            layer.weight = weight
+
+
+def _text_layers(
+    clip: nn.Module, modules: Mapping[str, Module]
+) -> Iterator[tuple[nn.Module, Module]]:
+    """Layers of a text encoder that the file changes, with what it holds for them."""
+    for path, layer in clip.named_modules():
+        name = text_encoder_name(path).removeprefix("lora_te_")
+        if name in modules and getattr(layer, "weight", None) is not None:
+            yield layer, modules[name]
+
+
+def _key_values(unet: nn.Module, modules: Mapping[str, Module]) -> Iterator[KeyValues]:
+    other_names = sdxl_unet_names(unet.state_dict()) if _is_sdxl(unet) else {}
+    for path, code in zip(cross_attention_names(unet), layer_codes(unet), strict=True):
+        for matrix in MATRICES:
+            name = unet_name(f"{path}.{matrix}")
+            module = modules.get(name) or modules.get(other_names.get(name, name))
+            block = re.sub(r"_\d+$", "", code)
+            yield KeyValues(block, unet.get_submodule(f"{path}.{matrix}"), module)
+
+
+def _is_sdxl(unet: nn.Module) -> bool:
+    return unet.config.addition_embed_type == "text_time"
+
+
+def _refuse_other_model(file: LearnedFile, models: StableDiffusion) -> None:
+    """Compare widths where the file tells them."""
+    if file.embeddings:
+        found = [vectors_ND.shape[1] for vectors_ND in file.embeddings]
+        expected = [one.token_embedding.embedding_dim for one in models.text_encoders]
+    else:
+        found, expected = _widths(file), [models.unet.config.cross_attention_dim]
+    if found and list(found) != expected:
+        raise UserError(
+            f"--base: {models.source} is {TITLES[models.family]} with text of width "
+            f"{_shown(expected)}, {file.path} was made for width {_shown(found)}: give the model "
+            "it was trained on"
+        )
+
+
+def _widths(file: LearnedFile) -> list[int]:
+    """Width of the text that the U-Net's part takes; empty if the file does not tell."""
+    return sorted(
+        {
+            module["lora_down.weight"].shape[1]
+            for name, module in file.modules.items()
+            if re.match(r"lora_unet_.*attn2_to_[kv]", name) and "lora_down.weight" in module
+        }
+    )
+
+
+def _shown(widths: Sequence[int]) -> str:
+    return " and ".join(map(str, widths))
