@@ -1,4 +1,4 @@
-"""Shared by all tests: stored digests of trained weights (``same_weights``), small tokenizers."""
+"""Shared by all tests: stored digests of trained weights, small tokenizers, readers of pages."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import hashlib
 import json
 import platform
 import random
+import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.prompts import PromptSet
 
 ASSETS = Path(__file__).parent / "assets"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 @pytest.fixture
@@ -133,3 +140,76 @@ def _compare(values: dict, run: str, found: dict) -> None:
         assert value == pytest.approx(expected["sums"][file], rel=1e-4), file
     if values["machine"] == machine():
         assert found["digest"] == expected["digest"]
+
+
+# --- pages ------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Tags, addresses and text of a page; complains of tags that do not close."""
+
+    VOID = {"meta", "img"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.open, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="session")
+def page_of():
+    """Reads a report: its tags close, and it needs nothing from outside."""
+
+    def read(path):
+        text = path.read_text(encoding="utf-8")
+        page = Page(text)
+        assert "script" not in page.tags
+        assert all(address.startswith("data:image/") for address in page.addresses)
+        assert not re.search(r"url\(|@import", text)
+        return page
+
+    return read
+
+
+@pytest.fixture
+def screenshot_of(tmp_path):
+    """A report in a browser, ``(1200, 1000, 3)``: on paper, and nothing runs out of the page."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser is installed ({', '.join(BROWSERS)})")
+
+    def show(report):
+        shot = tmp_path / "report.png"
+        flags = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            f"--user-data-dir={tmp_path / 'browser'}", "--hide-scrollbars",
+            "--window-size=1000,1200", f"--screenshot={shot}",
+        ]  # fmt: skip
+        command = [browser, *flags, report.resolve().as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+        assert pixels.shape == (1200, 1000, 3)
+        paper = pixels[5, 5]
+        assert paper.min() > 230 or paper.max() < 40, "light or dark, as the style sheet says"
+        assert (abs(pixels[:, :20] - paper) < 8).all(), "nothing runs out of the page on the left"
+        assert (abs(pixels[:, 980:] - paper) < 8).all(), "nor on the right"
+        return pixels
+
+    return show

@@ -17,7 +17,7 @@ from mlm_plugin.doctor.learned_file import LearnedFile, Module
 
 __all__ = ["SUSPICIOUS", "amplification"]
 
-SUSPICIOUS = 1.5
+SUSPICIOUS = 2.0
 """From here on the ratio is not explained by training."""
 
 

@@ -135,7 +135,7 @@ def verdict_of(findings: Findings) -> Diagnosis:
         return Diagnosis(
             "strong",
             f"text encoder part too strong: {findings.amplified:.1f} times what its learning rate "
-            f"explains; context words lose {lost}",
+            f"explains, so it was enlarged after training; context words lose {lost}",
             f"{advice}{at_fit}",
         )
     if findings.text_part.text < KEPT:
@@ -173,7 +173,8 @@ def _embedding_verdict(kept: float, ordinary: float) -> Diagnosis:
 
 def percent(share: float) -> str:
     """Such as "62 %"; shares just below 1 are not rounded up to it."""
-    return f"{100 * share:.0f} %" if 0.005 < share < 0.995 else f"{100 * share:.1f} %"
+    digits = 1 if min(share, 1 - share) < 0.005 and 0.0005 < share < 0.9995 else 0
+    return f"{100 * share:.{digits}f} %"
 
 
 def _as_trained(amplified: float | None) -> float:

@@ -183,7 +183,7 @@ def _kept_by(one: KeyValues, states_ND: Tensor, untrained_ND: Tensor, strength: 
     weight_OD = one.layer.weight
     trained_OD = weight_OD
     if one.module is not None:
-        trained_OD = weight_OD + weight_change(one.module, one.layer, scale=strength)
+        trained_OD = weight_OD + weight_change(one.module, one.layer, scale=strength).weight
     return kept_context(F.linear(states_ND, trained_OD), F.linear(untrained_ND, weight_OD))
 
 
@@ -215,15 +215,21 @@ def _context_positions(ids_L: list[int], concept_ids: list[int], tokenizer) -> l
 @contextmanager
 def _changed(layers: Sequence[tuple[nn.Module, Module]], strength: float) -> Iterator[None]:
     """The layers with the file's changes inside the block."""
-    before = [layer.weight for layer, _ in layers]
+    before = [(layer.weight, layer.bias) for layer, _ in layers]
     try:
         for layer, module in layers if strength else ():
             change = weight_change(module, layer, scale=strength)
-            layer.weight = nn.Parameter(layer.weight + change, requires_grad=False)
+            layer.weight = _frozen(layer.weight + change.weight)
+            if change.bias is not None and layer.bias is not None:
+                layer.bias = _frozen(layer.bias + change.bias)
         yield
     finally:
-        for (layer, _), weight in zip(layers, before, strict=True):
-            layer.weight = weight
+        for (layer, _), (weight, bias) in zip(layers, before, strict=True):
+            layer.weight, layer.bias = weight, bias
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _text_layers(
@@ -232,7 +238,7 @@ def _text_layers(
     """Layers of a text encoder that the file changes, with what it holds for them."""
     for path, layer in clip.named_modules():
         name = text_encoder_name(path).removeprefix("lora_te_")
-        if name in modules and getattr(layer, "weight", None) is not None:
+        if name in modules and isinstance(layer, nn.Linear):
             yield layer, modules[name]
 
 
