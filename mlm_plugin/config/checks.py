@@ -376,6 +376,12 @@ _RULES = (
         "save_last_n_epochs save_last_n_epochs_state", "save_every_n_epochs", "save_n_epoch_ratio"
     ),
     _without("save_last_n_steps_state save_last_n_epochs_state", "save_state"),
+    _without(
+        "mlm_keep_best mlm_stop_below",
+        "save_every_n_steps",
+        "save_every_n_epochs",
+        "save_n_epoch_ratio",
+    ),
     Rule(
         ("max_train_steps",),
         "with max_train_epochs = {max_train_epochs}, which takes precedence",

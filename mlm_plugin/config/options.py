@@ -676,6 +676,18 @@ class OutputOptions:
         False, "Save a state folder to resume from with every file and at the end."
     )
     save_state_on_train_end: bool = option(False, "Save a state folder at the end only.")
+    mlm_keep_best: bool = option(
+        False,
+        "At every save measure from text alone how much of their context prompts with the concept "
+        "still carry, and keep the best file: the last that carries 95 %. Needs a concept.",
+    )
+    mlm_stop_below: float | None = option(
+        None,
+        "End the run, with its state saved, when a saved file carries less than this share of the "
+        "context, e.g. 0.8.",
+        at_least=0,
+        at_most=1,
+    )
     no_metadata: bool = option(
         False, "Write only the metadata that WebUIs need to recognize the base model."
     )

@@ -1,0 +1,112 @@
+"""Which of a run's files is the best, and when a run has lost its context: from text alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+
+from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.methods import Method
+from mlm_plugin.mlm_setup import prompts_for
+from mlm_plugin.training.context_score import ContextReading, ContextScore, ScorePrompts
+from mlm_plugin.training.interrupt import Stopped
+from mlm_plugin.training.trainer import Trainer
+
+__all__ = ["KEPT", "BestFile", "ContextLost", "watch_context"]
+
+logger = logging.getLogger(__name__)
+
+KEPT = 0.95
+"""Share of the context from which on a file counts as one that reads it (docs/doctor.md)."""
+
+
+class ContextLost(Stopped):
+    """The run was told to end where so much of the context is lost."""
+
+    def __init__(self, kept: float, limit: float):
+        super().__init__(0)
+        self.args = (f"{kept:.0%} of the context is kept, mlm_stop_below is {limit:.0%}",)
+
+
+class BestFile:
+    """Ranks files as they are saved.
+
+    The best is the last one that keeps ``KEPT`` of its context: likeness, which text cannot tell,
+    grows with every step. Where none does, it is the one that keeps most.
+
+    Args:
+        score: of the weights as they are now.
+        keep: whether the best file is kept.
+        stop_below: the run ends where less is kept; ``None`` = never.
+    """
+
+    def __init__(self, score: ContextScore, *, keep: bool, stop_below: float | None):
+        self.score, self.keep, self.stop_below = score, keep, stop_below
+        self.kept: dict[str, float] = {}
+
+    def measure(self, trainer: Trainer, name: str) -> ContextReading:
+        """Score the file that is saved now."""
+        with trainer.evaluating():
+            reading = self.score()
+        self.kept[name] = reading.cross_attention
+        curves = {
+            "context/text_encoder": reading.encoder,
+            "context/cross_attention": reading.cross_attention,
+        }
+        trainer.accelerator.log(curves, step=trainer.progress.current_step)
+        logger.info("%s keeps %.0f%% of the context", name, 100 * reading.cross_attention)
+        return reading
+
+    @property
+    def best(self) -> str | None:
+        """Name of the best file so far."""
+        if not self.kept:
+            return None
+        good = [name for name, kept in self.kept.items() if kept >= KEPT]
+        return good[-1] if good else max(self.kept, key=self.kept.__getitem__)
+
+    def spares(self, name: str) -> bool:
+        """Whether a file that is due to be removed has to stay."""
+        return self.keep and name == self.best
+
+    def require_context(self) -> None:
+        """End the run where too little is kept.
+
+        Raises:
+            ContextLost: the last file keeps less than ``stop_below``.
+        """
+        kept = next(reversed(self.kept.values()), 1.0)
+        if self.stop_below is not None and kept < self.stop_below:
+            raise ContextLost(kept, self.stop_below)
+
+
+def watch_context(
+    config: TrainConfig,
+    method: Method,
+    concepts: Sequence[Concept],
+    *,
+    captions: Sequence[str],
+    accelerator: Accelerator,
+) -> BestFile | None:
+    """The ranking that the options ask for; ``None`` if they do not.
+
+    Args:
+        config: options of the run.
+        method: untrained.
+        concepts: what is learned.
+        captions: may serve as prompts.
+        accelerator: its precision.
+    """
+    options = config.output
+    if not options.mlm_keep_best and options.mlm_stop_below is None:
+        return None
+    prompts = prompts_for(config.mlm, concepts, captions=captions)
+    texts = ScorePrompts.drawn(
+        lambda rng: prompts.sample(rng).text, [concept.text for concept in concepts]
+    )
+    method.train(False)
+    score = ContextScore(method, texts, autocast=accelerator.autocast)
+    return BestFile(score, keep=options.mlm_keep_best, stop_below=options.mlm_stop_below)

@@ -1,0 +1,143 @@
+"""How much of their context prompts with the concept still carry, measured during training.
+
+No picture is drawn: what the text encoders and the keys and values of the cross-attention make of
+fixed prompts is compared with what the untrained model made of them. On the pocket model the score
+at the keys and values ranks files by how well they follow prompts (docs/experiments.md). It cannot
+tell how well they show the concept.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mlm_plugin.methods.base import Method
+from mlm_plugin.mlm.kept_context import kept_context
+from mlm_plugin.mlm.losses import positions_outside
+from mlm_plugin.models.cross_attention import cross_attention_names, is_per_layer, split_layers
+from mlm_plugin.models.key_values import MATRICES
+from mlm_plugin.models.text_encoder import TextEncoder
+
+__all__ = ["ContextReading", "ContextScore", "ScorePrompts"]
+
+NUM_PROMPTS = 32
+
+
+class ScorePrompts(NamedTuple):
+    """Prompts, and the concept that each of them holds."""
+
+    texts: Sequence[str]
+    concepts: Sequence[str]
+
+    @classmethod
+    def drawn(cls, sample: Callable[[random.Random], str], concepts: Sequence[str]) -> ScorePrompts:
+        """The same prompts in every run.
+
+        Args:
+            sample: draws a prompt that holds one of the concepts.
+            concepts: as they are written in prompts.
+        """
+        rng = random.Random("context score")
+        texts: dict[str, str] = {}
+        for text in (sample(rng) for _ in range(20 * NUM_PROMPTS)):
+            held = [concept for concept in concepts if concept in text]
+            if len(held) == 1 and len(texts) < NUM_PROMPTS:
+                texts[text] = held[0]
+        return cls(list(texts), list(texts.values()))
+
+
+class ContextReading(NamedTuple):
+    """Shares of the context that are kept, 0 to 1.
+
+    Attributes:
+        encoder: in the states of the text encoders.
+        cross_attention: in the keys and values, mean over layers.
+    """
+
+    encoder: float
+    cross_attention: float
+
+
+class ContextScore:
+    """Compares what is read now with what was read before training.
+
+    Args:
+        method: in evaluation mode and untrained when this is created, in evaluation mode whenever
+            it is measured.
+        prompts: what is read.
+        autocast: mixed precision of the run.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        prompts: ScorePrompts,
+        *,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.method, self.prompts, self.autocast = method, prompts, autocast
+        self.layers = [
+            [method.models.unet.get_submodule(f"{name}.{matrix}") for matrix in MATRICES]
+            for name in cross_attention_names(method.models.unet)
+        ]
+        self._kept_states = None if method.trains_text_side else self._states()
+        with method.untrained():
+            self.before = self._read()
+
+    def __call__(self) -> ContextReading:
+        """What is kept now."""
+        encoder, *key_values = (
+            kept_context(now, before.float())
+            for now, before in zip(self._read(), self.before, strict=True)
+        )
+        return ContextReading(encoder, sum(key_values) / len(key_values))
+
+    @torch.no_grad()
+    def _read(self) -> list[Tensor]:
+        """States ``(N, D)`` of the words around the concept, then keys and values; on the CPU."""
+        states_KND = self._states() if self._kept_states is None else self._kept_states
+        states_KND = states_KND.to(self.method.models.unet.device)
+        read = [states_KND.flatten(0, 1)]
+        with self.autocast():
+            for number, matrices in enumerate(self.layers):
+                states_ND = states_KND[number % len(states_KND)]
+                read += [matrix(states_ND.to(_dtype_of(matrix))) for matrix in matrices]
+        return [one.float().cpu() for one in read]
+
+    @torch.no_grad()
+    def _states(self) -> Tensor:
+        """``(K, N, D)``; K is 1, or the number of layers that have states of their own."""
+        with self.autocast():
+            joined = self.method.encode(list(self.prompts.texts)).states
+        states_KBLD = joined[None]
+        if is_per_layer(joined):
+            states_KBLD = split_layers(joined, len(self.layers))
+        rows = self._positions()
+        return torch.stack(
+            [
+                torch.cat([states_LD[row] for states_LD, row in zip(states_BLD, rows, strict=True)])
+                for states_BLD in states_KBLD
+            ]
+        )
+
+    def _positions(self) -> list[list[int]]:
+        """Of the words around the concept and of EOS, for each prompt."""
+        encoder: TextEncoder = self.method.models.text_encoders[0]
+        eos = encoder.tokenizer.eos_token_id
+        found = []
+        for text, concept in zip(*self.prompts, strict=True):
+            ids_L = encoder.tokenize_trimmed([text])[0].tolist()
+            concept_ids = encoder.tokenize_trimmed([concept])[0, 1:-1].tolist()
+            trimmed = ids_L[: ids_L.index(eos) + 1]
+            found.append(positions_outside(trimmed, concept_ids, len(concept_ids))[0][1:])
+        return found
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    return weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
