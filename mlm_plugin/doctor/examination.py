@@ -258,6 +258,11 @@ def _is_sdxl(unet: nn.Module) -> bool:
 
 def _refuse_other_model(file: LearnedFile, models: StableDiffusion) -> None:
     """Compare widths where the file tells them."""
+    if file.other_model:
+        raise UserError(
+            f"{file.path} is for {file.other_model}; Stable Diffusion 1, 2 and XL can be examined: "
+            "leave out --base to see what is in the file"
+        )
     if file.embeddings:
         found = [vectors_ND.shape[1] for vectors_ND in file.embeddings]
         expected = [one.token_embedding.embedding_dim for one in models.text_encoders]

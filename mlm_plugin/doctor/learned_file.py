@@ -36,6 +36,14 @@ ALGORITHMS = (
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl"}
 """The family by the width of the text states that the cross-attention takes."""
 
+OTHER_MODELS = {
+    "lora_unet_joint_blocks_": "Stable Diffusion 3",
+    "lora_unet_double_blocks_": "FLUX",
+    "lora_unet_context_refiner_": "Lumina 2",
+    "lora_unet_blocks_": "Anima",
+}
+"""Models whose files can be read but not examined, by the start of a module's name."""
+
 READS_TEXT = re.compile(r"lora_unet_.*attn2_to_[kv]")
 RANKS = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 TRIGGER_KEYS = ("modelspec.trigger_phrase", "ss_mlm_trigger", "trigger_word", "trigger_words")
@@ -63,8 +71,20 @@ class LearnedFile:
     ignored: Sequence[str] = ()
 
     @property
+    def other_model(self) -> str | None:
+        """Title of the model, where it is one that cannot be examined."""
+        starts = (
+            title
+            for start, title in OTHER_MODELS.items()
+            if any(name.startswith(start) for name in self.modules)
+        )
+        return next(starts, None)
+
+    @property
     def family(self) -> str | None:
         """``sd_v1``, ``sd_v2`` or ``sdxl``; ``None`` if the file does not tell."""
+        if self.other_model:
+            return None
         if self.embeddings:
             width = sum(vectors_ND.shape[1] for vectors_ND in self.embeddings)
             return FAMILY_OF_WIDTH.get(width)

@@ -8,7 +8,6 @@ from typing import Any
 from mlm_plugin.doctor.diagnosis import KEPT, percent
 from mlm_plugin.evaluation.charts import Bar, Line, Point, bar_chart, scatter_chart
 from mlm_plugin.evaluation.rendering import render
-from mlm_plugin.models.components import TITLES
 
 __all__ = ["doctor_page"]
 
@@ -21,7 +20,6 @@ def doctor_page(facts: Mapping[str, Any]) -> str:
         facts=facts,
         findings=findings,
         percent=percent,
-        model=TITLES.get(facts["family"], "unknown"),
         curve=_curve(findings["curve"]) if findings and findings["curve"] else None,
         blocks=_blocks(findings["with_trigger"]["unet_blocks"]) if findings else None,
     )

@@ -32,7 +32,7 @@ def facts_of(
     return {
         "file": str(file.path),
         "title": file.path.name,
-        "family": file.family,
+        "model": file.other_model or TITLES.get(file.family, "unknown"),
         "trigger": file.trigger,
         "made_by": _made_by(file),
         "modules": dict(contents.counts),
@@ -91,13 +91,14 @@ def lines_of(
     if findings is not None:
         lines += _finding_lines(findings)
     if diagnosis is None:
-        return [*lines, "  give --base MODEL to see what it does to sentences"]
+        hint = "  give --base MODEL to see what it does to sentences"
+        return lines if file.other_model else [*lines, hint]
     lines.append(diagnosis.verdict)
     return [*lines, f"  {diagnosis.advice}"] if diagnosis.advice else lines
 
 
 def _kind(file: LearnedFile, contents: Contents) -> str:
-    model = TITLES.get(file.family, "an unknown kind of model")
+    model = file.other_model or TITLES.get(file.family, "an unknown kind of model")
     if file.embeddings:
         return f"embedding of {len(file.embeddings[0])} vector(s) for {model}"
     algorithms = ", ".join(f"{name} ({count})" for name, count in contents.algorithms.items())

@@ -1,4 +1,6 @@
-"""Does the score from text alone rank files as pictures do? ``python -m research.bench.text_score``.
+"""Does the score from text alone rank files as pictures do?
+
+Run by ``python -m research.bench.text_score``.
 
 The plan, written before the run: LoRAs of the reported concepts, trained at three settings and
 looked at at five steps. For every look the oracle's prompt fidelity and identity, and what

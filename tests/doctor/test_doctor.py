@@ -364,6 +364,19 @@ def test_a_file_for_another_model_is_refused(trained, toy_sdxl_folder, capsys):
     assert "give the model it was trained on" in capsys.readouterr().err
 
 
+def test_a_file_for_flux_is_counted_and_not_examined(tmp_path, toy_folder, capsys):
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    pair = {
+        f"{name}.lora_down.weight": torch.ones(4, 8),
+        f"{name}.lora_up.weight": torch.ones(8, 4),
+    }
+    save_file(pair, tmp_path / "flux.safetensors")
+    assert main(["doctor", str(tmp_path / "flux.safetensors")]) == 0
+    assert "LoRA (1) for FLUX; 1 U-Net modules; rank 4" in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "flux.safetensors"), "--base", str(toy_folder)]) == 2
+    assert "is for FLUX" in capsys.readouterr().err
+
+
 # --- embeddings and pages -------------------------------------------------------------------------
 
 
