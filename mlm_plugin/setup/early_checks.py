@@ -8,6 +8,8 @@ from pathlib import Path
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions, ModelOptions, TrainConfig
 from mlm_plugin.contextualizer_file import read_contextualizer
+from mlm_plugin.errors import UserError
+from mlm_plugin.export.thumbnails import thumbnail
 from mlm_plugin.methods import METHODS
 from mlm_plugin.mlm_setup import trigger_of
 from mlm_plugin.models.diffusers_folder import require_named
@@ -35,10 +37,23 @@ def require_what_is_named(config: TrainConfig, concepts: Sequence[Concept]) -> N
     find_optimizer_class(config.optimizer.optimizer_type)
     if draws_samples(config):
         parse_sample_prompts(config.sampling.sample_prompts, trigger=trigger_of(concepts))
+    _require_thumbnail(config.output.metadata_thumbnail)
     if config.schedule.resume:
         read_progress(Path(config.schedule.resume))
     if config.mlm.mlm_loss_weight:
         _require_term(config.mlm)
+
+
+def _require_thumbnail(value: str | None) -> None:
+    if not value or value.startswith("data:"):
+        return
+    try:
+        thumbnail(value)
+    except OSError as error:
+        raise UserError(
+            f"metadata_thumbnail = {value!r}: {' '.join(str(error).split())}; give a picture file "
+            "or a data URL"
+        ) from error
 
 
 def _require_term(options: MLMOptions) -> None:

@@ -90,7 +90,7 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(
     untrained = own_sample(trainer)
     trainer.run()
     path = tmp_path / "x.safetensors"
-    trainer.method.export(Export(path, metadata=lambda kind: {"modelspec.title": kind}))
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"modelspec.title": kind}))
     files = trainer.method.files(path)
     assert sorted(files) == sorted(tmp_path.iterdir())
     assert trainer.method.verify(path)
@@ -222,7 +222,7 @@ def test_embeddings_for_another_number_of_text_encoders_are_refused(
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     for make, path in ((trainer_of, one), (sdxl_trainer_of, two)):
         method = make("textual_inversion").method
-        method.export(Export(path, metadata=lambda kind: {}))
+        method.export(Export(path, metadata=lambda kind, file: {}))
     again = sdxl_trainer_of("textual_inversion", weights=two).method
     assert torch.equal(again.embedding_parameters()[1], method.embedding_parameters()[1])
     with pytest.raises(UserError, match=r"embeddings for 1 text encoder\(s\), this model has 2"):
