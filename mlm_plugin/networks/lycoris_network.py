@@ -31,7 +31,13 @@ from mlm_plugin.networks.network_args import (
     number,
 )
 
-__all__ = ["LycorisNetwork", "create_lycoris", "import_lycoris", "require_plain_steps"]
+__all__ = [
+    "LycorisNetwork",
+    "create_lycoris",
+    "import_lycoris",
+    "require_plain_steps",
+    "warn_of_output_norms",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +49,7 @@ LYCORIS_ARGS = (
     "decompose_both", "factor", "warn_on_unmatched",
 )  # fmt: skip
 ADDING_ALGOS = ("lora", "locon", "loha", "lokr")
-"""Algorithms that can add to a layer's output and need not read its weight."""
+"""Algorithms that can add to a layer's output and need not read its weight; those with DoRA."""
 
 
 class Layer(NamedTuple):
@@ -126,6 +132,24 @@ def require_plain_steps(args: Mapping[str, str]) -> None:
         )
 
 
+def warn_of_output_norms(args: Mapping[str, str]) -> None:
+    """Name what A1111 makes of the norms that ``dora_wd`` trains by default, one for each output.
+
+    A1111 divides by the norms of the inputs instead (docs/method.md, What is written).
+    """
+    algo = args.get("algo", "lora").lower()
+    if algo in ADDING_ALGOS and _is_on(args, "dora_wd") and _is_on(args, "wd_on_output", "true"):
+        logger.warning(
+            "network_args: dora_wd trains a norm for each output, which A1111 (1.10.1) takes for "
+            "those of the inputs: its pictures will be wrong; for A1111 add wd_on_output=False"
+        )
+
+
+def _is_on(args: Mapping[str, str], name: str, default: str = "false") -> bool:
+    """Whether LyCORIS takes a setting as true: anything but "false" is."""
+    return args.get(name, default).lower() != "false"
+
+
 def import_lycoris() -> ModuleType:
     """LyCORIS's network module.
 
@@ -158,6 +182,7 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
             alpha = plan.options.network_alpha
             network = lycoris.create_network(1.0, plan.rank, alpha, None, *models, **settings)
         else:
+            _refuse_input_norms(plan.ranks_from)
             _warn_of_settings(plan)
             network, _ = lycoris.create_network_from_weights(
                 1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.ranks_from, layers)
@@ -197,9 +222,9 @@ def _check_packed_weights(plan: NetworkPlan) -> None:
     algo, needed = args.get("algo", "lora").lower(), None
     if algo not in ADDING_ALGOS:
         needed = f"network_args algo={algo}"
-    elif args.get("dora_wd", "false").lower() != "false":
+    elif _is_on(args, "dora_wd"):
         needed = "network_args dora_wd"
-    elif args.get("bypass_mode", "true").lower() == "false":
+    elif not _is_on(args, "bypass_mode", "true"):
         needed = "network_args bypass_mode=False"
     elif plan.ranks_from is not None:
         needed = "dim_from_weights with lycoris.kohya"
@@ -220,6 +245,21 @@ def _dropout(plan: NetworkPlan) -> float | None:
             "give it once"
         )
     return common if own is None else own
+
+
+def _refuse_input_norms(state: Mapping[str, Tensor]) -> None:
+    """LyCORIS makes every DoRA layer from a file with a norm for each output.
+
+    Raises:
+        UserError: the file has norms for the inputs.
+    """
+    norms = [tensor for key, tensor in state.items() if key.endswith(".dora_scale")]
+    if any(tensor.shape[0] == 1 and tensor.numel() > 1 for tensor in norms):
+        raise UserError(
+            "dim_from_weights: the file was trained with wd_on_output=False, which LyCORIS cannot "
+            "tell from it; instead of dim_from_weights give network_dim, network_alpha and the "
+            "network_args of its training"
+        )
 
 
 def _warn_of_settings(plan: NetworkPlan) -> None:

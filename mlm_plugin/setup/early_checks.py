@@ -14,6 +14,8 @@ from mlm_plugin.methods import METHODS
 from mlm_plugin.mlm_setup import trigger_of
 from mlm_plugin.models.diffusers_folder import require_named
 from mlm_plugin.networks.create import check_network
+from mlm_plugin.networks.lycoris_network import warn_of_output_norms
+from mlm_plugin.networks.network_args import parse_network_args
 from mlm_plugin.prompt_sets.files import find_set_file
 from mlm_plugin.setup.accelerator import require_device
 from mlm_plugin.setup.sampling import draws_samples
@@ -34,6 +36,8 @@ def require_what_is_named(config: TrainConfig, concepts: Sequence[Concept]) -> N
     _require_models(config.model)
     if METHODS[config.schedule.method].trains_network:
         check_network(config.network)
+        if config.network.network_module == "lycoris.kohya":
+            warn_of_output_norms(parse_network_args(config.network.network_args))
     find_optimizer_class(config.optimizer.optimizer_type)
     if draws_samples(config):
         parse_sample_prompts(config.sampling.sample_prompts, trigger=trigger_of(concepts))
