@@ -114,7 +114,10 @@ class Pivotal(LearnsTokens, LoRAMethod):
         save_embeddings(to, self._embeddings(to.path), embeddings)
         for path in self._bundles(to.path):
             state = self.network.kohya_state_dict() | bundled_embeddings(embeddings)
-            save_lora(path, state, metadata=to.metadata("lora", path), dtype=to.dtype)
+            metadata = dict(to.metadata("lora", path))
+            if "ss_output_name" in metadata:  # WebUIs' alias, which names one file
+                metadata["ss_output_name"] = path.stem
+            save_lora(path, state, metadata=metadata, dtype=to.dtype)
 
     def verify(self, path: Path) -> str:
         """Count modules and vectors."""

@@ -70,6 +70,9 @@ def test_the_quickstart_runs_with_every_method(arguments, method, tmp_path, caps
     other = {"xti": {"x_xti": "sks dog"}, "custom_diffusion": {"x": "sks dog"}}.get(method, {})
     files = [file for file in path.parent.glob("*.safetensors") if "step" not in file.stem]
     assert {file.stem: trigger_of(file) for file in files} == written | other
+    if method == "pivotal":
+        assert metadata_of(path)["ss_output_name"] == "x"
+        assert metadata_of(path.with_stem("x_bundle"))["ss_output_name"] == "x_bundle"
     for file in files:
         assert metadata_of(file)["modelspec.usage_hint"].startswith(f"Trigger: {trigger_of(file)}.")
         renamed = file.stem.replace("x", "x-step00000001", 1)
