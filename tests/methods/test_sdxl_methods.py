@@ -100,6 +100,18 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(
     np.testing.assert_allclose(client_sample(pipeline, trainer, word), sample, atol=1e-3)
 
 
+def test_a_bundle_leaves_the_lora_as_diffusers_loads_it(sdxl_trainer_of, toy_sdxl_folder, tmp_path):
+    trainer = sdxl_trainer_of("pivotal", steps=4, bundle_embedding=True, embedding_lr=2e-2)
+    trainer.run()
+    path = tmp_path / "x.safetensors"
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"modelspec.title": kind}))
+    lora, embedding, bundle = trainer.method.files(path)
+    assert {"bundle_emb.sks.clip_l", "bundle_emb.sks.clip_g"} <= load_file(bundle).keys()
+    pipeline, word = client_of(METHODS["pivotal"], toy_sdxl_folder, [lora, embedding])
+    sample = own_sample(trainer)
+    np.testing.assert_allclose(client_sample(pipeline, trainer, word), sample, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["dreambooth", "pivotal"])  # weights; adapters and embeddings
 def test_a_resumed_run_ends_bit_identical_to_a_straight_one(name, sdxl_trainer_of, tmp_path):
     straight = sdxl_trainer_of(name, steps=2, mlm_loss_weight=0.1)

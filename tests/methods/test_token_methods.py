@@ -318,6 +318,28 @@ def test_embeddings_lie_beside_the_lora_and_in_it_on_request(trainer_of, tmp_pat
     assert len(export(trainer_of("pivotal"), tmp_path / "y.safetensors")) == 2
 
 
+@pytest.mark.parametrize(
+    "placeholders", [("sks",), ("s.k", "zwx"), ("<my-dog>", "v1.2.3")], ids=" ".join
+)
+def test_a_bundle_is_called_by_the_words_that_webuis_are_told(
+    placeholders, trainer_of, toy_pictures, tmp_path
+):
+    (source,) = toy_pictures.iterdir()
+    for placeholder in placeholders:
+        folder = shutil.copytree(source, tmp_path / "train" / f"2_{placeholder} dog")
+        for caption in folder.glob("*.txt"):
+            caption.write_text(caption.read_text().replace("sks", placeholder))
+    given = {"placeholder_token": list(placeholders), "class_token": ["dog"] * len(placeholders)}
+    flags = {"train_data_dir": tmp_path / "train", "mlm_loss_weight": 0, **given}
+    trainer = trainer_of("pivotal", bundle_embedding=True, **flags)
+    *_, bundle = export(trainer, tmp_path / "x.safetensors")
+    words = trainer.method.webui_files(tmp_path / "x.safetensors")[bundle]
+    keys = {key for key in load_file(bundle) if key.startswith("bundle_emb")}
+    assert list(words) == list(placeholders)
+    assert keys == {f"bundle_emb.{word}.string_to_param.*" for word in words.values()}
+    assert all(key.count(".") == 3 for key in keys)  # A1111 takes what is between the first two
+
+
 # --- several concepts ---
 
 
