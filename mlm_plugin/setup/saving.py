@@ -311,7 +311,7 @@ class Saver(Callback):
             from PIL import Image
 
             with Image.open(picture) as image:
-                write_preview(file, image)
+                write_preview(file, image, is_embedding=file.stem in words.values())
         if words:
             print(f"in WebUIs {file.name} is called by {names_in_prompts(concepts, words)!r}")
 

@@ -190,11 +190,20 @@ def prompts_file(tmp_path, size=64):
     return str(path)
 
 
-@pytest.mark.parametrize("method", ["lora", "textual_inversion", "dreambooth"])
-def test_the_final_file_shows_the_newest_sample(arguments, method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "previews"),
+    [
+        ("lora", ["dog.png"]),
+        ("dreambooth", ["dog.png"]),
+        ("textual_inversion", ["dog.preview.png"]),
+        ("pivotal", ["dog.png", "dog_embedding.preview.png"]),
+    ],
+)
+def test_the_final_file_shows_the_newest_sample(arguments, method, previews, tmp_path):
     flags = ["--sample_prompts", prompts_file(tmp_path, size=384), "--sample_every_n_steps", "2"]
     assert train_main([*arguments, *flags, "--method", method, "--save_every_n_steps", "2"]) == 0
     out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.png")) == previews
     kind, _, content = metadata_of(out / "dog.safetensors")["modelspec.thumbnail"].partition(",")
     assert kind == "data:image/jpeg;base64"
     newest = sorted((out / "sample").iterdir())[-1]
