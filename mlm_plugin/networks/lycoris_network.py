@@ -28,6 +28,7 @@ from mlm_plugin.networks.network_args import (
     LoraPlus,
     checked_number,
     describe_unknown,
+    is_on,
     number,
 )
 
@@ -36,7 +37,6 @@ __all__ = [
     "create_lycoris",
     "import_lycoris",
     "require_plain_steps",
-    "warn_of_output_norms",
 ]
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ LYCORIS_ARGS = (
     "decompose_both", "factor", "warn_on_unmatched",
 )  # fmt: skip
 ADDING_ALGOS = ("lora", "locon", "loha", "lokr")
-"""Algorithms that can add to a layer's output and need not read its weight; those with DoRA."""
+"""Algorithms that can add to a layer's output and need not read its weight."""
 
 
 class Layer(NamedTuple):
@@ -132,24 +132,6 @@ def require_plain_steps(args: Mapping[str, str]) -> None:
         )
 
 
-def warn_of_output_norms(args: Mapping[str, str]) -> None:
-    """Name what A1111 makes of the norms that ``dora_wd`` trains by default, one for each output.
-
-    A1111 divides by the norms of the inputs instead (docs/method.md, What is written).
-    """
-    algo = args.get("algo", "lora").lower()
-    if algo in ADDING_ALGOS and _is_on(args, "dora_wd") and _is_on(args, "wd_on_output", "true"):
-        logger.warning(
-            "network_args: dora_wd trains a norm for each output, which A1111 (1.10.1) takes for "
-            "those of the inputs: its pictures will be wrong; for A1111 add wd_on_output=False"
-        )
-
-
-def _is_on(args: Mapping[str, str], name: str, default: str = "false") -> bool:
-    """Whether LyCORIS takes a setting as true: anything but "false" is."""
-    return args.get(name, default).lower() != "false"
-
-
 def import_lycoris() -> ModuleType:
     """LyCORIS's network module.
 
@@ -222,9 +204,9 @@ def _check_packed_weights(plan: NetworkPlan) -> None:
     algo, needed = args.get("algo", "lora").lower(), None
     if algo not in ADDING_ALGOS:
         needed = f"network_args algo={algo}"
-    elif _is_on(args, "dora_wd"):
+    elif is_on(args, "dora_wd"):
         needed = "network_args dora_wd"
-    elif not _is_on(args, "bypass_mode", "true"):
+    elif not is_on(args, "bypass_mode", "true"):
         needed = "network_args bypass_mode=False"
     elif plan.ranks_from is not None:
         needed = "dim_from_weights with lycoris.kohya"

@@ -19,8 +19,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.mlm_setup import AnyEncoder
 from mlm_plugin.models.language_model import AdaptedEncoder
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.networks.lycoris_network import warn_of_output_norms
-from mlm_plugin.networks.network_args import parse_network_args
+from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.sd_scripts.architectures import Architecture
 from mlm_plugin.sd_scripts.arguments import (
     read_at,

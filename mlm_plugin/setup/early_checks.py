@@ -14,8 +14,7 @@ from mlm_plugin.methods import METHODS
 from mlm_plugin.mlm_setup import trigger_of
 from mlm_plugin.models.diffusers_folder import require_named
 from mlm_plugin.networks.create import check_network
-from mlm_plugin.networks.lycoris_network import warn_of_output_norms
-from mlm_plugin.networks.network_args import parse_network_args
+from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.prompt_sets.files import find_set_file
 from mlm_plugin.setup.accelerator import require_device
 from mlm_plugin.setup.sampling import draws_samples

@@ -20,8 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.networks.create import NETWORK_MODULES, create_network, read_weights
-from mlm_plugin.networks.lycoris_network import warn_of_output_norms
-from mlm_plugin.networks.network_args import parse_network_args
+from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.networks.peft_network import BLOCK_ARGS
 
 needs_lycoris = pytest.mark.skipif(
