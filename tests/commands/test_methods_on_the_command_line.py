@@ -80,6 +80,32 @@ def test_the_quickstart_runs_with_every_method(arguments, method, tmp_path, caps
         assert trigger_of(file.with_stem(renamed)) == trigger
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_headers_and_sidecars_agree_on_two_concepts(arguments, method, toy_pictures, tmp_path):
+    (source,) = toy_pictures.iterdir()
+    for concept in ("sks dog", "zwx cat"):
+        folder = shutil.copytree(source, tmp_path / "train" / f"1_{concept}")
+        for caption in folder.glob("*.txt"):
+            caption.write_text(caption.read_text().replace("sks dog", concept))
+    flags = ["--train_data_dir", str(tmp_path / "train"), "--mlm_loss_weight", "0"]
+    flags += ["--max_train_steps", "1", *MORE_FILES.get(method, [])]
+    assert train_main([*arguments, "--method", method, *flags]) == 0
+    said = {
+        card.stem: json.loads(card.read_text())["activation text"]
+        for card in (tmp_path / "out").glob("*.json")
+    }
+    assert said == {name: trigger_of(tmp_path / "out" / f"{name}.safetensors") for name in said}
+    apart = {"x_sks": "x_sks dog", "x_zwx": "x_zwx cat"}
+    beside = {"x_embedding_sks": "x_embedding_sks dog", "x_embedding_zwx": "x_embedding_zwx cat"}
+    both = "x_embedding_sks dog, x_embedding_zwx cat"
+    assert said == {
+        "textual_inversion": apart,
+        "xti": apart,
+        "custom_diffusion": {**beside, "x_lora": both},
+        "pivotal": {**beside, "x": both, "x_bundle": "sks dog, zwx cat"},
+    }.get(method, {"x": "sks dog, zwx cat"})
+
+
 @pytest.mark.parametrize("method", ["lora", "textual_inversion", "pivotal"])
 def test_header_and_sidecar_say_the_users_phrase(arguments, method, tmp_path):
     phrase = ["--metadata_trigger_phrase", "my good boy"]
