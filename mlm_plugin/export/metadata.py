@@ -591,6 +591,8 @@ def _usage_hint(output: OutputOptions, facts: RunFacts, *, kind: str) -> str | N
     hints = [f"Trigger: {trigger}."] if trigger else []
     if kind == "lora":
         hints.append("Strength: 1, as trained.")
+    if kind == "textual-inversion" and not facts.words:  # WebUIs have no word for XTI's layers
+        hints.append("Holds an embedding for each cross-attention layer: not for WebUIs.")
     if facts.needs:
         hints.append(f"Needs the embedding {', '.join(facts.needs)}.")
     return " ".join(hints) or None

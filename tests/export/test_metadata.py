@@ -362,6 +362,9 @@ CONCEPTS = (Concept("sks", "dog"), Concept("zwx", "duck toy"))
          "Trigger: x_embedding_sks dog, x_embedding_zwx duck toy. Strength: 1, as trained. "
          "Needs the embedding x_embedding_sks, x_embedding_zwx."),
         ("textual-inversion", {"zwx": "x_zwx"}, (), "x_zwx duck toy", "Trigger: x_zwx duck toy."),
+        ("textual-inversion", {}, (), "sks dog, zwx duck toy",
+         "Trigger: sks dog, zwx duck toy. "
+         "Holds an embedding for each cross-attention layer: not for WebUIs."),
         ("checkpoint", {}, (), "sks dog, zwx duck toy", "Trigger: sks dog, zwx duck toy."),
     ],
 )  # fmt: skip
