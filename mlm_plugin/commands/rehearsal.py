@@ -22,6 +22,7 @@ from mlm_plugin.contextualizer_file import contextualizer_settings, read_context
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.estimate.on_meta import OnMeta
+from mlm_plugin.export.thumbnails import thumbnail
 from mlm_plugin.methods import METHODS, Method
 from mlm_plugin.methods.checks import check_model
 from mlm_plugin.mlm_setup import trigger_of
@@ -178,10 +179,24 @@ def _require_steps_left(config: TrainConfig, plan: TrainPlan) -> None:
 def _check_late_options(config: TrainConfig, concepts: Sequence[Concept]) -> None:
     """Options and files that the run reads late, and that need no model."""
     if METHODS[config.schedule.method].trains_network:
-        check_network(config.network)
+        with without_messages():  # creating the network repeats them
+            check_network(config.network)
     sample_drawer(config, concepts)
+    _require_thumbnail(config.output.metadata_thumbnail)
     if config.logging.log_tracker_config and tracker_kind(config.logging):
         read_toml(config.logging.log_tracker_config)
+
+
+def _require_thumbnail(value: str | None) -> None:
+    if not value or value.startswith("data:"):
+        return
+    try:
+        thumbnail(value)
+    except OSError as error:
+        raise UserError(
+            f"metadata_thumbnail = {value!r}: {' '.join(str(error).split())}; give a picture file "
+            "or a data URL"
+        ) from error
 
 
 def _check_contextualizers(config: TrainConfig, num_read: int) -> None:

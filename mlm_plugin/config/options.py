@@ -278,7 +278,9 @@ class EmbeddingOptions:
         choices=("sample", "all"),
     )
     bundle_embedding: bool = option(
-        False, "Put the embeddings into the LoRA file too, as A1111's bundled embedding (pivotal)."
+        False,
+        "Write a second LoRA file, `NAME_bundle`, that contains the embeddings too, for A1111 and "
+        "SD.Next (pivotal).",
     )
 
 
@@ -697,10 +699,18 @@ class OutputOptions:
     metadata_description: str | None = option(None, "modelspec description.")
     metadata_license: str | None = option(None, "modelspec license.")
     metadata_tags: str | None = option(None, "modelspec tags, separated by commas.")
-    metadata_usage_hint: str | None = option(None, "modelspec usage hint.")
-    metadata_thumbnail: str | None = option(None, "modelspec thumbnail, as a data URL.")
+    metadata_usage_hint: str | None = option(
+        None, "modelspec usage hint; trigger and strength if not given."
+    )
+    metadata_thumbnail: str | None = option(
+        None,
+        "modelspec thumbnail: a picture file, stored with at most 256 pixels, or a data URL; the "
+        "last sample if not given.",
+    )
     metadata_merged_from: str | None = option(None, "modelspec sources of a merge.")
-    metadata_trigger_phrase: str | None = option(None, "modelspec trigger phrase shown by UIs.")
+    metadata_trigger_phrase: str | None = option(
+        None, "modelspec trigger phrase shown by UIs; the concept's words if not given."
+    )
     metadata_preprocessor: str | None = option(None, "modelspec preprocessor.")
     metadata_is_negative_embedding: str | None = option(None, "modelspec is_negative_embedding.")
 

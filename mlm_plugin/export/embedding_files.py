@@ -26,6 +26,7 @@ __all__ = [
     "EMBEDDING_KEY",
     "EMBEDDING_KEYS",
     "SD_LAYER_CODES",
+    "all_layers_file",
     "layer_average",
     "read_embedding",
     "read_embeddings",
@@ -43,6 +44,9 @@ EMBEDDING_KEYS = {1: (EMBEDDING_KEY,), 2: ("clip_l", "clip_g")}
 """Keys of the vectors by number of text encoders; SDXL has two."""
 
 SDXL_KEYS = set(EMBEDDING_KEYS[2])
+
+ALL_LAYERS = "_xti"
+"""What the name of an XTI file adds to that of its average."""
 
 SD_LAYER_CODES = (
     *("IN01", "IN02", "IN04", "IN05", "IN07", "IN08"),
@@ -160,7 +164,8 @@ def save_xti(
 ) -> None:
     """Write an XTI file: one key for each cross-attention layer, with vectors ``(N, D)``.
 
-    kohya's generation scripts read it; WebUIs do not, and get :func:`layer_average`.
+    kohya's generation scripts read it. WebUIs do not, and get :func:`layer_average`; ComfyUI would
+    take the first layer's vectors for all.
 
     Args:
         path: final name, as for :func:`save_embedding`.
@@ -189,10 +194,11 @@ def read_xti(path: str | os.PathLike, *, codes: Sequence[str] = SD_LAYER_CODES) 
     """
     tensors = _read(path)
     if tensors.keys() != set(codes):
+        beside = all_layers_file(Path(path))
         raise UserError(
             f"{path} holds {len(tensors)} tensors{_some(tensors)}, an XTI file for this U-Net has "
             f"one for each of its {len(codes)} cross-attention layers ({', '.join(codes)}): "
-            "use such a file"
+            f"use {beside if beside.is_file() else 'such a file'}"
         )
     vectors = [_checked_vectors(path, code, tensors[code]) for code in codes]
     if len({vectors_ND.shape for vectors_ND in vectors}) != 1:
@@ -214,6 +220,11 @@ def read_vectors(path: str | os.PathLike, *, codes: Sequence[str] = ()) -> Tenso
     if len(tensors) == 1 or tensors.keys() == SDXL_KEYS:
         return read_embedding(path)
     return read_xti(path, codes=codes or list(tensors))
+
+
+def all_layers_file(average: Path) -> Path:
+    """The XTI file that belongs to an average: ``my_dog_xti.safetensors`` beside ``my_dog``."""
+    return average.with_name(f"{average.stem}{ALL_LAYERS}{average.suffix}")
 
 
 def layer_average(vectors_KND: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "SAVE_DTYPES",
     "LoraCounts",
     "bundled_embeddings",
+    "bundled_word",
     "kohya_hashes",
     "save_lora",
     "verify_lora",
@@ -79,14 +80,22 @@ def save_lora(
 def bundled_embeddings(embeddings: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """Embeddings ``(N, D)`` of each text encoder by word, in the form that A1111 reads from a LoRA.
 
+    SD.Next reads it too. ComfyUI does if the file is in its folder of embeddings; it then joins all
+    embeddings of the file to one, called by the file's name.
+
     Source: stable-diffusion-webui ``extensions-builtin/Lora/networks.py`` (``bundle_emb``).
     """
     keys = {1: ("string_to_param.*",), 2: EMBEDDING_KEYS[2]}
     return {
-        f"{BUNDLE_PREFIX}{word.replace('.', '_')}.{key}": tensor_ND.detach().cpu()
+        f"{BUNDLE_PREFIX}{bundled_word(word)}.{key}": tensor_ND.detach().cpu()
         for word, tensors in embeddings.items()
         for key, tensor_ND in zip(keys[len(tensors)], tensors, strict=True)
     }
+
+
+def bundled_word(word: str) -> str:
+    """What A1111 calls a bundled embedding: a dot would end its name in the key."""
+    return word.replace(".", "_")
 
 
 def kohya_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,8 @@ tensors.
 
 Three decisions that go beyond kohya's trainer:
 
-- ``modelspec.trigger_phrase`` is the concept ("sks dog") if the user gives none.
+- ``modelspec.trigger_phrase`` and ``usage_hint`` say what one types where the file is loaded, as
+  the sidecar does ("sks dog", or "my_dog_embedding dog"), unless the user gives others.
 - ``ss_tag_frequency`` keeps kohya's counts and adds the trigger as a tag in each folder, with the
   number of captions that contain it, because WebUIs and trigger-word nodes read it there.
 - ``modelspec.implementation_version`` names this package, ``ss_sd_scripts_commit_hash`` is
@@ -14,23 +15,22 @@ Three decisions that go beyond kohya's trainer:
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import logging
-import mimetypes
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlm_plugin import __version__
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
-from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.config.options import OutputOptions, TrainConfig
+from mlm_plugin.export.thumbnails import thumbnail
 from mlm_plugin.models.checkpoints import SDXL_VERSION
 from mlm_plugin.networks.network_args import parse_network_args
 
@@ -45,6 +45,8 @@ __all__ = [
     "file_identity",
     "file_metadata",
     "minimum_metadata",
+    "names_in_prompts",
+    "trigger_phrase",
 ]
 
 logger = logging.getLogger(__name__)
@@ -152,7 +154,7 @@ METHOD_OPTIONS = (
 )
 """Stored if given; kohya's trainers have no names for most of them."""
 
-MODELSPEC_EXTRAS = ("usage_hint", "merged_from", "preprocessor", "is_negative_embedding")
+MODELSPEC_EXTRAS = ("merged_from", "preprocessor", "is_negative_embedding")
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ class DatasetFacts:
 class RunFacts:
     """Facts about a run that are not in the options.
 
-    ``steps``, ``epoch`` and ``finished_at`` change from save to save: ``dataclasses.replace``.
+    ``steps``, ``epoch``, ``finished_at`` and ``thumbnail`` change from save to save, ``words`` and
+    ``needs`` from file to file: ``dataclasses.replace``.
     """
 
     session_id: int
@@ -199,6 +202,9 @@ class RunFacts:
     steps: int | None = None
     epoch: int | None = None
     concepts: tuple[Concept, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)  # as ``Method.webui_files`` says
+    needs: tuple[str, ...] = ()  # names of the embeddings that a LoRA is used with
+    thumbnail: str | None = None  # data URL of a sample
     mlm_read_at: str | None = None  # encoder, cross_attention, both
     mlm_target: str | None = None  # class, word, states
     mlm_prompt_set: str | None = None
@@ -519,8 +525,9 @@ def _modelspec(config: TrainConfig, facts: RunFacts, *, kind: str) -> dict[str, 
         "description": output.metadata_description,
         "license": output.metadata_license,
         "tags": output.metadata_tags,
-        "thumbnail": _thumbnail(output.metadata_thumbnail),
-        "trigger_phrase": output.metadata_trigger_phrase or _default_trigger(config, facts),
+        "thumbnail": _thumbnail(output.metadata_thumbnail) or facts.thumbnail,
+        "trigger_phrase": _trigger(output, facts),
+        "usage_hint": output.metadata_usage_hint or _usage_hint(output, facts, kind=kind),
     }
     fields |= {name: getattr(output, f"metadata_{name}") for name in MODELSPEC_EXTRAS}
     if loss.min_timestep is not None or loss.max_timestep is not None:
@@ -549,23 +556,57 @@ def _modelspec_resolution(config: TrainConfig, facts: RunFacts) -> tuple[int, in
     return side, side
 
 
-def _default_trigger(config: TrainConfig, facts: RunFacts) -> str | None:
-    if config.output.no_metadata:
+def trigger_phrase(
+    options: OutputOptions, concepts: Iterable[Concept], words: Mapping[str, str]
+) -> str | None:
+    """What one types for the concepts in a file: the user's phrase, or :func:`names_in_prompts`."""
+    return options.metadata_trigger_phrase or names_in_prompts(concepts, words)
+
+
+def names_in_prompts(concepts: Iterable[Concept], words: Mapping[str, str]) -> str | None:
+    """What the concepts in a file are called: ``"my_dog dog"``, several separated by commas.
+
+    Args:
+        concepts: those of the run.
+        words: as ``Method.webui_files`` says; empty for all concepts by their placeholders.
+    """
+    return _joined(
+        concept._replace(placeholder_token=words.get(concept.placeholder_token) or concept[0]).text
+        for concept in concepts
+        if not words or concept.placeholder_token in words
+    )
+
+
+def _trigger(output: OutputOptions, facts: RunFacts) -> str | None:
+    if output.no_metadata:
+        return output.metadata_trigger_phrase
+    return trigger_phrase(output, facts.concepts, facts.words)
+
+
+def _usage_hint(output: OutputOptions, facts: RunFacts, *, kind: str) -> str | None:
+    """One line for people: what to type, at which strength, with which other files."""
+    if output.no_metadata:
         return None
-    return _joined(concept.text for concept in facts.concepts)
+    trigger = _trigger(output, facts)
+    hints = [f"Trigger: {trigger}."] if trigger else []
+    if kind == "lora":
+        hints.append("Strength: 1, as trained.")
+    if kind == "textual-inversion" and not facts.words:  # WebUIs have no word for XTI's layers
+        hints.append("Holds an embedding for each cross-attention layer: not for WebUIs.")
+    if facts.needs:
+        hints.append(f"Needs the embedding {', '.join(facts.needs)}.")
+    return " ".join(hints) or None
 
 
 def _thumbnail(value: str | None) -> str | None:
-    """A picture as data URL; a missing file costs the thumbnail, not the training."""
+    """A picture as data URL; a file that is gone costs the thumbnail, not the training."""
     if value is None or value.startswith("data:"):
         return value
     try:
-        content = Path(value).read_bytes()
+        return thumbnail(value)
     except OSError as error:
         logger.warning("metadata_thumbnail: %s is left out: %s", value, error)
         return None
-    kind = mimetypes.guess_type(value)[0] or "application/octet-stream"
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _is_v2(facts: RunFacts) -> bool:

@@ -1,5 +1,8 @@
 """Files beside a LoRA that A1111 and Forge show: ``<name>.json`` and the preview ``<name>.png``.
 
+An embedding has ``<name>.preview.png``: A1111 takes any other picture beside it for an embedding
+inside a picture, and reports an error for some.
+
 What a user has written into the JSON stays; the words that the run knows follow the file. A preview
 that exists is left alone.
 """
@@ -90,11 +93,21 @@ def _version(base_model_version: str) -> str:
     return "SD2" if base_model_version.startswith("sd_v2") else "SD1"
 
 
-def write_preview(lora_path: str | os.PathLike, image: Image) -> Path | None:
-    """Write the preview that WebUIs show for a LoRA, ``<name>.png``.
+def write_preview(
+    lora_path: str | os.PathLike, image: Image, *, is_embedding: bool = False
+) -> Path | None:
+    """Write the preview that WebUIs show for a file, ``<name>.png`` or ``<name>.preview.png``.
+
+    Args:
+        lora_path: the LoRA, checkpoint or embedding.
+        image: the picture.
+        is_embedding: of the latter name.
 
     Returns:
-        The file, or ``None`` if the LoRA already has a preview of any kind.
+        The file, or ``None`` if there is a preview of any kind already.
+
+    Source: stable-diffusion-webui ``modules/textual_inversion/textual_inversion.py``
+    ``load_from_file``, ``modules/ui_extra_networks.py`` ``find_preview``.
     """
     lora_path = Path(lora_path)
     for suffix in PREVIEW_SUFFIXES:
@@ -105,7 +118,7 @@ def write_preview(lora_path: str | os.PathLike, image: Image) -> Path | None:
             if candidate.exists():
                 logger.info("%s exists already and is left unchanged", candidate)
                 return None
-    path = lora_path.with_suffix(".png")
+    path = lora_path.with_suffix(".preview.png" if is_embedding else ".png")
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return path

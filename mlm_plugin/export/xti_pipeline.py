@@ -1,6 +1,6 @@
 """A full XTI file in a diffusers pipeline: prompts become text states for each layer.
 
-    xti = load_xti(pipeline, "my_dog.safetensors", placeholder_token="<my-dog>")
+    xti = load_xti(pipeline, "my_dog_xti.safetensors", placeholder_token="<my-dog>")
     pipeline(
         prompt_embeds=xti.encode("a photo of <my-dog> on the moon"),
         negative_prompt_embeds=xti.encode("blurry"),

@@ -46,13 +46,13 @@ class Export(NamedTuple):
 
     Attributes:
         path: the main file; others are named after it.
-        metadata: header entries by kind of file: ``lora``, ``textual-inversion``, ``checkpoint`` or
-            ``custom-diffusion``.
+        metadata: header entries of a file by its kind and path. Kinds are ``lora``,
+            ``textual-inversion``, ``checkpoint`` and ``custom-diffusion``.
         dtype: precision of the files; ``None`` keeps that of the training.
     """
 
     path: Path
-    metadata: Callable[[str], Mapping[str, str]]
+    metadata: Callable[[str, Path], Mapping[str, str]]
     dtype: torch.dtype | None = None
 
 
@@ -131,7 +131,7 @@ class Method(MethodFacts, ABC):
         """The files that WebUIs show to their users, and the words that trigger the concepts there.
 
         An empty mapping means all concepts, by their placeholders. Otherwise it maps each concept
-        in the file to its word in WebUIs.
+        in the file to its word in WebUIs. Headers and sidecars both say these words.
         """
         return {path: {}}
 

@@ -121,7 +121,7 @@ class CustomDiffusion(LearnsTokens):
             to.path,
             self.matrices,
             unet=self.models.unet,
-            metadata=to.metadata("custom-diffusion"),
+            metadata=to.metadata("custom-diffusion", to.path),
             dtype=to.dtype,
         )
         save_embeddings(to, self._embeddings(to.path), self.embeddings())
@@ -136,7 +136,8 @@ class CustomDiffusion(LearnsTokens):
                 "ss_network_alpha": str(lora.rank),
                 "ss_mlm_energy_kept": f"{lora.energy:.4f}",
             }
-            save_lora(path, lora.state, metadata={**to.metadata("lora"), **own}, dtype=to.dtype)
+            metadata = {**to.metadata("lora", path), **own}
+            save_lora(path, lora.state, metadata=metadata, dtype=to.dtype)
 
     def verify(self, path: Path) -> str:
         """Count layers and vectors."""

@@ -141,7 +141,7 @@ class DreamBooth(Method):
             to.path,
             models.components,
             family=models.family,
-            metadata=to.metadata("checkpoint"),
+            metadata=to.metadata("checkpoint", to.path),
             dtype=to.dtype,
         )
         scheduler = type(models.noise_scheduler).from_config(

@@ -245,7 +245,7 @@ def save_embeddings(
         embeddings: by placeholder, vectors ``(N, D)`` for each text encoder.
     """
     for file, vectors in zip(files, embeddings.values(), strict=True):
-        metadata = to.metadata("textual-inversion")
+        metadata = to.metadata("textual-inversion", file)
         tensors = dict(zip(EMBEDDING_KEYS[len(vectors)], vectors, strict=True))
         save_embedding(file, tensors, metadata=metadata, dtype=to.dtype)
 

@@ -122,7 +122,7 @@ class LoRAMethod(Method):
     def export(self, to: Export) -> None:
         """The LoRA in kohya's format."""
         state = self.network.kohya_state_dict()
-        save_lora(to.path, state, metadata=to.metadata("lora"), dtype=to.dtype)
+        save_lora(to.path, state, metadata=to.metadata("lora", to.path), dtype=to.dtype)
 
     def verify(self, path: Path) -> str:
         """Count the adapted modules."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
-from mlm_plugin.export.lora_files import bundled_embeddings, save_lora
+from mlm_plugin.export.lora_files import bundled_embeddings, bundled_word, save_lora, verify_lora
 from mlm_plugin.methods.base import (
     Export,
     load_part,
@@ -33,6 +33,8 @@ from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["Pivotal"]
 
+BUNDLE = "_bundle"
+
 
 class Pivotal(LearnsTokens, LoRAMethod):
     """The token embeddings learn what the concept is, the LoRA how to draw it.
@@ -44,7 +46,7 @@ class Pivotal(LearnsTokens, LoRAMethod):
         models: the frozen base.
         options: those of the LoRA.
         learned_tokens: one for each text encoder.
-        bundle: whether the LoRA file contains the embeddings too.
+        bundle: whether a second LoRA file contains the embeddings too.
 
     Source: Roich et al. 2021, arXiv 2106.05744 (the idea); cloneofsimo/lora and diffusers'
     ``train_dreambooth_lora_sdxl_advanced.py`` (with LoRA).
@@ -99,33 +101,45 @@ class Pivotal(LearnsTokens, LoRAMethod):
         super().load_state_dict(load_part(self._named_embeddings(), state))
 
     def files(self, path: Path) -> list[Path]:
-        """The LoRA, then one embedding per placeholder."""
-        return [path, *self._embeddings(path)]
+        """The LoRA, one embedding per placeholder, and the bundle where one is asked for."""
+        return [path, *self._embeddings(path), *self._bundles(path)]
 
     def export(self, to: Export) -> None:
-        """The LoRA in kohya's format and embeddings beside it."""
+        """The LoRA in kohya's format and embeddings beside it; both in one file on request.
+
+        diffusers and InvokeAI refuse a file with bundled embeddings, so the LoRA has none.
+        """
+        super().export(to)
         embeddings = self.embeddings()
-        state = self.network.kohya_state_dict()
-        if self.bundle:
-            state |= bundled_embeddings(embeddings)
-        save_lora(to.path, state, metadata=to.metadata("lora"), dtype=to.dtype)
         save_embeddings(to, self._embeddings(to.path), embeddings)
+        for path in self._bundles(to.path):
+            state = self.network.kohya_state_dict() | bundled_embeddings(embeddings)
+            metadata = dict(to.metadata("lora", path))
+            if "ss_output_name" in metadata:  # WebUIs' alias, which names one file
+                metadata["ss_output_name"] = path.stem
+            save_lora(path, state, metadata=metadata, dtype=to.dtype)
 
     def verify(self, path: Path) -> str:
         """Count modules and vectors."""
+        for bundle in self._bundles(path):
+            verify_lora(bundle)
         return f"{super().verify(path)}, {verify_embeddings(self._embeddings(path))}"
 
     def webui_files(self, path: Path) -> dict[Path, Mapping[str, str]]:
         """Embeddings, called by their files' names, and the LoRA that goes with them.
 
-        A1111 calls embeddings inside the LoRA file by their placeholders.
+        Embeddings inside the bundle are called by their placeholders.
         """
         embeddings = webui_words(self._embeddings(path), self.placeholders)
         together = {name: word for words in embeddings.values() for name, word in words.items()}
-        return {path: {} if self.bundle else together, **embeddings}
+        bundled = {name: bundled_word(name) for name in self.placeholders}
+        return {path: together, **embeddings, **dict.fromkeys(self._bundles(path), bundled)}
 
     def _embeddings(self, path: Path) -> list[Path]:
         return embeddings_beside(path, self.placeholders)
+
+    def _bundles(self, path: Path) -> list[Path]:
+        return [path.with_name(f"{path.stem}{BUNDLE}{path.suffix}")] if self.bundle else []
 
     def _named_embeddings(self) -> dict[str, Tensor]:
         return named_parameters({"embedding": self.embedding_parameters()})

@@ -6,6 +6,7 @@ own encoding. Shapes: K layers, B captions, N windows, L tokens, D width.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,7 +17,12 @@ from torch import Tensor
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.export.embedding_files import layer_average, read_vectors, save_xti
+from mlm_plugin.export.embedding_files import (
+    all_layers_file,
+    layer_average,
+    read_vectors,
+    save_xti,
+)
 from mlm_plugin.methods.base import Export
 from mlm_plugin.methods.learned_tokens import (
     check_tokens,
@@ -41,7 +47,7 @@ from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["XTI"]
 
-AVERAGE = "_average"
+logger = logging.getLogger(__name__)
 
 
 class XTI(TextualInversion):
@@ -70,6 +76,8 @@ class XTI(TextualInversion):
     def check(cls, config: TrainConfig, concepts: Sequence[Concept]) -> None:
         """Check placeholders, initial words and files; see ``Method.check``."""
         check_tokens(config.embedding, concepts, read=lambda file: [read_vectors(file)])
+        for file in config.embedding.weights or ():
+            _warn_of_average(Path(file))
 
     @classmethod
     def prepare(
@@ -104,33 +112,47 @@ class XTI(TextualInversion):
         return Variants(tokens.variant(ids_BL, drawn_B1), drawn_B1.squeeze(1))
 
     def files(self, path: Path) -> list[Path]:
-        """Per placeholder the full file, then the averages for WebUIs."""
-        return [*self._full_files(path), *self._average_files(path)]
+        """The averages, which have the plain names, then per placeholder the file of all layers.
+
+        ComfyUI would read the latter as an embedding, with one layer's vectors for all.
+        """
+        return [*self._average_files(path), *self._full_files(path)]
 
     def export(self, to: Export) -> None:
-        """sd-scripts' XTI format, and the layers' average as an ordinary embedding."""
+        """The layers' average as an ordinary embedding, and all layers in sd-scripts' format."""
         codes, embeddings = layer_codes(self.models.unet), self.only_tokens.vectors
         for file, tensor in zip(self._full_files(to.path), embeddings.values(), strict=True):
-            metadata = to.metadata("textual-inversion")
+            metadata = to.metadata("textual-inversion", file)
             save_xti(file, tensor, metadata=metadata, dtype=to.dtype, codes=codes)
         averages = {name: [layer_average(tensor)] for name, tensor in embeddings.items()}
         save_embeddings(to, self._average_files(to.path), averages)
 
     def webui_files(self, path: Path) -> dict[Path, Mapping[str, str]]:
-        """The averages, called by their files' names: WebUIs cannot read the full files."""
+        """The averages, called by their files' names: WebUIs cannot use the layers apart."""
         return webui_words(self._average_files(path), self.placeholders)
 
     def verify(self, path: Path) -> str:
         """Count the vectors."""
         verify_embeddings(self.files(path))
-        (average, *_) = self._average_files(path)
+        (average, *_), (full, *_) = self._average_files(path), self._full_files(path)
         return (
-            f"{self.only_tokens.num_variants} layers; WebUIs cannot use them apart: {average.name} "
-            "is their average, less faithful to the concept"
+            f"{full.name} holds {self.only_tokens.num_variants} layers; WebUIs cannot use them "
+            f"apart: {average.name} is their average, less faithful to the concept"
         )
 
-    def _full_files(self, path: Path) -> list[Path]:
+    def _average_files(self, path: Path) -> list[Path]:
         return embedding_files(path, self.placeholders)
 
-    def _average_files(self, path: Path) -> list[Path]:
-        return [p.with_name(f"{p.stem}{AVERAGE}{p.suffix}") for p in self._full_files(path)]
+    def _full_files(self, path: Path) -> list[Path]:
+        return [all_layers_file(average) for average in self._average_files(path)]
+
+
+def _warn_of_average(file: Path) -> None:
+    """Name the file of all layers where only their average is given to go on with."""
+    full = all_layers_file(file)
+    if full.is_file() and read_vectors(file).ndim == 2:
+        logger.warning(
+            "weights: %s is the average, with which all layers start; %s holds each layer's own",
+            file,
+            full,
+        )

@@ -22,7 +22,7 @@ from mlm_plugin.networks.kohya_names import (
     sdxl_unet_names,
 )
 from mlm_plugin.networks.lycoris_network import create_lycoris
-from mlm_plugin.networks.network_args import parse_network_args
+from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.networks.peft_network import create_lora
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def check_network(options: NetworkOptions) -> None:
             "network_train_unet_only and network_train_text_encoder_only leave nothing to train; "
             "drop one of them"
         )
+    if options.network_module == "lycoris.kohya":
+        warn_of_output_norms(parse_network_args(options.network_args))
     if not options.dim_from_weights:
         return
     if options.network_weights is None:

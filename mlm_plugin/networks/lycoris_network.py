@@ -28,6 +28,7 @@ from mlm_plugin.networks.network_args import (
     LoraPlus,
     checked_number,
     describe_unknown,
+    is_on,
     number,
 )
 
@@ -145,6 +146,7 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
             alpha = plan.options.network_alpha
             network = lycoris.create_network(1.0, plan.rank, alpha, None, *models, **settings)
         else:
+            _refuse_input_norms(plan.ranks_from)
             _warn_of_settings(plan)
             network, _ = lycoris.create_network_from_weights(
                 1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.ranks_from, layers)
@@ -210,9 +212,9 @@ def _check_packed_weights(plan: NetworkPlan) -> None:
     algo, needed = args.get("algo", "lora").lower(), None
     if algo not in ADDING_ALGOS:
         needed = f"network_args algo={algo}"
-    elif args.get("dora_wd", "false").lower() != "false":
+    elif is_on(args, "dora_wd"):
         needed = "network_args dora_wd"
-    elif args.get("bypass_mode", "true").lower() == "false":
+    elif not is_on(args, "bypass_mode", "true"):
         needed = "network_args bypass_mode=False"
     elif plan.ranks_from is not None:
         needed = "dim_from_weights with lycoris.kohya"
@@ -233,6 +235,21 @@ def _dropout(plan: NetworkPlan) -> float | None:
             "give it once"
         )
     return common if own is None else own
+
+
+def _refuse_input_norms(state: Mapping[str, Tensor]) -> None:
+    """LyCORIS makes every DoRA layer from a file with a norm for each output.
+
+    Raises:
+        UserError: the file has norms for the inputs.
+    """
+    norms = [tensor for key, tensor in state.items() if key.endswith(".dora_scale")]
+    if any(tensor.shape[0] == 1 and tensor.numel() > 1 for tensor in norms):
+        raise UserError(
+            "dim_from_weights: the file was trained with wd_on_output=False, which LyCORIS cannot "
+            "tell from it; instead of dim_from_weights give network_dim, network_alpha and the "
+            "network_args of its training"
+        )
 
 
 def _warn_of_settings(plan: NetworkPlan) -> None:

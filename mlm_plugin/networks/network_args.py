@@ -5,6 +5,7 @@ Knows which settings the network modules share. What a single one knows besides 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +17,13 @@ __all__ = [
     "LoraPlus",
     "checked_number",
     "describe_unknown",
+    "is_on",
     "number",
     "parse_network_args",
+    "warn_of_output_norms",
 ]
+
+logger = logging.getLogger(__name__)
 
 COMMON_ARGS = (
     "conv_dim",
@@ -29,6 +34,10 @@ COMMON_ARGS = (
     "loraplus_unet_lr_ratio",
     "loraplus_text_encoder_lr_ratio",
 )
+
+
+DORA_ALGOS = ("lora", "locon", "loha", "lokr")
+"""Algorithms of LyCORIS that train norms of their own with ``dora_wd``."""
 
 
 class LoraPlus(NamedTuple):
@@ -104,3 +113,21 @@ def describe_unknown(name: str, known: Iterable[str]) -> str:
     """What an error says of an unknown name: all that are allowed, and the nearest one."""
     known = sorted(known)
     return f"{name!r} is not known, allowed are {', '.join(known)}{did_you_mean(name, known)}"
+
+
+def is_on(args: Mapping[str, str], key: str, default: str = "false") -> bool:
+    """Whether LyCORIS takes a setting as true: everything but "false" is."""
+    return args.get(key, default).lower() != "false"
+
+
+def warn_of_output_norms(args: Mapping[str, str]) -> None:
+    """Name what A1111 makes of the norms that ``dora_wd`` trains by default, one for each output.
+
+    A1111 divides by the norms of the inputs instead (docs/method.md, What is written).
+    """
+    algo = args.get("algo", "lora").lower()
+    if algo in DORA_ALGOS and is_on(args, "dora_wd") and is_on(args, "wd_on_output", "true"):
+        logger.warning(
+            "network_args: dora_wd trains a norm for each output, which A1111 (1.10.1) takes for "
+            "those of the inputs: its pictures will be wrong; for A1111 add wd_on_output=False"
+        )

@@ -19,6 +19,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.mlm_setup import AnyEncoder
 from mlm_plugin.models.language_model import AdaptedEncoder
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.sd_scripts.architectures import Architecture
 from mlm_plugin.sd_scripts.arguments import (
     read_at,
@@ -72,6 +73,7 @@ def create_term(args: argparse.Namespace, options: MLMOptions, *, arch: str) -> 
         return None
     if reason := why_network_has_no_gradient(args, options, arch=arch):
         raise UserError(no_gradient_message(options, reason))
+    warn_of_output_norms(parse_network_args(getattr(args, "network_args", None) or ()))
     return MLMTerm(options, seed=args.seed)
 
 

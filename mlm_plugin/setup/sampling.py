@@ -77,7 +77,8 @@ class SampleDrawer(Callback):
                 text,
             )
             return
-        self.newest = paths[0] if paths else self.newest
+        if paths and trainer.progress.current_step:  # the base model's pictures show nothing
+            self.newest = paths[0]
 
     def _draw(self, trainer: Trainer, *, epoch: int | None) -> list[Path]:
         models, accelerator = trainer.models, trainer.accelerator

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OutputOptions, TrainConfig
@@ -17,11 +18,19 @@ from mlm_plugin.contextualizer_file import LoadedContextualizer
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES
-from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
+from mlm_plugin.export.metadata import (
+    RunFacts,
+    dataset_facts,
+    file_identity,
+    file_metadata,
+    names_in_prompts,
+    trigger_phrase,
+)
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
+from mlm_plugin.export.thumbnails import thumbnail
 from mlm_plugin.files import remove_leftovers
-from mlm_plugin.methods import Export
-from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
+from mlm_plugin.methods import Export, Method
+from mlm_plugin.mlm_setup import mlm_target, prompt_set_names
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.optimizers import optimizer_description
@@ -72,6 +81,34 @@ def require_output_name(options: OutputOptions) -> None:
         logger.warning("%s exists and will be replaced; output_name chooses another name", path)
 
 
+class SavedFile(NamedTuple):
+    """What is said of one file in its header.
+
+    Attributes:
+        words: the concepts in it and their words in WebUIs, as ``Method.webui_files`` says.
+        needs: names of the embeddings that are used with it.
+        thumbnail: a small picture as data URL.
+    """
+
+    words: Mapping[str, str]
+    needs: tuple[str, ...] = ()
+    thumbnail: str | None = None
+
+
+def saved_files(method: Method, path: Path, *, picture: str | None = None) -> dict[Path, SavedFile]:
+    """What the headers of a save's files say, with the words of the sidecars."""
+    files, words = method.files(path), method.webui_files(path)
+    names = {file.stem for file in files}
+    return {
+        file: SavedFile(
+            words.get(file, {}),
+            tuple(w for w in words.get(file, {}).values() if w in names - {file.stem}),
+            picture,
+        )
+        for file in files
+    }
+
+
 class RunRecord:
     """Metadata for every file of a run."""
 
@@ -91,12 +128,9 @@ class RunRecord:
         self.started_at = time.time()
         self._facts: RunFacts | None = None
 
-    @property
-    def trigger(self) -> str:
-        """The words that trigger what is learned."""
-        return trigger_of(self.concepts) or ""
-
-    def metadata(self, trainer: Trainer, kind: str, *, epoch: int) -> dict[str, str]:
+    def metadata(
+        self, trainer: Trainer, kind: str, file: SavedFile, *, epoch: int
+    ) -> dict[str, str]:
         """The header of a file of this kind that is written now."""
         if self._facts is None:
             self._facts = self._gather(trainer)
@@ -105,6 +139,9 @@ class RunRecord:
             steps=trainer.progress.current_step,
             epoch=epoch,
             finished_at=time.time(),
+            words=file.words,
+            needs=file.needs,
+            thumbnail=file.thumbnail,
         )
         return file_metadata(self.config, facts, kind=kind)
 
@@ -263,24 +300,20 @@ class Saver(Callback):
 
     def _write_webui_files(self, file: Path, words: Mapping[str, str]) -> None:
         """Write JSON and preview beside a file, and print a hint where WebUIs use other words."""
-        named = [
-            concept._replace(placeholder_token=words.get(concept.placeholder_token) or concept[0])
-            for concept in self.record.concepts
-            if not words or concept.placeholder_token in words
-        ]
+        concepts = self.record.concepts
         write_sidecar(
             file,
             base_model_version=self.record.models.version,
-            activation_text=trigger_of(named) or "",
+            activation_text=trigger_phrase(self.options, concepts, words) or "",
             description=self.options.metadata_description or "",
         )
         if picture := self.newest_sample():
             from PIL import Image
 
             with Image.open(picture) as image:
-                write_preview(file, image)
+                write_preview(file, image, is_embedding=file.stem in words.values())
         if words:
-            print(f"in WebUIs {file.name} is called by {trigger_of(named)!r}")
+            print(f"in WebUIs {file.name} is called by {names_in_prompts(concepts, words)!r}")
 
     @property
     def _wants_final_state(self) -> bool:
@@ -298,17 +331,29 @@ class Saver(Callback):
     def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
         path = self._path(name)
         if trainer.accelerator.is_main_process:
+            saved = saved_files(trainer.method, path, picture=self._thumbnail(name))
             with trainer.evaluating():
                 trainer.method.export(
                     Export(
                         path,
-                        metadata=lambda kind: self.record.metadata(trainer, kind, epoch=epoch),
+                        metadata=lambda kind, file: self.record.metadata(
+                            trainer, kind, saved[file], epoch=epoch
+                        ),
                         dtype=SAVE_DTYPES[self.options.save_precision],
                     )
                 )
         if self.options.save_state if state is None else state:
             trainer.save_state(self._state_folder(name))
         return path
+
+    def _thumbnail(self, name: str) -> str | None:
+        """The newest sample for the headers of the final files; intermediate ones stay small."""
+        picture = self.newest_sample() if name == self.name else None
+        try:
+            return picture and thumbnail(picture)
+        except OSError as error:
+            logger.warning("%s: the sample is not in the header (%s)", name, error)
+            return None
 
     def _epochs_between(self, trainer: Trainer) -> int | None:
         if ratio := self.options.save_n_epoch_ratio:

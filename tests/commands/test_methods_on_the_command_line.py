@@ -38,26 +38,83 @@ def metadata_of(path):
         return file.metadata()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+def trigger_of(path):
+    return metadata_of(path)["modelspec.trigger_phrase"]
+
+
+MORE_FILES = {"pivotal": ["--bundle_embedding"], "custom_diffusion": ["--delta_lora_rank", "2"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_quickstart_runs_with_every_method(arguments, method, tmp_path, capsys):
-    assert train_main([*arguments, "--method", method]) == 0
+    flags = ["--save_every_n_steps", "1", *MORE_FILES.get(method, [])]
+    assert train_main([*arguments, "--method", method, *flags]) == 0
     path = tmp_path / "out" / "x.safetensors"
     assert f"wrote {path}" in capsys.readouterr().out
     metadata = metadata_of(path)
     assert metadata["ss_mlm_method"] == method
-    assert metadata["modelspec.trigger_phrase"] == "sks dog"
-    assert ("ss_network_dim" in metadata) == (method == "pivotal")
+    assert ("ss_network_dim" in metadata) == (method in ("lora", "pivotal"))
+    called = "x_embedding dog"
     words = {
         "textual_inversion": {"x": "x dog"},
-        "xti": {"x_average": "x_average dog"},
-        "custom_diffusion": {"x_embedding": "x_embedding dog"},
-        "pivotal": {"x": "x_embedding dog", "x_embedding": "x_embedding dog"},
+        "xti": {"x": "x dog"},
+        "custom_diffusion": {"x_embedding": called, "x_lora": called},
+        "pivotal": {"x": called, "x_embedding": called, "x_bundle": "sks dog"},
     }
     written = {
         card.stem: json.loads(card.read_text())["activation text"]
         for card in path.parent.glob("*.json")
     }
     assert written == words.get(method, {"x": "sks dog"})
+    # headers say the same as the sidecars, and files without a sidecar the placeholder
+    other = {"xti": {"x_xti": "sks dog"}, "custom_diffusion": {"x": "sks dog"}}.get(method, {})
+    files = [file for file in path.parent.glob("*.safetensors") if "step" not in file.stem]
+    assert {file.stem: trigger_of(file) for file in files} == written | other
+    if method == "pivotal":
+        assert metadata_of(path)["ss_output_name"] == "x"
+        assert metadata_of(path.with_stem("x_bundle"))["ss_output_name"] == "x_bundle"
+    for file in files:
+        assert metadata_of(file)["modelspec.usage_hint"].startswith(f"Trigger: {trigger_of(file)}.")
+        renamed = file.stem.replace("x", "x-step00000001", 1)
+        trigger = trigger_of(file).replace("x", "x-step00000001", 1)
+        assert trigger_of(file.with_stem(renamed)) == trigger
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_headers_and_sidecars_agree_on_two_concepts(arguments, method, toy_pictures, tmp_path):
+    (source,) = toy_pictures.iterdir()
+    for concept in ("sks dog", "zwx cat"):
+        folder = shutil.copytree(source, tmp_path / "train" / f"1_{concept}")
+        for caption in folder.glob("*.txt"):
+            caption.write_text(caption.read_text().replace("sks dog", concept))
+    flags = ["--train_data_dir", str(tmp_path / "train"), "--mlm_loss_weight", "0"]
+    flags += ["--max_train_steps", "1", *MORE_FILES.get(method, [])]
+    assert train_main([*arguments, "--method", method, *flags]) == 0
+    said = {
+        card.stem: json.loads(card.read_text())["activation text"]
+        for card in (tmp_path / "out").glob("*.json")
+    }
+    assert said == {name: trigger_of(tmp_path / "out" / f"{name}.safetensors") for name in said}
+    apart = {"x_sks": "x_sks dog", "x_zwx": "x_zwx cat"}
+    beside = {"x_embedding_sks": "x_embedding_sks dog", "x_embedding_zwx": "x_embedding_zwx cat"}
+    both = "x_embedding_sks dog, x_embedding_zwx cat"
+    assert said == {
+        "textual_inversion": apart,
+        "xti": apart,
+        "custom_diffusion": {**beside, "x_lora": both},
+        "pivotal": {**beside, "x": both, "x_bundle": "sks dog, zwx cat"},
+    }.get(method, {"x": "sks dog, zwx cat"})
+
+
+@pytest.mark.parametrize("method", ["lora", "textual_inversion", "pivotal"])
+def test_header_and_sidecar_say_the_users_phrase(arguments, method, tmp_path):
+    phrase = ["--metadata_trigger_phrase", "my good boy"]
+    assert train_main([*arguments, "--method", method, *phrase]) == 0
+    cards = list((tmp_path / "out").glob("*.json"))
+    assert cards
+    for card in cards:
+        assert json.loads(card.read_text())["activation text"] == "my good boy"
+        assert trigger_of(card.with_suffix(".safetensors")) == "my good boy"
 
 
 def test_old_saves_are_removed_with_everything_that_belongs_to_them(arguments, tmp_path):
@@ -65,7 +122,7 @@ def test_old_saves_are_removed_with_everything_that_belongs_to_them(arguments, t
     assert train_main([*arguments, "--method", "xti", *keep]) == 0
     saved = [name for name in names_in(tmp_path / "out") if "step" in name]
     assert saved == [
-        f"x-step0000000{step}{ending}.safetensors" for step in (2, 3) for ending in ("", "_average")
+        f"x-step0000000{step}{ending}.safetensors" for step in (2, 3) for ending in ("", "_xti")
     ]
 
 

@@ -1,5 +1,7 @@
 """The standalone trainer as a user runs it: files, names, metadata, signals, refusals."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,6 +22,7 @@ from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.contextualizer_file import cached_contextualizer_path
 from mlm_plugin.methods import METHODS
 from mlm_plugin.pretrain import find_contextualizer, pretrain
+from mlm_plugin.setup.saving import Saver
 
 ROOT = Path(__file__).parents[2]
 QUICK = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
@@ -181,6 +184,62 @@ def test_samples_are_drawn_without_a_trace_in_training_and_become_the_preview(ar
         assert preview.size == (64, 64)
 
 
+def prompts_file(tmp_path, size=64):
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"[trigger] on the beach --w {size} --h 64 --s 1\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "previews"),
+    [
+        ("lora", ["dog.png"]),
+        ("dreambooth", ["dog.png"]),
+        ("textual_inversion", ["dog.preview.png"]),
+        ("pivotal", ["dog.png", "dog_embedding.preview.png"]),
+    ],
+)
+def test_the_final_file_shows_the_newest_sample(arguments, method, previews, tmp_path):
+    flags = ["--sample_prompts", prompts_file(tmp_path, size=384), "--sample_every_n_steps", "2"]
+    assert train_main([*arguments, *flags, "--method", method, "--save_every_n_steps", "2"]) == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.png")) == previews
+    kind, _, content = metadata_of(out / "dog.safetensors")["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    newest = sorted((out / "sample").iterdir())[-1]
+    with Image.open(io.BytesIO(base64.b64decode(content))) as shown, Image.open(newest) as sample:
+        assert shown.size == (256, 43)
+        difference = ImageChops.difference(shown, sample.convert("RGB").resize(shown.size))
+        assert ImageStat.Stat(difference).mean < [24, 24, 24]
+    assert "modelspec.thumbnail" not in metadata_of(out / "dog-step00000002.safetensors")
+
+
+def test_pictures_of_the_untrained_model_are_not_shown(arguments, tmp_path):
+    flags = ["--sample_prompts", prompts_file(tmp_path), "--sample_every_n_steps", "3"]
+    steps = ["--sample_at_first", "--max_train_steps", "2"]
+    assert train_main([*arguments, *flags, *steps]) == 0
+    assert names_in(tmp_path / "out") == ["dog.json", "dog.safetensors", "sample"]
+    assert "modelspec.thumbnail" not in metadata_of(tmp_path / "out" / "dog.safetensors")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x89PNG\r\n\x1a\n damaged"])
+def test_a_sample_that_cannot_be_read_costs_only_the_thumbnail(
+    arguments, content, tmp_path, monkeypatch, capsys
+):
+    end = Saver.on_train_end
+
+    def damaged(self, trainer):
+        (sample,) = (tmp_path / "out" / "sample").iterdir()
+        sample.unlink() if content is None else sample.write_bytes(content)
+        end(self, trainer)
+
+    monkeypatch.setattr(Saver, "on_train_end", damaged)
+    flags = ["--sample_prompts", prompts_file(tmp_path), "--sample_every_n_steps", "4"]
+    assert train_main([*arguments, *flags]) == 0
+    assert "the sample is not in the header" in capsys.readouterr().err
+    assert "modelspec.thumbnail" not in metadata_of(tmp_path / "out" / "dog.safetensors")
+
+
 def test_curves_carry_kohyas_tags_and_ours(arguments, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -304,6 +363,8 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, tmp_path, capsys, flag
         ["--mlm_prompt_set", "livng"],
         ["--mlm_prompt_set", "nowhere.toml"],
         ["--log_with", "wandb"],
+        ["--metadata_thumbnail", "nowhere.png"],
+        ["--metadata_thumbnail", __file__],
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )
@@ -315,6 +376,18 @@ def test_what_the_run_would_refuse_is_refused_by_check_in_the_same_words(argumen
         messages.append([line for line in lines if line.startswith("error: ")])
     assert messages[0] == messages[1]
     assert len(messages[0]) == 1
+
+
+@pytest.mark.parametrize("given", ["", " wd_on_output=False", " wd_on_output=True"])
+def test_what_a1111_makes_of_dora_is_said_once_at_the_start(arguments, given, capsys):
+    pytest.importorskip("lycoris")
+    dora = ["--network_args", "algo=locon", "dora_wd=True", *given.split()]
+    flags = ["--network_module", "lycoris.kohya", *dora, "--mlm_loss_weight", "0"]
+    for also in ([], ["--check"]):
+        assert train_main([*arguments, *flags, "--max_train_steps", "1", *also]) == 0
+        assert capsys.readouterr().err.count("for A1111 add wd_on_output=False") == (
+            "False" not in given
+        )
 
 
 def test_a_prompt_file_that_is_never_drawn_from_does_not_end_the_run(arguments, capsys):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -320,6 +321,16 @@ def test_layers_of_different_shape_are_refused(tmp_path):
     torch.save(vectors, tmp_path / "x.pt")
     with pytest.raises(UserError, match="differ in shape"):
         read_xti(tmp_path / "x.pt")
+
+
+def test_an_average_names_the_file_of_all_layers_beside_it(tmp_path):
+    average, full = tmp_path / "x.v1.safetensors", tmp_path / "x.v1_xti.safetensors"
+    save_embedding(average, {EMBEDDING_KEY: vectors_of(N, D)}, metadata={})
+    with pytest.raises(UserError, match="use such a file"):
+        read_xti(average)
+    save_xti(full, vectors_of(K, N, D), metadata={})
+    with pytest.raises(UserError, match=f"use {re.escape(str(full))}"):
+        read_xti(average)
 
 
 def test_the_average_is_one_embedding_for_all_layers():

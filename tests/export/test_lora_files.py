@@ -244,6 +244,9 @@ def test_a_preview_is_written_once(tmp_path):
     assert write_preview(tmp_path / "x.safetensors", first) == tmp_path / "x.png"
     assert write_preview(tmp_path / "x.safetensors", second) is None
     assert Image.open(tmp_path / "x.png").getpixel((0, 0)) == (255, 0, 0)
+    embedding = tmp_path / "x.v1.safetensors"
+    assert write_preview(embedding, first, is_embedding=True) == tmp_path / "x.v1.preview.png"
+    assert write_preview(embedding, second) is None
 
 
 @pytest.mark.parametrize("name", ["x.preview.png", "x.webp", "x.jpeg"])

@@ -1,12 +1,15 @@
 """Metadata: kohya's keys and strings, ModelSpec, and ours."""
 
+import base64
 import dataclasses
 import json
 from datetime import datetime
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from mlm_plugin import __version__
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
@@ -51,7 +54,7 @@ MODELSPEC_KEYS = {
     f"modelspec.{name}"
     for name in (
         "sai_model_spec", "architecture", "implementation", "title", "resolution", "date",
-        "prediction_type", "implementation_version", "trigger_phrase",
+        "prediction_type", "implementation_version", "trigger_phrase", "usage_hint",
     )
 }  # fmt: skip
 
@@ -248,8 +251,8 @@ def test_no_metadata_leaves_what_webuis_need_to_place_the_file():
         "ss_network_alpha", "ss_network_args",
     }  # fmt: skip
     assert {key for key in written if key not in training} == MODELSPEC_KEYS - {
-        "modelspec.trigger_phrase"
-    }
+        "modelspec.trigger_phrase", "modelspec.usage_hint"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -314,12 +317,69 @@ def test_modelspec_fields_come_from_options_and_defaults():
     assert metadata()["modelspec.trigger_phrase"] == "sks dog"
 
 
-def test_a_thumbnail_file_is_embedded_and_a_missing_one_left_out(tmp_path):
+def decoded(data_url):
+    """The picture in a data URL of a JPEG."""
+    kind, _, content = data_url.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    return Image.open(BytesIO(base64.b64decode(content, validate=True)))
+
+
+@pytest.mark.parametrize("size", [(2000, 1000), (64, 96), (256, 256)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK"])
+def test_a_thumbnail_file_is_embedded_small(size, mode, tmp_path):
+    path = tmp_path / "a.tif"
+    noise = Image.effect_noise(size, 100).convert("RGB")
+    noise.convert(mode).save(path)
+    thumbnail = metadata(metadata_thumbnail=str(path))["modelspec.thumbnail"]
+    assert len(thumbnail) < 60_000
+    shrunk = max(1, max(size) / 256)
+    assert decoded(thumbnail).size == (size[0] / shrunk, size[1] / shrunk)
+
+
+def test_a_thumbnail_that_is_gone_is_left_out_and_a_data_url_stays(tmp_path):
     (tmp_path / "a.png").write_bytes(b"abc")
-    written = metadata(metadata_thumbnail=str(tmp_path / "a.png"))
-    assert written["modelspec.thumbnail"] == "data:image/png;base64,YWJj"
-    assert "modelspec.thumbnail" not in metadata(metadata_thumbnail=str(tmp_path / "b.png"))
+    for name in ("a.png", "b.png"):
+        assert "modelspec.thumbnail" not in metadata(metadata_thumbnail=str(tmp_path / name))
     assert metadata(metadata_thumbnail="data:x")["modelspec.thumbnail"] == "data:x"
+
+
+def test_a_sample_is_the_thumbnail_unless_the_user_gives_one():
+    run = facts(thumbnail="data:sample")
+    assert metadata(run=run)["modelspec.thumbnail"] == "data:sample"
+    assert metadata(run=run, metadata_thumbnail="data:x")["modelspec.thumbnail"] == "data:x"
+
+
+CONCEPTS = (Concept("sks", "dog"), Concept("zwx", "duck toy"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "needs", "trigger", "hint"),
+    [
+        ("lora", {}, (), "sks dog, zwx duck toy",
+         "Trigger: sks dog, zwx duck toy. Strength: 1, as trained."),
+        ("lora", {"sks": "x_embedding_sks", "zwx": "x_embedding_zwx"},
+         ("x_embedding_sks", "x_embedding_zwx"), "x_embedding_sks dog, x_embedding_zwx duck toy",
+         "Trigger: x_embedding_sks dog, x_embedding_zwx duck toy. Strength: 1, as trained. "
+         "Needs the embedding x_embedding_sks, x_embedding_zwx."),
+        ("textual-inversion", {"zwx": "x_zwx"}, (), "x_zwx duck toy", "Trigger: x_zwx duck toy."),
+        ("textual-inversion", {}, (), "sks dog, zwx duck toy",
+         "Trigger: sks dog, zwx duck toy. "
+         "Holds an embedding for each cross-attention layer: not for WebUIs."),
+        ("checkpoint", {}, (), "sks dog, zwx duck toy", "Trigger: sks dog, zwx duck toy."),
+    ],
+)  # fmt: skip
+def test_trigger_and_hint_are_what_one_types_for_the_file(kind, words, needs, trigger, hint):
+    run = facts(concepts=CONCEPTS, words=words, needs=needs)
+    written = metadata(run=run, kind=kind)
+    assert written["modelspec.trigger_phrase"] == trigger
+    assert written["modelspec.usage_hint"] == hint
+    assert written["ss_mlm_placeholder_token"] == "sks, zwx"
+
+
+def test_a_hint_without_a_known_concept_says_the_strength_alone():
+    run = facts(concepts=())
+    assert metadata(run=run)["modelspec.usage_hint"] == "Strength: 1, as trained."
+    assert "modelspec.usage_hint" not in metadata(run=run, kind="checkpoint")
 
 
 def test_the_mlm_term_is_on_record():
@@ -365,7 +425,7 @@ def test_only_a_lora_says_what_network_it_is(kind):
     assert {"ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"} <= network
     assert other.keys() == lora.keys() - network
     differing = {key for key in other if other[key] != lora[key]}
-    assert differing == {"modelspec.architecture"}
+    assert differing == {"modelspec.architecture", "modelspec.usage_hint"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

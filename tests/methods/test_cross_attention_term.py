@@ -116,7 +116,7 @@ def test_a_lora_that_starts_from_a_file_is_compared_with_the_model_without_it(tr
     expected = term_of(first).loss.item()
     from mlm_plugin.methods import Export
 
-    first.method.export(Export(tmp_path / "a.safetensors", lambda _kind: {}))
+    first.method.export(Export(tmp_path / "a.safetensors", lambda _kind, _file: {}))
     second = trainer_of("lora", **options, network_weights=tmp_path / "a.safetensors")
     assert term_of(second).loss.item() == pytest.approx(expected, rel=1e-4)
     both = trainer_of("lora", mlm_target="states", mlm_read_at="both")

@@ -177,9 +177,9 @@ def test_the_files_hold_what_the_text_encoder_reads(method, trainer_of, tmp_path
     trainer = directional(trainer_of, method, learning_rate=1e-2, num_vectors_per_token=2)
     trainer.run()
     path = tmp_path / "x.safetensors"
-    trainer.method.export(Export(path, metadata=lambda kind: {}))
+    trainer.method.export(Export(path, metadata=lambda kind, file: {}))
     files = trainer.method.files(path)
-    file = files[1] if method in ("pivotal", "custom_diffusion") else files[0]
+    file = files[0] if method == "textual_inversion" else files[1]
     (vectors,) = trainer.method.only_tokens.vectors.values()
     saved = load_file(file)
     if method == "xti":
@@ -193,7 +193,7 @@ def test_an_embedding_is_gone_on_with_whatever_its_norm(trainer_of, tmp_path):
     free = trainer_of("textual_inversion", learning_rate=5e-2, steps=8)
     free.run()
     path = tmp_path / "x.safetensors"
-    free.method.export(Export(path, metadata=lambda kind: {}))
+    free.method.export(Export(path, metadata=lambda kind, file: {}))
     trainer = directional(trainer_of, "textual_inversion", weights=path)
     assert relative_errors(trainer.method).max() < 1e-6
     (vectors,), (start,) = (t.method.only_tokens.vectors.values() for t in (trainer, free))

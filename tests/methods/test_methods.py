@@ -103,7 +103,7 @@ def client_textual_inversion(folder, files):
 
 def client_xti(folder, files):
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    xti = load_xti(pipeline, files[0], placeholder_token="sks")
+    xti = load_xti(pipeline, files[1], placeholder_token="sks")
     embeds = {"prompt_embeds": xti.encode(PROMPT), "negative_prompt_embeds": xti.encode(NEGATIVE)}
     return pipeline, embeds
 
@@ -206,7 +206,7 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(name, trainer_of, toy
     assert sum(moved) > 0.9 * len(moved)
     # the exported files, loaded by the client, draw the same picture
     path = tmp_path / "x.safetensors"
-    trainer.method.export(Export(path, metadata=lambda kind: {"modelspec.title": kind}))
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"modelspec.title": kind}))
     files = trainer.method.files(path)
     assert files[0] == path
     assert sorted(files) == sorted(tmp_path.iterdir())
@@ -215,6 +215,25 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(name, trainer_of, toy
     sample = own_sample(trainer)
     assert np.abs(sample - untrained).max() > 1e-2, "the training must show"
     np.testing.assert_allclose(client_sample(pipeline, trainer, **prompts), sample, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 3])
+def test_a_bundle_leaves_the_lora_as_diffusers_loads_it(
+    num_vectors, trainer_of, toy_folder, tmp_path
+):
+    trainer = trainer_of(
+        "pivotal", steps=8, bundle_embedding=True, num_vectors_per_token=num_vectors
+    )
+    trainer.run()
+    path = tmp_path / "x.safetensors"
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"modelspec.title": kind}))
+    files = trainer.method.files(path)
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    pipeline, prompts = client_pivotal(toy_folder, files)
+    sample = own_sample(trainer)
+    np.testing.assert_allclose(client_sample(pipeline, trainer, **prompts), sample, atol=1e-3)
+    with pytest.raises(ValueError, match="Invalid LoRA"):  # why the bundle is a file of its own
+        client_lora(toy_folder, [files[-1]])
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -90,13 +90,25 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(
     untrained = own_sample(trainer)
     trainer.run()
     path = tmp_path / "x.safetensors"
-    trainer.method.export(Export(path, metadata=lambda kind: {"modelspec.title": kind}))
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"modelspec.title": kind}))
     files = trainer.method.files(path)
     assert sorted(files) == sorted(tmp_path.iterdir())
     assert trainer.method.verify(path)
     pipeline, word = client_of(method, toy_sdxl_folder, files)
     sample = own_sample(trainer)
     assert np.abs(sample - untrained).max() > 1e-2, "the training must show"
+    np.testing.assert_allclose(client_sample(pipeline, trainer, word), sample, atol=1e-3)
+
+
+def test_a_bundle_leaves_the_lora_as_diffusers_loads_it(sdxl_trainer_of, toy_sdxl_folder, tmp_path):
+    trainer = sdxl_trainer_of("pivotal", steps=4, bundle_embedding=True, embedding_lr=2e-2)
+    trainer.run()
+    path = tmp_path / "x.safetensors"
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"modelspec.title": kind}))
+    lora, embedding, bundle = trainer.method.files(path)
+    assert {"bundle_emb.sks.clip_l", "bundle_emb.sks.clip_g"} <= load_file(bundle).keys()
+    pipeline, word = client_of(METHODS["pivotal"], toy_sdxl_folder, [lora, embedding])
+    sample = own_sample(trainer)
     np.testing.assert_allclose(client_sample(pipeline, trainer, word), sample, atol=1e-3)
 
 
@@ -222,7 +234,7 @@ def test_embeddings_for_another_number_of_text_encoders_are_refused(
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     for make, path in ((trainer_of, one), (sdxl_trainer_of, two)):
         method = make("textual_inversion").method
-        method.export(Export(path, metadata=lambda kind: {}))
+        method.export(Export(path, metadata=lambda kind, file: {}))
     again = sdxl_trainer_of("textual_inversion", weights=two).method
     assert torch.equal(again.embedding_parameters()[1], method.embedding_parameters()[1])
     with pytest.raises(UserError, match=r"embeddings for 1 text encoder\(s\), this model has 2"):

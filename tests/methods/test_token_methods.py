@@ -4,6 +4,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ TOKEN_METHODS = [name for name, method in METHODS.items() if method.learns_token
 
 
 def export(trainer, path, **settings):
-    trainer.method.export(Export(path, metadata=lambda kind: {"kind": kind}, **settings))
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"kind": kind}, **settings))
     return trainer.method.files(path)
 
 
@@ -176,12 +177,48 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
 def test_xti_continues_with_its_own_files_and_with_those_of_textual_inversion(trainer_of, tmp_path):
     first = trainer_of("xti")
     first.run()
-    full, average = export(first, tmp_path / "x.safetensors")
+    average, full = export(first, tmp_path / "x.safetensors")
+    assert (average.name, full.name) == ("x.safetensors", "x_xti.safetensors")
     assert len(load_file(full)) == 16
     assert torch.equal(load_file(average)["emb_params"], layer_average(embeddings(first)["sks"]))
     assert torch.equal(embeddings(trainer_of("xti", weights=full))["sks"], embeddings(first)["sks"])
     spread = embeddings(trainer_of("xti", weights=average))["sks"]
     assert torch.equal(spread, layer_average(embeddings(first)["sks"]).expand(16, 1, 32))
+
+
+def test_an_xti_file_under_the_plain_name_of_earlier_versions_is_gone_on_with(trainer_of, tmp_path):
+    first = trainer_of("xti")
+    first.run()
+    old = shutil.copy(export(first, tmp_path / "x.safetensors")[1], tmp_path / "y.safetensors")
+    assert torch.equal(embeddings(trainer_of("xti", weights=old))["sks"], embeddings(first)["sks"])
+
+
+def test_going_on_with_the_average_names_the_file_of_all_layers(trainer_of, tmp_path, caplog):
+    average, full = export(trainer_of("xti"), tmp_path / "x.safetensors")
+
+    def said(file):
+        caplog.clear()
+        check("xti", weights=(str(file),))
+        return [text for text in caplog.messages if "average" in text]
+
+    (warning,) = said(average)
+    assert str(full) in warning
+    assert not said(full)
+    average.write_bytes(full.read_bytes())  # a file of an earlier version, beside a new one
+    assert not said(average)
+    full.unlink()
+    assert not said(average)
+
+
+@pytest.mark.parametrize("placeholders", [("sks",), ("sks", "zwx"), ("<a.b>", "<a-b>", "ab")])
+def test_the_plain_names_of_xti_are_those_of_textual_inversion(trainer_of, placeholders):
+    method = trainer_of("xti").method
+    vectors = dict.fromkeys(placeholders, method.only_tokens.vectors["sks"])
+    method.learned_tokens = [SimpleNamespace(placeholders=placeholders, vectors=vectors)]
+    plain = embedding_files(Path("x.safetensors"), placeholders)
+    full = [file.with_name(f"{file.stem}_xti.safetensors") for file in plain]
+    assert method.files(Path("x.safetensors")) == [*plain, *full]
+    assert list(method.webui_files(Path("x.safetensors"))) == plain
 
 
 # --- Custom Diffusion ---
@@ -270,13 +307,37 @@ def test_a_diffusers_folder_is_the_same_model(trainer_of, tmp_path):
 def test_embeddings_lie_beside_the_lora_and_in_it_on_request(trainer_of, tmp_path):
     trainer = trainer_of("pivotal", bundle_embedding=True)
     trainer.run()
-    lora, embedding = export(trainer, tmp_path / "x.safetensors")
-    bundled = load_file(lora)["bundle_emb.sks.string_to_param.*"]
-    assert torch.equal(bundled, load_file(embedding)["emb_params"])
+    lora, embedding, bundle = export(trainer, tmp_path / "x.safetensors")
+    assert bundle.name == "x_bundle.safetensors"
     assert "12 text encoder + 192 U-Net modules" in trainer.method.verify(lora)
-    plain = trainer_of("pivotal")
-    lora, _ = export(plain, tmp_path / "y.safetensors")
-    assert not any(key.startswith("bundle_emb") for key in load_file(lora))
+    bundled, plain = load_file(bundle), load_file(lora)
+    added = bundled.pop("bundle_emb.sks.string_to_param.*")
+    assert torch.equal(added, load_file(embedding)["emb_params"])
+    assert bundled.keys() == plain.keys()
+    assert all(torch.equal(bundled[key], plain[key]) for key in plain)
+    assert len(export(trainer_of("pivotal"), tmp_path / "y.safetensors")) == 2
+
+
+@pytest.mark.parametrize(
+    "placeholders", [("sks",), ("s.k", "zwx"), ("<my-dog>", "v1.2.3")], ids=" ".join
+)
+def test_a_bundle_is_called_by_the_words_that_webuis_are_told(
+    placeholders, trainer_of, toy_pictures, tmp_path
+):
+    (source,) = toy_pictures.iterdir()
+    for placeholder in placeholders:
+        folder = shutil.copytree(source, tmp_path / "train" / f"2_{placeholder} dog")
+        for caption in folder.glob("*.txt"):
+            caption.write_text(caption.read_text().replace("sks", placeholder))
+    given = {"placeholder_token": list(placeholders), "class_token": ["dog"] * len(placeholders)}
+    flags = {"train_data_dir": tmp_path / "train", "mlm_loss_weight": 0, **given}
+    trainer = trainer_of("pivotal", bundle_embedding=True, **flags)
+    *_, bundle = export(trainer, tmp_path / "x.safetensors")
+    words = trainer.method.webui_files(tmp_path / "x.safetensors")[bundle]
+    keys = {key for key in load_file(bundle) if key.startswith("bundle_emb")}
+    assert list(words) == list(placeholders)
+    assert keys == {f"bundle_emb.{word}.string_to_param.*" for word in words.values()}
+    assert all(key.count(".") == 3 for key in keys)  # A1111 takes what is between the first two
 
 
 # --- several concepts ---

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.networks.create import NETWORK_MODULES, create_network, read_weights
-from mlm_plugin.networks.network_args import parse_network_args
+from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.networks.peft_network import BLOCK_ARGS
 
 needs_lycoris = pytest.mark.skipif(
@@ -516,6 +516,65 @@ def test_settings_that_the_file_decides_in_lycoris_are_named(tmp_path, caplog):
     assert named_without_effect(caplog) == {
         "network_dropout", "algo", "conv_dim", "dropout", "preset",
     }  # fmt: skip
+
+
+def a1111_weight(module, file_scale):
+    """A layer's weight as A1111 1.10.1 computes it: norms over all axes but that of the inputs."""
+    weight = module.org_module[0].weight
+    changed = weight + module.get_diff_weight(1)[0].reshape(weight.shape)
+    axes = [axis for axis in range(weight.ndim) if axis != 1]
+    return changed * file_scale / changed.square().sum(dim=axes, keepdim=True).sqrt()
+
+
+@needs_lycoris
+@pytest.mark.parametrize("algo", ["locon", "loha", "lokr"])
+@pytest.mark.parametrize("on_output", [True, False])
+def test_a1111_computes_the_weights_that_were_trained_from_input_norms_alone(algo, on_output):
+    arguments = (f"algo={algo}", "dora_wd=True", f"wd_on_output={on_output}")
+    network = lycoris_network(toy_models(linear=True), *arguments)
+    errors = []
+    with torch.no_grad():
+        for module in network.modules:
+            for name, parameter in module.named_parameters():
+                if "org" not in name:
+                    parameter.mul_(1 + 0.1 * torch.randn_like(parameter)).add_(0.01)
+            if module.org_module[0].weight.ndim == 2:
+                trained = module.get_merged_weight(1)[0]
+                found = a1111_weight(module, module.custom_state_dict()["dora_scale"])
+                errors.append(float((found - trained).norm() / trained.norm()))
+    assert (max(errors) > 0.4) if on_output else (max(errors) < 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_wrong"),
+    [
+        ({}, False),
+        ({"dora_wd": "True"}, True),
+        ({"dora_wd": "1", "algo": "LoKr"}, True),
+        ({"dora_wd": "True", "wd_on_output": "true", "algo": "loha"}, True),
+        ({"dora_wd": "True", "wd_on_output": "False"}, False),
+        ({"dora_wd": "false", "algo": "locon"}, False),
+        ({"dora_wd": "True", "algo": "ia3"}, False),
+    ],
+)
+def test_norms_that_a1111_misreads_are_named(arguments, is_wrong, caplog):
+    warn_of_output_norms(arguments)
+    assert ["wd_on_output=False" in text for text in caplog.messages] == [True] * is_wrong
+
+
+@needs_lycoris
+@pytest.mark.parametrize("algo", ["locon", "loha", "lokr"])
+def test_input_norms_are_gone_on_with_or_refused_in_words(algo, tmp_path):
+    arguments = (f"algo={algo}", "dora_wd=True", "wd_on_output=False")
+    models, path = toy_models(), tmp_path / "x.safetensors"
+    network = lycoris_network(models, *arguments)
+    randomize(network)
+    save_file(network.kohya_state_dict(), path)
+    fresh_models = toy_models()
+    lycoris_network(fresh_models, *arguments, weights=path)
+    torch.testing.assert_close(encode(fresh_models), encode(models))
+    with pytest.raises(UserError, match="dim_from_weights: .* wd_on_output=False"):
+        lycoris_network(None, dim=None, weights=path, dim_from_weights=True)
 
 
 @needs_lycoris

@@ -145,3 +145,14 @@ def test_a_language_model_without_its_own_head_is_compared_by_states(term, refus
 def test_what_a_language_model_cannot_do_is_refused(term, refused, options, parts):
     with refused(parts):
         term("lumina", [qwen()], **options)
+
+
+@pytest.mark.parametrize(
+    ("network_args", "is_wrong"),
+    [(None, False), (["algo=locon", "dora_wd=True"], True),
+     (["dora_wd=True", "wd_on_output=False"], False)],
+)  # fmt: skip
+def test_norms_that_a1111_misreads_are_named_here_too(network_args, is_wrong, caplog):
+    args = argparse.Namespace(learning_rate=1e-3, seed=0, network_args=network_args)
+    assert create_term(args, MLMOptions(mlm_loss_weight=0.1), arch="sd")
+    assert any("wd_on_output=False" in text for text in caplog.messages) == is_wrong
