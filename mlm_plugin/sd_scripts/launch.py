@@ -242,7 +242,7 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
     collected = collected_text_encoders(
         term, arch=script.arch, clip_skip=args.clip_skip, tokenizers=_current_tokenizers
     )
-    with summed_backward(term, _strategies()), collected:
+    with collected, summed_backward(term, _strategies()):
         module.train(args)
 
 

@@ -88,7 +88,7 @@ def use_models(
         term: knows its concepts.
         args: options of the host.
         models: untrained.
-        accelerator: its device does the work.
+        accelerator: its device does the work; its first process prints what the term does.
         architecture: of the base model.
 
     Raises:
@@ -118,6 +118,7 @@ def use_models(
     _require_class_words(term, encoders)
     for encoder in encoders.values():
         term.add_text_encoder(encoder.text_encoder, accelerator, is_trained=encoder.is_trained)
+    accelerator.print(term.describe())
 
 
 def _encoders(

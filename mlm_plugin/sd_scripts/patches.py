@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.cross_attention import cross_attention_names
-from mlm_plugin.sd_scripts.accelerator_hooks import wrapped
+from mlm_plugin.sd_scripts.accelerator_hooks import shown_in_progress_bar, wrapped
 from mlm_plugin.sd_scripts.arguments import read_at, read_mlm_options
 from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import MLMTerm
@@ -39,6 +39,8 @@ NEEDED = {
 @contextmanager
 def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]:
     """Make ``Accelerator.backward`` add the term, once for each training batch.
+
+    Entered after :func:`collected_text_encoders`, whose encoders it then knows when the data come.
 
     Args:
         term: what is added.
@@ -79,11 +81,13 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
 
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
             for loader in args:
                 if isinstance(loader, DataLoader) and not term.setup.concepts:
                     term.use_data(loader.dataset)
                     term.attach(self)
-            return original(self, *args, **kwargs)
+                    self.print(term.describe())
+            return result
 
         return wrapped
 
@@ -93,6 +97,7 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
         stack.enter_context(wrapped(Accelerator, "backward", backward))
         stack.enter_context(wrapped(Accelerator, "log", log))
         stack.enter_context(wrapped(Accelerator, "prepare", prepare))
+        stack.enter_context(shown_in_progress_bar(term))
         yield
 
 

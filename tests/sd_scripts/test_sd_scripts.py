@@ -3,6 +3,7 @@
 import argparse
 import copy
 import inspect
+import io
 import json
 import random
 import subprocess
@@ -16,13 +17,14 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from mlm_plugin.cli import train_main
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.pretrain import pretrain
-from mlm_plugin.sd_scripts import locate
+from mlm_plugin.sd_scripts import data, locate
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
     read_mlm_options,
@@ -59,7 +61,9 @@ class StubData:
             SimpleNamespace(class_tokens=class_tokens, is_reg=False),
         ]
         self.image_data = {
-            "1.png": SimpleNamespace(caption="a photo of sks dog in the snow", is_reg=False),
+            "1.png": SimpleNamespace(
+                caption=f"a photo of {class_tokens} in the snow", is_reg=False
+            ),
             "2.png": SimpleNamespace(caption="a photo of a dog", is_reg=True),
         }
         self.datasets = [self]
@@ -122,6 +126,7 @@ class StubTrainer:
 
     def __init__(self):
         self.losses, self.validation_losses, self.logs, self.noises = [], [], [], []
+        self.shown = []
 
     def generate_step_logs(
         self,
@@ -225,17 +230,25 @@ class StubTrainer:
             None,
             None,
         )
-        for _ in range(args.num_batches):
+        tracker = SimpleNamespace(
+            name="list", log=lambda values, step: self.logs.append(values), finish=lambda: None
+        )
+        accelerator.trackers = [tracker]
+        self.progress_bar = tqdm(range(args.num_batches), file=io.StringIO())
+        for step in self.progress_bar:
             with accelerator.accumulate(network):
                 loss = self.step(call)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
             self.losses.append(loss.item())
-            self.logs.append(self.generate_step_logs(args, loss.item(), 0.0, None, None))
+            self.progress_bar.set_postfix(avr_loss=loss.item())
+            self.shown.append(self.progress_bar.postfix)
+            tracker.log(self.generate_step_logs(args, loss.item(), 0.0, None, None), step=step)
             state = torch.get_rng_state()
             self.validation_losses.append(self.step(call, is_train=False).item())
             torch.set_rng_state(state)
+        accelerator.end_training()
         if args.save_state:
             accelerator.save_state(args.save_state)
 
@@ -386,10 +399,7 @@ def test_the_term_is_added_whatever_the_order_of_the_arguments(run, host):
     plain, _ = run(plain=True, host=host)
     ours, _ = run("--mlm_loss_weight", "0.5", host=host)
     first = ours.logs[0]
-    assert first["loss/diffusion"] == pytest.approx(plain.losses[0])
-    assert first["loss/current"] == pytest.approx(
-        first["loss/diffusion"] + 0.5 * first["loss/mlm"], rel=1e-6
-    )
+    assert first["loss/diffusion"] == first["loss/current"] == plain.losses[0]
     assert first["loss/mlm_weighted"] == pytest.approx(0.5 * first["loss/mlm"])
     assert 0 <= first["mlm/accuracy"] <= 1
     assert not torch.equal(weights(plain)["up"], weights(ours)["up"])
@@ -408,10 +418,29 @@ def test_the_host_draws_the_same_noise_with_and_without_the_term(run):
     assert all(torch.equal(a, b) for a, b in zip(plain.noises, ours.noises, strict=True))
 
 
-def test_validation_losses_hold_no_term(run):
-    plain, _ = run(plain=True, learning_rate=0.0, num_batches=1)
-    ours, _ = run("--mlm_loss_weight", "0.5", text_encoder_lr=1e-9, learning_rate=0.0)
-    assert ours.validation_losses[0] == plain.validation_losses[0]
+@pytest.mark.parametrize(
+    "flags", [(), ("--mlm_every_n_steps", "2"), ("--mlm_read_at", "cross_attention")]
+)
+def test_losses_of_training_and_validation_hold_no_term(run, flags):
+    """Their difference, ``loss/validation/*_divergence``, compares like with like."""
+    plain, _ = run(plain=True, learning_rate=0.0, num_batches=2)
+    flags = ("--mlm_loss_weight", "5", "--mlm_target", "word", *flags)
+    ours, _ = run(*flags, text_encoder_lr=1e-9, unet_lr=1e-9, learning_rate=0.0)
+    assert "loss/mlm" in ours.logs[0]
+    assert ours.validation_losses[:2] == plain.validation_losses
+    assert ours.losses[:2] == plain.losses
+
+
+def test_the_progress_bar_shows_the_term_without_any_logger(run):
+    plain, _ = run(plain=True)
+    assert [text.split("=")[0] for text in plain.shown] == ["avr_loss"] * 4
+    ours, _ = run("--mlm_loss_weight", "0.5", "--mlm_target", "word", "--mlm_every_n_steps", "2")
+    expected = [ours.logs[acted]["loss/mlm"] for acted in (0, 0, 2, 2)]
+    shown = [float(text.split("mlm=")[1]) for text in ours.shown]
+    assert shown == pytest.approx(expected, rel=1e-2)
+    bar = tqdm(range(1), file=io.StringIO())
+    bar.set_postfix(avr_loss=1.0)
+    assert bar.postfix == "avr_loss=1"  # the next run's bar is left alone
 
 
 def test_the_schedule_goes_by_optimizer_steps_of_its_own(run):
@@ -459,6 +488,73 @@ def test_prompts_can_be_the_captions_of_the_data(run):
     trainer, _ = run("--mlm_loss_weight", "0.5", "--mlm_prompt_set", "captions", num_batches=1)
     regularizer = trainer.mlm._regularizer
     assert regularizer.sample_prompt(random.Random(0)) == "a photo of sks dog in the snow"
+
+
+def test_the_run_says_what_the_term_does(run, capsys):
+    run("--mlm_loss_weight", "0.5", num_batches=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "MLM term" in line]
+    for part in (
+        *("concept 'sks dog'", "class word 'dog'", "in 1 of 1 captions", "weight 0.5"),
+        *("target class, read at encoder", "1 text encoder"),
+    ):
+        assert part in line
+    run("--mlm_loss_weight", "0", num_batches=1)
+    assert "MLM" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("captions", "subset", "named"),
+    [
+        (["ohwx dog on the grass"], {}, "'ohwx dog on the grass'"),
+        (["asks dogs", ""], {}, "none of the 2 captions"),
+        (["a dog", "a cat"], {"caption_prefix": "photo,", "caption_suffix": ", ohwx"}, "'photo, a"),
+        ("a dog", {}, "none of the 1 captions"),
+    ],
+)
+def test_a_concept_that_no_caption_holds_is_refused(captions, subset, named):
+    term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=0)
+    with pytest.raises(UserError, match="placeholder_token = 'sks'") as caught:
+        term.use_data(built(captions, **subset))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("captions", "subset", "lacking"),
+    [
+        (["a photo of sks dog", "a dog", "ohwx dog"], {}, 2),
+        (["SKS dog", "(sks dog:1.2)", "1girl, sks  dog, snow"], {}, 0),
+        (["a dog", ""], {"caption_prefix": "sks dog,"}, 0),
+        (["a dog"], {"templates": ["a photo of a sks", "a rendering of a sks"]}, 0),
+    ],
+)
+def test_captions_without_the_concept_are_counted(captions, subset, lacking, monkeypatch, caplog):
+    monkeypatch.setattr(data.logger, "propagate", True)
+    term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=0)
+    term.use_data(built(captions, **subset))
+    warnings = [record.message for record in caplog.records if "captions lack" in record.message]
+    assert warnings == [text for text in warnings if text.startswith(f"{lacking} of")]
+    assert len(warnings) == bool(lacking)
+    number = len(term.captions)
+    assert f"in {number - lacking} of {number} captions" in term.describe()
+
+
+def built(captions, *, templates=None, **settings):
+    """A data set as sd-scripts builds it."""
+    subset = SimpleNamespace(class_tokens="sks dog", is_reg=False, **settings)
+    for name in ("caption_prefix", "caption_suffix"):
+        vars(subset).setdefault(name, None)
+    images = {
+        str(number): SimpleNamespace(caption=caption, is_reg=False)
+        for number, caption in enumerate([captions] if isinstance(captions, str) else captions)
+    }
+    images["reg"] = SimpleNamespace(caption="a dog", is_reg=True)
+    return SimpleNamespace(
+        subsets=[subset],
+        image_data=images,
+        image_to_subset=dict.fromkeys(images, subset),
+        replacements={"": templates} if templates else {},
+    )
 
 
 @pytest.mark.parametrize(
@@ -529,7 +625,7 @@ def test_a_transformer_whose_text_layers_are_not_known_is_refused(run_sd3):
         run_sd3("--mlm_read_at", "both")
 
 
-def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step(run):
+def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step(run, capsys):
     class Frozen(StubTrainer):
         def post_process_network(self, args, accelerator, network, text_encoders, unet):
             del network.text_encoder_loras
@@ -540,8 +636,9 @@ def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step
 
         process_batch.__signature__ = inspect.signature(StubTrainer.process_batch)
 
-    with pytest.raises(UserError, match="nothing that the term reads is trained"):
+    with pytest.raises(SystemExit):
         run("--mlm_loss_weight", "0.5", host=Frozen)
+    assert "nothing that the term reads is trained" in capsys.readouterr().err
 
 
 def test_text_encoders_that_are_not_clip_are_left_alone(run):
@@ -555,7 +652,7 @@ def test_text_encoders_that_are_not_clip_are_left_alone(run):
         run("--mlm_loss_weight", "0.5", host=Other)
 
 
-@pytest.mark.parametrize("name", ["process_batch", "post_process_network", "update_metadata"])
+@pytest.mark.parametrize("name", ["get_tokenizers", "post_process_network", "update_metadata"])
 def test_a_trainer_of_another_shape_is_refused(name):
     changed = type("NetworkTrainer", (StubTrainer,), {name: lambda self, batch: None})
     with pytest.raises(UserError, match=f"NetworkTrainer.{name} lacks"):
@@ -712,7 +809,7 @@ def collected(term, text_encoder):
 
 def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder):
     originals = (Accelerator.backward, Accelerator.log, Accelerator.prepare)
-    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
+    with collected(term, toy_text_encoder), summed_backward(term, [StubStrategy]):
         logs = train_whole_model(parse(num_batches=3), toy_text_encoder)
     assert (Accelerator.backward, Accelerator.log, Accelerator.prepare) == originals
     assert [set(values) for values in logs[:3]] == [
@@ -725,13 +822,13 @@ def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder
 
 
 def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
+    with collected(term, toy_text_encoder), summed_backward(term, [StubStrategy]):
         train_whole_model(parse(num_batches=4), toy_text_encoder, freeze_from=2)
     assert term.call == 2
 
 
 def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
+    with collected(term, toy_text_encoder), summed_backward(term, [StubStrategy]):
         with pytest.raises(UserError, match="does not train the text encoder"):
             train_whole_model(parse(), toy_text_encoder, freeze_from=0)
 
