@@ -1027,8 +1027,13 @@ def test_bad_options_are_one_line(changes, message):
 def checkout(tmp_path):
     root = tmp_path / "sd-scripts"
     (root / "library").mkdir(parents=True)
-    (root / "train_network.py").write_text("class NetworkTrainer:\n    def process_batch(self):\n")
+    write_trainer(root, "self, batch, *, is_train=True, text_encoding_strategy, tokenize_strategy")
     return root
+
+
+def write_trainer(root, parameters):
+    body = f"    def process_batch({parameters}):\n        pass\n"
+    (root / "train_network.py").write_text(f"class NetworkTrainer:\n{body}")
 
 
 def options_of(*argv):
@@ -1076,9 +1081,45 @@ def test_a_wrong_place_is_one_line_and_exit_code_2(flags, message, capsys):
     assert len(error.splitlines()) == 1
 
 
+OLD = (
+    "self, batch, tokenizers, text_encoders, unet, network, vae, noise_scheduler, vae_dtype, "
+    "weight_dtype, accelerator, args, train_text_encoder=True"
+)
+"""Of a fork that had validation losses before sd-scripts had them."""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "lacks"),
+    [
+        (OLD, "is_train, text_encoding_strategy, tokenize_strategy"),
+        ("self, batch, is_train, tokenizers", "text_encoding_strategy, tokenize_strategy"),
+        ("self, batch, text_encoding_strategy, tokenize_strategy", "lacks is_train"),
+    ],
+)
+def test_a_fork_of_an_old_checkout_is_named_before_its_libraries(
+    checkout, capsys, parameters, lacks
+):
+    write_trainer(checkout, parameters)
+    (checkout / "requirements.txt").write_text("accelerate==0.25.0\n")
+    assert train_main(["--sd_scripts_dir", str(checkout)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "a fork of an older one" in error
+    assert lacks in error
+    assert "accelerate" not in error
+
+
 def test_a_checkout_without_process_batch_is_too_old(checkout):
-    (checkout / "train_network.py").write_text("class NetworkTrainer: ...\n")
-    with pytest.raises(UserError, match="too old"):
+    for trainer in ("class NetworkTrainer: ...\n", "def process_batch(is_train): ...\n"):
+        (checkout / "train_network.py").write_text(trainer)
+        with pytest.raises(UserError, match="older than v0.10.0"):
+            find_checkout(
+                options_of("--sd_scripts_dir", str(checkout)), script="x.py", environment={}
+            )
+
+
+def test_a_damaged_trainer_is_one_line(checkout, refused):
+    (checkout / "train_network.py").write_bytes(b"<html>\x00")
+    with refused(["train_network.py", "is not Python"]):
         find_checkout(options_of("--sd_scripts_dir", str(checkout)), script="x.py", environment={})
 
 
