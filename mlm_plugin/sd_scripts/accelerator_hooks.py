@@ -97,7 +97,7 @@ def join_accelerator(accelerator: Accelerator, term: MLMTerm) -> None:
 
 @contextmanager
 def shown_in_progress_bar(term: MLMTerm) -> Iterator[None]:
-    """Put ``mlm``, the term's loss, behind the loss in the trainer's progress bar, for runs without a logger.
+    """Put ``mlm``, the term's loss, into the trainer's progress bar, for runs without a logger.
 
     In steps without the term it stays that of the last step with it.
     """

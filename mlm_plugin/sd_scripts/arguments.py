@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from mlm_plugin.config.checks import mlm_range_errors
-from mlm_plugin.config.loading import coerce
+from mlm_plugin.config.loading import coerce, describe_option, metavar_of
 from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
 from mlm_plugin.errors import UserError
 
 __all__ = [
     "add_mlm_arguments",
+    "answer_in_one_line",
     "read_at",
     "read_mlm_options",
     "text_encoder_rates",
@@ -40,9 +41,30 @@ def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{entry.name}",
             nargs="*" if entry.many else None,
             default=entry.default,
-            metavar="PATH" if entry.path else {int: "N", float: "X", str: "TEXT"}[entry.kind],
-            help=entry.help.replace("%", "%%"),
+            metavar=metavar_of(entry),
+            help=describe_option(entry),
         )
+
+
+def answer_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Make every mistake on the command line a ``UserError``, in place of the whole usage."""
+
+    def error(message: str) -> NoReturn:
+        kind, _, rest = message.partition(": ")
+        if kind == "unrecognized arguments":
+            names = vars(parser.parse_known_args([])[0])
+            raise UserError(f"command line: {_unknown(rest.split(), names)}")
+        raise UserError(f"command line: {message.replace('argument --', '--')}")
+
+    parser.error = error
+
+
+def _unknown(words: Sequence[str], names: Iterable[str]) -> str:
+    flag = next((word for word in words if word.startswith("--")), None)
+    if flag is None:
+        return f"cannot place {words[0]!r}; flags are written --name value"
+    flag = flag.split("=")[0]
+    return f"unknown flag {flag}{did_you_mean(flag[2:], names, prefix='--')}"
 
 
 def read_mlm_options(

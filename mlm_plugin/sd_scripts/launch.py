@@ -17,6 +17,7 @@ from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
+    answer_in_one_line,
     read_mlm_options,
     why_script_has_no_gradient,
 )
@@ -83,6 +84,7 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     sys.argv = [str(checkout / script.file), *argv]  # the script also reads the config file
     parser = module.setup_parser()
     add_mlm_arguments(parser)
+    answer_in_one_line(parser)
     args = parser.parse_args()
     _helper("verify_command_line_training_args")(args)
     args = _helper("read_config_from_file")(args, parser)

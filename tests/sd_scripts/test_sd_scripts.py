@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mlm_plugin.cli import train_main
-from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.pretrain import pretrain
 from mlm_plugin.sd_scripts import data, locate
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
+    answer_in_one_line,
     read_mlm_options,
     text_encoder_rates,
     why_network_has_no_gradient,
@@ -1018,6 +1019,44 @@ def test_bad_options_are_one_line(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         read_mlm_options(parse(**changes))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def kohya_parser():
+    """A parser of sd-scripts, with our options."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    add_mlm_arguments(parser)
+    answer_in_one_line(parser)
+    return parser
+
+
+def test_the_help_shows_choices_and_defaults(kohya_parser):
+    printed = " ".join(kohya_parser.format_help().split())
+    printed = printed.replace("sd- scripts", "sd-scripts")
+    for name in ("method", "mlm_arch", "host", "mlm_target", "mlm_read_at"):
+        entry = OPTIONS[name]
+        described = printed.split(f"--{name} TEXT ")[1]
+        choices = f"One of: {', '.join(entry.choices)}. (default: {entry.default})"
+        assert choices in described.split(" --")[0], name
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--mlm_los_weight", "0.1"], ["--mlm_los_weight", "did you mean --mlm_loss_weight?"]),
+        (["--mixed-precison=fp16"], ["--mixed-precison", "did you mean --mixed_precision?"]),
+        (["--sead", "3", "--seed", "4"], ["unknown flag --sead; did you mean --seed?"]),
+        (["stray"], ["cannot place 'stray'"]),
+        (["--seed", "x"], ["--seed: invalid int value: 'x'"]),
+        (["--mixed_precision", "fp17"], ["--mixed_precision", "fp17", "bf16"]),
+        (["--mlm_loss_weight"], ["--mlm_loss_weight: expected one argument"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(kohya_parser, refused, argv, parts):
+    with refused(["command line: ", *parts]):
+        kohya_parser.parse_args(argv)
 
 
 # --- where the checkout is --------------------------------------------------------------------
