@@ -26,7 +26,6 @@ __all__ = [
 
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
 PLACE = "command line or config_file"
-CACHED = "cache_text_encoder_outputs leaves the text encoder untrained"
 WITH_CROSS_ATTENTION = ("sd", "sdxl", "anima")
 """Architectures whose image model reads the prompt in all of its layers."""
 T5_CACHED = ("sd3", "flux")
@@ -138,15 +137,21 @@ def why_network_has_no_gradient(
 
 
 def _why_text_untrained(args: argparse.Namespace, *, arch: str) -> str | None:
+    """Every option that has to be changed, so that nobody meets them one after the other."""
+    lines = []
     if getattr(args, "network_train_unet_only", False):
-        return "network_train_unet_only trains no text encoder"
+        lines.append("network_train_unet_only")
     if getattr(args, "cache_text_encoder_outputs", False) and arch not in T5_CACHED:
-        return CACHED
+        lines.append("cache_text_encoder_outputs")
     if not any(_given_rates(args)):
         given = getattr(args, "text_encoder_lr", None)
         name = "learning_rate" if given in (None, []) else "text_encoder_lr"
-        return f"{name} = 0 leaves the text encoder untrained"
-    return None
+        lines.append(f"{name} = 0")
+    if not lines:
+        return None
+    *others, last = lines
+    named = f"{', '.join(others)} and {last} leave" if others else f"{last} leaves"
+    return f"{named} the text encoder untrained"
 
 
 def why_unet_untrained(args: argparse.Namespace) -> str | None:
@@ -184,11 +189,12 @@ def _given_rates(args: argparse.Namespace) -> list[float]:
 
 
 def why_script_has_no_gradient(args: argparse.Namespace) -> str | None:
-    """The same for scripts that train whole models (train_db, fine_tune, sdxl_train)."""
+    """The same for scripts that train whole models (train_db, fine_tune, sdxl_train, sd3_train)."""
     if hasattr(args, "train_text_encoder") and not args.train_text_encoder:
         return "without train_text_encoder the text encoder is not trained"
-    if getattr(args, "cache_text_encoder_outputs", False):
-        return CACHED
+    only_t5 = getattr(args, "use_t5xxl_cache_only", False)
+    if getattr(args, "cache_text_encoder_outputs", False) and not only_t5:
+        return "cache_text_encoder_outputs leaves the text encoder untrained"
     stop = getattr(args, "stop_text_encoder_training", None)
     if stop is not None and int(stop) <= 0:
         return f"stop_text_encoder_training = {stop} leaves the text encoder untrained"

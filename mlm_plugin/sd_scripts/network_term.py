@@ -71,7 +71,8 @@ def create_term(args: argparse.Namespace, options: MLMOptions, *, arch: str) -> 
     if not options.mlm_loss_weight:
         return None
     if reason := why_network_has_no_gradient(args, options, arch=arch):
-        raise UserError(no_gradient_message(options, reason))
+        elsewhere = why_unet_untrained(args) is None
+        raise UserError(no_gradient_message(options, reason, elsewhere=elsewhere))
     return MLMTerm(options, seed=args.seed)
 
 
@@ -101,8 +102,8 @@ def use_models(
         term.options, arch=architecture.arch, trains_text=trains_text, trains_unet=trains_unet
     )
     if place == "encoder" and not trains_text:
-        reason = "no text encoder is trained here"
-        raise UserError(no_gradient_message(term.options, reason))
+        reason = "no text encoder is trained by this network"
+        raise UserError(no_gradient_message(term.options, reason, elsewhere=trains_unet))
     if place == "encoder":
         encoders = {number: one for number, one in encoders.items() if one.is_trained}
         encoders = _readable(term, encoders)

@@ -84,6 +84,7 @@ class MLMTerm:
         step: optimizer steps so far, for the schedule.
         call: micro-batches so far; names the prompts.
         captions: of the pictures to learn from, once they are known.
+        class_word: class of the concept where neither options nor data name it.
         parts: parts of the last loss, for loggers.
     """
 
@@ -103,6 +104,7 @@ class MLMTerm:
         self.step = 0
         self.call = 0
         self.captions: list[str] = []
+        self.class_word: str | None = None
         self.parts: LossParts | None = None
         self._cross_attention: CrossAttention | None = None
         self._regularizer: MLMRegularizer | None = None
@@ -197,6 +199,7 @@ class MLMTerm:
             UserError: the concept is not known, or in no caption.
         """
         captions = list(captions)
+        self._use_class_word(datasets)
         found = concepts_of(TrainConfig(mlm=self.options), datasets, required=True)
         if captions:
             require_in_captions(captions, found)
@@ -206,6 +209,12 @@ class MLMTerm:
             [Concept(texts[c.placeholder_token], c.class_token) for c in found],
             captions=self.captions,
         )
+
+    def _use_class_word(self, datasets: Sequence[DatasetConfig]) -> None:
+        known = concepts_of(TrainConfig(mlm=self.options), datasets, required=False)
+        if self.class_word and [concept.class_token for concept in known] == [None]:
+            self.options = replace(self.options, class_token=(self.class_word,))
+            self.setup.options = self.options
 
     def describe(self) -> str:
         """What it does, in one line for the log."""

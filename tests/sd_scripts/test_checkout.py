@@ -273,8 +273,9 @@ def test_textual_inversion(both, folder, stays):
         *("--train_data_dir", folder / "token", "--token_string", "zxq", "--init_word", "dog"),
         *("--num_vectors_per_token", "2"),
         # masked words pull from the first step on; a teacher only once the concept has moved away
-        ours=("--method", "textual_inversion", "--class_token", "dog", "--mlm_target", "word"),
+        ours=("--method", "textual_inversion", "--mlm_target", "word"),
     )
+    assert metadata_of(ours)["ss_mlm_class_token"] == "dog"  # of init_word
     assert changed(plain, ours) == {"emb_params"}
     stays("textual_inversion", ours)
     assert load_file(ours)["emb_params"].shape[0] == 2
@@ -290,6 +291,24 @@ def test_dreambooth(both, stays):
     stays("dreambooth", ours)
     assert_logged(values)
     assert values["loss"] == values["loss/diffusion"]
+
+
+def test_the_clip_encoders_of_a_whole_sd3_hear_the_term(arguments, parts, folder, tmp_path):
+    model = parts["sd3"][: parts["sd3"].index("--network_module")]
+    flags = (*arguments, *model, "--train_text_encoder")
+    call(sys.executable, PROGRAM, "plain", "sd3_train.py", *flags, "--output_name", "plain")
+    files = f"{folder / 'sd3_l.safetensors'},{folder / 'sd3_g.safetensors'}"
+    printed = call(
+        *(sys.executable, PROGRAM, "mlm", *flags, "--method", "dreambooth", "--output_name", "mlm"),
+        *("--logging_dir", tmp_path / "ours", "--mlm_loss_weight", "0.1"),
+        *("--mlm_target", "word", "--mlm_contextualizer", files),
+    )
+    assert "read at encoder, 2 text encoders" in printed
+    for part in ("clip_l", "clip_g"):
+        plain, ours = (tmp_path / "out" / f"{name}_{part}.safetensors" for name in ("plain", "mlm"))
+        assert shapes(plain) == shapes(ours)
+        assert changed(plain, ours)
+    assert_logged(curves(tmp_path / "ours"))
 
 
 def test_validation_and_states_are_those_of_the_plain_trainer(arguments, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib.util
 import inspect
 import io
 import json
@@ -577,6 +578,32 @@ def test_runs_without_a_gradient_are_refused_with_the_reason(run, changes, reaso
     run("--mlm_loss_weight", "0", **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"network_train_unet_only": True, "cache_text_encoder_outputs": True},
+            "network_train_unet_only and cache_text_encoder_outputs leave the text encoder",
+        ),
+        (
+            {"network_train_unet_only": True, "text_encoder_lr": 0},
+            "network_train_unet_only and text_encoder_lr = 0 leave",
+        ),
+        (
+            {
+                "network_train_unet_only": True,
+                "cache_text_encoder_outputs": True,
+                "text_encoder_lr": [0.0, 0.0],
+            },
+            "network_train_unet_only, cache_text_encoder_outputs and text_encoder_lr = 0 leave",
+        ),
+    ],
+)
+def test_one_refusal_names_every_line_to_change(run, refused, changes, named):
+    with refused([named, "take mlm_read_at = cross_attention"]):
+        run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", **changes)
+
+
 U_NET_ONLY = {
     "network_train_unet_only": True,
     "unet_lr": 0.5,
@@ -864,6 +891,8 @@ def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
 class StubEmbeddingTrainer:
     """sd-scripts v0.10.1 ``TextualInversionTrainer``: its own loop, a growing vocabulary."""
 
+    folder = "zxq"
+
     def __init__(self, text_encoder):
         self.text_encoder = text_encoder
 
@@ -883,8 +912,10 @@ class StubEmbeddingTrainer:
         tokenizer.add_tokens(["zxq", "zxq1"])
         model.resize_token_embeddings(len(tokenizer))
         embedding = model.get_input_embeddings()
+        data = StubData("a photo of zxq")
+        data.subsets[1].class_tokens = self.folder
         optimizer, loader = accelerator.prepare(
-            torch.optim.SGD(embedding.parameters(), lr=0.1), DataLoader(StubData("zxq"))
+            torch.optim.SGD(embedding.parameters(), lr=0.1), DataLoader(data)
         )
         model = accelerator.prepare(model)
         model.requires_grad_(False)
@@ -899,12 +930,13 @@ class StubEmbeddingTrainer:
         self.save_weights("x.safetensors", None, None, {"modelspec.title": "x"})
 
 
-def embedding_run(text_encoder, contextualizer, *flags):
+def embedding_run(text_encoder, contextualizer, *flags, init_word=None):
     args = parse(
         *("--mlm_contextualizer", str(contextualizer), *flags),
         token_string="zxq",
         num_vectors_per_token=2,
         num_batches=2,
+        init_word=init_word,
     )
     trainer = with_mlm_embedding(StubEmbeddingTrainer, arch="sd", strategies=[StubStrategy])(
         text_encoder
@@ -928,6 +960,31 @@ def test_textual_inversion_learns_its_embeddings_with_the_term(
     )
     assert {(first,), (second,)} <= encoder.vocabulary.protected
     assert trainer.gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder", "expected"),
+    [
+        ((), "zxq", "puppy"),
+        (("--class_token", "dog"), "zxq", "dog"),
+        ((), "zxq cat", "cat"),  # the data know better than the initial value
+        ((), None, "puppy"),
+    ],
+)
+def test_the_initial_word_is_the_class_where_nothing_else_names_it(
+    toy_text_encoder, toy_contextualizer, monkeypatch, flags, folder, expected
+):
+    monkeypatch.setattr(StubEmbeddingTrainer, "folder", folder)
+    given = ("--mlm_loss_weight", "0.5", *flags)
+    trainer = embedding_run(toy_text_encoder, toy_contextualizer, *given, init_word="puppy")
+    assert trainer.saved["ss_mlm_class_token"] == expected
+
+
+def test_without_any_class_word_textual_inversion_is_refused(
+    toy_text_encoder, toy_contextualizer, refused
+):
+    with refused(["--class_token"]):
+        embedding_run(toy_text_encoder, toy_contextualizer, "--mlm_loss_weight", "0.5")
 
 
 def test_textual_inversion_at_weight_0_is_the_plain_run(toy_text_encoder, toy_contextualizer):
@@ -1047,7 +1104,7 @@ def test_the_help_shows_choices_and_defaults(kohya_parser):
     [
         (["--mlm_los_weight", "0.1"], ["--mlm_los_weight", "did you mean --mlm_loss_weight?"]),
         (["--mixed-precison=fp16"], ["--mixed-precison", "did you mean --mixed_precision?"]),
-        (["--sead", "3", "--seed", "4"], ["unknown flag --sead; did you mean --seed?"]),
+        (["--seedd", "3", "--seed", "4"], ["unknown flag --seedd; did you mean --seed?"]),
         (["stray"], ["cannot place 'stray'"]),
         (["--seed", "x"], ["--seed: invalid int value: 'x'"]),
         (["--mixed_precision", "fp17"], ["--mixed_precision", "fp17", "bf16"]),
@@ -1210,6 +1267,7 @@ def test_method_and_architecture_choose_the_script():
     assert launch(mlm_arch="flux") == "flux_train_network.py"
     assert launch(method="dreambooth") == "train_db.py"
     assert launch(method="dreambooth", mlm_arch="sdxl") == "sdxl_train.py"
+    assert launch(method="dreambooth", mlm_arch="sd3") == "sd3_train.py"
     assert launch(method="textual_inversion") == "train_textual_inversion.py"
     assert launch(mlm_script="fine_tune") == "fine_tune.py"
     assert {script.file for script in SCRIPTS} >= {"fine_tune.py", "train_db.py"}
@@ -1222,16 +1280,80 @@ def test_methods_that_kohya_does_not_have_live_in_the_standalone_trainer(method)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "serving"),
     [
-        {"mlm_arch": "flux", "method": "dreambooth"},
-        {"mlm_arch": "sd3", "method": "textual_inversion"},
-        {"mlm_script": "gen_img.py"},
+        ({"mlm_arch": "flux", "method": "dreambooth"}, "flux_train_network.py"),
+        ({"mlm_arch": "sd3", "method": "textual_inversion"}, "sd3_train_network.py, sd3_train.py"),
+        ({"mlm_arch": "anima", "method": "dreambooth"}, "anima_train_network.py"),
+        ({"mlm_script": "gen_img.py"}, "sd3_train.py"),
+        ({"mlm_script": "flux_train"}, "flux_train_network.py"),
     ],
 )
-def test_scripts_without_a_place_for_the_term_are_refused(changes):
-    with pytest.raises(UserError, match="the MLM term"):
+def test_scripts_without_a_place_for_the_term_are_refused(refused, changes, serving):
+    with refused(["the MLM term", serving]):
         launch(**changes)
+
+
+@pytest.fixture
+def whole_model(tmp_path):
+    """A script of sd-scripts whose loop is a function; returns a way to start it."""
+
+    def whole_model(body, file="train_db.py", **changes):
+        path = tmp_path / f"script{len(list(tmp_path.glob('*.py')))}.py"
+        path.write_text(f"def train(args):\n    args.done = True\n{body}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        (script,) = (script for script in SCRIPTS if script.file == file)
+        args = parse("--mlm_loss_weight", str(changes.pop("weight", 0)), **changes)
+        script.run(module, script, args)
+        return args.done
+
+    return whole_model
+
+
+UNPACKED = "    training_models = training_models[0] if False else None\n"
+
+
+@pytest.mark.parametrize("weight", [0, 0.1])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stop_text_encoder_training": 2},
+        {"stop_text_encoder_training": "3", "max_train_steps": 4},
+        {"stop_text_encoder_training": 100, "max_train_epochs": 2},
+    ],
+)
+def test_a_stop_that_would_end_in_a_type_error_is_refused_first(
+    whole_model, refused, weight, changes
+):
+    stop = changes["stop_text_encoder_training"]
+    with refused([f"stop_text_encoder_training = {stop}", "--host standalone"]):
+        whole_model(UNPACKED, weight=weight, **changes)
+
+
+def test_a_stop_that_does_no_harm_is_welcome(whole_model):
+    assert whole_model(UNPACKED, stop_text_encoder_training=None)
+    assert whole_model(UNPACKED, stop_text_encoder_training=-1)
+    assert whole_model(UNPACKED, stop_text_encoder_training=4)  # after the last step
+    assert whole_model("    training_models = []\n", stop_text_encoder_training=2)
+
+
+def test_whole_sd3_cannot_be_read_at_its_transformer(whole_model, refused):
+    asked = {"weight": 0.1, "train_text_encoder": True, "file": "sd3_train.py"}
+    for place in ("both", "cross_attention"):
+        with refused([f"mlm_read_at = {place}", "text encoders alone"]):
+            with collected_text_encoders(
+                MLMTerm(MLMOptions(mlm_loss_weight=0.1, mlm_read_at=place), seed=0),
+                arch="sd3",
+                clip_skip=None,
+                tokenizers=list,
+            ):
+                pass
+    with refused(["without train_text_encoder"]):
+        whole_model("", **asked | {"train_text_encoder": False})
+    with refused(["cache_text_encoder_outputs leaves"]):
+        whole_model("", **asked, cache_text_encoder_outputs=True)
 
 
 @pytest.mark.parametrize(
