@@ -17,7 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig, resolve_datasets
+from mlm_plugin.config.datasets import (
+    Concept,
+    DatasetConfig,
+    require_bucket_steps,
+    resolve_datasets,
+)
 from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset
@@ -268,6 +273,7 @@ def _load_base_model(
     """The base model, its text encoders on the device; prints a report."""
     models = load_models(config)
     check_model(config, is_sdxl=models.is_sdxl)
+    require_bucket_steps(dataset.datasets, is_sdxl=models.is_sdxl)
     warn_of_small_pictures(models, dataset)
     if accelerator.is_main_process:
         print_report(config, dataset, concepts, models)

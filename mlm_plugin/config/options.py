@@ -456,7 +456,9 @@ class DatasetOptions:
     min_bucket_reso: int = option(256, "Smallest bucket side in pixels.", at_least=1)
     max_bucket_reso: int = option(1024, "Largest bucket side in pixels.", at_least=1)
     bucket_reso_steps: int = option(
-        64, "Bucket sides are multiples of this many pixels (rounded up to 64).", at_least=1
+        64,
+        "Bucket sides are multiples of this many pixels: of 64, in SDXL of 32 (rounded up to 32).",
+        at_least=1,
     )
     bucket_no_upscale: bool = option(False, "Never enlarge an image to fill a bucket.")
     resize_interpolation: str | None = option(

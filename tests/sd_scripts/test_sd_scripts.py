@@ -1405,3 +1405,28 @@ def test_importing_the_host_needs_no_sd_scripts():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE
     ).stdout
     assert output.strip() == "[]"
+
+
+COLLECT_WITHOUT_PEFT = """
+import importlib.machinery, sys
+import pytest
+
+class WithoutPeft(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "peft" else super().find_spec(name, path, target)
+
+finders = sys.meta_path
+sys.meta_path = [
+    WithoutPeft if finder is importlib.machinery.PathFinder else finder for finder in finders
+]
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def test_these_tests_are_collected_where_only_the_libraries_of_sd_scripts_are():
+    """sd-scripts pins no peft; what a checkout needs besides is skipped by name."""
+    command = [sys.executable, "-c", COLLECT_WITHOUT_PEFT, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "test_network_module.py" in done.stdout
