@@ -24,6 +24,8 @@ PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth" / "dog"
 STORE = "weights_sd_scripts.json"  # of v0.10.1 with the libraries it pins
 LORA = ("--network_module", "networks.lora", "--network_dim", "4", "--network_alpha", "4")
 
+LYCORIS = "3.2.0.post2"
+
 pytestmark = [
     pytest.mark.skipif(CHECKOUT is None, reason="SD_SCRIPTS_DIR names no checkout of sd-scripts"),
     pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos (shared/data) are not here"),
@@ -102,6 +104,14 @@ def stays(same_weights):
     return stays
 
 
+def need_lycoris():
+    """Skip, by name, where LyCORIS is missing or fails in the plain scripts too."""
+    pytest.importorskip("lycoris")
+    found = importlib.metadata.version("lycoris_lora")
+    if int(found.split(".")[0]) > 3:
+        pytest.skip(f"lycoris_lora {found} fails in plain sd-scripts; install {LYCORIS}")
+
+
 def shapes(path):
     return {name: (value.shape, value.dtype) for name, value in load_file(path).items()}
 
@@ -157,7 +167,7 @@ def test_a_lora_of_sd_1(both, stays):
 
 @pytest.mark.parametrize("algo", ["locon", "lokr"])
 def test_lycoris(both, algo):
-    pytest.importorskip("lycoris")
+    need_lycoris()
     network = ("--network_module", "lycoris.kohya", "--network_dim", "4", "--network_alpha", "4")
     plain, ours, values = both(
         "train_network.py", *network, "--network_args", f"algo={algo}", "conv_dim=4"
@@ -472,7 +482,7 @@ def test_module_and_launcher_train_the_same(module, arguments, folder, tmp_path)
 )
 def test_module_around_other_networks(module, inner, rest):
     if inner.startswith("lycoris"):
-        pytest.importorskip("lycoris")
+        need_lycoris()
     alone = inner == "networks.oft"  # on the U-Net only
     unet_only = ("--network_train_unet_only",) if alone else ()
     plain, ours, values = module("train_network.py", *unet_only, inner=inner, rest=rest)
@@ -738,7 +748,7 @@ def test_module_runs_from_the_toml_of_a_gui(folder, tmp_path, as_flags):
     """Two lines more in the file, or what was typed into the field for additional parameters."""
     inner = "lycoris.kohya" if as_flags else "networks.lora"
     if as_flags:
-        pytest.importorskip("lycoris")
+        need_lycoris()
     ours = ["mlm_loss_weight=0.1", "mlm_target=states"]
     values = {
         "pretrained_model_name_or_path": folder / "sd15",
