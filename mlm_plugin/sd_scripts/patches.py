@@ -85,11 +85,7 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
             result = original(self, *args, **kwargs)
-            for loader in args:
-                if isinstance(loader, DataLoader) and not term.setup.concepts:
-                    term.use_data(loader.dataset)
-                    term.attach(self)
-                    self.print(term.describe())
+            _take_data(term, self, args)
             return result
 
         return wrapped
@@ -102,6 +98,15 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
         stack.enter_context(wrapped(Accelerator, "prepare", prepare))
         stack.enter_context(shown_in_progress_bar(term))
         yield
+
+
+def _take_data(term: MLMTerm, accelerator: Accelerator, prepared: Sequence[Any]) -> None:
+    """Of the first loader among what the trainer prepares; the text encoders are known here."""
+    for loader in prepared:
+        if isinstance(loader, DataLoader) and not term.setup.concepts:
+            term.use_data(loader.dataset)
+            term.attach(accelerator)
+            accelerator.print(term.describe())
 
 
 @contextmanager
