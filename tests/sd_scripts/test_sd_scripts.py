@@ -637,12 +637,17 @@ def test_the_cross_attention_is_read_beside_a_trained_text_encoder(run, place):
     assert ("loss/mlm_te1" in ours.logs[0]) == (place == "both")
 
 
-def test_a_network_without_text_encoder_modules_is_read_at_the_cross_attention(run):
+@pytest.mark.parametrize("is_oft", [False, True])
+def test_a_network_without_text_encoder_modules_is_read_at_the_cross_attention(run, is_oft):
     class UNetOnly(StubTrainer):
         def post_process_network(self, args, accelerator, network, text_encoders, unet):
             network.text_encoder_loras = []
+            if is_oft:  # networks.oft has a list for the U-Net alone
+                del network.text_encoder_loras
+                network.unet_ofts = [network.value_up]
+                network.apply_to = lambda: None
 
-    trainer, _ = run("--mlm_loss_weight", "0.5", host=UNetOnly)
+    trainer, _ = run("--mlm_loss_weight", "0.5", host=UNetOnly, num_batches=0)
     assert trainer.mlm.setup.read_at == "cross_attention"
     with pytest.raises(UserError, match="no text encoder is trained"):
         run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", host=UNetOnly)
