@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig
+from mlm_plugin.config.datasets import Concept, DatasetConfig, require_bucket_steps
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.contextualizer_file import contextualizer_settings, read_contextualizer
@@ -112,6 +112,7 @@ def rehearse(
         if not download and is_elsewhere(config.model.pretrained_model_name_or_path):
             return None
         models = _models(config)
+        require_bucket_steps(dataset.datasets, is_sdxl=models.is_sdxl)
         term = start_term(config, models, concepts=concepts, dataset=dataset, seed=seed)
         if term is not None:
             _check_contextualizers(config, num_read_text_encoders(term, config, models))

@@ -36,6 +36,7 @@ __all__ = [
     "concepts_of",
     "folder_name",
     "given_resolution",
+    "require_bucket_steps",
     "resolve_datasets",
 ]
 
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 BUCKET_STEP = 64
 """SD U-Nets halve the latents three times: image sides must be multiples of 8 * 2**3."""
+
+SDXL_BUCKET_STEP = 32
+"""SDXL's halves them twice."""
 
 LATENT_STRIDE = 8
 """Pixels per latent."""
@@ -585,15 +589,32 @@ def _resolution(values: Mapping[str, Any], *, place: str) -> tuple[int, int]:
 def _with_valid_buckets(dataset: DatasetConfig, *, place: str) -> DatasetConfig:
     if not dataset.enable_bucket:
         return dataset
-    steps = max(1, -(-dataset.bucket_reso_steps // BUCKET_STEP)) * BUCKET_STEP
+    steps = max(1, -(-dataset.bucket_reso_steps // SDXL_BUCKET_STEP)) * SDXL_BUCKET_STEP
     if steps != dataset.bucket_reso_steps:
         logger.warning(
-            "%s: bucket_reso_steps = %d is rounded up to %d, a multiple of 64",
+            "%s: bucket_reso_steps = %d is rounded up to %d, a multiple of %d",
             place,
             dataset.bucket_reso_steps,
             steps,
+            SDXL_BUCKET_STEP,
         )
     return dataclasses.replace(dataset, bucket_reso_steps=steps)
+
+
+def require_bucket_steps(datasets: Sequence[DatasetConfig], *, is_sdxl: bool) -> None:
+    """Refuse steps that are for SDXL alone, once the model is known.
+
+    Raises:
+        UserError: ``bucket_reso_steps`` is no multiple of 64, and the model is not SDXL.
+
+    Source: sd-scripts ``train_network.py`` and ``sdxl_train_network.py``, assert_extra_args.
+    """
+    for dataset in datasets:
+        if dataset.enable_bucket and not is_sdxl and dataset.bucket_reso_steps % BUCKET_STEP:
+            raise UserError(
+                f"bucket_reso_steps = {dataset.bucket_reso_steps}: Stable Diffusion 1 and 2 need a "
+                f"multiple of {BUCKET_STEP}, as in sd-scripts; {SDXL_BUCKET_STEP} is for SDXL"
+            )
 
 
 # --- the concepts ---------------------------------------------------------------------------

@@ -37,8 +37,9 @@ from mlm_plugin.files import atomic_path
 __all__ = [
     "coerce",
     "config_from_values",
-    "describe",
+    "describe_option",
     "load_config",
+    "metavar_of",
     "options_markdown",
     "parser",
     "write_config",
@@ -445,12 +446,12 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def _add_flag(section: Any, entry: Option) -> None:
-    text = describe(entry)
+    text = describe_option(entry)
     if entry.kind is bool:
         _add_switch(section, entry.name, text)
     else:
         nargs = "*" if entry.many else None
-        section.add_argument(f"--{entry.name}", metavar=_metavar(entry), nargs=nargs, help=text)
+        section.add_argument(f"--{entry.name}", metavar=metavar_of(entry), nargs=nargs, help=text)
 
 
 def _add_switch(section: Any, name: str, text: str) -> None:
@@ -469,15 +470,16 @@ def _add_declined(section: Any, name: str, entry: Declined) -> None:
         section.add_argument(f"--{name}", metavar="VALUE", nargs=nargs, help=text)
 
 
-def _metavar(entry: Option) -> str:
+def metavar_of(entry: Option) -> str:
+    """What stands for the value of an option in ``--help``."""
     if entry.path:
         return "PATH"
     pairs = entry.name.endswith("_args")
     return {int: "N", float: "X", str: "KEY=VALUE" if pairs else "TEXT"}[entry.kind]
 
 
-def describe(entry: Option) -> str:
-    """Help text of an option, with its choices and its default; ``%`` doubled for argparse."""
+def describe_option(entry: Option) -> str:
+    """The help of an option with its choices and its default, for argparse."""
     text = entry.help
     if entry.choices is not None and len(entry.choices) > 1 and entry.name != "max_token_length":
         text += " One of: " + ", ".join(str(choice) for choice in entry.choices) + "."
@@ -510,7 +512,12 @@ def _group_markdown(group: str, cls: type) -> str:
     lines = [f"**{group}**: {cls.__doc__}", "", "| option | default | effect |", "|---|---|---|"]
     for entry in OPTIONS.values():
         if entry.group == group:
-            effect = describe(entry).replace("%%", "%").split(" (default: ")[0].replace("|", "\\|")
+            effect = (
+                describe_option(entry)
+                .replace("%%", "%")
+                .split(" (default: ")[0]
+                .replace("|", "\\|")
+            )
             lines.append(f"| `{entry.name}` | {_default_text(entry)} | {effect} |")
     return "\n".join(lines)
 

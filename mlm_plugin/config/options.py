@@ -481,7 +481,7 @@ class DatasetOptions:
     )
     bucket_reso_steps: int = option(
         64,
-        "Bucket sides are multiples of this many pixels (rounded up to 64).",
+        "Bucket sides are multiples of this many pixels: of 64, in SDXL of 32 (rounded up to 32).",
         at_least=1,
         at_most=LARGEST_SIDE,
     )

@@ -174,12 +174,12 @@ def _covering(info: ImageInfo, size: Size) -> Size:
 
 
 def captions_in(subset: SubsetConfig) -> list[str]:
-    """The captions of a subset, one for each picture that has any.
+    """The captions of a subset, one for each picture; empty where it has none.
 
     Raises:
         UserError: a folder or a metadata file is missing.
     """
-    return [found.caption for found in _find(subset) if found.caption]
+    return [found.caption for found in _find(subset)]
 
 
 def _find(subset: SubsetConfig) -> list[_Found]:

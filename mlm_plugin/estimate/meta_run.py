@@ -18,8 +18,10 @@ from mlm_plugin.config.datasets import (
     BUCKET_STEP,
     LATENT_STRIDE,
     Concept,
+    DatasetConfig,
     concepts_of,
     given_resolution,
+    require_bucket_steps,
     resolve_datasets,
 )
 from mlm_plugin.config.options import TrainConfig
@@ -70,6 +72,7 @@ def meta_training(config: TrainConfig, pictures: Pictures) -> Training:
         config.model.pretrained_model_name_or_path, model_settings(config)
     )
     check_model(config, is_sdxl=models.is_sdxl)
+    require_bucket_steps(_datasets(config), is_sdxl=models.is_sdxl)
     quantize_models(config, models, torch.device("meta"))
     with OnMeta():
         method = METHODS[config.schedule.method].prepare(models, config, concepts)
@@ -99,14 +102,18 @@ def largest_batch(config: TrainConfig) -> Pictures:
     Raises:
         UserError: data sets that cannot be read, or no resolution.
     """
-    data = config.dataset
-    if data.train_data_dir is None and data.dataset_config is None:
-        sizes = [(config.schedule.train_batch_size, *given_resolution(config))]
-    else:
-        sizes = [(one.batch_size, *one.resolution) for one in resolve_datasets(config)]
+    sizes = [(one.batch_size, *one.resolution) for one in _datasets(config)]
+    sizes = sizes or [(config.schedule.train_batch_size, *given_resolution(config))]
     number, *sides = max(sizes, key=lambda size: size[0] * size[1] * size[2])
     width, height = (max(BUCKET_STEP, side - side % BUCKET_STEP) for side in sides)
     return number, width, height
+
+
+def _datasets(config: TrainConfig) -> Sequence[DatasetConfig]:
+    data = config.dataset
+    if data.train_data_dir is None and data.dataset_config is None:
+        return ()
+    return resolve_datasets(config)
 
 
 def _concepts(config: TrainConfig) -> list[Concept]:

@@ -13,11 +13,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.term import MLMTerm
 
-__all__ = ["exits_on_user_error", "join_next_accelerator", "wrapped"]
+__all__ = [
+    "exits_on_user_error",
+    "join_accelerator",
+    "join_next_accelerator",
+    "shown_in_progress_bar",
+    "wrapped",
+]
+
+LOSSES_SHOWN = {"avr_loss", "loss"}
+"""Names in the progress bars of training: of most scripts, of textual inversion."""
 
 _waiting = ExitStack()
 
@@ -35,7 +45,7 @@ def join_next_accelerator(term: MLMTerm | None) -> None:
     def prepare(original: Callable) -> Callable:
         def prepare(self, *args, **kwargs):
             _waiting.close()
-            _join(self, term)
+            join_accelerator(self, term)
             return original(self, *args, **kwargs)
 
         return prepare
@@ -43,10 +53,15 @@ def join_next_accelerator(term: MLMTerm | None) -> None:
     _waiting.enter_context(wrapped(Accelerator, "prepare", prepare))
 
 
-def _join(accelerator: Accelerator, term: MLMTerm) -> None:
-    """Add the term until the training of this accelerator ends."""
+def join_accelerator(accelerator: Accelerator, term: MLMTerm) -> None:
+    """Add the term until the training of this accelerator ends.
+
+    The loss that the trainer records stays that of the diffusion, as in validation: the difference
+    of the two, its ``divergence``, compares like with like.
+    """
     term.attach(accelerator)
     joined = ExitStack()
+    joined.enter_context(shown_in_progress_bar(term))
     logging_trackers: list[Any] = []
 
     def backward(original: Callable) -> Callable:
@@ -78,6 +93,28 @@ def _join(accelerator: Accelerator, term: MLMTerm) -> None:
 
     joined.enter_context(wrapped(accelerator, "backward", backward))
     joined.enter_context(wrapped(accelerator, "end_training", end_training))
+
+
+@contextmanager
+def shown_in_progress_bar(term: MLMTerm) -> Iterator[None]:
+    """Put ``mlm``, the term's loss, into the trainer's progress bar, for runs without a logger.
+
+    In steps without the term it stays that of the last step with it.
+    """
+    shown: dict[str, float] = {}
+
+    def set_postfix(original: Callable) -> Callable:
+        def set_postfix(self, *args, **values):
+            if LOSSES_SHOWN & values.keys():
+                if term.parts and term.parts.term:
+                    shown["mlm"] = term.parts.term.loss.item()
+                values |= shown
+            return original(self, *args, **values)
+
+        return set_postfix
+
+    with wrapped(tqdm, "set_postfix", set_postfix):
+        yield
 
 
 @contextmanager

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from mlm_plugin.config.checks import mlm_range_errors
-from mlm_plugin.config.loading import coerce, describe
+from mlm_plugin.config.loading import coerce, describe_option, metavar_of
 from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
 from mlm_plugin.errors import UserError
 
 __all__ = [
     "add_mlm_arguments",
-    "end_in_one_line",
+    "answer_in_one_line",
     "read_at",
     "read_mlm_options",
     "text_encoder_rates",
@@ -26,7 +26,6 @@ __all__ = [
 
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
 PLACE = "command line or config_file"
-CACHED = "cache_text_encoder_outputs leaves the text encoder untrained"
 WITH_CROSS_ATTENTION = ("sd", "sdxl", "anima")
 """Architectures whose image model reads the prompt in all of its layers."""
 T5_CACHED = ("sd3", "flux")
@@ -41,25 +40,30 @@ def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{entry.name}",
             nargs="*" if entry.many else None,
             default=entry.default,
-            metavar="PATH" if entry.path else {int: "N", float: "X", str: "TEXT"}[entry.kind],
-            help=describe(entry),
+            metavar=metavar_of(entry),
+            help=describe_option(entry),
         )
 
 
-def end_in_one_line(parser: argparse.ArgumentParser) -> None:
-    """Let a parser of the host refuse a command line as this package does.
+def answer_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Make every mistake on the command line a ``UserError``, in place of the whole usage."""
 
-    Without this a mistyped flag prints the usage of all options, and no near name.
-    """
+    def error(message: str) -> NoReturn:
+        kind, _, rest = message.partition(": ")
+        if kind == "unrecognized arguments":
+            names = vars(parser.parse_known_args([])[0])
+            raise UserError(f"command line: {_unknown(rest.split(), names)}")
+        raise UserError(f"command line: {message.replace('argument --', '--')}")
 
-    def refuse(message: str) -> NoReturn:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        wrong = next((word for word in message.split() if word.startswith("--")), "")
-        is_unknown = message.startswith("unrecognized arguments")
-        hint = did_you_mean(wrong.split("=")[0], known) if is_unknown else ""
-        raise UserError(f"command line: {message}{hint}")
+    parser.error = error
 
-    parser.error = refuse
+
+def _unknown(words: Sequence[str], names: Iterable[str]) -> str:
+    flag = next((word for word in words if word.startswith("--")), None)
+    if flag is None:
+        return f"cannot place {words[0]!r}; flags are written --name value"
+    flag = flag.split("=")[0]
+    return f"unknown flag {flag}{did_you_mean(flag[2:], names, prefix='--')}"
 
 
 def read_mlm_options(
@@ -133,15 +137,21 @@ def why_network_has_no_gradient(
 
 
 def _why_text_untrained(args: argparse.Namespace, *, arch: str) -> str | None:
+    """Every option that has to be changed, so that nobody meets them one after the other."""
+    lines = []
     if getattr(args, "network_train_unet_only", False):
-        return "network_train_unet_only trains no text encoder"
+        lines.append("network_train_unet_only")
     if getattr(args, "cache_text_encoder_outputs", False) and arch not in T5_CACHED:
-        return CACHED
+        lines.append("cache_text_encoder_outputs")
     if not any(_given_rates(args)):
         given = getattr(args, "text_encoder_lr", None)
         name = "learning_rate" if given in (None, []) else "text_encoder_lr"
-        return f"{name} = 0 leaves the text encoder untrained"
-    return None
+        lines.append(f"{name} = 0")
+    if not lines:
+        return None
+    *others, last = lines
+    named = f"{', '.join(others)} and {last} leave" if others else f"{last} leaves"
+    return f"{named} the text encoder untrained"
 
 
 def why_unet_untrained(args: argparse.Namespace) -> str | None:
@@ -179,11 +189,12 @@ def _given_rates(args: argparse.Namespace) -> list[float]:
 
 
 def why_script_has_no_gradient(args: argparse.Namespace) -> str | None:
-    """The same for scripts that train whole models (train_db, fine_tune, sdxl_train)."""
+    """The same for scripts that train whole models (train_db, fine_tune, sdxl_train, sd3_train)."""
     if hasattr(args, "train_text_encoder") and not args.train_text_encoder:
         return "without train_text_encoder the text encoder is not trained"
-    if getattr(args, "cache_text_encoder_outputs", False):
-        return CACHED
+    only_t5 = getattr(args, "use_t5xxl_cache_only", False)
+    if getattr(args, "cache_text_encoder_outputs", False) and not only_t5:
+        return "cache_text_encoder_outputs leaves the text encoder untrained"
     stop = getattr(args, "stop_text_encoder_training", None)
     if stop is not None and int(stop) <= 0:
         return f"stop_text_encoder_training = {stop} leaves the text encoder untrained"

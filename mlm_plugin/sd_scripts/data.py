@@ -1,17 +1,30 @@
-"""The data sets that the options of sd-scripts name, read by its own code before they are built."""
+"""Concepts and captions of the data sets that the options of sd-scripts name, or that it built."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
+from mlm_plugin.data.captions import with_prefix_and_suffix
 from mlm_plugin.data.sources import captions_in
+from mlm_plugin.errors import UserError
+from mlm_plugin.models.token_embeddings import placeholder_pattern
 
-__all__ = ["captions_of", "named_datasets"]
+__all__ = [
+    "built_captions",
+    "built_datasets",
+    "captions_of",
+    "count_captions",
+    "named_datasets",
+    "require_in_captions",
+]
+
+logger = logging.getLogger(__name__)
 
 FIELDS = {field.name for field in dataclasses.fields(SubsetConfig)}
 PATHS = ("image_dir", "metadata_file", "conditioning_data_dir")
@@ -40,11 +53,86 @@ def named_datasets(args: argparse.Namespace) -> list[DatasetConfig]:
 
 
 def captions_of(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
-    """Captions of the pictures to learn from, as they are in their files."""
+    """Captions of the pictures to learn from, with prefix and suffix.
+
+    Folders that are missing are left out, as sd-scripts does with a warning of its own.
+    """
     for dataset in datasets:
         for subset in dataset.subsets:
-            if not subset.is_reg:
-                yield from captions_in(subset)
+            is_there = subset.metadata_file or subset.image_dir.is_dir()
+            if is_there and not subset.is_reg:
+                for caption in captions_in(subset):
+                    yield with_prefix_and_suffix(caption, subset)
+
+
+def built_datasets(datasets: Sequence[Any]) -> list[DatasetConfig]:
+    """The concepts of data sets that sd-scripts has built."""
+    return [
+        DatasetConfig(
+            batch_size=1,
+            resolution=(64, 64),  # not read
+            subsets=tuple(
+                SubsetConfig(
+                    class_tokens=getattr(subset, "class_tokens", None),
+                    is_reg=bool(getattr(subset, "is_reg", False)),
+                )
+                for subset in getattr(dataset, "subsets", ())
+            ),
+        )
+        for dataset in datasets
+    ]
+
+
+def built_captions(datasets: Sequence[Any]) -> Iterator[str]:
+    """:func:`captions_of` for data sets that sd-scripts has built; templates replace captions.
+
+    Source: sd-scripts ``library/train_util.py``, ``process_caption``.
+    """
+    for dataset in datasets:
+        if templates := getattr(dataset, "replacements", {}).get(""):
+            yield from templates
+            continue
+        subsets = getattr(dataset, "image_to_subset", {})
+        for key, info in getattr(dataset, "image_data", {}).items():
+            caption = getattr(info, "caption", None) or ""
+            if getattr(info, "is_reg", False):
+                continue
+            for text in [caption] if isinstance(caption, str) else caption:
+                yield with_prefix_and_suffix(text, subsets[key]) if key in subsets else text
+
+
+def count_captions(captions: Sequence[str], words: str) -> int:
+    """How many captions hold these words."""
+    return sum(bool(placeholder_pattern([words]).search(caption)) for caption in captions)
+
+
+def require_in_captions(captions: Sequence[str], concepts: Sequence[Concept]) -> None:
+    """Refuse a name that no caption holds; warn where some captions hold none of the names.
+
+    Where captions exist, sd-scripts does not read ``class_tokens`` or the folder's name.
+
+    Raises:
+        UserError: names the placeholder and the first caption.
+    """
+    names = [concept.placeholder_token for concept in concepts]
+    for name in names:
+        if not count_captions(captions, name):
+            raise UserError(
+                f"placeholder_token = {name!r}: none of the {len(captions)} captions holds it (the "
+                f"first is {captions[0]!r}; class_tokens and folder names are not read where "
+                "captions exist), so nothing is learned under that name; write it into the "
+                "captions or into caption_prefix, or set placeholder_token and class_token to the "
+                "words that they hold"
+            )
+    pattern = placeholder_pattern(names)
+    if missing := [caption for caption in captions if not pattern.search(caption)]:
+        logger.warning(
+            "%d of %d captions lack %s (the first is %r); what they show is learned without it",
+            len(missing),
+            len(captions),
+            " and ".join(map(repr, names)),
+            missing[0],
+        )
 
 
 def _user_config(args: argparse.Namespace) -> dict[str, Any]:

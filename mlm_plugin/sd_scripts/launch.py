@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import logging
 import sys
@@ -17,7 +18,7 @@ from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
-    end_in_one_line,
+    answer_in_one_line,
     read_mlm_options,
     why_script_has_no_gradient,
 )
@@ -49,6 +50,9 @@ KEYS = {
     "context_refiner.": "lumina",
 }
 """Prefix of a weight's name that only files of this architecture have."""
+
+UNPACKED_MODEL = "training_models = training_models[0]"
+"""In ``train_db.py`` up to v0.11.1: what follows needs a list."""
 
 HELPER_MODULES = ("library.train_util", "library.args", "library.accelerator_setup")
 """Modules with the shared code of the scripts, by version, oldest first."""
@@ -84,7 +88,7 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     sys.argv = [str(checkout / script.file), *argv]  # the script also reads the config file
     parser = module.setup_parser()
     add_mlm_arguments(parser)
-    end_in_one_line(parser)
+    answer_in_one_line(parser)
     args = parser.parse_args()
     _helper("verify_command_line_training_args")(args)
     args = _helper("read_config_from_file")(args, parser)
@@ -125,9 +129,11 @@ def choose_script(options: LaunchOptions) -> Script:
     for script in SCRIPTS:
         if (script.method, script.arch) == (options.method, arch):
             return script
+    serving = [script.file for script in SCRIPTS if script.arch == arch]
     raise UserError(
-        f"method = {options.method!r}: the MLM term cannot be added to it for mlm_arch = {arch!r}; "
-        "train it with sd-scripts' own script, or use method = 'lora'"
+        f"method = {options.method!r}: the MLM term cannot be added to it for mlm_arch = {arch!r}, "
+        f"only to {', '.join(serving)}; train it with sd-scripts' own script, or use "
+        "method = 'lora'"
     )
 
 
@@ -236,32 +242,54 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
 
     options = read_mlm_options(args)
     if not options.mlm_loss_weight:
+        _require_that_it_can_stop(module, script, args)
         module.train(args)
         return
     if reason := why_script_has_no_gradient(args):
         raise UserError(no_gradient_message(options, reason))
+    _require_that_it_can_stop(module, script, args)
     term = MLMTerm(options, seed=args.seed)
     collected = collected_text_encoders(
-        term, arch=script.arch, clip_skip=args.clip_skip, tokenizers=_current_tokenizers
+        term,
+        arch=script.arch,
+        clip_skip=getattr(args, "clip_skip", None),
+        tokenizers=_current_tokenizers,
     )
-    with summed_backward(term, _strategies()), collected:
+    with collected, summed_backward(term, _strategies()):
         module.train(args)
+
+
+def _require_that_it_can_stop(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
+    """Refuse a stop of the text encoder that would end the run with a TypeError of the script.
+
+    Raises:
+        UserError: it is asked for, and the script unpacks a single model as a list there.
+    """
+    stop = getattr(args, "stop_text_encoder_training", None)
+    if stop is None or int(stop) < 0 or UNPACKED_MODEL not in inspect.getsource(module.train):
+        return
+    by_epochs = getattr(args, "max_train_epochs", None) is not None
+    if by_epochs or int(stop) < int(args.max_train_steps):
+        raise UserError(
+            f"stop_text_encoder_training = {stop}: at that step this {script.file} ends with a "
+            "TypeError, with or without the MLM term; leave it out, or use --host standalone, "
+            "which can stop there"
+        )
 
 
 def _strategies() -> list[type]:
     from library.strategy_sd import SdTextEncodingStrategy
+    from library.strategy_sd3 import Sd3TextEncodingStrategy
     from library.strategy_sdxl import SdxlTextEncodingStrategy
 
-    return [SdTextEncodingStrategy, SdxlTextEncodingStrategy]
+    return [SdTextEncodingStrategy, SdxlTextEncodingStrategy, Sd3TextEncodingStrategy]
 
 
 def _current_tokenizers() -> list[Any]:
-    from library.strategy_base import TokenizeStrategy
+    from mlm_plugin.sd_scripts.architectures import current_architecture, tokenize_strategy
 
-    strategy = TokenizeStrategy.get_strategy()
-    if hasattr(strategy, "tokenizer"):
-        return [strategy.tokenizer]
-    return [strategy.tokenizer1, strategy.tokenizer2]
+    names = current_architecture("train_network_mlm.py").tokenizers
+    return [getattr(tokenize_strategy("train_network_mlm.py"), name) for name in names]
 
 
 SCRIPTS = (
@@ -287,5 +315,6 @@ SCRIPTS = (
     ),
     Script("train_db.py", "sd", "dreambooth", _run_function),
     Script("sdxl_train.py", "sdxl", "dreambooth", _run_function),
+    Script("sd3_train.py", "sd3", "dreambooth", _run_function),
     Script("fine_tune.py", "sd", "dreambooth", _run_function),  # by name only
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.metadata
 import logging
 import os
@@ -28,8 +29,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 TRAINER = "train_network.py"
-OVERRIDDEN = "def process_batch("
 OLDEST = "v0.10.0"
+SIGNS_OF_AGE = {"is_train", "text_encoding_strategy", "tokenize_strategy"}
+"""Parameters that ``NetworkTrainer.process_batch`` has since v0.10.0; forks have it with others."""
 NAME_IN_5 = "CLIPImageProcessor"
 LIBRARIES = ("transformers", "diffusers", "accelerate")
 PIN = re.compile(r"^\s*([A-Za-z0-9_.-]+?)(?:\[[^\]]*\])?\s*==\s*([0-9][^\s;#]*)", re.MULTILINE)
@@ -123,7 +125,7 @@ def find_checkout(
 
 
 def check_checkout(root: Path, *, named: str) -> None:
-    """Refuse a folder that is not a checkout, or one without the method that the term overrides.
+    """Refuse a folder that is not a checkout, one that is too old, or a fork of one.
 
     Raises:
         UserError: what is missing.
@@ -134,11 +136,31 @@ def check_checkout(root: Path, *, named: str) -> None:
             f"{named}: no checkout of sd-scripts ({TRAINER} and the folder library are not both "
             "there); give the folder that holds them"
         )
-    if OVERRIDDEN not in trainer.read_text(encoding="utf-8", errors="replace"):
+    missing = SIGNS_OF_AGE - _parameters_of_process_batch(trainer)
+    if missing:
         raise UserError(
-            f"{named}: this sd-scripts is too old (its NetworkTrainer has no process_batch); "
-            f"update it to {OLDEST} or later, or use --host standalone"
+            f"{named}: this sd-scripts is older than {OLDEST}, or a fork of an older one (its "
+            f"NetworkTrainer.process_batch lacks {', '.join(sorted(missing))}); update it to "
+            f"{OLDEST} or later, or use --host standalone"
         )
+
+
+def _parameters_of_process_batch(trainer: Path) -> set[str]:
+    """Read without importing; empty where the file has no such method.
+
+    Raises:
+        UserError: the file is not Python.
+    """
+    try:
+        tree = ast.parse(trainer.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{trainer}: is not Python ({error}); get sd-scripts again") from error
+    for found in ast.walk(tree):
+        if isinstance(found, ast.ClassDef) and found.name == "NetworkTrainer":
+            for method in found.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "process_batch":
+                    return {one.arg for one in (*method.args.args, *method.args.kwonlyargs)}
+    return set()
 
 
 def check_libraries(root: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.accelerator_hooks import join_accelerator
 from mlm_plugin.sd_scripts.architectures import architecture_named
 from mlm_plugin.sd_scripts.arguments import read_mlm_options
 from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
@@ -19,18 +20,16 @@ from mlm_plugin.sd_scripts.term import MLMTerm
 __all__ = ["MLMTrainerMixin", "bind", "require_methods", "with_mlm"]
 
 NEEDED = {
-    "process_batch": {"accelerator", "is_train"},
     "assert_extra_args": {"args", "train_dataset_group"},
     "post_process_network": {"args", "accelerator", "network", "text_encoders", "unet"},
     "get_tokenizers": {"tokenize_strategy"},
     "update_metadata": {"metadata"},
-    "generate_step_logs": set(),
 }
 """Methods that are overridden or called, and the parameters that are read."""
 
 
 class MLMTrainerMixin:
-    """Adds the term where a network trainer computes its loss; at weight 0, the plain trainer.
+    """Adds the term to the backward pass of a network trainer; at weight 0, the plain trainer.
 
     Attributes:
         mlm_arch: architecture of the base model; which states the image model sees.
@@ -64,23 +63,8 @@ class MLMTrainerMixin:
             accelerator = given["accelerator"]
             architecture = architecture_named(self.mlm_arch)
             use_models(self.mlm, given["args"], models, accelerator, architecture)
-            self.mlm.attach(accelerator)
+            join_accelerator(accelerator, self.mlm)
         return result
-
-    def process_batch(self, *args, **kwargs):
-        """The host's loss, plus the term in training; validation is unchanged."""
-        loss = super().process_batch(*args, **kwargs)
-        given = bind(super().process_batch, args, kwargs)
-        if not self.mlm or not given["is_train"]:
-            return loss
-        return self.mlm.add_to(loss, given["accelerator"])
-
-    def generate_step_logs(self, *args, **kwargs):
-        """The host's curves and the parts of the loss."""
-        logs = super().generate_step_logs(*args, **kwargs)
-        if self.mlm and self.mlm.parts:
-            logs |= self.mlm.parts.logs()
-        return logs
 
     def update_metadata(self, *args, **kwargs):
         """The host's metadata and ``ss_mlm_*``."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,8 +31,6 @@ from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
 from mlm_plugin.sd_scripts.term import MLMTerm
 
 __all__ = ["create_network", "create_network_from_weights", "split_arguments"]
-
-logger = logging.getLogger(__name__)
 
 MODULE = "mlm_plugin.kohya"
 OURS = {name for name, entry in OPTIONS.items() if entry.group == "mlm"}
@@ -204,11 +201,9 @@ class _Run:
         self.term = create_term(args, options, arch=architecture.arch)
         if self.term is not None:
             datasets = named_datasets(args)
-            uses_captions = options.mlm_prompt_set == "captions"
-            self.term.use_datasets(datasets, captions_of(datasets) if uses_captions else ())
+            self.term.use_datasets(datasets, captions_of(datasets))
             models = Models(network, self.text_encoders, tokenize_strategy(MODULE), self.unet)
             use_models(self.term, args, models, PartialState(), architecture)
-            logger.info("%s", self.term.describe())
         join_next_accelerator(self.term)
 
     def metadata(self, metadata: dict[str, str] | None) -> dict[str, str] | None:

@@ -72,7 +72,8 @@ def create_term(args: argparse.Namespace, options: MLMOptions, *, arch: str) -> 
     if not options.mlm_loss_weight:
         return None
     if reason := why_network_has_no_gradient(args, options, arch=arch):
-        raise UserError(no_gradient_message(options, reason))
+        elsewhere = why_unet_untrained(args) is None
+        raise UserError(no_gradient_message(options, reason, elsewhere=elsewhere))
     warn_of_output_norms(parse_network_args(getattr(args, "network_args", None) or ()))
     return MLMTerm(options, seed=args.seed)
 
@@ -90,7 +91,7 @@ def use_models(
         term: knows its concepts.
         args: options of the host.
         models: untrained.
-        accelerator: its device does the work.
+        accelerator: its device does the work; its first process prints what the term does.
         architecture: of the base model.
 
     Raises:
@@ -103,8 +104,8 @@ def use_models(
         term.options, arch=architecture.arch, trains_text=trains_text, trains_unet=trains_unet
     )
     if place == "encoder" and not trains_text:
-        reason = "no text encoder is trained here"
-        raise UserError(no_gradient_message(term.options, reason))
+        reason = "no text encoder is trained by this network"
+        raise UserError(no_gradient_message(term.options, reason, elsewhere=trains_unet))
     if place == "encoder":
         encoders = {number: one for number, one in encoders.items() if one.is_trained}
         encoders = _readable(term, encoders)
@@ -120,6 +121,7 @@ def use_models(
     _require_class_words(term, encoders)
     for encoder in encoders.values():
         term.add_text_encoder(encoder.text_encoder, accelerator, is_trained=encoder.is_trained)
+    accelerator.print(term.describe())
 
 
 def _encoders(

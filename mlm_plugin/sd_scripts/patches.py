@@ -7,6 +7,7 @@ The methods of both are wrapped while the script runs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,13 +20,15 @@ from torch.utils.data import DataLoader
 from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.cross_attention import cross_attention_names
-from mlm_plugin.sd_scripts.accelerator_hooks import wrapped
+from mlm_plugin.sd_scripts.accelerator_hooks import shown_in_progress_bar, wrapped
 from mlm_plugin.sd_scripts.arguments import read_at, read_mlm_options
 from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import MLMTerm
-from mlm_plugin.sd_scripts.text_encoders import is_clip_text_model, wrap_text_encoder
+from mlm_plugin.sd_scripts.text_encoders import is_clip_text_model, is_t5, wrap_text_encoder
 
 __all__ = ["MLMEmbeddingMixin", "collected_text_encoders", "summed_backward", "with_mlm_embedding"]
+
+logger = logging.getLogger(__name__)
 
 NEEDED = {
     "train": {"args"},
@@ -39,6 +42,8 @@ NEEDED = {
 @contextmanager
 def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]:
     """Make ``Accelerator.backward`` add the term, once for each training batch.
+
+    Entered after :func:`collected_text_encoders`, whose encoders it then knows when the data come.
 
     Args:
         term: what is added.
@@ -79,11 +84,9 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
 
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
-            for loader in args:
-                if isinstance(loader, DataLoader) and not term.setup.concepts:
-                    term.use_data(loader.dataset)
-                    term.attach(self)
-            return original(self, *args, **kwargs)
+            result = original(self, *args, **kwargs)
+            _take_data(term, self, args)
+            return result
 
         return wrapped
 
@@ -93,31 +96,48 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
         stack.enter_context(wrapped(Accelerator, "backward", backward))
         stack.enter_context(wrapped(Accelerator, "log", log))
         stack.enter_context(wrapped(Accelerator, "prepare", prepare))
+        stack.enter_context(shown_in_progress_bar(term))
         yield
+
+
+def _take_data(term: MLMTerm, accelerator: Accelerator, prepared: Sequence[Any]) -> None:
+    """Of the first loader among what the trainer prepares; the text encoders are known here."""
+    for loader in prepared:
+        if isinstance(loader, DataLoader) and not term.setup.concepts:
+            term.use_data(loader.dataset)
+            term.attach(accelerator)
+            accelerator.print(term.describe())
 
 
 @contextmanager
 def collected_text_encoders(
     term: MLMTerm, *, arch: str, clip_skip: int | None, tokenizers: Callable[[], list[Any]]
 ) -> Iterator[None]:
-    """Pass the CLIP text encoders and the U-Net in ``Accelerator.prepare`` to the term."""
+    """Pass the CLIP text encoders and the U-Net in ``Accelerator.prepare`` to the term.
+
+    Raises:
+        UserError: ``mlm_read_at`` is a place that the image model does not have.
+    """
+    # sdxl_train may train one text encoder, and the U-Net reads both
+    place = read_at(term.options, arch=arch, trains_text=True, trains_unet=False)
+    if place != "encoder" and arch == "sd3":
+        raise UserError(
+            f"mlm_read_at = {place}: where SD 3 is trained as a whole, the term reads its text "
+            "encoders alone; leave mlm_read_at out"
+        )
 
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
             result = original(self, *args, **kwargs)
             for model in args:
                 if isinstance(model, nn.Module) and cross_attention_names(model):
-                    # sdxl_train may train one text encoder, and the U-Net reads both
-                    place = read_at(term.options, arch=arch, trains_text=True, trains_unet=False)
                     term.read_at(place, model, keep_copies=True)
+                if is_t5(model):  # which runs with dropout here
+                    logger.warning("MLM term: T5 is trained too, but the term reads CLIP alone")
                 if is_clip_text_model(model):
-                    # of SDXL's two encoders, the second is the one with a projection
-                    is_second = hasattr(model, "text_projection")
+                    tokenizer = tokenizers()[_number_of(model, term, arch=arch)]
                     text_encoder = wrap_text_encoder(
-                        model,
-                        tokenizers()[int(is_second)],
-                        arch=arch,
-                        clip_skip=clip_skip,
+                        model, tokenizer, arch=arch, clip_skip=clip_skip
                     )
                     term.add_text_encoder(text_encoder, self)
             return result
@@ -126,6 +146,16 @@ def collected_text_encoders(
 
     with wrapped(Accelerator, "prepare", prepare):
         yield
+
+
+def _number_of(model: nn.Module, term: MLMTerm, *, arch: str) -> int:
+    """Which of the tokenizers is that of a text encoder; SD 3 trains CLIP-L and G or none.
+
+    Of SDXL's two encoders, the second is the one with a projection.
+    """
+    if arch == "sd3":
+        return len(term.setup.encoders)
+    return int(hasattr(model, "text_projection"))
 
 
 class MLMEmbeddingMixin:
@@ -142,6 +172,7 @@ class MLMEmbeddingMixin:
         if not options.mlm_loss_weight:
             return super().train(args)
         self.mlm = MLMTerm(options, seed=args.seed, expand=lambda word: _token_strings(args, word))
+        self.mlm.class_word = args.init_word
         with summed_backward(self.mlm, self.mlm_strategies):
             return super().train(args)
 

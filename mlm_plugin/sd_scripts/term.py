@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mlm_plugin import __version__
 from mlm_plugin.config.checks import no_gradient_message
-from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig, concepts_of
+from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
 from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path
@@ -35,6 +35,12 @@ from mlm_plugin.mlm_setup import (
 )
 from mlm_plugin.models.key_values import read_cross_attention, read_image_transformer
 from mlm_plugin.random_state import preserved_random_state
+from mlm_plugin.sd_scripts.data import (
+    built_captions,
+    built_datasets,
+    count_captions,
+    require_in_captions,
+)
 from mlm_plugin.training.callbacks import mlm_curves
 
 __all__ = ["LossParts", "MLMTerm"]
@@ -77,6 +83,8 @@ class MLMTerm:
     Attributes:
         step: optimizer steps so far, for the schedule.
         call: micro-batches so far; names the prompts.
+        captions: of the pictures to learn from, once they are known.
+        class_word: class of the concept where neither options nor data name it.
         parts: parts of the last loss, for loggers.
     """
 
@@ -95,6 +103,8 @@ class MLMTerm:
         self.expand = expand
         self.step = 0
         self.call = 0
+        self.captions: list[str] = []
+        self.class_word: str | None = None
         self.parts: LossParts | None = None
         self._cross_attention: CrossAttention | None = None
         self._regularizer: MLMRegularizer | None = None
@@ -176,33 +186,51 @@ class MLMTerm:
             UserError: the concept is not known.
         """
         datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
-        self.use_datasets([_as_config(dataset) for dataset in datasets], _captions(datasets))
+        self.use_datasets(built_datasets(datasets), built_captions(datasets))
 
     def use_datasets(self, datasets: Sequence[DatasetConfig], captions: Iterable[str]) -> None:
         """Take concepts and captions from the data, unless the options name them.
 
         Args:
             datasets: their subsets may name concepts.
-            captions: of the pictures to learn from.
+            captions: of the pictures to learn from; none where they are not known.
 
         Raises:
-            UserError: the concept is not known.
+            UserError: the concept is not known, or in no caption.
         """
+        captions = list(captions)
+        self._use_class_word(datasets)
         found = concepts_of(TrainConfig(mlm=self.options), datasets, required=True)
+        if captions:
+            require_in_captions(captions, found)
         texts = {c.placeholder_token: self.expand(c.placeholder_token) for c in found}
+        self.captions = [_replaced(caption, texts) for caption in captions]
         self.setup.use_concepts(
             [Concept(texts[c.placeholder_token], c.class_token) for c in found],
-            captions=[_replaced(caption, texts) for caption in captions],
+            captions=self.captions,
         )
+
+    def _use_class_word(self, datasets: Sequence[DatasetConfig]) -> None:
+        known = concepts_of(TrainConfig(mlm=self.options), datasets, required=False)
+        if self.class_word and [concept.class_token for concept in known] == [None]:
+            self.options = replace(self.options, class_token=(self.class_word,))
+            self.setup.options = self.options
 
     def describe(self) -> str:
         """What it does, in one line for the log."""
-        options, concepts = self.options, self.setup.concepts
+        number = len(self.setup.encoders)
         return (
-            f"MLM term: {', '.join(concept.text for concept in concepts)!r}, weight "
-            f"{options.mlm_loss_weight:g}, target {mlm_target(options, concepts)}, read at "
-            f"{self.setup.read_at}"
+            f"MLM term: {', '.join(map(self._described, self.setup.concepts))}, weight "
+            f"{self.options.mlm_loss_weight:g}, target {self.target()}, read at "
+            f"{self.setup.read_at}, {number} text encoder{'' if number == 1 else 's'}"
         )
+
+    def _described(self, concept: Concept) -> str:
+        told = [f"class word {concept.class_token!r}"] if concept.class_token else []
+        if self.captions:
+            count = count_captions(self.captions, concept.placeholder_token)
+            told.append(f"in {count} of {len(self.captions)} captions")
+        return f"concept {concept.text!r}" + (f" ({', '.join(told)})" if told else "")
 
     def attach(self, accelerator: Accelerator) -> None:
         """Prepare for the first step, and save counters beside the states that kohya saves.
@@ -304,28 +332,8 @@ def _detached(output: MLMOutput) -> MLMOutput:
     return output._replace(loss=output.loss.detach(), parts=parts)
 
 
-def _as_config(dataset: Any) -> DatasetConfig:
-    """The part of an sd-scripts data set that ``concepts_of`` reads."""
-    subsets = tuple(
-        SubsetConfig(
-            class_tokens=getattr(subset, "class_tokens", None),
-            is_reg=bool(getattr(subset, "is_reg", False)),
-        )
-        for subset in getattr(dataset, "subsets", ())
-    )
-    return DatasetConfig(batch_size=1, resolution=(64, 64), subsets=subsets)
-
-
-def _captions(datasets: Sequence[Any]) -> Iterable[str]:
-    for dataset in datasets:
-        for info in getattr(dataset, "image_data", {}).values():
-            captions = getattr(info, "caption", None)
-            if captions and not getattr(info, "is_reg", False):
-                yield from [captions] if isinstance(captions, str) else captions
-
-
 def _replaced(text: str, replacements: dict[str, str]) -> str:
     for old, new in replacements.items():
-        if old != new:
+        if new not in text:  # templates hold it already
             text = text.replace(old, new)
     return text

@@ -47,6 +47,26 @@ def test_every_method_runs_and_says_what_it_was_trained_on(arguments, method, tm
     assert len(metadata["ss_mlm_contextualizer"].split("+")) == 2
 
 
+BUCKETS_OF_32 = (
+    *("--enable_bucket", "--resolution", "96", "--min_bucket_reso", "32"),
+    *("--max_bucket_reso", "128", "--bucket_reso_steps", "32", "--mlm_loss_weight", "0"),
+)
+
+
+def test_buckets_of_32_pixels_are_kept(arguments, tmp_path, capsys):
+    assert train_main([*arguments, *BUCKETS_OF_32]) == 0
+    printed = capsys.readouterr()
+    assert "buckets: 96x96: " in printed.out
+    assert "bucket_reso_steps" not in printed.err
+    assert (tmp_path / "out" / "x.safetensors").is_file()
+
+
+def test_buckets_of_32_pixels_are_refused_for_sd_1(arguments, toy_folder, capsys):
+    model = ("--pretrained_model_name_or_path", str(toy_folder))
+    assert train_main([*arguments, *BUCKETS_OF_32, *model]) == 2
+    assert "bucket_reso_steps = 32: Stable Diffusion 1 and 2" in capsys.readouterr().err
+
+
 def test_the_lora_has_both_text_encoders_and_diffusers_loads_it(
     arguments, toy_sdxl_folder, tmp_path
 ):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlm_plugin.config.datasets import Concept, concepts_of, resolve_datasets
+from mlm_plugin.config.datasets import Concept, concepts_of, require_bucket_steps, resolve_datasets
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 
@@ -260,14 +260,27 @@ def test_scales_are_for_training_images_alone(dataset_file, images):
 # --- sizes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "used"), [(1, 64), (32, 64), (64, 64), (65, 128), (128, 128)])
-def test_bucket_steps_are_rounded_up_to_64_with_a_warning(
+@pytest.mark.parametrize(("given", "used"), [(1, 32), (32, 32), (64, 64), (65, 96), (128, 128)])
+def test_bucket_steps_are_rounded_up_to_32_with_a_warning(
     dataset_file, images, caplog, given, used
 ):
     subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
     (dataset,) = resolve(dataset_file(subset), enable_bucket=True, bucket_reso_steps=given)
     assert dataset.bucket_reso_steps == used
     assert ("bucket_reso_steps" in caplog.text) == (given != used)
+
+
+@pytest.mark.parametrize(("steps", "sdxl_only"), [(32, True), (96, True), (64, False)])
+def test_steps_of_32_are_for_sdxl(dataset_file, images, refused, steps, sdxl_only):
+    subset = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{images.as_posix()}"\n'
+    datasets = resolve(dataset_file(subset), enable_bucket=True, bucket_reso_steps=steps)
+    require_bucket_steps(datasets, is_sdxl=True)
+    require_bucket_steps(resolve(dataset_file(subset), bucket_reso_steps=steps), is_sdxl=False)
+    if not sdxl_only:
+        require_bucket_steps(datasets, is_sdxl=False)
+        return
+    with refused([f"bucket_reso_steps = {steps}", "multiple of 64"]):
+        require_bucket_steps(datasets, is_sdxl=False)
 
 
 def test_bucket_steps_do_not_matter_without_buckets(dataset_file, images, caplog):

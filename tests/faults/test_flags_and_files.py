@@ -9,7 +9,7 @@ from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods.checks import check_config
-from mlm_plugin.sd_scripts.arguments import add_mlm_arguments, end_in_one_line
+from mlm_plugin.sd_scripts.arguments import add_mlm_arguments, answer_in_one_line
 
 SWITCHES = [name for name, entry in OPTIONS.items() if entry.kind is bool]
 
@@ -112,7 +112,7 @@ def host_parser():
     parser.add_argument("--max_train_steps", type=int, default=1600)
     parser.add_argument("--optimizer_type", choices=["AdamW", "Lion"])
     add_mlm_arguments(parser)
-    end_in_one_line(parser)
+    answer_in_one_line(parser)
     return parser
 
 

@@ -117,6 +117,7 @@ def shrink() -> None:
         },
     )
     shrink_sd3_and_flux()
+    pass_tokenizers_to_sd3_train()
     shrink_anima_and_lumina()
     for module in (model_util, sdxl_model_util):
         module.CLIPTextConfig = shrunken_text_config(module.CLIPTextConfig)
@@ -138,6 +139,21 @@ def shrink_sd3_and_flux() -> None:
     flux_utils.T5Config = lambda **settings: t5_config(**{**settings, **T5})
     sd3_utils.CLIPTextConfig = shrunken_text_config(sd3_utils.CLIPTextConfig)
     flux_utils.CLIPConfig = shrunken_text_config(flux_utils.CLIPConfig)
+
+
+def pass_tokenizers_to_sd3_train() -> None:
+    """``sd3_train.py`` does not pass ``tokenizer_cache_dir`` on, so it would need a download."""
+    from library.strategy_sd3 import Sd3TokenizeStrategy
+
+    if "--tokenizer_cache_dir" not in sys.argv:
+        return
+    folder = sys.argv[sys.argv.index("--tokenizer_cache_dir") + 1]
+    init = Sd3TokenizeStrategy.__init__
+
+    def init_with_folder(self, max_length=256, tokenizer_cache_dir=None):
+        init(self, max_length, tokenizer_cache_dir or folder)
+
+    Sd3TokenizeStrategy.__init__ = init_with_folder
 
 
 def shrink_anima_and_lumina() -> None:

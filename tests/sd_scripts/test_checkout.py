@@ -24,6 +24,8 @@ PHOTOS = ROOT.parent / "shared" / "data" / "dreambooth" / "dog"
 STORE = "weights_sd_scripts.json"  # of v0.10.1 with the libraries it pins
 LORA = ("--network_module", "networks.lora", "--network_dim", "4", "--network_alpha", "4")
 
+LYCORIS = "3.2.0.post2"
+
 pytestmark = [
     pytest.mark.skipif(CHECKOUT is None, reason="SD_SCRIPTS_DIR names no checkout of sd-scripts"),
     pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos (shared/data) are not here"),
@@ -102,6 +104,14 @@ def stays(same_weights):
     return stays
 
 
+def need_lycoris():
+    """Skip, by name, where LyCORIS is missing or fails in the plain scripts too."""
+    pytest.importorskip("lycoris")
+    found = importlib.metadata.version("lycoris_lora")
+    if int(found.split(".")[0]) > 3:
+        pytest.skip(f"lycoris_lora {found} fails in plain sd-scripts; install {LYCORIS}")
+
+
 def shapes(path):
     return {name: (value.shape, value.dtype) for name, value in load_file(path).items()}
 
@@ -149,10 +159,7 @@ def test_a_lora_of_sd_1(both, stays):
     stays("lora", ours)
     assert any(name.startswith("lora_te_") for name in changed(plain, ours))
     assert_logged(values)
-    for step in range(3):
-        assert values["loss/current"][step] == pytest.approx(
-            values["loss/diffusion"][step] + values["loss/mlm_weighted"][step], rel=1e-5
-        )
+    assert values["loss/current"] == values["loss/diffusion"]
     metadata = metadata_of(ours)
     assert metadata["ss_mlm_placeholder_token"] == "sks"
     assert metadata["ss_network_module"] == "networks.lora"
@@ -160,7 +167,7 @@ def test_a_lora_of_sd_1(both, stays):
 
 @pytest.mark.parametrize("algo", ["locon", "lokr"])
 def test_lycoris(both, algo):
-    pytest.importorskip("lycoris")
+    need_lycoris()
     network = ("--network_module", "lycoris.kohya", "--network_dim", "4", "--network_alpha", "4")
     plain, ours, values = both(
         "train_network.py", *network, "--network_args", f"algo={algo}", "conv_dim=4"
@@ -276,8 +283,9 @@ def test_textual_inversion(both, folder, stays):
         *("--train_data_dir", folder / "token", "--token_string", "zxq", "--init_word", "dog"),
         *("--num_vectors_per_token", "2"),
         # masked words pull from the first step on; a teacher only once the concept has moved away
-        ours=("--method", "textual_inversion", "--class_token", "dog", "--mlm_target", "word"),
+        ours=("--method", "textual_inversion", "--mlm_target", "word"),
     )
+    assert metadata_of(ours)["ss_mlm_class_token"] == "dog"  # of init_word
     assert changed(plain, ours) == {"emb_params"}
     stays("textual_inversion", ours)
     assert load_file(ours)["emb_params"].shape[0] == 2
@@ -295,6 +303,24 @@ def test_dreambooth(both, stays):
     assert values["loss"] == values["loss/diffusion"]
 
 
+def test_the_clip_encoders_of_a_whole_sd3_hear_the_term(arguments, parts, folder, tmp_path):
+    model = parts["sd3"][: parts["sd3"].index("--network_module")]
+    flags = (*arguments, *model, "--train_text_encoder")
+    call(sys.executable, PROGRAM, "plain", "sd3_train.py", *flags, "--output_name", "plain")
+    files = f"{folder / 'sd3_l.safetensors'},{folder / 'sd3_g.safetensors'}"
+    printed = call(
+        *(sys.executable, PROGRAM, "mlm", *flags, "--method", "dreambooth", "--output_name", "mlm"),
+        *("--logging_dir", tmp_path / "ours", "--mlm_loss_weight", "0.1"),
+        *("--mlm_target", "word", "--mlm_contextualizer", files),
+    )
+    assert "read at encoder, 2 text encoders" in printed
+    for part in ("clip_l", "clip_g"):
+        plain, ours = (tmp_path / "out" / f"{name}_{part}.safetensors" for name in ("plain", "mlm"))
+        assert shapes(plain) == shapes(ours)
+        assert changed(plain, ours)
+    assert_logged(curves(tmp_path / "ours"))
+
+
 def test_validation_and_states_are_those_of_the_plain_trainer(arguments, folder, tmp_path):
     flags = [
         *(*arguments, *LORA, "--gradient_checkpointing", "--save_state_on_train_end"),
@@ -305,9 +331,12 @@ def test_validation_and_states_are_those_of_the_plain_trainer(arguments, folder,
         *("--logging_dir", tmp_path / "ours", "--output_name", "ours"),
         *("--mlm_contextualizer", folder / "sd15.safetensors", "--mlm_loss_weight"),
     ]
-    call(sys.executable, PROGRAM, "mlm", *flags, *ours, "1e-9")
-    tag = "loss/validation/step_average"
-    assert curves(tmp_path / "logs")[tag] == pytest.approx(curves(tmp_path / "ours")[tag], rel=1e-4)
+    printed = call(sys.executable, PROGRAM, "mlm", *flags, *ours, "1e-9")
+    for tag in ("loss/validation/step_average", "loss/validation/step_divergence"):
+        plain, found = curves(tmp_path / "logs")[tag], curves(tmp_path / "ours")[tag]
+        assert plain == pytest.approx(found, rel=1e-4), tag
+    assert "MLM term: concept 'sks dog' (class word 'dog', in " in printed
+    assert ", mlm=" in printed
     states = tmp_path / "out"
     assert (states / "ours-state" / "mlm_state.json").is_file()
     longer = ("--max_train_steps", "5", "--output_name", "resumed", "--resume")
@@ -453,7 +482,7 @@ def test_module_and_launcher_train_the_same(module, arguments, folder, tmp_path)
 )
 def test_module_around_other_networks(module, inner, rest):
     if inner.startswith("lycoris"):
-        pytest.importorskip("lycoris")
+        need_lycoris()
     alone = inner == "networks.oft"  # on the U-Net only
     unet_only = ("--network_train_unet_only",) if alone else ()
     plain, ours, values = module("train_network.py", *unet_only, inner=inner, rest=rest)
@@ -719,7 +748,7 @@ def test_module_runs_from_the_toml_of_a_gui(folder, tmp_path, as_flags):
     """Two lines more in the file, or what was typed into the field for additional parameters."""
     inner = "lycoris.kohya" if as_flags else "networks.lora"
     if as_flags:
-        pytest.importorskip("lycoris")
+        need_lycoris()
     ours = ["mlm_loss_weight=0.1", "mlm_target=states"]
     values = {
         "pretrained_model_name_or_path": folder / "sd15",

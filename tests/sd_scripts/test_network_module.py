@@ -385,6 +385,36 @@ def test_options_may_also_be_keys_of_the_toml(train):
     assert both.metadata["ss_mlm_loss_weight"] == "0.5"
 
 
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        (["ohwx dog on the grass"] * 2, "none of the 2 captions holds it"),
+        (["asks dogs", "a dog"], "the first is 'asks dogs'"),
+        (["sks dog", "sks dog in the snow"], None),
+    ],
+)
+def test_the_concept_must_be_in_the_captions(
+    train, tmp_path, toy_pictures, capsys, captions, message
+):
+    photo = sorted(toy_pictures.rglob("*.png"))[0].read_bytes()
+    (tmp_path / "data").mkdir()
+    for number, caption in enumerate(captions):
+        (tmp_path / "data" / f"{number}.png").write_bytes(photo)
+        if caption:
+            (tmp_path / "data" / f"{number}.caption").write_text(caption)
+    named = {"train_data_dir": str(tmp_path / "data"), "num_batches": 1}
+    if message is None:
+        train(**named)
+        assert "concept 'sks dog' (class word 'dog', in 2 of 2 captions)" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as ended:
+        train("placeholder_token=sks", "class_token=dog", **named)
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: placeholder_token = 'sks'")
+    assert message in last
+
+
 def test_prompts_can_be_the_captions_of_the_data(train, tmp_path, toy_pictures):
     for number, photo in enumerate(sorted(toy_pictures.rglob("*.png"))[:2]):
         target = tmp_path / "data" / f"{number}.png"

@@ -2,7 +2,9 @@
 
 import argparse
 import copy
+import importlib.util
 import inspect
+import io
 import json
 import random
 import subprocess
@@ -16,15 +18,17 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from mlm_plugin.cli import train_main
-from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.pretrain import pretrain
-from mlm_plugin.sd_scripts import locate
+from mlm_plugin.sd_scripts import data, locate
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
+    answer_in_one_line,
     read_mlm_options,
     text_encoder_rates,
     why_network_has_no_gradient,
@@ -59,7 +63,9 @@ class StubData:
             SimpleNamespace(class_tokens=class_tokens, is_reg=False),
         ]
         self.image_data = {
-            "1.png": SimpleNamespace(caption="a photo of sks dog in the snow", is_reg=False),
+            "1.png": SimpleNamespace(
+                caption=f"a photo of {class_tokens} in the snow", is_reg=False
+            ),
             "2.png": SimpleNamespace(caption="a photo of a dog", is_reg=True),
         }
         self.datasets = [self]
@@ -122,6 +128,7 @@ class StubTrainer:
 
     def __init__(self):
         self.losses, self.validation_losses, self.logs, self.noises = [], [], [], []
+        self.shown = []
 
     def generate_step_logs(
         self,
@@ -225,17 +232,25 @@ class StubTrainer:
             None,
             None,
         )
-        for _ in range(args.num_batches):
+        tracker = SimpleNamespace(
+            name="list", log=lambda values, step: self.logs.append(values), finish=lambda: None
+        )
+        accelerator.trackers = [tracker]
+        self.progress_bar = tqdm(range(args.num_batches), file=io.StringIO())
+        for step in self.progress_bar:
             with accelerator.accumulate(network):
                 loss = self.step(call)
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
             self.losses.append(loss.item())
-            self.logs.append(self.generate_step_logs(args, loss.item(), 0.0, None, None))
+            self.progress_bar.set_postfix(avr_loss=loss.item())
+            self.shown.append(self.progress_bar.postfix)
+            tracker.log(self.generate_step_logs(args, loss.item(), 0.0, None, None), step=step)
             state = torch.get_rng_state()
             self.validation_losses.append(self.step(call, is_train=False).item())
             torch.set_rng_state(state)
+        accelerator.end_training()
         if args.save_state:
             accelerator.save_state(args.save_state)
 
@@ -386,10 +401,7 @@ def test_the_term_is_added_whatever_the_order_of_the_arguments(run, host):
     plain, _ = run(plain=True, host=host)
     ours, _ = run("--mlm_loss_weight", "0.5", host=host)
     first = ours.logs[0]
-    assert first["loss/diffusion"] == pytest.approx(plain.losses[0])
-    assert first["loss/current"] == pytest.approx(
-        first["loss/diffusion"] + 0.5 * first["loss/mlm"], rel=1e-6
-    )
+    assert first["loss/diffusion"] == first["loss/current"] == plain.losses[0]
     assert first["loss/mlm_weighted"] == pytest.approx(0.5 * first["loss/mlm"])
     assert 0 <= first["mlm/accuracy"] <= 1
     assert not torch.equal(weights(plain)["up"], weights(ours)["up"])
@@ -408,10 +420,29 @@ def test_the_host_draws_the_same_noise_with_and_without_the_term(run):
     assert all(torch.equal(a, b) for a, b in zip(plain.noises, ours.noises, strict=True))
 
 
-def test_validation_losses_hold_no_term(run):
-    plain, _ = run(plain=True, learning_rate=0.0, num_batches=1)
-    ours, _ = run("--mlm_loss_weight", "0.5", text_encoder_lr=1e-9, learning_rate=0.0)
-    assert ours.validation_losses[0] == plain.validation_losses[0]
+@pytest.mark.parametrize(
+    "flags", [(), ("--mlm_every_n_steps", "2"), ("--mlm_read_at", "cross_attention")]
+)
+def test_losses_of_training_and_validation_hold_no_term(run, flags):
+    """Their difference, ``loss/validation/*_divergence``, compares like with like."""
+    plain, _ = run(plain=True, learning_rate=0.0, num_batches=2)
+    flags = ("--mlm_loss_weight", "5", "--mlm_target", "word", *flags)
+    ours, _ = run(*flags, text_encoder_lr=1e-9, unet_lr=1e-9, learning_rate=0.0)
+    assert "loss/mlm" in ours.logs[0]
+    assert ours.validation_losses[:2] == plain.validation_losses
+    assert ours.losses[:2] == plain.losses
+
+
+def test_the_progress_bar_shows_the_term_without_any_logger(run):
+    plain, _ = run(plain=True)
+    assert [text.split("=")[0] for text in plain.shown] == ["avr_loss"] * 4
+    ours, _ = run("--mlm_loss_weight", "0.5", "--mlm_target", "word", "--mlm_every_n_steps", "2")
+    expected = [ours.logs[acted]["loss/mlm"] for acted in (0, 0, 2, 2)]
+    shown = [float(text.split("mlm=")[1]) for text in ours.shown]
+    assert shown == pytest.approx(expected, rel=1e-2)
+    bar = tqdm(range(1), file=io.StringIO())
+    bar.set_postfix(avr_loss=1.0)
+    assert bar.postfix == "avr_loss=1"  # the next run's bar is left alone
 
 
 def test_the_schedule_goes_by_optimizer_steps_of_its_own(run):
@@ -461,6 +492,73 @@ def test_prompts_can_be_the_captions_of_the_data(run):
     assert regularizer.sample_prompt(random.Random(0)) == "a photo of sks dog in the snow"
 
 
+def test_the_run_says_what_the_term_does(run, capsys):
+    run("--mlm_loss_weight", "0.5", num_batches=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "MLM term" in line]
+    for part in (
+        *("concept 'sks dog'", "class word 'dog'", "in 1 of 1 captions", "weight 0.5"),
+        *("target class, read at encoder", "1 text encoder"),
+    ):
+        assert part in line
+    run("--mlm_loss_weight", "0", num_batches=1)
+    assert "MLM" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("captions", "subset", "named"),
+    [
+        (["ohwx dog on the grass"], {}, "'ohwx dog on the grass'"),
+        (["asks dogs", ""], {}, "none of the 2 captions"),
+        (["a dog", "a cat"], {"caption_prefix": "photo,", "caption_suffix": ", ohwx"}, "'photo, a"),
+        ("a dog", {}, "none of the 1 captions"),
+    ],
+)
+def test_a_concept_that_no_caption_holds_is_refused(captions, subset, named):
+    term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=0)
+    with pytest.raises(UserError, match="placeholder_token = 'sks'") as caught:
+        term.use_data(built(captions, **subset))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("captions", "subset", "lacking"),
+    [
+        (["a photo of sks dog", "a dog", "ohwx dog"], {}, 2),
+        (["SKS dog", "(sks dog:1.2)", "1girl, sks  dog, snow"], {}, 0),
+        (["a dog", ""], {"caption_prefix": "sks dog,"}, 0),
+        (["a dog"], {"templates": ["a photo of a sks", "a rendering of a sks"]}, 0),
+    ],
+)
+def test_captions_without_the_concept_are_counted(captions, subset, lacking, monkeypatch, caplog):
+    monkeypatch.setattr(data.logger, "propagate", True)
+    term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=0)
+    term.use_data(built(captions, **subset))
+    warnings = [record.message for record in caplog.records if "captions lack" in record.message]
+    assert warnings == [text for text in warnings if text.startswith(f"{lacking} of")]
+    assert len(warnings) == bool(lacking)
+    number = len(term.captions)
+    assert f"in {number - lacking} of {number} captions" in term.describe()
+
+
+def built(captions, *, templates=None, **settings):
+    """A data set as sd-scripts builds it."""
+    subset = SimpleNamespace(class_tokens="sks dog", is_reg=False, **settings)
+    for name in ("caption_prefix", "caption_suffix"):
+        vars(subset).setdefault(name, None)
+    images = {
+        str(number): SimpleNamespace(caption=caption, is_reg=False)
+        for number, caption in enumerate([captions] if isinstance(captions, str) else captions)
+    }
+    images["reg"] = SimpleNamespace(caption="a dog", is_reg=True)
+    return SimpleNamespace(
+        subsets=[subset],
+        image_data=images,
+        image_to_subset=dict.fromkeys(images, subset),
+        replacements={"": templates} if templates else {},
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -478,6 +576,32 @@ def test_runs_without_a_gradient_are_refused_with_the_reason(run, changes, reaso
     with pytest.raises(UserError, match="mlm_read_at = cross_attention|learning_rate = 0"):
         run("--mlm_loss_weight", "0.5", "--mlm_read_at", "both", **changes)
     run("--mlm_loss_weight", "0", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"network_train_unet_only": True, "cache_text_encoder_outputs": True},
+            "network_train_unet_only and cache_text_encoder_outputs leave the text encoder",
+        ),
+        (
+            {"network_train_unet_only": True, "text_encoder_lr": 0},
+            "network_train_unet_only and text_encoder_lr = 0 leave",
+        ),
+        (
+            {
+                "network_train_unet_only": True,
+                "cache_text_encoder_outputs": True,
+                "text_encoder_lr": [0.0, 0.0],
+            },
+            "network_train_unet_only, cache_text_encoder_outputs and text_encoder_lr = 0 leave",
+        ),
+    ],
+)
+def test_one_refusal_names_every_line_to_change(run, refused, changes, named):
+    with refused([named, "take mlm_read_at = cross_attention"]):
+        run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", **changes)
 
 
 U_NET_ONLY = {
@@ -513,12 +637,17 @@ def test_the_cross_attention_is_read_beside_a_trained_text_encoder(run, place):
     assert ("loss/mlm_te1" in ours.logs[0]) == (place == "both")
 
 
-def test_a_network_without_text_encoder_modules_is_read_at_the_cross_attention(run):
+@pytest.mark.parametrize("is_oft", [False, True])
+def test_a_network_without_text_encoder_modules_is_read_at_the_cross_attention(run, is_oft):
     class UNetOnly(StubTrainer):
         def post_process_network(self, args, accelerator, network, text_encoders, unet):
             network.text_encoder_loras = []
+            if is_oft:  # networks.oft has a list for the U-Net alone
+                del network.text_encoder_loras
+                network.unet_ofts = [network.value_up]
+                network.apply_to = lambda: None
 
-    trainer, _ = run("--mlm_loss_weight", "0.5", host=UNetOnly)
+    trainer, _ = run("--mlm_loss_weight", "0.5", host=UNetOnly, num_batches=0)
     assert trainer.mlm.setup.read_at == "cross_attention"
     with pytest.raises(UserError, match="no text encoder is trained"):
         run("--mlm_loss_weight", "0.5", "--mlm_read_at", "encoder", host=UNetOnly)
@@ -529,7 +658,7 @@ def test_a_transformer_whose_text_layers_are_not_known_is_refused(run_sd3):
         run_sd3("--mlm_read_at", "both")
 
 
-def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step(run):
+def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step(run, capsys):
     class Frozen(StubTrainer):
         def post_process_network(self, args, accelerator, network, text_encoders, unet):
             del network.text_encoder_loras
@@ -540,8 +669,9 @@ def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step
 
         process_batch.__signature__ = inspect.signature(StubTrainer.process_batch)
 
-    with pytest.raises(UserError, match="nothing that the term reads is trained"):
+    with pytest.raises(SystemExit):
         run("--mlm_loss_weight", "0.5", host=Frozen)
+    assert "nothing that the term reads is trained" in capsys.readouterr().err
 
 
 def test_text_encoders_that_are_not_clip_are_left_alone(run):
@@ -555,7 +685,7 @@ def test_text_encoders_that_are_not_clip_are_left_alone(run):
         run("--mlm_loss_weight", "0.5", host=Other)
 
 
-@pytest.mark.parametrize("name", ["process_batch", "post_process_network", "update_metadata"])
+@pytest.mark.parametrize("name", ["get_tokenizers", "post_process_network", "update_metadata"])
 def test_a_trainer_of_another_shape_is_refused(name):
     changed = type("NetworkTrainer", (StubTrainer,), {name: lambda self, batch: None})
     with pytest.raises(UserError, match=f"NetworkTrainer.{name} lacks"):
@@ -712,7 +842,7 @@ def collected(term, text_encoder):
 
 def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder):
     originals = (Accelerator.backward, Accelerator.log, Accelerator.prepare)
-    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
+    with collected(term, toy_text_encoder), summed_backward(term, [StubStrategy]):
         logs = train_whole_model(parse(num_batches=3), toy_text_encoder)
     assert (Accelerator.backward, Accelerator.log, Accelerator.prepare) == originals
     assert [set(values) for values in logs[:3]] == [
@@ -725,13 +855,13 @@ def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder
 
 
 def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
+    with collected(term, toy_text_encoder), summed_backward(term, [StubStrategy]):
         train_whole_model(parse(num_batches=4), toy_text_encoder, freeze_from=2)
     assert term.call == 2
 
 
 def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_encoder):
-    with summed_backward(term, [StubStrategy]), collected(term, toy_text_encoder):
+    with collected(term, toy_text_encoder), summed_backward(term, [StubStrategy]):
         with pytest.raises(UserError, match="does not train the text encoder"):
             train_whole_model(parse(), toy_text_encoder, freeze_from=0)
 
@@ -766,6 +896,8 @@ def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
 class StubEmbeddingTrainer:
     """sd-scripts v0.10.1 ``TextualInversionTrainer``: its own loop, a growing vocabulary."""
 
+    folder = "zxq"
+
     def __init__(self, text_encoder):
         self.text_encoder = text_encoder
 
@@ -785,8 +917,10 @@ class StubEmbeddingTrainer:
         tokenizer.add_tokens(["zxq", "zxq1"])
         model.resize_token_embeddings(len(tokenizer))
         embedding = model.get_input_embeddings()
+        data = StubData("a photo of zxq")
+        data.subsets[1].class_tokens = self.folder
         optimizer, loader = accelerator.prepare(
-            torch.optim.SGD(embedding.parameters(), lr=0.1), DataLoader(StubData("zxq"))
+            torch.optim.SGD(embedding.parameters(), lr=0.1), DataLoader(data)
         )
         model = accelerator.prepare(model)
         model.requires_grad_(False)
@@ -801,12 +935,13 @@ class StubEmbeddingTrainer:
         self.save_weights("x.safetensors", None, None, {"modelspec.title": "x"})
 
 
-def embedding_run(text_encoder, contextualizer, *flags):
+def embedding_run(text_encoder, contextualizer, *flags, init_word=None):
     args = parse(
         *("--mlm_contextualizer", str(contextualizer), *flags),
         token_string="zxq",
         num_vectors_per_token=2,
         num_batches=2,
+        init_word=init_word,
     )
     trainer = with_mlm_embedding(StubEmbeddingTrainer, arch="sd", strategies=[StubStrategy])(
         text_encoder
@@ -830,6 +965,31 @@ def test_textual_inversion_learns_its_embeddings_with_the_term(
     )
     assert {(first,), (second,)} <= encoder.vocabulary.protected
     assert trainer.gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder", "expected"),
+    [
+        ((), "zxq", "puppy"),
+        (("--class_token", "dog"), "zxq", "dog"),
+        ((), "zxq cat", "cat"),  # the data know better than the initial value
+        ((), None, "puppy"),
+    ],
+)
+def test_the_initial_word_is_the_class_where_nothing_else_names_it(
+    toy_text_encoder, toy_contextualizer, monkeypatch, flags, folder, expected
+):
+    monkeypatch.setattr(StubEmbeddingTrainer, "folder", folder)
+    given = ("--mlm_loss_weight", "0.5", *flags)
+    trainer = embedding_run(toy_text_encoder, toy_contextualizer, *given, init_word="puppy")
+    assert trainer.saved["ss_mlm_class_token"] == expected
+
+
+def test_without_any_class_word_textual_inversion_is_refused(
+    toy_text_encoder, toy_contextualizer, refused
+):
+    with refused(["--class_token"]):
+        embedding_run(toy_text_encoder, toy_contextualizer, "--mlm_loss_weight", "0.5")
 
 
 def test_textual_inversion_at_weight_0_is_the_plain_run(toy_text_encoder, toy_contextualizer):
@@ -923,6 +1083,44 @@ def test_bad_options_are_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.fixture
+def kohya_parser():
+    """A parser of sd-scripts, with our options."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"])
+    add_mlm_arguments(parser)
+    answer_in_one_line(parser)
+    return parser
+
+
+def test_the_help_shows_choices_and_defaults(kohya_parser):
+    printed = " ".join(kohya_parser.format_help().split())
+    printed = printed.replace("sd- scripts", "sd-scripts")
+    for name in ("method", "mlm_arch", "host", "mlm_target", "mlm_read_at"):
+        entry = OPTIONS[name]
+        described = printed.split(f"--{name} TEXT ")[1]
+        choices = f"One of: {', '.join(entry.choices)}. (default: {entry.default})"
+        assert choices in described.split(" --")[0], name
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--mlm_los_weight", "0.1"], ["--mlm_los_weight", "did you mean --mlm_loss_weight?"]),
+        (["--mixed-precison=fp16"], ["--mixed-precison", "did you mean --mixed_precision?"]),
+        (["--seedd", "3", "--seed", "4"], ["unknown flag --seedd; did you mean --seed?"]),
+        (["stray"], ["cannot place 'stray'"]),
+        (["--seed", "x"], ["--seed: invalid int value: 'x'"]),
+        (["--mixed_precision", "fp17"], ["--mixed_precision", "fp17", "bf16"]),
+        (["--mlm_loss_weight"], ["--mlm_loss_weight: expected one argument"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(kohya_parser, refused, argv, parts):
+    with refused(["command line: ", *parts]):
+        kohya_parser.parse_args(argv)
+
+
 # --- where the checkout is --------------------------------------------------------------------
 
 
@@ -930,8 +1128,13 @@ def test_bad_options_are_one_line(changes, message):
 def checkout(tmp_path):
     root = tmp_path / "sd-scripts"
     (root / "library").mkdir(parents=True)
-    (root / "train_network.py").write_text("class NetworkTrainer:\n    def process_batch(self):\n")
+    write_trainer(root, "self, batch, *, is_train=True, text_encoding_strategy, tokenize_strategy")
     return root
+
+
+def write_trainer(root, parameters):
+    body = f"    def process_batch({parameters}):\n        pass\n"
+    (root / "train_network.py").write_text(f"class NetworkTrainer:\n{body}")
 
 
 def options_of(*argv):
@@ -979,9 +1182,45 @@ def test_a_wrong_place_is_one_line_and_exit_code_2(flags, message, capsys):
     assert len(error.splitlines()) == 1
 
 
+OLD = (
+    "self, batch, tokenizers, text_encoders, unet, network, vae, noise_scheduler, vae_dtype, "
+    "weight_dtype, accelerator, args, train_text_encoder=True"
+)
+"""Of a fork that had validation losses before sd-scripts had them."""
+
+
+@pytest.mark.parametrize(
+    ("parameters", "lacks"),
+    [
+        (OLD, "is_train, text_encoding_strategy, tokenize_strategy"),
+        ("self, batch, is_train, tokenizers", "text_encoding_strategy, tokenize_strategy"),
+        ("self, batch, text_encoding_strategy, tokenize_strategy", "lacks is_train"),
+    ],
+)
+def test_a_fork_of_an_old_checkout_is_named_before_its_libraries(
+    checkout, capsys, parameters, lacks
+):
+    write_trainer(checkout, parameters)
+    (checkout / "requirements.txt").write_text("accelerate==0.25.0\n")
+    assert train_main(["--sd_scripts_dir", str(checkout)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "a fork of an older one" in error
+    assert lacks in error
+    assert "accelerate" not in error
+
+
 def test_a_checkout_without_process_batch_is_too_old(checkout):
-    (checkout / "train_network.py").write_text("class NetworkTrainer: ...\n")
-    with pytest.raises(UserError, match="too old"):
+    for trainer in ("class NetworkTrainer: ...\n", "def process_batch(is_train): ...\n"):
+        (checkout / "train_network.py").write_text(trainer)
+        with pytest.raises(UserError, match="older than v0.10.0"):
+            find_checkout(
+                options_of("--sd_scripts_dir", str(checkout)), script="x.py", environment={}
+            )
+
+
+def test_a_damaged_trainer_is_one_line(checkout, refused):
+    (checkout / "train_network.py").write_bytes(b"<html>\x00")
+    with refused(["train_network.py", "is not Python"]):
         find_checkout(options_of("--sd_scripts_dir", str(checkout)), script="x.py", environment={})
 
 
@@ -1033,6 +1272,7 @@ def test_method_and_architecture_choose_the_script():
     assert launch(mlm_arch="flux") == "flux_train_network.py"
     assert launch(method="dreambooth") == "train_db.py"
     assert launch(method="dreambooth", mlm_arch="sdxl") == "sdxl_train.py"
+    assert launch(method="dreambooth", mlm_arch="sd3") == "sd3_train.py"
     assert launch(method="textual_inversion") == "train_textual_inversion.py"
     assert launch(mlm_script="fine_tune") == "fine_tune.py"
     assert {script.file for script in SCRIPTS} >= {"fine_tune.py", "train_db.py"}
@@ -1045,16 +1285,80 @@ def test_methods_that_kohya_does_not_have_live_in_the_standalone_trainer(method)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "serving"),
     [
-        {"mlm_arch": "flux", "method": "dreambooth"},
-        {"mlm_arch": "sd3", "method": "textual_inversion"},
-        {"mlm_script": "gen_img.py"},
+        ({"mlm_arch": "flux", "method": "dreambooth"}, "flux_train_network.py"),
+        ({"mlm_arch": "sd3", "method": "textual_inversion"}, "sd3_train_network.py, sd3_train.py"),
+        ({"mlm_arch": "anima", "method": "dreambooth"}, "anima_train_network.py"),
+        ({"mlm_script": "gen_img.py"}, "sd3_train.py"),
+        ({"mlm_script": "flux_train"}, "flux_train_network.py"),
     ],
 )
-def test_scripts_without_a_place_for_the_term_are_refused(changes):
-    with pytest.raises(UserError, match="the MLM term"):
+def test_scripts_without_a_place_for_the_term_are_refused(refused, changes, serving):
+    with refused(["the MLM term", serving]):
         launch(**changes)
+
+
+@pytest.fixture
+def whole_model(tmp_path):
+    """A script of sd-scripts whose loop is a function; returns a way to start it."""
+
+    def whole_model(body, file="train_db.py", **changes):
+        path = tmp_path / f"script{len(list(tmp_path.glob('*.py')))}.py"
+        path.write_text(f"def train(args):\n    args.done = True\n{body}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        (script,) = (script for script in SCRIPTS if script.file == file)
+        args = parse("--mlm_loss_weight", str(changes.pop("weight", 0)), **changes)
+        script.run(module, script, args)
+        return args.done
+
+    return whole_model
+
+
+UNPACKED = "    training_models = training_models[0] if False else None\n"
+
+
+@pytest.mark.parametrize("weight", [0, 0.1])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stop_text_encoder_training": 2},
+        {"stop_text_encoder_training": "3", "max_train_steps": 4},
+        {"stop_text_encoder_training": 100, "max_train_epochs": 2},
+    ],
+)
+def test_a_stop_that_would_end_in_a_type_error_is_refused_first(
+    whole_model, refused, weight, changes
+):
+    stop = changes["stop_text_encoder_training"]
+    with refused([f"stop_text_encoder_training = {stop}", "--host standalone"]):
+        whole_model(UNPACKED, weight=weight, **changes)
+
+
+def test_a_stop_that_does_no_harm_is_welcome(whole_model):
+    assert whole_model(UNPACKED, stop_text_encoder_training=None)
+    assert whole_model(UNPACKED, stop_text_encoder_training=-1)
+    assert whole_model(UNPACKED, stop_text_encoder_training=4)  # after the last step
+    assert whole_model("    training_models = []\n", stop_text_encoder_training=2)
+
+
+def test_whole_sd3_cannot_be_read_at_its_transformer(whole_model, refused):
+    asked = {"weight": 0.1, "train_text_encoder": True, "file": "sd3_train.py"}
+    for place in ("both", "cross_attention"):
+        with refused([f"mlm_read_at = {place}", "text encoders alone"]):
+            with collected_text_encoders(
+                MLMTerm(MLMOptions(mlm_loss_weight=0.1, mlm_read_at=place), seed=0),
+                arch="sd3",
+                clip_skip=None,
+                tokenizers=list,
+            ):
+                pass
+    with refused(["without train_text_encoder"]):
+        whole_model("", **asked | {"train_text_encoder": False})
+    with refused(["cache_text_encoder_outputs leaves"]):
+        whole_model("", **asked, cache_text_encoder_outputs=True)
 
 
 @pytest.mark.parametrize(
@@ -1106,3 +1410,28 @@ def test_importing_the_host_needs_no_sd_scripts():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE
     ).stdout
     assert output.strip() == "[]"
+
+
+COLLECT_WITHOUT_PEFT = """
+import importlib.machinery, sys
+import pytest
+
+class WithoutPeft(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == "peft" else super().find_spec(name, path, target)
+
+finders = sys.meta_path
+sys.meta_path = [
+    WithoutPeft if finder is importlib.machinery.PathFinder else finder for finder in finders
+]
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def test_these_tests_are_collected_where_only_the_libraries_of_sd_scripts_are():
+    """sd-scripts pins no peft; what a checkout needs besides is skipped by name."""
+    command = [sys.executable, "-c", COLLECT_WITHOUT_PEFT, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "test_network_module.py" in done.stdout
