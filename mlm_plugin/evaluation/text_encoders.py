@@ -29,7 +29,13 @@ from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretrain import find_contextualizer, is_small
 from mlm_plugin.setup.builtin_names import contextualizer_path, model_path
 
-__all__ = ["LEARNED", "check_contextualizers", "measure_text", "text_protocol"]
+__all__ = [
+    "LEARNED",
+    "check_contextualizers",
+    "existing_contextualizer",
+    "measure_text",
+    "text_protocol",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +75,7 @@ def measure_text(
         text_encoder.model.float()  # small differences matter here
         base.model.to(device)
         if setting == "auto":
-            setting = _existing(options, base)
+            setting = existing_contextualizer(options, base)
         contextualizer = _contextualizer(setting, base, name, device)
         text[name] = measure_text_encoder(
             text_encoder, base, contextualizer, prompts=concept_prompts, seed=options.seed
@@ -101,7 +107,7 @@ def _contextualizers(options: EvaluateOptions, count: int) -> list[str]:
     return [setting] * count if setting == NO_MODEL else contextualizer_settings(setting, count)
 
 
-def _existing(options: EvaluateOptions, base: TextEncoder) -> str:
+def existing_contextualizer(options: EvaluateOptions, base: TextEncoder) -> str:
     """The contextualizer that a run was trained with, or another that exists; else ``auto``.
 
     Looked for beside the trained files and the base model, and in the cache.
