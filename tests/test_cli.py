@@ -68,7 +68,7 @@ def test_the_script_beside_the_package_is_the_train_command(capsys):
 
 @pytest.mark.parametrize(
     "module",
-    ["commands.evaluate", "compare.run", "demo.run", "commands.train", "commands.pretrain"],
+    ["commands.evaluate", "compare.run", "demo.run"],
 )
 def test_a_command_imports_its_libraries_without_a_word(module):
     code = (
