@@ -24,6 +24,8 @@ __all__ = [
     "LoadedContextualizer",
     "cached_contextualizer_path",
     "contextualizer_settings",
+    "digest_of",
+    "fits",
     "load_and_report",
     "load_contextualizer",
     "read_contextualizer",
@@ -120,13 +122,32 @@ def load_and_report(path: str | Path, text_encoder: TextEncoder) -> LoadedContex
     """
     path = Path(path)
     network, facts = load_contextualizer(path, text_encoder)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest = digest_of(path)
     share = f"{path.name} names {facts.accuracy:.0%} of hidden held-out words"
     if facts.accuracy < POOR_ACCURACY:
         logger.warning("%s: it can teach little; pretrain it for longer", share)
     else:
         logger.info("%s", share)
     return LoadedContextualizer(network, facts, digest)
+
+
+def digest_of(path: Path) -> str:
+    """What a trained file calls the contextualizer that it was trained with."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def fits(path: Path, text_encoder: TextEncoder) -> bool:
+    """Whether a file holds a contextualizer for ``text_encoder``; only its header is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    if metadata.get("format") != FORMAT:
+        return False
+    facts = ContextualizerFacts(**json.loads(metadata["facts"]))
+    wanted = text_encoder.fingerprint(), text_encoder.tokenizer_fingerprint()
+    return (facts.text_encoder, facts.tokenizer) == wanted
 
 
 def load_contextualizer(

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OPTIONS, MLMOptions
-from mlm_plugin.contextualizer_file import LoadedContextualizer, contextualizer_settings
+from mlm_plugin.contextualizer_file import (
+    LoadedContextualizer,
+    cached_contextualizer_path,
+    contextualizer_settings,
+)
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.mlm.cross_attention import CrossAttention
@@ -238,6 +242,8 @@ class MLMSetup:
 def _contextualizer_for(
     text_encoder: TextEncoder, setting: str, accelerator: Accelerator
 ) -> LoadedContextualizer:
+    if setting == "auto" and not cached_contextualizer_path(text_encoder).is_file():
+        logger.info('mlm_target = "states" would need no contextualizer')
     with (
         preserved_random_state(accelerator.device),
         accelerator.main_process_first(),

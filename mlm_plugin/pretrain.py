@@ -171,7 +171,11 @@ def find_contextualizer(
     options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
     start = find_start(text_encoder, options)
     if start is None:
-        logger.info("no contextualizer for this text encoder yet: pretraining one (only once)")
+        logger.info(
+            "no contextualizer for this text encoder yet: pretraining one, only once, in at most "
+            "%d steps; the bar says how long it will take",
+            options.max_train_steps,
+        )
     else:
         options = options.continued()
         logger.info(

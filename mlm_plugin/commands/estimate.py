@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+
+from tqdm import tqdm
 
 from mlm_plugin.config.options import LogOptions, TrainConfig
 from mlm_plugin.errors import UserError
@@ -29,28 +32,37 @@ def run_estimate(command: EstimateCommand) -> int:
     quiet_libraries()
     config = _readable(command)
     check_config(config)
-    estimate = estimate_of(config)
+    estimate = estimate_of(config, show_progress=True)
     print("\n".join(report_lines(estimate, _head(config, command))))
     for remark in _remarks(config):
         print(f"note: {remark}")
     if command.savings:
+        sys.stdout.flush()  # the table is read while the list is made
         print("\n".join(["", *saving_lines(estimate, list(_savings(config)))]))
     return 0
 
 
-def estimate_of(config: TrainConfig) -> Estimate:
+def estimate_of(config: TrainConfig, *, show_progress: bool = False) -> Estimate:
     """Peaks of the moments of a run: caching latents, the step, the optimizer's step.
 
     Raises:
         UserError: options or files that do not fit the model.
     """
-    training = meta_training(config, largest_batch(config))
-    moments = {}
+    counts = {"training step": step_peak, "optimizer step": optimizer_peak}
     if config.dataset.cache_latents or config.dataset.cache_latents_to_disk:
-        moments["caching"] = caching_peak(training)
-    moments["training step"] = step_peak(training)
-    moments["optimizer step"] = optimizer_peak(training)
-    return Estimate(moments)
+        counts = {"caching": caching_peak, **counts}
+    with _bar("counting", len(counts) + 1, disable=not show_progress) as bar:
+        training = meta_training(config, largest_batch(config))
+        moments = {}
+        for name, count in counts.items():
+            bar.update()
+            moments[name] = count(training)
+        return Estimate(moments)
+
+
+def _bar(title: str, total: int, *, disable: bool = False) -> tqdm:
+    """On stderr; it disappears at its end."""
+    return tqdm(desc=title, total=total, leave=False, disable=disable)
 
 
 def _readable(command: EstimateCommand) -> TrainConfig:
@@ -77,9 +89,14 @@ def _readable(command: EstimateCommand) -> TrainConfig:
 
 
 def _savings(config: TrainConfig) -> Iterator[Saving]:
-    for change in changes_worth_trying(config):
-        peak = estimate_of(config.replace(**change.options)).peak
-        yield Saving(change.text, change.price, peak)
+    changes = changes_worth_trying(config)
+    with _bar("what would save memory", len(changes)) as bar:
+        for change in changes:
+            bar.set_postfix_str(change.text)
+            yield Saving(
+                change.text, change.price, estimate_of(config.replace(**change.options)).peak
+            )
+            bar.update()
 
 
 def _head(config: TrainConfig, command: EstimateCommand) -> str:

@@ -43,7 +43,12 @@ from mlm_plugin.evaluation.oracle_judge import (
 )
 from mlm_plugin.evaluation.rendering import write_report
 from mlm_plugin.evaluation.results import measure_key, measures_of, value_of, write_results
-from mlm_plugin.evaluation.text_encoders import check_contextualizers, measure_text, text_protocol
+from mlm_plugin.evaluation.text_encoders import (
+    LEARNED,
+    check_contextualizers,
+    measure_text,
+    text_protocol,
+)
 from mlm_plugin.evaluation.text_measures import headline
 from mlm_plugin.files import require_writable
 from mlm_plugin.setup.builtin_names import data_path, model_path
@@ -53,7 +58,6 @@ __all__ = ["library_versions", "run_evaluate"]
 
 logger = logging.getLogger(__name__)
 
-LEARNED = ("checkpoint", "lora", "embedding", "delta", "xti")
 # Options that do not change the pictures.
 NOT_IN_PICTURES = {"train_data_dir", "output", "prompts", "num_images_per_prompt", "batch_size",
                    "clip_model", "dino_model", "masks", "mlm_contextualizer", "label",

@@ -195,16 +195,20 @@ def _print_data(run: CheckedRun) -> None:
 
 
 def trainer_of(run: CheckedRun) -> Trainer:
-    """The trainer of a run whose options name the seed, in a process of its own."""
+    """The trainer of a run whose options name the seed, for a command that resumes it itself."""
     config, datasets, concepts = run
     seed = config.schedule.seed
-    return build_trainer(
+    trainer = build_trainer(
         config,
         accelerator=create_accelerator(config),
         dataset=create_dataset(config, datasets, concepts, seed=seed),
         concepts=concepts,
         seed=seed,
     )
+    for callback in trainer.callbacks:
+        if isinstance(callback, Saver):
+            callback.how_to_continue = "the same command continues from {}"
+    return trainer
 
 
 def build_trainer(

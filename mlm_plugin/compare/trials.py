@@ -40,6 +40,7 @@ from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.samples import SAMPLERS
+from mlm_plugin.training.step_bar import StepBar
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["Trial", "checked_trials", "score_trial", "train_trial"]
@@ -180,10 +181,11 @@ def train_trial(trial: Trial) -> None:
         config = config.replace(resume=str(states[-1]))
     else:
         shutil.rmtree(folder, ignore_errors=True)  # pictures of a run that left no state
+    bar = StepBar("  training")
     try:
         with output_to(folder / "log.txt"):
             trainer = trainer_of(trial.run._replace(config=config))
-            trainer.callbacks.insert(0, Looks(trial))
+            trainer.callbacks[:0] = [bar, Looks(trial)]
             trainer.run()
             stop_code = trainer.stop_code
     except NonFiniteLoss as error:

@@ -759,7 +759,8 @@ class SamplingOptions:
     sample_prompts: str | None = option(
         None,
         "Prompts in a .txt (one per line, `--n --w --h --d --s --l --ss`), .toml or .json; "
-        "`[trigger]` stands for the concept.",
+        "`[trigger]` stands for the concept. Pictures of up to 128 pixels are saved four times as "
+        "large.",
         path=True,
     )
     sample_sampler: str = option(

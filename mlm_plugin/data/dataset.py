@@ -488,7 +488,7 @@ def _nothing_found(datasets: Sequence[DatasetConfig], skipped: dict[Path, str]) 
     places = ", ".join(str(_source(s)) for d in datasets for s in d.subsets) or "no folder at all"
     if skipped:
         path, reason = next(iter(skipped.items()))
-        return f"no usable picture in {places}: {len(skipped)} are broken, first {path} ({reason})"
+        return f"no usable picture in {places}: {len(skipped)} unusable, first {path} ({reason})"
     if any(s.is_reg for d in datasets for s in d.subsets):
         return f"no training picture in {places}; regularisation images alone teach nothing"
     return f"no picture in {places}; put .png, .jpg, .webp or .bmp files there"

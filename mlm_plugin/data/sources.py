@@ -304,7 +304,27 @@ def _inspect(
             )
         )
     _check_mask_shapes(infos)
-    return infos, broken
+    return _without_empty_masks(infos, broken), broken
+
+
+def _without_empty_masks(infos: list[ImageInfo], broken: dict[Path, str]) -> list[ImageInfo]:
+    """The pictures from which something is learned; the others are added to ``broken``."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        reasons = list(pool.map(_why_nothing_is_learned, infos))
+    broken |= {i.path: reason for i, reason in zip(infos, reasons, strict=True) if reason}
+    return [info for info, reason in zip(infos, reasons, strict=True) if not reason]
+
+
+def _why_nothing_is_learned(info: ImageInfo) -> str | None:
+    try:
+        if info.mask_path and not images.open_mask(info.mask_path).any():
+            return f"its mask {info.mask_path} is black everywhere, so nothing of it is learned"
+        if info.subset.alpha_mask and info.facts.has_alpha:
+            if not images.open_image(info.path, alpha=True)[:, :, 3].any():
+                return "it is transparent everywhere, so nothing of it is learned with alpha_mask"
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _facts_or_reason(path: Path) -> images.ImageFacts | str:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["BATCH_SIZE", "LORA", "MLM_BATCH_SIZE", "MLM_WEIGHT", "Paths", "as_argv", "mlm_options",
-           "run_options"]  # fmt: skip
+__all__ = ["BATCH_SIZE", "BEST_RATES", "LORA", "MLM_BATCH_SIZE", "MLM_WEIGHT", "RECOMMENDED_TERM",
+           "Paths", "as_argv", "mlm_options", "run_options"]  # fmt: skip
 
 BATCH_SIZE = 4
 MLM_BATCH_SIZE = 16
@@ -18,6 +18,9 @@ LORA: Mapping[str, str] = {
     "learning_rate": "5e-3",
     "lr_scheduler": "cosine",  # so that the weights have settled at the last evaluation
 }
+BEST_RATES: Mapping[str, str] = {"unet_lr": "2.5e-3", "text_encoder_lr": "1.5e-4"}
+"""Of a LoRA on the tuning concepts, without the term and with it (``research/bench``)."""
+RECOMMENDED_TERM: Mapping[str, str] = {"mlm_read_at": "both", "mlm_target": "states"}
 
 
 class Paths(NamedTuple):
@@ -51,20 +54,24 @@ def run_options(paths: Paths, *, method: str, num_steps: int, seed: int) -> dict
     }
 
 
-def mlm_options(weight: float, *, prompts: Path, contextualizer: Path) -> dict[str, str]:
+def mlm_options(
+    weight: float, *, prompts: Path, contextualizer: Path | None = None
+) -> dict[str, str]:
     """Options of the MLM term.
 
     Args:
         weight: weight of the term.
         prompts: text file with ``{}`` for the concept.
-        contextualizer: its file.
+        contextualizer: its file; ``None`` where states are compared, which needs none.
     """
-    return {
+    options = {
         "mlm_loss_weight": str(weight),
         "mlm_batch_size": str(MLM_BATCH_SIZE),
         "mlm_prompt_set": str(prompts),
-        "mlm_contextualizer": str(contextualizer),
     }
+    return (
+        options if contextualizer is None else options | {"mlm_contextualizer": f"{contextualizer}"}
+    )
 
 
 def as_argv(options: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ concept with equal seeds share data order, noise and the noise of test pictures.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,17 +73,28 @@ class ConceptTest:
     sampling: Sampling
     num_pictures: int
 
-    def evaluate(self, model: TextToImage, words: str | None = None) -> Evaluation:
+    @property
+    def prompts(self) -> list[Caption]:
+        """The prompt of each picture, with ``{}`` for the concept."""
+        return [p for p in prompt_templates(self.concept) for _ in range(self.num_pictures)]
+
+    def evaluate(
+        self,
+        model: TextToImage,
+        words: str | None = None,
+        *,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Evaluation:
         """Draw every test prompt and score the pictures.
 
         Args:
             model: draws the pictures.
             words: replace the concept in prompts; ``None``: its name.
+            on_step: called after each step of the sampler.
         """
-        prompts = [p for p in prompt_templates(self.concept) for _ in range(self.num_pictures)]
-        texts = [prompt.text.replace("{}", words or self.concept.name) for prompt in prompts]
-        pictures = generate(texts, model, self.sampling, seed=1000 * self.seed)
-        return Evaluation(self.score(pictures, prompts), pictures)
+        texts = [prompt.text.replace("{}", words or self.concept.name) for prompt in self.prompts]
+        pictures = generate(texts, model, self.sampling, seed=1000 * self.seed, on_step=on_step)
+        return Evaluation(self.score(pictures, self.prompts), pictures)
 
     def score(self, pictures: Tensor, prompts: Sequence[Caption]) -> Scores:
         """Mean scores of pictures, one for each prompt."""
@@ -98,12 +109,24 @@ class ConceptTest:
 class EvaluationCallback(Callback):
     """Evaluates the model after the given steps.
 
+    Args:
+        test: what is drawn.
+        steps: when.
+        on_sampler_step: called after each step of the sampler.
+
     Attributes:
         evaluations: evaluations by step.
     """
 
-    def __init__(self, test: ConceptTest, steps: Collection[int]):
+    def __init__(
+        self,
+        test: ConceptTest,
+        steps: Collection[int],
+        *,
+        on_sampler_step: Callable[[], object] = lambda: None,
+    ):
         self.test, self.steps = test, frozenset(steps)
+        self.on_sampler_step = on_sampler_step
         self.evaluations: dict[int, Evaluation] = {}
 
     @property
@@ -116,7 +139,9 @@ class EvaluationCallback(Callback):
         step = trainer.progress.current_step
         if step in self.steps:
             with trainer.evaluating():
-                self.evaluations[step] = self.test.evaluate(_trained_pipeline(trainer))
+                self.evaluations[step] = self.test.evaluate(
+                    _trained_pipeline(trainer), on_step=self.on_sampler_step
+                )
 
 
 def create_trainer(options: Mapping[str, str]) -> tuple[Trainer, Sequence[ConceptWords]]:

@@ -59,8 +59,12 @@ def generate(
     *,
     seed: int,
     batch_size: int = 64,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Pictures ``(B, 3, 64, 64)`` in [-1, 1] on the CPU; the i-th one has seed ``seed + i``."""
+    """Pictures ``(B, 3, 64, 64)`` in [-1, 1] on the CPU; the i-th one has seed ``seed + i``.
+
+    ``on_step`` is called after each step of the sampler.
+    """
     unet, vae, encode_captions = model
     empty = encode_captions([""])
     parts = []
@@ -78,6 +82,7 @@ def generate(
             without, with_text = predicted.chunk(2)
             guided = without + sampling.guidance * (with_text - without)
             latents = sampler.step(guided, timestep, latents).prev_sample
+            on_step()
         parts.append(vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1).cpu())
     return torch.cat(parts)
 

@@ -13,7 +13,13 @@ from mlm_plugin.config.options import LogOptions
 
 __all__ = ["output_to", "quiet_imports", "quiet_libraries", "setup_console"]
 
-LOUD_LIBRARIES = ("bitsandbytes", "httpx", "PIL", "transformers.tokenization_utils_base")
+LOUD_LIBRARIES = (
+    "bitsandbytes",
+    "httpx",
+    "PIL",
+    "transformers.tokenization_utils_base",
+    "transformers.utils.import_utils",  # asks for torchvision, which nothing here needs
+)
 
 
 def setup_console(options: LogOptions) -> None:

@@ -57,6 +57,11 @@ class SampleDrawer(Callback):
         """``sample_every_n_epochs``."""
         self._draw_if_due(trainer, epoch=trainer.progress.current_epoch)
 
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Say where the pictures are."""
+        if self.newest:
+            print(f"samples: {self.newest.parent.resolve()}")
+
     def _draw_if_due(self, trainer: Trainer, *, epoch: int | None) -> None:
         options, accelerator = self.options, trainer.accelerator
         if not accelerator.is_main_process or not sample_due(

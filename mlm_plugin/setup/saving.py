@@ -189,7 +189,12 @@ class Saver(Callback):
         config: names, intervals, precision.
         record: metadata of the run.
         newest_sample: the last picture drawn, for the preview.
+
+    Attributes:
+        how_to_continue: said after a stop; ``{}`` stands for the folder of the state.
     """
+
+    how_to_continue = "continue with --resume {}"
 
     def __init__(
         self,
@@ -296,7 +301,7 @@ class Saver(Callback):
             folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-")) / "rescued-state"
             trainer.save_state(folder)
         if trainer.accelerator.is_main_process:
-            logger.warning("state saved; continue with --resume %s", folder)
+            logger.warning("state saved; %s", self.how_to_continue.format(folder))
 
     def _write_webui_files(self, file: Path, words: Mapping[str, str]) -> None:
         """Write JSON and preview beside a file, and print a hint where WebUIs use other words."""

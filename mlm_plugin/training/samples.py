@@ -46,6 +46,7 @@ __all__ = [
     "create_sampler",
     "decode_latents",
     "denoise",
+    "enlarged",
     "generate_samples",
     "parse_sample_prompts",
     "sample_due",
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 TRIGGER = "[trigger]"  # stands for the concept's words in a prompt file
 LATENT_SCALE = 8  # pixels per latent pixel
 SMALLEST_SIDE = 64
+TINY_SIDE, ENLARGEMENT = 128, 4  # pictures up to this many pixels are too small to be looked at
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def generate_samples(
                 latents = _sample(prompt, models, sampler)
                 paths.append(files.path(index, prompt.seed))
                 with atomic_path(paths[-1]) as temporary:
-                    decode_latents(models.vae, latents).save(temporary)
+                    enlarged(decode_latents(models.vae, latents)).save(temporary)
         finally:
             models.vae.to(vae_device)
     return paths
@@ -324,6 +326,14 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
         logger.warning("a sample overflowed in %s and is black; set no_half_vae", weight.dtype)
         pixels = torch.full_like(pixels, -1.0)
     return as_image(pixels)
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A tiny picture, such as the pocket model's, with each pixel as 4 x 4; others unchanged."""
+    if max(picture.size) > TINY_SIDE:
+        return picture
+    width, height = (ENLARGEMENT * length for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.NEAREST)
 
 
 def as_image(pixels: Tensor) -> Image.Image:

@@ -136,6 +136,7 @@ class Trainer:
                 raise
             self.stop_code = stop.exit_code if stop else 0
             stop.expect_end()
+            bar.close()  # so that what is printed now has its own lines
             self._call("on_train_end")
             if stop:
                 self.stop_code = stop.exit_code

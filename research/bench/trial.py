@@ -113,10 +113,10 @@ def options_of(trial: Trial, context: BenchContext, folder: Path) -> dict[str, s
         options |= mlm_options(
             float(weight),
             prompts=context.prompts(concept, arm.grammar)[0],
-            contextualizer=context.contextualizer(arm.grammar),
+            contextualizer=None
+            if flags["mlm_target"] == "states"
+            else context.contextualizer(arm.grammar),
         )
-        if flags["mlm_target"] == "states":
-            del options["mlm_contextualizer"]  # not read
     if arm.regularizer == "prior_preservation":
         options |= {
             "prior_loss_weight": weight,

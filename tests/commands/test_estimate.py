@@ -166,3 +166,13 @@ def test_every_byte_has_a_label(toy_folder):
     assert set(estimate.moments) == {"caching", "training step", "optimizer step"}
     for moment in estimate.moments.values():
         assert {label for label, nbytes in moment.items() if nbytes} <= set(LABELS)
+
+
+def test_the_list_of_savings_shows_how_far_it_is_while_the_table_can_be_read(capsys, toy_folder):
+    flags = ["--pretrained_model_name_or_path", str(toy_folder), "--resolution", "64"]
+    assert main(["estimate", *flags, "--mlm_batch_size", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "counting" in shown.err
+    assert re.search(r"what would save memory: +0%", shown.err)
+    assert "gradient_checkpointing = true" in shown.err
+    assert "gradient_checkpointing = true" in shown.out

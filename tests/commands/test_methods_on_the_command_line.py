@@ -193,7 +193,7 @@ def test_a_frozen_part_of_a_pivotal_run_stays(arguments, tmp_path):
         (["--method", "lora", "--unet_lr", "0", "--text_encoder_lr", "1e-3", "--mlm_loss_weight",
           "0", "--stop_text_encoder_training", "1"], "nothing is trained from step 1"),
         (["--method", "pivotal", "--stop_text_encoder_training", "1", "--mlm_start_step", "1",
-          "--stop_embedding_training", "0.5"], "it would never act"),
+          "--stop_embedding_training", "0.5", "--mlm_read_at", "encoder"], "it would never act"),
         (["--method", "custom_difusion"], "custom_difusion"),
         (["--method", "custom_diffusion", "--scale_aug", "--cache_latents"], "scale_aug"),
     ],

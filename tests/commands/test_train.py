@@ -166,7 +166,9 @@ def test_epochs_are_saved_by_number_and_the_last_is_the_final_file(arguments, tm
     assert metadata_of(tmp_path / "out" / "dog.safetensors")["ss_epoch"] == "3"
 
 
-def test_samples_are_drawn_without_a_trace_in_training_and_become_the_preview(arguments, tmp_path):
+def test_samples_are_drawn_without_a_trace_in_training_and_become_the_preview(
+    arguments, tmp_path, capsys
+):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\n[trigger] on the beach --w 64 --h 64 --s 2 --d 5 --l 3\n")
     assert train_main([*arguments, "--output_name", "plain"]) == 0
@@ -181,7 +183,8 @@ def test_samples_are_drawn_without_a_trace_in_training_and_become_the_preview(ar
         "dog_000004_00",
     ]
     with Image.open(out / "dog.png") as preview:
-        assert preview.size == (64, 64)
+        assert preview.size == (256, 256)
+    assert f"samples: {(out / 'sample').resolve()}" in capsys.readouterr().out
 
 
 def prompts_file(tmp_path, size=64):

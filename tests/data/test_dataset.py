@@ -265,7 +265,7 @@ def test_nothing_to_train_on_is_an_error_with_its_reason(tmp_path):
     with pytest.raises(UserError, match="no picture in .*empty"):
         _dataset(_config(SubsetConfig(image_dir=empty)))
     (empty / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="1 are broken"):
+    with pytest.raises(UserError, match="1 unusable"):
         _dataset(_config(SubsetConfig(image_dir=empty)))
     reg = SubsetConfig(image_dir=_pictures(tmp_path / "reg", "a.png"), is_reg=True)
     with pytest.raises(UserError, match="regularisation images alone"):
@@ -373,6 +373,46 @@ def test_alpha_masks_need_no_switch_and_others_count_fully(tmp_path):
         for path, mask in zip(batch.image_paths, batch.loss_masks, strict=True)
     }
     assert shares == {"o.png": 1.0, "a.png": 0.25}
+
+
+def _with_alpha(path, alpha, mode="RGBA"):
+    """A picture whose transparency is the same everywhere."""
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.full((SIZE, SIZE, 4), 100, np.uint8)
+    pixels[:, :, 3] = alpha
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.mark.parametrize("name", ["b.png", "b.webp", "b.tiff"])
+def test_a_picture_that_is_transparent_everywhere_is_skipped_by_name(name, tmp_path, caplog):
+    _with_alpha(tmp_path / "a.png", alpha=1)
+    _with_alpha(tmp_path / name, alpha=0)
+    dataset = _dataset(_config(SubsetConfig(image_dir=tmp_path, alpha_mask=True)))
+    assert [info.path.name for info in dataset.images] == ["a.png"]
+    assert f"skipping {tmp_path / name}: it is transparent everywhere" in caplog.text
+    whole = _dataset(_config(SubsetConfig(image_dir=tmp_path)))
+    assert len(whole.images) == 2, "without a mask it is white, and learned"
+
+
+def test_grey_with_transparency_is_skipped_too(tmp_path, caplog):
+    _with_alpha(tmp_path / "a.png", alpha=0, mode="LA")
+    with pytest.raises(
+        UserError, match=r"no usable picture.*a\.png \(it is transparent everywhere"
+    ):
+        _dataset(_config(SubsetConfig(image_dir=tmp_path, alpha_mask=True)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "1"])
+def test_a_picture_with_a_black_mask_is_skipped_by_name(mode, tmp_path, caplog):
+    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
+    masks.mkdir()
+    for name, value in (("a", 255), ("b", 0)):
+        _with_alpha(pictures / f"{name}.png", alpha=255)
+        Image.new("L", (SIZE, SIZE), value).convert(mode).save(masks / f"{name}.png")
+    subset = SubsetConfig(image_dir=pictures, conditioning_data_dir=masks)
+    dataset = _dataset(_config(subset), masked_loss=True)
+    assert [info.path.name for info in dataset.images] == ["a.png"]
+    assert f"its mask {masks / 'b.png'} is black everywhere" in caplog.text
 
 
 def _scaled_dataset(folder, *more, seed=0, batch_size=3, **settings):

@@ -230,7 +230,10 @@ def test_a_signal_within_a_trial_saves_its_state_to_continue_from(
     shutil.rmtree(name)
     with interrupted_at(1):
         assert place.run() == 130
-    assert "the same command continues" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "stopped; the same command continues" in err
+    assert "--resume" not in err
+    assert re.search(r"training: .* 1/2", err)
     assert list(name.glob("*-state"))
     with interrupted_at(None) as steps:
         assert place.run() == 0

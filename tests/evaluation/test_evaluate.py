@@ -1,16 +1,24 @@
 """`mlm-plugin evaluate` as a user runs it: files, resume, refusals, comparison, the page."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mlm_plugin.commands.evaluate import run_evaluate
+from mlm_plugin.contextualizer_file import digest_of
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.options import parse_evaluate
+from mlm_plugin.evaluation.text_encoders import existing_contextualizer
+from mlm_plugin.files import cache_dir
+from mlm_plugin.models.checkpoints import load_stable_diffusion
 
 NASTY = "<script>alert('x')</script> & \"quoted\""
 
@@ -114,6 +122,42 @@ def test_the_text_encoder_alone_needs_no_pictures_and_no_judges(arguments, tmp_p
     assert results["text"]["text_encoder"]["drift"]["everyday"] == pytest.approx(0, abs=1e-6)
     assert not (out / "pictures").exists()
     page_of(out / "report.html")
+
+
+@pytest.mark.parametrize("place", ["beside the file", "cache"])
+@pytest.mark.parametrize("separator", ["+", ", "])
+def test_the_contextualizer_that_a_run_was_trained_with_is_found(
+    place, separator, arguments, toy_folder, toy_contextualizer, tmp_path, caplog
+):
+    """`auto` takes it, though another one would fit too."""
+    folder = tmp_path / "trained" if place == "beside the file" else cache_dir() / "contextualizers"
+    folder.mkdir(exist_ok=True, parents=True)
+    own, other = folder / "own.safetensors", folder / "another.safetensors"
+    shutil.copy(toy_contextualizer, own)
+    with safe_open(own, framework="pt") as file:
+        header = file.metadata()
+    save_file({k: 2 * v for k, v in load_file(own).items()}, other, metadata=header)
+    trained = tmp_path / "trained" / "dog.safetensors"
+    trained.parent.mkdir(exist_ok=True)
+    named = separator.join((digest_of(own), "0123456789abcdef"))
+    save_file({"x": torch.ones(1)}, trained, metadata={"ss_mlm_contextualizer": named})
+    options = parse_evaluate([*arguments, "--mlm_contextualizer", "auto"]).options
+    base = load_stable_diffusion(toy_folder).text_encoders[0]
+    found = existing_contextualizer(dataclasses.replace(options, lora=str(trained)), base)
+    own.unlink()
+    assert found == str(own)
+    caplog.clear()
+    found = existing_contextualizer(dataclasses.replace(options, lora=str(trained)), base)
+    other.unlink()
+    assert found == str(other)
+    assert "0123456789abcdef" in caplog.text, "that it is another one is said"
+
+
+def test_text_only_pretrains_nothing_where_the_model_brings_a_contextualizer(tmp_path, capsys):
+    argv = ["--pretrained_model_name_or_path", "pocket", "--class_token", "dog", "--text_only"]
+    evaluate(*argv, "--output", str(tmp_path))
+    assert results_of(tmp_path)["text"]["text_encoder"]["masked_words"]
+    assert "pretraining" not in capsys.readouterr().err
 
 
 def test_a_missing_judge_is_found_before_anything_is_drawn(arguments, tmp_path):

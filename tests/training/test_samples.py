@@ -23,6 +23,7 @@ from mlm_plugin.training.samples import (
     SamplePrompt,
     create_sampler,
     denoise,
+    enlarged,
     generate_samples,
     parse_sample_prompts,
     sample_due,
@@ -282,7 +283,17 @@ def test_files_are_named_as_sd_scripts_names_them(parts, tmp_path):
 
 def test_sizes_are_rounded_down_to_eights_but_not_below_64(parts, tmp_path):
     (path,) = draw(parts, [small(width=87, height=10)], tmp_path)
-    assert Image.open(path).size == (80, 64)
+    assert Image.open(path).size == (4 * 80, 4 * 64)  # too small to be looked at as it is
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [((64, 64), 4), ((128, 8), 4), ((136, 64), 1), ((512, 768), 1)]
+)
+def test_only_tiny_pictures_are_enlarged_pixel_by_pixel(size, factor):
+    picture = Image.effect_noise(size, 50)
+    result = enlarged(picture)
+    assert result.size == (factor * size[0], factor * size[1])
+    assert np.array_equal(np.asarray(result)[::factor, ::factor], np.asarray(picture))
 
 
 def pixels(path):

@@ -9,7 +9,9 @@ import pytest
 
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import OPTIONS
-from mlm_plugin.demo.options import as_argv
+from mlm_plugin.demo.command import DEFAULT_CONCEPT
+from mlm_plugin.demo.options import BEST_RATES, MLM_WEIGHT, RECOMMENDED_TERM, as_argv
+from mlm_plugin.demo.run import DemoSettings
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods.checks import check_config
 from mlm_plugin.pocket.concepts import REPORTED, TUNING
@@ -18,7 +20,15 @@ from research.bench import run, search, trial
 from research.bench.__main__ import main
 from research.bench.context import BenchContext
 from research.bench.grammars import GRAMMARS
-from research.bench.plan import ARMS, UNTRAINED, BenchPlan, Trial
+from research.bench.plan import (
+    ARMS,
+    PLAN,
+    RECOMMENDED,
+    REPORT_SEEDS,
+    UNTRAINED,
+    BenchPlan,
+    Trial,
+)
 from research.bench.records import Records
 from research.bench.run import Limits, run_stage
 from research.bench.search import Round
@@ -264,3 +274,19 @@ def test_a_key_depends_on_all_that_determines_a_result():
 def test_bad_input_is_one_line(argv, named, tmp_path):
     with pytest.raises(UserError, match=named):
         main([part.format(tmp_path) for part in argv])
+
+
+def test_the_demo_is_two_trials_of_the_report():
+    settings, term = DemoSettings(), ARMS[f"lora {RECOMMENDED['lora']}"]
+    assert settings.seed in REPORT_SEEDS
+    assert settings.num_train_steps == PLAN.evaluation_steps[-1]
+    assert tuple(settings.sampling) == (PLAN.num_steps, PLAN.guidance)
+    assert DEFAULT_CONCEPT in [concept.name for concept in REPORTED]
+    for arm, expected in (
+        (PLAIN, BEST_RATES),
+        (term, {**BEST_RATES, **RECOMMENDED_TERM, "weight": str(MLM_WEIGHT)}),
+    ):
+        records = Records().of("report", arm.name).values()
+        assert records
+        for record in records:
+            assert {**arm.flags, **record["setting"]} == expected
