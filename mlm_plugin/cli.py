@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mlm_plugin import __version__
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import is_of_the_disk
 
 __all__ = ["main", "run_command", "train_main"]
 
@@ -132,7 +133,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; a user's mistake becomes one line on stderr and exit code 2."""
+    """Run a command; a user's mistake becomes one line on stderr and exit code 2, a disk's 1."""
     try:
         return command(argv)
     except UserError as error:
@@ -144,6 +145,11 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str]) ->
     except BrokenPipeError:  # `mlm-plugin prompts | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if not is_of_the_disk(error):
+            raise
+        print(f"error: {error}; free some space or choose a folder of yours", file=sys.stderr)
+        return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,6 +67,8 @@ __all__ = ["CheckedRun", "build_trainer", "check_run", "train", "trainer_of"]
 
 logger = logging.getLogger(__name__)
 
+ENDS = (Stopped, NonFiniteLoss)  # of a run, during which the last state is saved
+
 COMMON_STATE_OPTIONS = (
     "method",
     "train_batch_size",
@@ -120,7 +122,8 @@ def train(argv: Sequence[str]) -> int:
         accelerator.print(f"stopped: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except SaveFailed as error:
-        accelerator.print(f"error: {error}", file=sys.stderr)
+        first = f"{error.__context__}; " if isinstance(error.__context__, ENDS) else ""
+        accelerator.print(f"error: {first}{error}", file=sys.stderr)
         return 1
     except NonFiniteLoss as error:
         accelerator.print(

@@ -15,6 +15,7 @@ from mlm_plugin.demo.trial import (
     create_trainer,
     pipeline_of,
 )
+from mlm_plugin.files import atomic_path
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.pocket.concepts import Concept, prompt_templates, write_concept
 from mlm_plugin.pocket.oracle import load_oracle
@@ -71,7 +72,8 @@ def run_demo(
             return stopped.exit_code
     texts = [prompt.text.replace("{}", concept.name) for prompt in prompt_templates(concept)]
     columns = {title: found.pictures for title, found in evaluations.items()}
-    comparison_grid(concept, texts[:NUM_SHOWN], columns).save(output / "grid.png")
+    with atomic_path(output / "grid.png") as temporary:
+        comparison_grid(concept, texts[:NUM_SHOWN], columns).save(temporary)
     print(f"wrote {output / 'plain' / 'last.safetensors'}, {output / 'mlm' / 'last.safetensors'} "
           f"and {output / 'grid.png'}")  # fmt: skip
     plain, mlm = (evaluations[title].scores for title in ("plain", "with MLM"))

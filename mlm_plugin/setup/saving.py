@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -19,12 +20,13 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
-from mlm_plugin.files import remove_leftovers
+from mlm_plugin.files import remove_temporaries
 from mlm_plugin.methods import Export
 from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.optimizers import optimizer_description
+from mlm_plugin.training.processes import same_outcome
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = [
@@ -46,7 +48,7 @@ LONGEST_ADDITION = len(".-step00000000-state.12345678.tmp.old")
 
 
 class SaveFailed(Exception):
-    """The final files could not be written under their names."""
+    """The last file or state could not be written under its name."""
 
 
 def require_output_name(options: OutputOptions) -> None:
@@ -172,7 +174,7 @@ class Saver(Callback):
         if not trainer.accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder, self.name)
+        remove_temporaries(self.folder, self._is_ours(trainer))
         dtype = SAVE_DTYPES[self.options.save_precision]
         needed = sum(
             tensor.numel() * (dtype or tensor.dtype).itemsize
@@ -210,19 +212,82 @@ class Saver(Callback):
         self._remove_state(trainer, old and self._epoch_name(old))
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Save the final file, its sidecar and preview.
+        """Save the final file, its sidecar and preview, and the state where one is asked for.
+
+        Raises:
+            SaveFailed: something could not be saved there; the message says where it is instead.
+        """
+        problems = [self._save_last_file(trainer)]
+        if self._wants_final_state:
+            problems.append(self._save_last_state(trainer, self._state_folder(self.name)))
+        if found := [problem for problem in problems if problem]:
+            raise SaveFailed("; ".join(found))
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Save the state, so that nothing is lost.
 
         Raises:
             SaveFailed: it could not be saved there; the message says where it is instead.
         """
+        folder = self._state_folder(self._step_name(trainer.progress.current_step))
+        if problem := self._save_last_state(trainer, folder):
+            raise SaveFailed(problem)
+        if trainer.accelerator.is_main_process:
+            logger.warning("state saved; continue with --resume %s", folder)
+
+    def _save_last_file(self, trainer: Trainer) -> str | None:
+        """Save and report the final file; what went wrong, or ``None``."""
+        path, epoch = self._path(self.name), trainer.plan.num_epochs
         try:
-            path = self._save(
-                trainer, self.name, epoch=trainer.plan.num_epochs, state=self._wants_final_state
-            )
+            self._export(trainer, path, epoch=epoch)
         except (OSError, UserError) as error:
-            raise SaveFailed(self._save_elsewhere(trainer, error)) from error
+            return self._elsewhere(
+                trainer,
+                _could_not(path, error),
+                # the name may be what cannot be written
+                lambda folder: self._export(trainer, folder / f"rescued{path.suffix}", epoch=epoch),
+                name=f"rescued{path.suffix}",
+            )
         if not trainer.accelerator.is_main_process:
-            return
+            return None
+        try:
+            self._report(trainer, path)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _save_last_state(self, trainer: Trainer, folder: Path) -> str | None:
+        """Save a state that has no later one; what went wrong, or ``None``."""
+        try:
+            trainer.save_state(folder)
+        except (OSError, UserError) as error:
+            return self._elsewhere(
+                trainer,
+                _could_not(folder, error),
+                lambda other: trainer.save_state(other / "rescued-state"),
+                name="rescued-state",
+            )
+        return None
+
+    def _elsewhere(
+        self, trainer: Trainer, what: str, save: Callable[[Path], None], *, name: str
+    ) -> str:
+        """Save in the system's temporary folder; says where it is. Every process must call it."""
+        folders = [self.folder]
+
+        def create() -> None:
+            if trainer.accelerator.is_main_process:
+                folders[0] = Path(tempfile.mkdtemp(prefix="mlm_plugin-"))
+
+        try:
+            same_outcome(trainer.accelerator, create)
+            save(folders[0])
+        except (OSError, UserError) as error:
+            return f"{what}, nor in {folders[0]} ({' '.join(str(error).split())})"
+        return f"{what}; it is saved as {folders[0] / name}, in a temporary folder: move it now"
+
+    def _report(self, trainer: Trainer, path: Path) -> None:
+        """Read the files back, say what they hold, and write what WebUIs show beside them."""
         method = trainer.method
         found, files = method.verify(path), method.files(path)
         names = [str(files[0])]
@@ -233,33 +298,6 @@ class Saver(Callback):
                 self._write_webui_files(file, words)
         except OSError as error:
             logger.warning("%s is saved, but not all files beside it (%s)", path, error)
-
-    def _save_elsewhere(self, trainer: Trainer, error: Exception) -> str:
-        """Save what is trained in the system's temporary folder; says where it is."""
-        what = f"{self._path(self.name)} could not be saved ({' '.join(str(error).split())})"
-        if trainer.accelerator.num_processes > 1:
-            return f"{what}; continue from the last saved state or file"
-        try:
-            self.folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-"))
-            self.name = "rescued"  # the name may be what cannot be written
-            path = self._save(trainer, self.name, epoch=trainer.plan.num_epochs, state=False)
-        except (OSError, UserError) as second:
-            return f"{what}, nor in {self.folder} ({' '.join(str(second).split())})"
-        return f"{what}; it is saved as {path}, in a temporary folder: move it now"
-
-    def on_stop(self, trainer: Trainer) -> None:
-        """Save the state, so that nothing is lost."""
-        folder = self._state_folder(self._step_name(trainer.progress.current_step))
-        try:
-            trainer.save_state(folder)
-        except OSError as error:
-            if trainer.accelerator.num_processes > 1:
-                raise  # the others wait for this process
-            logger.error("%s could not be saved (%s)", folder, error)
-            folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-")) / "rescued-state"
-            trainer.save_state(folder)
-        if trainer.accelerator.is_main_process:
-            logger.warning("state saved; continue with --resume %s", folder)
 
     def _write_webui_files(self, file: Path, words: Mapping[str, str]) -> None:
         """Write JSON and preview beside a file, and print a hint where WebUIs use other words."""
@@ -288,16 +326,23 @@ class Saver(Callback):
 
     def _try_to_save(self, trainer: Trainer, name: str, *, epoch: int) -> None:
         """Save during the run; a full disk does not end a run that may find space later."""
-        try:
-            self._save(trainer, name, epoch=epoch)
-        except (OSError, UserError) as error:
-            if trainer.accelerator.num_processes > 1:
-                raise  # the others wait for this process
-            logger.error("%s could not be saved (%s); training continues", name, error)
+        writes = {self._path(name): lambda: self._export(trainer, self._path(name), epoch=epoch)}
+        if self.options.save_state:
+            folder = self._state_folder(name)
+            writes[folder] = lambda: trainer.save_state(folder)
+        for path, write in writes.items():
+            try:
+                write()
+            except (OSError, UserError) as error:
+                if trainer.accelerator.is_main_process:
+                    logger.error("%s; training continues", _could_not(path, error))
 
-    def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
-        path = self._path(name)
-        if trainer.accelerator.is_main_process:
+    def _export(self, trainer: Trainer, path: Path, *, epoch: int) -> None:
+        """Write what is trained; every process must call it, and all fail where one does."""
+
+        def export() -> None:
+            if not trainer.accelerator.is_main_process:
+                return
             with trainer.evaluating():
                 trainer.method.export(
                     Export(
@@ -306,14 +351,23 @@ class Saver(Callback):
                         dtype=SAVE_DTYPES[self.options.save_precision],
                     )
                 )
-        if self.options.save_state if state is None else state:
-            trainer.save_state(self._state_folder(name))
-        return path
+
+        same_outcome(trainer.accelerator, export)
 
     def _epochs_between(self, trainer: Trainer) -> int | None:
         if ratio := self.options.save_n_epoch_ratio:
             return max(1, trainer.plan.num_epochs // ratio)
         return self.options.save_every_n_epochs
+
+    def _is_ours(self, trainer: Trainer) -> Callable[[str], bool]:
+        """Whether a file or folder is one that this run writes, at whatever step."""
+        start = len(self.name)
+        stems = {file.stem[start:] for file in trainer.method.files(self._path(self.name))}
+        ours = re.compile(
+            rf"{re.escape(self.name)}(-step\d{{8}}|-\d{{6}})?"
+            rf"({'|'.join(map(re.escape, stems))}|-state)(\.\w+)?"
+        )
+        return lambda name: bool(ours.fullmatch(name))
 
     def _epoch_name(self, epoch: int) -> str:
         return f"{self.name}-{epoch:06d}"
@@ -342,6 +396,10 @@ class Saver(Callback):
     def _remove_state(self, trainer: Trainer, name: str | None) -> None:
         if name and self.options.save_state and trainer.accelerator.is_main_process:
             shutil.rmtree(self._state_folder(name), ignore_errors=True)
+
+
+def _could_not(path: Path, error: Exception) -> str:
+    return f"{path} could not be saved ({' '.join(str(error).split())})"
 
 
 def removed_epoch(epoch: int, *, every: int, last: int | None) -> int | None:

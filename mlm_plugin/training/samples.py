@@ -50,6 +50,7 @@ __all__ = [
     "generate_samples",
     "parse_sample_prompts",
     "sample_due",
+    "save_sample",
 ]
 
 logger = logging.getLogger(__name__)
@@ -226,11 +227,16 @@ def generate_samples(
             for index, prompt in enumerate(prompts):
                 latents = _sample(prompt, models, sampler)
                 paths.append(files.path(index, prompt.seed))
-                with atomic_path(paths[-1]) as temporary:
-                    decode_latents(models.vae, latents).save(temporary)
+                save_sample(paths[-1], decode_latents(models.vae, latents))
         finally:
             models.vae.to(vae_device)
     return paths
+
+
+def save_sample(path: Path, picture: Image.Image) -> None:
+    """Write a picture, completely or not at all."""
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
 
 
 def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:

@@ -24,6 +24,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import disk_errors, put_in_place
 from mlm_plugin.methods.base import Method
 from mlm_plugin.models.weights_files import read_weights, write_weights
+from mlm_plugin.training.processes import same_outcome
 
 __all__ = [
     "Progress",
@@ -86,35 +87,50 @@ def save_state(
 
     Every process must call it: each adds its random state. ``settings`` are the options on which
     the state depends, by name, for :func:`check_state`.
+
+    Raises:
+        OSError: on every process, whichever could not write.
     """
     unfinished = _shared_temporary_folder(folder, accelerator)
-    try:
+    values = {**asdict(progress), "settings": dict(settings)}
+
+    def write() -> None:
         with disk_errors(folder):
             accelerator.save_state(str(unfinished))
-        accelerator.wait_for_everyone()
+
+    def complete() -> None:
         if accelerator.is_main_process:
-            write_weights(unfinished / WEIGHTS_FILE, method.state_dict(), metadata={})
-            (unfinished / PROGRESS_FILE).write_text(
-                json.dumps({**asdict(progress), "settings": dict(settings)}, indent=2),
-                encoding="utf-8",
-            )
+            _write_parts(unfinished, method, values)
             _move_into_place(unfinished, folder)
-        accelerator.wait_for_everyone()
+
+    try:
+        same_outcome(accelerator, write)
+        same_outcome(accelerator, complete)
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _shared_temporary_folder(folder: Path, accelerator: Accelerator) -> Path:
-    name = None
-    if accelerator.is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-    return Path(broadcast_object_list([name])[0])
+    name = [None]
+
+    def create() -> None:
+        if accelerator.is_main_process:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            name[0] = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+
+    same_outcome(accelerator, create)
+    return Path(broadcast_object_list(name)[0])
+
+
+def _write_parts(unfinished: Path, method: Method, values: Mapping[str, object]) -> None:
+    """What accelerate's state lacks: the weights and the progress."""
+    write_weights(unfinished / WEIGHTS_FILE, method.state_dict(), metadata={})
+    path = unfinished / PROGRESS_FILE
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def _move_into_place(unfinished: Path, folder: Path) -> None:
-    unfinished.chmod(0o755)
     if not folder.exists():
         put_in_place(unfinished, folder)
         return
