@@ -60,6 +60,7 @@ from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.plan import MLMTerm, Objective
+from mlm_plugin.training.schedulers import rate_jumps
 from mlm_plugin.training.state import RunIdentity, check_state
 from mlm_plugin.training.trainer import Trainer
 
@@ -308,7 +309,13 @@ def _resume(trainer: Trainer, state: str | None) -> None:
                 "left to train; raise max_train_steps or max_train_epochs, or use the file saved "
                 "beside the state"
             )
-        logger.info("resuming from %s, step %d", state, trainer.progress.current_step)
+        logger.info("resuming from %s, step %d", state, step)
+        for old, new in rate_jumps(trainer.scheduler)[:1]:
+            logger.warning(
+                "resume: the schedule now spans %d steps, and the run before had another length: "
+                "the learning rate goes from %.3g to %.3g after step %d, which no single run does",
+                *(last, old, new, step),
+            )
 
 
 def _settings_of(

@@ -1,7 +1,7 @@
 """Files beside a LoRA that A1111 and Forge show: ``<name>.json`` and the preview ``<name>.png``.
 
 What a user has written into the JSON stays; the words that the run knows follow the file. A preview
-that exists is left alone.
+follows it too, unless the user has put another picture in its place.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from mlm_plugin.files import atomic_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["write_preview", "write_sidecar"]
+__all__ = ["is_own_preview", "write_preview", "write_sidecar"]
 
 logger = logging.getLogger(__name__)
 
+OWN_MARK = "mlm_plugin preview"
 PREVIEW_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -93,19 +94,36 @@ def _version(base_model_version: str) -> str:
 def write_preview(lora_path: str | os.PathLike, image: Image) -> Path | None:
     """Write the preview that WebUIs show for a LoRA, ``<name>.png``.
 
+    One that an earlier run wrote is replaced: it shows what that run had learned.
+
     Returns:
-        The file, or ``None`` if the LoRA already has a preview of any kind.
+        The file, or ``None`` if the user has given the LoRA a preview of any kind.
     """
-    lora_path = Path(lora_path)
-    for suffix in PREVIEW_SUFFIXES:
-        for candidate in (
-            lora_path.with_suffix(suffix),
-            lora_path.with_suffix(f".preview{suffix}"),
-        ):
-            if candidate.exists():
-                logger.info("%s exists already and is left unchanged", candidate)
-                return None
-    path = lora_path.with_suffix(".png")
+    from PIL.PngImagePlugin import PngInfo
+
+    path = Path(lora_path).with_suffix(".png")
+    for found in _previews(path):
+        if not is_own_preview(found):
+            logger.info("%s exists already and is left unchanged", found)
+            return None
+    mark = PngInfo()
+    mark.add_text("Software", OWN_MARK)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=mark)
     return path
+
+
+def _previews(path: Path) -> list[Path]:
+    endings = [*PREVIEW_SUFFIXES, *(f".preview{suffix}" for suffix in PREVIEW_SUFFIXES)]
+    return [found for ending in endings if (found := path.with_suffix(ending)).exists()]
+
+
+def is_own_preview(path: Path) -> bool:
+    """Whether an earlier run wrote this picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == OWN_MARK
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for damaged pictures
+        return False

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import OutputOptions, TrainConfig
+from mlm_plugin.config.options import OPTIONS, OutputOptions, TrainConfig
 from mlm_plugin.contextualizer_file import LoadedContextualizer
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.export.metadata import RunFacts, dataset_facts, file_identity, file_metadata
-from mlm_plugin.export.sidecar import write_preview, write_sidecar
+from mlm_plugin.export.sidecar import is_own_preview, write_preview, write_sidecar
 from mlm_plugin.files import remove_temporaries
 from mlm_plugin.methods import Export
 from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
@@ -43,6 +43,11 @@ logger = logging.getLogger(__name__)
 MAX_NAME_BYTES = 255
 """The longest file name of common file systems."""
 
+ADDITIONS = ("", r"_embedding\w*", "_lora", r"\w*_average", r"-step\d{8}", r"-\d{6}", "-state")
+"""What methods and steps add to ``output_name``, as patterns."""
+
+MAX_NAMED = 5  # files in one message
+
 LONGEST_ADDITION = len(".-step00000000-state.12345678.tmp.old")
 """What temporary names, step and state add to ``output_name`` at most."""
 
@@ -65,6 +70,7 @@ def require_output_name(options: OutputOptions) -> None:
             f"at most {MAX_NAME_BYTES} with all that is added; choose a shorter one"
         )
     path = Path(options.output_dir) / f"{name}.{options.save_model_as}"
+    _warn_of_others(path)
     if path.is_dir():
         raise UserError(
             f"output_name = {name!r}: {path} is a folder, so the file cannot be written; remove "
@@ -72,6 +78,24 @@ def require_output_name(options: OutputOptions) -> None:
         )
     if path.exists():
         logger.warning("%s exists and will be replaced; output_name chooses another name", path)
+
+
+def _warn_of_others(path: Path) -> None:
+    """Name what an earlier run of this name left, of another method or kind of file."""
+    ours = re.compile(rf"{re.escape(path.stem)}({'|'.join(ADDITIONS)})(\.\w+)?")
+    suffixes = {f".{kind}" for kind in OPTIONS["save_model_as"].choices}
+    found = path.parent.iterdir() if path.parent.is_dir() else []
+    names = sorted(
+        item.name
+        for item in found
+        if item != path and ours.fullmatch(item.name) and (item.is_dir() or item.suffix in suffixes)
+    )
+    if names:
+        logger.warning(
+            "%s: an earlier run of this name left %s; what this run does not write again stays",
+            path.parent,
+            ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else ""),
+        )
 
 
 class RunRecord:
@@ -317,6 +341,8 @@ class Saver(Callback):
 
             with Image.open(picture) as image:
                 write_preview(file, image)
+        elif is_own_preview(old := file.with_suffix(".png")):
+            logger.warning("%s is of an earlier run of this name, and this run drew none", old)
         if words:
             print(f"in WebUIs {file.name} is called by {trigger_of(named)!r}")
 
