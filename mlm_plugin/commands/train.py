@@ -52,14 +52,15 @@ from mlm_plugin.setup.models import (
 )
 from mlm_plugin.setup.optimization import create_optimization, create_plan
 from mlm_plugin.setup.sampling import SampleDrawer, sample_drawer
-from mlm_plugin.setup.saving import RunRecord, SaveFailed, Saver, require_output_name
+from mlm_plugin.setup.saving import RunRecord, Saver, require_output_name
 from mlm_plugin.setup.term import attach_term, prepare_term
 from mlm_plugin.setup.tracking import curve_loggers
-from mlm_plugin.training.callbacks import Callback
+from mlm_plugin.training.callbacks import Callback, SaveFailed
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.plan import MLMTerm, Objective
+from mlm_plugin.training.processes import ProcessLost
 from mlm_plugin.training.schedulers import rate_jumps
 from mlm_plugin.training.state import RunIdentity, check_state
 from mlm_plugin.training.trainer import Trainer
@@ -125,6 +126,9 @@ def train(argv: Sequence[str]) -> int:
     except SaveFailed as error:
         first = f"{error.__context__}; " if isinstance(error.__context__, ENDS) else ""
         accelerator.print(f"error: {first}{error}", file=sys.stderr)
+        return 1
+    except ProcessLost as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except NonFiniteLoss as error:
         accelerator.print(

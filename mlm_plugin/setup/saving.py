@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import random
 import re
@@ -24,14 +25,13 @@ from mlm_plugin.files import remove_temporaries
 from mlm_plugin.methods import Export
 from mlm_plugin.mlm_setup import mlm_target, prompt_set_names, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.callbacks import Callback, SaveFailed, StepResult
 from mlm_plugin.training.optimizers import optimizer_description
 from mlm_plugin.training.processes import same_outcome
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = [
     "RunRecord",
-    "SaveFailed",
     "Saver",
     "removed_epoch",
     "removed_step",
@@ -50,10 +50,6 @@ MAX_NAMED = 5  # files in one message
 
 LONGEST_ADDITION = len(".-step00000000-state.12345678.tmp.old")
 """What temporary names, step and state add to ``output_name`` at most."""
-
-
-class SaveFailed(Exception):
-    """The last file or state could not be written under its name."""
 
 
 def require_output_name(options: OutputOptions) -> None:
@@ -77,7 +73,21 @@ def require_output_name(options: OutputOptions) -> None:
             "it or choose another name"
         )
     if path.exists():
+        _require_replaceable(path)
         logger.warning("%s exists and will be replaced; output_name chooses another name", path)
+
+
+def _require_replaceable(path: Path) -> None:
+    """A read-only file can be replaced where its folder can be written; an immutable one cannot."""
+    try:
+        with path.open("r+b"):
+            pass
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise UserError(
+                f"output_name: {path} exists and cannot be replaced ({error.strerror}): it is "
+                "immutable (chattr -i changes that); choose another name"
+            ) from error
 
 
 def _warn_of_others(path: Path) -> None:
@@ -323,6 +333,14 @@ class Saver(Callback):
         except OSError as error:
             logger.warning("%s is saved, but not all files beside it (%s)", path, error)
 
+    def on_lost(self, trainer: Trainer) -> None:
+        """Save what is trained so far; a state needs the processes that may be gone."""
+        if not trainer.accelerator.is_main_process:
+            return
+        path = self._path(self._step_name(trainer.progress.current_step))
+        self._write(trainer, path, epoch=trainer.progress.current_epoch)
+        logger.error("a process failed: %s holds what is trained, and there is no state", path)
+
     def _write_webui_files(self, file: Path, words: Mapping[str, str]) -> None:
         """Write JSON and preview beside a file, and print a hint where WebUIs use other words."""
         named = [
@@ -367,18 +385,21 @@ class Saver(Callback):
         """Write what is trained; every process must call it, and all fail where one does."""
 
         def export() -> None:
-            if not trainer.accelerator.is_main_process:
-                return
-            with trainer.evaluating():
-                trainer.method.export(
-                    Export(
-                        path,
-                        metadata=lambda kind: self.record.metadata(trainer, kind, epoch=epoch),
-                        dtype=SAVE_DTYPES[self.options.save_precision],
-                    )
-                )
+            if trainer.accelerator.is_main_process:
+                self._write(trainer, path, epoch=epoch)
 
         same_outcome(trainer.accelerator, export)
+
+    def _write(self, trainer: Trainer, path: Path, *, epoch: int) -> None:
+        """Write what is trained, on this process alone."""
+        with trainer.evaluating():
+            trainer.method.export(
+                Export(
+                    path,
+                    metadata=lambda kind: self.record.metadata(trainer, kind, epoch=epoch),
+                    dtype=SAVE_DTYPES[self.options.save_precision],
+                )
+            )
 
     def _epochs_between(self, trainer: Trainer) -> int | None:
         if ratio := self.options.save_n_epoch_ratio:

@@ -18,16 +18,32 @@ from torch import Tensor, nn
 from mlm_plugin.errors import UserError
 
 __all__ = [
+    "ProcessLost",
     "ProcessStep",
     "average_gradients",
     "drop_unused_gradients",
     "first_given",
     "gather_step",
     "same_outcome",
+    "tells_lost_process",
 ]
 
 BUCKET = 64 * 2**20  # bytes of gradients that processes exchange at once
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 T = TypeVar("T")
+
+
+class ProcessLost(Exception):
+    """Another process of the run has ended."""
+
+    def __init__(self):
+        super().__init__("another process of this run has ended; its own message says why")
+
+
+def tells_lost_process(error: Exception) -> bool:
+    """Whether an exchange failed because another process is gone (gloo, NCCL)."""
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    return isinstance(error, kinds) or any(words in str(error) for words in LOST)
 
 
 class ProcessStep(NamedTuple):

@@ -7,6 +7,7 @@ This file is also the program that `accelerate launch` starts twice, as in
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -71,10 +72,30 @@ def process_group(store, rank):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def lost_run(folder, rank):
+    """Rank 1 is killed in the second step."""
+    from mlm_plugin.cli import train_main
+    from mlm_plugin.training.trainer import Trainer
+
+    step = Trainer._train_step
+
+    def killed(trainer, *values, **settings):
+        if rank == 1 and trainer.progress.current_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, *values, **settings)
+
+    Trainer._train_step = killed
+    with process_group(folder / "lost.store", rank):
+        code = train_main(json.loads((folder / "lost.json").read_text()))
+    os._exit(code)  # without waiting for the other one
+
+
 def program():
     from mlm_plugin.cli import train_main
 
     torch.set_num_threads(1)
+    if sys.argv[2:] == ["lost"]:
+        lost_run(Path(sys.argv[1]), int(os.environ["RANK"]))
     folder, rank, codes = Path(sys.argv[1]), int(os.environ["RANK"]), {}
     spare = folder / "temporary"
     tempfile.tempdir = str(spare)
@@ -98,34 +119,46 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def printed(folder, toy_folder, toy_pictures):
-    """All runs by two processes, and their output."""
-    (folder / "temporary").mkdir()
-    flags = [
+def flags(toy_folder, toy_pictures):
+    return [
         *("--pretrained_model_name_or_path", str(toy_folder)),
         *("--train_data_dir", str(toy_pictures), "--method", "textual_inversion"),
         *("--resolution", "64", "--max_train_steps", "2", "--seed", "1", "--output_name", "dog"),
         *("--max_data_loader_n_workers", "0", "--mlm_loss_weight", "0"),
-        *("--save_every_n_steps", "1", "--save_state"),
     ]
-    runs = {name: [*flags, "--output_dir", str(folder / name)] for name in FAILS}
-    (folder / "runs.json").write_text(json.dumps(runs))
+
+
+@pytest.fixture(scope="module")
+def environment():
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def printed(folder, flags, environment):
+    """All runs by two processes, and their output."""
+    (folder / "temporary").mkdir()
+    flags = [*flags, "--save_every_n_steps", "1", "--save_state"]
+    runs = {name: [*flags, "--output_dir", str(folder / name)] for name in FAILS}
+    (folder / "runs.json").write_text(json.dumps(runs))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
             *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
-            *("--dynamo_backend", "no", "--main_process_port", str(port)),
+            *("--dynamo_backend", "no", "--main_process_port", free_port()),
             *(__file__, str(folder)),
         ],
         timeout=300,  # a process that waits for the other one would wait for a day
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        env=environment,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -165,6 +198,29 @@ def test_it_is_said_once_and_without_a_traceback(printed):
     assert printed.count("training continues") == 3
     assert printed.count("error: ") == 2
     assert printed.count("in a temporary folder: move it now") == 2
+
+
+def test_a_process_that_is_killed_does_not_take_the_weights_with_it(folder, flags, environment):
+    """Without the launcher, which would end the other one too."""
+    out = folder / "lost"
+    (folder / "lost.json").write_text(json.dumps([*flags, "--output_dir", str(out)]))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), "lost"],
+            env=environment | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    text, _ = processes[0].communicate(timeout=120)
+    assert processes[1].wait(timeout=120) == -signal.SIGKILL
+    assert processes[0].returncode == 1
+    assert "Traceback" not in text
+    assert "another process of this run has ended" in text
+    assert load_file(out / "dog-step00000001.safetensors")
 
 
 if __name__ == "__main__":
