@@ -258,8 +258,6 @@ def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
         models.noise_scheduler,
         prediction_type=models.prediction_type,
     )
-    if prompt.sample_steps == scheduler.config.num_train_timesteps:
-        scheduler.register_to_config(steps_offset=0)  # there is no timestep after the last one
     size = _rounded(prompt.height), _rounded(prompt.width)
     with models.autocast():
         return denoise(
@@ -320,6 +318,8 @@ def denoise(
         fp32 latents, ``(1, C, height / 8, width / 8)``.
     """
     weight, (size, num_steps, scale) = next(unet.parameters()), settings
+    if num_steps == scheduler.config.num_train_timesteps:
+        scheduler.register_to_config(steps_offset=0)  # there is no timestep after the last one
     scheduler.set_timesteps(num_steps, device=weight.device)
     shape = (1, unet.config.in_channels, size[0] // LATENT_SCALE, size[1] // LATENT_SCALE)
     latents = torch.randn(shape, generator=generator).to(weight.device)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from mlm_plugin.cli import train_main
 from mlm_plugin.config.options import OptimizerOptions
 from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.term import _read_counters
 from mlm_plugin.training.schedulers import create_scheduler, rate_jumps
 from mlm_plugin.training.state import RunIdentity, load_state
 
@@ -167,6 +168,16 @@ def test_settings_that_are_no_object_are_named(base, state, tmp_path, capsys, se
     path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
     assert resume(base, state, tmp_path / "out") == 2
     assert "train_state.json: settings is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1, 2]", '{"step": 1}', '{"step": "x", "call": 1}', "\xe9"]
+)
+def test_damaged_counters_of_the_term_in_sd_scripts_are_named(tmp_path, content):
+    path = tmp_path / "mlm_state.json"
+    path.write_text(content, encoding="latin1")
+    with pytest.raises(UserError, match="mlm_state.json is damaged"):
+        _read_counters(path)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial", "constant"])

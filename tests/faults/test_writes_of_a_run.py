@@ -7,6 +7,8 @@ import errno
 import json
 import logging
 import os
+import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -347,6 +349,70 @@ def test_temporaries_in_the_folders_of_pictures_and_samples_are_removed(argument
     assert train_main([*arguments, *flags]) == 0
     assert not [path.name for path in old if path.exists()]
     assert all(path.exists() for path in [*kept, new])
+
+
+@pytest.fixture
+def immutable():
+    """Makes a file or folder immutable, also for root; and undoes it."""
+    made = []
+
+    def make(path):
+        made.append(path)
+        done = subprocess.run(["chattr", "+i", path], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("chattr +i needs root and a file system that knows it")
+
+    if shutil.which("chattr") is None:
+        pytest.skip("there is no chattr")
+    yield make
+    for path in made:
+        subprocess.run(["chattr", "-i", path], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_is_immutable_is_refused_before_training(arguments, immutable, tmp_path, capsys, what):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "dog.safetensors").write_bytes(b"old")
+    immutable(out if what == "folder" else out / "dog.safetensors")
+    assert train_main(arguments) == 2
+    text = output(capsys)
+    assert {"file": "output_name", "folder": "output_dir"}[what] in text
+    assert "steps:" not in text
+    assert (out / "dog.safetensors").read_bytes() == b"old"
+
+
+def test_a_read_only_file_is_replaced_as_its_folder_can_be_written(arguments, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "dog.safetensors").write_bytes(b"old")
+    (out / "dog.safetensors").chmod(0o444)
+    assert train_main([*arguments, "--max_train_steps", "1"]) == 0
+    assert load_file(out / "dog.safetensors")
+
+
+@pytest.mark.parametrize("flags", [(), ("--save_state", "--save_every_n_steps", "1")])
+def test_what_becomes_immutable_during_the_run_is_told(
+    arguments, immutable, monkeypatch, tmp_path, capsys, flags
+):
+    """Between the check and the save anything can happen."""
+    from mlm_plugin.training.trainer import Trainer
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    out, step = tmp_path / "out", Trainer._train_step
+
+    def train_step(*values, **settings):
+        immutable(out)
+        return step(*values, **settings)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    assert train_main([*arguments, *flags]) == 1
+    text = output(capsys)
+    assert "Traceback" not in text
+    assert list(out.iterdir()) == []
+    rescued = {path.name for path in (tmp_path / "temporary").glob("mlm_plugin-*/*")}
+    assert rescued == {"rescued.safetensors", *(["rescued-state"] if flags else [])}
 
 
 def test_a_name_that_is_taken_is_said_before_training(arguments, tmp_path, capsys):
