@@ -266,25 +266,38 @@ def _umask() -> int:
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     """A folder in the user's cache, made on first use: all of it, or none.
 
+    Where the cache is full or cannot be written, it is made in a temporary folder, with a warning.
+
     Args:
         name: below the cache folder; parts may be joined by ``/``.
         build: fills a folder that does not exist yet.
     """
     folder = cache_dir() / name
-    if not folder.exists():
-        folder = writable_cache_dir() / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(folder.parent, folder.name.__eq__)
-        unfinished = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(32):08x}")
+    if folder.exists():
+        return folder
+    cache = writable_cache_dir()
+    try:
+        return _built(cache / name, build)
+    except OSError as error:
+        if not is_of_the_disk(error) or cache != cache_dir():
+            raise
+        return _built(_temporary_cache(f"MLM_PLUGIN_CACHE = {str(cache)!r}: {error}") / name, build)
+
+
+def _built(folder: Path, build: Callable[[Path], None]) -> Path:
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(folder.parent, folder.name.__eq__)
+    unfinished = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(32):08x}")
+    try:
+        with disk_errors(folder):
+            build(unfinished)
         try:
-            with disk_errors(folder):
-                build(unfinished)
-            try:
-                put_in_place(unfinished, folder)
-            except OSError:  # another process was faster
-                if not folder.exists():
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            put_in_place(unfinished, folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -41,7 +42,7 @@ class Run(NamedTuple):
     said: str = "could not be saved"
 
 
-PIVOTAL = ("--method", "pivotal")
+PIVOTAL = ("--method", "pivotal", "--network_dim", "2")
 SAMPLES = ("--sample_every_n_steps", "2", "--sample_prompts")
 RUNS = {
     "intermediate file": Run("dog-step00000001.safetensors", ("--save_every_n_steps", "1")),
@@ -73,8 +74,8 @@ def arguments(toy_folder, toy_pictures, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog --w 64 --h 64 --s 1 --d 1\na cat --w 64 --h 64\n")
     return [
         *("--pretrained_model_name_or_path", str(toy_folder)),
-        *("--train_data_dir", str(pictures.parent)),
-        *("--resolution", "64", "--network_dim", "2", "--max_train_steps", "2", "--seed", "1"),
+        *("--train_data_dir", str(pictures.parent), "--method", "textual_inversion"),
+        *("--resolution", "64", "--max_train_steps", "2", "--seed", "1"),
         *("--max_data_loader_n_workers", "0", "--mlm_loss_weight", "0"),
         *("--output_dir", str(tmp_path / "out"), "--output_name", "dog"),
     ]
@@ -127,8 +128,10 @@ def output(capsys):
 
 
 def torn(folder):
-    """Files under final names that cannot be read."""
+    """What has a hidden name; everything under a final name can be read."""
     for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         if path.suffix == ".safetensors":
             load_file(path)
         elif path.suffix == ".pt":
@@ -291,6 +294,20 @@ def test_a_contextualizer_made_by_hand_is_saved_elsewhere(toy_folder, failing, t
     assert str(saved) in output(capsys)
 
 
+def test_a_cache_that_is_full_is_replaced_by_a_temporary_folder(
+    failing, monkeypatch, tmp_path, caplog
+):
+    from mlm_plugin.files import cached_folder
+
+    logging.getLogger("mlm_plugin").propagate = True
+    monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path / "cache"))
+    failing("model", errno.ENOSPC)
+    folder = cached_folder("some/model", lambda path: path.mkdir())
+    assert folder.is_relative_to(tmp_path / "temporary")
+    assert cached_folder("some/model", lambda path: path.mkdir()) == folder
+    assert len([x for x in caplog.records if "MLM_PLUGIN_CACHE" in x.getMessage()]) == 1
+
+
 # --- samples ---
 
 
@@ -325,6 +342,54 @@ def test_a_stop_while_drawing_is_no_failed_sample(arguments, monkeypatch, tmp_pa
             train_main([*arguments, *flags])
     else:
         assert train_main([*arguments, *flags]) == 130
+
+
+# --- kills ---
+
+EVERYTHING = (
+    *("--save_every_n_steps", "1", "--save_state", "--cache_latents_to_disk"),
+    *(*SAMPLES, "PROMPTS"),
+)
+KILLED_AT = ["_sd.npz", "dog-step00000001.safetensors", "dog_000002_00_", "dog-state", "dog.json"]
+
+
+def killed_run(arguments, part, *, after):
+    """Run it in a child process that is killed before or after a file gets this name."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+        replace = os.replace
+
+        def kill(source, target):
+            if part in Path(target).name:
+                if after:
+                    replace(source, target)
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = kill
+        try:
+            train_main(arguments)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+@pytest.mark.parametrize("part", KILLED_AT)
+def test_after_a_kill_the_next_run_of_that_name_is_whole(arguments, tmp_path, part):
+    flags = [*arguments, *filled(EVERYTHING, tmp_path)]
+    after = KILLED_AT.index(part) % 2 == 1
+    assert killed_run(flags, part, after=after) == signal.SIGKILL
+    folders = [tmp_path / "out", tmp_path / "pictures"]
+    for folder in folders:
+        for path in folder.rglob(".*"):
+            os.utime(path, (0, 0))
+        torn(folder)
+    assert train_main(flags) == 0
+    assert [torn(folder) for folder in folders] == [[], []]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"dog.safetensors", "dog.json", "dog.png", "dog-state"} <= names
 
 
 # --- what earlier runs left ---
