@@ -305,7 +305,8 @@ def test_a_cache_that_is_full_is_replaced_by_a_temporary_folder(
     folder = cached_folder("some/model", lambda path: path.mkdir())
     assert folder.is_relative_to(tmp_path / "temporary")
     assert cached_folder("some/model", lambda path: path.mkdir()) == folder
-    assert len([x for x in caplog.records if "MLM_PLUGIN_CACHE" in x.getMessage()]) == 1
+    messages = {record.getMessage() for record in caplog.records}
+    assert len([text for text in messages if "MLM_PLUGIN_CACHE" in text]) == 1
 
 
 # --- samples ---
