@@ -505,6 +505,7 @@ IN_A_TEMPORARY_FOLDER = {  # functions that are given one by their caller
     ("training/state.py", "_write_parts"),
 }
 NO_FILE = {
+    ("contextualizer_file.py", "in_memory"),
     ("evaluation/rendering.py", "embed_picture"),
     ("evaluation/charts.py", "svg"),
     ("export/lora_files.py", "kohya_hashes"),
