@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from mlm_plugin.config.pretraining import RECIPE
 from mlm_plugin.errors import UserError
@@ -26,6 +28,7 @@ __all__ = [
     "contextualizer_settings",
     "digest_of",
     "fits",
+    "in_memory",
     "load_and_report",
     "load_contextualizer",
     "read_contextualizer",
@@ -105,13 +108,23 @@ def save_contextualizer(
 ) -> None:
     """Write weights, mask vector, sizes and facts into one safetensors file, atomically."""
     contextualizer.require_trained()
-    tensors = {k: for_file(v, torch.float32) for k, v in contextualizer.state_dict().items()}
     metadata = {
         "format": FORMAT,
         "sizes": json.dumps(asdict(contextualizer.sizes)),
         "facts": json.dumps(asdict(facts)),
     }
-    write_weights(path, tensors, metadata=metadata)
+    write_weights(path, _tensors(contextualizer), metadata=metadata)
+
+
+def _tensors(contextualizer: Contextualizer) -> dict[str, Tensor]:
+    return {k: for_file(v, torch.float32) for k, v in contextualizer.state_dict().items()}
+
+
+def in_memory(contextualizer: Contextualizer, facts: ContextualizerFacts) -> LoadedContextualizer:
+    """A contextualizer without a file, as :func:`load_contextualizer` gives it."""
+    digest = hashlib.sha256(save(_tensors(contextualizer))).hexdigest()[:16]
+    network = contextualizer.to("cpu", torch.float32).requires_grad_(False).eval()
+    return LoadedContextualizer(network, facts, digest)
 
 
 def load_and_report(path: str | Path, text_encoder: TextEncoder) -> LoadedContextualizer:

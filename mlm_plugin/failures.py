@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mlm_plugin import __version__
 from mlm_plugin.errors import UserError
+from mlm_plugin.files import is_of_the_disk
 
 __all__ = ["TRACEBACK", "exit_code_of", "one_line"]
 
@@ -60,7 +61,8 @@ def exit_code_of(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -
             print(_report(error), file=sys.stderr)
             return 1
         print(f"error: {one_line(line)}", file=sys.stderr)
-        return getattr(error, "exit_code", UserError.exit_code)
+        of_the_disk = isinstance(error, OSError) and is_of_the_disk(error)
+        return getattr(error, "exit_code", 1 if of_the_disk else UserError.exit_code)
 
 
 def one_line(text: str) -> str:
@@ -78,9 +80,10 @@ def _line_of(error: Exception) -> str | None:
     """The one line for an error that a user can mend; ``None`` for any other."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and (error.errno is not None or is_of_the_disk(error)):
         place = f"{error.filename}: " if error.filename is not None else ""
-        return f"{place}{error.strerror or error}"
+        hint = "; free some space or choose a folder of yours" if is_of_the_disk(error) else ""
+        return f"{place}{error.strerror or error}{hint}"
     if _is_out_of_memory(error):
         return (
             f"not enough memory ({one_line(str(error))[:120] or type(error).__name__}); "

@@ -27,14 +27,16 @@ from safetensors import SafetensorError
 from mlm_plugin.errors import UserError
 
 __all__ = [
+    "DiskError",
     "atomic_path",
     "cache_dir",
     "cached_folder",
     "disk_errors",
+    "is_of_the_disk",
     "parse_json",
     "put_in_place",
     "read_text",
-    "remove_leftovers",
+    "remove_temporaries",
     "require_writable",
     "writable_cache_dir",
 ]
@@ -45,68 +47,107 @@ STARTED = time.time()  # of this process, nearly
 
 # torch.save reports a full or failing disk as a RuntimeError with one of these.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
+RUST_ERROR = re.compile(r"\(os error \d+\)")  # tokenizers raises a plain Exception with it
+
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[a-z0-9_]{8}(?P<is_file>\.tmp)?(?P<end>\.old|\.\w+)?")
+"""Names of unfinished files (``.dog.0123abcd.tmp.safetensors``) and folders."""
+
+OF_THE_DISK = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EACCES", "EPERM", "EROFS", "ESTALE")
+    if hasattr(errno, name)
+)
+
+
+class DiskError(OSError):
+    """A library could not write a file, and does not say it by an ``errno``."""
+
+
+def is_of_the_disk(error: OSError) -> bool:
+    """Whether a disk is full, failing or closed to us, which is no fault of the program."""
+    return isinstance(error, DiskError) or error.errno in OF_THE_DISK
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
+    """Yield a temporary path that replaces ``path`` when the block succeeds.
 
     A kill at any moment leaves the old file or none, never half a file under the final name.
-    An exception in the block removes the temporary file. Parent folders are created.
+    An exception in the block removes the temporary file. Parent folders are created. The temporary
+    file has the final name, in a hidden folder beside it: libraries make further ones there
+    (safetensors), or write the name into the file (PyTorch).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".{path.stem}.", suffix=f".tmp{path.suffix}", dir=path.parent)
     )
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        put_in_place(temporary, path)
+        yield folder / path.name
+        put_in_place(folder / path.name, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
     """Give a complete file or folder its final name, once all of it is on the disk.
 
-    A file replaces the old one; a folder needs a name that is free.
+    A file replaces the old one; a folder needs a name that is free. Both are readable by those whom
+    the user's umask allows, as temporary ones are not. There is no option to leave the syncing out:
+    on an SSD it took 0.05 s for 150 MB and 2.5 ms for the latents of a picture, and without it a
+    power cut can leave an empty file under the final name.
 
     Raises:
         OSError: the disk is full or fails, or ``final`` is a folder.
     """
-    if temporary.is_dir():
-        for item in temporary.rglob("*"):
-            _sync(item)
-    _sync(temporary)
+    mask = _umask()
+    for item in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+        item.chmod((0o777 if item.is_dir() else 0o666) & ~mask)
+        _sync(item)
     os.replace(temporary, final)
     _sync(final.parent)
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what killed runs of this output name left: temporary files and folders.
+def remove_temporaries(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Remove unfinished files and folders that killed runs left in a folder.
 
     A folder that was killed between its two renames gets its name back. What was changed since
-    this process began belongs to a run beside it and stays. Call it before the run writes anything.
+    this process began belongs to a run beside it and stays. Call it before anything is written.
+
+    Args:
+        folder: may be missing.
+        is_ours: whether a final name is of this run.
     """
-    ours = re.compile(
-        rf"\.(?P<final>{re.escape(name)}(-step\d{{8}}|-\d{{6}})?(-state)?)"
-        r"\.[a-z0-9_]{8}(\.tmp)?(?P<end>\.old|\.\w+)?"
-    )
     for path in list(folder.glob(".*")):
-        found = ours.fullmatch(path.name)
-        if found is None or path.stat().st_mtime > STARTED:
+        found = TEMPORARY.fullmatch(path.name)
+        if found is None or not is_ours(_final_name(found)) or not _is_older(path):
             continue
-        final = folder / found["final"]
-        if found["end"] == ".old" and not final.exists():
-            path.rename(final)
-            logger.warning("%s: a killed run left it half renamed; it has its name again", final)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        try:
+            _remove_temporary(path, found)
+        except OSError as error:
+            logger.warning("%s: a killed run left it, and it cannot be removed (%s)", path, error)
+
+
+def _final_name(found: re.Match) -> str:
+    return found["stem"] + (found["end"] or "" if found["is_file"] else "")
+
+
+def _is_older(path: Path) -> bool:
+    try:
+        return path.stat().st_mtime <= STARTED
+    except OSError:  # a run beside this one has just finished it
+        return False
+
+
+def _remove_temporary(path: Path, found: re.Match) -> None:
+    final = path.with_name(found["stem"])
+    if found["end"] == ".old" and not final.exists():
+        path.rename(final)
+        logger.warning("%s: a killed run left it half renamed; it has its name again", final)
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -134,16 +175,20 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         path: what is written; the message names it.
 
     Raises:
-        OSError: in place of ``SafetensorError`` and of ``torch.save``'s ``RuntimeError``.
+        DiskError: in place of ``SafetensorError``, of ``torch.save``'s ``RuntimeError`` and of
+            the ``Exception`` of tokenizers.
     """
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{path}: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if not any(words in str(error) for words in TORCH_WRITE_ERRORS):
+        raise DiskError(f"{path}: {_one_line(error)}") from error
+    except Exception as error:
+        words = str(error)
+        is_torch = isinstance(error, RuntimeError) and any(x in words for x in TORCH_WRITE_ERRORS)
+        is_rust = type(error) is Exception and RUST_ERROR.search(words)
+        if not (is_torch or is_rust):
             raise
-        raise OSError(
+        raise DiskError(
             f"{path}: cannot be written, is the disk full? ({_one_line(error)})"
         ) from error
 
@@ -238,23 +283,38 @@ def _umask() -> int:
 def cached_folder(name: str, build: Callable[[Path], None]) -> Path:
     """A folder in the user's cache, made on first use: all of it, or none.
 
+    Where the cache is full or cannot be written, it is made in a temporary folder, with a warning.
+
     Args:
         name: below the cache folder; parts may be joined by ``/``.
         build: fills a folder that does not exist yet.
     """
     folder = cache_dir() / name
-    if not folder.exists():
-        folder = writable_cache_dir() / name
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(32):08x}")
-        try:
+    if folder.exists():
+        return folder
+    cache = writable_cache_dir()
+    try:
+        return _built(cache / name, build)
+    except OSError as error:
+        if not is_of_the_disk(error) or cache != cache_dir():
+            raise
+        return _built(_temporary_cache(f"MLM_PLUGIN_CACHE = {str(cache)!r}: {error}") / name, build)
+
+
+def _built(folder: Path, build: Callable[[Path], None]) -> Path:
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(folder.parent, folder.name.__eq__)
+    unfinished = folder.with_name(f".{folder.name}.{random.SystemRandom().getrandbits(32):08x}")
+    try:
+        with disk_errors(folder):
             build(unfinished)
-            try:
-                put_in_place(unfinished, folder)
-            except OSError:  # another process was faster
-                if not folder.exists():
-                    raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            put_in_place(unfinished, folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -29,13 +29,20 @@ from mlm_plugin.contextualizer_file import (
     ContextualizerFacts,
     LoadedContextualizer,
     cached_contextualizer_path,
+    in_memory,
     load_and_report,
     read_contextualizer,
     related_contextualizer_paths,
     save_contextualizer,
 )
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path, cache_dir, disk_errors, writable_cache_dir
+from mlm_plugin.files import (
+    atomic_path,
+    cache_dir,
+    disk_errors,
+    remove_temporaries,
+    writable_cache_dir,
+)
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import mask_embedding
 from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
@@ -50,6 +57,7 @@ __all__ = [
     "Corpus",
     "FamilyScores",
     "Interrupted",
+    "NotSaved",
     "Scores",
     "Start",
     "find_contextualizer",
@@ -93,6 +101,19 @@ class Interrupted(Exception):
     def __init__(self, exit_code: int, state_path: Path | None):
         super().__init__(f"pretraining stopped; the same command continues from {state_path}")
         self.exit_code = exit_code
+
+
+class NotSaved(OSError):
+    """A contextualizer is pretrained, and its file cannot be written.
+
+    Attributes:
+        network: as trained.
+        facts: how it was made.
+    """
+
+    def __init__(self, network: Contextualizer, facts: ContextualizerFacts, error: OSError):
+        super().__init__(error.errno, " ".join(str(error).split()))
+        self.network, self.facts = network, facts
 
 
 class Corpus:
@@ -183,9 +204,18 @@ def find_contextualizer(
             "names %.0f%% of hidden words here (only once)",
             100 * start.accuracy,
         )
-    pretrain_on_device(
-        text_encoder, path, options=options, start=start, show_progress=show_progress
-    )
+    try:
+        pretrain_on_device(
+            text_encoder, path, options=options, start=start, show_progress=show_progress
+        )
+    except NotSaved as error:
+        logger.warning(
+            "%s: the contextualizer cannot be kept (%s); this run uses it from memory, and the "
+            "next one makes it again",
+            path,
+            error.strerror,
+        )
+        return in_memory(error.network, error.facts)
     return load_and_report(path, text_encoder)
 
 
@@ -285,6 +315,7 @@ def pretrain(
 
     Raises:
         Interrupted: after a signal, with the state saved.
+        NotSaved: the file cannot be written; the exception holds the network.
     """
     run = _Run(
         text_encoder,
@@ -417,6 +448,8 @@ class _Run:
             logger.warning("the pretraining goes on, but cannot be continued later: %s", error)
 
     def resume(self) -> None:
+        ours = {self.output.name, self.state_path.name}
+        remove_temporaries(self.output.parent, ours.__contains__)
         if not self.state_path.exists():
             return
         start = copy.deepcopy((self.network.state_dict(), self.optimizer.state_dict()))
@@ -475,7 +508,10 @@ class _Run:
                 "families": {f: s._asdict() for f, s in self.scores.families.items()},
             },
         )
-        save_contextualizer(self.output, self.network, facts)
+        try:
+            save_contextualizer(self.output, self.network, facts)
+        except OSError as error:
+            raise NotSaved(self.network, facts, error) from error
         self.state_path.unlink(missing_ok=True)
         return self.scores
 

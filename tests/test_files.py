@@ -13,7 +13,8 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path):
     with atomic_path(target) as temporary:
         temporary.write_text("half")
         assert not target.exists()
-        assert temporary.parent == target.parent
+        assert temporary.parent.parent == target.parent
+        assert temporary.name == target.name
     assert target.read_text() == "half"
     assert list(target.parent.iterdir()) == [target]
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.config.pretraining import PretrainCommand
+from mlm_plugin.contextualizer_file import save_contextualizer
 from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
-from mlm_plugin.pretrain import Interrupted, Scores, pretrain_on_device, read_caption_files
+from mlm_plugin.pretrain import (
+    Interrupted,
+    NotSaved,
+    Scores,
+    pretrain_on_device,
+    read_caption_files,
+)
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
@@ -42,9 +50,23 @@ def run_pretrain(command: PretrainCommand) -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
+    except NotSaved as error:
+        print(f"error: {output} could not be saved ({error.strerror}){_rescued(error, output)}",
+              file=sys.stderr)  # fmt: skip
+        return 1
     if len(outputs) > 1:
         print(f"--mlm_contextualizer {','.join(map(str, outputs))}")
     return 0
+
+
+def _rescued(error: NotSaved, output: Path) -> str:
+    """Where the contextualizer is instead: in the system's temporary folder."""
+    try:
+        path = Path(tempfile.mkdtemp(prefix="mlm_plugin-")) / output.name
+        save_contextualizer(path, error.network, error.facts)
+    except OSError as second:
+        return f", nor in a temporary folder ({second})"
+    return f"; it is saved as {path}, in a temporary folder: move it now"
 
 
 def output_files(output: Path, num_text_encoders: int) -> list[Path]:

@@ -25,7 +25,7 @@ from mlm_plugin.commands.rehearsal import (
 from mlm_plugin.config.datasets import Concept, resolve_datasets
 from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
@@ -41,10 +41,12 @@ from mlm_plugin.setup.accelerator import (
     shared_seed,
     warn_of_launch_settings,
 )
+from mlm_plugin.setup.best_file import BestFile, watch_context
 from mlm_plugin.setup.builtin_names import with_built_in_paths
 from mlm_plugin.setup.class_image_folders import prepare_class_images
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.setup.data import (
+    captions_of,
     create_dataset,
     create_loader,
     create_order,
@@ -61,19 +63,24 @@ from mlm_plugin.setup.models import (
 )
 from mlm_plugin.setup.optimization import create_optimization, create_plan
 from mlm_plugin.setup.sampling import SampleDrawer, sample_drawer
-from mlm_plugin.setup.saving import RunRecord, SaveFailed, Saver, require_output_name
+from mlm_plugin.setup.saving import RunRecord, Saver, require_output_name
 from mlm_plugin.setup.term import attach_term, prepare_term
 from mlm_plugin.setup.tracking import curve_loggers
-from mlm_plugin.training.callbacks import Callback
+from mlm_plugin.training.callbacks import Callback, SaveFailed
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.plan import MLMTerm, Objective
+from mlm_plugin.training.processes import ProcessLost
+from mlm_plugin.training.schedulers import rate_jumps
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["CheckedRun", "build_trainer", "check_run", "train", "trainer_of"]
 
 logger = logging.getLogger(__name__)
+
+
+ENDS = (Stopped, NonFiniteLoss)  # of a run, during which the last state is saved
 
 
 def train(argv: Sequence[str]) -> int:
@@ -119,7 +126,11 @@ def train(argv: Sequence[str]) -> int:
         accelerator.print(f"stopped: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except SaveFailed as error:
-        accelerator.print(f"error: {error}", file=sys.stderr)
+        first = f"{error.__context__}; " if isinstance(error.__context__, ENDS) else ""
+        accelerator.print(f"error: {first}{error}", file=sys.stderr)
+        return 1
+    except ProcessLost as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except NonFiniteLoss as error:
         accelerator.print(
@@ -234,13 +245,14 @@ def build_trainer(
     set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
     regularizer = term and attach_term(term, config, method, accelerator)
+    ranking = watch_context(
+        config, method, concepts, captions=captions_of(dataset), accelerator=accelerator
+    )
     prepare_models(config, models, method)
     cache_latents(config, dataset, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
 
-    order = create_order(
-        config, dataset, rank=accelerator.process_index, world_size=accelerator.num_processes
-    )
+    order = _order(config, dataset, accelerator)
     plan = create_plan(config, batches_per_epoch=len(order))
     dataset.set_max_train_steps(plan.num_steps)
     optimization = create_optimization(config, method, plan, accelerator)
@@ -266,10 +278,16 @@ def build_trainer(
         optimization=optimization,
         plan=plan,
         identity=identity,
-        callbacks=[*curves, *_writers(config, drawer, record)],
+        callbacks=[*curves, *_writers(config, drawer, record, ranking)],
     )
     _resume(trainer, config.schedule.resume)
     return trainer
+
+
+def _order(config: TrainConfig, dataset: TrainDataset, accelerator: Accelerator) -> EpochOrder:
+    """Which batches this process takes."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    return create_order(config, dataset, rank=rank, world_size=world_size)
 
 
 def _load_base_model(
@@ -300,15 +318,25 @@ def _diffusion_loss(
     )
 
 
-def _writers(config: TrainConfig, drawer: SampleDrawer | None, record: RunRecord) -> list[Callback]:
+def _writers(
+    config: TrainConfig, drawer: SampleDrawer | None, record: RunRecord, ranking: BestFile | None
+) -> list[Callback]:
     """Callbacks that draw samples and save files, in this order: previews are the newest sample."""
     if drawer is None:
-        return [Saver(config, record=record)]
-    return [drawer, Saver(config, record=record, newest_sample=lambda: drawer.newest)]
+        return [Saver(config, record=record, ranking=ranking)]
+    saver = Saver(config, record=record, newest_sample=lambda: drawer.newest, ranking=ranking)
+    return [drawer, saver]
 
 
 def _resume(trainer: Trainer, state: str | None) -> None:
     """Continue from the state that ``resume`` names, if any."""
     if state:
         trainer.load_state(Path(state))
-        logger.info("resuming from %s, step %d", state, trainer.progress.current_step)
+        step, last = trainer.progress.current_step, trainer.plan.num_steps
+        logger.info("resuming from %s, step %d", state, step)
+        for old, new in rate_jumps(trainer.scheduler)[:1]:
+            logger.warning(
+                "resume: the schedule now spans %d steps, and the run before had another length: "
+                "the learning rate goes from %.3g to %.3g after step %d, which no single run does",
+                *(last, old, new, step),
+            )

@@ -28,7 +28,7 @@ from mlm_plugin.data.buckets import LATENT_STRIDE, crop_box
 from mlm_plugin.data.images import image_tensor
 from mlm_plugin.data.sources import ImageInfo, load_pixels
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
+from mlm_plugin.files import atomic_path, remove_temporaries
 
 __all__ = ["CachedLatents", "cache_latents", "latents_paths", "read_latents"]
 
@@ -87,6 +87,9 @@ def cache_latents(
     """
     paths = latents_paths(infos, suffix=SDXL_SUFFIX if is_sdxl else SUFFIX)
     entries: list[CachedLatents | Path] = list(paths)
+    names = {path.name for path in paths}
+    for folder in {path.parent for path in paths}:
+        remove_temporaries(folder, names.__contains__)
     todo = list(range(len(infos)))
     if to_disk:
         problems = {i: _problem(paths[i], infos[i], vae_id, skip_check) for i in todo}

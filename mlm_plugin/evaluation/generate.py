@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt, picture_seed
 from mlm_plugin.evaluation.evaluated_model import EvaluatedModel
-from mlm_plugin.files import atomic_path, read_text
+from mlm_plugin.files import atomic_path, read_text, remove_temporaries
 from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.training.samples import decode_latents
 
@@ -127,6 +127,7 @@ def draw_pictures(
         for i in range(len(prompts))
     ]
     missing = [[j for j, file in enumerate(row) if not file.is_file()] for row in files]
+    remove_temporaries(folder / PICTURES, {file.name for row in files for file in row}.__contains__)
     num_missing = sum(map(len, missing))
     if not num_missing:
         return files

@@ -4,7 +4,7 @@ An embedding has ``<name>.preview.png``: A1111 takes any other picture beside it
 inside a picture, and reports an error for some.
 
 What a user has written into the JSON stays; the words that the run knows follow the file. A preview
-that exists is left alone.
+follows it too, unless the user has put another picture in its place.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from mlm_plugin.files import atomic_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["write_preview", "write_sidecar"]
+__all__ = ["is_own_preview", "write_preview", "write_sidecar"]
 
 logger = logging.getLogger(__name__)
 
+OWN_MARK = "mlm_plugin preview"
 PREVIEW_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -103,22 +104,44 @@ def write_preview(
         image: the picture.
         is_embedding: of the latter name.
 
+    One that an earlier run wrote is replaced: it shows what that run had learned.
+
     Returns:
-        The file, or ``None`` if there is a preview of any kind already.
+        The file, or ``None`` if the user has given it a preview of any kind.
 
     Source: stable-diffusion-webui ``modules/textual_inversion/textual_inversion.py``
     ``load_from_file``, ``modules/ui_extra_networks.py`` ``find_preview``.
     """
-    lora_path = Path(lora_path)
-    for suffix in PREVIEW_SUFFIXES:
-        for candidate in (
-            lora_path.with_suffix(suffix),
-            lora_path.with_suffix(f".preview{suffix}"),
-        ):
-            if candidate.exists():
-                logger.info("%s exists already and is left unchanged", candidate)
-                return None
-    path = lora_path.with_suffix(".preview.png" if is_embedding else ".png")
+    from PIL.PngImagePlugin import PngInfo
+
+    for found in _previews(Path(lora_path)):
+        if not is_own_preview(found):
+            logger.info("%s exists already and is left unchanged", found)
+            return None
+    path = own_preview(lora_path, is_embedding=is_embedding)
+    mark = PngInfo()
+    mark.add_text("Software", OWN_MARK)
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=mark)
     return path
+
+
+def own_preview(path: str | os.PathLike, *, is_embedding: bool = False) -> Path:
+    """Where :func:`write_preview` writes."""
+    return Path(path).with_suffix(".preview.png" if is_embedding else ".png")
+
+
+def _previews(path: Path) -> list[Path]:
+    endings = [*PREVIEW_SUFFIXES, *(f".preview{suffix}" for suffix in PREVIEW_SUFFIXES)]
+    return [found for ending in endings if (found := path.with_suffix(ending)).exists()]
+
+
+def is_own_preview(path: Path) -> bool:
+    """Whether an earlier run wrote this picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == OWN_MARK
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for damaged pictures
+        return False

@@ -247,8 +247,7 @@ class MLMTerm:
         def load(_models, input_dir):
             path = Path(input_dir) / STATE_FILE
             if path.is_file():
-                state = json.loads(path.read_text())
-                self.step, self.call = int(state["step"]), int(state["call"])
+                self.step, self.call = _read_counters(path)
                 logger.info("MLM term: continuing from step %d", self.step)
             else:
                 logger.info("MLM term: %s has no %s, counting from 0", input_dir, STATE_FILE)
@@ -325,6 +324,17 @@ class MLMTerm:
                 "text encoders, and the U-Net reads all of them; train all, or take "
                 "mlm_read_at = encoder"
             )
+
+
+def _read_counters(path: Path) -> tuple[int, int]:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return int(state["step"]), int(state["call"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"resume: {path} is damaged ({type(error).__name__}); delete it to count the steps of "
+            "the MLM term from 0, or resume from an earlier state"
+        ) from error
 
 
 def _detached(output: MLMOutput) -> MLMOutput:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -71,6 +72,15 @@ class BestFile:
     def spares(self, name: str) -> bool:
         """Whether a file that is due to be removed has to stay."""
         return self.keep and name == self.best
+
+    def report(self, path_of: Callable[[str], Path]) -> str:
+        """The last line of a run: its best file and what that keeps.
+
+        Args:
+            path_of: the file that has a name.
+        """
+        kept = self.kept[self.best]
+        return f"best by its context: {path_of(self.best)}, which keeps {100 * kept:.0f}% of it"
 
     def require_context(self) -> None:
         """End the run where too little is kept.

@@ -8,8 +8,11 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from mlm_plugin.config.options import LogOptions
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import is_of_the_disk
 
 __all__ = ["output_to", "quiet_imports", "quiet_libraries", "setup_console"]
 
@@ -26,14 +29,20 @@ def setup_console(options: LogOptions) -> None:
     """Send messages of this package to stderr or ``console_log_file``; keep libraries quiet.
 
     Processes other than the first only report warnings.
+
+    Raises:
+        UserError: ``console_log_file`` cannot be written.
     """
-    for stream in (sys.stdout, sys.stderr):  # a character that the console lacks must not end a run
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # a character that the console lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
+        if not isinstance(stream, _Lossy):
+            setattr(sys, name, _Lossy(stream))
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     level = options.console_log_level or ("INFO" if is_first else "WARNING")
     if options.console_log_file:
-        handler: logging.Handler = logging.FileHandler(options.console_log_file, encoding="utf-8")
+        handler: logging.Handler = _log_file(options.console_log_file)
     else:
         handler = logging.StreamHandler(sys.stderr)
     full = "%(asctime)s %(levelname)-7s %(message)s"
@@ -43,6 +52,59 @@ def setup_console(options: LogOptions) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
+
+
+def _log_file(path: str) -> logging.Handler:
+    try:
+        return _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"console_log_file = {path!r}: cannot be written ({error.strerror}); choose another"
+        ) from error
+
+
+class _LogFile(logging.FileHandler):
+    """A file of messages; once it cannot be written, they go to the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Called where a message could not be written."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        terminal = logging.StreamHandler(sys.stderr)
+        terminal.setFormatter(self.formatter)
+        logger = logging.getLogger("mlm_plugin")
+        logger.handlers[:] = [terminal]
+        logger.warning("console_log_file = %r: cannot be written (%s)", self.baseFilename, error)
+        terminal.handle(record)
+
+
+class _Lossy:
+    """A terminal, or the file it is redirected to: if that is full, the run goes on without it."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            if not is_of_the_disk(error):
+                raise
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            if not is_of_the_disk(error):
+                raise
 
 
 def quiet_imports() -> None:

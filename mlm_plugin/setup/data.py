@@ -21,6 +21,7 @@ from mlm_plugin.models.token_embeddings import placeholder_pattern
 from mlm_plugin.prompt_sets.english import is_ordinary_word
 
 __all__ = [
+    "captions_of",
     "create_dataset",
     "create_loader",
     "create_order",
@@ -40,7 +41,9 @@ def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tup
     """
     uses_term = config.mlm.mlm_loss_weight > 0
     learns_tokens = METHODS[config.schedule.method].learns_tokens
-    concepts = concepts_of(config, datasets, required=learns_tokens or uses_term)
+    ranks_files = config.output.mlm_keep_best or config.output.mlm_stop_below is not None
+    required = learns_tokens or uses_term or ranks_files
+    concepts = concepts_of(config, datasets, required=required)
     if uses_term:
         mlm_target(config.mlm, concepts)
     for concept in concepts:
@@ -51,6 +54,12 @@ def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tup
                 concept.placeholder_token,
             )
     return concepts
+
+
+def captions_of(dataset: TrainDataset) -> list[str]:
+    """The captions of all pictures but those of regularization, before anything is drawn."""
+    pictures = (info for info in dataset.images if not info.is_reg)
+    return [caption for info in pictures for caption in dataset.captions_of(info)]
 
 
 def create_dataset(

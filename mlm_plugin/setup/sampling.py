@@ -6,13 +6,18 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.files import remove_temporaries
 from mlm_plugin.mlm_setup import trigger_of
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.samples import (
+    SAMPLES,
     SampleFiles,
     SampleModels,
+    SamplePrompt,
     generate_samples,
     parse_sample_prompts,
     sample_due,
@@ -45,7 +50,9 @@ class SampleDrawer(Callback):
         return [text for p in self.prompts for text in (p.negative_prompt, p.prompt)]
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """``sample_at_first``."""
+        """Remove leftovers of killed runs; ``sample_at_first``."""
+        start = f"{self.name}_" if self.name else ""
+        remove_temporaries(self.folder / SAMPLES, lambda name: name.startswith(start))
         if trainer.progress.current_step == 0:
             self._draw_if_due(trainer, epoch=None)
 
@@ -72,16 +79,7 @@ class SampleDrawer(Callback):
             at_first=options.sample_at_first,
         ):
             return
-        try:
-            paths = self._draw(trainer, epoch=epoch)
-        except Exception as error:  # pictures are not worth a run
-            text = " ".join(str(error).split())[:200] or type(error).__name__
-            logger.warning(
-                "step %d: the samples could not be drawn (%s); training continues",
-                trainer.progress.current_step,
-                text,
-            )
-            return
+        paths = self._draw(trainer, epoch=epoch)
         if paths and trainer.progress.current_step:  # the base model's pictures show nothing
             self.newest = paths[0]
 
@@ -100,7 +98,17 @@ class SampleDrawer(Callback):
                 ),
                 SampleFiles(self.folder, trainer.progress.current_step, epoch, self.name),
                 sampler=self.options.sample_sampler,
+                on_error=_warn,
             )
+
+
+def _warn(prompt: SamplePrompt, error: Exception) -> None:
+    """Pictures are not worth a run."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()  # else the training would meet what the picture took
+        text = f"out of memory at {prompt.width} x {prompt.height}; give smaller --w and --h"
+    logger.warning("the sample %r is left out (%s); training continues", prompt.prompt, text)
 
 
 def draws_samples(config: TrainConfig) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import OutputOptions, TrainConfig
+from mlm_plugin.config.options import OPTIONS, OutputOptions, TrainConfig
 from mlm_plugin.contextualizer_file import LoadedContextualizer
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
@@ -26,19 +28,20 @@ from mlm_plugin.export.metadata import (
     names_in_prompts,
     trigger_phrase,
 )
-from mlm_plugin.export.sidecar import write_preview, write_sidecar
+from mlm_plugin.export.sidecar import is_own_preview, own_preview, write_preview, write_sidecar
 from mlm_plugin.export.thumbnails import thumbnail
-from mlm_plugin.files import remove_leftovers
+from mlm_plugin.files import remove_temporaries
 from mlm_plugin.methods import Export, Method
 from mlm_plugin.mlm_setup import mlm_target, prompt_set_names
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.setup.best_file import BestFile
+from mlm_plugin.training.callbacks import Callback, SaveFailed, StepResult
 from mlm_plugin.training.optimizers import optimizer_description
+from mlm_plugin.training.processes import same_outcome
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = [
     "RunRecord",
-    "SaveFailed",
     "Saver",
     "removed_epoch",
     "removed_step",
@@ -50,12 +53,13 @@ logger = logging.getLogger(__name__)
 MAX_NAME_BYTES = 255
 """The longest file name of common file systems."""
 
+ADDITIONS = ("", r"_embedding\w*", "_lora", r"\w*_average", r"-step\d{8}", r"-\d{6}", "-state")
+"""What methods and steps add to ``output_name``, as patterns."""
+
+MAX_NAMED = 5  # files in one message
+
 LONGEST_ADDITION = len(".-step00000000-state.12345678.tmp.old")
 """What temporary names, step and state add to ``output_name`` at most."""
-
-
-class SaveFailed(Exception):
-    """The final files could not be written under their names."""
 
 
 def require_output_name(options: OutputOptions) -> None:
@@ -72,13 +76,46 @@ def require_output_name(options: OutputOptions) -> None:
             f"at most {MAX_NAME_BYTES} with all that is added; choose a shorter one"
         )
     path = Path(options.output_dir) / f"{name}.{options.save_model_as}"
+    _warn_of_others(path)
     if path.is_dir():
         raise UserError(
             f"output_name = {name!r}: {path} is a folder, so the file cannot be written; remove "
             "it or choose another name"
         )
     if path.exists():
+        _require_replaceable(path)
         logger.warning("%s exists and will be replaced; output_name chooses another name", path)
+
+
+def _require_replaceable(path: Path) -> None:
+    """A read-only file can be replaced where its folder can be written; an immutable one cannot."""
+    try:
+        with path.open("r+b"):
+            pass
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise UserError(
+                f"output_name: {path} exists and cannot be replaced ({error.strerror}): it is "
+                "immutable (chattr -i changes that); choose another name"
+            ) from error
+
+
+def _warn_of_others(path: Path) -> None:
+    """Name what an earlier run of this name left, of another method or kind of file."""
+    ours = re.compile(rf"{re.escape(path.stem)}({'|'.join(ADDITIONS)})(\.\w+)?")
+    suffixes = {f".{kind}" for kind in OPTIONS["save_model_as"].choices}
+    found = path.parent.iterdir() if path.parent.is_dir() else []
+    names = sorted(
+        item.name
+        for item in found
+        if item != path and ours.fullmatch(item.name) and (item.is_dir() or item.suffix in suffixes)
+    )
+    if names:
+        logger.warning(
+            "%s: an earlier run of this name left %s; what this run does not write again stays",
+            path.parent,
+            ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else ""),
+        )
 
 
 class SavedFile(NamedTuple):
@@ -189,6 +226,7 @@ class Saver(Callback):
         config: names, intervals, precision.
         record: metadata of the run.
         newest_sample: the last picture drawn, for the preview.
+        ranking: ranks the files by their context, where that is asked for.
 
     Attributes:
         how_to_continue: said after a stop; ``{}`` stands for the folder of the state.
@@ -202,19 +240,22 @@ class Saver(Callback):
         *,
         record: RunRecord,
         newest_sample: Callable[[], Path | None] = lambda: None,
+        ranking: BestFile | None = None,
     ):
         self.options: OutputOptions = config.output
         self.folder = Path(self.options.output_dir)
         self.name = self.options.output_name or "last"
         self.record = record
         self.newest_sample = newest_sample
+        self.ranking = ranking
+        self._spared: str | None = None  # a file that is kept for its rank alone
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Remove leftovers of killed runs; refuse a disk that cannot hold what is trained."""
         if not trainer.accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.folder, self.name)
+        remove_temporaries(self.folder, self._is_ours(trainer))
         dtype = SAVE_DTYPES[self.options.save_precision]
         needed = sum(
             tensor.numel() * (dtype or tensor.dtype).itemsize
@@ -238,6 +279,7 @@ class Saver(Callback):
         last = self.options.save_last_n_steps_state or self.options.save_last_n_steps
         old = removed_step(step, every=every, last=last)
         self._remove_state(trainer, old and self._step_name(old))
+        self._require_context()
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save every n epochs, except after the last one, which is the final file."""
@@ -250,21 +292,101 @@ class Saver(Callback):
         last = self.options.save_last_n_epochs_state or self.options.save_last_n_epochs
         old = removed_epoch(epoch, every=every, last=last)
         self._remove_state(trainer, old and self._epoch_name(old))
+        self._require_context()
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Save the final file, its sidecar and preview.
+        """Save the final file, its sidecar and preview, and the state where one is asked for.
+
+        Raises:
+            SaveFailed: something could not be saved there; the message says where it is instead.
+        """
+        problems = [self._save_last_file(trainer)]
+        if self._wants_final_state:
+            problems.append(self._save_last_state(trainer, self._state_folder(self.name)))
+        if found := [problem for problem in problems if problem]:
+            raise SaveFailed("; ".join(found))
+        if self.ranking is not None and trainer.accelerator.is_main_process:
+            print(self.ranking.report(self._path))
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Save the state, so that nothing is lost.
 
         Raises:
             SaveFailed: it could not be saved there; the message says where it is instead.
         """
-        try:
-            path = self._save(
-                trainer, self.name, epoch=trainer.plan.num_epochs, state=self._wants_final_state
-            )
-        except (OSError, UserError) as error:
-            raise SaveFailed(self._save_elsewhere(trainer, error)) from error
-        if not trainer.accelerator.is_main_process:
+        folder = self._state_folder(self._step_name(trainer.progress.current_step))
+        if problem := self._save_last_state(trainer, folder):
+            raise SaveFailed(problem)
+        if trainer.accelerator.is_main_process:
+            logger.warning("state saved; %s", self.how_to_continue.format(folder))
+
+    def _rank(self, trainer: Trainer, name: str) -> None:
+        """Measure what is saved now, and remove a file that was kept for its rank alone."""
+        if self.ranking is None:
             return
+        self.ranking.measure(trainer, name)
+        if self._spared and not self.ranking.spares(self._spared):
+            outdone, self._spared = self._spared, None
+            self._remove(trainer, outdone)
+
+    def _require_context(self) -> None:
+        if self.ranking is not None:
+            self.ranking.require_context()
+
+    def _save_last_file(self, trainer: Trainer) -> str | None:
+        """Save and report the final file; what went wrong, or ``None``."""
+        self._rank(trainer, self.name)
+        path, epoch = self._path(self.name), trainer.plan.num_epochs
+        try:
+            self._export(trainer, path, epoch=epoch)
+        except (OSError, UserError) as error:
+            return self._elsewhere(
+                trainer,
+                _could_not(path, error),
+                # the name may be what cannot be written
+                lambda folder: self._export(trainer, folder / f"rescued{path.suffix}", epoch=epoch),
+                name=f"rescued{path.suffix}",
+            )
+        if not trainer.accelerator.is_main_process:
+            return None
+        try:
+            self._report(trainer, path)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _save_last_state(self, trainer: Trainer, folder: Path) -> str | None:
+        """Save a state that has no later one; what went wrong, or ``None``."""
+        try:
+            trainer.save_state(folder)
+        except (OSError, UserError) as error:
+            return self._elsewhere(
+                trainer,
+                _could_not(folder, error),
+                lambda other: trainer.save_state(other / "rescued-state"),
+                name="rescued-state",
+            )
+        return None
+
+    def _elsewhere(
+        self, trainer: Trainer, what: str, save: Callable[[Path], None], *, name: str
+    ) -> str:
+        """Save in the system's temporary folder; says where it is. Every process must call it."""
+        folders = [self.folder]
+
+        def create() -> None:
+            if trainer.accelerator.is_main_process:
+                folders[0] = Path(tempfile.mkdtemp(prefix="mlm_plugin-"))
+
+        try:
+            same_outcome(trainer.accelerator, create)
+            save(folders[0])
+        except (OSError, UserError) as error:
+            return f"{what}, nor in {folders[0]} ({' '.join(str(error).split())})"
+        return f"{what}; it is saved as {folders[0] / name}, in a temporary folder: move it now"
+
+    def _report(self, trainer: Trainer, path: Path) -> None:
+        """Read the files back, say what they hold, and write what WebUIs show beside them."""
         method = trainer.method
         found, files = method.verify(path), method.files(path)
         names = [str(files[0])]
@@ -276,32 +398,13 @@ class Saver(Callback):
         except OSError as error:
             logger.warning("%s is saved, but not all files beside it (%s)", path, error)
 
-    def _save_elsewhere(self, trainer: Trainer, error: Exception) -> str:
-        """Save what is trained in the system's temporary folder; says where it is."""
-        what = f"{self._path(self.name)} could not be saved ({' '.join(str(error).split())})"
-        if trainer.accelerator.num_processes > 1:
-            return f"{what}; continue from the last saved state or file"
-        try:
-            self.folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-"))
-            self.name = "rescued"  # the name may be what cannot be written
-            path = self._save(trainer, self.name, epoch=trainer.plan.num_epochs, state=False)
-        except (OSError, UserError) as second:
-            return f"{what}, nor in {self.folder} ({' '.join(str(second).split())})"
-        return f"{what}; it is saved as {path}, in a temporary folder: move it now"
-
-    def on_stop(self, trainer: Trainer) -> None:
-        """Save the state, so that nothing is lost."""
-        folder = self._state_folder(self._step_name(trainer.progress.current_step))
-        try:
-            trainer.save_state(folder)
-        except OSError as error:
-            if trainer.accelerator.num_processes > 1:
-                raise  # the others wait for this process
-            logger.error("%s could not be saved (%s)", folder, error)
-            folder = Path(tempfile.mkdtemp(prefix="mlm_plugin-")) / "rescued-state"
-            trainer.save_state(folder)
-        if trainer.accelerator.is_main_process:
-            logger.warning("state saved; %s", self.how_to_continue.format(folder))
+    def on_lost(self, trainer: Trainer) -> None:
+        """Save what is trained so far; a state needs the processes that may be gone."""
+        if not trainer.accelerator.is_main_process:
+            return
+        path = self._path(self._step_name(trainer.progress.current_step))
+        self._write(trainer, path, epoch=trainer.progress.current_epoch)
+        logger.error("a process failed: %s holds what is trained, and there is no state", path)
 
     def _write_webui_files(self, file: Path, words: Mapping[str, str]) -> None:
         """Write JSON and preview beside a file, and print a hint where WebUIs use other words."""
@@ -312,11 +415,14 @@ class Saver(Callback):
             activation_text=trigger_phrase(self.options, concepts, words) or "",
             description=self.options.metadata_description or "",
         )
+        is_embedding = file.stem in words.values()
         if picture := self.newest_sample():
             from PIL import Image
 
             with Image.open(picture) as image:
-                write_preview(file, image, is_embedding=file.stem in words.values())
+                write_preview(file, image, is_embedding=is_embedding)
+        elif is_own_preview(old := own_preview(file, is_embedding=is_embedding)):
+            logger.warning("%s is of an earlier run of this name, and this run drew none", old)
         if words:
             print(f"in WebUIs {file.name} is called by {names_in_prompts(concepts, words)!r}")
 
@@ -326,44 +432,64 @@ class Saver(Callback):
 
     def _try_to_save(self, trainer: Trainer, name: str, *, epoch: int) -> None:
         """Save during the run; a full disk does not end a run that may find space later."""
-        try:
-            self._save(trainer, name, epoch=epoch)
-        except (OSError, UserError) as error:
-            if trainer.accelerator.num_processes > 1:
-                raise  # the others wait for this process
-            logger.error("%s could not be saved (%s); training continues", name, error)
+        self._rank(trainer, name)
+        writes = {self._path(name): lambda: self._export(trainer, self._path(name), epoch=epoch)}
+        if self.options.save_state:
+            folder = self._state_folder(name)
+            writes[folder] = lambda: trainer.save_state(folder)
+        for path, write in writes.items():
+            try:
+                write()
+            except (OSError, UserError) as error:
+                if trainer.accelerator.is_main_process:
+                    logger.error("%s; training continues", _could_not(path, error))
 
-    def _save(self, trainer: Trainer, name: str, *, epoch: int, state: bool | None = None) -> Path:
-        path = self._path(name)
-        if trainer.accelerator.is_main_process:
-            saved = saved_files(trainer.method, path, picture=self._thumbnail(name))
-            with trainer.evaluating():
-                trainer.method.export(
-                    Export(
-                        path,
-                        metadata=lambda kind, file: self.record.metadata(
-                            trainer, kind, saved[file], epoch=epoch
-                        ),
-                        dtype=SAVE_DTYPES[self.options.save_precision],
-                    )
+    def _export(self, trainer: Trainer, path: Path, *, epoch: int) -> None:
+        """Write what is trained; every process must call it, and all fail where one does."""
+
+        def export() -> None:
+            if trainer.accelerator.is_main_process:
+                self._write(trainer, path, epoch=epoch)
+
+        same_outcome(trainer.accelerator, export)
+
+    def _write(self, trainer: Trainer, path: Path, *, epoch: int) -> None:
+        """Write what is trained, on this process alone."""
+        saved = saved_files(trainer.method, path, picture=self._thumbnail(path))
+        with trainer.evaluating():
+            trainer.method.export(
+                Export(
+                    path,
+                    metadata=lambda kind, file: self.record.metadata(
+                        trainer, kind, saved[file], epoch=epoch
+                    ),
+                    dtype=SAVE_DTYPES[self.options.save_precision],
                 )
-        if self.options.save_state if state is None else state:
-            trainer.save_state(self._state_folder(name))
-        return path
+            )
 
-    def _thumbnail(self, name: str) -> str | None:
+    def _thumbnail(self, path: Path) -> str | None:
         """The newest sample for the headers of the final files; intermediate ones stay small."""
-        picture = self.newest_sample() if name == self.name else None
+        picture = self.newest_sample() if path == self._path(self.name) else None
         try:
             return picture and thumbnail(picture)
         except OSError as error:
-            logger.warning("%s: the sample is not in the header (%s)", name, error)
+            logger.warning("%s: the sample is not in the header (%s)", path, error)
             return None
 
     def _epochs_between(self, trainer: Trainer) -> int | None:
         if ratio := self.options.save_n_epoch_ratio:
             return max(1, trainer.plan.num_epochs // ratio)
         return self.options.save_every_n_epochs
+
+    def _is_ours(self, trainer: Trainer) -> Callable[[str], bool]:
+        """Whether a file or folder is one that this run writes, at whatever step."""
+        start = len(self.name)
+        stems = {file.stem[start:] for file in trainer.method.files(self._path(self.name))}
+        ours = re.compile(
+            rf"{re.escape(self.name)}(-step\d{{8}}|-\d{{6}})?"
+            rf"({'|'.join(map(re.escape, stems))}|-state)(\.\w+)?"
+        )
+        return lambda name: bool(ours.fullmatch(name))
 
     def _epoch_name(self, epoch: int) -> str:
         return f"{self.name}-{epoch:06d}"
@@ -378,6 +504,9 @@ class Saver(Callback):
         return self.folder / f"{name}.{self.options.save_model_as}"
 
     def _remove(self, trainer: Trainer, name: str | None) -> None:
+        if name and self.ranking is not None and self.ranking.spares(name):
+            self._spared = name
+            return
         if not name or not trainer.accelerator.is_main_process:
             return
         for path in trainer.method.files(self._path(name)):
@@ -392,6 +521,10 @@ class Saver(Callback):
     def _remove_state(self, trainer: Trainer, name: str | None) -> None:
         if name and self.options.save_state and trainer.accelerator.is_main_process:
             shutil.rmtree(self._state_folder(name), ignore_errors=True)
+
+
+def _could_not(path: Path, error: Exception) -> str:
+    return f"{path} could not be saved ({' '.join(str(error).split())})"
 
 
 def removed_epoch(epoch: int, *, every: int, last: int | None) -> int | None:

@@ -17,6 +17,7 @@ from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.key_values import read_cross_attention
+from mlm_plugin.setup.data import captions_of
 
 __all__ = [
     "attach_term",
@@ -79,7 +80,7 @@ def start_term(
         raise UserError(no_gradient_message(options, reason, elsewhere=True))
     read_at = method.mlm_read_at(config, num_text_encoders=num_text_encoders)
     setup = MLMSetup(options, seed=seed, read_at=read_at)
-    setup.use_concepts(concepts, captions=_captions(dataset))
+    setup.use_concepts(concepts, captions=captions_of(dataset))
     return setup
 
 
@@ -135,8 +136,3 @@ def cross_attention_of(setup: MLMSetup, method: Method) -> CrossAttention | None
     if not setup.reads_cross_attention:
         return None
     return read_cross_attention(method.models.unet, keep_copies=method.trains_base_weights)
-
-
-def _captions(dataset: TrainDataset) -> list[str]:
-    pictures = (info for info in dataset.images if not info.is_reg)
-    return [caption for info in pictures for caption in dataset.captions_of(info)]

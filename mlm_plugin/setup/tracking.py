@@ -53,7 +53,11 @@ def log_folder(options: LogOptions) -> str | None:
 
 
 def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Open the trackers; with ``log_config`` they get the options of the run."""
+    """Open the trackers; with ``log_config`` they get the options of the run.
+
+    Raises:
+        UserError: a tracker cannot write.
+    """
     options = config.logging
     if options.wandb_api_key:
         os.environ["WANDB_API_KEY"] = options.wandb_api_key
@@ -61,11 +65,17 @@ def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
     if options.wandb_run_name:
         settings.setdefault("wandb", {})["name"] = options.wandb_run_name
     values = {name: str(v) for name, v in config.changed().items() if name != "wandb_api_key"}
-    accelerator.init_trackers(
-        options.log_tracker_name or TRACKER_NAME,
-        config=values if options.log_config else None,
-        init_kwargs=settings,
-    )
+    try:
+        accelerator.init_trackers(
+            options.log_tracker_name or TRACKER_NAME,
+            config=values if options.log_config else None,
+            init_kwargs=settings,
+        )
+    except OSError as error:
+        raise UserError(
+            f"logging_dir = {options.logging_dir!r}: the curves cannot be written "
+            f"({' '.join(str(error).split())}); choose another, or leave it out"
+        ) from error
 
 
 def curve_loggers(

@@ -14,7 +14,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["Callback", "StepResult", "mlm_curves"]
+__all__ = ["Callback", "SaveFailed", "StepResult", "mlm_curves"]
+
+
+class SaveFailed(Exception):
+    """The last file or state could not be written under its name; says where it is instead."""
 
 
 @dataclass
@@ -84,6 +88,9 @@ class Callback:
 
     def on_train_end(self, trainer: Trainer) -> None:
         """After the last step."""
+
+    def on_lost(self, trainer: Trainer) -> None:
+        """An error ends this process or another one: nothing here may wait for the others."""
 
     def on_stop(self, trainer: Trainer) -> None:
         """A signal, a non-finite loss or another error ends the run early."""

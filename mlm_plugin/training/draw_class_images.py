@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mlm_plugin.data.images import list_images
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path, read_text, require_writable
+from mlm_plugin.files import atomic_path, read_text, remove_temporaries, require_writable
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
 from mlm_plugin.random_state import preserved_random_state
@@ -113,6 +113,7 @@ def draw_class_images(
     ``train_dreambooth.py``, whose pictures are nameless, uncaptioned and taken from any prompt.
     """
     folder = Path(folder)
+    remove_temporaries(folder, lambda name: name == SETTINGS_FILE or name.startswith("class_"))
     missing = missing_class_images(folder, num_images)
     drawn = _drawn(_pictures(folder))
     known = _read_settings(folder) if drawn else None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from mlm_plugin.training.callbacks import Callback, StepResult, mlm_curves
 from mlm_plugin.training.drift import TextDrift
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["CurveLogger"]
+
+logger = logging.getLogger(__name__)
 
 NUM_DRIFTS = 50  # times per run that the text encoder's drift is measured
 
@@ -24,6 +28,7 @@ class CurveLogger(Callback):
     def __init__(self, drifts: Mapping[str, TextDrift]):
         self.recent: deque[float] = deque()
         self.drifts = dict(drifts)
+        self._failed: set[str] = set()  # names of trackers that could not write
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Average losses over an epoch."""
@@ -48,26 +53,41 @@ class CurveLogger(Callback):
             trainer.method.train(False)
             values |= {tag: drift() for tag, drift in self.drifts.items()}
             trainer.method.train(True)
-        trainer.accelerator.log(values, step=step)
+        self._log(trainer, values)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Mean loss of the epoch, over epochs."""
         if not self.recent:  # resumed where only the end of the epoch was left
             return
         values = {"loss/epoch_average": sum(self.recent) / len(self.recent)}
-        progress = trainer.progress
-        for tracker in trainer.accelerator.trackers:
-            # wandb drops values whose step is in the past, so epochs cannot be its x axis
-            by_epoch = tracker.name == "tensorboard"
-            tracker.log(values, step=progress.current_epoch if by_epoch else progress.current_step)
+        self._log(trainer, values, by_epoch=True)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Flush the trackers."""
         # not accelerator.end_training(): other callbacks still need the process group it destroys
         for tracker in trainer.accelerator.trackers:
-            tracker.finish()
+            self._try(tracker.name, tracker.finish)
 
     on_stop = on_train_end
+
+    def _log(self, trainer: Trainer, values: dict, *, by_epoch: bool = False) -> None:
+        progress = trainer.progress
+        for tracker in trainer.accelerator.trackers:
+            # wandb drops values whose step is in the past, so epochs cannot be its x axis
+            is_epoch = by_epoch and tracker.name == "tensorboard"
+            step = progress.current_epoch if is_epoch else progress.current_step
+            self._try(tracker.name, partial(tracker.log, values, step=step))
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        """Curves are not worth a run: a tracker that fails is left out from then on."""
+        if name in self._failed:
+            return
+        try:
+            write()
+        except Exception as error:  # each tracker has its own: full disks, lost connections
+            self._failed.add(name)
+            text = " ".join(str(error).split())[:200] or type(error).__name__
+            logger.warning("%s: the curves end here (%s); training continues", name, text)
 
 
 def _learning_rates(trainer: Trainer) -> dict[str, float]:

@@ -7,7 +7,7 @@ step, K losses of each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -15,16 +15,35 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from mlm_plugin.errors import UserError
+
 __all__ = [
+    "ProcessLost",
     "ProcessStep",
     "average_gradients",
     "drop_unused_gradients",
     "first_given",
     "gather_step",
+    "same_outcome",
+    "tells_lost_process",
 ]
 
 BUCKET = 64 * 2**20  # bytes of gradients that processes exchange at once
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
 T = TypeVar("T")
+
+
+class ProcessLost(Exception):
+    """Another process of the run has ended."""
+
+    def __init__(self):
+        super().__init__("another process of this run has ended; its own message says why")
+
+
+def tells_lost_process(error: Exception) -> bool:
+    """Whether an exchange failed because another process is gone (gloo, NCCL)."""
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    return isinstance(error, kinds) or any(words in str(error) for words in LOST)
 
 
 class ProcessStep(NamedTuple):
@@ -118,6 +137,30 @@ def drop_unused_gradients(parameters: Sequence[nn.Parameter], steps: Sequence[Pr
 def first_given(value: T | None) -> T:
     """The value of the lowest rank that has one; every process must call it."""
     return next(item for item in gather_object([value]) if item is not None)
+
+
+def same_outcome(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Run it on every process; where it fails on one, all raise that error.
+
+    So no process waits for one that has gone another way. Every process must call it, and
+    ``action`` must not let the processes wait for each other.
+
+    Raises:
+        OSError: of the lowest rank that failed; ``UserError`` likewise.
+        RuntimeError: another error on another process.
+    """
+    error = None
+    try:
+        action()
+    except Exception as own:
+        if accelerator.num_processes == 1:
+            raise
+        known = isinstance(own, (OSError, UserError))
+        error = own if known else RuntimeError(f"{type(own).__name__}: {own}")
+    if accelerator.num_processes > 1:
+        errors = [found for found in gather_object([error]) if found is not None]
+        if errors:
+            raise errors[0]
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

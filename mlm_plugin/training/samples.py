@@ -37,6 +37,7 @@ from mlm_plugin.random_state import preserved_random_state
 
 __all__ = [
     "SAMPLERS",
+    "SAMPLES",
     "TRIGGER",
     "DenoiseSettings",
     "SampleFiles",
@@ -50,6 +51,7 @@ __all__ = [
     "generate_samples",
     "parse_sample_prompts",
     "sample_due",
+    "save_sample",
 ]
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ TRIGGER = "[trigger]"  # stands for the concept's words in a prompt file
 LATENT_SCALE = 8  # pixels per latent pixel
 SMALLEST_SIDE = 64
 TINY_SIDE, ENLARGEMENT = 128, 4  # pictures up to this many pixels are too small to be looked at
+SAMPLES = "sample"  # folder of the pictures, in the output folder
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class SampleFiles(NamedTuple):
         when = f"{self.step:06d}" if self.epoch is None else f"e{self.epoch:06d}"
         parts = [self.name, when, f"{index:02d}", time.strftime("%Y%m%d%H%M%S"), seed]
         file_name = "_".join(str(part) for part in parts if part is not None) + ".png"
-        return self.output_dir / "sample" / file_name
+        return self.output_dir / SAMPLES / file_name
 
 
 class DenoiseSettings(NamedTuple):
@@ -203,6 +206,7 @@ def generate_samples(
     files: SampleFiles,
     *,
     sampler: str = "ddim",
+    on_error: Callable[[SamplePrompt, Exception], None] | None = None,
 ) -> list[Path]:
     """Draw all prompts.
 
@@ -211,6 +215,8 @@ def generate_samples(
         models: in any mode; modes, devices and random streams are restored.
         files: where the pictures go.
         sampler: for prompts without their own.
+        on_error: called with a prompt that fails, before the next one is drawn; without it, the
+            error is raised.
 
     Returns:
         The files, in the order of the prompts.
@@ -225,13 +231,25 @@ def generate_samples(
         try:
             models.vae.to(device)
             for index, prompt in enumerate(prompts):
-                latents = _sample(prompt, models, sampler)
-                paths.append(files.path(index, prompt.seed))
-                with atomic_path(paths[-1]) as temporary:
-                    enlarged(decode_latents(models.vae, latents)).save(temporary)
+                path = files.path(index, prompt.seed)
+                try:
+                    latents = _sample(prompt, models, sampler)
+                    save_sample(path, enlarged(decode_latents(models.vae, latents)))
+                except Exception as error:
+                    if on_error is None:
+                        raise
+                    on_error(prompt, error)
+                else:
+                    paths.append(path)
         finally:
             models.vae.to(vae_device)
     return paths
+
+
+def save_sample(path: Path, picture: Image.Image) -> None:
+    """Write a picture, completely or not at all."""
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
 
 
 def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
@@ -247,7 +265,7 @@ def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
             models.unet,
             models.encode([prompt.negative_prompt, prompt.prompt]),
             scheduler,
-            DenoiseSettings(size, min(prompt.sample_steps, MAX_STEPS), prompt.scale),
+            DenoiseSettings(size, prompt.sample_steps, prompt.scale),
             generator=_generator(prompt.seed),
         )
 
@@ -301,6 +319,8 @@ def denoise(
         fp32 latents, ``(1, C, height / 8, width / 8)``.
     """
     weight, (size, num_steps, scale) = next(unet.parameters()), settings
+    if num_steps == scheduler.config.num_train_timesteps:
+        scheduler.register_to_config(steps_offset=0)  # there is no timestep after the last one
     scheduler.set_timesteps(num_steps, device=weight.device)
     shape = (1, unet.config.in_channels, size[0] // LATENT_SCALE, size[1] // LATENT_SCALE)
     latents = torch.randn(shape, generator=generator).to(weight.device)
@@ -435,7 +455,9 @@ def _to_prompt(values: Mapping[str, Any], *, place: str, trigger: str | None) ->
                 raise UserError(f"{place}: {TRIGGER} stands for the concept, but none is named")
             known[key] = known[key].replace(TRIGGER, trigger)
     if "sample_steps" in known:
-        known["sample_steps"] = max(1, min(1000, known["sample_steps"]))
+        wanted, known["sample_steps"] = known["sample_steps"], _clamped(known["sample_steps"])
+        if wanted != known["sample_steps"]:
+            logger.warning("%s: %d steps are drawn as %d", place, wanted, known["sample_steps"])
     for key, (low, high) in LIMITS.items():
         if not low <= known.get(key, low) <= high:
             raise UserError(f"{place}: {key}={known[key]}: allowed are {low} to {high}")
@@ -445,6 +467,11 @@ def _to_prompt(values: Mapping[str, Any], *, place: str, trigger: str | None) ->
             f"{place}: unknown sampler {sampler!r}; expected one of {', '.join(SAMPLERS)}"
         )
     return SamplePrompt(**known)
+
+
+def _clamped(num_steps: int) -> int:
+    """As sd-scripts does it; Stable Diffusion has 1000 timesteps."""
+    return max(1, min(1000, num_steps))
 
 
 def _converted(key: str, value: Any, *, place: str) -> Any:
@@ -459,9 +486,6 @@ def _converted(key: str, value: Any, *, place: str) -> Any:
         kind = {int: "a whole number", float: "a number", str: "a text"}[wanted]
         raise UserError(f"{place}: {key}={value!r}: expected {kind}") from error
 
-
-MAX_STEPS = 999
-"""Samplers with an offset of one step have no timestep left for a thousandth."""
 
 LIMITS = {"width": (64, 8192), "height": (64, 8192), "seed": (-(2**63), 2**64 - 1)}
 """Pixels, and what a random generator takes."""

@@ -8,6 +8,7 @@ Names and rules are those of sd-scripts ``library/train_util.py`` ``get_schedule
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from mlm_plugin.training.optimizers import (
     uses_relative_step,
 )
 
-__all__ = ["SCHEDULERS", "create_scheduler", "num_steps", "scheduler_name"]
+__all__ = ["SCHEDULERS", "create_scheduler", "num_steps", "rate_jumps", "scheduler_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,27 @@ def create_scheduler(
             f"lr_scheduler={shown} refuses its settings "
             f"{settings or '(none in lr_scheduler_args)'}: {error}"
         ) from error
+
+
+def rate_jumps(scheduler: LRScheduler) -> list[tuple[float, float]]:
+    """Learning rates after a resumed step where this schedule goes on at another one.
+
+    A schedule that depends on the length of the run gives other rates in a longer run. Those of a
+    class of the user's are not known beforehand.
+
+    Returns:
+        The rate of the state and that of this run, for each group where they differ.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # inside accelerate's wrapper
+    if type(scheduler) is not LambdaLR:
+        return []
+    rates = [
+        (old, base * factor(scheduler.last_epoch))
+        for old, base, factor in zip(
+            scheduler.get_last_lr(), scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        )
+    ]
+    return [(old, new) for old, new in rates if not math.isclose(old, new, rel_tol=1e-6)]
 
 
 def scheduler_name(optimizer: Optimizer, options: OptimizerOptions) -> str:

@@ -8,12 +8,15 @@ position.
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -24,6 +27,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.files import disk_errors, put_in_place
 from mlm_plugin.methods.base import Method
 from mlm_plugin.models.weights_files import read_weights, write_weights
+from mlm_plugin.training.processes import same_outcome
 
 __all__ = [
     "Progress",
@@ -36,6 +40,7 @@ __all__ = [
 
 PROGRESS_FILE = "train_state.json"
 WEIGHTS_FILE = "model.safetensors"
+SCALER_FILE = "scaler.pt"
 
 
 @dataclass
@@ -86,35 +91,50 @@ def save_state(
 
     Every process must call it: each adds its random state. ``settings`` are the options on which
     the state depends, by name, for :func:`check_state`.
+
+    Raises:
+        OSError: on every process, whichever could not write.
     """
     unfinished = _shared_temporary_folder(folder, accelerator)
-    try:
+    values = {**asdict(progress), "settings": dict(settings)}
+
+    def write() -> None:
         with disk_errors(folder):
             accelerator.save_state(str(unfinished))
-        accelerator.wait_for_everyone()
+
+    def complete() -> None:
         if accelerator.is_main_process:
-            write_weights(unfinished / WEIGHTS_FILE, method.state_dict(), metadata={})
-            (unfinished / PROGRESS_FILE).write_text(
-                json.dumps({**asdict(progress), "settings": dict(settings)}, indent=2),
-                encoding="utf-8",
-            )
+            _write_parts(unfinished, method, values)
             _move_into_place(unfinished, folder)
-        accelerator.wait_for_everyone()
+
+    try:
+        same_outcome(accelerator, write)
+        same_outcome(accelerator, complete)
     finally:
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _shared_temporary_folder(folder: Path, accelerator: Accelerator) -> Path:
-    name = None
-    if accelerator.is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
-    return Path(broadcast_object_list([name])[0])
+    name = [None]
+
+    def create() -> None:
+        if accelerator.is_main_process:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            name[0] = tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+
+    same_outcome(accelerator, create)
+    return Path(broadcast_object_list(name)[0])
+
+
+def _write_parts(unfinished: Path, method: Method, values: Mapping[str, object]) -> None:
+    """What accelerate's state lacks: the weights and the progress."""
+    write_weights(unfinished / WEIGHTS_FILE, method.state_dict(), metadata={})
+    path = unfinished / PROGRESS_FILE
+    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def _move_into_place(unfinished: Path, folder: Path) -> None:
-    unfinished.chmod(0o755)
     if not folder.exists():
         put_in_place(unfinished, folder)
         return
@@ -179,7 +199,12 @@ def check_state(folder: Path, identity: RunIdentity) -> Progress:
 
 
 def _check_settings(folder: Path, settings: Mapping[str, str]) -> None:
-    before = _read_values(folder).get("settings")
+    before = _read_values(folder).get("settings") or {}
+    if not isinstance(before, dict):
+        raise UserError(
+            f"resume: {folder / PROGRESS_FILE}: settings is {before!r:.60}, not an object; resume "
+            "from an earlier state"
+        )
     if not before or not settings:
         return
     before = _unchanged(settings) | before  # a state may be older than an option
@@ -216,10 +241,16 @@ def load_state(
             optimizer or other settings.
     """
     progress = check_state(folder, identity)
+    if accelerator.scaler is not None and not (folder / SCALER_FILE).is_file():
+        raise UserError(
+            f"resume: {folder / SCALER_FILE} is missing: the state was written without "
+            "mixed_precision fp16, or is not complete; give the old mixed_precision, or resume "
+            "from an earlier state"
+        )
     _load_weights(method, folder / WEIGHTS_FILE)
     try:
         accelerator.load_state(str(folder))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"resume: {folder} does not fit this optimizer or its parts ({error}); give the old "
             "optimizer and learning rates, or start a new run from its files (network_weights, "
@@ -259,8 +290,10 @@ def _require_whole(folder: Path, num_processes: int) -> None:
     """
     _require_files(folder, num_processes)
     _whole_weights(folder / WEIGHTS_FILE)
-    for path in sorted(folder.glob("*.bin")):
-        _require_dict(path, _read_tensors(path))
+    for path in sorted([*folder.glob("*.bin"), *folder.glob(SCALER_FILE)]):
+        content = _read_tensors(path)
+        _require_dict(path, content)
+        _require_finite(path, content)
     for path in sorted(folder.glob("random_states_*.pkl")):
         _require_random_states(path)
 
@@ -280,9 +313,35 @@ def _require_random_states(path: Path) -> None:
     except Exception as error:  # a damaged pickle can fail with any exception
         raise _damaged(path, "cannot be read") from error
     _require_dict(path, content)
-    missing = {"random_state", "numpy_random_seed", "torch_manual_seed"} - content.keys()
-    if missing:
-        raise _damaged(path, f"lacks {', '.join(sorted(missing))}")
+    setters = {
+        "random_state": random.Random().setstate,
+        "numpy_random_seed": np.random.RandomState().set_state,
+        "torch_manual_seed": torch.Generator().set_state,
+    }
+    for name, set_state in setters.items():
+        try:
+            set_state(content[name])
+        except Exception as error:  # of whatever kind a wrong value causes in each library
+            raise _damaged(path, f"has no {name} that can be used") from error
+
+
+def _require_finite(path: Path, content: object) -> None:
+    """Refuse NaN and infinity in a tensor, and NaN in a number, however deep."""
+    if isinstance(content, dict):
+        for value in content.values():
+            _require_finite(path, value)
+    elif isinstance(content, (list, tuple)):
+        for value in content:
+            _require_finite(path, value)
+    elif isinstance(content, Tensor):
+        if content.is_floating_point() and not content.isfinite().all():
+            raise _not_finite(path)
+    elif isinstance(content, float) and math.isnan(content):
+        raise _not_finite(path)
+
+
+def _not_finite(path: Path) -> UserError:
+    return UserError(f"resume: {path} holds NaN or infinity; resume from an earlier state")
 
 
 def _read_tensors(path: Path) -> object:

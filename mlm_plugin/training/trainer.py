@@ -28,7 +28,7 @@ from tqdm import tqdm
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.methods.base import Method
 from mlm_plugin.mlm.regularizer import MLMOutput
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.callbacks import Callback, SaveFailed, StepResult
 from mlm_plugin.training.eval_mode import evaluation_mode
 from mlm_plugin.training.forward import batch_diffusion_loss, term_output
 from mlm_plugin.training.guards import NonFiniteLoss, explain_losses, losses_are_finite
@@ -37,11 +37,13 @@ from mlm_plugin.training.loss_sum import LossSum
 from mlm_plugin.training.optimizers import set_optimizer_mode
 from mlm_plugin.training.plan import Objective, Optimization, TrainPlan
 from mlm_plugin.training.processes import (
+    ProcessLost,
     ProcessStep,
     average_gradients,
     drop_unused_gradients,
     first_given,
     gather_step,
+    tells_lost_process,
 )
 from mlm_plugin.training.rollback import StepBefore
 from mlm_plugin.training.state import Progress, RunIdentity, load_state, save_state
@@ -107,9 +109,11 @@ class Trainer:
 
         Raises:
             Stopped: after SIGINT or SIGTERM and ``on_stop``.
+            SaveFailed: a last file or state is not where it should be.
+            ProcessLost: another process has ended, and with it what both exchange.
             NonFiniteLoss: after a rollback by one step and ``on_stop``.
-            Exception: whatever else went wrong, unchanged; ``on_stop`` was called if this is the
-                only process (others would wait for it) and has steps to lose.
+            Exception: whatever else went wrong, unchanged; where there are steps to lose,
+                ``on_stop`` was called, or ``on_lost`` where other processes may be gone.
         """
         first_step = self.progress.current_step
         self._call("on_train_start")
@@ -130,9 +134,11 @@ class Trainer:
             except Stopped:
                 self._call("on_stop")
                 raise
-            except Exception:
-                if self.accelerator.num_processes == 1 and self.progress.current_step > first_step:
+            except Exception as error:
+                if self.progress.current_step > first_step:
                     self._rescue()
+                if self.accelerator.num_processes > 1 and tells_lost_process(error):
+                    raise ProcessLost from error
                 raise
             self.stop_code = stop.exit_code if stop else 0
             stop.expect_end()
@@ -315,11 +321,14 @@ class Trainer:
             logger.warning("no copy of the step before: the weights are those that failed")
 
     def _rescue(self) -> None:
-        """Call every ``on_stop``, whatever fails; only the original error is raised."""
+        """Call every ``on_stop`` or ``on_lost``, whatever fails; the original error is raised."""
+        event = "on_stop" if self.accelerator.num_processes == 1 else "on_lost"
         self.optimizer.zero_grad(set_to_none=True)  # half a step's, and memory if that ran out
         for callback in self.callbacks:
             try:
-                callback.on_stop(self)
+                getattr(callback, event)(self)
+            except SaveFailed as error:
+                logger.error("%s", error)
             except Exception:
                 logger.exception("saving after an error failed too")
 

@@ -239,14 +239,19 @@ def test_the_base_model_is_named_as_a1111_names_it(tmp_path, version, name):
     assert json.loads(path.read_text("utf-8"))["sd version"] == name
 
 
-def test_a_preview_is_written_once(tmp_path):
+def test_a_preview_follows_the_file_unless_the_user_chose_another(tmp_path):
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    assert write_preview(tmp_path / "x.safetensors", first) == tmp_path / "x.png"
-    assert write_preview(tmp_path / "x.safetensors", second) is None
-    assert Image.open(tmp_path / "x.png").getpixel((0, 0)) == (255, 0, 0)
+    lora, path = tmp_path / "x.safetensors", tmp_path / "x.png"
+    assert write_preview(lora, first) == path
+    assert write_preview(lora, second) == path
+    assert Image.open(path).getpixel((0, 0)) == (0, 0, 255)
+    first.save(path)
+    assert write_preview(lora, second) is None
+    assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
     embedding = tmp_path / "x.v1.safetensors"
     assert write_preview(embedding, first, is_embedding=True) == tmp_path / "x.v1.preview.png"
-    assert write_preview(embedding, second) is None
+    first.save(tmp_path / "x.v1.preview.png")
+    assert write_preview(embedding, second, is_embedding=True) is None
 
 
 @pytest.mark.parametrize("name", ["x.preview.png", "x.webp", "x.jpeg"])

@@ -3,35 +3,18 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
-from mlm_plugin.export.lora_files import save_lora
-from mlm_plugin.export.sidecar import write_preview, write_sidecar
-from mlm_plugin.files import atomic_path, cached_folder, put_in_place, remove_leftovers
+from mlm_plugin.export.sidecar import write_sidecar
+from mlm_plugin.files import cached_folder, remove_temporaries
 from mlm_plugin.methods.lora import LoRAMethod
-from mlm_plugin.models.weights_files import write_weights
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
-STATE = {"lora_unet_x.lora_down.weight": torch.ones(4, 4)}
-WRITERS = {
-    "weights": ("a.safetensors", lambda path: write_weights(path, STATE, metadata={})),
-    "lora": ("a.safetensors", lambda path: save_lora(path, STATE, metadata={}, dtype=None)),
-    "pickle": ("a.pt", lambda path: save_lora(path, STATE, metadata={}, dtype=None)),
-    "sidecar": (
-        "a.json",
-        lambda path: write_sidecar(path, base_model_version="sd_v1", activation_text="x"),
-    ),
-    "preview": ("a.png", lambda path: write_preview(path, Image.new("RGB", (8, 8)))),
-}
-FAULTS = [errno.ENOSPC, errno.EIO, errno.EACCES]
 
 
 @pytest.fixture
@@ -44,96 +27,6 @@ def arguments(toy_folder, toy_pictures, tmp_path):
         *("--max_data_loader_n_workers", "0", "--mlm_loss_weight", "0"),
         *("--output_dir", str(tmp_path / "out"), "--output_name", "dog"),
     ]
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("code", FAULTS)
-@pytest.mark.parametrize("kind", WRITERS)
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch, kind, code, call
-):
-    name, write = WRITERS[kind]
-    path = tmp_path / name
-    if kind != "preview":  # one that exists is never written again
-        write(path)
-    before = {item.name: item.read_bytes() for item in tmp_path.iterdir()}
-
-    def fail(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(f"mlm_plugin.files.os.{call}", fail)
-    with pytest.raises(OSError, match=r".") as caught:
-        write(path)
-    assert caught.value.errno == code
-    assert {item.name: item.read_bytes() for item in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("kind", ["weights", "lora", "pickle"])
-def test_a_full_disk_is_an_error_of_the_disk_whatever_library_writes(tmp_path, kind):
-    """A limit on the size of files is a full disk for the process that has it."""
-    name, _ = WRITERS[kind]
-    code = f"""
-import resource, signal, torch
-from pathlib import Path
-from mlm_plugin.export.lora_files import save_lora
-from mlm_plugin.models.weights_files import write_weights
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-state = {{"lora_unet_x.lora_down.weight": torch.ones(100, 100)}}
-path = Path({str(tmp_path / name)!r})
-try:
-    if {kind!r} == "weights":
-        write_weights(path, state, metadata={{}})
-    else:
-        save_lora(path, state, metadata={{}}, dtype=None)
-except OSError as error:
-    print("refused:", error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("refused:")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("moment", ["during", "after"])
-def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path, moment):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    code = f"""
-import os, signal
-from mlm_plugin.files import atomic_path
-with atomic_path({str(path)!r}) as temporary:
-    temporary.write_text("new")
-    if {moment!r} == "during":
-        os.kill(os.getpid(), signal.SIGKILL)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert path.read_text() == {"during": "old", "after": "new"}[moment]
-
-
-def test_files_and_folders_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
-    events, replace = [], os.replace
-    names = {}
-
-    def synced(handle):
-        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
-
-    def replaced(source, target):
-        events.append("replace")
-        names[Path(source).name] = Path(target).name
-        replace(source, target)
-
-    monkeypatch.setattr("mlm_plugin.files.os.fsync", synced)
-    monkeypatch.setattr("mlm_plugin.files.os.replace", replaced)
-    with atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text("x")
-    assert events == [next(iter(names)), "replace", tmp_path.name]
-    events.clear()
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "part").write_text("x")
-    put_in_place(tmp_path / "new", tmp_path / "folder")
-    assert events == ["part", "new", "replace", tmp_path.name]
 
 
 def _fail_under(monkeypatch, folder):
@@ -284,7 +177,7 @@ def test_a_state_between_two_renames_gets_its_name_back(tmp_path):
     old.mkdir()
     (old / "part").write_text("x")
     os.utime(old, (0, 0))
-    remove_leftovers(tmp_path, "dog")
+    remove_temporaries(tmp_path, "dog-state".__eq__)
     assert (tmp_path / "dog-state" / "part").read_text() == "x"
     assert not old.exists()
 

@@ -5,6 +5,7 @@ import logging
 import random
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -379,3 +380,35 @@ def test_half_precision_models_draw_in_autocast_or_without(parts, tmp_path):
         tmp_path,
         autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     )
+
+
+class Zero(torch.nn.Module):
+    """Predicts no noise at any timestep."""
+
+    config = SimpleNamespace(in_channels=4)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.timesteps = []
+
+    def forward(self, latents, timestep, **_inputs):
+        self.timesteps.append(float(timestep))
+        return SimpleNamespace(sample=torch.zeros_like(latents))
+
+
+@pytest.mark.parametrize("num_steps", [1, 999, 1000])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_draws_as_many_steps_as_there_are_timesteps(name, num_steps):
+    """At 1000 steps the offset of DDIM and PNDM would ask for a timestep after the last one."""
+    try:
+        scheduler = create_sampler(name, DDPMScheduler(), prediction_type="epsilon")
+    except UserError as error:
+        pytest.skip(str(error))
+    unet = Zero()
+    settings = DenoiseSettings((64, 64), num_steps, 1.0)
+    prompts = Conditioning(torch.zeros(2, 77, 8))
+    generator = torch.Generator().manual_seed(0)
+    denoise(unet, prompts, scheduler, settings, generator=generator)
+    assert len(unet.timesteps) >= num_steps
+    assert max(unet.timesteps) <= 999

@@ -1,0 +1,163 @@
+"""Files ranked by the context that they keep: on real runs of every method."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mlm_plugin.cli import train_main
+from mlm_plugin.config.methods import METHOD_CLASSES
+from mlm_plugin.setup.best_file import BestFile, ContextLost
+from mlm_plugin.training.context_score import ContextReading, ScorePrompts
+
+
+@pytest.fixture(autouse=True)
+def _fresh(_fresh_accelerator):
+    """A process trains once."""
+
+
+@pytest.fixture
+def run(toy_folder, toy_pictures, tmp_path):
+    """Trains for a few steps with a save at each; the exit code."""
+
+    def run(*flags, model=toy_folder, folder="out"):
+        return train_main(
+            [
+                *("--pretrained_model_name_or_path", str(model)),
+                *("--train_data_dir", str(toy_pictures)),
+                *("--output_dir", str(tmp_path / folder), "--output_name", "dog"),
+                *"--caption_extension .txt --resolution 64 --seed 1 --mlm_loss_weight 0".split(),
+                *"--max_train_steps 4 --save_every_n_steps 1 --mlm_keep_best".split(),
+                *"--max_data_loader_n_workers 0".split(),
+                *flags,
+            ]
+        )
+
+    return run
+
+
+class Scripted:
+    """A score that says what it is told."""
+
+    def __init__(self, *kept):
+        self.kept = iter(kept)
+
+    def __call__(self):
+        return ContextReading(1.0, next(self.kept))
+
+
+class Silent:
+    """As much of a trainer as a ranking needs."""
+
+    class accelerator:  # noqa: N801
+        log = staticmethod(lambda *_, **__: None)
+
+    class progress:  # noqa: N801
+        current_step = 1
+
+    @staticmethod
+    def evaluating():
+        return torch.no_grad()
+
+
+def ranked(*kept, **options):
+    ranking = BestFile(Scripted(*kept), **{"keep": True, "stop_below": None, **options})
+    for number in range(len(kept)):
+        ranking.measure(Silent, f"step{number}")
+    return ranking
+
+
+@pytest.mark.parametrize(
+    ("kept", "best"),
+    [
+        ((0.99, 0.97, 0.96), "step2"),
+        ((0.99, 0.97, 0.90), "step1"),
+        ((0.99, 0.80, 0.96), "step2"),
+        ((0.80, 0.90, 0.70), "step1"),
+    ],
+)
+def test_the_best_is_the_last_that_reads_its_context(kept, best):
+    ranking = ranked(*kept)
+    assert ranking.best == best
+    assert [name for name in ranking.kept if ranking.spares(name)] == [best]
+
+
+def test_a_run_ends_where_its_context_is_lost():
+    ranked(0.9, 0.8, stop_below=0.7).require_context()
+    with pytest.raises(ContextLost, match="69% of the context is kept, mlm_stop_below is 70%"):
+        ranked(0.9, 0.69, stop_below=0.7).require_context()
+    assert not ranked(0.9, keep=False).spares("step0")
+
+
+def test_prompts_hold_one_concept_and_are_the_same_in_every_run():
+    texts = ["a sks dog here", "a zwx cat there", "sks dog and zwx cat"]
+    drawn = [
+        ScorePrompts.drawn(lambda rng: rng.choice(texts), ["sks dog", "zwx cat"]) for _ in range(2)
+    ]
+    assert drawn[0] == drawn[1]
+    assert sorted(drawn[0].texts) == texts[:2]
+
+
+@pytest.mark.parametrize("method", METHOD_CLASSES)
+def test_every_method_is_scored_and_trains_the_same_weights(method, run, tmp_path, capsys):
+    flags = ["--method", method, "--learning_rate", "1e-3"]
+    assert run(*flags) == 0
+    printed = capsys.readouterr()
+    assert "best by its context: " in printed.out
+    assert printed.err.count("of the context\n") == 4
+    assert run(*flags, "--mlm_keep_best=false", folder="plain") == 0
+    for path in (tmp_path / "plain").glob("*.safetensors"):
+        ours, theirs = load_file(tmp_path / "out" / path.name), load_file(path)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_sdxl_with_a_frozen_text_encoder_and_cached_captions(run, toy_sdxl_folder, capsys):
+    flags = ["--network_train_unet_only", "--cache_text_encoder_outputs", "--learning_rate=1e-3"]
+    assert run(*flags, model=toy_sdxl_folder) == 0
+    assert "best by its context: " in capsys.readouterr().out
+
+
+def test_the_best_file_outlives_the_others(run, tmp_path):
+    """The first file keeps most, as training at this rate destroys the context."""
+    flags = ["--learning_rate", "1", "--save_last_n_steps", "1", "--max_train_steps", "5"]
+    assert run(*flags) == 0
+    names = {path.stem for path in (tmp_path / "out").glob("*.safetensors")}
+    assert "dog-step00000001" in names
+    assert "dog-step00000002" not in names
+
+
+def test_a_run_that_lost_its_context_stops_with_a_state(run, tmp_path, capsys):
+    assert run("--learning_rate", "1", "--mlm_stop_below", "0.9") == 0
+    assert "of the context is kept, mlm_stop_below is 90%" in capsys.readouterr().err
+    states = list((tmp_path / "out").glob("dog-step*-state"))
+    assert len(states) == 1
+    assert not (tmp_path / "out" / "dog.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--save_every_n_steps", "0"], "mlm_keep_best"),
+        (["--mlm_stop_below", "2"], "mlm_stop_below = "),
+    ],
+)
+def test_options_without_effect_are_refused_or_named(flags, part, run, capsys):
+    run(*flags)
+    assert part in capsys.readouterr().err
+
+
+def test_the_score_is_1_before_training_and_falls_with_it(run, monkeypatch):
+    readings = []
+    measure = BestFile.measure
+
+    def record(self, trainer, name):
+        readings.append(copy.copy(measure(self, trainer, name)))
+        return readings[-1]
+
+    monkeypatch.setattr(BestFile, "measure", record)
+    assert run("--learning_rate", "1e-9") == 0
+    assert all(min(reading) > 0.9999 for reading in readings)
+    readings.clear()
+    assert run("--learning_rate", "3e-1", folder="strong") == 0
+    assert min(readings[-1]) < 0.95
