@@ -6,16 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import platform
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mlm_plugin import __version__
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.evaluation.comparison import compare
 from mlm_plugin.evaluation.eval_prompts import (
@@ -50,11 +47,12 @@ from mlm_plugin.evaluation.text_encoders import (
     text_protocol,
 )
 from mlm_plugin.evaluation.text_measures import headline
+from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
-__all__ = ["library_versions", "run_evaluate"]
+__all__ = ["run_evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,6 @@ logger = logging.getLogger(__name__)
 NOT_IN_PICTURES = {"train_data_dir", "output", "prompts", "num_images_per_prompt", "batch_size",
                    "clip_model", "dino_model", "masks", "mlm_contextualizer", "label",
                    "tokenizer_cache_dir"}  # fmt: skip
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "pillow", "numpy")
 
 
 def run_evaluate(command: EvaluateCommand) -> int:
@@ -347,15 +344,3 @@ def _input(how: Any) -> str:
         f"shorter side to {how.shortest_edge} pixels (Pillow filter {how.resample}), middle "
         f"{how.crop} × {how.crop}, normalized as the model's processor says"
     )
-
-
-def library_versions(device: torch.device) -> dict[str, str]:
-    """Versions that decide about results, and the device."""
-    found = {"mlm_plugin": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return found

@@ -27,10 +27,12 @@ from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
+from mlm_plugin.evaluation.run_page import RunPage, has_page
+from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
 from mlm_plugin.methods.checks import check_config, check_model
-from mlm_plugin.mlm_setup import mlm_schedule
+from mlm_plugin.mlm_setup import mlm_schedule, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.pretrain import Interrupted
 from mlm_plugin.setup.accelerator import (
@@ -245,15 +247,20 @@ def build_trainer(
     set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
     regularizer = term and attach_term(term, config, method, accelerator)
+    order = _order(config, dataset, accelerator)
+    plan = create_plan(config, batches_per_epoch=len(order))
     ranking = watch_context(
-        config, method, concepts, captions=captions_of(dataset), accelerator=accelerator
+        config,
+        method,
+        concepts,
+        captions=captions_of(dataset),
+        accelerator=accelerator,
+        for_page=has_page(config, plan.num_steps),
     )
     prepare_models(config, models, method)
     cache_latents(config, dataset, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
 
-    order = _order(config, dataset, accelerator)
-    plan = create_plan(config, batches_per_epoch=len(order))
     dataset.set_max_train_steps(plan.num_steps)
     optimization = create_optimization(config, method, plan, accelerator)
     record = RunRecord(
@@ -280,6 +287,8 @@ def build_trainer(
         identity=identity,
         callbacks=[*curves, *_writers(config, drawer, record, ranking)],
     )
+    if has_page(config, plan.num_steps):
+        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking))
     _resume(trainer, config.schedule.resume)
     return trainer
 
@@ -326,6 +335,22 @@ def _writers(
         return [Saver(config, record=record, ranking=ranking)]
     saver = Saver(config, record=record, newest_sample=lambda: drawer.newest, ranking=ranking)
     return [drawer, saver]
+
+
+def _page(
+    config: TrainConfig,
+    concepts: Sequence[Concept],
+    accelerator: Accelerator,
+    drawer: SampleDrawer | None,
+    ranking: BestFile | None,
+) -> RunPage:
+    return RunPage(
+        config,
+        title=trigger_of(concepts) or "",
+        versions=library_versions(accelerator.device),
+        drawer=drawer,
+        ranking=ranking,
+    )
 
 
 def _resume(trainer: Trainer, state: str | None) -> None:

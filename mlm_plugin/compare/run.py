@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from mlm_plugin.commands.evaluate import library_versions
 from mlm_plugin.compare.options import CompareOptions
 from mlm_plugin.compare.pages import report, summary_of, write_blind_sheet
 from mlm_plugin.compare.plan import Plan
@@ -28,6 +27,7 @@ from mlm_plugin.evaluation.image_measures import Judges
 from mlm_plugin.evaluation.metric_models import load_clip, load_dino
 from mlm_plugin.evaluation.options import NO_MODEL
 from mlm_plugin.evaluation.rendering import write_report
+from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import atomic_path, require_writable
 from mlm_plugin.pretrain import Interrupted
 from mlm_plugin.setup.builtin_names import model_path

@@ -683,6 +683,12 @@ class OutputOptions:
         "At every save measure from text alone how much of their context prompts with the concept "
         "still carry, and keep the best file: the last that carries 95 %. Needs a concept.",
     )
+    mlm_page: bool = option(
+        True,
+        "Write a page of the run beside its file, NAME.html, at every save and sample (runs of 10 "
+        "steps or more): curves, samples, the words that are still read, settings, warnings. "
+        "--no_mlm_page turns it off.",
+    )
     mlm_stop_below: float | None = option(
         None,
         "End the run, with its state saved, when a saved file carries less than this share of the "

@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Line", "Point", "bar_chart", "dot_chart", "scatter_chart"]
+__all__ = ["Bar", "Line", "Point", "bar_chart", "dot_chart", "line_chart", "scatter_chart"]
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 SOFT, RULE = "#63636a", "#e3e0d9"  # as in the style sheet
 MAX_LABEL = 52  # characters
+MAX_POINTS = 400  # of a line
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -95,6 +97,35 @@ def scatter_chart(
         chart.dot(x, y, series, title, **({"markersize": 5, "alpha": 0.35} if faint else {}))
         chart.text(label, (x, y), (4, 4))
     return chart.svg(f"{y_title} against {x_title}")
+
+
+@matplotlib.rc_context(fname=STYLE)
+def line_chart(
+    curves: Mapping[str, Sequence[tuple[float, float]]], *, x_title: str, y_title: str
+) -> Markup:
+    """Noisy curves ``(x, y)`` by name: raw and pale, and a running mean over a tenth on top.
+
+    Long curves are thinned out to ``MAX_POINTS``.
+    """
+    chart = _Chart()
+    chart.axes.set(xlabel=x_title, ylabel=y_title)
+    for series, (name, points) in enumerate(curves.items()):
+        xs, ys = (list(values) for values in zip(*points, strict=True))
+        smooth = _running_mean(ys, window=max(1, len(ys) // 10))
+        step = max(1, len(xs) // MAX_POINTS)
+        color = f"C{series}"
+        chart.mark("raw", xs[::step], ys[::step], title=name, color=color, alpha=0.3, lw=0.7)
+        chart.mark("curve", xs[::step], smooth[::step], title=name, color=color)
+        chart.text(name, (xs[-1], smooth[-1]), (-2, 5), ha="right", color=color)
+    return chart.svg(f"{y_title} by {x_title}")
+
+
+def _running_mean(values: Sequence[float], *, window: int) -> list[float]:
+    """Mean of the last ``window`` values at each of them."""
+    sums = [0.0, *accumulate(values)]
+    return [
+        (sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(values) + 1)
+    ]
 
 
 @matplotlib.rc_context(fname=STYLE)

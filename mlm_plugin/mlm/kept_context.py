@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["kept_context"]
+__all__ = ["kept_context", "lost_by_token"]
 
 
 def kept_context(states_ND: Tensor, untrained_ND: Tensor) -> float:
@@ -33,3 +33,17 @@ def kept_context(states_ND: Tensor, untrained_ND: Tensor) -> float:
     smallest = torch.finfo(torch.double).tiny
     missed = (centred_ND - wanted_ND).square().sum() / wanted_ND.square().sum().clamp(min=smallest)
     return max(0.0, 1.0 - missed.item())
+
+
+def lost_by_token(states_ND: Tensor, untrained_ND: Tensor) -> Tensor:
+    """The share of each token's variation that is lost, ``(N,)`` in [0, 1].
+
+    Weighted by how much each token varies, 1 minus their mean is :func:`kept_context`, as far as no
+    token loses more than it had.
+    """
+    centred_ND, wanted_ND = (
+        x.double() - x.double().mean(dim=0, keepdim=True) for x in (states_ND, untrained_ND)
+    )
+    smallest = torch.finfo(torch.double).tiny
+    missed_N = (centred_ND - wanted_ND).square().sum(dim=1)
+    return (missed_N / wanted_ND.square().sum(dim=1).clamp(min=smallest)).clamp(max=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import Accelerator
 
@@ -12,16 +13,24 @@ from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.methods import Method
 from mlm_plugin.mlm_setup import prompts_for
-from mlm_plugin.training.context_score import ContextReading, ContextScore, ScorePrompts
+from mlm_plugin.training.context_score import (
+    NUM_PROMPTS,
+    ContextReading,
+    ContextScore,
+    ScorePrompts,
+)
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["KEPT", "BestFile", "ContextLost", "watch_context"]
+__all__ = ["KEPT", "BestFile", "ContextLost", "Ranked", "watch_context"]
 
 logger = logging.getLogger(__name__)
 
 KEPT = 0.95
 """Share of the context from which on a file counts as one that reads it (docs/doctor.md)."""
+
+NUM_SHOWN = 12
+"""Prompts where a page alone shows the ranking."""
 
 
 class ContextLost(Stopped):
@@ -30,6 +39,13 @@ class ContextLost(Stopped):
     def __init__(self, kept: float, limit: float):
         super().__init__(0)
         self.args = (f"{kept:.0%} of the context is kept, mlm_stop_below is {limit:.0%}",)
+
+
+class Ranked(NamedTuple):
+    """What a saved file keeps, and after which step it was saved."""
+
+    step: int
+    reading: ContextReading
 
 
 class BestFile:
@@ -46,13 +62,18 @@ class BestFile:
 
     def __init__(self, score: ContextScore, *, keep: bool, stop_below: float | None):
         self.score, self.keep, self.stop_below = score, keep, stop_below
-        self.kept: dict[str, float] = {}
+        self.files: dict[str, Ranked] = {}
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """What each file keeps in the keys and values, by name."""
+        return {name: one.reading.cross_attention for name, one in self.files.items()}
 
     def measure(self, trainer: Trainer, name: str) -> ContextReading:
         """Score the file that is saved now."""
         with trainer.evaluating():
             reading = self.score()
-        self.kept[name] = reading.cross_attention
+        self.files[name] = Ranked(trainer.progress.current_step, reading)
         curves = {
             "context/text_encoder": reading.encoder,
             "context/cross_attention": reading.cross_attention,
@@ -64,10 +85,9 @@ class BestFile:
     @property
     def best(self) -> str | None:
         """Name of the best file so far."""
-        if not self.kept:
-            return None
-        good = [name for name, kept in self.kept.items() if kept >= KEPT]
-        return good[-1] if good else max(self.kept, key=self.kept.__getitem__)
+        kept = self.kept
+        good = [name for name, share in kept.items() if share >= KEPT]
+        return good[-1] if good else max(kept, key=kept.__getitem__, default=None)
 
     def spares(self, name: str) -> bool:
         """Whether a file that is due to be removed has to stay."""
@@ -88,7 +108,7 @@ class BestFile:
         Raises:
             ContextLost: the last file keeps less than ``stop_below``.
         """
-        kept = next(reversed(self.kept.values()), 1.0)
+        kept = next(reversed(self.kept.values()), 1.0)  # of the last file
         if self.stop_below is not None and kept < self.stop_below:
             raise ContextLost(kept, self.stop_below)
 
@@ -100,8 +120,9 @@ def watch_context(
     *,
     captions: Sequence[str],
     accelerator: Accelerator,
+    for_page: bool,
 ) -> BestFile | None:
-    """The ranking that the options ask for; ``None`` if they do not.
+    """The ranking that the options or a page ask for; ``None`` if none does.
 
     Args:
         config: options of the run.
@@ -109,13 +130,17 @@ def watch_context(
         concepts: what is learned.
         captions: may serve as prompts.
         accelerator: its precision.
+        for_page: whether the run's page shows it.
     """
     options = config.output
-    if not options.mlm_keep_best and options.mlm_stop_below is None:
+    is_asked = options.mlm_keep_best or options.mlm_stop_below is not None
+    if not is_asked and not (for_page and concepts):
         return None
     prompts = prompts_for(config.mlm, concepts, captions=captions)
     texts = ScorePrompts.drawn(
-        lambda rng: prompts.sample(rng).text, [concept.text for concept in concepts]
+        lambda rng: prompts.sample(rng).text,
+        [concept.text for concept in concepts],
+        number=NUM_PROMPTS if is_asked else NUM_SHOWN,
     )
     method.train(False)
     score = ContextScore(method, texts, autocast=accelerator.autocast)

@@ -14,8 +14,9 @@ from mlm_plugin.config.options import LogOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import is_of_the_disk
 
-__all__ = ["output_to", "quiet_imports", "quiet_libraries", "setup_console"]
+__all__ = ["kept_warnings", "output_to", "quiet_imports", "quiet_libraries", "setup_console"]
 
+MAX_WARNINGS = 40
 LOUD_LIBRARIES = (
     "bitsandbytes",
     "httpx",
@@ -49,9 +50,29 @@ def setup_console(options: LogOptions) -> None:
     form = "%(levelname)s: %(message)s" if options.console_log_simple else full
     handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
     root = logging.getLogger("mlm_plugin")
-    root.handlers[:] = [handler]
+    root.handlers[:] = [handler, KeptWarnings()]
     root.setLevel(level)
     root.propagate = False
+
+
+class KeptWarnings(logging.Handler):
+    """Keeps the warnings of a run, each once, for its page."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the text."""
+        text = record.getMessage()
+        if text not in self.lines and len(self.lines) < MAX_WARNINGS:
+            self.lines.append(text)
+
+
+def kept_warnings() -> list[str]:
+    """The warnings since :func:`setup_console`; empty without it."""
+    handlers = logging.getLogger("mlm_plugin").handlers
+    return next((one.lines for one in handlers if isinstance(one, KeptWarnings)), [])
 
 
 def _log_file(path: str) -> logging.Handler:
@@ -75,7 +96,8 @@ class _LogFile(logging.FileHandler):
         terminal = logging.StreamHandler(sys.stderr)
         terminal.setFormatter(self.formatter)
         logger = logging.getLogger("mlm_plugin")
-        logger.handlers[:] = [terminal]
+        kept = [one for one in logger.handlers if one is not self]
+        logger.handlers[:] = [terminal, *kept]
         logger.warning("console_log_file = %r: cannot be written (%s)", self.baseFilename, error)
         terminal.handle(record)
 

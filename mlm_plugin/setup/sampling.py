@@ -43,6 +43,7 @@ class SampleDrawer(Callback):
         self.folder = Path(config.output.output_dir)
         self.name = config.output.output_name
         self.newest: Path | None = None
+        self.drawn: dict[int, list[Path]] = {}  # pictures by step, in the order of the prompts
 
     @property
     def captions(self) -> list[str]:
@@ -80,6 +81,7 @@ class SampleDrawer(Callback):
         ):
             return
         paths = self._draw(trainer, epoch=epoch)
+        self.drawn[trainer.progress.current_step] = paths
         if paths and trainer.progress.current_step:  # the base model's pictures show nothing
             self.newest = paths[0]
 

@@ -17,15 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from mlm_plugin.methods.base import Method
-from mlm_plugin.mlm.kept_context import kept_context
+from mlm_plugin.mlm.kept_context import kept_context, lost_by_token
 from mlm_plugin.mlm.losses import positions_outside
 from mlm_plugin.models.cross_attention import cross_attention_names, is_per_layer, split_layers
 from mlm_plugin.models.key_values import MATRICES
 from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["ContextReading", "ContextScore", "ScorePrompts"]
+__all__ = ["ContextReading", "ContextScore", "ScorePrompts", "Word"]
 
 NUM_PROMPTS = 32
+
+
+class Word(NamedTuple):
+    """A word of a prompt, and the share of its meaning that is lost; ``None`` for the concept."""
+
+    text: str
+    lost: float | None
 
 
 class ScorePrompts(NamedTuple):
@@ -35,18 +42,25 @@ class ScorePrompts(NamedTuple):
     concepts: Sequence[str]
 
     @classmethod
-    def drawn(cls, sample: Callable[[random.Random], str], concepts: Sequence[str]) -> ScorePrompts:
+    def drawn(
+        cls,
+        sample: Callable[[random.Random], str],
+        concepts: Sequence[str],
+        *,
+        number: int = NUM_PROMPTS,
+    ) -> ScorePrompts:
         """The same prompts in every run.
 
         Args:
             sample: draws a prompt that holds one of the concepts.
             concepts: as they are written in prompts.
+            number: how many, if there are so many.
         """
         rng = random.Random("context score")
         texts: dict[str, str] = {}
-        for text in (sample(rng) for _ in range(20 * NUM_PROMPTS)):
+        for text in (sample(rng) for _ in range(20 * number)):
             held = [concept for concept in concepts if concept in text]
-            if len(held) == 1 and len(texts) < NUM_PROMPTS:
+            if len(held) == 1 and len(texts) < number:
                 texts[text] = held[0]
         return cls(list(texts), list(texts.values()))
 
@@ -86,16 +100,40 @@ class ContextScore:
             for name in cross_attention_names(method.models.unet)
         ]
         self._kept_states = None if method.trains_text_side else self._states()
+        self._now: list[Tensor] = []
         with method.untrained():
             self.before = self._read()
 
     def __call__(self) -> ContextReading:
         """What is kept now."""
+        self._now = self._read()
         encoder, *key_values = (
-            kept_context(now, before.float())
-            for now, before in zip(self._read(), self.before, strict=True)
+            kept_context(now, before) for now, before in zip(self._now, self.before, strict=True)
         )
         return ContextReading(encoder, sum(key_values) / len(key_values))
+
+    def sentences(self, number: int) -> list[list[Word]]:
+        """The first prompts with what was lost of each word when last measured.
+
+        Mean over keys and values; of a word its token that lost most.
+        """
+        pairs = list(zip(self._now, self.before, strict=True))[1:]
+        lost = torch.stack([lost_by_token(*pair) for pair in pairs]).mean(dim=0).tolist()
+        found, start = [], 0
+        for text, concept, row in zip(*self.prompts, self._positions(), strict=True):
+            found.append(self._words(text, concept, lost[start : start + len(row)]))
+            start += len(row)
+        return found[:number]
+
+    def _words(self, text: str, concept: str, lost: Sequence[float]) -> list[Word]:
+        """The words of one prompt; ``lost`` is of its tokens outside the concept, and of EOS."""
+        tokenizer = self.method.models.text_encoders[0].tokenizer
+        before, behind = (tokenizer.tokenize(part) for part in text.split(concept, 1))
+        return [
+            *_whole_words(before, lost),
+            Word(concept, None),
+            *_whole_words(behind, lost[len(before) :]),
+        ]
 
     @torch.no_grad()
     def _read(self) -> list[Tensor]:
@@ -136,6 +174,18 @@ class ContextScore:
             trimmed = ids_L[: ids_L.index(eos) + 1]
             found.append(positions_outside(trimmed, concept_ids, len(concept_ids))[0][1:])
         return found
+
+
+def _whole_words(tokens: Sequence[str], lost: Sequence[float]) -> list[Word]:
+    """Tokens of CLIP, whose words end in ``</w>``, as words."""
+    words: list[Word] = []
+    text, most = "", 0.0
+    for token, share in zip(tokens, lost, strict=False):
+        text, most = text + token.removesuffix("</w>"), max(most, share)
+        if token.endswith("</w>"):
+            words.append(Word(text, most))
+            text, most = "", 0.0
+    return words
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:

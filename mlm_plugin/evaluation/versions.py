@@ -1,0 +1,26 @@
+"""Versions that decide about results."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from mlm_plugin import __version__
+
+__all__ = ["library_versions"]
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "pillow", "numpy")
+
+
+def library_versions(device: torch.device) -> dict[str, str]:
+    """Versions that decide about results, and the device."""
+    found = {"mlm_plugin": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return found
