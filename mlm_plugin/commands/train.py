@@ -48,7 +48,6 @@ from mlm_plugin.setup.builtin_names import with_built_in_paths
 from mlm_plugin.setup.class_image_folders import prepare_class_images
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.setup.data import (
-    captions_of,
     create_dataset,
     create_loader,
     create_order,
@@ -249,13 +248,9 @@ def build_trainer(
     regularizer = term and attach_term(term, config, method, accelerator)
     order = _order(config, dataset, accelerator)
     plan = create_plan(config, batches_per_epoch=len(order))
+    page = has_page(config, plan.num_steps)
     ranking = watch_context(
-        config,
-        method,
-        concepts,
-        captions=captions_of(dataset),
-        accelerator=accelerator,
-        for_page=has_page(config, plan.num_steps),
+        config, method, concepts, dataset, accelerator=accelerator, for_page=page
     )
     prepare_models(config, models, method)
     cache_latents(config, dataset, models, accelerator)
@@ -263,14 +258,9 @@ def build_trainer(
 
     dataset.set_max_train_steps(plan.num_steps)
     optimization = create_optimization(config, method, plan, accelerator)
-    record = RunRecord(
-        config,
-        dataset=dataset,
-        models=models,
-        concepts=concepts,
-        seed=seed,
-        contextualizers=term.contextualizers if term else [],
-    )
+    used = term.contextualizers if term else []
+    facts = {"dataset": dataset, "models": models, "concepts": concepts, "seed": seed}
+    record = RunRecord(config, **facts, contextualizers=used)
     drawer = sample_drawer(config, concepts)
     captions = cached_captions(config, dataset, method, drawer, accelerator)
     trainer = Trainer(
@@ -287,7 +277,7 @@ def build_trainer(
         identity=identity,
         callbacks=[*curves, *_writers(config, drawer, record, ranking)],
     )
-    if has_page(config, plan.num_steps):
+    if page:
         trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking))
     _resume(trainer, config.schedule.resume)
     return trainer

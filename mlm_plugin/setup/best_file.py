@@ -11,8 +11,10 @@ from accelerate import Accelerator
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.methods import Method
 from mlm_plugin.mlm_setup import prompts_for
+from mlm_plugin.setup.data import captions_of
 from mlm_plugin.training.context_score import (
     NUM_PROMPTS,
     ContextReading,
@@ -117,8 +119,8 @@ def watch_context(
     config: TrainConfig,
     method: Method,
     concepts: Sequence[Concept],
+    dataset: TrainDataset,
     *,
-    captions: Sequence[str],
     accelerator: Accelerator,
     for_page: bool,
 ) -> BestFile | None:
@@ -128,7 +130,7 @@ def watch_context(
         config: options of the run.
         method: untrained.
         concepts: what is learned.
-        captions: may serve as prompts.
+        dataset: its captions may serve as prompts.
         accelerator: its precision.
         for_page: whether the run's page shows it.
     """
@@ -136,7 +138,7 @@ def watch_context(
     is_asked = options.mlm_keep_best or options.mlm_stop_below is not None
     if not is_asked and not (for_page and concepts):
         return None
-    prompts = prompts_for(config.mlm, concepts, captions=captions)
+    prompts = prompts_for(config.mlm, concepts, captions=captions_of(dataset))
     texts = ScorePrompts.drawn(
         lambda rng: prompts.sample(rng).text,
         [concept.text for concept in concepts],

@@ -119,7 +119,7 @@ def test_pictures_of_the_largest_data_set_count(tmp_path, toy_pictures):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, says, capsys):
     assert main(["estimate", *arguments]) == 2
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().err.rsplit("\r")[-1].strip()  # behind the progress bar
     assert printed.startswith("error: ")
     assert says in printed
     assert len(printed.splitlines()) == 1
