@@ -27,6 +27,9 @@ __all__ = [
 MASK_ID = -1
 """Id of [MASK]. It is not in any vocabulary: a hook on the embedding layer handles it."""
 
+CONTRACTIONS = frozenset({"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+"""Ends of words that tokenizers split off (patterns of CLIP and GPT-2): they mean too little."""
+
 IGNORE_INDEX = -100
 """Label of a position without a target, as in transformers."""
 
@@ -57,7 +60,8 @@ class MaskingVocabulary:
         ends_word: ids that close a word (CLIP's BPE marks them with ``</w>``).
         bos_token_id: id of the first token; ``None`` where prompts begin with a word.
         eos_token_id: id that ends the prompt; everything from the first one on is padding.
-        punctuation: ids without a letter or digit; never masked, as they teach nothing.
+        punctuation: ids without a letter or digit, and contractions such as 's; never masked, as
+            they teach nothing.
         protected: words that are never masked: placeholder tokens and the class word.
         low_priority: function words and words of neutral prefixes ("a photo of").
         replacements: ids that 80/10/10 masking may put in a word's place.
@@ -201,6 +205,8 @@ def _opens_word(piece: str) -> bool:
 
 
 def _is_punctuation(piece: str, id: int, tokenizer) -> bool:  # noqa: A002 - a token id
+    if piece in CONTRACTIONS:
+        return True
     if any(char.isascii() and char.isalnum() for char in piece):
         return False
     if piece.isascii():

@@ -220,6 +220,18 @@ def test_punctuation_is_never_a_target(toy_text_encoder, syntax):
     assert not {",</w>", "-</w>", ".</w>", "'</w>"} & set(hidden)
 
 
+@pytest.mark.parametrize("text", ["a king's crown", "don't", "we'll", "they've", "you're", "i'm"])
+def test_what_is_split_off_a_word_is_never_a_target(clip_vocabulary, text):
+    """The token behind the apostrophe says nothing of the context."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(clip_vocabulary)
+    vocabulary = MaskingVocabulary.from_tokenizer(tokenizer, protected=[], low_priority=[])
+    pieces = tokenizer.convert_ids_to_tokens(words_of(tokenizer, text))
+    (split_off,) = [piece for piece in pieces if piece.startswith("'")]
+    assert tokenizer.convert_tokens_to_ids(split_off) in vocabulary.punctuation
+
+
 def test_a_real_word_is_not_taken_for_punctuation(clip_vocabulary):
     from transformers import CLIPTokenizer
 
