@@ -30,6 +30,7 @@ from research.bench.plan import (
 from research.bench.records import Record, Records, key_of
 from research.bench.search import search
 from research.bench.summary import Comparison, Curve, compare, curves_of, holm
+from research.bench.text_score import SETTINGS, STEPS, correlations, read_looks
 
 __all__ = ["PAGES", "blocks", "rewritten"]
 
@@ -74,7 +75,39 @@ def blocks(records: Records) -> dict[str, str]:
         "claims": _claims_table(found),
         "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
+        "text_score": _text_score_tables(),
     }
+
+
+def _text_score_tables() -> str:
+    """How the scores from text alone rank files, and the means that they rank."""
+    looks = read_looks()
+    if not looks:
+        return NOTHING
+    by_score = {name: correlations(looks, name) for name in ("cross_attention", "encoder")}
+    kinds = next(iter(by_score.values()))
+    ranks = [[kind, *(f"{found[kind]:.2f}" for found in by_score.values())] for kind in kinds]
+    means = []
+    for setting in SETTINGS:
+        for step in STEPS:
+            members = [one for one in looks if (one["setting"], one["step"]) == (setting, step)]
+            shares = [
+                f"{100 * mean(one[key] for one in members):.0f}"
+                for key in ("cross_attention", "encoder", "fidelity", "identity")
+            ]
+            means.append([setting, str(step), *shares])
+    runs = len({(one["concept"], one["setting"]) for one in looks})
+    tables = (
+        f"{len(looks)} looks at {runs} runs. Rank correlation with prompt fidelity:\n",
+        _table(["among", "keys and values", "text encoder"], ranks),
+        "Means over concepts, in percent:\n",
+        _table(
+            ["setting", "step", "kept, keys and values", "kept, text encoder", "fidelity",
+             "identity"],
+            means,
+        ),
+    )  # fmt: skip
+    return "\n".join(tables)
 
 
 def _result(arm: Arm, records: Records) -> Result | None:
