@@ -30,6 +30,7 @@ TRACEBACK = "--traceback"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 SECRETS = ("wandb_api_key", "huggingface_token")
 LONG_WORD = re.compile(r"\S{160,}")
+DEAD_WORKER = "DataLoader worker (pid"  # as PyTorch calls it
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -87,7 +88,13 @@ def _line_of(error: Exception) -> str | None:
     if _is_out_of_memory(error):
         return (
             f"not enough memory ({one_line(str(error))[:120] or type(error).__name__}); "
-            "`mlm-plugin estimate` with the same options lists what would save memory"
+            "gradient_checkpointing, cache_latents, AdamW8bit, a smaller train_batch_size or "
+            "resolution save some: `mlm-plugin estimate` with the same options says how much"
+        )
+    if DEAD_WORKER in str(error):
+        return (
+            "a process that loads pictures was killed, mostly for lack of memory "
+            f"({one_line(str(error))[:120]}); set max_data_loader_n_workers = 0"
         )
     return None
 

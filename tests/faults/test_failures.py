@@ -1,7 +1,9 @@
 """Whatever happens, the command line ends in one line, or in a short report with a file."""
 
 import errno
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,26 @@ def test_what_a_user_can_mend_is_one_line(error, code, part, capsys):
     assert (found, len(printed.splitlines())) == (code, 1)
     assert part in printed
     assert printed.startswith("error: ")
+
+
+class Deadly(torch.utils.data.Dataset):
+    """Kills the process that reads it, as a system without memory does."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_loader_process_is_one_line_with_the_remedy(capsys):
+    def command(_argv):
+        for _ in torch.utils.data.DataLoader(Deadly(), num_workers=1):
+            raise AssertionError("nothing can be read")
+
+    assert exit_code_of(command, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "max_data_loader_n_workers = 0" in line
 
 
 @pytest.mark.parametrize(
