@@ -30,7 +30,7 @@ from research.bench.plan import (
 from research.bench.records import Record, Records, key_of
 from research.bench.search import search
 from research.bench.summary import Comparison, Curve, compare, curves_of, holm
-from research.bench.text_score import SETTINGS, STEPS, correlations, read_looks
+from research.bench.text_score import RECORD, SETTINGS, STEPS, correlations, read_looks
 
 __all__ = ["PAGES", "blocks", "rewritten"]
 
@@ -75,13 +75,13 @@ def blocks(records: Records) -> dict[str, str]:
         "claims": _claims_table(found),
         "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
-        "text_score": _text_score_tables(),
+        "text_score": _text_score_tables(records),
     }
 
 
-def _text_score_tables() -> str:
+def _text_score_tables(records: Records) -> str:
     """How the scores from text alone rank files, and the means that they rank."""
-    looks = read_looks()
+    looks = read_looks(records.folder.parent / RECORD.name)
     if not looks:
         return NOTHING
     by_score = {name: correlations(looks, name) for name in ("cross_attention", "encoder")}

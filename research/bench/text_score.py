@@ -62,9 +62,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def read_looks() -> list[Look]:
+def read_looks(path: Path = RECORD) -> list[Look]:
     """The records; empty before the first run."""
-    return json.loads(read_text(RECORD)) if RECORD.exists() else []
+    return json.loads(read_text(path)) if path.exists() else []
 
 
 def _write(looks: Iterable[Look]) -> None:
