@@ -14,12 +14,14 @@ import pytest
 from mlm_plugin.cli import COMMANDS
 from mlm_plugin.config.loading import load_config, options_markdown
 from mlm_plugin.config.methods import METHOD_CLASSES
-from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import parse_pretrain
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 METHOD = ROOT / "docs" / "method.md"
+FILES = ROOT / "docs" / "methods-and-files.md"
+TRAINING = ROOT / "docs" / "training.md"
+GUI = ROOT / "docs" / "kohya-gui.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 OPTIONS_PAGE = ROOT / "docs" / "options.md"
 PAGES = [
@@ -31,6 +33,8 @@ PAGES = [
 ]
 PACKAGES = ("mlm_plugin", "research")
 TRAIN = "python train_network_mlm.py"
+FIRST_SCREEN = 150
+"""README has fewer lines; everything else is in docs/."""
 
 
 def page_name(page):
@@ -93,9 +97,9 @@ def test_every_module_is_in_the_file_tree():
     assert modules - set(file_tree()) == set()
 
 
-def test_every_preset_is_named_in_readme_and_its_command_is_in_the_preset():
+def test_every_preset_is_in_the_list_of_presets_and_its_command_is_in_the_preset():
     presets = {f"presets/{path.name}" for path in (ROOT / "presets").glob("*.toml")}
-    assert [preset for preset in presets if preset not in text_of(README)] == []
+    assert [preset for preset in presets if preset not in text_of(TRAINING)] == []
     for preset in presets:
         assert preset in text_of(ROOT / preset)
 
@@ -107,6 +111,12 @@ def test_readme_gives_both_first_commands_in_one_line_each():
     lines = [line for block in fences(README) for line in block.splitlines()]
     assert f"pip install -e . && {TRAIN} --config_file presets/quickstart.toml" in lines
     assert 'pip install -e ".[test]" && pytest' in lines
+
+
+def test_readme_and_the_gui_page_add_the_same_two_lines():
+    two_lines = "--network_module mlm_plugin.kohya\n--network_args mlm_target=states\n"
+    assert two_lines in fences(README)
+    assert two_lines in fences(GUI)
 
 
 @pytest.mark.parametrize("command", train_commands())
@@ -144,7 +154,7 @@ def test_readme_names_every_subcommand_but_train_which_has_its_own_script():
 
 
 def test_the_pretraining_command_parses():
-    found = [c for c in commands(README) if c.startswith("mlm-plugin pretrain ")]
+    found = [c for c in commands(TRAINING) if c.startswith("mlm-plugin pretrain ")]
     assert found
     for command in found:
         assert parse_pretrain(shlex.split(command)[2:]).captions
@@ -171,31 +181,6 @@ def test_the_command_on_the_options_page_makes_the_page(tmp_path):
     assert text_of(page) == text_of(OPTIONS_PAGE)
 
 
-def option_rows():
-    rows = re.findall(r"^\| (`[^|]*) \| ([^|]*) \| .* \|$", text_of(README), flags=re.MULTILINE)
-    for names, defaults in rows:
-        yield from zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=False)
-
-
-def test_readme_lists_every_option_of_the_mlm_term():
-    named = set(re.findall(r"`(\w+)`", text_of(README)))
-    assert set(MLMOptions.__dataclass_fields__) <= named
-
-
-def test_defaults_in_readme_are_those_of_the_options():
-    checked = 0
-    for name, written in option_rows():
-        default = OPTIONS[name].default if name in OPTIONS else None
-        if isinstance(default, bool):
-            assert written == ("on" if default else "off"), name
-        elif isinstance(default, float):
-            assert float(written) == default, name
-        elif default is not None:
-            assert written.strip("`") == str(default), name
-        checked += default is not None
-    assert checked >= 10
-
-
 # --- methods --------------------------------------------------------------------------------
 
 
@@ -204,13 +189,13 @@ def methods_in_tables(path):
     return set(re.findall(r"^\| `(\w+)` \|", text_of(path), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", [README, METHOD], ids=page_name)
+@pytest.mark.parametrize("page", [FILES, METHOD], ids=page_name)
 def test_every_method_has_its_row(page):
     assert set(METHOD_CLASSES) <= methods_in_tables(page)
 
 
-def test_readme_gives_a_command_for_every_method():
-    with_preset = [c for c in train_commands() if "presets/sd15" in c]
+def test_the_page_of_methods_gives_a_command_for_every_one():
+    with_preset = [c for c in commands(FILES) if "presets/sd15" in c]
     configs = [
         load_config([str(ROOT / p) if p.startswith("presets/") else p for p in shlex.split(c)[2:]])
         for c in with_preset
@@ -238,10 +223,39 @@ def test_the_equation_table_is_found():
     assert len(equation_rows()) >= 12
 
 
+def links(page):
+    """Relative links and pictures of a page: target (empty for the page itself), heading."""
+    text = re.sub(r"^ *```.*?^ *```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"""(?:\]\(|(?:src|href)=")(?!https?://)([^)"#]*)#?([^)"]*)""", text)
+    return [target for target in found if any(target)]
+
+
+def headings(page):
+    """The headings of a page as a link names them."""
+    found = re.findall(r"^#+ (.*)$", text_of(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_relative_links_lead_somewhere(page):
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text_of(page))
+    targets = [target for target, _ in links(page) if target]
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_to_a_heading_name_one(page):
+    named = [(page.parent / target if target else page, name) for target, name in links(page)]
+    assert [
+        (other.name, name)
+        for other, name in named
+        if name and other.suffix == ".md" and name not in headings(other)
+    ] == []
+
+
+def test_readme_fits_the_first_screens_and_leads_to_every_page():
+    assert len(text_of(README).splitlines()) < FIRST_SCREEN
+    linked = {(ROOT / target).resolve() for target, _ in links(README) if target}
+    assert set(PAGES) - {README, *ROOT.glob("research/benchmarks/*.md")} - linked == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
