@@ -152,6 +152,12 @@ def verdict_of(findings: Findings) -> Diagnosis:
             "use it at a lower strength, or train with --mlm_read_at cross_attention",
         )
     kept = percent(findings.whole.image)
+    if findings.whole.image < KEPT:
+        return Diagnosis(
+            "strong",
+            f"the two parts together too strong: {kept} of the context is still read",
+            "use it at a lower strength, or train with the MLM term",
+        )
     return Diagnosis("good", f"sentences stay whole: {kept} of the context is still read")
 
 

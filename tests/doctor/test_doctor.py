@@ -12,8 +12,8 @@ from torch import nn
 
 from mlm_plugin.cli import main, train_main
 from mlm_plugin.config.options import NetworkOptions
-from mlm_plugin.doctor.diagnosis import broken_verdict
-from mlm_plugin.doctor.examination import Patient, Prompts, Strengths, reading_of
+from mlm_plugin.doctor.diagnosis import Findings, broken_verdict, verdict_of
+from mlm_plugin.doctor.examination import Patient, Prompts, Reading, Strengths, reading_of
 from mlm_plugin.doctor.learned_file import LearnedFile, contents_of, read_learned_file
 from mlm_plugin.doctor.weight_changes import weight_change
 from mlm_plugin.export.embedding_files import save_embedding
@@ -404,3 +404,27 @@ def test_the_page_holds_the_verdict_and_needs_nothing_from_outside(
     assert "<b>five&.safetensors" in found.text
     assert found.tags.count("svg") == 2
     screenshot_of(page)
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "whole", "word"),
+    [
+        (0.99, 0.99, 0.98, "sentences stay whole: 98 %"),
+        (0.90, 0.99, 0.90, "text encoder part too strong: context words lose 10 %"),
+        (0.99, 0.90, 0.90, "U-Net part too strong"),
+        (0.96, 0.96, 0.93, "the two parts together too strong: 93 %"),
+    ],
+)
+def test_the_verdict_names_the_part(text, image, whole, word):
+    def reading(encoder, blocks):
+        return Reading({"text encoder": encoder}, {"IN01": blocks})
+
+    findings = Findings(
+        whole=reading(text, whole),
+        text_part=reading(text, text),
+        image_part=reading(1.0, image),
+        leak=reading(1.0, 1.0),
+        curve=[(0.0, 1.0), (1.0, text)],
+        fit=0.5,
+    )
+    assert verdict_of(findings).verdict.startswith(word)
