@@ -171,11 +171,12 @@ def _ranks(plan: NetworkPlan) -> Ranks:
 def _targets(plan: NetworkPlan, part: str, ranks: Ranks) -> list[LoraTarget]:
     if not (plan.train_unet if part == "unet" else plan.train_text_encoder):
         return []
-    targets = lora_targets(plan.models[part], ranks, name_of=partial(plan.file_name, part))
+    model, name_of = plan.models[part], partial(plan.file_name, part)
+    targets = lora_targets(model, ranks, name_of=name_of)
     if plan.ranks_from is None:
         return targets
     chosen = with_ranks_of(plan.ranks_from, targets)
-    _warn_of_absent(chosen, targets, part)
+    _warn_of_absent(chosen, lora_targets(model, ranks._replace(conv=None), name_of=name_of), part)
     return chosen
 
 
@@ -184,10 +185,13 @@ def _warn_of_absent(
 ) -> None:
     """Layers that a LoRA usually adapts and the file leaves out stay untrained.
 
-    Convolutions are left out of the count: most LoRA files have none.
+    Args:
+        chosen: those that the file has.
+        candidates: those without convolutions, which most files lack.
+        part: which model, for the message.
     """
     names = {target.kohya_name for target in chosen}
-    usual = {target.kohya_name for target in candidates if "conv" not in target.kohya_name}
+    usual = {target.kohya_name for target in candidates}
     absent = sorted(usual - names)
     if absent and names:
         logger.warning(
