@@ -21,6 +21,7 @@ commands:
   prompts         print or count the prompts of a prompt set
   estimate        predict the GPU memory of a training, part by part, without loading anything
   evaluate        draw, score and report what was learned; --compare lays runs side by side
+  sheet           draw a contact sheet of a finished LoRA: prompts by strengths
   doctor          examine a finished LoRA or embedding: what it does to sentences, and mend it
   compare         train with several sets of options on several subjects, and compare them
   pocket concept  write a thing the built-in model has never seen: pictures and test prompts
@@ -83,6 +84,18 @@ def _evaluate(argv: Sequence[str]) -> int:
     return run_evaluate(command)
 
 
+def _sheet(argv: Sequence[str]) -> int:
+    from mlm_plugin.sheet.options import parse_sheet
+
+    options = parse_sheet(argv)
+    from mlm_plugin.setup.console import quiet_imports
+
+    quiet_imports()
+    from mlm_plugin.commands.sheet import run_sheet
+
+    return run_sheet(options)
+
+
 def _doctor(argv: Sequence[str]) -> int:
     from mlm_plugin.doctor.options import parse_doctor
 
@@ -139,6 +152,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prompts": _prompts,
     "estimate": _estimate,
     "evaluate": _evaluate,
+    "sheet": _sheet,
     "doctor": _doctor,
     "compare": _compare,
     "pocket": _pocket,

@@ -23,7 +23,7 @@ ROWS = [
     ("toy", "pocket"),
     ("setup",),
     ("evaluation", "estimate"),
-    ("doctor",),
+    ("doctor", "sheet"),
     ("sd_scripts", "commands"),
     ("compare", "demo"),
     ("cli", "kohya"),

@@ -25,6 +25,7 @@ from mlm_plugin.evaluation.evaluated_model import (
     EvaluatedModel,
     LearnedFiles,
     LoadSettings,
+    drawing_dtype,
     load_evaluated_model,
 )
 from mlm_plugin.evaluation.evaluation_page import evaluation_page
@@ -200,14 +201,11 @@ def _description(
 
 
 def _load(options: EvaluateOptions, device: torch.device) -> EvaluatedModel:
-    precision = options.precision
-    if precision == "auto":
-        precision = "fp16" if device.type == "cuda" else "fp32"
     files = {field.name: getattr(options, field.name) for field in dataclasses.fields(LearnedFiles)}
     settings = LoadSettings(
         clip_skip=options.clip_skip,
         sampler=options.sampler,
-        dtype={"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision],
+        dtype=drawing_dtype(options.precision, device),
         tokenizer_cache_dir=options.tokenizer_cache_dir,
     )
     model = load_evaluated_model(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.lora_file import load_lora
 from mlm_plugin.export.custom_diffusion_files import read_delta
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS, read_embeddings, read_xti
 from mlm_plugin.models.checkpoints import ModelSettings, StableDiffusion, load_stable_diffusion
@@ -33,8 +33,8 @@ from mlm_plugin.models.diffusers_folder import find_local_folder
 from mlm_plugin.models.per_layer_text import encode_per_layer
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import LearnedTokens
-from mlm_plugin.networks.create import create_network, read_weights
-from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS, part_of
+from mlm_plugin.networks.base import Network
+from mlm_plugin.networks.lycoris_network import LycorisNetwork
 from mlm_plugin.training.samples import create_sampler
 
 __all__ = [
@@ -43,12 +43,9 @@ __all__ = [
     "LoadSettings",
     "Pipeline",
     "create_pipeline",
+    "drawing_dtype",
     "load_evaluated_model",
 ]
-
-LORA_UP = "lora_up.weight"
-# Layers that take text states, by the end of their name.
-READS_TEXT = ("attn2_to_k.lora_down.weight", "self_attn_q_proj.lora_down.weight")
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -66,6 +63,7 @@ class EvaluatedModel:
         encode: encodes prompts into the conditioning of the U-Net.
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         autocast: entered for the text encoders and the U-Net, where parts differ in precision.
+        network: the LoRA or LyCORIS on them, whose strength can be changed.
     """
 
     pipeline: Pipeline
@@ -74,6 +72,7 @@ class EvaluatedModel:
     encode: Encode
     family: str
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    network: Network | None = None
 
     @property
     def resolution(self) -> int:
@@ -102,7 +101,7 @@ class LearnedFiles:
 
     Attributes:
         checkpoint: a trained model that replaces the base model for drawing.
-        lora: LoRA file with kohya's key names.
+        lora: LoRA or LyCORIS file with kohya's key names.
         lora_weight: its strength.
         embedding: Textual Inversion file.
         delta: keys and values of Custom Diffusion; not for SDXL.
@@ -135,6 +134,13 @@ class LoadSettings:
     tokenizer_cache_dir: str | None = None
 
 
+def drawing_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of ``--precision``; ``auto`` is fp16 on a GPU, else fp32."""
+    if precision == "auto":
+        precision = "fp16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
 @torch.no_grad()
 def load_evaluated_model(
     base: str,
@@ -164,10 +170,23 @@ def load_evaluated_model(
         del models  # free the memory of a whole model before the next one is loaded
         models = _load_checkpoint(files.checkpoint, settings, base=base, family=family)
     pipeline = create_pipeline(models, settings.sampler)
+    network = None if files.lora is None else load_lora(models, files.lora)
+    if network is not None:
+        network.set_strength(text_encoder=files.lora_weight, unet=files.lora_weight)
     encode = _load_files(models, pipeline, files, placeholder_token)
     for module in (models.unet, models.vae, *(encoder.model for encoder in models.text_encoders)):
         module.eval().requires_grad_(False)
-    return EvaluatedModel(pipeline, models.text_encoders, base_text_encoders, encode, models.family)
+    model = EvaluatedModel(
+        pipeline,
+        models.text_encoders,
+        base_text_encoders,
+        encode,
+        models.family,
+        network=network,
+    )
+    if isinstance(network, LycorisNetwork) and settings.dtype != torch.float32:
+        model.autocast = lambda: torch.autocast(models.unet.device.type, settings.dtype)
+    return model
 
 
 def _model_settings(settings: LoadSettings) -> ModelSettings:
@@ -182,8 +201,6 @@ def _load_files(
     models: StableDiffusion, pipeline: Pipeline, files: LearnedFiles, placeholder_token: str
 ) -> Encode:
     """Load what was learned into the models; returns the function that encodes prompts."""
-    if files.lora is not None:
-        _load_lora(models, files.lora, files.lora_weight)
     if files.delta is not None:
         _load_delta(pipeline, files.delta)
     if files.xti is not None:
@@ -273,51 +290,6 @@ def create_pipeline(models: StableDiffusion, sampler: str) -> Pipeline:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _load_lora(models: StableDiffusion, path: str, weight: float) -> None:
-    state = read_weights(path)
-    if not any(key.endswith(LORA_UP) for key in state):
-        raise UserError(f"--lora {path}: holds no {LORA_UP}; give a LoRA in kohya's spelling")
-    _refuse_other_lora(models, state, path)
-    options = NetworkOptions(network_weights=path, dim_from_weights=True, **_parts_of(state))
-    network = create_network(models, options)
-    network.load_kohya_state_dict(
-        {
-            key: tensor * weight if key.endswith(LORA_UP) else tensor
-            for key, tensor in network.kohya_state_dict().items()
-        }
-    )
-    network.train(False)
-
-
-def _refuse_other_lora(models: StableDiffusion, state: Mapping[str, Tensor], path: str) -> None:
-    """Compare text encoders and widths of a file with those of the model."""
-    expected = {
-        part: encoder.token_embedding.embedding_dim
-        for part, encoder in zip(
-            TEXT_ENCODER_PARTS[len(models.text_encoders)], models.text_encoders, strict=True
-        )
-    }
-    expected["unet"] = models.unet.config.cross_attention_dim
-    found = {part_of(key): tensor.shape[1] for key, tensor in state.items()
-             if key.endswith(READS_TEXT)}  # fmt: skip
-    other = {part: width for part, width in found.items() if expected.get(part) != width}
-    if other:
-        shown = ", ".join(f"{part} of width {width}" for part, width in sorted(other.items()))
-        wanted = ", ".join(f"{part} of width {width}" for part, width in expected.items())
-        raise UserError(
-            f"--lora {path}: was trained on another kind of model ({shown}), {models.source} is "
-            f"{TITLES[models.family]} ({wanted}): give the model it was trained on"
-        )
-
-
-def _parts_of(state: Mapping[str, Tensor]) -> dict[str, bool]:
-    """Network options for the models that the file adapts."""
-    return {
-        "network_train_text_encoder_only": not any(key.startswith("lora_unet") for key in state),
-        "network_train_unet_only": not any(key.startswith("lora_te") for key in state),
-    }
 
 
 def _load_delta(pipeline: Pipeline, path: str) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "SETTINGS_FILE",
     "DrawingSettings",
     "claim_folder",
+    "draw",
     "draw_pictures",
     "picture_name",
 ]
@@ -138,30 +139,41 @@ def draw_pictures(
         for prompt, row, numbers in zip(prompts, files, missing, strict=True):
             for start in range(0, len(numbers), settings.batch_size):
                 batch = numbers[start : start + settings.batch_size]
-                for j, picture in zip(batch, _draw(model, prompt, batch, settings), strict=True):
+                seeds = [picture_seed(settings.seed, prompt.template, number) for number in batch]
+                pictures = draw(model, [prompt.prompt], seeds, settings)
+                for j, picture in zip(batch, pictures, strict=True):
                     with atomic_path(row[j]) as temporary:
                         picture.save(temporary)
                 bar.update(len(batch))
     return files
 
 
-def _draw(
+@torch.no_grad()
+def draw(
     model: EvaluatedModel,
-    prompt: EvaluationPrompt,
-    numbers: Sequence[int],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
     settings: DrawingSettings,
 ) -> list[Image.Image]:
-    """Pictures of one prompt; noise is drawn on the CPU to be the same on every machine.
+    """Draw pictures at once; noise is drawn on the CPU to be the same on every machine.
 
     SDXL gets the picture's own size and no crop. An empty negative prompt is encoded like any other
     text, as in training.
+
+    Args:
+        model: on its device.
+        prompts: one for each seed, or one for all of them.
+        seeds: of the pictures.
+        settings: how to draw; number, seed and batch size are not read.
+
+    Raises:
+        UserError: the U-Net overflowed in half precision.
     """
     pipeline, side = model.pipeline, settings.resolution or model.resolution
-    seeds = [picture_seed(settings.seed, prompt.template, number) for number in numbers]
     with model.autocast():
         latents_NChw = pipeline(
-            **_pipeline_inputs(model.encode([settings.negative_prompt, prompt.prompt])),
-            num_images_per_prompt=len(seeds),
+            **_pipeline_inputs(model.encode([settings.negative_prompt, *prompts])),
+            num_images_per_prompt=len(seeds) // len(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=settings.steps,
             guidance_scale=settings.scale,
@@ -179,12 +191,18 @@ def _draw(
 
 
 def _pipeline_inputs(conditioning: Conditioning) -> dict[str, Tensor]:
-    """Arguments of a pipeline, for the negative and the positive prompt in this order."""
+    """Arguments of a pipeline, for the negative prompt and the positive ones in this order."""
     inputs = {
-        "negative_prompt_embeds": conditioning.states[:1],
+        "negative_prompt_embeds": _repeated(conditioning.states),
         "prompt_embeds": conditioning.states[1:],
     }
     if conditioning.pooled is not None:
-        inputs["negative_pooled_prompt_embeds"] = conditioning.pooled[:1]
+        inputs["negative_pooled_prompt_embeds"] = _repeated(conditioning.pooled)
         inputs["pooled_prompt_embeds"] = conditioning.pooled[1:]
     return inputs
+
+
+def _repeated(negative_and_positive: Tensor) -> Tensor:
+    """The negative prompt's row for each of the positive ones."""
+    negative, positive = negative_and_positive[:1], negative_and_positive[1:]
+    return negative.expand_as(positive)

@@ -118,6 +118,14 @@ class Network(ABC):
         """Let every adapter act, or none, so that the base model computes as without them."""
 
     @abstractmethod
+    def set_strength(self, *, text_encoder: float, unet: float) -> None:
+        """Multiply what the adapters do, of text encoders and of the U-Net.
+
+        1 = as trained; at 0 the base model computes as without them, bit by bit. The weights stay
+        as they are.
+        """
+
+    @abstractmethod
     def apply_max_norm(self, max_norm: float) -> MaxNorm:
         """Scale down modules whose norm exceeds the limit (``scale_weight_norms``)."""
 
@@ -147,6 +155,14 @@ class Network(ABC):
     def num_unet_modules(self) -> int:
         """Adapted layers of the U-Net."""
         return len(self.modules_of["unet"])
+
+    def _strengths(
+        self, text_encoder: float, unet: float
+    ) -> Iterator[tuple[LoraModule | nn.Module, float]]:
+        """Every adapter with the strength of its part."""
+        for part, modules in self.modules_of.items():
+            for module in modules:
+                yield module, unet if part == "unet" else text_encoder
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Its own weights by part."""

@@ -148,6 +148,10 @@ class LoraModule:
         self.layer.lora_alpha[ADAPTER] = value
         self.layer.scaling[ADAPTER] = value / self.rank
 
+    def set_strength(self, strength: float) -> None:
+        """Multiply what the LoRA adds; setting ``alpha`` resets it to 1."""
+        self.layer.scaling[ADAPTER] = self.alpha / self.rank * strength
+
     @property
     def scale(self) -> float:
         """What the LoRA's output is multiplied by."""

@@ -91,6 +91,14 @@ class LycorisNetwork(Network):
             else:
                 module.restore()
 
+    def set_strength(self, *, text_encoder: float, unet: float) -> None:
+        """See ``Network``."""
+        for module, strength in self._strengths(text_encoder, unet):
+            module.restore()
+            module.multiplier = strength
+            if strength != 0:
+                module.apply_to()
+
     def apply_max_norm(self, max_norm: float) -> MaxNorm:
         """See ``Network``. LyCORIS has its own definition, and none for some algorithms."""
         device = next(self.network.parameters()).device
@@ -103,15 +111,25 @@ class LycorisNetwork(Network):
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """See ``Network``. The file's alphas must be the configured ones, LyCORIS keeps them."""
-        own = self.weights()
+        own, unscaled = self.weights(), self._without_scale()
         for key, alpha in weights.items():
-            if key.endswith(".alpha") and not math.isclose(alpha, own[key], rel_tol=1e-2):
+            if not key.endswith(".alpha") or key.removesuffix(".alpha") in unscaled:
+                continue
+            if not math.isclose(alpha, own[key], rel_tol=1e-2):
                 raise UserError(
                     f"network_weights: {key} is {float(alpha):g}, this network has "
                     f"{float(own[key]):g}; set network_alpha (conv_alpha) as the file was trained"
                 )
         own_names = {file_name: name for name, file_name in self.file_names.items()}
         self.network.load_state_dict(renamed(weights, own_names), strict=False)
+
+    def _without_scale(self) -> set[str]:
+        """Names in the file of LoKr modules of two whole matrices, where LyCORIS ignores alpha."""
+        return {
+            self.file_names[module.lora_name]
+            for module in self.modules
+            if getattr(module, "use_w1", False) and getattr(module, "use_w2", False)
+        }
 
 
 def import_lycoris() -> ModuleType:

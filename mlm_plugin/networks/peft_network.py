@@ -83,6 +83,12 @@ class PeftLoRANetwork(Network):
         for module in self.modules:
             module.set_enabled(enabled)
 
+    def set_strength(self, *, text_encoder: float, unet: float) -> None:
+        """See ``Network``."""
+        for module, strength in self._strengths(text_encoder, unet):
+            module.set_enabled(strength != 0)
+            module.set_strength(strength)
+
     def apply_max_norm(self, max_norm: float) -> MaxNorm:
         """See ``Network``."""
         return limit_norms(self.modules, max_norm)
