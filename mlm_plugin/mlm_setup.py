@@ -288,7 +288,7 @@ def _prompt_set_name(options: MLMOptions, concept: Concept) -> str:
     """``mlm_prompt_set``, with ``auto`` replaced by the category of the class word."""
     if options.mlm_prompt_set != "auto":
         return options.mlm_prompt_set
-    return category_of(concept.class_token)
+    return category_of(concept.class_token or "")
 
 
 def trigger_of(concepts: Sequence[Concept]) -> str | None:

@@ -208,7 +208,12 @@ def _states(
 def _context_positions(ids_L: list[int], concept_ids: list[int], tokenizer) -> list[int]:
     """Positions of the words around the concept and of EOS; BOS is the same in every prompt."""
     trimmed = ids_L[: ids_L.index(tokenizer.eos_token_id) + 1]
-    positions, _ = positions_outside(trimmed, concept_ids, len(concept_ids))
+    try:
+        positions, _ = positions_outside(trimmed, concept_ids, len(concept_ids))
+    except StopIteration as error:
+        raise UserError(
+            "--prompts: a prompt is so long that the trigger is cut off; write it within 75 tokens"
+        ) from error
     return positions[1:]
 
 

@@ -45,8 +45,7 @@ OTHER_MODELS = {
 """Models whose files can be read but not examined, by the start of a module's name."""
 
 READS_TEXT = re.compile(r"lora_unet_.*attn2_to_[kv]")
-RANKS = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
-TRIGGER_KEYS = ("modelspec.trigger_phrase", "ss_mlm_trigger", "trigger_word", "trigger_words")
+TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words")
 
 Module = Mapping[str, Tensor]
 """The tensors of one module by the rest of their names."""
@@ -170,10 +169,9 @@ def contents_of(file: LearnedFile) -> Contents:
     kinds = Counter("U-Net" if name.startswith("lora_unet_") else "text encoder"
                     for name in file.modules)  # fmt: skip
     ranks = Counter(
-        min(module[name].shape[:2])
+        len(module["lora_down.weight"])
         for module in file.modules.values()
-        for name in RANKS[:1]
-        if name in module
+        if "lora_down.weight" in module
     )
     broken = [
         f"{name}.{key}"
@@ -210,7 +208,7 @@ def _changes_nothing(module: Module) -> bool:
     """Whether the matrix that training starts at zero still is."""
     return any(
         key in module and not bool(module[key].any())
-        for key in ("lora_up.weight", "hada_w2_a", "diff", "lokr_w2_a")
+        for key in ("lora_up.weight", "hada_w2_a", "diff", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
     )
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.errors import UserError
 from mlm_plugin.methods import Method
 from mlm_plugin.mlm_setup import prompts_for
 from mlm_plugin.setup.data import captions_of
@@ -133,17 +134,43 @@ def watch_context(
         dataset: its captions may serve as prompts.
         accelerator: its precision.
         for_page: whether the run's page shows it.
+
+    Raises:
+        UserError: the options ask for it, and there are no prompts.
     """
     options = config.output
     is_asked = options.mlm_keep_best or options.mlm_stop_below is not None
     if not is_asked and not (for_page and concepts):
         return None
-    prompts = prompts_for(config.mlm, concepts, captions=captions_of(dataset))
-    texts = ScorePrompts.drawn(
-        lambda rng: prompts.sample(rng).text,
-        [concept.text for concept in concepts],
-        number=NUM_PROMPTS if is_asked else NUM_SHOWN,
-    )
+    try:
+        prompts = _prompts(
+            config, method, concepts, dataset, number=NUM_PROMPTS if is_asked else NUM_SHOWN
+        )
+    except UserError as error:
+        if is_asked:
+            raise
+        logger.warning("the page shows no words around the concept: %s", error)
+        return None
     method.train(False)
-    score = ContextScore(method, texts, autocast=accelerator.autocast)
+    score = ContextScore(method, prompts, autocast=accelerator.autocast)
     return BestFile(score, keep=options.mlm_keep_best, stop_below=options.mlm_stop_below)
+
+
+def _prompts(
+    config: TrainConfig,
+    method: Method,
+    concepts: Sequence[Concept],
+    dataset: TrainDataset,
+    *,
+    number: int,
+) -> ScorePrompts:
+    prompts = prompts_for(config.mlm, concepts, captions=captions_of(dataset))
+    texts = [concept.text for concept in concepts]
+    drawn = ScorePrompts.drawn(lambda rng: prompts.sample(rng).text, texts, number=number)
+    found = drawn.within(method.models.text_encoders[0])
+    if not found.texts:
+        raise UserError(
+            f"mlm_prompt_set = {config.mlm.mlm_prompt_set!r}: no prompt holds {texts[0]!r} within "
+            "75 tokens; choose another set"
+        )
+    return found

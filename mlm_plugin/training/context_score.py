@@ -64,6 +64,23 @@ class ScorePrompts(NamedTuple):
                 texts[text] = held[0]
         return cls(list(texts), list(texts.values()))
 
+    def within(self, text_encoder: TextEncoder) -> ScorePrompts:
+        """Those whose concept is among the tokens that the encoder reads at once."""
+        pairs = [
+            (text, concept)
+            for text, concept in zip(*self, strict=True)
+            if _has_concept(text, concept, text_encoder)
+        ]
+        return ScorePrompts([text for text, _ in pairs], [concept for _, concept in pairs])
+
+
+def _has_concept(text: str, concept: str, text_encoder: TextEncoder) -> bool:
+    tokens, wanted = (
+        text_encoder.tokenize_trimmed([one])[0, 1:-1].tolist() for one in (text, concept)
+    )
+    starts = range(len(tokens) - len(wanted) + 1)
+    return any(tokens[i : i + len(wanted)] == wanted for i in starts)
+
 
 class ContextReading(NamedTuple):
     """Shares of the context that are kept, 0 to 1.

@@ -428,3 +428,10 @@ def test_the_verdict_names_the_part(text, image, whole, word):
         fit=0.5,
     )
     assert verdict_of(findings).verdict.startswith(word)
+
+
+def test_a_prompt_that_is_too_long_is_told(trained, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text(f"{'a very long prompt ' * 30} of {{}}\n")
+    flags = [str(trained), "--base", "pocket", "--prompts", str(tmp_path / "long.txt")]
+    assert main(["doctor", *flags]) == 2
+    assert "the trigger is cut off" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Files ranked by the context that they keep: on real runs of every method."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -116,6 +117,41 @@ def test_sdxl_with_a_frozen_text_encoder_and_cached_captions(run, toy_sdxl_folde
     flags = ["--network_train_unet_only", "--cache_text_encoder_outputs", "--learning_rate=1e-3"]
     assert run(*flags, model=toy_sdxl_folder) == 0
     assert "best by its context: " in capsys.readouterr().out
+
+
+@pytest.fixture
+def own_pictures(toy_pictures, tmp_path):
+    """The toy's pictures in a folder of another name, with captions of one's own."""
+
+    def own(folder, caption=None):
+        target = tmp_path / "data" / folder
+        target.mkdir(parents=True)
+        for path in toy_pictures.rglob("*.png"):
+            shutil.copy(path, target)
+            if caption:
+                (target / path.name).with_suffix(".txt").write_text(caption)
+        return ["--train_data_dir", str(tmp_path / "data"), "--save_every_n_steps", "6"]
+
+    return own
+
+
+PAGE_ALONE = ["--mlm_keep_best=false", "--max_train_steps", "12"]
+
+
+def test_a_concept_without_a_class_word_is_scored(run, own_pictures, capsys):
+    assert run(*own_pictures("5_sks"), *PAGE_ALONE) == 0
+    assert "best by its context" in capsys.readouterr().out
+
+
+def test_what_cannot_be_scored_costs_the_page_its_words_alone(run, own_pictures, capsys):
+    far = f"{'a long caption ' * 40} sks dog"
+    flags = [*own_pictures("5_sks dog", far), "--mlm_prompt_set", "captions"]
+    assert run(*flags, *PAGE_ALONE) == 0
+    printed = capsys.readouterr()
+    assert "the page shows no words around the concept" in printed.err
+    assert "page of the run" in printed.out
+    assert run(*flags, "--mlm_keep_best", folder="asked") == 2
+    assert "no prompt holds 'sks dog' within 75 tokens" in capsys.readouterr().err
 
 
 def test_the_best_file_outlives_the_others(run, tmp_path):
