@@ -109,7 +109,7 @@ class RunPage(Callback):
             with atomic_path(self.path) as temporary:
                 temporary.write_text(self._page(trainer), encoding="utf-8")
         except OSError as error:
-            logger.warning("%s could not be written (%s); training continues", self.path, error)
+            logger.warning("%s could not be saved (%s); training continues", self.path, error)
 
     def _page(self, trainer: Trainer) -> str:
         return render(

@@ -58,6 +58,7 @@ RUNS = {
     "sidecar": Run("dog.json", said="not all files beside it"),
     "sample": Run("dog_000002_00_", (*SAMPLES, "PROMPTS"), said="is left out"),
     "preview": Run("dog.preview.png", (*SAMPLES, "PROMPTS"), said="not all files beside it"),
+    "page": Run("dog.html", ("--max_train_steps", "10")),
     "latents": Run("_sd.npz", ("--cache_latents_to_disk",), said="kept in memory"),
     "curves": Run("events.out.tfevents", ("--logging_dir", "LOGS"), said="the curves end here"),
 }
