@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.doctor.diagnosis import (
-    Diagnosis,
     Findings,
     broken_verdict,
     examine_embedding,
@@ -15,11 +16,11 @@ from mlm_plugin.doctor.diagnosis import (
     verdict_of,
 )
 from mlm_plugin.doctor.examination import Patient, Prompts
-from mlm_plugin.doctor.learned_file import Contents, LearnedFile, contents_of, read_learned_file
+from mlm_plugin.doctor.learned_file import LearnedFile, contents_of, read_learned_file
 from mlm_plugin.doctor.mending import check_mending, rescale_text_encoders
 from mlm_plugin.doctor.options import DoctorOptions
-from mlm_plugin.doctor.page import doctor_page
 from mlm_plugin.doctor.report import facts_of, lines_of
+from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import load_templates
 from mlm_plugin.evaluation.text_measures import random_words
 from mlm_plugin.files import atomic_path
@@ -41,6 +42,7 @@ def run_doctor(options: DoctorOptions) -> int:
     """
     setup_console(LogOptions())
     quiet_libraries()
+    page = None if options.page is None else _page_writer()
     file = read_learned_file(options.file)
     if options.output is not None:
         check_mending(file, options.output)
@@ -50,7 +52,11 @@ def run_doctor(options: DoctorOptions) -> int:
         findings = _examine(options, file)
         diagnosis = verdict_of(findings)
     print("\n".join(lines_of(file, contents, findings, diagnosis)))
-    _write(options, file, contents, findings, diagnosis)
+    facts = facts_of(file, contents, findings, diagnosis)
+    if options.json is not None:
+        _write_text(options.json, json.dumps(facts, indent=1))
+    if page is not None:
+        _write_text(options.page, page(facts))
     is_broken = diagnosis is not None and diagnosis.level == "broken"
     if options.output is not None and not is_broken:
         _mend(options, file, findings)
@@ -85,18 +91,17 @@ def _mend(options: DoctorOptions, file: LearnedFile, findings: Findings | None) 
     print(f"wrote {options.output}: the text encoder part at {strength:g}, all else as it was")
 
 
-def _write(
-    options: DoctorOptions,
-    file: LearnedFile,
-    contents: Contents,
-    findings: Findings | None,
-    diagnosis: Diagnosis | None,
-) -> None:
-    facts = facts_of(file, contents, findings, diagnosis)
-    if options.json is not None:
-        _write_text(options.json, json.dumps(facts, indent=1))
-    if options.page is not None:
-        _write_text(options.page, doctor_page(facts))
+def _page_writer() -> Callable[[Mapping[str, Any]], str]:
+    """What turns facts into a page; its libraries may be missing beside a kohya trainer.
+
+    Raises:
+        UserError: they are.
+    """
+    try:
+        from mlm_plugin.doctor.page import doctor_page
+    except ImportError as error:
+        raise UserError(f"--page needs {error.name}: `pip install {error.name}`") from error
+    return doctor_page
 
 
 def _write_text(path: str, text: str) -> None:

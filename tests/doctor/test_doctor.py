@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -435,3 +436,14 @@ def test_a_prompt_that_is_too_long_is_told(trained, tmp_path, capsys):
     flags = [str(trained), "--base", "pocket", "--prompts", str(tmp_path / "long.txt")]
     assert main(["doctor", *flags]) == 2
     assert "the trigger is cut off" in capsys.readouterr().err
+
+
+def test_beside_a_kohya_trainer_only_the_page_is_missing(trained, tmp_path, capsys, monkeypatch):
+    """Libraries of pages are not those of sd-scripts."""
+    for name in [name for name in sys.modules if name.startswith("mlm_plugin.doctor.page")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mlm_plugin.evaluation.charts", None)
+    flags = [str(trained), "--base", "pocket"]
+    assert main(["doctor", *flags]) == 0
+    assert main(["doctor", *flags, "--page", str(tmp_path / "p.html")]) == 2
+    assert "--page needs " in capsys.readouterr().err
