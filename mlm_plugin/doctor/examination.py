@@ -22,7 +22,6 @@ from mlm_plugin.doctor.learned_file import LearnedFile, Module
 from mlm_plugin.doctor.weight_changes import weight_change
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.kept_context import kept_context
-from mlm_plugin.mlm.losses import positions_outside
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.components import TITLES
 from mlm_plugin.models.cross_attention import cross_attention_names, layer_codes
@@ -193,28 +192,14 @@ def _states(
     layers: Sequence[tuple[nn.Module, Module]],
     strength: float,
 ) -> Tensor:
-    ids_BL = encoder.tokenize_trimmed(prompts.texts)
-    concept_ids = encoder.tokenize_trimmed([prompts.concept])[0, 1:-1].tolist()
-    with _changed(layers, strength):
-        states_BLD = encoder.encode(ids_BL)
-    return torch.cat(
-        [
-            states_LD[_context_positions(ids_L.tolist(), concept_ids, encoder.tokenizer)]
-            for states_LD, ids_L in zip(states_BLD, ids_BL, strict=True)
-        ]
-    )
-
-
-def _context_positions(ids_L: list[int], concept_ids: list[int], tokenizer) -> list[int]:
-    """Positions of the words around the concept and of EOS; BOS is the same in every prompt."""
-    trimmed = ids_L[: ids_L.index(tokenizer.eos_token_id) + 1]
-    try:
-        positions, _ = positions_outside(trimmed, concept_ids, len(concept_ids))
-    except StopIteration as error:
+    rows = [encoder.positions_around(text, prompts.concept) for text in prompts.texts]
+    if None in rows:
         raise UserError(
             "--prompts: a prompt is so long that the trigger is cut off; write it within 75 tokens"
-        ) from error
-    return positions[1:]
+        )
+    with _changed(layers, strength):
+        states_BLD = encoder.encode(encoder.tokenize_trimmed(prompts.texts))
+    return torch.cat([states_LD[row] for states_LD, row in zip(states_BLD, rows, strict=True)])
 
 
 @contextmanager

@@ -126,6 +126,18 @@ class TextEncoder:
             return_tensors="pt",
         ).input_ids
 
+    def positions_around(self, caption: str, words: str) -> list[int] | None:
+        """Positions of the tokens outside ``words``, from the first behind BOS to EOS.
+
+        ``None`` if the words are not in the caption, or behind the window.
+        """
+        ids, wanted = (self.tokenize_trimmed([text])[0].tolist() for text in (caption, words))
+        end, length = ids.index(self.tokenizer.eos_token_id), len(wanted) - 2
+        for start in range(1, end - length + 1):
+            if ids[start : start + length] == wanted[1:-1]:
+                return [*range(1, start), *range(start + length, end + 1)]
+        return None
+
     def expand(self, caption: str) -> str:
         """The caption with placeholders replaced by their learned tokens."""
         return caption if self.learned_tokens is None else self.learned_tokens.expand(caption)

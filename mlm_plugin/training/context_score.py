@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mlm_plugin.methods.base import Method
 from mlm_plugin.mlm.kept_context import kept_context, lost_by_token
-from mlm_plugin.mlm.losses import positions_outside
 from mlm_plugin.models.cross_attention import cross_attention_names, is_per_layer, split_layers
 from mlm_plugin.models.key_values import MATRICES
 from mlm_plugin.models.text_encoder import TextEncoder
@@ -67,19 +66,11 @@ class ScorePrompts(NamedTuple):
     def within(self, text_encoder: TextEncoder) -> ScorePrompts:
         """Those whose concept is among the tokens that the encoder reads at once."""
         pairs = [
-            (text, concept)
-            for text, concept in zip(*self, strict=True)
-            if _has_concept(text, concept, text_encoder)
+            pair
+            for pair in zip(*self, strict=True)
+            if text_encoder.positions_around(*pair) is not None
         ]
         return ScorePrompts([text for text, _ in pairs], [concept for _, concept in pairs])
-
-
-def _has_concept(text: str, concept: str, text_encoder: TextEncoder) -> bool:
-    tokens, wanted = (
-        text_encoder.tokenize_trimmed([one])[0, 1:-1].tolist() for one in (text, concept)
-    )
-    starts = range(len(tokens) - len(wanted) + 1)
-    return any(tokens[i : i + len(wanted)] == wanted for i in starts)
 
 
 class ContextReading(NamedTuple):
@@ -100,7 +91,7 @@ class ContextScore:
     Args:
         method: in evaluation mode and untrained when this is created, in evaluation mode whenever
             it is measured.
-        prompts: what is read.
+        prompts: what is read, each with its concept within the encoder's window.
         autocast: mixed precision of the run.
     """
 
@@ -183,14 +174,7 @@ class ContextScore:
     def _positions(self) -> list[list[int]]:
         """Of the words around the concept and of EOS, for each prompt."""
         encoder: TextEncoder = self.method.models.text_encoders[0]
-        eos = encoder.tokenizer.eos_token_id
-        found = []
-        for text, concept in zip(*self.prompts, strict=True):
-            ids_L = encoder.tokenize_trimmed([text])[0].tolist()
-            concept_ids = encoder.tokenize_trimmed([concept])[0, 1:-1].tolist()
-            trimmed = ids_L[: ids_L.index(eos) + 1]
-            found.append(positions_outside(trimmed, concept_ids, len(concept_ids))[0][1:])
-        return found
+        return [encoder.positions_around(*pair) for pair in zip(*self.prompts, strict=True)]
 
 
 def _whole_words(tokens: Sequence[str], lost: Sequence[float]) -> list[Word]:
