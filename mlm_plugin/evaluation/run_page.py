@@ -84,8 +84,7 @@ class RunPage(Callback):
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Write the page for the last time."""
-        self._write(trainer)
-        if trainer.accelerator.is_main_process:
+        if self._write(trainer):
             print(f"page of the run: {self.path.resolve()}")
 
     def on_stop(self, trainer: Trainer) -> None:
@@ -101,15 +100,17 @@ class RunPage(Callback):
             self._shown = found
             self._write(trainer)
 
-    def _write(self, trainer: Trainer) -> None:
-        """Replace the page; a page that cannot be written does not end a run."""
+    def _write(self, trainer: Trainer) -> bool:
+        """Replace the page, and say whether; one that cannot be written does not end a run."""
         if not trainer.accelerator.is_main_process or not self.diffusion:
-            return
+            return False
         try:
             with atomic_path(self.path) as temporary:
                 temporary.write_text(self._page(trainer), encoding="utf-8")
         except OSError as error:
             logger.warning("%s could not be saved (%s); training continues", self.path, error)
+            return False
+        return True
 
     def _page(self, trainer: Trainer) -> str:
         return render(
