@@ -127,9 +127,10 @@ def test_the_text_encoder_alone_needs_no_pictures_and_no_judges(arguments, tmp_p
 @pytest.mark.parametrize("place", ["beside the file", "cache"])
 @pytest.mark.parametrize("separator", ["+", ", "])
 def test_the_contextualizer_that_a_run_was_trained_with_is_found(
-    place, separator, arguments, toy_folder, toy_contextualizer, tmp_path, caplog
+    place, separator, arguments, toy_folder, toy_contextualizer, tmp_path, caplog, monkeypatch
 ):
     """`auto` takes it, though another one would fit too."""
+    monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path / "cache"))  # nothing of other tests
     folder = tmp_path / "trained" if place == "beside the file" else cache_dir() / "contextualizers"
     folder.mkdir(exist_ok=True, parents=True)
     own, other = folder / "own.safetensors", folder / "another.safetensors"
