@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
+from torch import Tensor
+
 from mlm_plugin.doctor.amplification import SUSPICIOUS, amplification
-from mlm_plugin.doctor.examination import Patient, Prompts, Reading, Strengths, reading_of
+from mlm_plugin.doctor.examination import Patient, Prompts, Reading, encoders_keep, reading_of
 from mlm_plugin.doctor.learned_file import Contents
+from mlm_plugin.mlm.kept_context import KEPT
 
-__all__ = ["KEPT", "Diagnosis", "Findings", "broken_verdict", "examine_embedding",
+__all__ = ["Diagnosis", "Findings", "broken_verdict", "examine_embedding",
            "examine_network", "percent", "verdict_of"]  # fmt: skip
-
-KEPT = 0.95
-"""Share of the context that a harmless text encoder part leaves (docs/doctor.md)."""
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 NUM_BISECTIONS = 4
@@ -69,15 +70,16 @@ def examine_network(patient: Patient, prompts: Prompts, ordinary: Prompts) -> Fi
         prompts: contexts around the trigger.
         ordinary: the same around an ordinary word.
     """
-    untrained = patient.states(prompts, strength=0)
 
-    def reading(text: float, image: float, *, with_blocks: bool = True) -> Reading:
-        return reading_of(
-            patient, prompts, Strengths(text, image), untrained=untrained, with_blocks=with_blocks
-        )
+    @cache
+    def states_at(strength: float) -> list[Tensor]:
+        return patient.states(prompts, strength=strength)
+
+    def reading(text: float, image: float) -> Reading:
+        return reading_of(patient, states_at(text), states_at(0), unet=image)
 
     def kept_at(strength: float) -> float:
-        return reading(strength, 0, with_blocks=False).text
+        return min(encoders_keep(patient, states_at(strength), states_at(0)).values())
 
     amplified = amplification(patient.file)
     curve = [(s, kept_at(s)) for s in STRENGTHS] if patient.has_text_part else []
@@ -85,9 +87,7 @@ def examine_network(patient: Patient, prompts: Prompts, ordinary: Prompts) -> Fi
         whole=reading(1, 1),
         text_part=reading(1, 0),
         image_part=reading(0, 1),
-        leak=reading_of(
-            patient, ordinary, Strengths(), untrained=patient.states(ordinary, strength=0)
-        ),
+        leak=reading_of(patient, *(patient.states(ordinary, strength=s) for s in (1, 0))),
         curve=curve,
         fit=min(_fit(curve, kept_at), _as_trained(amplified)),
         amplified=amplified,
@@ -108,8 +108,8 @@ def examine_embedding(
     untrained = patient.states(Prompts(templates, class_token), strength=0)
 
     def reading(word: str) -> Reading:
-        prompts = Prompts(templates, word)
-        return reading_of(patient, prompts, Strengths(), untrained=untrained)
+        states = patient.states(Prompts(templates, word), strength=1)
+        return reading_of(patient, states, untrained)
 
     ordinary = [reading(word).text for word in words]
     with patient.with_embedding():
@@ -128,22 +128,14 @@ def verdict_of(findings: Findings) -> Diagnosis:
     """The one sentence, and what to do."""
     if findings.ordinary is not None:
         return _embedding_verdict(findings.whole.text, findings.ordinary)
-    lost = percent(1 - findings.text_part.text)
-    at_fit = percent(_interpolated(findings.curve, findings.fit))
-    advice = f"use --fit --output F, or train with the MLM term; at {findings.fit:.2g} it keeps "
-    if findings.amplified is not None and findings.amplified >= SUSPICIOUS:
-        return Diagnosis(
-            "strong",
-            f"text encoder part too strong: {findings.amplified:.1f} times what its learning rate "
-            f"explains, so it was enlarged after training; context words lose {lost}",
-            f"{advice}{at_fit}",
+    if _is_enlarged(findings.amplified):
+        return _too_strong(
+            findings,
+            f"{findings.amplified:.1f} times what its learning rate explains, so it was enlarged "
+            "after training; ",
         )
     if findings.text_part.text < KEPT:
-        return Diagnosis(
-            "strong",
-            f"text encoder part too strong: context words lose {lost}",
-            f"{advice}{at_fit}",
-        )
+        return _too_strong(findings)
     if findings.image_part.image < KEPT:
         lost = percent(1 - findings.image_part.image)
         return Diagnosis(
@@ -159,6 +151,17 @@ def verdict_of(findings: Findings) -> Diagnosis:
             "use it at a lower strength, or train with the MLM term",
         )
     return Diagnosis("good", f"sentences stay whole: {kept} of the context is still read")
+
+
+def _too_strong(findings: Findings, why: str = "") -> Diagnosis:
+    at_fit = percent(_interpolated(findings.curve, findings.fit))
+    lost = percent(1 - findings.text_part.text)
+    return Diagnosis(
+        "strong",
+        f"text encoder part too strong: {why}context words lose {lost}",
+        "use --fit --output F, or train with the MLM term; "
+        f"at {findings.fit:.2g} it keeps {at_fit}",
+    )
 
 
 def _embedding_verdict(kept: float, ordinary: float) -> Diagnosis:
@@ -184,8 +187,11 @@ def percent(share: float) -> str:
 
 
 def _as_trained(amplified: float | None) -> float:
-    is_suspicious = amplified is not None and amplified >= SUSPICIOUS
-    return round(1 / amplified, 2) if is_suspicious else 1.0
+    return round(1 / amplified, 2) if _is_enlarged(amplified) else 1.0
+
+
+def _is_enlarged(amplified: float | None) -> bool:
+    return amplified is not None and amplified >= SUSPICIOUS
 
 
 def _interpolated(curve: Sequence[tuple[float, float]], strength: float) -> float:

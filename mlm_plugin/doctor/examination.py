@@ -30,7 +30,7 @@ from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import LearnedTokens
 from mlm_plugin.networks.kohya_names import sdxl_unet_names, text_encoder_name, unet_name
 
-__all__ = ["Patient", "Prompts", "Reading", "Strengths", "reading_of"]
+__all__ = ["Patient", "Prompts", "Reading", "encoders_keep", "reading_of"]
 
 ONE_ENCODER = ("text encoder",)
 TWO_ENCODERS = ("CLIP-L", "OpenCLIP bigG")
@@ -51,13 +51,6 @@ class Prompts(NamedTuple):
     def texts(self) -> list[str]:
         """Such as "a sks dog in the jungle"."""
         return [template.replace("{}", self.concept) for template in self.templates]
-
-
-class Strengths(NamedTuple):
-    """How strongly the two parts of a file are applied; 1 = as trained."""
-
-    text_encoder: float = 1.0
-    unet: float = 1.0
 
 
 class Reading(NamedTuple):
@@ -146,35 +139,39 @@ class Patient:
                 encoder.learned_tokens = None
 
 
+def encoders_keep(
+    patient: Patient, states: Sequence[Tensor], untrained: Sequence[Tensor]
+) -> dict[str, float]:
+    """What is kept in the states of each text encoder.
+
+    Args:
+        patient: the file on its model.
+        states: of :meth:`Patient.states`.
+        untrained: of the base model in the same contexts.
+    """
+    return {
+        name: kept_context(now_ND, before_ND)
+        for name, now_ND, before_ND in zip(patient.names, states, untrained, strict=True)
+    }
+
+
 def reading_of(
-    patient: Patient,
-    prompts: Prompts,
-    strengths: Strengths,
-    *,
-    untrained: Sequence[Tensor],
-    with_blocks: bool = True,
+    patient: Patient, states: Sequence[Tensor], untrained: Sequence[Tensor], *, unet: float = 1.0
 ) -> Reading:
     """What the model with the file still reads.
 
     Args:
         patient: the file on its model.
-        prompts: the contexts around the trigger, or around an ordinary word.
-        strengths: of the two parts.
-        untrained: states of the base model in the same contexts.
-        with_blocks: whether keys and values are compared as well.
+        states: of :meth:`Patient.states`.
+        untrained: of the base model in the same contexts.
+        unet: strength of the U-Net's part; 1 = as trained.
     """
-    states = patient.states(prompts, strength=strengths.text_encoder)
-    encoders = {
-        name: kept_context(now_ND, before_ND)
-        for name, now_ND, before_ND in zip(patient.names, states, untrained, strict=True)
-    }
-    if not with_blocks:
-        return Reading(encoders, {})
     shares: dict[str, list[float]] = defaultdict(list)
-    joined, joined_before = torch.cat(states, dim=1), torch.cat(list(untrained), dim=1)
+    joined, joined_before = (torch.cat(list(parts), dim=1) for parts in (states, untrained))
     for one in patient.key_values:
-        shares[one.block].append(_kept_by(one, joined, joined_before, strengths.unet))
-    return Reading(encoders, {block: sum(all_) / len(all_) for block, all_ in shares.items()})
+        shares[one.block].append(_kept_by(one, joined, joined_before, unet))
+    blocks = {block: sum(all_) / len(all_) for block, all_ in shares.items()}
+    return Reading(encoders_keep(patient, states, untrained), blocks)
 
 
 @torch.no_grad()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlm_plugin.doctor.diagnosis import KEPT, percent
+from mlm_plugin.doctor.diagnosis import percent
 from mlm_plugin.evaluation.charts import Bar, Line, Point, bar_chart, scatter_chart
 from mlm_plugin.evaluation.rendering import render
+from mlm_plugin.mlm.kept_context import KEPT
 
 __all__ = ["doctor_page"]
 

@@ -17,7 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["kept_context", "lost_by_token"]
+__all__ = ["KEPT", "kept_context", "lost_by_token"]
+
+KEPT = 0.95
+"""Share of the context from which on a file counts as one that reads it (docs/doctor.md)."""
 
 
 def kept_context(states_ND: Tensor, untrained_ND: Tensor) -> float:

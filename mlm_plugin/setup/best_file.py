@@ -14,6 +14,7 @@ from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import Method
+from mlm_plugin.mlm.kept_context import KEPT
 from mlm_plugin.mlm_setup import prompts_for
 from mlm_plugin.setup.data import captions_of
 from mlm_plugin.training.context_score import (
@@ -25,12 +26,9 @@ from mlm_plugin.training.context_score import (
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["KEPT", "BestFile", "ContextLost", "Ranked", "watch_context"]
+__all__ = ["BestFile", "ContextLost", "Ranked", "watch_context"]
 
 logger = logging.getLogger(__name__)
-
-KEPT = 0.95
-"""Share of the context from which on a file counts as one that reads it (docs/doctor.md)."""
 
 NUM_SHOWN = 12
 """Prompts where a page alone shows the ranking."""
@@ -40,8 +38,7 @@ class ContextLost(Stopped):
     """The run was told to end where so much of the context is lost."""
 
     def __init__(self, kept: float, limit: float):
-        super().__init__(0)
-        self.args = (f"{kept:.0%} of the context is kept, mlm_stop_below is {limit:.0%}",)
+        super().__init__(0, f"{kept:.0%} of the context is kept, mlm_stop_below is {limit:.0%}")
 
 
 class Ranked(NamedTuple):

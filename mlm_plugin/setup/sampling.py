@@ -24,7 +24,7 @@ from mlm_plugin.training.samples import (
 )
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["SampleDrawer", "draws_samples", "sample_drawer"]
+__all__ = ["SampleDrawer", "sample_drawer"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _warn(prompt: SamplePrompt, error: Exception) -> None:
     logger.warning("the sample %r is left out (%s); training continues", prompt.prompt, text)
 
 
-def draws_samples(config: TrainConfig) -> bool:
+def _draws_samples(config: TrainConfig) -> bool:
     """Whether any picture will be drawn; a prompt file alone draws none."""
     options = config.sampling
     when = (options.sample_every_n_steps, options.sample_every_n_epochs, options.sample_at_first)
@@ -126,6 +126,6 @@ def sample_drawer(config: TrainConfig, concepts: Sequence[Concept]) -> SampleDra
     Raises:
         UserError: the prompt file cannot be read.
     """
-    if not draws_samples(config):
+    if not _draws_samples(config):
         return None
     return SampleDrawer(config, trigger=trigger_of(concepts))

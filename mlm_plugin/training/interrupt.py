@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """A signal ended the run at a step boundary."""
+    """A run ended at a step boundary, mostly by a signal."""
 
-    def __init__(self, exit_code: int):
-        super().__init__("stopped by a signal")
+    def __init__(self, exit_code: int, why: str = "stopped by a signal"):
+        super().__init__(why)
         self.exit_code = exit_code
 
 

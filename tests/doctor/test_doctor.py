@@ -14,7 +14,7 @@ from torch import nn
 from mlm_plugin.cli import main, train_main
 from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.doctor.diagnosis import Findings, broken_verdict, verdict_of
-from mlm_plugin.doctor.examination import Patient, Prompts, Reading, Strengths, reading_of
+from mlm_plugin.doctor.examination import Patient, Prompts, Reading, reading_of
 from mlm_plugin.doctor.learned_file import LearnedFile, contents_of, read_learned_file
 from mlm_plugin.doctor.weight_changes import weight_change
 from mlm_plugin.export.embedding_files import save_embedding
@@ -159,7 +159,8 @@ def test_stronger_files_keep_less(folder, file_of):
     patient = Patient(read_learned_file(path), load_text_side(str(folder)))
     untrained = patient.states(PROMPTS, strength=0)
     readings = [
-        reading_of(patient, PROMPTS, Strengths(s, s), untrained=untrained) for s in (0, 0.5, 1)
+        reading_of(patient, patient.states(PROMPTS, strength=s), untrained, unet=s)
+        for s in (0, 0.5, 1)
     ]
     for shares in ([r.text for r in readings], [r.image for r in readings]):
         assert shares[0] == pytest.approx(1)
@@ -447,3 +448,12 @@ def test_beside_a_kohya_trainer_only_the_page_is_missing(trained, tmp_path, caps
     assert main(["doctor", *flags]) == 0
     assert main(["doctor", *flags, "--page", str(tmp_path / "p.html")]) == 2
     assert "--page needs " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left_out", ["lora_te", "lora_unet"])
+def test_a_file_with_one_part_is_examined(left_out, trained, tmp_path, capsys):
+    path = tmp_path / "part.safetensors"
+    tensors = {k: v for k, v in load_file(trained).items() if not k.startswith(left_out)}
+    save_file(tensors, path)
+    assert main(["doctor", str(path), "--base", "pocket", "--page", str(tmp_path / "p.html")]) == 0
+    assert "sentences stay whole" in capsys.readouterr().out
