@@ -60,7 +60,7 @@ def lora_of(tmp_path):
             ).to(value)
             for key, value in network.kohya_state_dict().items()
         }  # fmt: skip
-        save_lora(tmp_path / name, state, metadata={"ss_mlm_trigger": "sks dog"})
+        save_lora(tmp_path / name, state, metadata={"modelspec.trigger_phrase": "sks dog"})
         return str(tmp_path / name)
 
     return write
