@@ -256,9 +256,9 @@ TERMS: Mapping[str, tuple[str, ...]] = {
     "lora_unet_only": ("cross/class", "cross/states", "output_preservation"),
     "dreambooth": (*TEXT_RIVALS, *TARGETS_OF_TRAINED_ENCODERS, "prior_preservation"),
     "pivotal": (*TEXT_RIVALS, *TARGETS_OF_TRAINED_ENCODERS, "prior_preservation"),
-    "custom_diffusion": ("core", "encoder/class"),
-    "textual_inversion": ("encoder/class",),
-    "xti": ("encoder/class",),
+    "custom_diffusion": ("core", "encoder/class", "both/states"),
+    "textual_inversion": ("encoder/class", "encoder/states"),
+    "xti": ("encoder/class", "encoder/states"),
 }  # fmt: skip
 
 ARMS: Mapping[str, Arm] = {
