@@ -311,7 +311,7 @@ def pretrain(
     not changed.
 
     Returns:
-        Held-out scores of the saved network.
+        Held-out scores of the saved network, which is the best of all evaluations.
 
     Raises:
         Interrupted: after a signal, with the state saved.
@@ -371,11 +371,10 @@ class _Run:
         self.started_from = None if start is None else start.made_for
         if start is not None:
             self.network.load_state_dict(start.network.state_dict())
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=options.learning_rate, weight_decay=0.01
-        )
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.network), lr=options.learning_rate)
         self.step, self.looks_without_gain, self.best_loss = 0, 0, math.inf
         self.scores: Scores | None = None
+        self.lowest_loss, self.best_weights = math.inf, {}
         self.held_out = self._draw_held_out()
 
     @property
@@ -426,6 +425,8 @@ class _Run:
                 if masked
             },
         )
+        if self.scores.loss < self.lowest_loss:
+            self.lowest_loss, self.best_weights = self.scores.loss, _copied(self.network)
         gained = self.scores.loss < 0.99 * self.best_loss
         if gained:  # small gains add up until they count
             self.best_loss, self.looks_without_gain = self.scores.loss, 0
@@ -440,6 +441,8 @@ class _Run:
             "step": self.step,
             "looks_without_gain": self.looks_without_gain,
             "best_loss": self.best_loss,
+            "lowest_loss": self.lowest_loss,
+            "best_weights": self.best_weights,
         }
         try:
             with disk_errors(self.state_path), atomic_path(self.state_path) as temporary:
@@ -475,11 +478,15 @@ class _Run:
             int(state["looks_without_gain"]),
             state["best_loss"],
         )
-        if not all(weight.isfinite().all() for weight in state["network"].values()):
-            raise ValueError("weights that are not finite")
+        lowest, best_weights = float(state["lowest_loss"]), state["best_weights"]
+        for weights in filter(None, (state["network"], best_weights)):
+            if not all(weight.isfinite().all() for weight in weights.values()):
+                raise ValueError("weights that are not finite")
+            self.network.load_state_dict(weights)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.looks_without_gain, self.best_loss = step, looks, float(best)
+        self.lowest_loss, self.best_weights = lowest, best_weights
         return True
 
     def _set_state_aside(self, error: Exception) -> None:
@@ -494,6 +501,9 @@ class _Run:
 
     def finish(self) -> Scores:
         if self.scores is None:  # resumed at its very end
+            self.evaluate()
+        if self.scores.loss > self.lowest_loss:
+            self.network.load_state_dict(self.best_weights)
             self.evaluate()
         facts = ContextualizerFacts(
             text_encoder=self.text_encoder.fingerprint(),
@@ -585,6 +595,20 @@ def _autocast(device: torch.device) -> AbstractContextManager:
     """Half precision where the GPU has bf16."""
     use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext()
+
+
+def parameter_groups(network: Contextualizer) -> list[dict]:
+    """Weight decay for matrices alone: none for the mask vector, biases, norms and scales."""
+    matrices = [weight for weight in network.parameters() if weight.ndim >= 2]
+    others = [weight for weight in network.parameters() if weight.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": 0.01},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _copied(network: Contextualizer) -> dict[str, Tensor]:
+    return {name: weight.clone() for name, weight in network.state_dict().items()}
 
 
 def learning_rate_share(step: int, options: PretrainOptions) -> float:

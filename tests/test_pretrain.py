@@ -144,6 +144,60 @@ def test_it_stops_when_the_held_out_loss_is_flat(toy_text_encoder, tmp_path):
     assert facts.num_steps == 6  # one evaluation that counts as a gain, two that do not
 
 
+RISING = {"learning_rate": 0.3, "max_train_steps": 24, "eval_every_n_steps": 4, "patience": 6}
+"""So high a rate that the held-out loss falls and then rises."""
+
+
+def noted_losses(monkeypatch):
+    """Every held-out loss of the pretrainings that follow."""
+    evaluate, losses = pretrain_module._Run.evaluate, []
+
+    def noted(self):
+        evaluate(self)
+        losses.append(self.scores.loss)
+
+    monkeypatch.setattr(pretrain_module._Run, "evaluate", noted)
+    return losses
+
+
+def test_the_best_network_is_kept_not_the_last(toy_text_encoder, tmp_path, monkeypatch):
+    losses = noted_losses(monkeypatch)
+    path = tmp_path / "c.safetensors"
+    scores = run(toy_text_encoder, path, **RISING)
+    of_looks, of_file = losses[:6], losses[6]
+    assert min(of_looks) < of_looks[-1]
+    assert of_file == pytest.approx(min(of_looks), rel=1e-6)
+    assert scores.loss == load_contextualizer(path, toy_text_encoder)[1].loss == of_file
+
+
+def test_the_best_network_survives_an_interruption(toy_text_encoder, tmp_path, monkeypatch):
+    losses = noted_losses(monkeypatch)
+    scores = run(toy_text_encoder, tmp_path / "straight.safetensors", **RISING)
+    best_step = 4 * (1 + losses.index(min(losses[:6])))
+    assert best_step < 20
+    interrupt_at(best_step + 1, signal.SIGINT, monkeypatch)
+    with pytest.raises(Interrupted):
+        run(toy_text_encoder, tmp_path / "broken.safetensors", **RISING)
+    monkeypatch.undo()
+    resumed = run(toy_text_encoder, tmp_path / "broken.safetensors", **RISING)
+    assert resumed == scores
+
+
+def test_matrices_alone_decay(toy_text_encoder, tmp_path):
+    network = pretrain_module._Run(
+        toy_text_encoder, tmp_path / "c.safetensors", options=SMALL
+    ).network
+    names = {id(weight): name for name, weight in network.named_parameters()}
+    decayed, others = (
+        {names[id(weight)] for weight in group["params"]}
+        for group in pretrain_module.parameter_groups(network)
+    )
+    assert decayed | others == set(names.values())
+    assert {"mask_vector", "output_bias", "output_scale"} <= others
+    assert all("norm" not in name and not name.endswith("bias") for name in decayed)
+    assert {"position", "input.weight", "head.1.weight"} <= decayed
+
+
 def test_training_and_held_out_text_never_meet():
     corpus = Corpus(["my own caption number one", "another caption of mine"] * 3)
     rng = random.Random(0)
@@ -240,8 +294,9 @@ def taught(toy_text_encoder, monkeypatch, tmp_path):
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
     monkeypatch.setattr(pretrain_module, "Corpus", captions_alone)
     options = dataclasses.replace(
-        SMALL, max_train_steps=300, batch_size=32, eval_every_n_steps=150, learning_rate=3e-3
-    )
+        SMALL, max_train_steps=300, batch_size=32, eval_every_n_steps=150, learning_rate=3e-3,
+        num_held_out=128,
+    )  # fmt: skip
     monkeypatch.setattr(pretrain_module, "SMALL_ENCODER", options)
     path = cached_contextualizer_path(toy_text_encoder)
     scores = pretrain(toy_text_encoder, path, options=options, show_progress=False)

@@ -12,7 +12,7 @@ from mlm_plugin.errors import UserError
 __all__ = ["RECIPE", "SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "parse_pretrain"]
 
 
-RECIPE = 1
+RECIPE = 2
 """Increase it when masks, prompts or the network change: cached ones are then made again."""
 
 
