@@ -21,7 +21,6 @@ from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.contextualizer_file import (
     LoadedContextualizer,
-    cached_contextualizer_path,
     contextualizer_settings,
 )
 from mlm_plugin.errors import UserError
@@ -46,9 +45,9 @@ __all__ = [
     "MLMSetup",
     "PreparedEncoder",
     "mlm_schedule",
-    "mlm_target",
     "prompt_set_names",
     "prompts_for",
+    "require_class_words",
     "trigger_of",
 ]
 
@@ -189,7 +188,7 @@ class MLMSetup:
 
     def _targets_of(self, encoder: PreparedEncoder, device: torch.device) -> list[PromptTarget]:
         """The same prompts and masks for every text encoder and process."""
-        with_teacher = mlm_target(self.options, self.concepts) != "word"
+        with_teacher = self.options.mlm_target != "word"
         if not with_teacher and all(encoder.is_trained for encoder in self.encoders):
             return []  # fresh prompts are drawn
         rng = random.Random(f"readings/{self.seed}")  # part of the result: do not change the name
@@ -242,8 +241,6 @@ class MLMSetup:
 def _contextualizer_for(
     text_encoder: TextEncoder, setting: str, accelerator: Accelerator
 ) -> LoadedContextualizer:
-    if setting == "auto" and not cached_contextualizer_path(text_encoder).is_file():
-        logger.info('mlm_target = "states" would need no contextualizer')
     with (
         preserved_random_state(accelerator.device),
         accelerator.main_process_first(),
@@ -296,21 +293,18 @@ def trigger_of(concepts: Sequence[Concept]) -> str | None:
     return ", ".join(concept.text for concept in concepts) or None
 
 
-def mlm_target(options: MLMOptions, concepts: Sequence[Concept]) -> str:
-    """``mlm_target`` with ``auto`` decided: ``class``, ``word`` or ``states``.
+def require_class_words(options: MLMOptions, concepts: Sequence[Concept]) -> None:
+    """Refuse predictions beside a class word that is not known.
 
     Raises:
-        UserError: ``class`` is asked for, and a concept has no class word.
+        UserError: ``mlm_target = class``, and a concept has no class word.
     """
     nameless = [concept.placeholder_token for concept in concepts if not concept.class_token]
     if options.mlm_target == "class" and nameless:
         raise UserError(
             f"mlm_target = 'class': {nameless[0]!r} has no class word; give class_token "
-            '(e.g. "dog"), or take mlm_target = word'
+            '(e.g. "dog"), or take mlm_target = states'
         )
-    if options.mlm_target != "auto":
-        return options.mlm_target
-    return "word" if nameless else "class"
 
 
 def mlm_schedule(options: MLMOptions) -> MLMSchedule:

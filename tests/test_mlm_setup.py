@@ -23,7 +23,9 @@ def accelerator(_fresh_accelerator):
 
 @pytest.fixture
 def options(toy_contextualizer):
-    return MLMOptions(mlm_batch_size=4, mlm_contextualizer=str(toy_contextualizer))
+    return MLMOptions(
+        mlm_target="class", mlm_batch_size=4, mlm_contextualizer=str(toy_contextualizer)
+    )
 
 
 def prepared(options, text_encoder: TextEncoder, accelerator, *, concepts_first=True) -> MLMSetup:
@@ -105,7 +107,9 @@ def test_a_concept_is_never_masked(toy_text_encoder, options, accelerator):
 
 
 def test_another_number_of_files_is_refused(toy_text_encoder, toy_contextualizer, accelerator):
-    two = MLMOptions(mlm_contextualizer=f"{toy_contextualizer},{toy_contextualizer}")
+    two = MLMOptions(
+        mlm_target="class", mlm_contextualizer=f"{toy_contextualizer},{toy_contextualizer}"
+    )
     with pytest.raises(UserError, match="names 2 file"):
         MLMSetup(two, seed=0).prepare([toy_text_encoder], accelerator)
     setup = MLMSetup(two, seed=0)

@@ -2,8 +2,9 @@
 
 The values in ``assets/weights.json`` of plain runs and of masked words as targets were made at
 6e73d21, before the method had a package of its own; those with a teacher when the term got its
-start at zero. ``python -m pytest tests/test_same_weights.py --write-digests`` makes them again; do
-so only where the numbers are meant to change.
+start at zero, those of states when they became the default. ``python -m pytest
+tests/test_same_weights.py --write-digests`` makes them again; do so only where the numbers are
+meant to change.
 
 A digest is exact, so it holds for one kind of processor and one set of libraries; both are in the
 file. Elsewhere the sums of the weights are compared within a tolerance.
@@ -28,24 +29,30 @@ POCKET = {
     "seed": "7",
     "mlm_batch_size": "4",
     "mlm_prompt_set": "pocket",
+    "mlm_target": "class",
     "mlm_contextualizer": "pocket",
 }
 OFF = {"mlm_loss_weight": "0"}
+STATES = {"mlm_target": "states", "mlm_contextualizer": "auto"}
 LORA = {"network_dim": "4", "network_alpha": "4"}
 SEVERAL = {"gradient_accumulation_steps": "2", "mlm_every_n_steps": "2", "network_dropout": "0.1"}
 RUNS = {
     "lora plain": {**LORA, **OFF, "method": "lora"},
     "lora": {**LORA, "method": "lora"},
+    "lora, states": {**LORA, **STATES, "method": "lora"},
     "lora, hidden words": {**LORA, "method": "lora", "mlm_target": "word"},
     "lora, every second step": {**LORA, **SEVERAL, "method": "lora", "mlm_replace": "bert"},
     "dreambooth plain": {**OFF, "method": "dreambooth"},
     "dreambooth": {"method": "dreambooth"},
+    "dreambooth, states": {**STATES, "method": "dreambooth"},
     "textual_inversion plain": {**OFF, "method": "textual_inversion"},
     "textual_inversion": {"method": "textual_inversion", "num_vectors_per_token": "2"},
     "xti plain": {**OFF, "method": "xti"},
     "xti": {"method": "xti"},
+    "xti, states": {**STATES, "method": "xti"},
     "custom_diffusion plain": {**OFF, "method": "custom_diffusion"},
     "custom_diffusion": {"method": "custom_diffusion"},
+    "custom_diffusion, states": {**STATES, "method": "custom_diffusion"},
     "pivotal plain": {**LORA, **OFF, "method": "pivotal"},
     "pivotal": {**LORA, "method": "pivotal", "stop_embedding_training": "0.5"},
 }

@@ -14,6 +14,7 @@ from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 __all__ = [
     "Rule",
     "mlm_range_errors",
+    "mlm_warnings",
     "no_gradient_message",
     "option_errors",
     "option_warnings",
@@ -227,6 +228,11 @@ def _output(config: TrainConfig) -> Iterator[str]:
                 yield f"{name} needs sample_prompts, the file with the prompts to draw"
 
 
+def mlm_warnings(mlm: MLMOptions) -> Iterator[str]:
+    """``mlm`` options without effect beside the others, for any trainer."""
+    yield from without_effect(TrainConfig(mlm=mlm), _MLM_RULES)
+
+
 def mlm_range_errors(mlm: MLMOptions, *, num_steps: int | None) -> Iterator[str]:
     """``mlm`` options that are out of range, for any trainer.
 
@@ -315,6 +321,16 @@ def _reads_syntax(flat: Mapping[str, Any]) -> bool:
 
 _MLM_DETAILS = tuple(
     name for name in OPTIONS if name.startswith("mlm_") and name != "mlm_loss_weight"
+)
+
+_MLM_RULES = (
+    _without(" ".join(_MLM_DETAILS), "mlm_loss_weight"),
+    Rule(
+        ("mlm_contextualizer", "mlm_probability", "mlm_replace"),
+        "with mlm_target = states; take mlm_target = class to predict masked words",
+        lambda flat: flat["mlm_target"] != "states" or not flat["mlm_loss_weight"],
+    ),
+    Rule(("mlm_prompt_syntax",), "with mlm_prompt_set = {mlm_prompt_set}", _reads_syntax),
 )
 
 _RULES = (
@@ -417,12 +433,6 @@ _RULES = (
             flat["sample_every_n_epochs"] or flat["sample_every_n_steps"] or flat["sample_at_first"]
         ),
     ),
-    _without(" ".join(_MLM_DETAILS), "mlm_loss_weight"),
-    Rule(
-        ("mlm_contextualizer", "mlm_probability", "mlm_replace"),
-        "with mlm_target = states",
-        lambda flat: flat["mlm_target"] != "states" or not flat["mlm_loss_weight"],
-    ),
-    Rule(("mlm_prompt_syntax",), "with mlm_prompt_set = {mlm_prompt_set}", _reads_syntax),
+    *_MLM_RULES,
 )
 """Which settings make an option effective, mirroring the code that reads it."""

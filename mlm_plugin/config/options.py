@@ -817,18 +817,17 @@ class MLMOptions:
         "auto",
         "Where the term reads. `encoder`: the text encoder's output. `cross_attention`: the keys "
         "and values that the U-Net makes of it, so that training the U-Net alone is reached too. "
-        "`both`. `auto`: `encoder` where anything before its output is trained, else "
-        "`cross_attention`; with `mlm_target` `states` wherever something is trained.",
+        "`both`. `auto`: wherever something is trained; with `mlm_target` `class` or `word` at the "
+        "`encoder` alone, if anything before its output is trained.",
         choices=("auto", "encoder", "cross_attention", "both"),
     )
     mlm_target: str = option(
-        "auto",
-        "What is compared around the concept. `class`: predictions for masked words, with those "
-        "from the untrained text encoder with the class word in place of the concept. `word`: the "
-        "masked words themselves, as in the paper. `states`: the states of all words, with those "
-        "of the untrained model; needs no contextualizer. `auto`: `class` if every concept has a "
-        "class word, else `word`.",
-        choices=("auto", "class", "word", "states"),
+        "states",
+        "What is compared around the concept. `states`: the states of all words, with those that "
+        "the untrained model gives them beside the class word; needs no contextualizer. `class`: "
+        "predictions for masked words, with those from the untrained text encoder beside the class "
+        "word. `word`: the masked words themselves, as in the paper.",
+        choices=("states", "class", "word"),
     )
     mlm_batch_size: int = option(
         8, "Prompts of the MLM term per batch of images.", at_least=1, at_most=LARGEST_BATCH

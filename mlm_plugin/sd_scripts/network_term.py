@@ -118,7 +118,7 @@ def use_models(
         term.read_at(place, models.unet)
     else:
         encoders = _read_transformer(term, args, models, architecture, encoders, place)
-    _require_class_words(term, encoders)
+    _check_language_model(term, encoders)
     for encoder in encoders.values():
         term.add_text_encoder(encoder.text_encoder, accelerator, is_trained=encoder.is_trained)
     accelerator.print(term.describe())
@@ -159,7 +159,7 @@ def _readable(term: MLMTerm, encoders: dict[int, Encoder]) -> dict[int, Encoder]
     if term.options.mlm_target == "states" or len(readable) == len(encoders):
         return encoders
     if not readable:
-        term.compare_states("nothing reads the states of this text encoder as words")
+        term.require_states("nothing reads the states of this text encoder as words")
         return encoders
     logger.warning(
         "MLM term: T5 is trained too, but nothing reads its states as words; "
@@ -181,7 +181,7 @@ def _read_transformer(
     Raises:
         UserError: its text layers cannot be read, or are moved away while it would read them.
     """
-    term.compare_states("what an image transformer makes of the prompt is not words")
+    term.require_states("what an image transformer makes of the prompt is not words")
     if architecture.arch == "anima":
         adapted = _adapted(models, encoders[0])
         needed = {number: one for number, one in encoders.items() if one.is_trained}
@@ -218,7 +218,7 @@ def _adapted(models: Models, source: Encoder) -> Encoder:
     return Encoder(adapted, source.is_trained or trains_adapter)
 
 
-def _require_class_words(term: MLMTerm, encoders: dict[int, Encoder]) -> None:
+def _check_language_model(term: MLMTerm, encoders: dict[int, Encoder]) -> None:
     """Refuse what a language model cannot answer, and a file that it does not need."""
     if term.options.mlm_target == "states":
         return
@@ -229,10 +229,10 @@ def _require_class_words(term: MLMTerm, encoders: dict[int, Encoder]) -> None:
             f"mlm_contextualizer = {term.options.mlm_contextualizer!r} has no effect: this text "
             "encoder is a language model and reads itself; leave it out"
         )
-    if term.target() == "word":
+    if term.options.mlm_target == "word":
         raise UserError(
-            "mlm_target = word: no word is masked for a language model; give every concept a "
-            'class_token (e.g. "girl") and take mlm_target = class or states'
+            "mlm_target = word: no word is masked for a language model; take mlm_target = states, "
+            "or class for its next words"
         )
 
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mlm_plugin import __version__
-from mlm_plugin.config.checks import no_gradient_message
+from mlm_plugin.config.checks import mlm_warnings, no_gradient_message
 from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
 from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
@@ -30,8 +30,8 @@ from mlm_plugin.mlm_setup import (
     AnyEncoder,
     MLMSetup,
     mlm_schedule,
-    mlm_target,
     prompt_set_names,
+    require_class_words,
 )
 from mlm_plugin.models.key_values import read_cross_attention, read_image_transformer
 from mlm_plugin.random_state import preserved_random_state
@@ -95,6 +95,8 @@ class MLMTerm:
         seed: int | None,
         expand: Callable[[str], str] = str,
     ):
+        for warning in mlm_warnings(options):
+            logger.warning("MLM term: %s", warning)
         self.options = options
         self.schedule = mlm_schedule(options)
         if seed is None:
@@ -160,24 +162,19 @@ class MLMTerm:
                 "take mlm_read_at = encoder if a text encoder is trained"
             )
 
-    def compare_states(self, why: str) -> None:
-        """Make ``mlm_target`` ``states``, which is all that is possible.
+    def require_states(self, why: str) -> None:
+        """Refuse another ``mlm_target`` where only states can be compared.
 
         Args:
             why: the reason, for the error.
 
         Raises:
-            UserError: another target was asked for.
+            UserError: ``mlm_target`` is not ``states``.
         """
-        if self.options.mlm_target not in ("auto", "states"):
+        if self.options.mlm_target != "states":
             raise UserError(
                 f"mlm_target = {self.options.mlm_target}: {why}; take mlm_target = states"
             )
-        self.options = self.setup.options = replace(self.options, mlm_target="states")
-
-    def target(self) -> str:
-        """``mlm_target`` with ``auto`` decided; the concepts are known."""
-        return mlm_target(self.options, self.setup.concepts)
 
     def use_data(self, dataset_group: Any) -> None:
         """Take concepts and captions from data sets that sd-scripts has built.
@@ -196,11 +193,12 @@ class MLMTerm:
             captions: of the pictures to learn from; none where they are not known.
 
         Raises:
-            UserError: the concept is not known, or in no caption.
+            UserError: the concept is not known or in no caption, or lacks a class word.
         """
         captions = list(captions)
         self._use_class_word(datasets)
         found = concepts_of(TrainConfig(mlm=self.options), datasets, required=True)
+        require_class_words(self.options, found)
         if captions:
             require_in_captions(captions, found)
         texts = {c.placeholder_token: self.expand(c.placeholder_token) for c in found}
@@ -221,7 +219,7 @@ class MLMTerm:
         number = len(self.setup.encoders)
         return (
             f"MLM term: {', '.join(map(self._described, self.setup.concepts))}, weight "
-            f"{self.options.mlm_loss_weight:g}, target {self.target()}, read at "
+            f"{self.options.mlm_loss_weight:g}, target {self.options.mlm_target}, read at "
             f"{self.setup.read_at}, {number} text encoder{'' if number == 1 else 's'}"
         )
 
@@ -288,7 +286,7 @@ class MLMTerm:
             if entry.group == "mlm" and name.startswith("mlm_")
         }
         values |= {
-            "ss_mlm_target": self.target(),
+            "ss_mlm_target": self.options.mlm_target,
             "ss_mlm_read_at": self.setup.read_at,
             "ss_mlm_prompt_set": prompt_set_names(self.options, concepts),
             "ss_mlm_contextualizer": ", ".join(

@@ -15,7 +15,7 @@ from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.data.templates import load_templates
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
-from mlm_plugin.mlm_setup import mlm_target
+from mlm_plugin.mlm_setup import require_class_words
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_embeddings import placeholder_pattern
 from mlm_plugin.prompt_sets.english import is_ordinary_word
@@ -45,7 +45,7 @@ def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tup
     required = learns_tokens or uses_term or ranks_files
     concepts = concepts_of(config, datasets, required=required)
     if uses_term:
-        mlm_target(config.mlm, concepts)
+        require_class_words(config.mlm, concepts)
     for concept in concepts:
         if is_ordinary_word(concept.placeholder_token):
             logger.warning(

@@ -32,7 +32,7 @@ from mlm_plugin.export.sidecar import is_own_preview, own_preview, write_preview
 from mlm_plugin.export.thumbnails import thumbnail
 from mlm_plugin.files import remove_temporaries
 from mlm_plugin.methods import Export, Method
-from mlm_plugin.mlm_setup import mlm_target, prompt_set_names
+from mlm_plugin.mlm_setup import prompt_set_names
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.setup.best_file import BestFile
 from mlm_plugin.training.callbacks import Callback, SaveFailed, StepResult
@@ -188,7 +188,7 @@ class RunRecord:
         if trainer.regularizer:
             mlm = {
                 "mlm_read_at": trainer.mlm_read_at,
-                "mlm_target": mlm_target(config.mlm, self.concepts),
+                "mlm_target": config.mlm.mlm_target,
                 "mlm_prompt_set": prompt_set_names(config.mlm, self.concepts),
                 "mlm_contextualizer": self.contextualizers,
                 "mlm_seed": config.schedule.seed

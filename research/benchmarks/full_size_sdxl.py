@@ -68,6 +68,7 @@ def train_flags(
         "max_train_steps": args.num_steps,
         "mlm_batch_size": 4,
         "mlm_loss_weight": 1e-3,
+        "mlm_target": "class",
         "mlm_contextualizer": ",".join(map(str, contextualizers)),
         "seed": 0,
         "host": "standalone",

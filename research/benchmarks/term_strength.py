@@ -46,6 +46,7 @@ OPTIONS = {
     "max_data_loader_n_workers": "0",
     "mlm_prompt_set": "pocket",
     "mlm_contextualizer": "pocket",
+    "mlm_target": "class",
     "output_dir": "unused",
 }
 OPTIMIZERS = {

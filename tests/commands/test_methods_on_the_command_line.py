@@ -22,7 +22,7 @@ def arguments(toy_folder, toy_pictures, toy_contextualizer, tmp_path, _fresh_acc
         *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
         *("--pretrained_model_name_or_path", str(toy_folder)),
         *("--train_data_dir", str(toy_pictures)),
-        *("--mlm_contextualizer", str(toy_contextualizer)),
+        *("--mlm_target", "class", "--mlm_contextualizer", str(toy_contextualizer)),
         *("--max_train_steps", "2"),
         *("--output_dir", str(tmp_path / "out")),
         *("--output_name", "x"),

@@ -24,7 +24,7 @@ def arguments(
         *("--config_file", str(ROOT / "presets" / "quickstart.toml")),
         *("--pretrained_model_name_or_path", str(toy_sdxl_folder)),
         *("--train_data_dir", str(toy_pictures)),
-        *("--mlm_contextualizer", toy_sdxl_contextualizers),
+        *("--mlm_target", "class", "--mlm_contextualizer", toy_sdxl_contextualizers),
         *("--mlm_target", "class"),
         *("--max_train_steps", "2"),
         *("--output_dir", str(tmp_path / "out")),

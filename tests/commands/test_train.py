@@ -57,7 +57,7 @@ def arguments(toy_folder, toy_pictures, contextualizer, tmp_path):
         *("--max_train_steps", "4"),
         *("--max_data_loader_n_workers", "0"),
         *("--seed", "1"),
-        *("--mlm_contextualizer", str(contextualizer)),
+        *("--mlm_target", "class", "--mlm_contextualizer", str(contextualizer)),
         *("--mlm_batch_size", "2"),
         *("--output_dir", str(tmp_path / "out")),
         *("--output_name", "dog"),

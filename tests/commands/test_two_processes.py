@@ -235,7 +235,14 @@ def runs(folder, toy_folder, toy_pictures, toy_contextualizer, request):
         *("--pretrained_model_name_or_path", str(toy_folder), "--caption_extension", ".txt"),
         *("--resolution", "64", "--network_dim", "4", "--network_alpha", "4", "--cache_latents"),
         *("--learning_rate", "1e-3", "--max_data_loader_n_workers", "0", "--seed", "1"),
-        *("--mlm_contextualizer", str(toy_contextualizer), "--mlm_batch_size", "2"),
+        *(
+            "--mlm_target",
+            "class",
+            "--mlm_contextualizer",
+            str(toy_contextualizer),
+            "--mlm_batch_size",
+            "2",
+        ),
         *("--train_batch_size", "2"),
     ]
     without_term = ["--mlm_loss_weight", "0"]
@@ -254,7 +261,12 @@ def runs(folder, toy_folder, toy_pictures, toy_contextualizer, request):
     nowhere = ["--pretrained_model_name_or_path", "someone/not-there"]  # a hub id may exist
     sdxl = [
         *("--pretrained_model_name_or_path", str(request.getfixturevalue("toy_sdxl_folder"))),
-        *("--mlm_contextualizer", request.getfixturevalue("toy_sdxl_contextualizers")),
+        *(
+            "--mlm_target",
+            "class",
+            "--mlm_contextualizer",
+            request.getfixturevalue("toy_sdxl_contextualizers"),
+        ),
     ]
     return {
         "shared": run("shared", few, *SGD, *without_term, "--max_train_steps", "2"),

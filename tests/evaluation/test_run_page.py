@@ -26,7 +26,7 @@ def run(toy_folder, toy_pictures, toy_contextualizer, tmp_path):
         command = [
             *("--pretrained_model_name_or_path", str(toy_folder)),
             *("--train_data_dir", str(toy_pictures), "--output_dir", str(tmp_path / "out")),
-            *("--mlm_contextualizer", str(toy_contextualizer)),
+            *("--mlm_target", "class", "--mlm_contextualizer", str(toy_contextualizer)),
             *"--output_name dog --caption_extension .txt --resolution 64 --seed 1".split(),
             *"--learning_rate 1e-3 --max_train_steps 12 --save_every_n_steps 4".split(),
             *"--max_data_loader_n_workers 0".split(),

@@ -33,7 +33,7 @@ def arguments(toy_folder, toy_pictures, toy_contextualizer, tmp_path, monkeypatc
     return [
         *("--pretrained_model_name_or_path", str(toy_folder)),
         *("--train_data_dir", str(toy_pictures)),
-        *("--mlm_contextualizer", str(toy_contextualizer)),
+        *("--mlm_target", "class", "--mlm_contextualizer", str(toy_contextualizer)),
         *("--output_dir", str(tmp_path / "out")),
         *"--caption_extension .txt --resolution 64 --learning_rate 1e-3 --seed 1".split(),
         *"--max_train_steps 2 --max_data_loader_n_workers 0 --mlm_batch_size 2".split(),

@@ -86,6 +86,7 @@ def verdicts(toy_folder, toy_pictures, toy_contextualizer, tmp_path, monkeypatch
     base = {
         "pretrained_model_name_or_path": str(toy_folder),
         "train_data_dir": str(toy_pictures),
+        "mlm_target": "class",
         "mlm_contextualizer": str(toy_contextualizer),
         "output_dir": str(tmp_path / "out"),
         "caption_extension": ".txt",

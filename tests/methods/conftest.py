@@ -29,6 +29,7 @@ def trainer_of(toy_folder, toy_pictures, toy_contextualizer, _fresh_accelerator)
             "train_batch_size": 2,
             "max_data_loader_n_workers": 0,
             "seed": 1,
+            "mlm_target": "class",
             "mlm_contextualizer": toy_contextualizer,
             "mlm_batch_size": 2,
             **options,
@@ -56,6 +57,7 @@ def sdxl_trainer_of(trainer_of, toy_sdxl_folder, toy_sdxl_contextualizers):
     def make(method, **options):
         sdxl = {
             "pretrained_model_name_or_path": toy_sdxl_folder,
+            "mlm_target": "class",
             "mlm_contextualizer": toy_sdxl_contextualizers,
         }
         return trainer_of(method, **{**sdxl, **options})

@@ -215,7 +215,7 @@ def test_mlm_without_a_gradient_is_refused_with_the_reason(changes, named):
 def test_where_the_u_net_is_trained_the_term_reads_there(changes, named):
     config = USABLE.replace(**changes)
     method = METHODS[config.schedule.method]
-    assert method.mlm_read_at(USABLE) == "encoder"
+    assert method.mlm_read_at(USABLE) == "both"
     assert method.mlm_read_at(config) == "cross_attention"
     assert why_no_gradient(config, read_at="auto") is None
     check_config(config)
@@ -366,6 +366,6 @@ def test_the_scale_of_a_network_does_not_matter_where_none_is_trained(method, ca
     ],
 )
 def test_states_are_read_wherever_something_is_trained(changes, place):
-    config = USABLE.replace(**{"mlm_target": "states", **changes})
+    config = USABLE.replace(**changes)
     method = METHODS[config.schedule.method]
     assert method.mlm_read_at(config) == place

@@ -28,7 +28,7 @@ def real_peak(trainer):
     """Bytes at the peak of the second step of a real run on the CPU."""
     live, models = LiveBytes("cpu"), trainer.models
     networks = [models.unet, *(te.model for te in models.text_encoders)]
-    networks += [encoder.contextualizer for encoder in trainer.regularizer.encoders]
+    networks += [e.contextualizer for e in trainer.regularizer.encoders if e.contextualizer]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     live.hold([*tensors, *trainer.method.parameters()], "resident")
     trainer.callbacks = [StartAnew(live)]
@@ -47,6 +47,7 @@ def predicted(method, folder, **options):
         "network_alpha": 4,
         "learning_rate": 2e-3,
         "train_batch_size": 2,
+        "mlm_target": "class",
         "mlm_batch_size": 2,
         **options,
     }
@@ -54,10 +55,14 @@ def predicted(method, folder, **options):
     return estimate_of(parse_estimate([*flags, "--cache_latents"]).config)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_step_takes_what_was_predicted(method, trainer_of, toy_folder):
-    trainer = trainer_of(method, steps=2, optimizer_type="SGDNesterov", cache_latents=True)
-    moment = predicted(method, toy_folder, optimizer_type="SGDNesterov").moments["training step"]
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [*((method, "states") for method in METHODS), ("lora", "class"), ("xti", "class")],
+)
+def test_the_step_takes_what_was_predicted(method, target, trainer_of, toy_folder):
+    options = {"optimizer_type": "SGDNesterov", "mlm_target": target}
+    trainer = trainer_of(method, steps=2, cache_latents=True, **options)
+    moment = predicted(method, toy_folder, **options).moments["training step"]
     trained = sum(p.nbytes for p in trainer.method.parameters())
     assert moment[TRAINED] == moment[STATES] == trained
     assert moment[GRADIENTS] <= trained

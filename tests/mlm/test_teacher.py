@@ -17,7 +17,7 @@ from mlm_plugin.mlm_setup import (
     NUM_TARGETS,
     MLMSetup,
     PreparedEncoder,
-    mlm_target,
+    require_class_words,
 )
 
 SKS_DOG = Concept("sks", "dog")
@@ -188,20 +188,9 @@ def test_targets_go_by_the_seed_alone(toy_text_encoder, contextualizer):
     assert [r.ids for r in first] != [r.ids for r in other]
 
 
-@pytest.mark.parametrize(
-    ("target", "class_token", "expected"),
-    [
-        ("auto", "dog", "class"),
-        ("auto", None, "word"),
-        ("word", "dog", "word"),
-        ("states", None, "states"),
-    ],
-)
-def test_the_target_goes_by_what_is_known(target, class_token, expected):
-    concepts = [Concept("sks", class_token)]
-    assert mlm_target(MLMOptions(mlm_target=target), concepts) == expected
-
-
-def test_class_targets_without_a_class_word_are_refused():
+@pytest.mark.parametrize("target", ["states", "word"])
+def test_only_predictions_beside_the_class_word_need_one(target):
+    require_class_words(MLMOptions(mlm_target=target), [Concept("sks", None)])
+    require_class_words(MLMOptions(mlm_target="class"), [SKS_DOG])
     with pytest.raises(UserError, match="class_token"):
-        mlm_target(MLMOptions(mlm_target="class"), [SKS_DOG, Concept("zwx", None)])
+        require_class_words(MLMOptions(mlm_target="class"), [SKS_DOG, Concept("zwx", None)])

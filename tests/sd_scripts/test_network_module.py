@@ -183,7 +183,8 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
         tokenizer = CLIPTokenizer.from_pretrained(toy_folder / "tokenizer")
         _sd_scripts.tokenizer = tokenizer
         if module is kohya:
-            network_args = (f"mlm_contextualizer={toy_contextualizer}", *network_args)
+            words = ("mlm_target=class", f"mlm_contextualizer={toy_contextualizer}")
+            network_args = (*words, *network_args)
         args = argparse.Namespace(**OWN | changes, network_args=list(network_args))
         args.network_module = module.__name__
         torch.manual_seed(args.seed)

@@ -83,14 +83,14 @@ def readers(term):
 
 def test_a_transformer_trained_alone_reads_the_states_of_t5(term, toy_text_encoder):
     made = term("flux", [toy_text_encoder.model, t5()], UNET_ONLY)
-    assert (made.setup.read_at, made.target()) == ("cross_attention", "states")
+    assert (made.setup.read_at, made.options.mlm_target) == ("cross_attention", "states")
     assert readers(made) == ["T5Encoder"]
     assert made.setup.encoders[0].targets[0].states_LD is not None  # T5 is not needed any more
 
 
-def test_chroma_has_t5_alone_and_takes_states(term):
+def test_chroma_has_t5_alone_whose_states_are_compared(term):
     made = term("flux", [nn.Linear(1, 1), t5()], trains_t5=True)
-    assert (made.setup.read_at, made.target()) == ("encoder", "states")
+    assert (made.setup.read_at, made.options.mlm_target) == ("encoder", "states")
     assert readers(made) == ["T5Encoder"]
 
 
@@ -122,15 +122,15 @@ def test_what_a_transformer_cannot_do_is_refused(
 
 
 def test_a_language_model_reads_itself(term):
-    made = term("lumina", [qwen()])
-    assert (made.setup.read_at, made.target()) == ("encoder", "class")
+    made = term("lumina", [qwen()], mlm_target="class")
+    assert (made.setup.read_at, made.options.mlm_target) == ("encoder", "class")
     assert made.setup.encoders[0].head is not None
     assert not made.setup.contextualizers
 
 
 def test_a_language_model_without_its_own_head_is_compared_by_states(term, refused):
     model = qwen(tie_word_embeddings=False)
-    assert term("lumina", [model]).target() == "states"
+    assert [encoder.head for encoder in term("lumina", [model]).setup.encoders] == [None]
     with refused(["mlm_target = class", "take mlm_target = states"]):
         term("lumina", [model], mlm_target="class")
 
@@ -138,8 +138,11 @@ def test_a_language_model_without_its_own_head_is_compared_by_states(term, refus
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"mlm_target": "word"}, ["mlm_target = word", "class_token"]),
-        ({"mlm_contextualizer": "x.safetensors"}, ["mlm_contextualizer = 'x.safetensors'"]),
+        ({"mlm_target": "word"}, ["mlm_target = word", "take mlm_target = states"]),
+        (
+            {"mlm_target": "class", "mlm_contextualizer": "x.safetensors"},
+            ["mlm_contextualizer = 'x.safetensors'"],
+        ),
     ],
 )
 def test_what_a_language_model_cannot_do_is_refused(term, refused, options, parts):
@@ -156,3 +159,8 @@ def test_norms_that_a1111_misreads_are_named_here_too(network_args, is_wrong, ca
     args = argparse.Namespace(learning_rate=1e-3, seed=0, network_args=network_args)
     assert create_term(args, MLMOptions(mlm_loss_weight=0.1), arch="sd")
     assert any("wd_on_output=False" in text for text in caplog.messages) == is_wrong
+
+
+def test_words_that_are_not_masked_are_told(term, toy_text_encoder, caplog):
+    term("flux", [toy_text_encoder.model, t5()], mlm_probability=0.3)
+    assert "mlm_probability has no effect with mlm_target = states" in caplog.text

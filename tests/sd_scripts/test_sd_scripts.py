@@ -368,7 +368,8 @@ def run(toy_folder, toy_contextualizer):
             CLIPTokenizer.from_pretrained(toy_folder / "tokenizer"),
             CLIPTextModel.from_pretrained(toy_folder / "text_encoder").eval(),
         )
-        args = parse("--mlm_contextualizer", str(toy_contextualizer), *flags, **changes)
+        words = ("--mlm_target", "class", "--mlm_contextualizer", str(toy_contextualizer))
+        args = parse(*words, *flags, **changes)
         trainer = host() if plain else with_mlm(host, arch=arch)()
         trainer.train(args, text_encoder)
         return trainer, text_encoder
@@ -655,7 +656,7 @@ def test_a_network_without_text_encoder_modules_is_read_at_the_cross_attention(r
 
 def test_a_transformer_whose_text_layers_are_not_known_is_refused(run_sd3):
     with pytest.raises(UserError, match="text layers of this transformer are not known"):
-        run_sd3("--mlm_read_at", "both")
+        run_sd3("--mlm_target", "states", "--mlm_read_at", "both")
 
 
 def test_a_network_that_does_not_say_what_it_trains_is_refused_at_the_first_step(run, capsys):
@@ -830,7 +831,10 @@ def train_whole_model(args, text_encoder, *, freeze_from=None):
 @pytest.fixture
 def term(toy_contextualizer):
     return MLMTerm(
-        MLMOptions(mlm_loss_weight=0.5, mlm_contextualizer=str(toy_contextualizer)), seed=3
+        MLMOptions(
+            mlm_target="class", mlm_loss_weight=0.5, mlm_contextualizer=str(toy_contextualizer)
+        ),
+        seed=3,
     )
 
 
@@ -937,7 +941,7 @@ class StubEmbeddingTrainer:
 
 def embedding_run(text_encoder, contextualizer, *flags, init_word=None):
     args = parse(
-        *("--mlm_contextualizer", str(contextualizer), *flags),
+        *("--mlm_target", "class", "--mlm_contextualizer", str(contextualizer), *flags),
         token_string="zxq",
         num_vectors_per_token=2,
         num_batches=2,
@@ -1039,13 +1043,13 @@ def test_every_choice_of_states_has_its_own_contextualizer(toy_text_encoder):
 
 
 def test_two_encoders_need_two_contextualizer_files(toy_text_encoder, toy_contextualizer):
-    options = MLMOptions(mlm_contextualizer=str(toy_contextualizer))
+    options = MLMOptions(mlm_target="class", mlm_contextualizer=str(toy_contextualizer))
     term, accelerator = MLMTerm(options, seed=0), Accelerator(cpu=True)
     term.add_text_encoder(toy_text_encoder, accelerator)
     with pytest.raises(UserError, match="names 1 file"):
         term.add_text_encoder(toy_text_encoder, accelerator)
     both = f"{toy_contextualizer},{toy_contextualizer}"
-    term = MLMTerm(MLMOptions(mlm_contextualizer=both), seed=0)
+    term = MLMTerm(MLMOptions(mlm_target="class", mlm_contextualizer=both), seed=0)
     for _ in range(2):
         term.add_text_encoder(toy_text_encoder, accelerator)
     assert len(term.setup.encoders) == 2
