@@ -75,6 +75,7 @@ from mlm_plugin.training.plan import MLMTerm, Objective
 from mlm_plugin.training.processes import ProcessLost
 from mlm_plugin.training.schedulers import rate_jumps
 from mlm_plugin.training.trainer import Trainer
+from mlm_plugin.training.validation import Validator
 
 __all__ = ["CheckedRun", "build_trainer", "check_run", "train", "trainer_of"]
 
@@ -237,6 +238,8 @@ def build_trainer(
     )
     refuse_before_loading(config, dataset, concepts, identity)
     models = _load_base_model(config, dataset, concepts, accelerator)
+    validation = dataset.validation_set()
+    datasets = [dataset] if validation is None else [dataset, validation]
     term = prepare_term(
         config, models, concepts=concepts, dataset=dataset, accelerator=accelerator, seed=seed
     )
@@ -253,7 +256,7 @@ def build_trainer(
         config, method, concepts, dataset, accelerator=accelerator, for_page=page
     )
     prepare_models(config, models, method)
-    cache_latents(config, dataset, models, accelerator)
+    cache_latents(config, datasets, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
 
     dataset.set_max_train_steps(plan.num_steps)
@@ -262,7 +265,7 @@ def build_trainer(
     facts = {"dataset": dataset, "models": models, "concepts": concepts, "seed": seed}
     record = RunRecord(config, **facts, contextualizers=used)
     drawer = sample_drawer(config, concepts)
-    captions = cached_captions(config, dataset, method, drawer, accelerator)
+    captions = cached_captions(config, datasets, method, drawer, accelerator)
     trainer = Trainer(
         accelerator=accelerator,
         method=method,
@@ -275,7 +278,11 @@ def build_trainer(
         optimization=optimization,
         plan=plan,
         identity=identity,
-        callbacks=[*curves, *_writers(config, drawer, record, ranking)],
+        callbacks=[
+            *_validators(config, validation, seed),
+            *curves,
+            *_writers(config, drawer, record, ranking),
+        ],
     )
     if page:
         trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking))
@@ -315,6 +322,14 @@ def _diffusion_loss(
         prediction_type=models.prediction_type,
         device=device,
     )
+
+
+def _validators(config: TrainConfig, dataset: TrainDataset | None, seed: int) -> list[Validator]:
+    """The callback that validates, if pictures are held out."""
+    if dataset is None:
+        return []
+    own = config.validation.validation_seed
+    return [Validator(dataset, config.validation, seed=seed if own is None else own)]
 
 
 def _writers(

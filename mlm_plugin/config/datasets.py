@@ -23,6 +23,7 @@ from mlm_plugin.config.options import (
     MOST_REPEATS,
     OPTIONS,
     TrainConfig,
+    ValidationOptions,
 )
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError, shown
@@ -97,6 +98,8 @@ class DatasetConfig:
     min_bucket_reso: int = 256
     max_bucket_reso: int = 1024
     bucket_reso_steps: int = BUCKET_STEP
+    validation_split: float = 0.0  # share of each subset's pictures that is held out
+    validation_seed: int | None = None  # None = the run's
     subsets: tuple[SubsetConfig, ...] = ()
 
 
@@ -137,7 +140,20 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     has_masks = any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets)
     if config.dataset.masked_loss and not has_masks:
         raise UserError(f"{place}: masked_loss needs conditioning_data_dir or alpha_mask")
+    _check_validation(config, datasets)
     return datasets
+
+
+def _check_validation(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> None:
+    """Name options of a validation that never happens."""
+    if any(dataset.validation_split for dataset in datasets):
+        return
+    names = [item.name for item in dataclasses.fields(ValidationOptions)]
+    given = [name for name in names if name in config.changed()]
+    if given:
+        logger.warning(
+            "%s: no effect without validation_split, as no picture is held out", ", ".join(given)
+        )
 
 
 def given_resolution(config: TrainConfig) -> tuple[int, int]:
@@ -408,6 +424,8 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
     values = {name: getattr(config.dataset, name, None) for name in _KEYS}
     values["batch_size"] = config.schedule.train_batch_size
     values["num_repeats"] = config.dataset.dataset_repeats
+    values["validation_split"] = config.validation.validation_split
+    values["validation_seed"] = config.validation.validation_seed
     values["resolution"] = _parse_pair("resolution", config.dataset.resolution)
     values["face_crop_aug_range"] = _parse_pair(
         "face_crop_aug_range", config.dataset.face_crop_aug_range
@@ -475,10 +493,22 @@ def _resolve_dataset(
         batch_size=int(values["batch_size"]),
         resolution=_resolution(values, place=place),
         subsets=tuple(_without_duplicates(subsets, place=place)),
+        validation_split=_validation_split(values, place=place),
+        validation_seed=values.get("validation_seed"),
         **{name: values[name] for name in ("enable_bucket", "bucket_no_upscale")},
         **{name: int(values[name]) for name in _BUCKET_SIDES},
     )
     return _with_valid_buckets(dataset, place=place)
+
+
+def _validation_split(values: Mapping[str, Any], *, place: str) -> float:
+    share = float(values.get("validation_split", 0))
+    if not 0 <= share < 1:
+        raise UserError(
+            f"{place}: validation_split = {share:g} is not allowed; it must be a share from 0 to "
+            "below 1, such as 0.1: what is held out is not trained on"
+        )
+    return share
 
 
 _BUCKET_SIDES = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
@@ -503,8 +533,6 @@ def _subset_kind(tables: Sequence[Mapping[str, Any]], *, place: str, masked_loss
 
 
 def _note_unused(values: Mapping[str, Any], *, place: str) -> None:
-    if values.get("validation_split"):
-        raise UserError(f"{place}: validation_split is not supported; leave it out")
     if values.get("network_multiplier", 1) != 1:
         logger.warning("%s: network_multiplier has no effect: kohya does not read it either", place)
     if values.get("batch_size") == 0:

@@ -49,6 +49,7 @@ class DatasetReport:
     num_skipped: int
     max_tokens: int
     warnings: list[str] = field(default_factory=list)
+    num_held_out: int = 0
 
     @property
     def num_images(self) -> int:
@@ -62,6 +63,7 @@ class DatasetReport:
             f"epoch in {self.num_batches} batches, {self.num_skipped} skipped",
             *(line for subset in self.subsets for line in self._subset_lines(subset)),
             "  buckets: " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in self.buckets.items()),
+            *([f"  validation: {self.num_held_out} images held out"] if self.num_held_out else []),
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
 
@@ -117,6 +119,7 @@ def dataset_report(
         buckets=dict(sorted(buckets.items())),
         num_batches=len(dataset),
         num_skipped=len(dataset.skipped),
+        num_held_out=len(dataset.held_out),
         max_tokens=max_tokens,
         warnings=[
             *_skipped_warnings(dataset.skipped),
