@@ -71,6 +71,7 @@ from mlm_plugin.training.callbacks import Callback, SaveFailed
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
+from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.plan import MLMTerm, Objective
 from mlm_plugin.training.processes import ProcessLost
 from mlm_plugin.training.schedulers import rate_jumps
@@ -238,13 +239,13 @@ def build_trainer(
     )
     refuse_before_loading(config, dataset, concepts, identity)
     models = _load_base_model(config, dataset, concepts, accelerator)
-    validation = dataset.validation_set()
-    datasets = [dataset] if validation is None else [dataset, validation]
     term = prepare_term(
         config, models, concepts=concepts, dataset=dataset, accelerator=accelerator, seed=seed
     )
     place_models(config, models, accelerator.device)  # not earlier, as pretraining needs memory
     curves = curve_loggers(config, models, accelerator)
+    validator = _validator(config, dataset, curves, seed)
+    datasets = [dataset] if validator is None else [dataset, validator.dataset]
 
     set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
@@ -279,13 +280,13 @@ def build_trainer(
         plan=plan,
         identity=identity,
         callbacks=[
-            *_validators(config, validation, seed),
+            *([] if validator is None else [validator]),
             *curves,
             *_writers(config, drawer, record, ranking),
         ],
     )
     if page:
-        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking))
+        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking, validator))
     _resume(trainer, config.schedule.resume)
     return trainer
 
@@ -324,12 +325,16 @@ def _diffusion_loss(
     )
 
 
-def _validators(config: TrainConfig, dataset: TrainDataset | None, seed: int) -> list[Validator]:
+def _validator(
+    config: TrainConfig, dataset: TrainDataset, curves: Sequence[CurveLogger], seed: int
+) -> Validator | None:
     """The callback that validates, if pictures are held out."""
-    if dataset is None:
-        return []
-    own = config.validation.validation_seed
-    return [Validator(dataset, config.validation, seed=seed if own is None else own)]
+    options = config.validation
+    seed = seed if options.validation_seed is None else options.validation_seed
+    held_out = dataset.validation_set(seed=seed)
+    if held_out is None:
+        return None
+    return Validator(held_out, options, seed=seed, curves=curves)
 
 
 def _writers(
@@ -348,6 +353,7 @@ def _page(
     accelerator: Accelerator,
     drawer: SampleDrawer | None,
     ranking: BestFile | None,
+    validator: Validator | None,
 ) -> RunPage:
     return RunPage(
         config,
@@ -355,6 +361,7 @@ def _page(
         versions=library_versions(accelerator.device),
         drawer=drawer,
         ranking=ranking,
+        validator=validator,
     )
 
 

@@ -145,15 +145,24 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
 
 
 def _check_validation(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> None:
-    """Name options of a validation that never happens."""
+    """Refuse options of a validation that never happens; a seed alone is only named."""
     if any(dataset.validation_split for dataset in datasets):
         return
-    names = [item.name for item in dataclasses.fields(ValidationOptions)]
-    given = [name for name in names if name in config.changed()]
-    if given:
-        logger.warning(
-            "%s: no effect without validation_split, as no picture is held out", ", ".join(given)
+    given = [item.name for item in dataclasses.fields(ValidationOptions)]
+    given = [name for name in given if name in config.changed() and name != "validation_seed"]
+    if "validation_split" in given:
+        raise UserError(
+            f"validation_split = {config.validation.validation_split:g} has no effect, as every "
+            f"data set of {config.dataset.dataset_config} sets 0; keep one of the two"
         )
+    if given:
+        value = getattr(config.validation, given[0])
+        raise UserError(
+            f"{given[0]} = {value} needs validation_split, the share of pictures that is held out, "
+            "such as 0.2"
+        )
+    if any(dataset.validation_seed is not None for dataset in datasets):
+        logger.warning("validation_seed has no effect without validation_split")
 
 
 def given_resolution(config: TrainConfig) -> tuple[int, int]:
@@ -186,7 +195,7 @@ _KEYS: dict[str, _Key] = {
     "max_bucket_reso": _Key("int", "gd"),
     "bucket_reso_steps": _Key("int", "gd"),
     "network_multiplier": _Key("float", "gd"),
-    "validation_split": _Key("float", "gd"),
+    "validation_split": _Key("share", "gd"),
     "validation_seed": _Key("int", "gd"),
     "num_repeats": _Key("int", "gds"),
     "shuffle_caption": _Key("bool", "gds"),
@@ -231,6 +240,7 @@ _EXPECTED = {
     "int": "a whole number, 0 or more",
     "float": "a number",
     "rate": "a number from 0 to 1",
+    "share": "a number from 0 to below 1",
     "bool": "true or false",
     "str": "text",
     "size": f"a number of pixels or [width, height], at most {LARGEST_SIDE}",
@@ -311,6 +321,8 @@ def _is_kind(kind: str, value: Any) -> bool:
         )
     if kind == "rate":
         return is_number and 0 <= value <= 1
+    if kind == "share":
+        return is_number and 0 <= value < 1
     if kind == "interpolation":
         return value in (OPTIONS["resize_interpolation"].choices or ())
     if kind == "float":
@@ -493,25 +505,15 @@ def _resolve_dataset(
         batch_size=int(values["batch_size"]),
         resolution=_resolution(values, place=place),
         subsets=tuple(_without_duplicates(subsets, place=place)),
-        validation_split=_validation_split(values, place=place),
-        validation_seed=values.get("validation_seed"),
+        **{name: values[name] for name in _VALIDATION if name in values},
         **{name: values[name] for name in ("enable_bucket", "bucket_no_upscale")},
         **{name: int(values[name]) for name in _BUCKET_SIDES},
     )
     return _with_valid_buckets(dataset, place=place)
 
 
-def _validation_split(values: Mapping[str, Any], *, place: str) -> float:
-    share = float(values.get("validation_split", 0))
-    if not 0 <= share < 1:
-        raise UserError(
-            f"{place}: validation_split = {share:g} is not allowed; it must be a share from 0 to "
-            "below 1, such as 0.1: what is held out is not trained on"
-        )
-    return share
-
-
 _BUCKET_SIDES = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+_VALIDATION = ("validation_split", "validation_seed")
 
 
 def _is_cached(config: TrainConfig) -> bool:

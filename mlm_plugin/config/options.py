@@ -799,30 +799,29 @@ class ValidationOptions:
 
     validation_split: float = option(
         0.0,
-        "Share of each folder's pictures that is held out, at most below 1; 0 = none. "
-        "Regularization images are never held out.",
+        "Share of each folder's pictures that is held out and not trained on, from 0 to below 1. "
+        "Their loss is measured instead. Regularization images are never held out.",
         at_least=0,
     )
     validation_seed: int | None = option(
         None,
-        "Chooses the pictures that are held out, and the noise of the validation; from seed if "
-        "not given.",
+        "Chooses the pictures that are held out, and the noise of their loss; seed if not given.",
         at_least=0,
     )
     validate_every_n_steps: int | None = option(
         None,
-        "Validate every n optimizer steps, besides the epochs.",
+        "Measure the loss of the held-out pictures every n optimizer steps too.",
         at_least=1,
         zero_is_off=True,
     )
     validate_every_n_epochs: int | None = option(
-        None, "Validate every n epochs; every epoch if not given.", at_least=1, zero_is_off=True
-    )
-    max_validation_steps: int | None = option(
         None,
-        "Batches of a validation, at most; all if not given.",
+        "Measure the loss of the held-out pictures every n epochs; every epoch if not given.",
         at_least=1,
         zero_is_off=True,
+    )
+    max_validation_steps: int | None = option(
+        None, "Batches of held-out pictures that are measured, at most.", at_least=1
     )
 
 

@@ -171,11 +171,16 @@ class TrainDataset(Dataset):
         self._plan: tuple[int, list[list[int]]] = (-1, [])
         self._length = len(self._batches(0))
 
-    def validation_set(self) -> TrainDataset | None:
-        """The pictures that are held out, as a data set without repeats; ``None`` without any."""
+    def validation_set(self, *, seed: int) -> TrainDataset | None:
+        """The pictures that are held out, as a data set without repeats; ``None`` without any.
+
+        Args:
+            seed: decides which of them share a batch.
+        """
         if not self.held_out:
             return None
         other = copy.copy(self)
+        other.seed = seed
         other.images, other.held_out = list(self.held_out), []
         other._prepare()
         return other

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,13 +42,12 @@ NOTHING_RANDOM: dict[str, Any] = {
     "scale_aug": False,
     "random_crop": False,
     "shuffle_caption": False,
-    "enable_wildcard": False,
     "caption_dropout_rate": 0.0,
     "caption_dropout_every_n_epochs": 0,
     "caption_tag_dropout_rate": 0.0,
     "token_warmup_step": 0.0,
 }
-"""Settings of a subset whose pictures and captions are the same in every draw."""
+"""Settings of a subset whose pictures, and captions without wildcards, never change."""
 
 MAX_ASPECT_DIFFERENCE = 0.01
 """A mask may differ in size from its picture; its aspect ratio only by this share."""
@@ -109,7 +109,7 @@ class Sources(NamedTuple):
 
     images: list[ImageInfo]
     skipped: dict[Path, str]  # files that could not be used, and why
-    held_out: list[ImageInfo]  # for validation, without anything random
+    held_out: list[ImageInfo]  # for validation, without repeats and augmentation
 
 
 class _Found(NamedTuple):
@@ -161,7 +161,8 @@ def read_dataset(config: DatasetConfig, *, dataset_index: int = 0, seed: int = 0
     if skipped:
         logger.warning("unusable files, skipped: %d", len(skipped))
     _refuse_too_many(train + regularisation)
-    _require_validation(config, num_train=len(train), num_held_out=len(held_out))
+    if config.validation_split and train and not held_out:
+        raise UserError(_nothing_held_out(config.validation_split, train))
     images = train + _balance(regularisation, sum(i.repeats for i in train))
     return Sources(images, skipped, held_out)
 
@@ -171,8 +172,9 @@ def split(
 ) -> tuple[list[ImageInfo], list[ImageInfo]]:
     """Pictures that are trained on, ``ceil(n (1 - share))`` of them, and the rest; both in order.
 
-    Source: sd-scripts ``library/train_util.py`` ``split_train_val``, whose second part may overlap
-    the first or leave a picture out.
+    Source: sd-scripts ``library/train_util.py`` ``split_train_val``. Its second part has
+    ``round(n share)`` pictures, so that one of them may be in the first as well; it is not held
+    out, and is left out here.
     """
     shuffled = list(range(len(infos)))
     random.Random(seed).shuffle(shuffled)
@@ -184,19 +186,20 @@ def split(
 
 
 def _as_they_are(info: ImageInfo) -> ImageInfo:
-    """A picture without repeats, and without anything random in it and its caption."""
+    """A picture without repeats and augmentation, its caption whole and in order."""
     subset = dataclasses.replace(info.subset, num_repeats=1, **NOTHING_RANDOM)
     return dataclasses.replace(info, subset=subset, repeats=1)
 
 
-def _require_validation(config: DatasetConfig, *, num_train: int, num_held_out: int) -> None:
-    num_images = num_train + num_held_out
-    if config.validation_split and num_images and not num_held_out:
-        raise UserError(
-            f"validation_split = {config.validation_split:g}: of {num_images} picture(s) none is "
-            "held out, as each folder trains on at least its share, rounded up; raise it, add "
-            "pictures, or leave it out"
-        )
+def _nothing_held_out(share: float, train: Sequence[ImageInfo]) -> str:
+    largest = max(Counter(id(info.subset) for info in train).values())
+    remedy = "add pictures"
+    if largest > 1:
+        remedy = f"give at least {math.ceil(1000 / largest) / 1000:g}"
+    return (
+        f"validation_split = {share:g}: none of {len(train)} picture(s) is held out, as the "
+        f"largest folder has {largest}; {remedy}, or leave it out"
+    )
 
 
 def load_pixels(
