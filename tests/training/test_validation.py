@@ -1,4 +1,4 @@
-"""The loss of held-out pictures: which they are, what is measured, and that nothing else changes."""
+"""The loss of held-out pictures: which they are, what is measured, and that no more changes."""
 
 import ast
 import logging
@@ -6,9 +6,9 @@ import math
 import os
 import random
 import shutil
+import typing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import List, Optional, Tuple  # noqa: UP035 - names in the source of sd-scripts
 
 import numpy as np
 import pytest
@@ -124,8 +124,7 @@ def kohyas_split():
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef) and node.name == "split_train_val"
     ]
-    scope = {"random": random, "math": math, "logging": logging}
-    scope |= {"List": List, "Optional": Optional, "Tuple": Tuple}
+    scope = {"random": random, "math": math, "logging": logging, **vars(typing)}
     exec(compile(ast.Module(found, type_ignores=[]), "train_util", "exec"), scope)
     return scope["split_train_val"]
 
@@ -383,7 +382,7 @@ def test_report_console_curves_and_metadata_show_it(flags, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "3 images, 3 per epoch" in printed.out
     assert "validation: 2 held out, not trained on (3.png, 4.png)" in printed.out
-    assert printed.err.count("step 4: validation loss 0.") == 1, "measured once, for both tags"
+    assert printed.err.count("step 4: validation loss ") == 1, "measured once, for both tags"
     found = curves(tmp_path / "logs")
     by_step = found["loss/validation/step_average"]
     by_epoch = found["loss/validation/epoch_average"]
@@ -415,7 +414,7 @@ def test_epochs_between_validations(flags):
     assert list(validator_of(trainer).losses) == [6]
 
 
-def test_a_tracker_that_fails_costs_its_curves_and_not_the_run(flags, tmp_path, capsys):
+def test_a_tracker_that_fails_costs_its_curves_and_not_the_run(flags, tmp_path, caplog):
     trainer = build([*flags, *HELD_OUT, "--logging_dir", str(tmp_path / "logs")])
 
     class FullDisk:
@@ -430,7 +429,7 @@ def test_a_tracker_that_fails_costs_its_curves_and_not_the_run(flags, tmp_path, 
     trainer.accelerator.trackers = [FullDisk()]
     trainer.run()
     assert list(validator_of(trainer).losses) == [2, 3]
-    assert capsys.readouterr().err.count("the curves end here") == 1
+    assert caplog.text.count("the curves end here") == 1
 
 
 # --- refusals ---------------------------------------------------------------------------
@@ -456,7 +455,7 @@ REFUSALS = {
     ),
     "no batches": (
         [*HELD_OUT, "--max_validation_steps", "0"],
-        ["max_validation_steps = 0", "at least 1"],
+        ["max_validation_steps", "at least 1"],
     ),
     "steps after the end": (
         [*HELD_OUT, "--validate_every_n_steps", "4"],
@@ -521,9 +520,8 @@ def test_a_share_in_the_data_set_file_validates_and_a_seed_alone_is_named(
     path = tmp_path / "data.toml"
     folder = (pictures.all / "1_sks dog").as_posix()
     subset = f'[[datasets.subsets]]\nimage_dir = "{folder}"\nclass_tokens = "sks dog"\n'
-    path.write_text(
-        f"[general]\nvalidation_split = 0.4\nvalidation_seed = 0\n[[datasets]]\n{subset}"
-    )
+    shares = "validation_split = 0.4\nvalidation_seed = 0\n"
+    path.write_text(f"[general]\n{shares}[[datasets]]\n{subset}")
     flags = [*flags, "--dataset_config", str(path), "--check"]
     assert train_main([*flags, *STEPS]) == 0
     assert "2 held out, not trained on (3.png, 4.png)" in capsys.readouterr().out
