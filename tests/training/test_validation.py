@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import typing
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.options import LossOptions
 from mlm_plugin.data.dataset import BatchKey, TrainDataset
 from mlm_plugin.data.sources import split
+from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
 from mlm_plugin.training.validation import Validator, at_timestep, validation_timesteps
 
@@ -496,10 +498,16 @@ def test_a_single_picture_cannot_be_shared(flags, pictures, capsys):
     assert "none of 1 picture(s) is held out" in error_in(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("number", range(2, 200))
-def test_the_share_that_a_refusal_advises_is_enough(number):
-    share = float(f"{math.ceil(1000 / number) / 1000:g}")
-    assert split(range(number), share, seed=0)[1]
+def test_the_share_that_a_refusal_advises_is_enough(pictures):
+    folder = pictures.all / "1_sks dog"
+    common = {"batch_size": 2, "resolution": (64, 64), "subsets": (folder_of(pictures),)}
+    while left := sorted(folder.glob("*.png"))[1:]:
+        with pytest.raises(UserError, match="at least") as caught:
+            TrainDataset([DatasetConfig(**common, validation_split=0.001)], seed=SEED)
+        advised = float(re.search(r"at least ([\d.]+)", str(caught.value))[1])
+        enough = TrainDataset([DatasetConfig(**common, validation_split=advised)], seed=SEED)
+        assert len(enough.held_out) == 1
+        left[0].unlink()
 
 
 def test_a_share_that_every_data_set_replaces_by_none_is_refused(flags, pictures, tmp_path, capsys):
