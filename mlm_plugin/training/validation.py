@@ -53,13 +53,13 @@ def check_validation(options: ValidationOptions, plan: TrainPlan) -> None:
     steps, epochs = options.validate_every_n_steps, options.validate_every_n_epochs
     if steps and steps > plan.num_steps:
         raise UserError(
-            f"validate_every_n_steps = {steps}: the run has {plan.num_steps} step(s), so nothing "
-            "would be measured; lower it, or leave it out"
+            f"validate_every_n_steps = {steps}: the run ends after {plan.num_steps} step(s); lower "
+            "it, or leave it out to measure after every epoch"
         )
     if epochs and epochs > plan.num_epochs and not steps:  # with steps it switches epochs off
         raise UserError(
-            f"validate_every_n_epochs = {epochs}: the run has {plan.num_epochs} epoch(s), so "
-            "nothing would be measured; lower it, or leave it out"
+            f"validate_every_n_epochs = {epochs}: the run ends after {plan.num_epochs} epoch(s); "
+            "lower it, or leave it out to measure after every epoch"
         )
 
 
