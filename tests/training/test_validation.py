@@ -1,6 +1,7 @@
 """The loss of held-out pictures: which they are, what is measured, and that no more changes."""
 
 import ast
+import json
 import logging
 import math
 import os
@@ -187,6 +188,17 @@ def test_each_data_set_has_its_own_share_and_regularization_images_none(pictures
     assert validation.num_train_images == 3, "without repeats"
 
 
+def test_pictures_of_a_metadata_file_are_held_out_too(pictures, tmp_path):
+    """In the order of the file, as sd-scripts reads it; there it holds none of them out."""
+    folder, path = pictures.all / "1_sks dog", tmp_path / "meta.json"
+    names = [f"{number}.png" for number in (4, 3, 2, 1, 0)]
+    path.write_text(json.dumps({str(folder / name): {"caption": "sks dog"} for name in names}))
+    subset = SubsetConfig(metadata_file=path)
+    share = {"validation_split": 0.4, "validation_seed": 0}
+    config = DatasetConfig(batch_size=2, resolution=(64, 64), subsets=(subset,), **share)
+    assert names_of(TrainDataset([config], seed=SEED).held_out) == ["1.png", "0.png"]
+
+
 def test_nothing_about_held_out_pictures_is_random(pictures):
     for path in (pictures.all / "1_sks dog").glob("*.txt"):
         path.write_text("sks dog, {red|green|blue}, a, b, c, d, e, f")
@@ -264,7 +276,15 @@ def test_measuring_twice_gives_one_number_and_leaves_everything_as_it_was(flags)
     trainer.method.train(True)
     weights, states, steps = weights_of(trainer), random_states(), vars(trainer.progress).copy()
     modes = [module.training for module in trainer.models.unet.modules()]
+    assert any(modes)
+    seen = []
+    trainer.models.unet.register_forward_hook(
+        lambda unet, *_: seen.append(
+            (torch.is_grad_enabled(), any(m.training for m in unet.modules()))
+        )
+    )
     first = validator.measure(trainer)
+    assert seen == 4 * [(False, False)], "neither a gradient nor dropout, at each timestep"
     assert random_states() == states
     torch.manual_seed(99)
     random.seed(99)
