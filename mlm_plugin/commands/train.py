@@ -244,8 +244,8 @@ def build_trainer(
     )
     place_models(config, models, accelerator.device)  # not earlier, as pretraining needs memory
     curves = curve_loggers(config, models, accelerator)
-    validator = _validator(config, dataset, curves, seed)
-    datasets = [dataset] if validator is None else [dataset, validator.dataset]
+    validators = _validators(config, dataset, curves, seed)
+    datasets = [dataset, *(validator.dataset for validator in validators)]
 
     set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
@@ -279,14 +279,10 @@ def build_trainer(
         optimization=optimization,
         plan=plan,
         identity=identity,
-        callbacks=[
-            *([] if validator is None else [validator]),
-            *curves,
-            *_writers(config, drawer, record, ranking),
-        ],
+        callbacks=[*validators, *curves, *_writers(config, drawer, record, ranking)],
     )
     if page:
-        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking, validator))
+        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking, validators))
     _resume(trainer, config.schedule.resume)
     return trainer
 
@@ -325,16 +321,16 @@ def _diffusion_loss(
     )
 
 
-def _validator(
+def _validators(
     config: TrainConfig, dataset: TrainDataset, curves: Sequence[CurveLogger], seed: int
-) -> Validator | None:
+) -> list[Validator]:
     """The callback that validates, if pictures are held out."""
     options = config.validation
     seed = seed if options.validation_seed is None else options.validation_seed
     held_out = dataset.validation_set(seed=seed)
     if held_out is None:
-        return None
-    return Validator(held_out, options, seed=seed, curves=curves)
+        return []
+    return [Validator(held_out, options, seed=seed, curves=curves)]
 
 
 def _writers(
@@ -353,7 +349,7 @@ def _page(
     accelerator: Accelerator,
     drawer: SampleDrawer | None,
     ranking: BestFile | None,
-    validator: Validator | None,
+    validators: Sequence[Validator],
 ) -> RunPage:
     return RunPage(
         config,
@@ -361,7 +357,7 @@ def _page(
         versions=library_versions(accelerator.device),
         drawer=drawer,
         ranking=ranking,
-        validator=validator,
+        validator=validators[0] if validators else None,
     )
 
 
