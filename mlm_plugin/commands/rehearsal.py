@@ -39,6 +39,7 @@ from mlm_plugin.setup.tracking import tracker_kind
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.plan import TrainPlan
 from mlm_plugin.training.state import RunIdentity, check_state, read_progress
+from mlm_plugin.training.validation import check_validation
 
 __all__ = [
     "CheckedRun",
@@ -122,6 +123,8 @@ def rehearse(
         order = create_order(config, dataset, rank=0, world_size=num_processes)
         plan = create_plan(config, batches_per_epoch=len(order))
         _require_steps_left(config, plan)
+        if dataset.held_out:
+            check_validation(config.validation, plan)
         check_optimization(config, method, plan, num_processes=num_processes)
     return Rehearsal(models, plan)
 

@@ -71,10 +71,12 @@ from mlm_plugin.training.callbacks import Callback, SaveFailed
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
+from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.plan import MLMTerm, Objective
 from mlm_plugin.training.processes import ProcessLost
 from mlm_plugin.training.schedulers import rate_jumps
 from mlm_plugin.training.trainer import Trainer
+from mlm_plugin.training.validation import Validator
 
 __all__ = ["CheckedRun", "build_trainer", "check_run", "train", "trainer_of"]
 
@@ -242,6 +244,8 @@ def build_trainer(
     )
     place_models(config, models, accelerator.device)  # not earlier, as pretraining needs memory
     curves = curve_loggers(config, models, accelerator)
+    validators = _validators(config, dataset, curves, seed)
+    datasets = [dataset, *(validator.dataset for validator in validators)]
 
     set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
     method = METHODS[config.schedule.method].prepare(models, config, concepts)
@@ -253,7 +257,7 @@ def build_trainer(
         config, method, concepts, dataset, accelerator=accelerator, for_page=page
     )
     prepare_models(config, models, method)
-    cache_latents(config, dataset, models, accelerator)
+    cache_latents(config, datasets, models, accelerator)
     set_seed((seed + accelerator.process_index) % 2**32)  # noise differs between processes
 
     dataset.set_max_train_steps(plan.num_steps)
@@ -262,7 +266,7 @@ def build_trainer(
     facts = {"dataset": dataset, "models": models, "concepts": concepts, "seed": seed}
     record = RunRecord(config, **facts, contextualizers=used)
     drawer = sample_drawer(config, concepts)
-    captions = cached_captions(config, dataset, method, drawer, accelerator)
+    captions = cached_captions(config, datasets, method, drawer, accelerator)
     trainer = Trainer(
         accelerator=accelerator,
         method=method,
@@ -275,10 +279,10 @@ def build_trainer(
         optimization=optimization,
         plan=plan,
         identity=identity,
-        callbacks=[*curves, *_writers(config, drawer, record, ranking)],
+        callbacks=[*validators, *curves, *_writers(config, drawer, record, ranking)],
     )
     if page:
-        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking))
+        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking, validators))
     _resume(trainer, config.schedule.resume)
     return trainer
 
@@ -317,6 +321,18 @@ def _diffusion_loss(
     )
 
 
+def _validators(
+    config: TrainConfig, dataset: TrainDataset, curves: Sequence[CurveLogger], seed: int
+) -> list[Validator]:
+    """The callback that validates, if pictures are held out."""
+    options = config.validation
+    seed = seed if options.validation_seed is None else options.validation_seed
+    held_out = dataset.validation_set(seed=seed)
+    if held_out is None:
+        return []
+    return [Validator(held_out, options, seed=seed, curves=curves)]
+
+
 def _writers(
     config: TrainConfig, drawer: SampleDrawer | None, record: RunRecord, ranking: BestFile | None
 ) -> list[Callback]:
@@ -333,6 +349,7 @@ def _page(
     accelerator: Accelerator,
     drawer: SampleDrawer | None,
     ranking: BestFile | None,
+    validators: Sequence[Validator],
 ) -> RunPage:
     return RunPage(
         config,
@@ -340,6 +357,7 @@ def _page(
         versions=library_versions(accelerator.device),
         drawer=drawer,
         ranking=ranking,
+        validator=validators[0] if validators else None,
     )
 
 

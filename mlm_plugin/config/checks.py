@@ -133,8 +133,8 @@ def _warmup(config: TrainConfig) -> Iterator[str]:
     kind = optimizer.optimizer_type.lower()
     if optimizer.lr_scheduler_type.rpartition(".")[2] == "ReduceLROnPlateau":
         yield (
-            f"lr_scheduler_type = {optimizer.lr_scheduler_type!r} waits for a validation loss, "
-            "which this trainer does not have; use lr_scheduler = 'cosine'"
+            f"lr_scheduler_type = {optimizer.lr_scheduler_type!r} needs a validation loss at every "
+            "step, and schedules are stepped without one; use lr_scheduler = 'cosine'"
         )
     if optimizer.lr_warmup_steps == 0 or "schedulefree" in kind:
         return
@@ -205,6 +205,11 @@ def _data(config: TrainConfig) -> Iterator[str]:
     for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
         if getattr(data, name) > 1:
             yield f"{name} = {getattr(data, name):g}: a probability must be from 0 to 1"
+    if config.validation.validation_split >= 1:
+        yield (
+            f"validation_split = {config.validation.validation_split:g}: must be from 0 to below "
+            "1, as what is held out is not trained on"
+        )
     if data.use_object_template and data.use_style_template:
         yield "use_object_template and use_style_template exclude each other; keep one"
     if data.conditioning_data_dir is not None and not data.masked_loss:

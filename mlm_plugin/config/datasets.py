@@ -23,6 +23,7 @@ from mlm_plugin.config.options import (
     MOST_REPEATS,
     OPTIONS,
     TrainConfig,
+    ValidationOptions,
 )
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError, shown
@@ -97,6 +98,8 @@ class DatasetConfig:
     min_bucket_reso: int = 256
     max_bucket_reso: int = 1024
     bucket_reso_steps: int = BUCKET_STEP
+    validation_split: float = 0.0  # share of each subset's pictures that is held out
+    validation_seed: int | None = None  # None = the run's
     subsets: tuple[SubsetConfig, ...] = ()
 
 
@@ -137,7 +140,29 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     has_masks = any(subset.conditioning_data_dir or subset.alpha_mask for subset in subsets)
     if config.dataset.masked_loss and not has_masks:
         raise UserError(f"{place}: masked_loss needs conditioning_data_dir or alpha_mask")
+    _check_validation(config, datasets)
     return datasets
+
+
+def _check_validation(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> None:
+    """Refuse options of a validation that never happens; a seed alone is only named."""
+    if any(dataset.validation_split for dataset in datasets):
+        return
+    given = [item.name for item in dataclasses.fields(ValidationOptions)]
+    given = [name for name in given if name in config.changed() and name != "validation_seed"]
+    if "validation_split" in given:
+        raise UserError(
+            f"validation_split = {config.validation.validation_split:g} has no effect, as every "
+            f"data set of {config.dataset.dataset_config} sets 0; keep one of the two"
+        )
+    if given:
+        value = getattr(config.validation, given[0])
+        raise UserError(
+            f"{given[0]} = {value} needs validation_split, the share of pictures that is held out, "
+            "such as 0.2"
+        )
+    if any(dataset.validation_seed is not None for dataset in datasets):
+        logger.warning("validation_seed has no effect without validation_split")
 
 
 def given_resolution(config: TrainConfig) -> tuple[int, int]:
@@ -170,7 +195,7 @@ _KEYS: dict[str, _Key] = {
     "max_bucket_reso": _Key("int", "gd"),
     "bucket_reso_steps": _Key("int", "gd"),
     "network_multiplier": _Key("float", "gd"),
-    "validation_split": _Key("float", "gd"),
+    "validation_split": _Key("share", "gd"),
     "validation_seed": _Key("int", "gd"),
     "num_repeats": _Key("int", "gds"),
     "shuffle_caption": _Key("bool", "gds"),
@@ -215,6 +240,7 @@ _EXPECTED = {
     "int": "a whole number, 0 or more",
     "float": "a number",
     "rate": "a number from 0 to 1",
+    "share": "a number from 0 to below 1",
     "bool": "true or false",
     "str": "text",
     "size": f"a number of pixels or [width, height], at most {LARGEST_SIDE}",
@@ -295,6 +321,8 @@ def _is_kind(kind: str, value: Any) -> bool:
         )
     if kind == "rate":
         return is_number and 0 <= value <= 1
+    if kind == "share":
+        return is_number and 0 <= value < 1
     if kind == "interpolation":
         return value in (OPTIONS["resize_interpolation"].choices or ())
     if kind == "float":
@@ -408,6 +436,8 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
     values = {name: getattr(config.dataset, name, None) for name in _KEYS}
     values["batch_size"] = config.schedule.train_batch_size
     values["num_repeats"] = config.dataset.dataset_repeats
+    values["validation_split"] = config.validation.validation_split
+    values["validation_seed"] = config.validation.validation_seed
     values["resolution"] = _parse_pair("resolution", config.dataset.resolution)
     values["face_crop_aug_range"] = _parse_pair(
         "face_crop_aug_range", config.dataset.face_crop_aug_range
@@ -475,6 +505,7 @@ def _resolve_dataset(
         batch_size=int(values["batch_size"]),
         resolution=_resolution(values, place=place),
         subsets=tuple(_without_duplicates(subsets, place=place)),
+        **{name: values[name] for name in _VALIDATION if name in values},
         **{name: values[name] for name in ("enable_bucket", "bucket_no_upscale")},
         **{name: int(values[name]) for name in _BUCKET_SIDES},
     )
@@ -482,6 +513,7 @@ def _resolve_dataset(
 
 
 _BUCKET_SIDES = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
+_VALIDATION = ("validation_split", "validation_seed")
 
 
 def _is_cached(config: TrainConfig) -> bool:
@@ -503,8 +535,6 @@ def _subset_kind(tables: Sequence[Mapping[str, Any]], *, place: str, masked_loss
 
 
 def _note_unused(values: Mapping[str, Any], *, place: str) -> None:
-    if values.get("validation_split"):
-        raise UserError(f"{place}: validation_split is not supported; leave it out")
     if values.get("network_multiplier", 1) != 1:
         logger.warning("%s: network_multiplier has no effect: kohya does not read it either", place)
     if values.get("batch_size") == 0:

@@ -794,6 +794,38 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
+class ValidationOptions:
+    """The denoising loss of pictures that are not trained on."""
+
+    validation_split: float = option(
+        0.0,
+        "Share of each folder's pictures that is held out and not trained on, from 0 to below 1. "
+        "Their loss is measured instead. Regularization images are never held out.",
+        at_least=0,
+    )
+    validation_seed: int | None = option(
+        None,
+        "Chooses the pictures that are held out, and the noise of their loss; seed if not given.",
+        at_least=0,
+    )
+    validate_every_n_steps: int | None = option(
+        None,
+        "Measure the loss of the held-out pictures every n optimizer steps too.",
+        at_least=1,
+        zero_is_off=True,
+    )
+    validate_every_n_epochs: int | None = option(
+        None,
+        "Measure the loss of the held-out pictures every n epochs; every epoch if not given.",
+        at_least=1,
+        zero_is_off=True,
+    )
+    max_validation_steps: int | None = option(
+        None, "Batches of held-out pictures that are measured, at most.", at_least=1
+    )
+
+
+@dataclass(frozen=True)
 class MLMOptions:
     """The MLM term: predict masked words of prompts that contain the concept."""
 
@@ -948,7 +980,6 @@ NO_EFFECT: dict[str, Declined] = {
     "noise_offset_type": Declined(
         None, "a field of the GUI; noise_offset and multires_noise_iterations decide"
     ),
-    "validation_seed": Declined(None, "there is no validation split"),
     "huggingface_repo_type": Declined(None, "nothing is uploaded"),
     "huggingface_path_in_repo": Declined(None, "nothing is uploaded"),
     "huggingface_token": Declined(None, "nothing is uploaded"),
@@ -960,7 +991,6 @@ NO_EFFECT: dict[str, Declined] = {
 
 _DEEPSPEED = "DeepSpeed is not supported; leave it out and use accelerate's multi-GPU launch"
 _FP8 = "fp8 base weights are not supported; use quantize_unet = 'int8': as small, and more exact"
-_VALIDATION = "validation is not supported; leave it out and compare samples (sample_prompts)"
 _UPLOAD = "uploading is not supported; upload the saved file with `huggingface-cli upload`"
 _INITIAL = "resume finds the exact batch automatically; give the state folder as resume instead"
 _LORAPLUS = "give it as key=value in network_args instead, e.g. loraplus_lr_ratio=16"
@@ -989,10 +1019,6 @@ REFUSED: dict[str, Declined] = {
     ),
     "dataset_class": Declined(None, "custom dataset classes are not supported; use dataset_config"),
     "train_inpainting": Declined(False, "inpainting models are not supported; leave it out"),
-    "validation_split": Declined(0.0, _VALIDATION),
-    "validate_every_n_steps": Declined(None, _VALIDATION),
-    "validate_every_n_epochs": Declined(None, _VALIDATION),
-    "max_validation_steps": Declined(None, _VALIDATION),
     "huggingface_repo_id": Declined(None, _UPLOAD),
     "save_state_to_huggingface": Declined(False, _UPLOAD),
     "resume_from_huggingface": Declined(
@@ -1037,6 +1063,7 @@ class TrainConfig:
     output: OutputOptions = OutputOptions()
     logging: LogOptions = LogOptions()
     sampling: SamplingOptions = SamplingOptions()
+    validation: ValidationOptions = ValidationOptions()
     mlm: MLMOptions = MLMOptions()
     run: RunOptions = RunOptions()
 
@@ -1133,6 +1160,7 @@ GROUPS: dict[str, type] = {
     "output": OutputOptions,
     "logging": LogOptions,
     "sampling": SamplingOptions,
+    "validation": ValidationOptions,
     "mlm": MLMOptions,
     "run": RunOptions,
 }

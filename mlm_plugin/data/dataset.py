@@ -9,6 +9,7 @@ Epochs count from 0. ``caption_dropout_every_n_epochs`` counts from 1, as in sd-
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import signal
@@ -119,6 +120,7 @@ class TrainDataset(Dataset):
     Attributes:
         images: every picture in use.
         skipped: files that could not be used, and why.
+        held_out: pictures that are validated and not trained on.
         num_train_images: pictures per epoch, with repeats, without regularisation images.
         num_reg_images: regularisation images per epoch, with repeats.
 
@@ -146,22 +148,42 @@ class TrainDataset(Dataset):
             _check_concepts(subsets, concept)
         self.images: list[ImageInfo] = []
         self.skipped: dict[Path, str] = {}
+        self.held_out: list[ImageInfo] = []
         for index, config in enumerate(self.datasets):
-            found = read_dataset(config, dataset_index=index)
+            found = read_dataset(config, dataset_index=index, seed=seed)
             self.images += found.images
             self.skipped |= found.skipped
+            self.held_out += found.held_out
         if not self.images:
             raise UserError(_nothing_found(self.datasets, self.skipped))
+        self._epoch, self._step, self._max_train_steps = 0, 0, None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What follows from the pictures."""
         self.num_train_images = sum(i.repeats for i in self.images if not i.is_reg)
         self.num_reg_images = sum(i.repeats for i in self.images if i.is_reg)
         self._any_mask = any(info.has_mask for info in self.images)
         self._any_scaled = any(info.is_scaled for info in self.images)
         _check_canvases([info for info in self.images if info.is_scaled])
         self._cache: list[CachedLatents | Path] | None = None
-        self._epoch, self._step, self._max_train_steps = 0, 0, None
         self._groups = self._group_by_bucket()
         self._plan: tuple[int, list[list[int]]] = (-1, [])
         self._length = len(self._batches(0))
+
+    def validation_set(self, *, seed: int) -> TrainDataset | None:
+        """The pictures that are held out, as a data set without repeats; ``None`` without any.
+
+        Args:
+            seed: decides which of them share a batch.
+        """
+        if not self.held_out:
+            return None
+        other = copy.copy(self)
+        other.seed = seed
+        other.images, other.held_out = list(self.held_out), []
+        other._prepare()
+        return other
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch (from 0) of batches that are requested by number."""

@@ -49,6 +49,7 @@ class DatasetReport:
     num_skipped: int
     max_tokens: int
     warnings: list[str] = field(default_factory=list)
+    held_out: tuple[str, ...] = ()  # names of the files that are validated
 
     @property
     def num_images(self) -> int:
@@ -62,8 +63,15 @@ class DatasetReport:
             f"epoch in {self.num_batches} batches, {self.num_skipped} skipped",
             *(line for subset in self.subsets for line in self._subset_lines(subset)),
             "  buckets: " + ", ".join(f"{w}x{h}: {n}" for (w, h), n in self.buckets.items()),
+            *self._held_out_lines(),
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
+
+    def _held_out_lines(self) -> Iterator[str]:
+        if self.held_out:
+            more = len(self.held_out) - NUM_NAMED
+            names = ", ".join(self.held_out[:NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
+            yield f"  validation: {len(self.held_out)} held out, not trained on ({names})"
 
     def _subset_lines(self, subset: SubsetReport) -> Iterator[str]:
         kind = " (regularisation)" if subset.is_reg else ""
@@ -117,6 +125,7 @@ def dataset_report(
         buckets=dict(sorted(buckets.items())),
         num_batches=len(dataset),
         num_skipped=len(dataset.skipped),
+        held_out=tuple(info.path.name for info in dataset.held_out),
         max_tokens=max_tokens,
         warnings=[
             *_skipped_warnings(dataset.skipped),

@@ -7,10 +7,12 @@ Sizes are (width, height).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +35,19 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]
 
 MOST_PER_EPOCH = 10_000_000
+
+NOTHING_RANDOM: dict[str, Any] = {
+    "color_aug": False,
+    "flip_aug": False,
+    "scale_aug": False,
+    "random_crop": False,
+    "shuffle_caption": False,
+    "caption_dropout_rate": 0.0,
+    "caption_dropout_every_n_epochs": 0,
+    "caption_tag_dropout_rate": 0.0,
+    "token_warmup_step": 0.0,
+}
+"""Settings of a subset whose pictures, and captions without wildcards, never change."""
 
 MAX_ASPECT_DIFFERENCE = 0.01
 """A mask may differ in size from its picture; its aspect ratio only by this share."""
@@ -94,6 +109,7 @@ class Sources(NamedTuple):
 
     images: list[ImageInfo]
     skipped: dict[Path, str]  # files that could not be used, and why
+    held_out: list[ImageInfo]  # for validation, without repeats and augmentation
 
 
 class _Found(NamedTuple):
@@ -103,7 +119,7 @@ class _Found(NamedTuple):
     caption_elsewhere: Path | None = None
 
 
-def read_dataset(config: DatasetConfig, *, dataset_index: int = 0) -> Sources:
+def read_dataset(config: DatasetConfig, *, dataset_index: int = 0, seed: int = 0) -> Sources:
     """Read every picture of one data set.
 
     Regularisation images come last, repeated until there are as many as training images; those
@@ -112,27 +128,78 @@ def read_dataset(config: DatasetConfig, *, dataset_index: int = 0) -> Sources:
     Args:
         config: the data set.
         dataset_index: its number, kept in the pictures.
+        seed: chooses what is held out for validation, unless the data set has its own.
 
     Raises:
-        UserError: a folder or metadata file is missing, masks do not fit, sizes contradict.
+        UserError: a folder or metadata file is missing, masks do not fit, sizes contradict, or
+            nothing is left to validate.
 
     Source: sd-scripts library/train_util.py DreamBoothDataset and FineTuningDataset.
     """
     place = _placer(config)
     train: list[ImageInfo] = []
     regularisation: list[ImageInfo] = []
+    held_out: list[ImageInfo] = []
     skipped: dict[Path, str] = {}
     for subset in config.subsets:
         infos, broken = _inspect(_find(subset), subset, dataset_index)
         skipped |= broken
         skipped |= _place(infos, place, keep_size=_crops_at_full_size(config, subset))
-        (regularisation if subset.is_reg else train).extend(i for i in infos if i.bucket != (0, 0))
+        usable = [info for info in infos if info.bucket != (0, 0)]
+        if subset.is_reg:
+            regularisation += usable
+            continue
+        trained, validated = split(
+            usable,
+            config.validation_split,
+            seed=seed if config.validation_seed is None else config.validation_seed,
+        )
+        train += trained
+        held_out += map(_as_they_are, validated)
     for path, reason in skipped.items():
         logger.warning("skipping %s: %s", path, reason)
     if skipped:
         logger.warning("unusable files, skipped: %d", len(skipped))
     _refuse_too_many(train + regularisation)
-    return Sources(train + _balance(regularisation, sum(i.repeats for i in train)), skipped)
+    if config.validation_split and train and not held_out:
+        raise UserError(_nothing_held_out(config.validation_split, train))
+    images = train + _balance(regularisation, sum(i.repeats for i in train))
+    return Sources(images, skipped, held_out)
+
+
+def split(
+    infos: Sequence[ImageInfo], share: float, *, seed: int
+) -> tuple[list[ImageInfo], list[ImageInfo]]:
+    """Pictures that are trained on, ``ceil(n (1 - share))`` of them, and the rest; both in order.
+
+    Source: sd-scripts ``library/train_util.py`` ``split_train_val``. Its second part has
+    ``round(n share)`` pictures, so that one of them may be in the first as well; it is not held
+    out, and is left out here.
+    """
+    shuffled = list(range(len(infos)))
+    random.Random(seed).shuffle(shuffled)
+    trained = set(shuffled[: math.ceil(len(infos) * (1 - share))])
+    return (
+        [info for number, info in enumerate(infos) if number in trained],
+        [info for number, info in enumerate(infos) if number not in trained],
+    )
+
+
+def _as_they_are(info: ImageInfo) -> ImageInfo:
+    """A picture without repeats and augmentation, its caption whole and in order."""
+    subset = dataclasses.replace(info.subset, num_repeats=1, **NOTHING_RANDOM)
+    return dataclasses.replace(info, subset=subset, repeats=1)
+
+
+def _nothing_held_out(share: float, train: Sequence[ImageInfo]) -> str:
+    largest = max(Counter(id(info.subset) for info in train).values())
+    remedy = "add pictures"
+    if largest > 1:
+        remedy = f"give at least {math.ceil(1000 / largest) / 1000:g}"
+    return (
+        f"validation_split = {share:g}: none of {len(train)} picture(s) is held out, as the "
+        f"largest folder has {largest}; {remedy}, or leave it out"
+    )
 
 
 def load_pixels(

@@ -22,6 +22,7 @@ from mlm_plugin.setup.console import kept_warnings
 from mlm_plugin.setup.sampling import SampleDrawer
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.trainer import Trainer
+from mlm_plugin.training.validation import Validator
 
 __all__ = ["RunPage", "has_page"]
 
@@ -47,6 +48,7 @@ class RunPage(Callback):
         versions: versions of libraries by name.
         drawer: draws samples, if any are drawn.
         ranking: ranks files by their context, if it does.
+        validator: measures the loss of held-out pictures, if there are any.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RunPage(Callback):
         versions: Mapping[str, str],
         drawer: SampleDrawer | None = None,
         ranking: BestFile | None = None,
+        validator: Validator | None = None,
     ):
         self.name = config.output.output_name or "last"
         self.path = Path(config.output.output_dir) / f"{self.name}.html"
@@ -64,7 +67,7 @@ class RunPage(Callback):
             name: value for name, value in config.changed().items() if name not in NOT_SHOWN
         }
         self.title, self.versions = title, versions
-        self.drawer, self.ranking = drawer, ranking
+        self.drawer, self.ranking, self.validator = drawer, ranking, validator
         self.diffusion: list[tuple[float, float]] = []
         self.term: list[tuple[float, float]] = []
         self.pictures: dict[Path, Any] = {}  # embedded, by path
@@ -144,6 +147,8 @@ class RunPage(Callback):
         if self.term:
             chart = line_chart({"MLM term": self.term}, x_title="step", y_title="loss")
             charts.append((chart, "The MLM term before its weight."))
+        if self.validator and len(self.validator.losses) > 1:
+            charts.append(self._validation_chart())
         if self._has_files and len(self.ranking.files) > 1:
             caption = (
                 "Context kept by the saved files: in the text encoder's states, and in the keys "
@@ -151,6 +156,15 @@ class RunPage(Callback):
             )
             charts.append((self._context_chart(), caption))
         return charts
+
+    def _validation_chart(self) -> tuple[Markup, str]:
+        number = len(self.validator.dataset.images)
+        caption = (
+            f"Diffusion loss of {number} picture(s) that are not trained on, always with the same "
+            "noise and timesteps."
+        )
+        curve = {"validation": list(self.validator.losses.items())}
+        return line_chart(curve, x_title="step", y_title="loss"), caption
 
     def _context_chart(self) -> Markup:
         last = next(reversed(self.ranking.files))

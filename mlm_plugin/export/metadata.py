@@ -198,6 +198,7 @@ class RunFacts:
     model: FileIdentity
     vae: FileIdentity | None = None
     num_processes: int = 1
+    num_validation_images: int = 0
     finished_at: float | None = None
     steps: int | None = None
     epoch: int | None = None
@@ -335,7 +336,7 @@ def _training_metadata(config: TrainConfig, facts: RunFacts) -> dict[str, str]:
         "ss_training_started_at": facts.started_at,
         "ss_text_encoder_lr": _one_or_list(options["text_encoder_lr"]),
         "ss_num_train_images": sum(d.num_train_images for d in facts.datasets),
-        "ss_num_validation_images": 0,
+        "ss_num_validation_images": facts.num_validation_images,
         "ss_num_reg_images": sum(d.num_reg_images for d in facts.datasets),
         "ss_num_batches_per_epoch": facts.num_batches_per_epoch,
         "ss_num_epochs": facts.num_epochs,

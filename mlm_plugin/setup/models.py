@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -117,9 +118,12 @@ def _use_xformers(models: StableDiffusion) -> None:
 
 
 def cache_latents(
-    config: TrainConfig, dataset: TrainDataset, models: StableDiffusion, accelerator: Accelerator
+    config: TrainConfig,
+    datasets: Sequence[TrainDataset],
+    models: StableDiffusion,
+    accelerator: Accelerator,
 ) -> None:
-    """Encode the pictures now, if the options say so.
+    """Encode the pictures of all data sets now, if the options say so.
 
     The U-Net is off the device meanwhile: both together would be the peak of an SDXL run.
     """
@@ -134,14 +138,15 @@ def cache_latents(
         return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.sample().float().cpu()
 
     with accelerator.main_process_first():
-        dataset.cache_latents(
-            encode,
-            vae_id=_vae_identity(vae),
-            to_disk=config.dataset.cache_latents_to_disk,
-            batch_size=config.dataset.vae_batch_size,
-            skip_check=config.dataset.skip_cache_check,
-            is_sdxl=models.is_sdxl,
-        )
+        for dataset in datasets:
+            dataset.cache_latents(
+                encode,
+                vae_id=_vae_identity(vae),
+                to_disk=config.dataset.cache_latents_to_disk,
+                batch_size=config.dataset.vae_batch_size,
+                skip_check=config.dataset.skip_cache_check,
+                is_sdxl=models.is_sdxl,
+            )
     vae.to("cpu")
     _free_cached_memory(accelerator.device)
     models.unet.to(accelerator.device)
@@ -149,7 +154,7 @@ def cache_latents(
 
 def cached_captions(
     config: TrainConfig,
-    dataset: TrainDataset,
+    datasets: Sequence[TrainDataset],
     method: Method,
     drawer: SampleDrawer | None,
     accelerator: Accelerator,
@@ -158,10 +163,11 @@ def cached_captions(
     if not config.dataset.cache_text_encoder_outputs:
         return None
     method.train(False)
+    captions = [caption for dataset in datasets for caption in dataset.fixed_captions()]
     with accelerator.autocast():
         cache = CaptionCache(
             method.encode,
-            [*dataset.fixed_captions(), *(drawer.captions if drawer else [])],
+            [*captions, *(drawer.captions if drawer else [])],
             device=accelerator.device,
             dtype=method.models.unet.dtype,
         )

@@ -214,6 +214,7 @@ class RunRecord:
             model=file_identity(models.source),
             vae=file_identity(config.model.vae) if config.model.vae else None,
             num_processes=trainer.accelerator.num_processes,
+            num_validation_images=len(self.dataset.held_out),
             concepts=self.concepts,
             **mlm,
         )

@@ -41,6 +41,7 @@ __all__ = [
     "sample_noise",
     "sample_timesteps",
     "signal_to_noise",
+    "timestep_range",
     "timestep_weight",
     "velocity_weight",
 ]

@@ -53,14 +53,14 @@ class CurveLogger(Callback):
             trainer.method.train(False)
             values |= {tag: drift() for tag, drift in self.drifts.items()}
             trainer.method.train(True)
-        self._log(trainer, values)
+        self.log(trainer, values)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Mean loss of the epoch, over epochs."""
         if not self.recent:  # resumed where only the end of the epoch was left
             return
         values = {"loss/epoch_average": sum(self.recent) / len(self.recent)}
-        self._log(trainer, values, by_epoch=True)
+        self.log(trainer, values, by_epoch=True)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Flush the trackers."""
@@ -70,7 +70,8 @@ class CurveLogger(Callback):
 
     on_stop = on_train_end
 
-    def _log(self, trainer: Trainer, values: dict, *, by_epoch: bool = False) -> None:
+    def log(self, trainer: Trainer, values: dict, *, by_epoch: bool = False) -> None:
+        """Send values to every tracker, by step or, where the tracker allows it, by epoch."""
         progress = trainer.progress
         for tracker in trainer.accelerator.trackers:
             # wandb drops values whose step is in the past, so epochs cannot be its x axis

@@ -34,6 +34,7 @@ from mlm_plugin.setup.data import create_dataset, find_concepts
 from mlm_plugin.training.callbacks import Callback
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
+from mlm_plugin.training.validation import Validator
 
 ROOT = Path(__file__).parents[2]
 SEED = 1
@@ -172,6 +173,15 @@ def plain_run(arguments, rank):
     return {"exit_code": train_main(arguments)}
 
 
+def validated_run(arguments, rank):
+    """The loss of held-out pictures, before the run and in it."""
+    trainer = start(arguments)
+    (validator,) = (one for one in trainer.callbacks if isinstance(one, Validator))
+    before = validator.measure(trainer)
+    trainer.run()
+    return {"before": before, "losses": validator.losses, "weights": weights_of(trainer)}
+
+
 RUNS = {
     "shared": shared_run,
     "accumulated": shared_run,
@@ -182,6 +192,7 @@ RUNS = {
     "resumed": plain_run,
     "refused": plain_run,
     "sdxl": shared_run,
+    "validated": validated_run,
 }
 
 
@@ -285,6 +296,10 @@ def runs(folder, toy_folder, toy_pictures, toy_contextualizer, request):
         "resumed": [*straight, "--output_name", "resumed", "--resume", str(state)],
         "refused": run("refused", many, "--resume", str(other), *nowhere),
         "sdxl": run("sdxl", few, *sdxl, "--max_train_steps", "1"),
+        "validated": run(
+            *("validated", many, "--max_train_steps", "3", "--validate_every_n_steps", "2"),
+            *("--validation_split", "0.6", "--train_batch_size", "1"),
+        ),
     }
 
 
@@ -352,7 +367,7 @@ def assert_close(a, b, *, start):
 
 
 @pytest.mark.parametrize(
-    "name", ["shared", "accumulated", "one-sided", "stopped", "failing", "sdxl"]
+    "name", ["shared", "accumulated", "one-sided", "stopped", "failing", "sdxl", "validated"]
 )
 def test_both_processes_hold_the_same_weights_in_the_end(ranks, name):
     first, second = (rank[name]["weights"] for rank in ranks)
@@ -364,6 +379,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, ranks):
     assert [len(batch) for batch in alone["epoch"]] == [4]
     assert [len(batch) for rank in ranks for batch in rank["shared"]["epoch"]] == [2, 2]
     assert_close(ranks[0]["shared"]["weights"], alone["weights"], start=alone["before"])
+
+
+def test_processes_share_the_held_out_pictures_and_agree_on_their_loss(runs, ranks):
+    """Three batches, so one process has two of them."""
+    first, second = (rank["validated"] for rank in ranks)
+    assert first["losses"] == second["losses"]
+    assert list(first["losses"]) == [2, 3]
+    assert first["before"] == second["before"]
+    alone = validated_run(runs["validated"], 0)
+    assert alone["before"] == first["before"]
 
 
 def test_gradients_of_both_losses_are_the_mean_over_batches_and_processes(runs, ranks):

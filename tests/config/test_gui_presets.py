@@ -57,6 +57,19 @@ PRESET = {
 
 
 @pytest.mark.parametrize(
+    ("split", "expected"),
+    [(0, {}), ("0.2", {"validation_split": 0.2, "validate_every_n_steps": 50})],
+)
+def test_zeros_of_the_validation_fields_mean_nothing(split, expected):
+    unset = dict.fromkeys(("validation_seed", "validate_every_n_epochs", "max_validation_steps"), 0)
+    every = 50 if expected else 0
+    fields = {"validation_split": split, "validate_every_n_steps": every, **unset}
+    values, warnings = convert_preset(fields)
+    assert {name: value for name, value in values.items() if name.startswith("valid")} == expected
+    assert not [warning for warning in warnings if "valid" in warning]
+
+
+@pytest.mark.parametrize(
     ("percent", "expected", "num_warnings"),
     [(30, 0.3, 0), ("60", 0.6, 0), (0, None, 0), (100, None, 0), (-1, None, 1)],
 )

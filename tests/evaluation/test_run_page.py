@@ -60,6 +60,13 @@ def test_a_plain_run_without_a_concept_has_a_page_too(run, page_of, toy_pictures
     assert "img" not in page.tags
 
 
+def test_the_loss_of_held_out_pictures_has_a_curve(run, page_of):
+    plain = ("--mlm_loss_weight", "0", "--sample_every_n_steps", "0")
+    page = page_of(run(*plain, "--validation_split", "0.2", "--validate_every_n_steps", "6"))
+    assert page.tags.count("svg") == 3  # diffusion, validation, context
+    assert "Diffusion loss of 1 picture(s) that are not trained on" in " ".join(page.text.split())
+
+
 def test_it_is_written_during_the_run_and_after_a_stop(run, page_of):
     path = run("--learning_rate", "1", "--mlm_stop_below", "0.99", "--mlm_loss_weight", "0")
     assert "step 4 of 12" in " ".join(page_of(path).text.split())
