@@ -526,12 +526,13 @@ def wait_for(path, process):
     assert path.exists(), process.communicate()[0]
 
 
+@pytest.mark.usefixtures("all_targets")  # as the process that is stopped
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_saves_a_state_from_which_the_run_ends_as_a_straight_one(arguments, tmp_path):
     out = tmp_path / "out"
-    long = [*arguments, "--max_train_steps", "40", "--save_every_n_steps", "4"]
+    long = [*arguments, "--max_train_steps", "24", "--save_every_n_steps", "2"]
     process = start(long)
-    wait_for(out / "dog-step00000004.safetensors", process)
+    wait_for(out / "dog-step00000002.safetensors", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
