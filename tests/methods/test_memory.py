@@ -9,6 +9,8 @@ from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
 from mlm_plugin.methods import METHODS
 from mlm_plugin.training.callbacks import Callback
 
+pytestmark = pytest.mark.usefixtures("all_targets")  # they take memory
+
 SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
 CLOSE = 0.10
 
