@@ -1,4 +1,8 @@
-"""Fixtures of tests/ and research/tests/: one toy model per session, no network, one thread."""
+"""Fixtures of tests/ and research/tests/: one toy model per session, no network, one thread.
+
+All tests run in one process per core (``pytest -n 0``: in one alone), those of single files and
+folders in this process: starting others would take longer than most of them.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,40 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in programs of tests
 
 import pytest
 import torch
 
-SHARED_DATA = Path(__file__).parents[1] / "shared" / "data"
+ROOT = Path(__file__).resolve().parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+MAX_WORKERS = 8  # each needs about 1.5 GB
 
 
 def pytest_addoption(parser):
     parser.addoption("--write-digests", action="store_true", help="see test_same_weights.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Start pytest-xdist's workers, where they help and no ``-n`` says otherwise."""
+    option = config.option
+    is_unset = getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
+    if is_unset and not (option.usepdb or option.write_digests) and _is_long(config):
+        option.numprocesses, option.dist = min(_num_cores(), MAX_WORKERS), "worksteal"
+
+
+def _is_long(config) -> bool:
+    """All default tests; the slow ones need the memory of the machine."""
+    chosen = {Path(config.invocation_params.dir, arg).resolve() for arg in config.args}
+    return chosen <= {ROOT, *map(ROOT.joinpath, config.getini("testpaths"))} and (
+        "not slow" in config.option.markexpr
+    )
+
+
+def _num_cores() -> int:
+    is_linux = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,8 +58,28 @@ def _one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Tests neither read nor fill the user's cache folder."""
+    """Tests neither read nor fill the user's cache folder; every worker has one."""
     os.environ["MLM_PLUGIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_targets():
+    """The untrained model reads 64 prompts instead of 1024, which is half the time of a toy run."""
+    from mlm_plugin.mlm_setup import MLMSetup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MLMSetup.__init__.__kwdefaults__, "num_targets", 64)
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_targets(_few_targets):
+    """As many prompts as outside of tests."""
+    from mlm_plugin.mlm_setup import NUM_TARGETS, MLMSetup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MLMSetup.__init__.__kwdefaults__, "num_targets", NUM_TARGETS)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ commands:
 
 
 def _train(argv: Sequence[str]) -> int:
-    from mlm_plugin.config.loading import parser
+    from mlm_plugin.config.loading import load_config, parser
     from mlm_plugin.sd_scripts.locate import find_checkout, launch_options
 
     options = launch_options(argv)
@@ -43,15 +43,16 @@ def _train(argv: Sequence[str]) -> int:
         from mlm_plugin.sd_scripts.launch import train as train_in_sd_scripts
 
         return train_in_sd_scripts(argv, checkout, options)
-    if "-h" in argv or "--help" in argv:  # before torch is imported
+    if "-h" in argv or "--help" in argv:
         parser(prog="train_network_mlm.py").print_help()
         return 0
+    config = load_config(argv)  # a mistake is told before torch is imported, which takes seconds
     from mlm_plugin.setup.console import quiet_imports
 
     quiet_imports()
     from mlm_plugin.commands.train import train
 
-    return train(argv)
+    return train(config)
 
 
 def _pretrain(argv: Sequence[str]) -> int:

@@ -16,6 +16,8 @@ import pytest
 
 from mlm_plugin.cli import train_main
 
+pytestmark = pytest.mark.usefixtures("all_targets")
+
 STORE = "weights.json"
 POCKET = {
     "pretrained_model_name_or_path": "pocket",

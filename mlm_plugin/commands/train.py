@@ -23,7 +23,7 @@ from mlm_plugin.commands.rehearsal import (
     without_messages,
 )
 from mlm_plugin.config.datasets import Concept, resolve_datasets
-from mlm_plugin.config.loading import load_config, write_config
+from mlm_plugin.config.loading import write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
@@ -86,8 +86,8 @@ logger = logging.getLogger(__name__)
 ENDS = (Stopped, NonFiniteLoss)  # of a run, during which the last state is saved
 
 
-def train(argv: Sequence[str]) -> int:
-    """Run a training from its command line.
+def train(config: TrainConfig) -> int:
+    """Run a training from its options.
 
     Returns:
         Exit code: 0, 1 after a non-finite loss, 130 / 143 after SIGINT / SIGTERM.
@@ -95,7 +95,6 @@ def train(argv: Sequence[str]) -> int:
     Raises:
         UserError: anything the user can fix, before time is spent where possible.
     """
-    config = load_config(argv)
     setup_console(config.logging)
     quiet_libraries()
     if config.run.output_config:

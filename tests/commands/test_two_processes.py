@@ -28,6 +28,7 @@ from mlm_plugin.commands.train import build_trainer
 from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.mlm.regularizer import MLMRegularizer
+from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.networks.kohya_names import part_of
 from mlm_plugin.setup.accelerator import SHARDING, create_accelerator
 from mlm_plugin.setup.data import create_dataset, find_concepts
@@ -218,6 +219,7 @@ def process_group(store, rank):
 
 def main():
     torch.set_num_threads(1)
+    MLMSetup.__init__.__kwdefaults__["num_targets"] = 64  # as in the process of the tests
     folder, rank, seen = Path(sys.argv[1]), int(os.environ["RANK"]), {}
     for name, arguments in json.loads((folder / "runs.json").read_text()).items():
         with process_group(folder / f"{name}.store", rank):

@@ -91,8 +91,15 @@ def test_a_finished_demo_is_not_made_again(finished, capsys):
     assert capsys.readouterr().out.count("done before") == 4
 
 
-@pytest.mark.parametrize("title", LEARNED)
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize(
+    ("title", "step"),
+    [
+        (LEARNED[0], 4),
+        (LEARNED[1], 2),
+        pytest.param(LEARNED[0], 2, marks=pytest.mark.slow),
+        pytest.param(LEARNED[1], 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_demo_goes_on_and_ends_like_any_other(title, step, finished, tmp_path, capsys):
     with stopped_at(title, step):
         assert demo(tmp_path) == 130

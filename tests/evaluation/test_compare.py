@@ -16,6 +16,7 @@ from mlm_plugin.cli import main
 from mlm_plugin.commands.train import train
 from mlm_plugin.compare import run as compare_run
 from mlm_plugin.compare.trials import Looks
+from mlm_plugin.config.loading import load_config
 from mlm_plugin.evaluation.rendering import embed_picture
 
 PLAN = """
@@ -175,7 +176,8 @@ def test_drawing_leaves_no_trace_in_the_training(finished, toy_folder, tmp_path)
              "max_data_loader_n_workers": 0, "mlm_loss_weight": 0,
              "optimizer_type": "AdamW"}  # fmt: skip
     argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    assert train([*argv, "--cache_latents", "--network_train_text_encoder_only"]) == 0
+    argv += ["--cache_latents", "--network_train_text_encoder_only"]
+    assert train(load_config(argv)) == 0
     plain = load_file(finished.trial("plain-dog") / "last.safetensors")
     alone = load_file(tmp_path / "last.safetensors")
     assert plain.keys() == alone.keys()

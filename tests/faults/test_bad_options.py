@@ -70,10 +70,10 @@ def test_a_bad_flag_is_refused_in_one_line_or_the_run_is_set_up(name, arguments,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in APART])
-@pytest.mark.parametrize("value", AS_FLAGS, ids=lambda value: repr(value)[:12])
-def test_every_bad_flag(name, value, arguments):
-    flags = [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
-    assert train_main([*arguments, *flags]) in (0, 2)
+def test_every_bad_flag(name, arguments):
+    for value in AS_FLAGS:
+        flags = [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+        assert train_main([*arguments, *flags]) in (0, 2), value
 
 
 # --- the samples ----------------------------------------------------------------------------

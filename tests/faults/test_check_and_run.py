@@ -18,7 +18,7 @@ from mlm_plugin.setup.accelerator import check_accelerator, create_accelerator
 from mlm_plugin.setup.data import create_dataset
 
 NUMBER = 200
-IN_DEFAULT_SUITE = 40
+IN_DEFAULT_SUITE = 20
 NUMBERS = {bool: (True,), int: (0, 1, 2, 8, 500), float: (0, 0.5, 1, -1, 30)}
 TEXTS = {
     "network_module": ("networks.lora", "lycoris.kohya", "networks.dylora"),

@@ -91,7 +91,7 @@ def base(toy_folder, toy_pictures):
         *("--train_data_dir", str(toy_pictures)),
         *("--resolution", "64", "--network_dim", "2", "--seed", "1"),
         *("--max_data_loader_n_workers", "0", "--mlm_loss_weight", "0"),
-        *("--output_name", "dog"),
+        *("--output_name", "dog", "--network_train_text_encoder_only"),
     ]
 
 

@@ -67,7 +67,7 @@ def test_every_vector_keeps_the_norm_of_the_vocabulary(method, optimizer, traine
     if optimizer in PACKAGES:
         pytest.importorskip(PACKAGES[optimizer])
     options = {"optimizer_type": optimizer, **OPTIMIZERS[optimizer], "num_vectors_per_token": 2}
-    trainer = directional(trainer_of, method, steps=20, **options)
+    trainer = directional(trainer_of, method, steps=8, **options)
     trainer.run()
     with trainer.evaluating():
         assert relative_errors(trainer.method).max() < 1e-6

@@ -9,6 +9,8 @@ from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
 from mlm_plugin.methods import METHODS
 from mlm_plugin.training.callbacks import Callback
 
+pytestmark = pytest.mark.usefixtures("all_targets")  # they take memory
+
 SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
 CLOSE = 0.10
 
@@ -69,7 +71,13 @@ def test_the_step_takes_what_was_predicted(method, target, trainer_of, toy_folde
     assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
 
 
-@pytest.mark.parametrize("method", SDXL_METHODS)
+@pytest.mark.parametrize(
+    "method",  # pivotal is lora and textual_inversion together
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("lora", "textual_inversion")))
+        for name in SDXL_METHODS
+    ],
+)
 def test_the_step_takes_what_was_predicted_in_sdxl(method, sdxl_trainer_of, toy_sdxl_folder):
     options = {"optimizer_type": "SGDNesterov", "gradient_checkpointing": True}
     trainer = sdxl_trainer_of(method, steps=2, cache_latents=True, **options)

@@ -30,7 +30,13 @@ def exported(trainer, folder):
     return found
 
 
-@pytest.mark.parametrize("method", FROZEN_UNET_METHODS)
+@pytest.mark.parametrize(
+    "method",  # pivotal is lora and textual_inversion together
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "pivotal"))
+        for name in FROZEN_UNET_METHODS
+    ],
+)
 def test_a_method_trains_on_a_packed_u_net_and_writes_the_same_files(method, trainer_of, tmp_path):
     options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "cache_latents": True}
     trainer = trainer_of(method, steps=2, quantize_unet="nf4", **options)
@@ -43,7 +49,7 @@ def test_a_method_trains_on_a_packed_u_net_and_writes_the_same_files(method, tra
     assert exported(trainer, tmp_path / "a") == exported(plain, tmp_path / "b")
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_a_resumed_run_ends_bit_identical_to_a_straight_one(kind, trainer_of, tmp_path):
     straight = trainer_of("lora", quantize_unet=kind)
     straight.run()

@@ -20,6 +20,8 @@ from mlm_plugin.mlm_setup import (
     require_class_words,
 )
 
+pytestmark = pytest.mark.usefixtures("all_targets")
+
 SKS_DOG = Concept("sks", "dog")
 OPTIONS = MLMOptions(mlm_target="class", mlm_batch_size=6, mlm_probability=0.4)
 STATES = MLMOptions(mlm_target="states", mlm_batch_size=6)

@@ -12,6 +12,8 @@ from mlm_plugin.commands.estimate import estimate_of
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import COPY
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
+from research.benchmarks.make_sd15 import build_models, save_diffusers
+from research.benchmarks.step_time import parse
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -63,19 +65,10 @@ def test_the_contextualizer_is_the_only_resident_difference(result):
 def test_the_predicted_memory_is_what_the_profiler_finds(result, tmp_path):
     tokenizer, model = tmp_path / "tokenizer", tmp_path / "model"
     build_toy_tokenizer(tokenizer, toy_corpus())
-    build = [
-        "-m",
-        "research.benchmarks.make_sd15",
-        "--tiny",
-        "--output",
-        model,
-        "--tokenizer",
-        tokenizer,
-    ]
-    subprocess.run([sys.executable, *map(str, build)], cwd=ROOT, env=ENVIRONMENT, check=True)
+    save_diffusers(build_models(tiny=True), model, tokenizer=tokenizer)
     for name, weight in (("on", 1e-3), ("off", 0)):
         options = {
-            "pretrained_model_name_or_path": model / "diffusers",
+            "pretrained_model_name_or_path": model,
             "resolution": 64,
             "network_dim": 16,
             "network_alpha": 16,
@@ -91,7 +84,7 @@ def test_the_predicted_memory_is_what_the_profiler_finds(result, tmp_path):
         assert predicted == pytest.approx(result["peak_bytes"][name], rel=0.15)
 
 
-def test_a_resolution_the_u_net_cannot_take_is_refused(tmp_path):
-    done = run("--shape", "tiny", "--resolution", "100", "--output", tmp_path / "f.json")
-    assert done.returncode == 2
-    assert "multiple of 64" in done.stderr
+def test_a_resolution_the_u_net_cannot_take_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--shape tiny --resolution 100 --output f.json".split())
+    assert "multiple of 64" in capsys.readouterr().err
