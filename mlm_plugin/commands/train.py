@@ -27,7 +27,7 @@ from mlm_plugin.config.loading import load_config, write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
-from mlm_plugin.evaluation.run_page import RunPage, has_page
+from mlm_plugin.evaluation.page_writer import PageWriter, has_page
 from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
@@ -43,7 +43,7 @@ from mlm_plugin.setup.accelerator import (
     shared_seed,
     warn_of_launch_settings,
 )
-from mlm_plugin.setup.best_file import BestFile, watch_context
+from mlm_plugin.setup.best_file import BestFile
 from mlm_plugin.setup.builtin_names import with_built_in_paths
 from mlm_plugin.setup.class_image_folders import prepare_class_images
 from mlm_plugin.setup.console import quiet_libraries, setup_console
@@ -67,6 +67,7 @@ from mlm_plugin.setup.sampling import SampleDrawer, sample_drawer
 from mlm_plugin.setup.saving import RunRecord, Saver, require_output_name
 from mlm_plugin.setup.term import attach_term, prepare_term
 from mlm_plugin.setup.tracking import curve_loggers
+from mlm_plugin.setup.watching import watch_context
 from mlm_plugin.training.callbacks import Callback, SaveFailed
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.guards import NonFiniteLoss
@@ -333,8 +334,8 @@ def _page(
     accelerator: Accelerator,
     drawer: SampleDrawer | None,
     ranking: BestFile | None,
-) -> RunPage:
-    return RunPage(
+) -> PageWriter:
+    return PageWriter(
         config,
         title=trigger_of(concepts) or "",
         versions=library_versions(accelerator.device),
