@@ -44,7 +44,7 @@ class PageWriter(Callback):
     ):
         name = config.output.output_name or "last"
         changed = {key: value for key, value in config.changed().items() if key not in NOT_SHOWN}
-        facts = RunFacts(name, title, changed, "What differs from the defaults.", versions)
+        facts = RunFacts(name, title, changed, "What differs from the defaults.", dict(versions))
         path = Path(config.output.output_dir) / f"{name}.html"
         self.drawer, self.ranking = drawer, ranking
         self.page = RunPage(path, facts, ranking=ranking, samples=self._samples)

@@ -57,7 +57,7 @@ class RunFacts(NamedTuple):
     concept: str
     settings: Mapping[str, Any]
     settings_note: str
-    versions: Mapping[str, str]
+    versions: dict[str, str]
 
 
 class RunPage:

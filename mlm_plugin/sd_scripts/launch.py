@@ -20,6 +20,7 @@ from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
     answer_in_one_line,
     read_mlm_options,
+    read_watch_options,
     why_script_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.locate import LaunchOptions, check_libraries
@@ -92,6 +93,11 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     args = parser.parse_args()
     _helper("verify_command_line_training_args")(args)
     args = _helper("read_config_from_file")(args, parser)
+    if script.method != "lora" and (given := read_watch_options(args).given):
+        raise UserError(
+            f"{given[0]}: {script.file} saves its files in ways that cannot be watched; only "
+            "network trainers (LoRA, LyCORIS) have it here; leave it out, or use --host standalone"
+        )
     script.run(module, script, args)
     return 0
 

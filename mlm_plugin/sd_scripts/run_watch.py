@@ -1,0 +1,339 @@
+"""What is watched of a run in kohya's network trainers: its page, its best file, its early end.
+
+Everything happens where a file has been saved: the network's ``save_weights`` is the one call that
+network modules and versions of sd-scripts have in common. The first process saves, and so it alone
+scores and writes. The training goes on with the same weights, modes and random states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import nn
+
+from mlm_plugin.config.datasets import Concept, concepts_of
+from mlm_plugin.config.options import MLMOptions, TrainConfig
+from mlm_plugin.errors import UserError
+from mlm_plugin.files import atomic_path
+from mlm_plugin.mlm_setup import on_device, trigger_of
+from mlm_plugin.random_state import preserved_random_state
+from mlm_plugin.sd_scripts.architectures import Architecture
+from mlm_plugin.sd_scripts.arguments import WatchOptions
+from mlm_plugin.sd_scripts.data import LearnedData
+from mlm_plugin.sd_scripts.network_term import Models, encoders_of
+from mlm_plugin.sd_scripts.term import LossParts
+from mlm_plugin.sd_scripts.text_encoders import is_clip_text_model
+from mlm_plugin.setup.best_file import BestFile, ContextLost, ranking_of
+from mlm_plugin.training.context_score import ScoredModel, matrices_of
+
+if TYPE_CHECKING:  # it is only imported where a page is asked for
+    from mlm_plugin.evaluation.run_page import RunPage
+
+__all__ = ["RunWatch", "WatchedRun", "watch_run"]
+
+logger = logging.getLogger(__name__)
+
+ALSO = ("accelerate", "lycoris_lora")  # versions on the page
+SAVES = ("save_every_n_steps", "save_every_n_epochs", "save_n_epoch_ratio")
+NOT_READ = (
+    "what a file keeps of its context is read from the U-Net and CLIP of Stable Diffusion 1, 2 and "
+    "XL alone"
+)
+
+
+class WatchedRun(NamedTuple):
+    """A run of a network trainer, before anything is trained.
+
+    Attributes:
+        args: options of the host.
+        mlm: options of the term, which has the prompts.
+        models: untrained.
+        architecture: of the base model.
+        data: names the concepts.
+    """
+
+    args: argparse.Namespace
+    mlm: MLMOptions
+    models: Models
+    architecture: Architecture
+    data: LearnedData | None
+
+
+def watch_run(options: WatchOptions, run: WatchedRun, state: PartialState) -> RunWatch | None:
+    """Set up what the options ask for; ``None`` if they ask for nothing.
+
+    Args:
+        options: all processes have the same.
+        run: its models are untrained.
+        state: this process, and its device; an ``Accelerator`` will do.
+
+    Raises:
+        UserError: what is asked for cannot be had in this run.
+    """
+    if not options.given:
+        return None
+    _check(options, run)
+    watch = RunWatch(options, run)
+    if not state.is_main_process:
+        return watch
+    concepts = concepts_of(
+        TrainConfig(mlm=run.mlm), run.data.datasets, required=bool(options.needing_score)
+    )
+    watch.ranking = _ranking(options, run, concepts, watch=watch, device=state.device)
+    if options.page:
+        watch.page = _page(options.page, run, concepts, watch.ranking, state.device)
+    watch.follow(run.models.network)
+    return watch
+
+
+def _check(options: WatchOptions, run: WatchedRun) -> None:
+    """Refuse what cannot be done; warn of what has no effect.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name in options.needing_score:
+        if not _can_be_scored(run):
+            raise UserError(f"{name}: {NOT_READ}; leave it out")
+        if not any(getattr(run.args, option, None) for option in SAVES):
+            logger.warning("%s has no effect without %s", name, " or ".join(SAVES))
+    if options.stop_below is not None and getattr(run.args, "deepspeed", False):
+        raise UserError(
+            "mlm_stop_below: with deepspeed the state cannot be saved by the process that finds "
+            "the context lost; leave it out"
+        )
+
+
+def _can_be_scored(run: WatchedRun) -> bool:
+    return run.architecture.is_unet and all(map(is_clip_text_model, run.models.text_encoders))
+
+
+def _ranking(
+    options: WatchOptions,
+    run: WatchedRun,
+    concepts: tuple[Concept, ...],
+    *,
+    watch: RunWatch,
+    device: torch.device,
+) -> BestFile | None:
+    """The ranking that the options ask for; a page does without, with a word."""
+    if not _can_be_scored(run):
+        logger.warning("mlm_page: %s; the page shows the rest", NOT_READ)
+        return None
+    if not concepts:
+        logger.warning(
+            "the page shows no words around the concept: it is not known; give placeholder_token "
+            "and class_token, or name the folder of the pictures 20_sks dog"
+        )
+        return None
+    return ranking_of(
+        _scored_model(run, watch, device),
+        run.mlm,
+        concepts,
+        captions=run.data.captions,
+        keep=options.keep_best,
+        stop_below=options.stop_below,
+    )
+
+
+def _scored_model(run: WatchedRun, watch: RunWatch, device: torch.device) -> ScoredModel:
+    """The models, which the host has not yet moved to their device."""
+    found = list(encoders_of(run.args, run.models, run.architecture).values())
+    encoders, layers = [one.text_encoder for one in found], matrices_of(run.models.unet)
+    matrices = [matrix for layer in layers for matrix in layer]
+
+    @contextmanager
+    def untrained() -> Iterator[None]:
+        models = [model for encoder in encoders for model in encoder.models]
+        with evaluated(watch.models, device), on_device([*models, *matrices], device):
+            yield
+
+    return ScoredModel(
+        encoders[0],
+        lambda texts: torch.cat([one.encode_captions(texts) for one in encoders], dim=-1),
+        layers,
+        trains_text=any(one.is_trained for one in found),
+        untrained=untrained,
+        autocast=watch.autocast,
+    )
+
+
+def _page(
+    path: Path,
+    run: WatchedRun,
+    concepts: tuple[Concept, ...],
+    ranking: BestFile | None,
+    device: torch.device,
+) -> RunPage:
+    from mlm_plugin.evaluation.run_page import RunFacts, RunPage, can_draw_curves
+    from mlm_plugin.evaluation.versions import library_versions
+    from mlm_plugin.sd_scripts.page_facts import TIME, drawn_samples, given_settings
+
+    if not can_draw_curves():
+        logger.warning("the page shows no curves: matplotlib is missing (pip install matplotlib)")
+    facts = RunFacts(
+        run.args.output_name or "last",
+        trigger_of(concepts) or "",
+        given_settings(run.args, sys.argv[1:]),
+        "What was given on the command line or in the config_file.",
+        library_versions(device, also=ALSO),
+    )
+    samples = partial(drawn_samples, run.args, since=time.strftime(TIME))
+    return RunPage(path, facts, ranking=ranking, samples=samples)
+
+
+class RunWatch:
+    """Follows one run: notes its losses, and looks at every file that it saves.
+
+    Args:
+        options: what is asked for.
+        run: what is followed.
+
+    Attributes:
+        step: optimizer steps so far.
+        has_ended: whether the training has ended; the last file is saved after that.
+        ranking: of the files; on the first process alone.
+        page: of the run; on the first process alone.
+    """
+
+    def __init__(self, options: WatchOptions, run: WatchedRun):
+        self.options, self.args = options, run.args
+        self.models = [run.models.network, run.models.unet, *run.models.text_encoders]
+        self.step = 0
+        self.has_ended = False
+        self.ranking: BestFile | None = None
+        self.page: RunPage | None = None
+        self._accelerator: Accelerator | None = None
+        self._batches: list[LossParts] = []  # of the current step
+        self._steps: list[tuple[int, list[LossParts]]] = []  # since the page was written
+        self._curves: dict[str, float] = {}
+        self._lost: ContextLost | None = None
+
+    def attach(self, accelerator: Accelerator) -> None:
+        """Take the accelerator, which exists before the first step."""
+        self._accelerator = accelerator
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of the run; before the models are prepared, that of their weights."""
+        return self._accelerator.autocast() if self._accelerator else nullcontext()
+
+    def follow(self, network: nn.Module) -> None:
+        """Look at every file that the network saves."""
+        save_weights = network.save_weights
+
+        def saved(file, dtype, metadata, *args, **kwargs):
+            result = save_weights(file, dtype, metadata, *args, **kwargs)
+            try:
+                self._look_at(Path(file), metadata or {})
+            except Exception as error:  # whatever it is, the file is saved
+                text = " ".join(str(error).split()) or type(error).__name__
+                logger.warning("%s could not be looked at (%s); training continues", file, text)
+            return result
+
+        network.save_weights = saved
+
+    def note(self, parts: LossParts) -> None:
+        """Keep the losses of a micro-batch; they stay on the device until a file is saved."""
+        self._batches.append(parts)
+        if self._accelerator.sync_gradients:
+            self.step += 1
+            if self.page:
+                self._steps.append((self.step, self._batches))
+            self._batches = []
+
+    def new_curves(self) -> dict[str, float]:
+        """What the last file keeps, once, for the next line of the log."""
+        curves, self._curves = self._curves, {}
+        return curves
+
+    def end_if_lost(self) -> None:
+        """End the run on all processes where the last file has lost its context.
+
+        Raises:
+            SystemExit: with code 0, as in the standalone trainer.
+        """
+        if self.options.stop_below is None or not self._accelerator.check_trigger():
+            return
+        self._accelerator.end_training()
+        if self._lost:
+            print(f"\nstopped: {self._lost}; the files and the state are saved", file=sys.stderr)
+        raise SystemExit(0)
+
+    def _look_at(self, file: Path, metadata: dict[str, str]) -> None:
+        step = int(metadata.get("ss_steps", self.step))  # with skipped steps kohya's is higher
+        if self.ranking:
+            self._rank(file, step)
+        if self.page:
+            self._write_page(step, metadata)
+        if self.has_ended:
+            self._report()
+
+    def _rank(self, file: Path, step: int) -> None:
+        with evaluated(self.models, self._accelerator.device):
+            self._curves = self.ranking.measure(file.stem, step)
+        if self.options.keep_best and self.ranking.best == file.stem:
+            with atomic_path(self._best_path(file.suffix)) as temporary:
+                shutil.copyfile(file, temporary)
+        try:
+            self.ranking.require_context()
+        except ContextLost as lost:
+            if not self.has_ended:
+                self._end_at_next_step(lost)
+
+    def _end_at_next_step(self, lost: ContextLost) -> None:
+        """Save the state where kohya's trainer is about to save its own, unless it does."""
+        if not getattr(self.args, "save_state", False):
+            name = self.args.output_name or "last"
+            self._accelerator.save_state(str(Path(self.args.output_dir) / f"{name}-state"))
+        self._lost = lost
+        self._accelerator.set_trigger()
+
+    def _write_page(self, step: int, metadata: dict[str, str]) -> None:
+        if commit := metadata.get("ss_sd_scripts_commit_hash"):
+            self.page.facts.versions["sd-scripts"] = commit
+        for number, batches in self._steps:
+            mlm = [one.term.loss.item() for one in batches if one.term]
+            diffusion = sum(one.diffusion.item() for one in batches) / len(batches)
+            shown = number + step - self.step
+            self.page.add_step(shown, diffusion, sum(mlm) / len(mlm) if mlm else None)
+        self._steps = []
+        self.page.write(step=step, num_steps=int(self.args.max_train_steps))
+
+    def _best_path(self, suffix: str) -> Path:
+        return Path(self.args.output_dir) / f"{self.args.output_name or 'last'}-best{suffix}"
+
+    def _report(self) -> None:
+        """The last lines of a run."""
+        if self.ranking and self.ranking.files:
+            folder, kind = Path(self.args.output_dir), f".{self.args.save_model_as}"
+            print(self.ranking.report(lambda name: folder / f"{name}{kind}"))
+            if self.options.keep_best:
+                print(f"a copy of it: {self._best_path(kind)}")
+        if self.page and self.page.path.is_file():
+            print(f"page of the run: {self.page.path.resolve()}")
+
+
+@contextmanager
+def evaluated(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Evaluation mode inside the block; every module and random stream then is as before."""
+    modules = [module for model in models for module in model.modules()]
+    modes = [module.training for module in modules]
+    with preserved_random_state(device):
+        for module in modules:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
