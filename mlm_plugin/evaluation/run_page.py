@@ -68,6 +68,9 @@ class RunPage:
         facts: of the run.
         ranking: ranks files by their context, if it does.
         samples: the pictures drawn so far, if any are.
+
+    Attributes:
+        best_copy: name of a copy of the best file, where one is kept.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class RunPage:
         self.ranking, self.samples = ranking, samples
         self.diffusion: list[tuple[float, float]] = []
         self.term: list[tuple[float, float]] = []
+        self.best_copy: str | None = None
         self.pictures: dict[Path, Any] = {}  # embedded, by path
 
     def add_step(self, step: int, diffusion: float, mlm: float | None) -> None:
@@ -116,6 +120,7 @@ class RunPage:
             samples=self._tiles(),
             files=self._files(),
             best=self.ranking.best if self.ranking else None,
+            best_copy=self.best_copy,
             sentences=self.ranking.score.sentences(NUM_SENTENCES) if self._has_files else [],
             settings=[(name, _shown(value)) for name, value in facts.settings.items()],
             settings_note=facts.settings_note,

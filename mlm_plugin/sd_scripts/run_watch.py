@@ -219,6 +219,7 @@ class RunWatch:
         self._steps: list[tuple[int, list[LossParts]]] = []  # since the page was written
         self._curves: dict[str, float] = {}
         self._lost: ContextLost | None = None
+        self._best_copy: Path | None = None
 
     def attach(self, accelerator: Accelerator) -> None:
         """Take the accelerator, which exists before the first step."""
@@ -277,14 +278,13 @@ class RunWatch:
         if self.page:
             self._write_page(step, metadata)
         if self.has_ended:
-            self._report()
+            self._report(file)
 
     def _rank(self, file: Path, step: int) -> None:
         with evaluated(self.models, self._accelerator.device):
             self._curves = self.ranking.measure(file.stem, step)
         if self.options.keep_best and self.ranking.best == file.stem:
-            with atomic_path(self._best_path(file.suffix)) as temporary:
-                shutil.copyfile(file, temporary)
+            self._keep(file)
         try:
             self.ranking.require_context()
         except ContextLost as lost:
@@ -310,16 +310,19 @@ class RunWatch:
         self._steps = []
         self.page.write(step=step, num_steps=int(self.args.max_train_steps))
 
-    def _best_path(self, suffix: str) -> Path:
-        return Path(self.args.output_dir) / f"{self.args.output_name or 'last'}-best{suffix}"
+    def _keep(self, file: Path) -> None:
+        """A copy, which kohya's trainer does not remove when the file is too old."""
+        best = file.with_name(f"{self.args.output_name or 'last'}-best{file.suffix}")
+        with atomic_path(best) as temporary:
+            shutil.copyfile(file, temporary)
+        self._best_copy = best
+        if self.page:
+            self.page.best_copy = best.stem
 
-    def _report(self) -> None:
-        """The last lines of a run."""
+    def _report(self, file: Path) -> None:
+        """The last lines of a run; a file that is not the last may have been removed."""
         if self.ranking and self.ranking.files:
-            folder, kind = Path(self.args.output_dir), f".{self.args.save_model_as}"
-            print(self.ranking.report(lambda name: folder / f"{name}{kind}"))
-            if self.options.keep_best:
-                print(f"a copy of it: {self._best_path(kind)}")
+            print(self.ranking.report(lambda name: self._best_copy or file.with_stem(name)))
         if self.page and self.page.path.is_file():
             print(f"page of the run: {self.page.path.resolve()}")
 
