@@ -70,16 +70,10 @@ class WatchOptions(NamedTuple):
 def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what sd-scripts does not know; its own options are unchanged."""
     section = parser.add_argument_group("mlm", MLMOptions.__doc__)
-    for name in WATCHING:
-        entry = OPTIONS[name]
-        is_page = name == "mlm_page"
-        section.add_argument(
-            f"--{name}",
-            nargs="?" if entry.kind is bool else None,
-            const=True,
-            metavar="PATH.html" if is_page else metavar_of(entry),
-            help=PAGE_HELP if is_page else describe_option(entry),
-        )
+    switch = {"nargs": "?", "const": True}
+    section.add_argument("--mlm_page", **switch, metavar="PATH.html", help=PAGE_HELP)
+    for name, form in (("mlm_keep_best", {**switch, "metavar": "true"}), ("mlm_stop_below", {})):
+        section.add_argument(f"--{name}", **form, help=describe_option(OPTIONS[name]))
     for entry in _entries():
         section.add_argument(
             f"--{entry.name}",

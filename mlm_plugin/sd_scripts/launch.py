@@ -93,13 +93,23 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     args = parser.parse_args()
     _helper("verify_command_line_training_args")(args)
     args = _helper("read_config_from_file")(args, parser)
-    if script.method != "lora" and (given := read_watch_options(args).given):
-        raise UserError(
-            f"{given[0]}: {script.file} saves its files in ways that cannot be watched; only "
-            "network trainers (LoRA, LyCORIS) have it here; leave it out, or use --host standalone"
-        )
+    refuse_watching(script, args)
     script.run(module, script, args)
     return 0
+
+
+def refuse_watching(script: Script, args: argparse.Namespace) -> None:
+    """Refuse a page or a ranking of files in scripts that save them without a network.
+
+    Raises:
+        UserError: names the first such option.
+    """
+    given = read_watch_options(args).given
+    if given and script.method != "lora":
+        raise UserError(
+            f"{given[0]}: {script.file} has no network whose files could be watched; leave it out, "
+            "or use --host standalone"
+        )
 
 
 def choose_script(options: LaunchOptions) -> Script:

@@ -17,7 +17,7 @@ from mlm_plugin.sd_scripts.architectures import architecture_named
 from mlm_plugin.sd_scripts.arguments import read_mlm_options, read_watch_options
 from mlm_plugin.sd_scripts.data import LearnedData, built_data
 from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
-from mlm_plugin.sd_scripts.run_watch import WatchedRun, watch_run
+from mlm_plugin.sd_scripts.run_watch import WatchedRun, check_watching, watch_run
 from mlm_plugin.sd_scripts.term import MLMTerm
 from mlm_plugin.setup.console import keep_warnings
 
@@ -56,6 +56,7 @@ class MLMTrainerMixin:
         options, watched = read_mlm_options(given["args"]), read_watch_options(given["args"])
         if watched.page:
             keep_warnings(logging.getLogger())  # of every library
+        check_watching(watched, given["args"], architecture_named(self.mlm_arch))
         self.mlm = create_term(given["args"], options, arch=self.mlm_arch)
         if self.mlm or watched.given:
             self._data = built_data(given["train_dataset_group"])

@@ -29,7 +29,7 @@ from mlm_plugin.sd_scripts.arguments import read_mlm_options, read_watch_options
 from mlm_plugin.sd_scripts.data import named_data
 from mlm_plugin.sd_scripts.locate import config_file_values
 from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
-from mlm_plugin.sd_scripts.run_watch import WatchedRun, watch_run
+from mlm_plugin.sd_scripts.run_watch import WatchedRun, check_watching, watch_run
 from mlm_plugin.sd_scripts.term import MLMTerm
 from mlm_plugin.setup.console import keep_warnings
 
@@ -204,6 +204,7 @@ class _Run:
         if watched.page:
             keep_warnings(logging.getLogger())  # of every library
         architecture = current_architecture(MODULE)
+        check_watching(watched, args, architecture)
         self.term = create_term(args, options, arch=architecture.arch)
         data = named_data(args) if self.term or watched.given else None
         models = Models(network, self.text_encoders, tokenize_strategy(MODULE), self.unet)

@@ -40,7 +40,7 @@ from mlm_plugin.training.context_score import ScoredModel, matrices_of
 if TYPE_CHECKING:  # it is only imported where a page is asked for
     from mlm_plugin.evaluation.run_page import RunPage
 
-__all__ = ["RunWatch", "WatchedRun", "watch_run"]
+__all__ = ["RunWatch", "WatchedRun", "check_watching", "watch_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,31 @@ class WatchedRun(NamedTuple):
     data: LearnedData | None
 
 
+def check_watching(
+    options: WatchOptions, args: argparse.Namespace, architecture: Architecture
+) -> None:
+    """Refuse what cannot be done, before anything is computed; warn of what has no effect.
+
+    Args:
+        options: what is asked for.
+        args: options of the host.
+        architecture: of the base model.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name in options.needing_score:
+        if not architecture.is_unet:
+            raise UserError(f"{name}: {NOT_READ}; leave it out")
+        if not any(getattr(args, option, None) for option in SAVES):
+            logger.warning("%s has no effect without %s", name, " or ".join(SAVES))
+    if options.stop_below is not None and getattr(args, "deepspeed", False):
+        raise UserError(
+            "mlm_stop_below: with deepspeed the state cannot be saved by the process that finds "
+            "the context lost; leave it out"
+        )
+
+
 def watch_run(options: WatchOptions, run: WatchedRun, state: PartialState) -> RunWatch | None:
     """Set up what the options ask for; ``None`` if they ask for nothing.
 
@@ -83,36 +108,17 @@ def watch_run(options: WatchOptions, run: WatchedRun, state: PartialState) -> Ru
     """
     if not options.given:
         return None
-    _check(options, run)
-    watch = RunWatch(options, run)
+    watch, is_needed = RunWatch(options, run), bool(options.needing_score)
+    concepts = concepts_of(TrainConfig(mlm=run.mlm), run.data.datasets, required=is_needed)
     if not state.is_main_process:
         return watch
-    concepts = concepts_of(
-        TrainConfig(mlm=run.mlm), run.data.datasets, required=bool(options.needing_score)
-    )
-    watch.ranking = _ranking(options, run, concepts, watch=watch, device=state.device)
+    with nullcontext() if is_needed else _only_a_warning("the page shows what it can"):
+        watch.ranking = _ranking(options, run, concepts, watch=watch, device=state.device)
     if options.page:
-        watch.page = _page(options.page, run, concepts, watch.ranking, state.device)
+        with _only_a_warning("there is no page of the run"):
+            watch.page = _page(options.page, run, concepts, watch.ranking, state.device)
     watch.follow(run.models.network)
     return watch
-
-
-def _check(options: WatchOptions, run: WatchedRun) -> None:
-    """Refuse what cannot be done; warn of what has no effect.
-
-    Raises:
-        UserError: names the option.
-    """
-    for name in options.needing_score:
-        if not _can_be_scored(run):
-            raise UserError(f"{name}: {NOT_READ}; leave it out")
-        if not any(getattr(run.args, option, None) for option in SAVES):
-            logger.warning("%s has no effect without %s", name, " or ".join(SAVES))
-    if options.stop_below is not None and getattr(run.args, "deepspeed", False):
-        raise UserError(
-            "mlm_stop_below: with deepspeed the state cannot be saved by the process that finds "
-            "the context lost; leave it out"
-        )
 
 
 def _can_be_scored(run: WatchedRun) -> bool:
@@ -129,6 +135,8 @@ def _ranking(
 ) -> BestFile | None:
     """The ranking that the options ask for; a page does without, with a word."""
     if not _can_be_scored(run):
+        for name in options.needing_score:
+            raise UserError(f"{name}: {NOT_READ}; leave it out")
         logger.warning("mlm_page: %s; the page shows the rest", NOT_READ)
         return None
     if not concepts:
@@ -235,11 +243,8 @@ class RunWatch:
 
         def saved(file, dtype, metadata, *args, **kwargs):
             result = save_weights(file, dtype, metadata, *args, **kwargs)
-            try:
+            with _only_a_warning(f"{file} is saved, but could not be examined"):
                 self._look_at(Path(file), metadata or {})
-            except Exception as error:  # whatever it is, the file is saved
-                text = " ".join(str(error).split()) or type(error).__name__
-                logger.warning("%s could not be looked at (%s); training continues", file, text)
             return result
 
         network.save_weights = saved
@@ -325,6 +330,16 @@ class RunWatch:
             print(self.ranking.report(lambda name: self._best_copy or file.with_stem(name)))
         if self.page and self.page.path.is_file():
             print(f"page of the run: {self.page.path.resolve()}")
+
+
+@contextmanager
+def _only_a_warning(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is not worth a run."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        logger.warning("%s (%s); training continues", what, text)
 
 
 @contextmanager
