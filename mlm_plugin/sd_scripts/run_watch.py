@@ -12,10 +12,12 @@ import logging
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,6 +46,10 @@ __all__ = ["RunWatch", "WatchedRun", "check_watching", "watch_run"]
 
 logger = logging.getLogger(__name__)
 
+Losses = tuple[float, float | None]
+"""Of a micro-batch: diffusion, and the term's where it acted."""
+
+MANY = 500  # micro-batches whose losses wait on the device
 ALSO = ("accelerate", "lycoris_lora")  # versions on the page
 SAVES = ("save_every_n_steps", "save_every_n_epochs", "save_n_epoch_ratio")
 NOT_READ = (
@@ -223,8 +229,8 @@ class RunWatch:
         self.ranking: BestFile | None = None
         self.page: RunPage | None = None
         self._accelerator: Accelerator | None = None
-        self._batches: list[LossParts] = []  # of the current step
-        self._steps: list[tuple[int, list[LossParts]]] = []  # since the page was written
+        self._batches: list[tuple[int, LossParts]] = []  # micro-batches, not yet read
+        self._losses: dict[int, list[Losses]] = defaultdict(list)  # read, not yet on the page
         self._curves: dict[str, float] = {}
         self._lost: ContextLost | None = None
         self._best_copy: Path | None = None
@@ -243,20 +249,19 @@ class RunWatch:
 
         def saved(file, dtype, metadata, *args, **kwargs):
             result = save_weights(file, dtype, metadata, *args, **kwargs)
-            with _only_a_warning(f"{file} is saved, but could not be examined"):
-                self._look_at(Path(file), metadata or {})
+            self._look_at(Path(file), metadata or {})
             return result
 
         network.save_weights = saved
 
     def note(self, parts: LossParts) -> None:
-        """Keep the losses of a micro-batch; they stay on the device until a file is saved."""
-        self._batches.append(parts)
+        """Keep the losses of a micro-batch; they stay on the device, which need not wait."""
+        if self.page:
+            self._batches.append((self.step + 1, parts))
+        if len(self._batches) >= MANY:
+            self._read_losses()
         if self._accelerator.sync_gradients:
             self.step += 1
-            if self.page:
-                self._steps.append((self.step, self._batches))
-            self._batches = []
 
     def new_curves(self) -> dict[str, float]:
         """What the last file keeps, once, for the next line of the log."""
@@ -279,22 +284,24 @@ class RunWatch:
     def _look_at(self, file: Path, metadata: dict[str, str]) -> None:
         step = int(metadata.get("ss_steps", self.step))  # with skipped steps kohya's is higher
         if self.ranking:
-            self._rank(file, step)
+            with _only_a_warning(f"{file} is saved, but could not be examined"):
+                self._rank(file, step)
         if self.page:
-            self._write_page(step, metadata)
+            with _only_a_warning(f"{file} is saved, but is not on the page"):
+                self._write_page(step, metadata)
         if self.has_ended:
             self._report(file)
 
     def _rank(self, file: Path, step: int) -> None:
         with evaluated(self.models, self._accelerator.device):
             self._curves = self.ranking.measure(file.stem, step)
-        if self.options.keep_best and self.ranking.best == file.stem:
-            self._keep(file)
         try:
             self.ranking.require_context()
         except ContextLost as lost:
             if not self.has_ended:
                 self._end_at_next_step(lost)
+        if self.options.keep_best and self.ranking.best == file.stem:
+            self._keep(file)
 
     def _end_at_next_step(self, lost: ContextLost) -> None:
         """Save the state where kohya's trainer is about to save its own, unless it does."""
@@ -307,13 +314,23 @@ class RunWatch:
     def _write_page(self, step: int, metadata: dict[str, str]) -> None:
         if commit := metadata.get("ss_sd_scripts_commit_hash"):
             self.page.facts.versions["sd-scripts"] = commit
-        for number, batches in self._steps:
-            mlm = [one.term.loss.item() for one in batches if one.term]
-            diffusion = sum(one.diffusion.item() for one in batches) / len(batches)
-            shown = number + step - self.step
-            self.page.add_step(shown, diffusion, sum(mlm) / len(mlm) if mlm else None)
-        self._steps = []
+        self._read_losses()
+        for number, batches in self._losses.items():
+            diffusion, mlm = zip(*batches, strict=True)
+            with_term = [one for one in mlm if one is not None]
+            self.page.add_step(
+                number + step - self.step,
+                fmean(diffusion),
+                fmean(with_term) if with_term else None,
+            )
+        self._losses.clear()
         self.page.write(step=step, num_steps=int(self.args.max_train_steps))
+
+    def _read_losses(self) -> None:
+        for step, parts in self._batches:
+            mlm = parts.term.loss.item() if parts.term else None
+            self._losses[step].append((parts.diffusion.item(), mlm))
+        self._batches = []
 
     def _keep(self, file: Path) -> None:
         """A copy, which kohya's trainer does not remove when the file is too old."""
