@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -27,7 +26,7 @@ from torch import nn
 from mlm_plugin.config.datasets import Concept, concepts_of
 from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
-from mlm_plugin.files import atomic_path
+from mlm_plugin.files import copy_file, remove_temporaries
 from mlm_plugin.mlm_setup import on_device, trigger_of
 from mlm_plugin.random_state import preserved_random_state
 from mlm_plugin.sd_scripts.architectures import Architecture
@@ -118,6 +117,7 @@ def watch_run(options: WatchOptions, run: WatchedRun, state: PartialState) -> Ru
     concepts = concepts_of(TrainConfig(mlm=run.mlm), run.data.datasets, required=is_needed)
     if not state.is_main_process:
         return watch
+    _remove_leftovers(options, run.args)
     with nullcontext() if is_needed else _only_a_warning("the page shows what it can"):
         watch.ranking = _ranking(options, run, concepts, watch=watch, device=state.device)
     if options.page:
@@ -125,6 +125,18 @@ def watch_run(options: WatchOptions, run: WatchedRun, state: PartialState) -> Ru
             watch.page = _page(options.page, run, concepts, watch.ranking, state.device)
     watch.follow(run.models.network)
     return watch
+
+
+def _remove_leftovers(options: WatchOptions, args: argparse.Namespace) -> None:
+    """Of killed runs of this name."""
+    folder = Path(args.output_dir or ".")
+    remove_temporaries(folder, lambda name: Path(name).stem == _best_name(args))
+    if options.page:
+        remove_temporaries(options.page.parent, lambda name: name == options.page.name)
+
+
+def _best_name(args: argparse.Namespace) -> str:
+    return f"{args.output_name or 'last'}-best"
 
 
 def _can_be_scored(run: WatchedRun) -> bool:
@@ -334,9 +346,8 @@ class RunWatch:
 
     def _keep(self, file: Path) -> None:
         """A copy, which kohya's trainer does not remove when the file is too old."""
-        best = file.with_name(f"{self.args.output_name or 'last'}-best{file.suffix}")
-        with atomic_path(best) as temporary:
-            shutil.copyfile(file, temporary)
+        best = file.with_name(f"{_best_name(self.args)}{file.suffix}")
+        copy_file(file, best)
         self._best_copy = best
         if self.page:
             self.page.best_copy = best.stem

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -632,9 +633,14 @@ def test_without_a_rate_nothing_is_lost_and_with_a_high_one_much_is(train, page_
 
 def test_a_copy_of_the_best_file_is_kept(train, tmp_path, capsys):
     """The first file keeps most, as training at this rate destroys the context."""
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / ".dog-best.safetensors.abcdefgh.tmp"  # by a run that was killed
+    left.touch()
+    os.utime(left, (0, 0))
     train(*WATCHED, save_every_n_steps=1, learning_rate=20.0)
     folder = tmp_path / "out"
     assert "dog-best.safetensors" in names_in(folder)
+    assert not left.exists()
     best = load_file(folder / "dog-best.safetensors")
     assert same(best, load_file(folder / "dog-step00000001.safetensors"))
     assert "best by its context: " in (printed := capsys.readouterr().out)
