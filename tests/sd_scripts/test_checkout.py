@@ -914,7 +914,10 @@ def test_two_processes_end_together_where_the_context_is_lost(arguments, tmp_pat
         *("--network_module", "mlm_plugin.kohya", "--learning_rate", "0.1"),
         *("--max_train_steps", "8", "--output_name", "lost", "--network_args", *given),
         ACCELERATE_USE_CPU="1",
+        RANK_WEIGHTS=str(tmp_path),
     )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert printed.count("mlm_stop_below is 90%") == 1
     assert (tmp_path / "out" / "lost-state").is_dir()
     assert (tmp_path / "out" / "lost.html").is_file()
