@@ -31,6 +31,7 @@ __all__ = [
     "atomic_path",
     "cache_dir",
     "cached_folder",
+    "copy_file",
     "disk_errors",
     "is_of_the_disk",
     "parse_json",
@@ -87,6 +88,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         put_in_place(folder / path.name, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the contents of a file, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or fails, or ``target`` is a folder.
+    """
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def put_in_place(temporary: Path, final: Path) -> None:

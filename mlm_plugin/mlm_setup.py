@@ -45,6 +45,7 @@ __all__ = [
     "MLMSetup",
     "PreparedEncoder",
     "mlm_schedule",
+    "on_device",
     "prompt_set_names",
     "prompts_for",
     "require_class_words",
@@ -183,7 +184,7 @@ class MLMSetup:
             return
         for encoder in self.encoders:
             if encoder.targets is None:
-                with preserved_random_state(device), _on_device(encoder.text_encoder, device):
+                with preserved_random_state(device), on_device(encoder.text_encoder.models, device):
                     encoder.targets = self._targets_of(encoder, device)
 
     def _targets_of(self, encoder: PreparedEncoder, device: torch.device) -> list[PromptTarget]:
@@ -244,7 +245,7 @@ def _contextualizer_for(
     with (
         preserved_random_state(accelerator.device),
         accelerator.main_process_first(),
-        _on_device(text_encoder, accelerator.device),
+        on_device(text_encoder.models, accelerator.device),
     ):
         return find_contextualizer(
             text_encoder, setting, show_progress=accelerator.is_local_main_process
@@ -379,10 +380,10 @@ def _masking_vocabulary(text_encoder: AnyEncoder, concepts: Sequence[Concept]) -
 
 
 @contextmanager
-def _on_device(text_encoder: AnyEncoder, device: torch.device) -> Iterator[None]:
-    """A text encoder on a device inside the block; hosts place their models themselves."""
+def on_device(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Models on a device inside the block; hosts place their models themselves."""
     with ExitStack() as stack:
-        for model in text_encoder.models:
+        for model in models:
             stack.enter_context(_moved(model, device))
         yield
 

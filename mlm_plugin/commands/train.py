@@ -27,7 +27,8 @@ from mlm_plugin.config.loading import write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
-from mlm_plugin.evaluation.run_page import RunPage, has_page
+from mlm_plugin.evaluation.page_writer import PageWriter, has_page
+from mlm_plugin.evaluation.run_page import Curves
 from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
@@ -43,7 +44,7 @@ from mlm_plugin.setup.accelerator import (
     shared_seed,
     warn_of_launch_settings,
 )
-from mlm_plugin.setup.best_file import BestFile, watch_context
+from mlm_plugin.setup.best_file import BestFile
 from mlm_plugin.setup.builtin_names import with_built_in_paths
 from mlm_plugin.setup.class_image_folders import prepare_class_images
 from mlm_plugin.setup.console import quiet_libraries, setup_console
@@ -66,9 +67,11 @@ from mlm_plugin.setup.optimization import create_optimization, create_plan
 from mlm_plugin.setup.sampling import SampleDrawer, sample_drawer
 from mlm_plugin.setup.saving import RunRecord, Saver, require_output_name
 from mlm_plugin.setup.term import attach_term, prepare_term
-from mlm_plugin.setup.tracking import curve_loggers
+from mlm_plugin.setup.tracking import curve_loggers, drift_watch
+from mlm_plugin.setup.watching import watch_context
 from mlm_plugin.training.callbacks import Callback, SaveFailed
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
+from mlm_plugin.training.drift import DriftWatch
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.logs import CurveLogger
@@ -242,8 +245,7 @@ def build_trainer(
         config, models, concepts=concepts, dataset=dataset, accelerator=accelerator, seed=seed
     )
     place_models(config, models, accelerator.device)  # not earlier, as pretraining needs memory
-    curves = curve_loggers(config, models, accelerator)
-    validators = _validators(config, dataset, curves, seed)
+    drift, curves, validators = _measures(config, models, dataset, accelerator, seed)
     datasets = [dataset, *(validator.dataset for validator in validators)]
 
     set_seed(seed)  # here, so that the adapters start the same with and without the MLM term
@@ -261,9 +263,8 @@ def build_trainer(
 
     dataset.set_max_train_steps(plan.num_steps)
     optimization = create_optimization(config, method, plan, accelerator)
-    used = term.contextualizers if term else []
     facts = {"dataset": dataset, "models": models, "concepts": concepts, "seed": seed}
-    record = RunRecord(config, **facts, contextualizers=used)
+    record = RunRecord(config, **facts, contextualizers=term.contextualizers if term else [])
     drawer = sample_drawer(config, concepts)
     captions = cached_captions(config, datasets, method, drawer, accelerator)
     trainer = Trainer(
@@ -278,10 +279,11 @@ def build_trainer(
         optimization=optimization,
         plan=plan,
         identity=identity,
-        callbacks=[*validators, *curves, *_writers(config, drawer, record, ranking)],
+        callbacks=[*drift, *validators, *curves, *_writers(config, drawer, record, ranking)],
     )
     if page:
-        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking, validators))
+        shown = _page_curves(validators, drift)
+        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking, shown))
     _resume(trainer, config.schedule.resume)
     return trainer
 
@@ -320,6 +322,19 @@ def _diffusion_loss(
     )
 
 
+def _measures(
+    config: TrainConfig,
+    models: StableDiffusion,
+    dataset: TrainDataset,
+    accelerator: Accelerator,
+    seed: int,
+) -> tuple[list[DriftWatch], list[CurveLogger], list[Validator]]:
+    """What is measured while it trains; call it before the method is prepared."""
+    drift = drift_watch(config, models, accelerator)
+    curves = curve_loggers(config, accelerator, drift)
+    return [drift] if drift else [], curves, _validators(config, dataset, curves, seed)
+
+
 def _validators(
     config: TrainConfig, dataset: TrainDataset, curves: Sequence[CurveLogger], seed: int
 ) -> list[Validator]:
@@ -342,21 +357,38 @@ def _writers(
     return [drawer, saver]
 
 
+def _page_curves(validators: Sequence[Validator], drifts: Sequence[DriftWatch]) -> list[Curves]:
+    """What a page shows besides the losses, if it is measured."""
+    found = []
+    for validator in validators:
+        number = len(validator.dataset.images)
+        caption = (
+            f"Diffusion loss of {number} picture(s) that are not trained on, always with the same "
+            "noise and timesteps."
+        )
+        found.append(Curves(caption, "loss", {"validation": validator.losses}))
+    caption = (
+        "Drift: cosine between the states of everyday prompts now and before training; 1 = text "
+        "without the concept is read as before."
+    )
+    return [*found, *(Curves(caption, "cosine", drift.cosines) for drift in drifts)]
+
+
 def _page(
     config: TrainConfig,
     concepts: Sequence[Concept],
     accelerator: Accelerator,
     drawer: SampleDrawer | None,
     ranking: BestFile | None,
-    validators: Sequence[Validator],
-) -> RunPage:
-    return RunPage(
+    curves: Sequence[Curves],
+) -> PageWriter:
+    return PageWriter(
         config,
         title=trigger_of(concepts) or "",
         versions=library_versions(accelerator.device),
         drawer=drawer,
         ranking=ranking,
-        validator=validators[0] if validators else None,
+        curves=curves,
     )
 
 

@@ -687,7 +687,7 @@ class OutputOptions:
         True,
         "Write a page of the run beside its file, NAME.html, at every save and sample (runs of 10 "
         "steps or more): curves, samples, the words that are still read, settings, warnings. "
-        "--no_mlm_page turns it off.",
+        "--no_mlm_page turns it off. In sd-scripts it is off unless given, and may be a path.",
     )
     mlm_stop_below: float | None = option(
         None,

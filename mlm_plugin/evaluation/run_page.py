@@ -1,135 +1,158 @@
-"""The page of a run, ``NAME.html`` beside its file: curves, samples, sentences, settings, warnings.
+"""The page of a run: curves, samples, sentences, files, settings, warnings.
 
-It is written again at every save and sample, and at the end, and needs nothing from outside.
+It is written again whenever there is something new, and needs nothing from outside. Knows no
+trainer: ``page_writer.py`` writes it in the standalone one, ``sd_scripts/run_watch.py`` in kohya's.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.evaluation.charts import Point, line_chart, scatter_chart
 from mlm_plugin.evaluation.rendering import embed_picture, render
 from mlm_plugin.files import atomic_path
 from mlm_plugin.setup.best_file import BestFile
 from mlm_plugin.setup.console import kept_warnings
-from mlm_plugin.setup.sampling import SampleDrawer
-from mlm_plugin.training.callbacks import Callback, StepResult
-from mlm_plugin.training.trainer import Trainer
-from mlm_plugin.training.validation import Validator
 
-__all__ = ["RunPage", "has_page"]
+__all__ = ["NOT_SHOWN", "Curves", "RunFacts", "RunPage", "Samples", "can_draw_curves"]
 
 logger = logging.getLogger(__name__)
 
-MIN_STEPS = 10  # shorter runs have nothing to show
 MAX_COLUMNS, MAX_TILES = 12, 120
 NUM_SENTENCES = 6
 NOT_SHOWN = ("wandb_api_key", "huggingface_token", "config_file")
+"""Options whose values are nobody's business."""
 
 
-def has_page(config: TrainConfig, num_steps: int) -> bool:
-    """Whether a run of this length gets a page."""
-    return config.output.mlm_page and num_steps >= MIN_STEPS
+class Samples(NamedTuple):
+    """Pictures drawn so far.
+
+    Attributes:
+        prompts: one for each row.
+        drawn: pictures in the order of the prompts by step, or by what else says when.
+    """
+
+    prompts: Sequence[str]
+    drawn: Mapping[Any, Sequence[Path | None]]
 
 
-class RunPage(Callback):
-    """Collects what a run reports and writes its page. Comes behind the callbacks it shows.
+class Curves(NamedTuple):
+    """What is measured now and then, in one chart.
+
+    Attributes:
+        caption: what they show.
+        y_title: of the axis.
+        values: by name and step; they grow with the run.
+    """
+
+    caption: str
+    y_title: str
+    values: Mapping[str, Mapping[int, float]]
+
+    @property
+    def is_one(self) -> bool:
+        """Whether there are points enough to draw."""
+        return any(len(values) > 1 for values in self.values.values())
+
+    def chart(self) -> Markup:
+        """The chart as SVG."""
+        from mlm_plugin.evaluation.charts import line_chart
+
+        points = {name: list(values.items()) for name, values in self.values.items()}
+        return line_chart(points, x_title="step", y_title=self.y_title)
+
+
+class RunFacts(NamedTuple):
+    """What does not change during a run.
+
+    Attributes:
+        title: its name.
+        concept: what it learns, as in prompts.
+        settings: values by option.
+        settings_note: which options these are.
+        versions: versions of libraries by name.
+    """
+
+    title: str
+    concept: str
+    settings: Mapping[str, Any]
+    settings_note: str
+    versions: dict[str, str]
+
+
+class RunPage:
+    """Collects what a run reports and writes its page.
 
     Args:
-        config: the options of the run.
-        title: the concept, for the heading.
-        versions: versions of libraries by name.
-        drawer: draws samples, if any are drawn.
+        path: of the page.
+        facts: of the run.
         ranking: ranks files by their context, if it does.
-        validator: measures the loss of held-out pictures, if there are any.
+        samples: the pictures drawn so far, if any are.
+        curves: charts besides those of the losses.
+
+    Attributes:
+        best_copy: name of a copy of the best file, where one is kept.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        path: Path,
+        facts: RunFacts,
         *,
-        title: str,
-        versions: Mapping[str, str],
-        drawer: SampleDrawer | None = None,
         ranking: BestFile | None = None,
-        validator: Validator | None = None,
+        samples: Callable[[], Samples | None] = lambda: None,
+        curves: Sequence[Curves] = (),
     ):
-        self.name = config.output.output_name or "last"
-        self.path = Path(config.output.output_dir) / f"{self.name}.html"
-        self.settings = {
-            name: value for name, value in config.changed().items() if name not in NOT_SHOWN
-        }
-        self.title, self.versions = title, versions
-        self.drawer, self.ranking, self.validator = drawer, ranking, validator
+        self.path, self.facts, self.curves = path, facts, curves
+        self.ranking, self.samples = ranking, samples
         self.diffusion: list[tuple[float, float]] = []
         self.term: list[tuple[float, float]] = []
+        self.best_copy: str | None = None
         self.pictures: dict[Path, Any] = {}  # embedded, by path
-        self._shown = (0, 0)
 
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Note the losses; write the page where a file or a picture has come."""
-        step = trainer.progress.current_step
-        self.diffusion.append((step, result.diffusion))
-        if result.mlm is not None:
-            self.term.append((step, result.mlm))
-        self._write_if_new(trainer)
+    def add_step(self, step: int, diffusion: float, mlm: float | None) -> None:
+        """Note the losses of a step; ``None`` where the term did not act."""
+        self.diffusion.append((step, diffusion))
+        if mlm is not None:
+            self.term.append((step, mlm))
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        """Write the page where a file or a picture has come."""
-        self._write_if_new(trainer)
-
-    def on_train_end(self, trainer: Trainer) -> None:
-        """Write the page for the last time."""
-        if self._write(trainer):
-            print(f"page of the run: {self.path.resolve()}")
-
-    def on_stop(self, trainer: Trainer) -> None:
-        """Write what there is."""
-        self._write(trainer)
-
-    def _write_if_new(self, trainer: Trainer) -> None:
-        found = (
-            len(self.ranking.files) if self.ranking else 0,
-            len(self.drawer.drawn) if self.drawer else 0,
-        )
-        if found != self._shown:
-            self._shown = found
-            self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> bool:
+    def write(self, *, step: int, num_steps: int) -> bool:
         """Replace the page, and say whether; one that cannot be written does not end a run."""
-        if not trainer.accelerator.is_main_process or not self.diffusion:
+        if not self.diffusion:
             return False
         try:
             with atomic_path(self.path) as temporary:
-                temporary.write_text(self._page(trainer), encoding="utf-8")
-        except OSError as error:
-            logger.warning("%s could not be saved (%s); training continues", self.path, error)
+                temporary.write_text(self._page(step, num_steps), encoding="utf-8")
+        except Exception as error:  # whatever it is
+            text = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("%s could not be saved (%s); training continues", self.path, text)
             return False
         return True
 
-    def _page(self, trainer: Trainer) -> str:
+    def _page(self, step: int, num_steps: int) -> str:
+        facts = self.facts
         return render(
             "run.html",
-            title=self.name,
-            concept=self.title,
-            step=trainer.progress.current_step,
-            num_steps=trainer.plan.num_steps,
+            title=facts.title,
+            concept=facts.concept,
+            step=step,
+            num_steps=num_steps,
             written=time.strftime("%Y-%m-%d %H:%M"),
             charts=self._charts(),
-            samples=self._samples(),
+            samples=self._tiles(),
             files=self._files(),
             best=self.ranking.best if self.ranking else None,
+            best_copy=self.best_copy,
             sentences=self.ranking.score.sentences(NUM_SENTENCES) if self._has_files else [],
-            settings=[(name, _shown(value)) for name, value in self.settings.items()],
-            versions=self.versions,
+            settings=[(name, _shown(value)) for name, value in facts.settings.items()],
+            settings_note=facts.settings_note,
+            versions=facts.versions,
             warnings=kept_warnings(),
         )
 
@@ -138,6 +161,10 @@ class RunPage(Callback):
         return self.ranking is not None and bool(self.ranking.files)
 
     def _charts(self) -> list[tuple[Markup, str]]:
+        if not can_draw_curves():
+            return []
+        from mlm_plugin.evaluation.charts import line_chart
+
         charts = [
             (
                 line_chart({"diffusion": self.diffusion}, x_title="step", y_title="loss"),
@@ -147,8 +174,7 @@ class RunPage(Callback):
         if self.term:
             chart = line_chart({"MLM term": self.term}, x_title="step", y_title="loss")
             charts.append((chart, "The MLM term before its weight."))
-        if self.validator and len(self.validator.losses) > 1:
-            charts.append(self._validation_chart())
+        charts += [(curves.chart(), curves.caption) for curves in self.curves if curves.is_one]
         if self._has_files and len(self.ranking.files) > 1:
             caption = (
                 "Context kept by the saved files: in the text encoder's states, and in the keys "
@@ -157,16 +183,9 @@ class RunPage(Callback):
             charts.append((self._context_chart(), caption))
         return charts
 
-    def _validation_chart(self) -> tuple[Markup, str]:
-        number = len(self.validator.dataset.images)
-        caption = (
-            f"Diffusion loss of {number} picture(s) that are not trained on, always with the same "
-            "noise and timesteps."
-        )
-        curve = {"validation": list(self.validator.losses.items())}
-        return line_chart(curve, x_title="step", y_title="loss"), caption
-
     def _context_chart(self) -> Markup:
+        from mlm_plugin.evaluation.charts import Point, scatter_chart
+
         last = next(reversed(self.ranking.files))
         points = [
             Point(
@@ -184,26 +203,26 @@ class RunPage(Callback):
         ]
         return scatter_chart(points, x_title="step", y_title="context kept, %", joined=True)
 
-    def _samples(self) -> dict[str, Any] | None:
+    def _tiles(self) -> dict[str, Any] | None:
         """Prompts by steps; long runs are thinned out evenly."""
-        if self.drawer is None or not self.drawer.drawn:
+        samples = self.samples()
+        if samples is None or not samples.drawn:
             return None
-        prompts = [prompt.prompt for prompt in self.drawer.prompts]
+        prompts, drawn = samples
         columns = max(2, min(MAX_COLUMNS, MAX_TILES // max(1, len(prompts))))
-        steps = _evenly(sorted(self.drawer.drawn), columns)
-        shown = {step: self.drawer.drawn[step] for step in steps}
+        steps = _evenly(list(drawn), columns)
         return {
             "steps": steps,
-            "left_out": len(self.drawer.drawn) - len(steps),
+            "left_out": len(drawn) - len(steps),
             "rows": [
-                (prompt, [self._picture(shown[step], row) for step in steps])
+                (prompt, [self._picture(drawn[step], row) for step in steps])
                 for row, prompt in enumerate(prompts[:MAX_TILES])
             ],
         }
 
-    def _picture(self, paths: Sequence[Path], row: int) -> Any:
+    def _picture(self, paths: Sequence[Path | None], row: int) -> Any:
         """A picture is read and scaled down once."""
-        if row >= len(paths):
+        if row >= len(paths) or paths[row] is None:
             return None
         if paths[row] not in self.pictures:
             self.pictures[paths[row]] = embed_picture(paths[row])
@@ -218,7 +237,12 @@ class RunPage(Callback):
         ]
 
 
-def _evenly(steps: Sequence[int], number: int) -> list[int]:
+def can_draw_curves() -> bool:
+    """Whether matplotlib is here, which sd-scripts does not install."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _evenly(steps: Sequence[Any], number: int) -> list[Any]:
     """At most so many of the steps, the first and the last among them."""
     if len(steps) <= number:
         return list(steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -14,10 +15,15 @@ __all__ = ["library_versions"]
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "pillow", "numpy")
 
 
-def library_versions(device: torch.device) -> dict[str, str]:
-    """Versions that decide about results, and the device."""
+def library_versions(device: torch.device, *, also: Sequence[str] = ()) -> dict[str, str]:
+    """Versions that decide about results, and the device.
+
+    Args:
+        device: of the run.
+        also: further packages that a host runs with.
+    """
     found = {"mlm_plugin": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *also):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

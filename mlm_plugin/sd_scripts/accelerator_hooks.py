@@ -1,4 +1,4 @@
-"""The MLM term inside the accelerator of a trainer whose loop is not ours to change.
+"""The MLM term, and what watches a run, in the accelerator of a trainer whose loop is not ours.
 
 ``Accelerator.backward`` is where accumulation, loss scaling, DDP and DeepSpeed begin: a term that
 is added to its argument is treated as the rest of the loss.
@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from mlm_plugin.errors import UserError
-from mlm_plugin.sd_scripts.term import MLMTerm
+from mlm_plugin.sd_scripts.run_watch import RunWatch
+from mlm_plugin.sd_scripts.term import LossParts, MLMTerm
 
 __all__ = [
     "exits_on_user_error",
@@ -32,20 +33,21 @@ LOSSES_SHOWN = {"avr_loss", "loss"}
 _waiting = ExitStack()
 
 
-def join_next_accelerator(term: MLMTerm | None) -> None:
+def join_next_accelerator(term: MLMTerm | None, watch: RunWatch | None) -> None:
     """Add a term to the losses of the accelerator that prepares models next.
 
     Args:
         term: ``None``: nothing is added. A term that still waits for its accelerator is dropped.
+        watch: follows the run; ``None``: nothing does.
     """
     _waiting.close()
-    if term is None:
+    if term is None and watch is None:
         return
 
     def prepare(original: Callable) -> Callable:
         def prepare(self, *args, **kwargs):
             _waiting.close()
-            join_accelerator(self, term)
+            join_accelerator(self, term, watch)
             return original(self, *args, **kwargs)
 
         return prepare
@@ -53,15 +55,20 @@ def join_next_accelerator(term: MLMTerm | None) -> None:
     _waiting.enter_context(wrapped(Accelerator, "prepare", prepare))
 
 
-def join_accelerator(accelerator: Accelerator, term: MLMTerm) -> None:
-    """Add the term until the training of this accelerator ends.
+def join_accelerator(
+    accelerator: Accelerator, term: MLMTerm | None, watch: RunWatch | None
+) -> None:
+    """Add the term, and let the run be watched, until the training of this accelerator ends.
 
     The loss that the trainer records stays that of the diffusion, as in validation: the difference
     of the two, its ``divergence``, compares like with like.
     """
-    term.attach(accelerator)
     joined = ExitStack()
-    joined.enter_context(shown_in_progress_bar(term))
+    if term:
+        term.attach(accelerator)
+        joined.enter_context(shown_in_progress_bar(term))
+    if watch:
+        watch.attach(accelerator)
     logging_trackers: list[Any] = []
 
     def backward(original: Callable) -> Callable:
@@ -70,16 +77,24 @@ def join_accelerator(accelerator: Accelerator, term: MLMTerm) -> None:
                 logging_trackers.extend(accelerator.trackers)
                 for tracker in logging_trackers:
                     joined.enter_context(wrapped(tracker, "log", log))
-            with exits_on_user_error():
-                loss = term.add_to(loss, accelerator)
+            if watch:
+                watch.end_if_lost()
+            parts = LossParts(loss.detach())
+            if term:
+                with exits_on_user_error():
+                    loss = term.add_to(loss, accelerator)
+                parts = term.parts
+            if watch:
+                watch.note(parts)
             return original(loss, *args, **kwargs)
 
         return backward
 
     def log(original: Callable) -> Callable:
         def log(values, *args, **kwargs):
-            if "loss/current" in values and term.parts:  # not of validation
-                values = {**values, **term.parts.logs()}
+            if "loss/current" in values:  # not of validation
+                ours = term.parts.logs() if term and term.parts else {}
+                values = {**values, **ours, **(watch.new_curves() if watch else {})}
             return original(values, *args, **kwargs)
 
         return log
@@ -87,6 +102,8 @@ def join_accelerator(accelerator: Accelerator, term: MLMTerm) -> None:
     def end_training(original: Callable) -> Callable:
         def end_training(*args, **kwargs):
             joined.close()
+            if watch:
+                watch.has_ended = True
             return original(*args, **kwargs)
 
         return end_training

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mlm_plugin.config.checks import mlm_range_errors
 from mlm_plugin.config.loading import coerce, describe_option, metavar_of
@@ -14,10 +15,12 @@ from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
 from mlm_plugin.errors import UserError
 
 __all__ = [
+    "WatchOptions",
     "add_mlm_arguments",
     "answer_in_one_line",
     "read_at",
     "read_mlm_options",
+    "read_watch_options",
     "text_encoder_rates",
     "why_network_has_no_gradient",
     "why_script_has_no_gradient",
@@ -25,6 +28,13 @@ __all__ = [
 ]
 
 LAUNCH = ("host", "sd_scripts_dir", "method", "mlm_arch", "mlm_script")
+WATCHING = ("mlm_page", "mlm_keep_best", "mlm_stop_below")
+"""Options of the standalone trainer's output that network trainers have here too."""
+PAGE_HELP = (
+    "Write a page of the run with every saved file: curves, samples, the words that are still "
+    "read, files, settings, warnings. Without a value it is NAME.html beside the file; the value "
+    "may be its path."
+)
 PLACE = "command line or config_file"
 WITH_CROSS_ATTENTION = ("sd", "sdxl", "anima")
 """Architectures whose image model reads the prompt in all of its layers."""
@@ -32,9 +42,38 @@ T5_CACHED = ("sd3", "flux")
 """Architectures that cache the outputs of T5 alone while their CLIP encoders are trained."""
 
 
+class WatchOptions(NamedTuple):
+    """What is watched of a run.
+
+    Attributes:
+        page: path of its page; ``None`` without one.
+        keep_best: whether a copy of the best file is kept.
+        stop_below: the run ends where a file keeps less of its context; ``None`` = never.
+    """
+
+    page: Path | None = None
+    keep_best: bool = False
+    stop_below: float | None = None
+
+    @property
+    def needing_score(self) -> list[str]:
+        """Names of the options that are nothing without the score."""
+        keep_best = ["mlm_keep_best"] if self.keep_best else []
+        return [*keep_best, "mlm_stop_below"] if self.stop_below is not None else keep_best
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the options that ask for something."""
+        return ["mlm_page", *self.needing_score] if self.page else self.needing_score
+
+
 def add_mlm_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what sd-scripts does not know; its own options are unchanged."""
     section = parser.add_argument_group("mlm", MLMOptions.__doc__)
+    switch = {"nargs": "?", "const": True}
+    section.add_argument("--mlm_page", **switch, metavar="PATH.html", help=PAGE_HELP)
+    for name, form in (("mlm_keep_best", {**switch, "metavar": "true"}), ("mlm_stop_below", {})):
+        section.add_argument(f"--{name}", **form, help=describe_option(OPTIONS[name]))
     for entry in _entries():
         section.add_argument(
             f"--{entry.name}",
@@ -79,7 +118,7 @@ def read_mlm_options(
     Raises:
         UserError: a wrong type, choice or range, or an unknown ``mlm_`` key.
     """
-    known = {entry.name for entry in _entries()}
+    known = {*WATCHING, *(entry.name for entry in _entries())}
     raw = {**vars(args), **given}
     for name in raw:
         if name.startswith("mlm_") and name not in known:
@@ -97,6 +136,41 @@ def read_mlm_options(
     if message := next(mlm_range_errors(options, num_steps=num_steps), None):
         raise UserError(message)
     return options
+
+
+def read_watch_options(
+    args: argparse.Namespace, given: Mapping[str, Any] = MappingProxyType({}), *, place: str = PLACE
+) -> WatchOptions:
+    """What is watched of a run; all of it is off unless it is asked for.
+
+    Args: as in :func:`read_mlm_options`.
+
+    Raises:
+        UserError: a wrong type or range.
+    """
+    raw = {name: value for name, value in {**vars(args), **given}.items() if name in WATCHING}
+    raw = {name: value for name, value in raw.items() if value not in (None, "")}
+    page = raw.pop("mlm_page", False)
+    values = {name: coerce(OPTIONS[name], value, place=place) for name, value in raw.items()}
+    return WatchOptions(
+        _page_path(page, args, place=place),
+        values.get("mlm_keep_best", False),
+        values.get("mlm_stop_below"),
+    )
+
+
+def _page_path(given: Any, args: argparse.Namespace, *, place: str) -> Path | None:
+    if isinstance(given, str) and given.lower().endswith(".html"):
+        return Path(given)
+    try:
+        is_on = coerce(OPTIONS["mlm_page"], given, place=place)
+    except UserError as error:
+        raise UserError(
+            f"{place}: mlm_page = {given!r} is not allowed; it must be true, or the path of the "
+            "page, which ends in .html"
+        ) from error
+    name = getattr(args, "output_name", None) or "last"
+    return Path(getattr(args, "output_dir", None) or ".") / f"{name}.html" if is_on else None
 
 
 def _entries() -> Iterator[Option]:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.data.captions import with_prefix_and_suffix
@@ -16,10 +16,13 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.models.token_embeddings import placeholder_pattern
 
 __all__ = [
+    "LearnedData",
     "built_captions",
+    "built_data",
     "built_datasets",
     "captions_of",
     "count_captions",
+    "named_data",
     "named_datasets",
     "require_in_captions",
 ]
@@ -28,6 +31,25 @@ logger = logging.getLogger(__name__)
 
 FIELDS = {field.name for field in dataclasses.fields(SubsetConfig)}
 PATHS = ("image_dir", "metadata_file", "conditioning_data_dir")
+
+
+class LearnedData(NamedTuple):
+    """Data sets, which may name concepts, and the captions of the pictures to learn from."""
+
+    datasets: Sequence[DatasetConfig]
+    captions: Sequence[str]
+
+
+def named_data(args: argparse.Namespace) -> LearnedData:
+    """The data that the options of sd-scripts name."""
+    datasets = named_datasets(args)
+    return LearnedData(datasets, list(captions_of(datasets)))
+
+
+def built_data(dataset_group: Any) -> LearnedData:
+    """The data that sd-scripts has built."""
+    datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
+    return LearnedData(built_datasets(datasets), list(built_captions(datasets)))
 
 
 def named_datasets(args: argparse.Namespace) -> list[DatasetConfig]:

@@ -20,6 +20,7 @@ from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
     answer_in_one_line,
     read_mlm_options,
+    read_watch_options,
     why_script_has_no_gradient,
 )
 from mlm_plugin.sd_scripts.locate import LaunchOptions, check_libraries
@@ -92,8 +93,23 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     args = parser.parse_args()
     _helper("verify_command_line_training_args")(args)
     args = _helper("read_config_from_file")(args, parser)
+    refuse_watching(script, args)
     script.run(module, script, args)
     return 0
+
+
+def refuse_watching(script: Script, args: argparse.Namespace) -> None:
+    """Refuse a page or a ranking of files in scripts that save them without a network.
+
+    Raises:
+        UserError: names the first such option.
+    """
+    given = read_watch_options(args).given
+    if given and script.method != "lora":
+        raise UserError(
+            f"{given[0]}: {script.file} has no network whose files could be watched; leave it out, "
+            "or use --host standalone"
+        )
 
 
 def choose_script(options: LaunchOptions) -> Script:

@@ -30,7 +30,7 @@ from mlm_plugin.sd_scripts.arguments import (
 from mlm_plugin.sd_scripts.term import MLMTerm
 from mlm_plugin.sd_scripts.text_encoders import is_clip_text_model, is_t5, wrap_text_encoder
 
-__all__ = ["Models", "create_term", "use_models"]
+__all__ = ["Models", "create_term", "encoders_of", "use_models"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def use_models(
     Raises:
         UserError: nothing that the term reads is trained, or a contextualizer does not fit.
     """
-    encoders = _encoders(args, models, architecture)
+    encoders = encoders_of(args, models, architecture)
     trains_text = any(encoder.is_trained for encoder in encoders.values())
     trains_unet = why_unet_untrained(args) is None
     place = read_at(
@@ -124,7 +124,7 @@ def use_models(
     accelerator.print(term.describe())
 
 
-def _encoders(
+def encoders_of(
     args: argparse.Namespace, models: Models, architecture: Architecture
 ) -> dict[int, Encoder]:
     """The text encoders by their number in the trainer; placeholders without weights are left out.

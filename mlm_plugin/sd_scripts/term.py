@@ -36,8 +36,7 @@ from mlm_plugin.mlm_setup import (
 from mlm_plugin.models.key_values import read_cross_attention, read_image_transformer
 from mlm_plugin.random_state import preserved_random_state
 from mlm_plugin.sd_scripts.data import (
-    built_captions,
-    built_datasets,
+    built_data,
     count_captions,
     require_in_captions,
 )
@@ -182,8 +181,7 @@ class MLMTerm:
         Raises:
             UserError: the concept is not known.
         """
-        datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
-        self.use_datasets(built_datasets(datasets), built_captions(datasets))
+        self.use_datasets(*built_data(dataset_group))
 
     def use_datasets(self, datasets: Sequence[DatasetConfig], captions: Iterable[str]) -> None:
         """Take concepts and captions from the data, unless the options name them.

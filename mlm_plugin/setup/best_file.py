@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate import Accelerator
-
 from mlm_plugin.config.datasets import Concept
-from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.data.dataset import TrainDataset
+from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.errors import UserError
-from mlm_plugin.methods import Method
 from mlm_plugin.mlm.kept_context import KEPT
 from mlm_plugin.mlm_setup import prompts_for
-from mlm_plugin.setup.data import captions_of
 from mlm_plugin.training.context_score import (
     NUM_PROMPTS,
     ContextReading,
     ContextScore,
+    ScoredModel,
     ScorePrompts,
 )
 from mlm_plugin.training.interrupt import Stopped
-from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["BestFile", "ContextLost", "Ranked", "watch_context"]
+__all__ = ["BestFile", "ContextLost", "Ranked", "ranking_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +64,15 @@ class BestFile:
         """What each file keeps in the keys and values, by name."""
         return {name: one.reading.cross_attention for name, one in self.files.items()}
 
-    def measure(self, trainer: Trainer, name: str) -> ContextReading:
-        """Score the file that is saved now."""
-        with trainer.evaluating():
-            reading = self.score()
-        self.files[name] = Ranked(trainer.progress.current_step, reading)
-        curves = {
+    def measure(self, name: str, step: int) -> dict[str, float]:
+        """Score the file that is saved now, with the models in evaluation mode; values to log."""
+        reading = self.score()
+        self.files[name] = Ranked(step, reading)
+        logger.info("%s keeps %.0f%% of the context", name, 100 * reading.cross_attention)
+        return {
             "context/text_encoder": reading.encoder,
             "context/cross_attention": reading.cross_attention,
         }
-        trainer.accelerator.log(curves, step=trainer.progress.current_step)
-        logger.info("%s keeps %.0f%% of the context", name, 100 * reading.cross_attention)
-        return reading
 
     @property
     def best(self) -> str | None:
@@ -113,61 +105,58 @@ class BestFile:
             raise ContextLost(kept, self.stop_below)
 
 
-def watch_context(
-    config: TrainConfig,
-    method: Method,
+def ranking_of(
+    model: ScoredModel,
+    options: MLMOptions,
     concepts: Sequence[Concept],
-    dataset: TrainDataset,
     *,
-    accelerator: Accelerator,
-    for_page: bool,
+    captions: Iterable[str],
+    keep: bool,
+    stop_below: float | None,
 ) -> BestFile | None:
-    """The ranking that the options or a page ask for; ``None`` if none does.
+    """The ranking of a run that asks for it, or whose page shows it.
 
     Args:
-        config: options of the run.
-        method: untrained.
+        model: untrained, in evaluation mode.
+        options: the prompt set.
         concepts: what is learned.
-        dataset: its captions may serve as prompts.
-        accelerator: its precision.
-        for_page: whether the run's page shows it.
+        captions: may serve as prompts.
+        keep: as in :class:`BestFile`.
+        stop_below: as there; with neither, the page alone needs the ranking.
+
+    Returns:
+        ``None`` where the page alone needs it and there are no prompts, with a warning.
 
     Raises:
-        UserError: the options ask for it, and there are no prompts.
+        UserError: there are no prompts, and more than the page needs them.
     """
-    options = config.output
-    is_asked = options.mlm_keep_best or options.mlm_stop_below is not None
-    if not is_asked and not (for_page and concepts):
-        return None
+    is_asked = keep or stop_below is not None
+    number = NUM_PROMPTS if is_asked else NUM_SHOWN
     try:
-        prompts = _prompts(
-            config, method, concepts, dataset, number=NUM_PROMPTS if is_asked else NUM_SHOWN
-        )
+        prompts = _prompts(model, options, concepts, captions=captions, number=number)
     except UserError as error:
         if is_asked:
             raise
         logger.warning("the page shows no words around the concept: %s", error)
         return None
-    method.train(False)
-    score = ContextScore(method, prompts, autocast=accelerator.autocast)
-    return BestFile(score, keep=options.mlm_keep_best, stop_below=options.mlm_stop_below)
+    return BestFile(ContextScore(model, prompts), keep=keep, stop_below=stop_below)
 
 
 def _prompts(
-    config: TrainConfig,
-    method: Method,
+    model: ScoredModel,
+    options: MLMOptions,
     concepts: Sequence[Concept],
-    dataset: TrainDataset,
     *,
+    captions: Iterable[str],
     number: int,
 ) -> ScorePrompts:
-    prompts = prompts_for(config.mlm, concepts, captions=captions_of(dataset))
+    prompts = prompts_for(options, concepts, captions=captions)
     texts = [concept.text for concept in concepts]
     drawn = ScorePrompts.drawn(lambda rng: prompts.sample(rng).text, texts, number=number)
-    found = drawn.within(method.models.text_encoders[0])
+    found = drawn.within(model.text_encoder)
     if not found.texts:
         raise UserError(
-            f"mlm_prompt_set = {config.mlm.mlm_prompt_set!r}: no prompt holds {texts[0]!r} within "
+            f"mlm_prompt_set = {options.mlm_prompt_set!r}: no prompt holds {texts[0]!r} within "
             "75 tokens; choose another set"
         )
     return found

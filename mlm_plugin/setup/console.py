@@ -14,7 +14,14 @@ from mlm_plugin.config.options import LogOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import is_of_the_disk
 
-__all__ = ["kept_warnings", "output_to", "quiet_imports", "quiet_libraries", "setup_console"]
+__all__ = [
+    "keep_warnings",
+    "kept_warnings",
+    "output_to",
+    "quiet_imports",
+    "quiet_libraries",
+    "setup_console",
+]
 
 MAX_WARNINGS = 40
 LOUD_LIBRARIES = (
@@ -50,7 +57,8 @@ def setup_console(options: LogOptions) -> None:
     form = "%(levelname)s: %(message)s" if options.console_log_simple else full
     handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
     root = logging.getLogger("mlm_plugin")
-    root.handlers[:] = [handler, KeptWarnings()]
+    root.handlers[:] = [handler]
+    keep_warnings(root)
     root.setLevel(level)
     root.propagate = False
 
@@ -69,9 +77,16 @@ class KeptWarnings(logging.Handler):
             self.lines.append(text)
 
 
+def keep_warnings(of: logging.Logger) -> None:
+    """Keep the warnings of a logger from now on, and forget those before."""
+    for logger in (logging.getLogger(), logging.getLogger("mlm_plugin")):
+        logger.handlers[:] = [one for one in logger.handlers if not isinstance(one, KeptWarnings)]
+    of.addHandler(KeptWarnings())
+
+
 def kept_warnings() -> list[str]:
-    """The warnings since :func:`setup_console`; empty without it."""
-    handlers = logging.getLogger("mlm_plugin").handlers
+    """The warnings since :func:`keep_warnings`; empty without it."""
+    handlers = [*logging.getLogger().handlers, *logging.getLogger("mlm_plugin").handlers]
     return next((one.lines for one in handlers if isinstance(one, KeptWarnings)), [])
 
 

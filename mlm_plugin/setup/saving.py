@@ -325,7 +325,10 @@ class Saver(Callback):
         """Measure what is saved now, and remove a file that was kept for its rank alone."""
         if self.ranking is None:
             return
-        self.ranking.measure(trainer, name)
+        step = trainer.progress.current_step
+        with trainer.evaluating():
+            curves = self.ranking.measure(name, step)
+        trainer.accelerator.log(curves, step=step)
         if self._spared and not self.ranking.spares(self._spared):
             outdone, self._spared = self._spared, None
             self._remove(trainer, outdone)

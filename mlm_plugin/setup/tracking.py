@@ -13,11 +13,19 @@ from mlm_plugin.config.options import LogOptions, TrainConfig
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import require_writable
+from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.drift import DriftWatch, TextDrift
 from mlm_plugin.training.logs import CurveLogger
 
-__all__ = ["check_trackers", "curve_loggers", "log_folder", "start_trackers", "tracker_kind"]
+__all__ = [
+    "check_trackers",
+    "curve_loggers",
+    "drift_watch",
+    "log_folder",
+    "start_trackers",
+    "tracker_kind",
+]
 
 TRACKER_NAME = "network_train"  # kohya's, so that old dashboards find the runs
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -78,23 +86,31 @@ def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
         ) from error
 
 
-def curve_loggers(
+def drift_watch(
     config: TrainConfig, models: StableDiffusion, accelerator: Accelerator
-) -> list[CurveLogger]:
-    """Start the trackers and create the callbacks that log to them; empty without logging.
+) -> DriftWatch | None:
+    """Measures the drift of the text encoders; ``None`` where nobody sees it or none is trained.
 
-    Call it before the method is prepared: drift is measured from the untrained encoder.
+    Call it before the method is prepared: drift is measured from the untrained encoders.
     """
+    is_seen = config.output.mlm_page or tracker_kind(config.logging)
+    method, number = METHODS[config.schedule.method], len(models.text_encoders)
+    if not is_seen or method.why_text_untrained(config, num_text_encoders=number) is not None:
+        return None
+    numbers = [""] if number == 1 else ["1", "2"]
+    return DriftWatch(
+        {
+            f"te{number}/drift_cos": TextDrift(text_encoder, autocast=accelerator.autocast)
+            for number, text_encoder in zip(numbers, models.text_encoders, strict=True)
+        }
+    )
+
+
+def curve_loggers(
+    config: TrainConfig, accelerator: Accelerator, drift: DriftWatch | None
+) -> list[CurveLogger]:
+    """Start the trackers and create the callbacks that log to them; empty without logging."""
     if not tracker_kind(config.logging):
         return []
     start_trackers(config, accelerator)
-    if (
-        config.dataset.cache_text_encoder_outputs
-    ):  # the text encoders are off the device, and do not change
-        return [CurveLogger({})]
-    numbers = [""] if len(models.text_encoders) == 1 else ["1", "2"]
-    drifts = {
-        f"te{number}/drift_cos": TextDrift(text_encoder, autocast=accelerator.autocast)
-        for number, text_encoder in zip(numbers, models.text_encoders, strict=True)
-    }
-    return [CurveLogger(drifts)]
+    return [CurveLogger(drift)]

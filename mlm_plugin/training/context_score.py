@@ -11,18 +11,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mlm_plugin.methods.base import Method
 from mlm_plugin.mlm.kept_context import kept_context, lost_by_token
 from mlm_plugin.models.cross_attention import cross_attention_names, is_per_layer, split_layers
 from mlm_plugin.models.key_values import MATRICES
 from mlm_plugin.models.text_encoder import TextEncoder
 
-__all__ = ["ContextReading", "ContextScore", "ScorePrompts", "Word"]
+if TYPE_CHECKING:  # the methods need peft, which sd-scripts does not install
+    from mlm_plugin.methods.base import Method
+
+__all__ = ["ContextReading", "ContextScore", "ScorePrompts", "ScoredModel", "Word", "matrices_of"]
 
 NUM_PROMPTS = 32
 
@@ -85,31 +89,65 @@ class ContextReading(NamedTuple):
     cross_attention: float
 
 
+@dataclass(frozen=True)
+class ScoredModel:
+    """What is scored, in whatever trainer it is trained.
+
+    Attributes:
+        text_encoder: the first one, whose tokens are counted.
+        encode: states of prompts as the U-Net sees them, ``(B, L, D)`` or one for each layer.
+        layers: the matrices of each cross-attention layer, as they are trained.
+        trains_text: whether anything before the states is trained.
+        untrained: within the block, before the first step, all of it computes as without training.
+        autocast: mixed precision of the run.
+    """
+
+    text_encoder: TextEncoder
+    encode: Callable[[list[str]], Tensor]
+    layers: Sequence[Sequence[nn.Module]]
+    trains_text: bool
+    untrained: Callable[[], AbstractContextManager] = nullcontext
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+
+    @classmethod
+    def of_method(
+        cls, method: Method, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ) -> ScoredModel:
+        """The models of a method of the standalone trainer."""
+        return cls(
+            method.models.text_encoders[0],
+            lambda texts: method.encode(texts).states,
+            matrices_of(method.models.unet),
+            method.trains_text_side,
+            method.untrained,
+            autocast,
+        )
+
+
+def matrices_of(unet: nn.Module) -> list[list[nn.Module]]:
+    """What makes keys and values of the prompt, for each cross-attention layer."""
+    return [
+        [unet.get_submodule(f"{name}.{matrix}") for matrix in MATRICES]
+        for name in cross_attention_names(unet)
+    ]
+
+
 class ContextScore:
     """Compares what is read now with what was read before training.
 
     Args:
-        method: in evaluation mode and untrained when this is created, in evaluation mode whenever
+        model: in evaluation mode and untrained when this is created, in evaluation mode whenever
             it is measured.
         prompts: what is read, each with its concept within the encoder's window.
-        autocast: mixed precision of the run.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        prompts: ScorePrompts,
-        *,
-        autocast: Callable[[], AbstractContextManager] = nullcontext,
-    ):
-        self.method, self.prompts, self.autocast = method, prompts, autocast
-        self.layers = [
-            [method.models.unet.get_submodule(f"{name}.{matrix}") for matrix in MATRICES]
-            for name in cross_attention_names(method.models.unet)
-        ]
-        self._kept_states = None if method.trains_text_side else self._states()
+    def __init__(self, model: ScoredModel, prompts: ScorePrompts):
+        self.model, self.prompts = model, prompts
+        self._kept_states: Tensor | None = None
         self._now: list[Tensor] = []
-        with method.untrained():
+        with model.untrained():
+            if not model.trains_text:
+                self._kept_states = self._states()
             self.before = self._read()
 
     def __call__(self) -> ContextReading:
@@ -135,7 +173,7 @@ class ContextScore:
 
     def _words(self, text: str, concept: str, lost: Sequence[float]) -> list[Word]:
         """The words of one prompt; ``lost`` is of its tokens outside the concept, and of EOS."""
-        tokenizer = self.method.models.text_encoders[0].tokenizer
+        tokenizer = self.model.text_encoder.tokenizer
         before, behind = (tokenizer.tokenize(part) for part in text.split(concept, 1))
         return [
             *_whole_words(before, lost),
@@ -147,10 +185,10 @@ class ContextScore:
     def _read(self) -> list[Tensor]:
         """States ``(N, D)`` of the words around the concept, then keys and values; on the CPU."""
         states_KND = self._states() if self._kept_states is None else self._kept_states
-        states_KND = states_KND.to(self.method.models.unet.device)
+        states_KND = states_KND.to(_device_of(self.model.layers[0][0]))
         read = [states_KND.flatten(0, 1)]
-        with self.autocast():
-            for number, matrices in enumerate(self.layers):
+        with self.model.autocast():
+            for number, matrices in enumerate(self.model.layers):
                 states_ND = states_KND[number % len(states_KND)]
                 read += [matrix(states_ND.to(_dtype_of(matrix))) for matrix in matrices]
         return [one.float().cpu() for one in read]
@@ -158,11 +196,11 @@ class ContextScore:
     @torch.no_grad()
     def _states(self) -> Tensor:
         """``(K, N, D)``; K is 1, or the number of layers that have states of their own."""
-        with self.autocast():
-            joined = self.method.encode(list(self.prompts.texts)).states
+        with self.model.autocast():
+            joined = self.model.encode(list(self.prompts.texts))
         states_KBLD = joined[None]
         if is_per_layer(joined):
-            states_KBLD = split_layers(joined, len(self.layers))
+            states_KBLD = split_layers(joined, len(self.model.layers))
         rows = self._positions()
         return torch.stack(
             [
@@ -173,8 +211,8 @@ class ContextScore:
 
     def _positions(self) -> list[list[int]]:
         """Of the words around the concept and of EOS, for each prompt."""
-        encoder: TextEncoder = self.method.models.text_encoders[0]
-        return [encoder.positions_around(*pair) for pair in zip(*self.prompts, strict=True)]
+        positions_around = self.model.text_encoder.positions_around
+        return [positions_around(*pair) for pair in zip(*self.prompts, strict=True)]
 
 
 def _whole_words(tokens: Sequence[str], lost: Sequence[float]) -> list[Word]:
@@ -190,5 +228,12 @@ def _whole_words(tokens: Sequence[str], lost: Sequence[float]) -> list[Word]:
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """Of what it takes; weights in 8 bits are only stored in them."""
     weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
-    return weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
+    if weight is None or not weight.is_floating_point() or weight.itemsize == 1:
+        return torch.float32
+    return weight.dtype
+
+
+def _device_of(layer: nn.Module) -> torch.device:
+    return next(chain(layer.parameters(), layer.buffers())).device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_plugin.models.text_encoder import TextEncoder
+from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["TextDrift"]
+__all__ = ["DriftWatch", "TextDrift"]
+
+NUM_DRIFTS = 50  # times per run that the text encoders' drift is measured
 
 PROBES = (
     "a photo of a mountain lake at sunrise",
@@ -54,3 +58,30 @@ class TextDrift:
     def _states(self) -> Tensor:
         with self.autocast():
             return self.text_encoder.encode_captions(PROBES).float()
+
+
+class DriftWatch(Callback):
+    """Measures the drift of the text encoders ``NUM_DRIFTS`` times in a run.
+
+    Args:
+        drifts: measures by tag, created before anything is trained.
+
+    Attributes:
+        cosines: what was measured, by tag and step.
+    """
+
+    def __init__(self, drifts: Mapping[str, TextDrift]):
+        self.drifts = dict(drifts)
+        self.cosines: dict[str, dict[int, float]] = {tag: {} for tag in drifts}
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Measure, if it is due."""
+        step = trainer.progress.current_step
+        if step % max(1, trainer.plan.num_steps // NUM_DRIFTS) == 0:
+            with trainer.evaluating():
+                for tag, drift in self.drifts.items():
+                    self.cosines[tag][step] = drift()
+
+    def at(self, step: int) -> dict[str, float]:
+        """What was measured after a step, by tag; empty after most steps."""
+        return {tag: values[step] for tag, values in self.cosines.items() if step in values}

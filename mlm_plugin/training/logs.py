@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from mlm_plugin.training.callbacks import Callback, StepResult, mlm_curves
-from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.drift import DriftWatch
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["CurveLogger"]
 
 logger = logging.getLogger(__name__)
 
-NUM_DRIFTS = 50  # times per run that the text encoder's drift is measured
-
 
 class CurveLogger(Callback):
     """Sends numbers to the accelerator's trackers after every optimizer step.
 
     Args:
-        drifts: measures of the text encoders by tag, created before anything is trained.
+        drift: measures the text encoders in front of it, if they are measured.
     """
 
-    def __init__(self, drifts: Mapping[str, TextDrift]):
+    def __init__(self, drift: DriftWatch | None = None):
         self.recent: deque[float] = deque()
-        self.drifts = dict(drifts)
+        self.drift = drift
         self._failed: set[str] = set()  # names of trackers that could not write
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -35,7 +33,7 @@ class CurveLogger(Callback):
         self.recent = deque(maxlen=trainer.plan.steps_per_epoch)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Losses, learning rates, norms, now and then the drift."""
+        """Losses, learning rates, norms, and the drift where it was measured."""
         self.recent.append(result.loss)
         step = trainer.progress.current_step
         values = {
@@ -49,10 +47,8 @@ class CurveLogger(Callback):
             values["loss/mlm"] = result.mlm
             values["loss/mlm_weighted"] = result.mlm_weight * result.mlm
             values |= mlm_curves(result.mlm_parts)
-        if step % max(1, trainer.plan.num_steps // NUM_DRIFTS) == 0:
-            trainer.method.train(False)
-            values |= {tag: drift() for tag, drift in self.drifts.items()}
-            trainer.method.train(True)
+        if self.drift is not None:
+            values |= self.drift.at(step)
         self.log(trainer, values)
 
     def on_epoch_end(self, trainer: Trainer) -> None:

@@ -75,14 +75,15 @@ def _write(looks: Iterable[Look]) -> None:
 
 def _run(name: str, trial: Trial, context) -> list[Look]:
     from mlm_plugin.demo.trial import ConceptTest, EvaluationCallback
-    from mlm_plugin.training.context_score import ContextScore, ScorePrompts
+    from mlm_plugin.training.context_score import ContextScore, ScoredModel, ScorePrompts
     from research.bench.trial import trainer_of
 
     trainer = trainer_of(trial, context, context.folder / "text_score")
     concept = trial.concept
     texts = [text.replace("{}", concept.name) for text in context.prompts(concept, "free")[1]][:32]
     trainer.method.train(False)
-    score = ContextScore(trainer.method, ScorePrompts(texts, [concept.name] * len(texts)))
+    prompts = ScorePrompts(texts, [concept.name] * len(texts))
+    score = ContextScore(ScoredModel.of_method(trainer.method), prompts)
     looks: list[Look] = []
 
     class Looks(EvaluationCallback):

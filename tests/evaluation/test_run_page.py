@@ -45,7 +45,8 @@ def test_the_page_shows_curves_samples_sentences_files_and_settings(run, page_of
     text = " ".join(page.text.split())
     assert "step 12 of 12" in text
     assert "a sks dog & <b>a cat</b>" in page.text, "text is escaped"
-    assert page.tags.count("svg") == 3  # diffusion, term, context
+    assert page.tags.count("svg") == 4  # diffusion, term, drift, context
+    assert "Drift: cosine" in text
     assert page.tags.count("img") == 2 * 3
     for part in ("dog-step00000004", "dog-step00000008", "learning_rate", "0.001", "torch"):
         assert part in text
@@ -56,15 +57,20 @@ def test_the_page_shows_curves_samples_sentences_files_and_settings(run, page_of
 
 def test_a_plain_run_without_a_concept_has_a_page_too(run, page_of, toy_pictures, tmp_path):
     page = page_of(run("--mlm_loss_weight", "0", "--sample_every_n_steps", "0"))
-    assert page.tags.count("svg") == 2  # diffusion, context
+    assert page.tags.count("svg") == 3  # diffusion, drift, context
     assert "img" not in page.tags
 
 
 def test_the_loss_of_held_out_pictures_has_a_curve(run, page_of):
     plain = ("--mlm_loss_weight", "0", "--sample_every_n_steps", "0")
     page = page_of(run(*plain, "--validation_split", "0.2", "--validate_every_n_steps", "6"))
-    assert page.tags.count("svg") == 3  # diffusion, validation, context
+    assert page.tags.count("svg") == 4  # diffusion, validation, drift, context
     assert "Diffusion loss of 1 picture(s) that are not trained on" in " ".join(page.text.split())
+
+
+def test_encoders_that_stay_as_they_are_have_no_drift(run, page_of):
+    page = page_of(run("--network_train_unet_only", "--mlm_target", "states"))
+    assert "Drift" not in page.text
 
 
 def test_it_is_written_during_the_run_and_after_a_stop(run, page_of):

@@ -38,7 +38,7 @@ from mlm_plugin.export.custom_diffusion_files import save_delta
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS, save_embedding, save_xti
 from mlm_plugin.export.lora_files import save_lora
 from mlm_plugin.export.sidecar import write_preview, write_sidecar
-from mlm_plugin.files import cached_folder, remove_temporaries
+from mlm_plugin.files import cached_folder, copy_file, remove_temporaries
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.weights_files import write_weights
@@ -212,6 +212,11 @@ WRITES = {
         lambda folder, version, parts: claim_folder(folder, {"model": f"dog{version}"}), fresh=True
     ),
     "evaluation results": Write(results),
+    "copy of the best": Write(
+        lambda folder, version, parts: copy_file(
+            PACKAGE / ("files.py", "cli.py")[version - 1], folder / "dog-best.safetensors"
+        )
+    ),
     "page": Write(lambda folder, version, parts: write_report(folder, f"<p>{version}</p>" * 20)),
     "subject": Write(subject),
     "labels": Write(

@@ -814,3 +814,120 @@ def test_module_refuses_in_one_line(arguments, given, message):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+
+
+WATCHED = ("mlm_page=true", "mlm_keep_best=true")
+EVERY = ("--save_every_n_steps", "1", "--network_dropout", "0.1")
+
+
+@pytest.fixture
+def watched(arguments, tmp_path):
+    """A run of our module with and without a page; returns its text, once both were compared."""
+
+    def watched(script, *flags, ours=("mlm_target=states",)):
+        shared = ["plain", script, *arguments, *EVERY, *flags]
+        rank = ("--network_dim", "4", "--network_alpha", "4")
+        module = ("--network_module", "mlm_plugin.kohya", "--network_args", *ours)
+        call(sys.executable, PROGRAM, *shared, *rank, *module, "--output_name", "bare")
+        printed = call(
+            *(sys.executable, PROGRAM, *shared, *rank, *module, *WATCHED),
+            *("--output_name", "seen"),
+        )
+        out = tmp_path / "out"
+        for path in sorted(out.glob("bare*.safetensors")):
+            assert not changed(path, out / path.name.replace("bare", "seen")), path.name
+        assert metadata_of(out / "seen-best.safetensors")["ss_output_name"] == "seen"
+        assert "page of the run: " in printed
+        assert "could not be" not in printed
+        return (out / "seen.html").read_text(encoding="utf-8")
+
+    return watched
+
+
+def test_a_watched_lora_trains_the_same_weights(watched):
+    page = watched("train_network.py")
+    for part in (
+        "sks dog",
+        "seen-step00000002",
+        "learning_rate",
+        "accelerate",
+        "What is still read",
+    ):
+        assert part in page
+
+
+def test_a_watched_unet_alone_trains_the_same_weights(watched):
+    assert "What is still read" in watched("train_network.py", "--network_train_unet_only")
+
+
+def test_a_watched_lycoris_trains_the_same_weights(watched):
+    need_lycoris()
+    page = watched("train_network.py", ours=("mlm_target=states", "algo=locon", "conv_dim=4"))
+    assert "lycoris_lora" in page
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_watched_lora_of_sdxl_trains_the_same_weights(watched, folder, cached):
+    model = ("--pretrained_model_name_or_path", folder / "sdxl.safetensors")
+    flags = ("--network_train_unet_only", "--cache_text_encoder_outputs") if cached else ()
+    assert "What is still read" in watched("sdxl_train_network.py", *model, *flags)
+
+
+def test_a_plain_run_in_the_launcher_is_watched_and_stays_the_plain_one(arguments, tmp_path):
+    flags = [*arguments, *LORA, *EVERY, "--output_name"]
+    call(sys.executable, PROGRAM, "plain", "train_network.py", *flags, "plain")
+    toml = tmp_path / "watch.toml"
+    toml.write_text("mlm_loss_weight = 0\nmlm_page = true\nmlm_keep_best = true\n")
+    given = ("--config_file", toml, "--save_last_n_steps", "1")
+    call(sys.executable, PROGRAM, "mlm", *flags, "seen", *given)
+    out = tmp_path / "out"
+    assert not changed(out / "plain.safetensors", out / "seen.safetensors")
+    assert (out / "seen-best.safetensors").is_file()
+    assert "mlm_loss_weight" in (out / "seen.html").read_text(encoding="utf-8")
+
+
+def test_a_run_that_lost_its_context_ends_and_can_be_resumed(arguments, tmp_path):
+    given = ("mlm_loss_weight=0", "mlm_stop_below=0.9")
+    run = ["plain", "train_network.py", *arguments, *EVERY, "--network_module", "mlm_plugin.kohya"]
+    flags = ("--learning_rate", "0.1", "--output_name", "lost", "--network_args", *given)
+    printed = call(sys.executable, PROGRAM, *run, *flags, "--max_train_steps", "8")
+    assert "of the context is kept, mlm_stop_below is 90%" in printed
+    out = tmp_path / "out"
+    files = sorted(out.glob("lost*.safetensors"))
+    assert 1 <= len(files) < 8
+    step = json.loads((out / "lost-state" / "train_state.json").read_text())["current_step"]
+    assert files[-1].name == f"lost-step{step:08d}.safetensors"
+    again = ("--resume", out / "lost-state", "--output_name", "on", "--network_args", given[0])
+    call(sys.executable, PROGRAM, *run, *again, "--max_train_steps", "9")
+    assert (out / "on.safetensors").is_file()
+
+
+def test_two_processes_end_together_where_the_context_is_lost(arguments, tmp_path):
+    launcher = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+        *("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--main_process_port", "29765"),
+    ]
+    given = ("mlm_target=states", "mlm_stop_below=0.9", *WATCHED)
+    printed = call(
+        *(*launcher, PROGRAM, "plain", "train_network.py", *arguments, *EVERY),
+        *("--network_module", "mlm_plugin.kohya", "--learning_rate", "0.1"),
+        *("--max_train_steps", "8", "--output_name", "lost", "--network_args", *given),
+        ACCELERATE_USE_CPU="1",
+        RANK_WEIGHTS=str(tmp_path),
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert printed.count("mlm_stop_below is 90%") == 1
+    assert (tmp_path / "out" / "lost-state").is_dir()
+    assert (tmp_path / "out" / "lost.html").is_file()
+    assert not (tmp_path / "out" / "lost.safetensors").exists()
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_page_of_a_transformer_shows_curves_and_settings(family, arch, tmp_path):
+    plain, ours, _ = family(arch, weight=0, ours=("mlm_page=true",))
+    assert not changed(plain, ours)
+    page = (tmp_path / "out" / "mlm.html").read_text(encoding="utf-8")
+    assert "read from the U-Net and CLIP of Stable Diffusion" in page
+    assert "What is still read" not in page

@@ -2,8 +2,12 @@
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -16,7 +20,13 @@ from torch import nn
 
 from mlm_plugin import kohya
 from mlm_plugin.config.options import OPTIONS
+from mlm_plugin.errors import UserError
+from mlm_plugin.sd_scripts.architectures import ARCHITECTURES
+from mlm_plugin.sd_scripts.arguments import WatchOptions
+from mlm_plugin.sd_scripts.launch import SCRIPTS, refuse_watching
 from mlm_plugin.sd_scripts.network_module import split_arguments
+from mlm_plugin.sd_scripts.page_facts import drawn_samples, given_settings
+from mlm_plugin.sd_scripts.run_watch import check_watching
 from mlm_plugin.sd_scripts.term import STATE_FILE
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator", "_sd_scripts")
@@ -171,6 +181,9 @@ OWN = {
     "gradient_accumulation_steps": 1,
     "resume": None,
     "save_state": None,
+    "save_every_n_steps": None,
+    "output_name": "dog",
+    "sample_prompts": None,
 }
 
 
@@ -185,7 +198,8 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
         if module is kohya:
             words = ("mlm_target=class", f"mlm_contextualizer={toy_contextualizer}")
             network_args = (*words, *network_args)
-        args = argparse.Namespace(**OWN | changes, network_args=list(network_args))
+        out = {"output_dir": str(tmp_path / "out")}
+        args = argparse.Namespace(**OWN | out | changes, network_args=list(network_args))
         args.network_module = module.__name__
         torch.manual_seed(args.seed)
         accelerator = Accelerator(
@@ -214,7 +228,7 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
             accelerator.load_state(args.resume)
         gradients, losses = [], []
         batch = tokenizer(["a photo of sks dog"], return_tensors="pt").input_ids
-        for _ in range(num_batches):
+        for number in range(1, num_batches + 1):
             with accelerator.accumulate(network):
                 on_step_start = getattr(network, "on_step_start", lambda *args: None)
                 on_step_start(model, unet)
@@ -225,6 +239,11 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
                 gradients.append([p.grad.clone() for p in network.parameters()])
                 optimizer.step()
                 optimizer.zero_grad()
+            if args.save_every_n_steps and number % args.save_every_n_steps == 0:
+                (tmp_path / "out").mkdir(exist_ok=True)
+                name = f"{args.output_name}-step{number:08d}.safetensors"
+                saved = {"ss_steps": str(number), "ss_sd_scripts_commit_hash": "abcdef"}
+                network.save_weights(str(tmp_path / "out" / name), None, saved)
             losses.append(loss.item())
             tracker.log({"loss/current": loss.item(), "loss/average": 0.0}, step=len(losses))
             tracker.log({"loss/validation/step_average": 0.0}, step=len(losses))
@@ -438,6 +457,16 @@ def test_prompts_can_be_the_captions_of_the_data(train, tmp_path, toy_pictures):
         (["mlm_read_at=encoder"], {"text_encoder_lr": 0}, "text_encoder_lr = 0 leaves"),
         ([], {"dataset_class": "my.Data"}, "give placeholder_token"),
         (["class_token=dog,cat"], {"dataset_class": "my.Data"}, "placeholder_token"),
+        (["mlm_page=yes"], {}, "mlm_page = 'yes' is not allowed; it must be true, or the path"),
+        (["mlm_keep_best=always"], {}, "network_args: mlm_keep_best = 'always' is not allowed"),
+        (["mlm_stop_below=1.5"], {}, "mlm_stop_below = '1.5' is not allowed"),
+        (["mlm_pages=true"], {}, "unknown key 'mlm_pages'; did you mean mlm_page"),
+        (["mlm_stop_below=0.5"], {"deepspeed": True}, "mlm_stop_below: with deepspeed"),
+        (
+            ["mlm_loss_weight=0", "mlm_keep_best=true"],
+            {"dataset_class": "my.Data"},
+            "placeholder_token",
+        ),
     ],
 )
 def test_a_bad_argument_is_one_line_and_exit_code_2(train, capsys, network_args, changes, message):
@@ -542,6 +571,193 @@ def test_an_argument_of_lycoris_names_it(train, lycoris):
     assert run.network.given == {"algo": "locon", "dropout": None}
 
 
+WATCHED = ("mlm_target=states", "mlm_page=true", "mlm_keep_best=true")
+
+
+def names_in(folder):
+    return {path.name for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.0])
+def test_a_watched_run_trains_the_same_weights(train, rate, toy_text_encoder):
+    """Gradients, noise and modes are those of the run without a page, at every step."""
+    changes = {"save_every_n_steps": 1, "text_encoder_lr": rate}
+    term = ("mlm_target=states",)
+    bare, watched = train(*term, **changes), train(*WATCHED, **changes)
+    assert bare.losses == watched.losses
+    assert all(
+        torch.equal(one, other)
+        for step, same_step in zip(bare.gradients, watched.gradients, strict=True)
+        for one, other in zip(step, same_step, strict=True)
+    )
+    assert same(bare.weights, watched.weights)
+    assert watched.network.training == bare.network.training
+
+
+def test_the_page_of_a_run_is_written_with_every_file(train, page_of, tmp_path, capsys):
+    run = train(*WATCHED, save_every_n_steps=1)
+    page = page_of(tmp_path / "out" / "dog.html")
+    text = " ".join(page.text.split())
+    assert "step 4 of 4" in text
+    assert "sks dog" in text
+    for step in range(1, 5):
+        assert f"dog-step{step:08d}" in text
+    assert "abcdef" in text, "the version of sd-scripts"
+    assert "accelerate" in text
+    assert page.tags.count("svg") == 3  # diffusion, term, context
+    assert f"page of the run: {tmp_path / 'out' / 'dog.html'}" in capsys.readouterr().out
+    assert len(curve(run, "context/cross_attention")) == 4
+
+
+def test_the_page_of_a_plain_run_may_have_a_path_of_its_own(train, page_of, tmp_path):
+    path = tmp_path / "pages" / "own.html"
+    plain = train(module=plain_module(), save_every_n_steps=2)
+    watched = train("mlm_loss_weight=0", f"mlm_page={path}", save_every_n_steps=2)
+    assert same(plain.weights, watched.weights)
+    assert plain.losses == watched.losses
+    page = page_of(path)
+    assert page.tags.count("svg") == 2  # diffusion, context
+    assert not (tmp_path / "out" / "dog.html").exists()
+
+
+def test_without_a_rate_nothing_is_lost_and_with_a_high_one_much_is(train, page_of, tmp_path):
+    def kept():
+        text = " ".join(page_of(tmp_path / "out" / "dog.html").text.split())
+        found = re.findall(r"dog-step0000000(\d)\s*\1\s*?(\d{1,2}|100)%", text)
+        return [int(share) for _, share in found]
+
+    train(*WATCHED, save_every_n_steps=2, learning_rate=1e-9)
+    assert kept() == [100, 100]
+    train(*WATCHED, save_every_n_steps=2, learning_rate=50.0)
+    assert min(kept()) < 50
+
+
+def test_a_copy_of_the_best_file_is_kept(train, tmp_path, capsys):
+    """The first file keeps most, as training at this rate destroys the context."""
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / ".dog-best.safetensors.abcdefgh.tmp"  # by a run that was killed
+    left.touch()
+    os.utime(left, (0, 0))
+    train(*WATCHED, save_every_n_steps=1, learning_rate=20.0)
+    folder = tmp_path / "out"
+    assert "dog-best.safetensors" in names_in(folder)
+    assert not left.exists()
+    best = load_file(folder / "dog-best.safetensors")
+    assert same(best, load_file(folder / "dog-step00000001.safetensors"))
+    assert "best by its context: " in (printed := capsys.readouterr().out)
+    assert "dog-best.safetensors, which keeps" in printed
+    assert "Take dog-best" in re.sub("<[^>]+>", "", (folder / "dog.html").read_text())
+
+
+def test_a_run_that_lost_its_context_ends_with_a_state(train, tmp_path, capsys):
+    given = ("mlm_target=states", "mlm_stop_below=0.9")
+    with pytest.raises(SystemExit) as stop:
+        train(*given, save_every_n_steps=1, learning_rate=20.0)
+    assert stop.value.code == 0
+    assert "of the context is kept, mlm_stop_below is 90%" in capsys.readouterr().err
+    state = tmp_path / "out" / "dog-state"
+    counted = json.loads((state / STATE_FILE).read_text())["step"]
+    assert names_in(tmp_path / "out") == {
+        f"dog-step{step:08d}.safetensors" for step in range(1, counted + 1)
+    }
+    assert counted < 4
+    assert "dog.safetensors" not in names_in(tmp_path / "out")
+    assert train("mlm_target=states", resume=str(state), learning_rate=1e-9).losses
+
+
+def test_a_run_that_keeps_its_context_does_not_end_early(train):
+    given = ("mlm_target=states", "mlm_stop_below=0.9")
+    assert len(train(*given, save_every_n_steps=1, learning_rate=1e-9).losses) == 4
+
+
+def test_a_page_that_cannot_be_written_costs_a_warning(train, tmp_path, caplog):
+    (tmp_path / "out" / "dog.html").mkdir(parents=True)
+    watched, bare = train(*WATCHED, save_every_n_steps=2), train("mlm_target=states")
+    assert "dog.html could not be saved" in caplog.text
+    assert same(watched.weights, bare.weights)
+
+
+def test_a_file_that_cannot_be_examined_costs_a_warning(train, tmp_path, caplog):
+    (tmp_path / "out" / "dog-best.safetensors").mkdir(parents=True)
+    watched, bare = train(*WATCHED, save_every_n_steps=2), train("mlm_target=states")
+    assert "is saved, but could not be examined" in caplog.text
+    assert same(watched.weights, bare.weights)
+
+
+def test_a_page_without_a_concept_or_matplotlib_shows_the_rest(
+    train, page_of, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    given = ("mlm_loss_weight=0", "mlm_page=true")
+    train(*given, dataset_class="my.Data", save_every_n_steps=2)
+    text = page_of(tmp_path / "out" / "dog.html").text
+    assert "Settings" in text
+    for line in ("it is not known; give placeholder_token", "pip install matplotlib"):
+        assert line in caplog.text
+        assert line in text, "the page has the warnings of the run"
+
+
+@pytest.mark.parametrize("options", [{"keep_best": True}, {"stop_below": 0.5}])
+def test_options_of_the_ranking_need_files_and_a_unet(options, caplog):
+    given = WatchOptions(**options)
+    check_watching(
+        given, argparse.Namespace(save_every_n_epochs=1), ARCHITECTURES["SdTokenizeStrategy"]
+    )
+    assert not caplog.text
+    check_watching(
+        given, argparse.Namespace(save_every_n_epochs=None), ARCHITECTURES["SdTokenizeStrategy"]
+    )
+    assert f"{given.needing_score[0]} has no effect without save_every_n_steps" in caplog.text
+    for architecture in ARCHITECTURES.values():
+        if not architecture.is_unet:
+            with pytest.raises(UserError, match=f"{given.needing_score[0]}: .* leave it out"):
+                check_watching(given, argparse.Namespace(), architecture)
+            check_watching(WatchOptions(Path("page.html")), argparse.Namespace(), architecture)
+
+
+def test_scripts_without_a_network_are_not_watched():
+    for script in SCRIPTS:
+        refuse_watching(script, argparse.Namespace(mlm_page=None, mlm_stop_below=""))
+        refused = script.method != "lora"
+        with pytest.raises(UserError, match="mlm_page: ") if refused else nullcontext():
+            refuse_watching(script, argparse.Namespace(mlm_page=True))
+
+
+def test_the_pictures_of_this_run_are_found_by_step_and_epoch(tmp_path):
+    folder = tmp_path / "sample"
+    folder.mkdir()
+    names = [
+        "dog_000010_00_20260101120001_1.png",
+        "dog_000010_01_20260101120002.png",
+        "dog_e000002_01_20260101130000_7.png",
+        "dog_000010_00_20250101120001_1.png",  # of an earlier run
+        "cat_000010_00_20260101120001_1.png",
+        "dog_big_000010_00_20260101120001_1.png",
+        "dog_000010.txt",
+    ]
+    for name in names:
+        (folder / name).touch()
+    (tmp_path / "prompts.txt").write_text("a sks dog --w 64\n")
+    args = argparse.Namespace(
+        output_dir=str(tmp_path), output_name="dog", sample_prompts=str(tmp_path / "prompts.txt")
+    )
+    found = drawn_samples(args, since="20260101120000")
+    assert found.prompts == ["a sks dog", "prompt 2"]
+    paths = [folder / name for name in names[:3]]
+    assert found.drawn == {10: paths[:2], "epoch 2": [None, paths[2]]}
+    assert drawn_samples(args, since="20270101000000") is None
+
+
+def test_the_settings_of_a_page_are_those_that_were_given_without_secrets(tmp_path):
+    (tmp_path / "run.toml").write_text('[a]\nseed = 3\nwandb_api_key = "secret"\n')
+    args = argparse.Namespace(
+        seed=3, wandb_api_key="secret", config_file=str(tmp_path / "run.toml"),
+        learning_rate=1e-4, max_train_steps=5,
+    )  # fmt: skip
+    argv = ["--learning_rate=1e-4", "--huggingface_token", "secret", "--config_file", "run.toml"]
+    assert given_settings(args, argv) == {"learning_rate": 1e-4, "seed": 3}
+
+
 def test_every_option_of_the_term_is_a_network_argument():
     names = [name for name, entry in OPTIONS.items() if entry.group == "mlm"]
     given = split_arguments({name: "x" for name in names} | {"inner": "a.b", "algo": "locon"})
@@ -564,6 +780,19 @@ def test_the_module_needs_only_what_sd_scripts_installs():
         "import mlm_plugin.kohya\n"
         "from mlm_plugin.mlm.prompts import PromptSet\n"
         "PromptSet.load('living', syntax='natural')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_page_needs_only_what_torch_installs_besides():
+    """jinja2 comes with torch; matplotlib and peft do not."""
+    program = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('peft', 'lycoris', 'matplotlib', 'tomli_w'))\n"
+        "from mlm_plugin.evaluation import run_page, versions\n"
+        "from mlm_plugin.sd_scripts import page_facts, run_watch\n"
+        "assert not run_page.can_draw_curves()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

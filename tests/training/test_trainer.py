@@ -25,7 +25,7 @@ from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.training import rollback
 from mlm_plugin.training.callbacks import Callback
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
-from mlm_plugin.training.drift import TextDrift
+from mlm_plugin.training.drift import DriftWatch, TextDrift
 from mlm_plugin.training.guards import NonFiniteLatents, NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
 from mlm_plugin.training.logs import CurveLogger
@@ -594,9 +594,10 @@ class MemoryTracker(GeneralTracker):
         self.finished = True
 
 
-def curve_logger(trainer):
+def curve_loggers(trainer):
     (text_encoder,) = trainer.models.text_encoders  # a new LoRA leaves its states unchanged
-    return CurveLogger({"te/drift_cos": TextDrift(text_encoder)})
+    drift = DriftWatch({"te/drift_cos": TextDrift(text_encoder)})
+    return [drift, CurveLogger(drift)]
 
 
 def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset, tmp_path):
@@ -605,7 +606,7 @@ def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset
             torch.distributed.barrier()  # as saving a state does
 
     trainer = make_trainer(toy_folder, dataset, num_steps=1)
-    trainer.callbacks = [curve_logger(trainer), Exchange()]
+    trainer.callbacks = [*curve_loggers(trainer), Exchange()]
     tracker = MemoryTracker()
     trainer.accelerator.trackers = [tracker]
     torch.distributed.init_process_group(
@@ -622,7 +623,7 @@ def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset
 
 def test_an_epoch_without_steps_of_its_own_has_no_average(toy_folder, dataset):
     trainer = make_trainer(toy_folder, dataset, num_steps=4)
-    trainer.callbacks = [curve_logger(trainer)]
+    trainer.callbacks = curve_loggers(trainer)
     tracker = MemoryTracker()
     trainer.accelerator.trackers = [tracker]
     trainer.progress = dataclasses.replace(
