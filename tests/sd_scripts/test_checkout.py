@@ -80,9 +80,9 @@ def both(arguments, folder, tmp_path):
         call(sys.executable, PROGRAM, *plain)
         files = ",".join(str(folder / name) for name in contextualizer.split(","))
         call(
-            *(sys.executable, PROGRAM, "mlm", *arguments, *flags, *ours, "--output_name", "mlm"),
-            *("--logging_dir", tmp_path / "our_logs", "--mlm_contextualizer", files),
-            *("--mlm_loss_weight", weight),
+            *(sys.executable, PROGRAM, "mlm", *arguments, *flags, "--output_name", "mlm"),
+            *("--logging_dir", tmp_path / "our_logs", "--mlm_loss_weight", weight),
+            *("--mlm_target", "class", "--mlm_contextualizer", files, *ours),
         )
         out = tmp_path / "out"
         plain, ours = out / "plain.safetensors", out / "mlm.safetensors"
@@ -329,7 +329,13 @@ def test_validation_and_states_are_those_of_the_plain_trainer(arguments, folder,
     call(sys.executable, PROGRAM, "plain", "train_network.py", *flags, "--output_name", "plain")
     ours = [
         *("--logging_dir", tmp_path / "ours", "--output_name", "ours"),
-        *("--mlm_contextualizer", folder / "sd15.safetensors", "--mlm_loss_weight"),
+        *(
+            "--mlm_target",
+            "class",
+            "--mlm_contextualizer",
+            folder / "sd15.safetensors",
+            "--mlm_loss_weight",
+        ),
     ]
     printed = call(sys.executable, PROGRAM, "mlm", *flags, *ours, "1e-9")
     for tag in ("loss/validation/step_average", "loss/validation/step_divergence"):
@@ -360,7 +366,7 @@ def test_two_processes_end_with_the_same_weights(arguments, folder, tmp_path):
     call(
         *(*launcher, PROGRAM, "mlm", *arguments, *LORA, "--network_dropout", "0.1"),
         *("--gradient_accumulation_steps", "2", "--mlm_loss_weight", "0.1"),
-        *("--mlm_contextualizer", folder / "sd15.safetensors"),
+        *("--mlm_target", "class", "--mlm_contextualizer", folder / "sd15.safetensors"),
         ACCELERATE_USE_CPU="1",
         RANK_WEIGHTS=str(tmp_path),
     )
@@ -378,7 +384,14 @@ def test_both_hosts_train_the_same(arguments, folder, tmp_path):
     flags = [
         *(*arguments, *LORA, "--train_data_dir", tmp_path / "one"),
         *("--network_weights", tmp_path / "out" / "last.safetensors"),
-        *("--mlm_contextualizer", folder / "sd15.safetensors", "--mlm_loss_weight", "0.1"),
+        *(
+            "--mlm_target",
+            "class",
+            "--mlm_contextualizer",
+            folder / "sd15.safetensors",
+            "--mlm_loss_weight",
+            "0.1",
+        ),
     ]
     found = {}
     for host in ("mlm", "standalone"):
@@ -414,8 +427,9 @@ def module(arguments, folder, tmp_path):
         )
         names = contextualizer or ["sd15"]
         files = ",".join(str(folder / f"{name}.safetensors") for name in names)
-        files = "auto" if names == ["auto"] else files
-        given = (f"inner={inner}", f"mlm_loss_weight={weight}", f"mlm_contextualizer={files}")
+        given = (f"inner={inner}", f"mlm_loss_weight={weight}")
+        if names != ["auto"] and "mlm_target=states" not in ours:
+            given += ("mlm_target=class", f"mlm_contextualizer={files}")
         call(
             *(sys.executable, PROGRAM, *shared, "--network_module", "mlm_plugin.kohya"),
             *("--network_args", *rest, *given, *ours, "--output_name", "mlm"),
@@ -463,7 +477,7 @@ def test_module_and_launcher_train_the_same(module, arguments, folder, tmp_path)
     call(
         *(sys.executable, PROGRAM, "mlm", *arguments, *LORA, "--output_name", "launched"),
         *("--logging_dir", tmp_path / "launched", "--mlm_loss_weight", "0.1"),
-        *("--mlm_contextualizer", folder / "sd15.safetensors"),
+        *("--mlm_target", "class", "--mlm_contextualizer", folder / "sd15.safetensors"),
     )
     launched = curves(tmp_path / "launched")
     for tag in ("loss/diffusion", "loss/mlm", "mlm/accuracy"):
@@ -620,7 +634,7 @@ def test_module_and_launcher_train_a_language_model_alike(family, parts, argumen
         (("mlm_target=class", "mlm_read_at=both"), "take mlm_target = states"),
         (("mlm_target=word",), "mlm_target = word: no word is masked for a language model"),
         (
-            ("mlm_contextualizer=a.safetensors",),
+            ("mlm_target=class", "mlm_contextualizer=a.safetensors"),
             "mlm_contextualizer = 'a.safetensors' has no effect",
         ),
     ],
@@ -664,6 +678,7 @@ def test_module_resumes_and_starts_from_weights(module, arguments, folder, tmp_p
     again = ["plain", "train_network.py", *arguments, "--network_module", "mlm_plugin.kohya"]
     given = (
         *("--network_args", "mlm_loss_weight=0.1"),
+        "mlm_target=class",
         f"mlm_contextualizer={folder / 'sd15.safetensors'}",
     )
     rank = ("--network_dim", "4", "--network_alpha", "4")
@@ -688,6 +703,7 @@ def test_module_in_two_processes_ends_with_the_same_weights(arguments, folder, t
         *(*launcher, PROGRAM, "plain", "train_network.py", *arguments),
         *("--network_module", "mlm_plugin.kohya", "--network_dim", "4", "--network_dropout", "0.1"),
         *("--gradient_accumulation_steps", "2", "--network_args", "mlm_loss_weight=0.1"),
+        "mlm_target=class",
         f"mlm_contextualizer={folder / 'sd15.safetensors'}",
         ACCELERATE_USE_CPU="1",
         RANK_WEIGHTS=str(tmp_path),
