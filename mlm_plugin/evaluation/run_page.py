@@ -233,7 +233,7 @@ class RunPage:
             return []
         return [
             (name, step, f"{reading.cross_attention:.0%}", f"{reading.encoder:.0%}")
-            for name, (step, reading) in self.ranking.files.items()
+            for name, (step, reading) in self.ranking.there.items()
         ]
 
 

@@ -307,6 +307,9 @@ class RunWatch:
     def _rank(self, file: Path, step: int) -> None:
         with evaluated(self.models, self._accelerator.device):
             self._curves = self.ranking.measure(file.stem, step)
+        for name in self.ranking.files:
+            if not self.options.keep_best and not file.with_stem(name).exists():
+                self.ranking.forget(name)
         try:
             self.ranking.require_context()
         except ContextLost as lost:

@@ -47,7 +47,8 @@ class BestFile:
     """Ranks files as they are saved.
 
     The best is the last one that keeps ``KEPT`` of its context: likeness, which text cannot tell,
-    grows with every step. Where none does, it is the one that keeps most.
+    grows with every step. Where none does, it is the one that keeps most. Removed files do not
+    count.
 
     Args:
         score: of the weights as they are now.
@@ -58,6 +59,16 @@ class BestFile:
     def __init__(self, score: ContextScore, *, keep: bool, stop_below: float | None):
         self.score, self.keep, self.stop_below = score, keep, stop_below
         self.files: dict[str, Ranked] = {}
+        self._removed: set[str] = set()
+
+    @property
+    def there(self) -> dict[str, Ranked]:
+        """The files that have not been removed."""
+        return {name: one for name, one in self.files.items() if name not in self._removed}
+
+    def forget(self, name: str) -> None:
+        """A file is removed."""
+        self._removed.add(name)
 
     @property
     def kept(self) -> dict[str, float]:
@@ -77,7 +88,7 @@ class BestFile:
     @property
     def best(self) -> str | None:
         """Name of the best file so far."""
-        kept = self.kept
+        kept = {name: self.kept[name] for name in self.there}
         good = [name for name, share in kept.items() if share >= KEPT]
         return good[-1] if good else max(kept, key=kept.__getitem__, default=None)
 

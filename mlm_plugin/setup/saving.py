@@ -511,6 +511,8 @@ class Saver(Callback):
         if name and self.ranking is not None and self.ranking.spares(name):
             self._spared = name
             return
+        if name and self.ranking is not None:
+            self.ranking.forget(name)
         if not name or not trainer.accelerator.is_main_process:
             return
         for path in trainer.method.files(self._path(name)):

@@ -55,6 +55,12 @@ def test_the_page_shows_curves_samples_sentences_files_and_settings(run, page_of
     screenshot_of(path)
 
 
+def test_a_file_that_was_removed_is_not_recommended(run, page_of):
+    path = run("--save_last_n_steps", "2", "--learning_rate", "1", "--mlm_loss_weight", "0")
+    named = re.findall(r"Take (\S+?):? ", page_of(path).text)
+    assert [(path.parent / f"{name}.safetensors").is_file() for name in named] == [True]
+
+
 def test_a_plain_run_without_a_concept_has_a_page_too(run, page_of, toy_pictures, tmp_path):
     page = page_of(run("--mlm_loss_weight", "0", "--sample_every_n_steps", "0"))
     assert page.tags.count("svg") == 3  # diffusion, drift, context
