@@ -1,6 +1,6 @@
 """Reads a LoRA, LyCORIS or embedding from any trainer, and tells what is in it. Needs no model.
 
-Modules go by kohya's names; diffusers' own are translated.
+Modules go by kohya's names; diffusers' own, and ComfyUI's of Anima, are translated.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS, read_embeddings
 from mlm_plugin.models.weights_files import read_weights
-from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, canonical_name
+from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, canonical_name, from_comfyui
 
-__all__ = ["Contents", "LearnedFile", "Module", "contents_of", "read_learned_file"]
+__all__ = ["Contents", "LearnedFile", "Module", "contents_of", "kohya_key", "read_learned_file"]
 
 MODULE_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+?|lora_te3_\w+?)\.(.+)")
 DIFFUSERS_KEY = re.compile(r"(unet|text_encoder(_2)?)\..*(lora|diff)")
@@ -171,7 +171,7 @@ def read_learned_file(path: str | os.PathLike) -> LearnedFile:
     modules: dict[str, dict[str, Tensor]] = {}
     ignored = []
     for key, tensor in tensors.items():
-        if match := MODULE_KEY.fullmatch(canonical_name(key)):
+        if match := MODULE_KEY.fullmatch(kohya_key(key)):
             modules.setdefault(match[1], {})[match[2]] = tensor
         else:
             ignored.append(key)
@@ -184,6 +184,11 @@ def read_learned_file(path: str | os.PathLike) -> LearnedFile:
             f"({shown}, ...); give the file that a trainer wrote"
         )
     return LearnedFile(path, metadata, embeddings=read_embeddings(path))
+
+
+def kohya_key(key: str) -> str:
+    """A tensor's name as kohya writes it; names that are neither his nor ComfyUI's stay."""
+    return canonical_name(from_comfyui(key))
 
 
 def contents_of(file: LearnedFile) -> Contents:

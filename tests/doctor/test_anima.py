@@ -325,6 +325,49 @@ def test_without_the_encoder_it_is_asked_for(write, capsys):
     assert "give --qwen3 PATH" in capsys.readouterr().out
 
 
+# --- the same file in ComfyUI's names -------------------------------------------------------------
+
+
+def in_comfyui_names(tensors):
+    """As sd-scripts' ``convert_anima_lora_to_comfy.py`` names them."""
+    paths = {
+        **{f"lora_te_layers_{n}_{name.replace('.', '_')}":
+           f"text_encoders.qwen3_06b.transformer.model.layers.{n}.{name}"
+           for n in range(2) for name in LINEARS},
+        DIT[0]: "diffusion_model.blocks.0.cross_attn.k_proj",
+        DIT[1]: "diffusion_model.llm_adapter.blocks.0.self_attn.q_proj",
+    }  # fmt: skip
+    endings = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    split = ((*key.split(".", 1), tensor) for key, tensor in tensors.items())
+    return {f"{paths[name]}.{endings.get(end, end)}": tensor for name, end, tensor in split}
+
+
+def test_a_file_in_the_names_of_comfyui_is_the_same_file(write, tmp_path):
+    tensors = text_part(0.2) | image_part()
+    kohyas = read_learned_file(write(tensors))
+    path = write(in_comfyui_names(tensors), "comfyui.safetensors")
+    comfys = read_learned_file(path)
+    assert comfys.other_model == "Anima"
+    assert not comfys.ignored
+    assert comfys.modules.keys() == kohyas.modules.keys()
+    for name, module in kohyas.modules.items():
+        assert comfys.modules[name].keys() == module.keys()
+    target = tmp_path / "half.safetensors"
+    flags = ["--rescale_text_encoder", "0.5", "--output", str(target)]
+    assert main(["doctor", str(path), *flags]) == 0
+    before, behind = load_file(path), load_file(target)
+    assert before.keys() == behind.keys()
+    for key, tensor in before.items():
+        is_factor = key.startswith("text_encoders") and "lora_B" in key
+        torch.testing.assert_close(behind[key], 0.5 * tensor if is_factor else tensor)
+
+
+def test_a_file_of_wan_is_not_taken_for_one_of_anima(write, capsys):
+    tensors = {f"diffusion_model.blocks.{n}.self_attn.q.lora_A.weight": torch.ones(4, 8)
+               for n in range(3)}  # fmt: skip
+    refused([write(tensors)], "neither a LoRA nor an embedding", capsys)
+
+
 # --- one file of weights --------------------------------------------------------------------------
 
 
