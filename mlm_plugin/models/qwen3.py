@@ -19,6 +19,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.models.components import fill_weights, plain_places, read_json
 from mlm_plugin.models.diffusers_folder import weights_files_of
 from mlm_plugin.models.language_model import LanguageModelEncoder
+from mlm_plugin.models.tokenizers import is_tokenizer_folder
 from mlm_plugin.models.weights_files import read_weights
 
 __all__ = ["AnimaText", "load_anima_text"]
@@ -61,8 +62,14 @@ def load_anima_text(source: str, *, environment: Mapping[str, str] = os.environ)
     folder = path if path.is_dir() else _folder_for(path, environment)
     _require_qwen3(folder, source)
     state = _trunk(weights_files_of(path) if path.is_dir() else [path], source)
+    tokenizer = _tokenizer(folder)
     model = _filled(folder, state, path)
-    return AnimaText([LanguageModelEncoder(_tokenizer(folder), model)], source)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"--qwen3: {folder}: the tokenizer knows {len(tokenizer)} tokens, the model "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return AnimaText([LanguageModelEncoder(tokenizer, model)], source)
 
 
 def _folder_for(path: Path, environment: Mapping[str, str]) -> Path:
@@ -119,6 +126,10 @@ def _filled(folder: Path, state: Mapping[str, Tensor], path: Path) -> nn.Module:
 
 
 def _tokenizer(folder: Path):
+    if not is_tokenizer_folder(folder):  # transformers 5 makes an empty one, without a word
+        raise UserError(
+            f"--qwen3: {folder} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, padding_side="right"

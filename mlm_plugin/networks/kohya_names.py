@@ -48,7 +48,7 @@ _COMFYUI_ANIMA = {
     TEXT_ENCODER_PREFIX: re.compile(r"text_encoders\.qwen3_06b\.transformer\.model\.(.+)"),
     UNET_PREFIX: re.compile(
         r"diffusion_model\.((?:llm_adapter\.|blocks\.\d+\."
-        r"(?:(?:self|cross)_attn\.\w+_proj|mlp\.layer|adaln_modulation_)).+)"
+        r"(?:(?:self|cross)_attn\.\w+_proj|mlp\.layer|adaln_modulation)).+)"
     ),
 }
 _MODULE_AND_TENSOR = re.compile(r"(.+?)\.(lora_\w+\.weight|\w+)")

@@ -1,5 +1,6 @@
 """The doctor on files of Anima: their text encoder part against a small Qwen3."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mlm_plugin.cli import main
+from mlm_plugin.doctor.amplification import amplification
 from mlm_plugin.doctor.examination import Patient, Prompts
 from mlm_plugin.doctor.learned_file import contents_of, read_learned_file
 from mlm_plugin.models.language_model import LanguageModelEncoder
@@ -29,6 +31,7 @@ LINEARS = (
 """What sd-scripts' ``networks.lora_anima`` trains in every layer of Qwen3."""
 
 DIT = ("lora_unet_blocks_0_cross_attn_k_proj", "lora_unet_llm_adapter_blocks_0_self_attn_q_proj")
+NORM = "lora_unet_blocks_0_adaln_modulation_cross_attn_1"
 SD_SCRIPTS_DIR = os.environ.get("SD_SCRIPTS_DIR")
 
 
@@ -337,13 +340,14 @@ def in_comfyui_names(tensors):
         DIT[0]: "diffusion_model.blocks.0.cross_attn.k_proj",
         DIT[1]: "diffusion_model.llm_adapter.blocks.0.self_attn.q_proj",
     }  # fmt: skip
+    paths[NORM] = "diffusion_model.blocks.0.adaln_modulation.cross_attn.1"  # sic
     endings = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     split = ((*key.split(".", 1), tensor) for key, tensor in tensors.items())
     return {f"{paths[name]}.{endings.get(end, end)}": tensor for name, end, tensor in split}
 
 
 def test_a_file_in_the_names_of_comfyui_is_the_same_file(write, tmp_path):
-    tensors = text_part(0.2) | image_part()
+    tensors = text_part(0.2) | image_part() | {f"{NORM}.alpha": torch.tensor(1.0)}
     kohyas = read_learned_file(write(tensors))
     path = write(in_comfyui_names(tensors), "comfyui.safetensors")
     comfys = read_learned_file(path)
@@ -366,6 +370,18 @@ def test_a_file_of_wan_is_not_taken_for_one_of_anima(write, capsys):
     tensors = {f"diffusion_model.blocks.{n}.self_attn.q.lora_A.weight": torch.ones(4, 8)
                for n in range(3)}  # fmt: skip
     refused([write(tensors)], "neither a LoRA nor an embedding", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_told"),
+    [("{}", True), ('{"network_reg_lrs": "blocks.*=1e-3"}', False),
+     ('{"loraplus_lr_ratio": "4"}', False)],
+)  # fmt: skip
+def test_an_enlarged_part_is_told_where_the_rates_are_known(arguments, is_told, write):
+    rates = {"ss_unet_lr": "1e-4", "ss_text_encoder_lr": "[1e-5]", "ss_optimizer": "AdamW8bit"}
+    path = write(text_part(0.1) | image_part(0.2), ss_network_args=arguments, **rates)
+    found = amplification(read_learned_file(path))
+    assert found == (pytest.approx(5, rel=0.2) if is_told else None)
 
 
 # --- one file of weights --------------------------------------------------------------------------
@@ -467,6 +483,20 @@ def test_an_encoder_of_another_size_or_with_gaps_is_refused(
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "wide" / "model.safetensors")
     refused([path, "--qwen3", tmp_path / "wide"], "lacks 1 tensors", capsys)
+
+
+def test_a_tokenizer_that_is_absent_or_of_another_model_is_refused(
+    qwen3_folder, byte_tokenizer, tmp_path, write, capsys
+):
+    path, folder = write(text_part(0.1)), tmp_path / "bare"
+    language_model().save_pretrained(folder)
+    refused([path, "--qwen3", folder], "holds no tokenizer", capsys)
+    (folder / "tokenizer.json").write_text("{}")
+    refused([path, "--qwen3", folder], "the tokenizer cannot be read", capsys)
+    larger = copy.deepcopy(byte_tokenizer)
+    larger.add_tokens([f"<{number}>" for number in range(9)])
+    larger.save_pretrained(folder)
+    refused([path, "--qwen3", folder], "do not belong together", capsys)
 
 
 def test_a_file_without_text_part_cannot_be_mended(qwen3_folder, write, tmp_path, capsys):
