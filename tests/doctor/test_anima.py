@@ -285,6 +285,7 @@ def test_a_page(qwen3_folder, write, tmp_path, page_of, screenshot_of):
     path = write(image_part(), "transformer.safetensors")
     assert examined(path, qwen3_folder, tmp_path, "--page", str(page))[0] == 0
     assert "llm_adapter: 1" in page_of(page).text
+    assert "the transformer's reading is not examined" in page_of(page).text
 
 
 @pytest.mark.parametrize("with_encoder", [True, False], ids=["with --qwen3", "without"])
