@@ -24,7 +24,9 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import load_templates
 from mlm_plugin.evaluation.text_measures import random_words
 from mlm_plugin.files import atomic_path
-from mlm_plugin.models.checkpoints import ModelSettings, load_text_side
+from mlm_plugin.models.checkpoints import ModelSettings, StableDiffusion, load_text_side
+from mlm_plugin.models.components import TITLES
+from mlm_plugin.models.qwen3 import AnimaText, load_anima_text
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
@@ -46,9 +48,10 @@ def run_doctor(options: DoctorOptions) -> int:
     file = read_learned_file(options.file)
     if options.output is not None:
         check_mending(file, options.output)
+    _check_model(options, file)
     contents = contents_of(file)
     diagnosis, findings = broken_verdict(contents), None
-    if diagnosis is None and options.base is not None:
+    if diagnosis is None and _can_examine(options, file):
         findings = _examine(options, file)
         diagnosis = verdict_of(findings)
     print("\n".join(lines_of(file, contents, findings, diagnosis)))
@@ -63,9 +66,31 @@ def run_doctor(options: DoctorOptions) -> int:
     return 1 if is_broken else 0
 
 
+def _check_model(options: DoctorOptions, file: LearnedFile) -> None:
+    """Refuse the option that is for another kind of file, before anything is loaded."""
+    if options.base is not None and file.is_anima:
+        raise UserError(
+            f"--base: {file.path} is for Anima; give its text encoder Qwen3 with --qwen3"
+        )
+    if options.qwen3 is not None and not file.is_anima:
+        advice = "leave it out" if file.other_model else "give the model with --base"
+        kind = file.other_model or TITLES.get(file.family, "Stable Diffusion")
+        raise UserError(f"--qwen3: {file.path} is for {kind}, not for Anima; {advice}")
+
+
+def _can_examine(options: DoctorOptions, file: LearnedFile) -> bool:
+    """Whether there is a model to read, and in Anima's files something that it shows."""
+    return options.base is not None or (options.qwen3 is not None and file.has_text_part)
+
+
+def _models(options: DoctorOptions) -> StableDiffusion | AnimaText:
+    if options.qwen3 is not None:
+        return load_anima_text(options.qwen3)
+    return load_text_side(model_path(options.base), ModelSettings(clip_skip=options.clip_skip))
+
+
 def _examine(options: DoctorOptions, file: LearnedFile) -> Findings:
-    settings = ModelSettings(clip_skip=options.clip_skip)
-    models = load_text_side(model_path(options.base), settings)
+    models = _models(options)
     templates = load_templates(options.prompts, class_token=options.class_token)
     trigger = file.trigger if options.trigger is None else options.trigger
     ordinary = options.class_token or NO_CLASS

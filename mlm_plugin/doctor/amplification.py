@@ -30,7 +30,7 @@ def amplification(file: LearnedFile) -> float | None:
     unet_lr = _rate(file.metadata, "ss_unet_lr")
     text_lr = _rate(file.metadata, "ss_text_encoder_lr")
     optimizer = file.metadata.get("ss_optimizer", "").lower()
-    if not unet_lr or not text_lr or "adam" not in optimizer or "ratio" in _args(file):
+    if not unet_lr or not text_lr or "adam" not in optimizer or _has_other_rates(file):
         return None
     text, image = (
         _root_mean_square(m for name, m in file.modules.items() if ("_unet_" in name) == is_unet)
@@ -60,6 +60,7 @@ def _rate(metadata: Mapping[str, str], key: str) -> float | None:
     return None
 
 
-def _args(file: LearnedFile) -> str:
-    """LoRA+ trains these matrices at rates of their own (``loraplus_lr_ratio``)."""
-    return file.metadata.get("ss_network_args", "")
+def _has_other_rates(file: LearnedFile) -> bool:
+    """Whether matrices (LoRA+, ``loraplus_lr_ratio``) or layers (``network_reg_lrs``) have own."""
+    args = file.metadata.get("ss_network_args", "")
+    return "ratio" in args or "reg_lrs" in args

@@ -136,6 +136,12 @@ def verdict_of(findings: Findings) -> Diagnosis:
         )
     if findings.text_part.text < KEPT:
         return _too_strong(findings)
+    if findings.whole.image is None:
+        return Diagnosis(
+            "good",
+            f"sentences stay whole: {percent(findings.whole.text)} of the context is in the text "
+            "encoder's states; what the transformer reads of it is not examined",
+        )
     if findings.image_part.image < KEPT:
         lost = percent(1 - findings.image_part.image)
         return Diagnosis(

@@ -1,7 +1,8 @@
 """How much of the context around a concept a file leaves, at any strength.
 
 The same prompts are read by the base model and by the base model with the file. For each text
-encoder the states are compared, for each block of the U-Net the keys and values.
+encoder the states are compared, for each block of the U-Net the keys and values. Of Anima, whose
+transformer reads Qwen3 through an adapter of its own, the states of Qwen3 alone are.
 
 Shapes: N tokens of all prompts, D width of the states (in SDXL of both encoders side by side).
 """
@@ -26,6 +27,8 @@ from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.components import TITLES
 from mlm_plugin.models.cross_attention import cross_attention_names, layer_codes
 from mlm_plugin.models.key_values import MATRICES
+from mlm_plugin.models.language_model import LanguageModelEncoder
+from mlm_plugin.models.qwen3 import AnimaText
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import LearnedTokens
 from mlm_plugin.networks.kohya_names import sdxl_unet_names, text_encoder_name, unet_name
@@ -34,6 +37,7 @@ __all__ = ["Patient", "Prompts", "Reading", "encoders_keep", "reading_of"]
 
 ONE_ENCODER = ("text encoder",)
 TWO_ENCODERS = ("CLIP-L", "OpenCLIP bigG")
+LANGUAGE_MODEL = ("Qwen3",)
 
 
 class Prompts(NamedTuple):
@@ -58,7 +62,7 @@ class Reading(NamedTuple):
 
     Attributes:
         encoders: by text encoder.
-        blocks: by block of the U-Net, in the order in which they run.
+        blocks: by block of the U-Net, in the order in which they run; empty where none is read.
     """
 
     encoders: Mapping[str, float]
@@ -70,9 +74,9 @@ class Reading(NamedTuple):
         return min(self.encoders.values())
 
     @property
-    def image(self) -> float:
-        """Mean over the blocks."""
-        return sum(self.blocks.values()) / len(self.blocks)
+    def image(self) -> float | None:
+        """Mean over the blocks; ``None`` where none is read."""
+        return sum(self.blocks.values()) / len(self.blocks) if self.blocks else None
 
 
 class KeyValues(NamedTuple):
@@ -88,23 +92,27 @@ class Patient:
 
     Args:
         file: a network or an embedding.
-        models: from ``load_text_side``, in fp32.
+        models: from ``load_text_side`` or ``load_anima_text``, in fp32.
         word: what an embedding is called in prompts.
 
     Raises:
         UserError: the file is for another kind of model.
     """
 
-    def __init__(self, file: LearnedFile, models: StableDiffusion, *, word: str = ""):
-        _refuse_other_model(file, models)
+    def __init__(self, file: LearnedFile, models: StableDiffusion | AnimaText, *, word: str = ""):
+        if isinstance(models, AnimaText):
+            _refuse_other_encoder(file, models)
+        else:
+            _refuse_other_model(file, models)
         self.file, self.models, self.word = file, models, word
-        self.encoders: list[TextEncoder] = models.text_encoders
-        self.names = ONE_ENCODER if len(self.encoders) == 1 else TWO_ENCODERS
+        self.encoders: list[TextEncoder] | list[LanguageModelEncoder] = models.text_encoders
+        self.names = _names(models)
         self._text_layers = [
             list(_text_layers(encoder.model, file.of_text_encoder(number)))
             for number, encoder in enumerate(self.encoders)
         ]
-        self.key_values = list(_key_values(models.unet, file.modules))
+        has_unet = models.unet is not None
+        self.key_values = list(_key_values(models.unet, file.modules)) if has_unet else []
 
     @property
     def has_text_part(self) -> bool:
@@ -118,7 +126,11 @@ class Patient:
 
     @torch.no_grad()
     def states(self, prompts: Prompts, *, strength: float) -> list[Tensor]:
-        """States of every text encoder at the words around the concept and at EOS, ``(N, D)``."""
+        """States of every text encoder at the words around the concept and at EOS, ``(N, D)``.
+
+        Raises:
+            UserError: a prompt is too long, or the prompts are nothing but the concept.
+        """
         return [
             _states(encoder, prompts, layers, strength)
             for encoder, layers in zip(self.encoders, self._text_layers, strict=True)
@@ -183,8 +195,14 @@ def _kept_by(one: KeyValues, states_ND: Tensor, untrained_ND: Tensor, strength: 
     return kept_context(F.linear(states_ND, trained_OD), F.linear(untrained_ND, weight_OD))
 
 
+def _names(models: StableDiffusion | AnimaText) -> tuple[str, ...]:
+    if isinstance(models, AnimaText):
+        return LANGUAGE_MODEL
+    return ONE_ENCODER if len(models.text_encoders) == 1 else TWO_ENCODERS
+
+
 def _states(
-    encoder: TextEncoder,
+    encoder: TextEncoder | LanguageModelEncoder,
     prompts: Prompts,
     layers: Sequence[tuple[nn.Module, Module]],
     strength: float,
@@ -192,8 +210,10 @@ def _states(
     rows = [encoder.positions_around(text, prompts.concept) for text in prompts.texts]
     if None in rows:
         raise UserError(
-            "--prompts: a prompt is so long that the trigger is cut off; write it within 75 tokens"
+            "--prompts: a prompt is so long that the trigger is cut off; write a shorter one"
         )
+    if not any(rows):
+        raise UserError("--prompts: there is nothing around {} to compare; write words behind it")
     with _changed(layers, strength):
         states_BLD = encoder.encode(encoder.tokenize_trimmed(prompts.texts))
     return torch.cat([states_LD[row] for states_LD, row in zip(states_BLD, rows, strict=True)])
@@ -220,10 +240,10 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _text_layers(
-    clip: nn.Module, modules: Mapping[str, Module]
+    encoder: nn.Module, modules: Mapping[str, Module]
 ) -> Iterator[tuple[nn.Module, Module]]:
     """Layers of a text encoder that the file changes, with what it holds for them."""
-    for path, layer in clip.named_modules():
+    for path, layer in encoder.named_modules():
         name = text_encoder_name(path).removeprefix("lora_te_")
         if name in modules and isinstance(layer, nn.Linear):
             yield layer, modules[name]
@@ -247,8 +267,8 @@ def _refuse_other_model(file: LearnedFile, models: StableDiffusion) -> None:
     """Compare widths where the file tells them."""
     if file.other_model:
         raise UserError(
-            f"{file.path} is for {file.other_model}; Stable Diffusion 1, 2 and XL can be examined: "
-            "leave out --base to see what is in the file"
+            f"{file.path} is for {file.other_model}; Stable Diffusion 1, 2, XL and Anima can be "
+            "examined: leave out --base to see what is in the file"
         )
     if file.embeddings:
         found = [vectors_ND.shape[1] for vectors_ND in file.embeddings]
@@ -261,6 +281,32 @@ def _refuse_other_model(file: LearnedFile, models: StableDiffusion) -> None:
             f"{_shown(expected)}, {file.path} was made for width {_shown(found)}: give the model "
             "it was trained on"
         )
+
+
+def _refuse_other_encoder(file: LearnedFile, models: AnimaText) -> None:
+    """Every module of the text encoder part must have its layer."""
+    layers = {
+        text_encoder_name(path).removeprefix("lora_te_"): layer
+        for path, layer in models.text_encoders[0].model.named_modules()
+    }
+    strangers = [
+        name
+        for name, module in file.of_text_encoder(0).items()
+        if name not in layers or not _has_shape_of(module, layers[name])
+    ]
+    if strangers:
+        raise UserError(
+            f"--qwen3: {models.source} has no layer of their shape for {len(strangers)} module(s) "
+            f"of {file.path} ({strangers[0]}, ...); give the text encoder it was trained on"
+        )
+
+
+def _has_shape_of(module: Module, layer: nn.Module) -> bool:
+    """Whether a LoRA's matrices fit a linear layer; of others the name must do."""
+    if "lora_down.weight" not in module or not isinstance(layer, nn.Linear):
+        return True
+    shape = (len(module["lora_up.weight"]), module["lora_down.weight"].shape[1])
+    return shape == layer.weight.shape
 
 
 def _widths(file: LearnedFile) -> list[int]:

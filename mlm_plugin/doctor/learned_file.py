@@ -1,6 +1,6 @@
 """Reads a LoRA, LyCORIS or embedding from any trainer, and tells what is in it. Needs no model.
 
-Modules go by kohya's names; diffusers' own are translated.
+Modules go by kohya's names; diffusers' own, and ComfyUI's of Anima, are translated.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embedding_files import EMBEDDING_KEYS, read_embeddings
 from mlm_plugin.models.weights_files import read_weights
-from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, canonical_name
+from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, canonical_name, from_comfyui
 
-__all__ = ["Contents", "LearnedFile", "Module", "contents_of", "read_learned_file"]
+__all__ = ["Contents", "LearnedFile", "Module", "contents_of", "kohya_key", "read_learned_file"]
 
 MODULE_KEY = re.compile(r"(lora_(?:unet|te[12]?)_\w+?|lora_te3_\w+?)\.(.+)")
 DIFFUSERS_KEY = re.compile(r"(unet|text_encoder(_2)?)\..*(lora|diff)")
@@ -36,13 +36,20 @@ ALGORITHMS = (
 FAMILY_OF_WIDTH = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl"}
 """The family by the width of the text states that the cross-attention takes."""
 
+ANIMA = "Anima"
 OTHER_MODELS = {
     "lora_unet_joint_blocks_": "Stable Diffusion 3",
     "lora_unet_double_blocks_": "FLUX",
     "lora_unet_context_refiner_": "Lumina 2",
-    "lora_unet_blocks_": "Anima",
+    "lora_unet_noise_refiner_": "Lumina 2",
+    "lora_unet_layers_": "Lumina 2",
+    "lora_unet_blocks_": ANIMA,
+    "lora_unet_llm_adapter_": ANIMA,
 }
-"""Models whose files can be read but not examined, by the start of a module's name."""
+"""Models that are not Stable Diffusion 1, 2 or XL, by the start of a module's name."""
+
+LANGUAGE_MODEL = "lora_te_layers_"
+"""How the modules of Qwen3 (Anima) and of Gemma 2 (Lumina 2) start."""
 
 READS_TEXT = re.compile(r"lora_unet_.*attn2_to_[kv]")
 TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words")
@@ -71,13 +78,24 @@ class LearnedFile:
 
     @property
     def other_model(self) -> str | None:
-        """Title of the model, where it is one that cannot be examined."""
-        starts = (
-            title
-            for start, title in OTHER_MODELS.items()
-            if any(name.startswith(start) for name in self.modules)
-        )
-        return next(starts, None)
+        """Title of the model, where it is not Stable Diffusion 1, 2 or XL."""
+        for start, title in OTHER_MODELS.items():
+            if self._has(start):
+                return title
+        if not self._has(LANGUAGE_MODEL):
+            return None
+        is_lumina = self.metadata.get("modelspec.architecture", "").startswith("lumina")
+        return "Lumina 2" if is_lumina else ANIMA
+
+    @property
+    def is_anima(self) -> bool:
+        """Whether it is for Anima, whose text encoder can be examined."""
+        return self.other_model == ANIMA
+
+    @property
+    def has_text_part(self) -> bool:
+        """Whether it holds modules of a text encoder."""
+        return self._has("lora_te")
 
     @property
     def family(self) -> str | None:
@@ -94,6 +112,9 @@ class LearnedFile:
             if READS_TEXT.match(name) and down is not None:
                 return FAMILY_OF_WIDTH.get(down.shape[1])
         return None
+
+    def _has(self, start: str) -> bool:
+        return any(name.startswith(start) for name in self.modules)
 
     def of_text_encoder(self, number: int) -> dict[str, Module]:
         """Modules of a text encoder, 0 or 1, by name without the prefix."""
@@ -119,7 +140,8 @@ class Contents:
     """What a file holds.
 
     Attributes:
-        counts: number of modules of the text encoders and of the U-Net.
+        counts: number of modules by part: the text encoders, the U-Net or the transformer, and
+            Anima's ``llm_adapter``.
         algorithms: number of modules by algorithm.
         ranks: number of modules by rank.
         broken: names of tensors with values that are not finite.
@@ -149,7 +171,7 @@ def read_learned_file(path: str | os.PathLike) -> LearnedFile:
     modules: dict[str, dict[str, Tensor]] = {}
     ignored = []
     for key, tensor in tensors.items():
-        if match := MODULE_KEY.fullmatch(canonical_name(key)):
+        if match := MODULE_KEY.fullmatch(kohya_key(key)):
             modules.setdefault(match[1], {})[match[2]] = tensor
         else:
             ignored.append(key)
@@ -164,10 +186,15 @@ def read_learned_file(path: str | os.PathLike) -> LearnedFile:
     return LearnedFile(path, metadata, embeddings=read_embeddings(path))
 
 
+def kohya_key(key: str) -> str:
+    """A tensor's name as kohya writes it; names that are neither his nor ComfyUI's stay."""
+    return canonical_name(from_comfyui(key))
+
+
 def contents_of(file: LearnedFile) -> Contents:
     """Count what a file holds, and find what is broken. Reads every tensor."""
-    kinds = Counter("U-Net" if name.startswith("lora_unet_") else "text encoder"
-                    for name in file.modules)  # fmt: skip
+    image_part = "transformer" if file.other_model else "U-Net"
+    kinds = Counter(_part(name, image_part) for name in file.modules)
     ranks = Counter(
         len(module["lora_down.weight"])
         for module in file.modules.values()
@@ -192,6 +219,12 @@ def contents_of(file: LearnedFile) -> Contents:
         halves=[name for name, module in file.modules.items() if _is_half(module)],
         zeros=sum(map(_changes_nothing, file.modules.values())),
     )
+
+
+def _part(name: str, image_part: str) -> str:
+    if name.startswith("lora_unet_llm_adapter_"):
+        return "llm_adapter"
+    return image_part if name.startswith("lora_unet_") else "text encoder"
 
 
 def algorithm_of(module: Module) -> str:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mlm_plugin.doctor.learned_file import MODULE_KEY, LearnedFile, algorithm_of
+from mlm_plugin.doctor.learned_file import MODULE_KEY, LearnedFile, algorithm_of, kohya_key
 from mlm_plugin.doctor.weight_changes import LINEAR_FACTORS
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import kohya_hashes
 from mlm_plugin.files import require_writable
 from mlm_plugin.models.weights_files import for_file, read_weights, write_weights
-from mlm_plugin.networks.kohya_names import canonical_name
 
 __all__ = ["SCALE_KEY", "check_mending", "rescale_text_encoders"]
 
@@ -69,7 +68,7 @@ def _rescaled(file: LearnedFile, strength: float) -> Iterator[tuple[str, Tensor]
 
 def _is_factor(key: str, file: LearnedFile) -> bool:
     """Whether the change of a text encoder is proportional to this tensor."""
-    match = MODULE_KEY.fullmatch(canonical_name(key))
+    match = MODULE_KEY.fullmatch(kohya_key(key))
     if match is None:
         return DIFFUSERS_FACTOR.fullmatch(key) is not None
     module = file.modules[match[1]]

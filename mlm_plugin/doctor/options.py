@@ -19,6 +19,7 @@ class DoctorOptions:
     Attributes:
         file: the LoRA, LyCORIS or embedding.
         base: the model it was trained on; without it only the file itself is examined.
+        qwen3: in place of it, Anima's text encoder.
         trigger: what is typed for the concept; ``None`` = as the file says.
         class_token: what kind of thing it is.
         prompts: text file of contexts with ``{}``; ``None`` = DreamBench's.
@@ -32,6 +33,7 @@ class DoctorOptions:
 
     file: str
     base: str | None = None
+    qwen3: str | None = None
     trigger: str | None = None
     class_token: str = ""
     prompts: str | None = None
@@ -69,19 +71,30 @@ def _check(options: DoctorOptions) -> None:
         raise UserError(f"--output {options.output}: must end in .safetensors")
     if options.rescale is not None and not 0 <= options.rescale <= 10:
         raise UserError(f"--rescale_text_encoder {options.rescale}: must be from 0 to 10")
-    if options.base is None and (options.fit or options.page):
-        wanted = "--fit" if options.fit else "--page"
-        raise UserError(f"{wanted} needs --base, the model that the file was trained on")
     if options.clip_skip is not None and options.clip_skip < 1:
         raise UserError(f"--clip_skip {options.clip_skip}: must be at least 1")
+    _check_model(options)
+
+
+def _check_model(options: DoctorOptions) -> None:
+    """What the file is read with."""
+    if options.base is None and options.qwen3 is None and (options.fit or options.page):
+        wanted = "--fit" if options.fit else "--page"
+        raise UserError(
+            f"{wanted} needs --base, the model that the file was trained on, or for Anima --qwen3"
+        )
+    if options.base is not None and options.qwen3 is not None:
+        raise UserError("--qwen3 is for files of Anima, --base for all others: drop one")
+    if options.clip_skip is not None and options.qwen3 is not None:
+        raise UserError("--clip_skip is for CLIP, --qwen3 is another text encoder: drop one")
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
         prog="mlm-plugin doctor",
-        description="Examine a LoRA, LyCORIS or embedding of Stable Diffusion 1, 2 or XL, from "
-        "whatever trainer: what is in it, and how much of the context around its concept the "
-        "model still reads. No picture is drawn.",
+        description="Examine a LoRA, LyCORIS or embedding of Stable Diffusion 1, 2 or XL, or the "
+        "text encoder part of one of Anima, from whatever trainer: what is in it, and how much of "
+        "the context around its concept the model still reads. No picture is drawn.",
     )
     add = parser.add_argument  # fmt: skip
     add("file", metavar="FILE", help="The trained file.")
@@ -90,6 +103,12 @@ def _parser() -> CommandParser:
         metavar="MODEL",
         help="The model it was trained on: folder, hub id or file. "
         "Only its text encoders and the keys and values of its cross-attention are read.",
+    )
+    add(
+        "--qwen3",
+        metavar="PATH",
+        help="For Anima, in place of --base: its text encoder, as in sd-scripts; a folder with "
+        "config.json, tokenizer and weights, or a file of weights.",
     )
     add(
         "--trigger",

@@ -16,13 +16,14 @@ __all__ = ["doctor_page"]
 def doctor_page(facts: Mapping[str, Any]) -> str:
     """A self-contained page: verdict, shares, curve, blocks and contents."""
     findings = facts["findings"]
+    blocks = findings["with_trigger"]["unet_blocks"] if findings else {}
     return render(
         "doctor.html",
         facts=facts,
         findings=findings,
         percent=percent,
         curve=_curve(findings["curve"]) if findings and findings["curve"] else None,
-        blocks=_blocks(findings["with_trigger"]["unet_blocks"]) if findings else None,
+        blocks=_blocks(blocks) if blocks else None,
     )
 
 

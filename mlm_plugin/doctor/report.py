@@ -65,7 +65,7 @@ def _reading(reading: Reading) -> dict[str, Any]:
     return {
         "text_encoders": {name: round(share, 4) for name, share in reading.encoders.items()},
         "unet_blocks": {name: round(share, 4) for name, share in reading.blocks.items()},
-        "unet": round(reading.image, 4),
+        "unet": None if reading.image is None else round(reading.image, 4),
     }
 
 
@@ -88,13 +88,29 @@ def lines_of(
         lines.append(f"  not examined: {len(file.ignored)} other tensor(s) ({shown})")
     if not file.embeddings and not contents.counts.get("text encoder"):
         lines.append("  no text encoder part")
+    lines += _left_out(file, contents)
     if findings is not None:
         lines += _finding_lines(findings)
     if diagnosis is None:
-        hint = "  give --base MODEL to see what it does to sentences"
-        return lines if file.other_model else [*lines, hint]
+        return [*lines, *_hints(file)]
     lines.append(diagnosis.verdict)
     return [*lines, f"  {diagnosis.advice}"] if diagnosis.advice else lines
+
+
+def _left_out(file: LearnedFile, contents: Contents) -> list[str]:
+    """Of Anima only the text encoder part is examined."""
+    parts = (f"{n} {part}" for part, n in contents.counts.items() if part != "text encoder")
+    shown = ", ".join(parts)
+    if not file.is_anima or not shown:
+        return []
+    return [f"  the transformer's reading is not examined ({shown} modules)"]
+
+
+def _hints(file: LearnedFile) -> list[str]:
+    """What to give so that the file is examined; nothing where it cannot be."""
+    if file.is_anima and file.has_text_part:
+        return ["  give --qwen3 PATH to see what its text encoder part does to sentences"]
+    return [] if file.other_model else ["  give --base MODEL to see what it does to sentences"]
 
 
 def _kind(file: LearnedFile, contents: Contents) -> str:
@@ -108,6 +124,21 @@ def _kind(file: LearnedFile, contents: Contents) -> str:
 
 
 def _finding_lines(findings: Findings) -> list[str]:
+    lines = _text_rows(findings) if findings.whole.image is None else _rows(findings)
+    if findings.curve:
+        curve = ", ".join(f"{s:g}: {percent(kept)}" for s, kept in findings.curve)
+        lines.append(f"  text encoder part at strength {curve}")
+    return lines
+
+
+def _text_rows(findings: Findings) -> list[str]:
+    """Where text encoders alone are read."""
+    rows = [("around the trigger", findings.whole), ("without the trigger", findings.leak)]
+    lines = ["  context kept                        text encoder"]
+    return lines + [f"    {name:<32} {percent(r.text):>12}" for name, r in rows]
+
+
+def _rows(findings: Findings) -> list[str]:
     rows = [
         ("around the trigger", findings.whole),
         ("by its text encoder part alone", findings.text_part),
@@ -115,8 +146,6 @@ def _finding_lines(findings: Findings) -> list[str]:
         ("without the trigger", findings.leak),
     ]
     lines = ["  context kept                        text encoder   U-Net"]
-    lines += [f"    {name:<32} {percent(r.text):>12} {percent(r.image):>10}" for name, r in rows]
-    if findings.curve:
-        curve = ", ".join(f"{s:g}: {percent(kept)}" for s, kept in findings.curve)
-        lines.append(f"  text encoder part at strength {curve}")
-    return lines
+    return lines + [
+        f"    {name:<32} {percent(r.text):>12} {percent(r.image):>10}" for name, r in rows
+    ]

@@ -7,6 +7,7 @@ about training, prompts or masks. Shapes: B captions, L tokens, D width.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 
 import torch
@@ -103,6 +104,26 @@ class LanguageModelEncoder(T5Encoder):
     def tokenize_trimmed(self, captions: Sequence[str]) -> Tensor:
         """Token ids padded to the longest caption, the prefix included, ``(B, L)``."""
         return super().tokenize_trimmed([self.prefix + caption for caption in captions])
+
+    def positions_around(self, caption: str, words: str) -> list[int] | None:
+        """Positions of the tokens outside ``words``, from the second of the prompt to its last.
+
+        The first sees nothing but itself, so its state holds no context. Tokens that are partly
+        inside ``words`` are left out too.
+
+        ``None`` if the words are not in the caption, or behind the last token that is read.
+        """
+        text = self.prefix + caption
+        found = re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text[len(self.prefix) :])
+        spans = self.tokenizer(
+            text, truncation=True, max_length=MAX_LENGTH, return_offsets_mapping=True
+        ).offset_mapping
+        if found is None or not spans:
+            return None
+        start, end = (len(self.prefix) + place for place in found.span())
+        if max(last for _, last in spans) < end:
+            return None
+        return [i for i, (first, last) in enumerate(spans) if i and (last <= start or first >= end)]
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
         """States that the image model is conditioned on, ``(B, L) -> (B, L, D)``."""

@@ -88,7 +88,7 @@ def second_tokenizer(tokenizer):
 
 
 def is_tokenizer_folder(folder: Path) -> bool:
-    """Whether a folder holds a CLIP tokenizer."""
+    """Whether a folder holds a tokenizer of CLIP's or Qwen's kind, byte-level BPE."""
     return _has_vocabulary(folder) or (folder / "tokenizer.json").is_file()
 
 

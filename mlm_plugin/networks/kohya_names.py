@@ -24,6 +24,7 @@ __all__ = [
     "BUNDLE_PREFIX",
     "TEXT_ENCODER_PARTS",
     "canonical_name",
+    "from_comfyui",
     "in_file_shape",
     "is_known_key",
     "part_of",
@@ -43,6 +44,15 @@ _NUMBERED_TEXT_ENCODER = re.compile(rf"{TEXT_ENCODER_PREFIX}([12]?)_")
 _FLAT_TEXT_ENCODER = re.compile(
     rf"^{_NUMBERED_TEXT_ENCODER.pattern}(?=encoder_|embeddings_|final_layer_norm)"
 )
+_COMFYUI_ANIMA = {
+    TEXT_ENCODER_PREFIX: re.compile(r"text_encoders\.qwen3_06b\.transformer\.model\.(.+)"),
+    UNET_PREFIX: re.compile(
+        r"diffusion_model\.((?:llm_adapter\.|blocks\.\d+\."
+        r"(?:(?:self|cross)_attn\.\w+_proj|mlp\.layer|adaln_modulation)).+)"
+    ),
+}
+_MODULE_AND_TENSOR = re.compile(r"(.+?)\.(lora_\w+\.weight|\w+)")
+_COMFYUI_MATRICES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 _PROJECTION = re.compile(r"_attentions_\d+_proj_(in|out)$")
 
 # Tensors shaped like the layer's own weight: LoRA, GLoRA, LoKr, full, DoRA.
@@ -123,6 +133,21 @@ def part_of(name: str) -> str:
 def canonical_name(name: str) -> str:
     """A module or tensor name as kohya writes it: ``text_model_`` put in where it is missing."""
     return _FLAT_TEXT_ENCODER.sub(rf"{TEXT_ENCODER_PREFIX}\1_text_model_", name)
+
+
+def from_comfyui(key: str) -> str:
+    """A tensor's name of an Anima file in ComfyUI's names as sd-scripts writes it; others stay.
+
+    Wan's modules, which start as Anima's, have other names inside their blocks.
+
+    Source: sd-scripts ``networks/convert_anima_lora_to_comfy.py``.
+    """
+    for prefix, pattern in _COMFYUI_ANIMA.items():
+        found = pattern.fullmatch(key)
+        if found and (parts := _MODULE_AND_TENSOR.fullmatch(found[1])):
+            module = f"{prefix}_{parts[1]}".replace(".", "_")
+            return f"{module}.{_COMFYUI_MATRICES.get(parts[2], parts[2])}"
+    return key
 
 
 def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

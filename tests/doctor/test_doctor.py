@@ -374,7 +374,7 @@ def test_a_file_for_flux_is_counted_and_not_examined(tmp_path, toy_folder, capsy
     }
     save_file(pair, tmp_path / "flux.safetensors")
     assert main(["doctor", str(tmp_path / "flux.safetensors")]) == 0
-    assert "LoRA (1) for FLUX; 1 U-Net modules; rank 4" in capsys.readouterr().out
+    assert "LoRA (1) for FLUX; 1 transformer modules; rank 4" in capsys.readouterr().out
     assert main(["doctor", str(tmp_path / "flux.safetensors"), "--base", str(toy_folder)]) == 2
     assert "is for FLUX" in capsys.readouterr().err
 
