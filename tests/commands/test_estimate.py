@@ -147,9 +147,11 @@ def test_fewer_bits_take_less(toy_folder):
 
 
 def test_the_term_costs_its_contextualizer_and_activations_where_they_are_the_peak(toy_folder):
-    assert peak(toy_folder, "--mlm_loss_weight", "0") < peak(toy_folder)
-    assert peak(toy_folder, "--mlm_batch_size", "4") == peak(toy_folder)  # those of the U-Net went
-    assert peak(toy_folder, "--mlm_batch_size", "64") > peak(toy_folder)
+    with_words = peak(toy_folder, "--mlm_target", "class")
+    assert peak(toy_folder) == peak(toy_folder, "--mlm_loss_weight", "0") < with_words
+    batch = ("--mlm_target", "class", "--mlm_batch_size")
+    assert peak(toy_folder, *batch, "4") == with_words  # those of the U-Net went
+    assert peak(toy_folder, *batch, "64") > with_words
 
 
 def test_steps_inside_the_backward_pass_save_the_gradients_of_the_u_net(toy_folder, capsys):
