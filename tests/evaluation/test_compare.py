@@ -46,6 +46,7 @@ name = "plain"
 [[arms]]
 name = "with <MLM>"
 mlm_loss_weight = 0.1
+mlm_target = "class"
 mlm_contextualizer = "{contextualizer}"
 """
 

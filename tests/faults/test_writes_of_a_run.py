@@ -274,7 +274,7 @@ def test_a_contextualizer_that_cannot_be_written_is_used_from_memory(
     monkeypatch.setattr("mlm_plugin.pretrain.SMALL_ENCODER", quick)
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path / "cache"))
     failing("-r", errno.ENOSPC)  # contextualizers in the cache
-    flags = ["--mlm_loss_weight", "0.1", "--mlm_batch_size", "2"]
+    flags = ["--mlm_target", "class", "--mlm_loss_weight", "0.1", "--mlm_batch_size", "2"]
     assert train_main([*arguments, *flags]) == 0
     text = output(capsys)
     assert text.count("the contextualizer cannot be kept") == 1

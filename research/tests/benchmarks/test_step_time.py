@@ -74,6 +74,7 @@ def test_the_predicted_memory_is_what_the_profiler_finds(result, tmp_path):
             "network_alpha": 16,
             "learning_rate": 1e-4,
             "optimizer_type": result["optimizer"],
+            "mlm_target": "class",
             "mlm_batch_size": 2,
             "mlm_loss_weight": weight,
         }
