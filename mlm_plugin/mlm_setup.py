@@ -23,7 +23,6 @@ from mlm_plugin.contextualizer_file import (
     LoadedContextualizer,
     contextualizer_settings,
 )
-from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.mlm.cross_attention import CrossAttention
 from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget, Variants
@@ -48,7 +47,6 @@ __all__ = [
     "on_device",
     "prompt_set_names",
     "prompts_for",
-    "require_class_words",
     "trigger_of",
 ]
 
@@ -292,20 +290,6 @@ def _prompt_set_name(options: MLMOptions, concept: Concept) -> str:
 def trigger_of(concepts: Sequence[Concept]) -> str | None:
     """The words that trigger what is learned: ``"sks dog"``, several separated by commas."""
     return ", ".join(concept.text for concept in concepts) or None
-
-
-def require_class_words(options: MLMOptions, concepts: Sequence[Concept]) -> None:
-    """Refuse predictions beside a class word that is not known.
-
-    Raises:
-        UserError: ``mlm_target = class``, and a concept has no class word.
-    """
-    nameless = [concept.placeholder_token for concept in concepts if not concept.class_token]
-    if options.mlm_target == "class" and nameless:
-        raise UserError(
-            f"mlm_target = 'class': {nameless[0]!r} has no class word; give class_token "
-            '(e.g. "dog"), or take mlm_target = states'
-        )
 
 
 def mlm_schedule(options: MLMOptions) -> MLMSchedule:

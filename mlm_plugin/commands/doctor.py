@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def run_doctor(options: DoctorOptions) -> int:
     setup_console(LogOptions())
     quiet_libraries()
     page = None if options.page is None else _page_writer()
-    file = read_learned_file(options.file)
+    file = replace(read_learned_file(options.file), given_trigger=options.trigger)
     if options.output is not None:
         check_mending(file, options.output)
     _check_model(options, file)
@@ -92,13 +93,12 @@ def _models(options: DoctorOptions) -> StableDiffusion | AnimaText:
 def _examine(options: DoctorOptions, file: LearnedFile) -> Findings:
     models = _models(options)
     templates = load_templates(options.prompts, class_token=options.class_token)
-    trigger = file.trigger if options.trigger is None else options.trigger
     ordinary = options.class_token or NO_CLASS
     if file.embeddings:
         words = random_words(models.text_encoders[0], NUM_ORDINARY_WORDS, seed=0)
-        patient = Patient(file, models, word=trigger)
+        patient = Patient(file, models, word=file.trigger)
         return examine_embedding(patient, templates, class_token=ordinary, words=words)
-    concept = trigger or ordinary
+    concept = file.trigger or ordinary
     if options.class_token and options.class_token not in concept.split():
         concept = f"{concept} {options.class_token}"
     prompts = (Prompts(templates, word) for word in (concept, ordinary))

@@ -52,7 +52,9 @@ LANGUAGE_MODEL = "lora_te_layers_"
 """How the modules of Qwen3 (Anima) and of Gemma 2 (Lumina 2) start."""
 
 READS_TEXT = re.compile(r"lora_unet_.*attn2_to_[kv]")
-TRIGGER_KEYS = ("modelspec.trigger_phrase", "trigger_word", "trigger_words")
+TRIGGER_KEYS = (
+    "modelspec.trigger_phrase", "trigger_word", "trigger_words", "ss_mlm_placeholder_token",
+)  # fmt: skip
 
 Module = Mapping[str, Tensor]
 """The tensors of one module by the rest of their names."""
@@ -68,6 +70,7 @@ class LearnedFile:
         modules: tensors of a network by module, under kohya's names; empty for an embedding.
         embeddings: ``(N, D)`` for each text encoder; empty for a network.
         ignored: names of tensors that belong to neither.
+        given_trigger: what the user says is to be typed; ``None`` = as the metadata say.
     """
 
     path: Path
@@ -75,6 +78,7 @@ class LearnedFile:
     modules: Mapping[str, Module] = field(default_factory=dict)
     embeddings: Sequence[Tensor] = ()
     ignored: Sequence[str] = ()
+    given_trigger: str | None = None
 
     @property
     def other_model(self) -> str | None:
@@ -128,7 +132,9 @@ class LearnedFile:
 
     @property
     def trigger(self) -> str:
-        """What the metadata say is to be typed; of an embedding the file's name; else empty."""
+        """What is to be typed, by the user or the metadata; of an embedding the file's name."""
+        if self.given_trigger is not None:
+            return self.given_trigger
         for key in TRIGGER_KEYS:
             if self.metadata.get(key):
                 return self.metadata[key].split(",")[0].strip()

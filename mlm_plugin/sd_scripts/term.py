@@ -31,7 +31,6 @@ from mlm_plugin.mlm_setup import (
     MLMSetup,
     mlm_schedule,
     prompt_set_names,
-    require_class_words,
 )
 from mlm_plugin.models.key_values import read_cross_attention, read_image_transformer
 from mlm_plugin.random_state import preserved_random_state
@@ -191,12 +190,11 @@ class MLMTerm:
             captions: of the pictures to learn from; none where they are not known.
 
         Raises:
-            UserError: the concept is not known or in no caption, or lacks a class word.
+            UserError: the concept is not known, or in no caption.
         """
         captions = list(captions)
         self._use_class_word(datasets)
         found = concepts_of(TrainConfig(mlm=self.options), datasets, required=True)
-        require_class_words(self.options, found)
         if captions:
             require_in_captions(captions, found)
         texts = {c.placeholder_token: self.expand(c.placeholder_token) for c in found}

@@ -15,7 +15,6 @@ from mlm_plugin.data.dataset_report import dataset_report
 from mlm_plugin.data.templates import load_templates
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
-from mlm_plugin.mlm_setup import require_class_words
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.token_embeddings import placeholder_pattern
 from mlm_plugin.prompt_sets.english import is_ordinary_word
@@ -37,15 +36,12 @@ def find_concepts(config: TrainConfig, datasets: Sequence[DatasetConfig]) -> tup
     """What is learned, which token embeddings and the MLM term need to know.
 
     Raises:
-        UserError: it is needed and not known, or ``mlm_target`` asks for a class word it lacks.
+        UserError: it is needed and not known.
     """
-    uses_term = config.mlm.mlm_loss_weight > 0
     learns_tokens = METHODS[config.schedule.method].learns_tokens
     ranks_files = config.output.mlm_keep_best or config.output.mlm_stop_below is not None
-    required = learns_tokens or uses_term or ranks_files
+    required = learns_tokens or config.mlm.mlm_loss_weight > 0 or ranks_files
     concepts = concepts_of(config, datasets, required=required)
-    if uses_term:
-        require_class_words(config.mlm, concepts)
     for concept in concepts:
         if is_ordinary_word(concept.placeholder_token):
             logger.warning(

@@ -457,3 +457,18 @@ def test_a_file_with_one_part_is_examined(left_out, trained, tmp_path, capsys):
     save_file(tensors, path)
     assert main(["doctor", str(path), "--base", "pocket", "--page", str(tmp_path / "p.html")]) == 0
     assert "sentences stay whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metadata", "given", "trigger"),
+    [
+        ({"modelspec.trigger_phrase": "sks dog, zwx cat", "ss_mlm_placeholder_token": "sks"}, None,
+         "sks dog"),
+        ({"ss_mlm_placeholder_token": "sks, zwx"}, None, "sks"),
+        ({"modelspec.trigger_phrase": "sks dog"}, "my dog", "my dog"),
+        ({"modelspec.trigger_phrase": "sks dog"}, "", ""),
+        ({}, None, ""),
+    ],
+)  # fmt: skip
+def test_the_trigger_is_the_users_or_that_of_the_metadata(tmp_path, metadata, given, trigger):
+    assert LearnedFile(tmp_path / "x", metadata, given_trigger=given).trigger == trigger

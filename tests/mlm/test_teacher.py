@@ -8,7 +8,6 @@ import torch
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.contextualizer_file import load_contextualizer
-from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.cross_attention import CrossAttention, Projection
 from mlm_plugin.mlm.losses import masked_positions
 from mlm_plugin.mlm.masking import IGNORE_INDEX, MASK_ID, MaskedTokens
@@ -17,7 +16,6 @@ from mlm_plugin.mlm_setup import (
     NUM_TARGETS,
     MLMSetup,
     PreparedEncoder,
-    require_class_words,
 )
 
 pytestmark = pytest.mark.usefixtures("all_targets")
@@ -188,11 +186,3 @@ def test_targets_go_by_the_seed_alone(toy_text_encoder, contextualizer):
     assert [r.ids for r in first] == [r.ids for r in again]
     assert torch.equal(first[3].teacher_ND, again[3].teacher_ND)
     assert [r.ids for r in first] != [r.ids for r in other]
-
-
-@pytest.mark.parametrize("target", ["states", "word"])
-def test_only_predictions_beside_the_class_word_need_one(target):
-    require_class_words(MLMOptions(mlm_target=target), [Concept("sks", None)])
-    require_class_words(MLMOptions(mlm_target="class"), [SKS_DOG])
-    with pytest.raises(UserError, match="class_token"):
-        require_class_words(MLMOptions(mlm_target="class"), [SKS_DOG, Concept("zwx", None)])
