@@ -27,7 +27,7 @@ from mlm_plugin.config.loading import write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset
 from mlm_plugin.data.dataset_report import dataset_report
-from mlm_plugin.evaluation.page_writer import PageWriter, has_page
+from mlm_plugin.evaluation.page_writer import PageLosses, PageWriter, has_page
 from mlm_plugin.evaluation.run_page import Curves
 from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
@@ -283,7 +283,8 @@ def build_trainer(
     )
     if page:
         shown = _page_curves(validators, drift)
-        trainer.callbacks.append(_page(config, concepts, accelerator, drawer, ranking, shown))
+        writer = _page(config, concepts, accelerator, drawer, ranking, shown)
+        trainer.callbacks = [PageLosses(writer.page), *trainer.callbacks, writer]
     _resume(trainer, config.schedule.resume)
     return trainer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.evaluation.run_page import NOT_SHOWN, Curves, RunFacts, RunPage, Samples
@@ -12,7 +13,7 @@ from mlm_plugin.setup.sampling import SampleDrawer
 from mlm_plugin.training.callbacks import Callback, StepResult
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["PageWriter", "has_page"]
+__all__ = ["PageLosses", "PageWriter", "has_page"]
 
 MIN_STEPS = 10  # shorter runs have nothing to show
 
@@ -20,6 +21,29 @@ MIN_STEPS = 10  # shorter runs have nothing to show
 def has_page(config: TrainConfig, num_steps: int) -> bool:
     """Whether a run of this length gets a page."""
     return config.output.mlm_page and num_steps >= MIN_STEPS
+
+
+class PageLosses(Callback):
+    """Notes the losses of every step. Comes before states are saved, which hold them.
+
+    Args:
+        page: shows them.
+    """
+
+    def __init__(self, page: RunPage):
+        self.page = page
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Note them."""
+        self.page.add_step(trainer.progress.current_step, result.diffusion, result.mlm)
+
+    def measured(self) -> dict[str, Any]:
+        """The losses so far."""
+        return self.page.measured()
+
+    def recall(self, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+        """Those before a resume."""
+        self.page.recall(measured)
 
 
 class PageWriter(Callback):
@@ -53,8 +77,7 @@ class PageWriter(Callback):
         self._shown = (0, 0)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Note the losses; write the page where a file or a picture has come."""
-        self.page.add_step(trainer.progress.current_step, result.diffusion, result.mlm)
+        """Write the page where a file or a picture has come."""
         self._write_if_new(trainer)
 
     def on_epoch_end(self, trainer: Trainer) -> None:

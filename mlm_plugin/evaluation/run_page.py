@@ -122,6 +122,15 @@ class RunPage:
         if mlm is not None:
             self.term.append((step, mlm))
 
+    def measured(self) -> dict[str, list]:
+        """The losses so far, for the state of a run."""
+        return {"diffusion": self.diffusion, "term": self.term}
+
+    def recall(self, measured: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Take up what :meth:`measured` told."""
+        self.diffusion[:0] = [(step, loss) for step, loss in measured["diffusion"]]
+        self.term[:0] = [(step, loss) for step, loss in measured["term"]]
+
     def write(self, *, step: int, num_steps: int) -> bool:
         """Replace the page, and say whether; one that cannot be written does not end a run."""
         if not self.diffusion:

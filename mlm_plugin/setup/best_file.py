@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,6 +91,15 @@ class BestFile:
         kept = {name: self.kept[name] for name in self.there}
         good = [name for name, share in kept.items() if share >= KEPT]
         return good[-1] if good else max(kept, key=kept.__getitem__, default=None)
+
+    def measured(self) -> dict[str, list[float]]:
+        """Step and shares of the files that are there, by name, for the state of a run."""
+        return {name: [one.step, *one.reading] for name, one in self.there.items()}
+
+    def recall(self, measured: Mapping[str, Sequence[float]]) -> None:
+        """Take up what :meth:`measured` told."""
+        for name, (step, *shares) in measured.items():
+            self.files[name] = Ranked(int(step), ContextReading(*shares))
 
     def spares(self, name: str) -> bool:
         """Whether a file that is due to be removed has to stay."""

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlm_plugin.config.datasets import Concept
 from mlm_plugin.config.options import OPTIONS, OutputOptions, TrainConfig
@@ -320,6 +320,22 @@ class Saver(Callback):
             raise SaveFailed(problem)
         if trainer.accelerator.is_main_process:
             logger.warning("state saved; %s", self.how_to_continue.format(folder))
+
+    def measured(self) -> dict[str, Any]:
+        """The ranking of the files."""
+        if self.ranking is None:
+            return {}
+        return {"files": self.ranking.measured(), "spared": self._spared}
+
+    def recall(self, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+        """The ranking before a resume, of the files that are still there."""
+        if self.ranking is None:
+            return
+        self._spared = measured["spared"]
+        self.ranking.recall(measured["files"])
+        for name in measured["files"]:
+            if not any(path.exists() for path in trainer.method.files(self._path(name))):
+                self.ranking.forget(name)
 
     def _rank(self, trainer: Trainer, name: str) -> None:
         """Measure what is saved now, and remove a file that was kept for its rank alone."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["Callback", "SaveFailed", "StepResult", "mlm_curves"]
+__all__ = ["Callback", "SaveFailed", "StepResult", "by_step", "mlm_curves"]
 
 
 class SaveFailed(Exception):
@@ -74,11 +74,23 @@ def mlm_curves(parts: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def by_step(values: Mapping[str, float]) -> dict[int, float]:
+    """Values by step, whose numbers JSON makes texts."""
+    return {int(step): value for step, value in values.items()}
+
+
 class Callback:
     """Hooks of the training loop; override what is needed. They run on every process."""
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Before the first step (also when resumed)."""
+
+    def measured(self) -> dict[str, Any]:
+        """What it has measured so far, for the state of the run; JSON."""
+        return {}
+
+    def recall(self, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+        """Take up what it had measured, when the run is resumed."""
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """After an optimizer step; ``trainer.progress`` counts it already."""

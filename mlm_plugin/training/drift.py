@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.callbacks import Callback, StepResult, by_step
 from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["DriftWatch", "TextDrift"]
@@ -81,6 +82,15 @@ class DriftWatch(Callback):
             with trainer.evaluating():
                 for tag, drift in self.drifts.items():
                     self.cosines[tag][step] = drift()
+
+    def measured(self) -> dict[str, Any]:
+        """The cosines."""
+        return self.cosines
+
+    def recall(self, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+        """Those before a resume."""
+        for tag, values in self.cosines.items():
+            values.update(by_step(measured.get(tag, {})))
 
     def at(self, step: int) -> dict[str, float]:
         """What was measured after a step, by tag; empty after most steps."""

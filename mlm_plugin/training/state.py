@@ -8,6 +8,7 @@ position.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import shutil
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +36,15 @@ __all__ = [
     "RunIdentity",
     "check_state",
     "load_state",
+    "read_measured",
     "read_progress",
     "save_state",
 ]
 
+logger = logging.getLogger(__name__)
+
 PROGRESS_FILE = "train_state.json"
+MEASURED_FILE = "measured.json"
 WEIGHTS_FILE = "model.safetensors"
 SCALER_FILE = "scaler.pt"
 
@@ -86,11 +92,13 @@ def save_state(
     method: Method,
     progress: Progress,
     settings: Mapping[str, str],
+    measured: Mapping[str, Any],
 ) -> None:
     """Write a state folder; it has its final name only when it is complete.
 
     Every process must call it: each adds its random state. ``settings`` are the options on which
-    the state depends, by name, for :func:`check_state`.
+    the state depends, by name, for :func:`check_state`; ``measured`` is for
+    :func:`read_measured`.
 
     Raises:
         OSError: on every process, whichever could not write.
@@ -104,7 +112,7 @@ def save_state(
 
     def complete() -> None:
         if accelerator.is_main_process:
-            _write_parts(unfinished, method, values)
+            _write_parts(unfinished, method, values, measured)
             _move_into_place(unfinished, folder)
 
     try:
@@ -127,9 +135,12 @@ def _shared_temporary_folder(folder: Path, accelerator: Accelerator) -> Path:
     return Path(broadcast_object_list(name)[0])
 
 
-def _write_parts(unfinished: Path, method: Method, values: Mapping[str, object]) -> None:
-    """What accelerate's state lacks: the weights and the progress."""
+def _write_parts(
+    unfinished: Path, method: Method, values: Mapping[str, object], measured: Mapping[str, Any]
+) -> None:
+    """What accelerate's state lacks: the weights, the progress and what was measured."""
     write_weights(unfinished / WEIGHTS_FILE, method.state_dict(), metadata={})
+    (unfinished / MEASURED_FILE).write_text(json.dumps(measured), encoding="utf-8")
     path = unfinished / PROGRESS_FILE
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
 
@@ -170,6 +181,18 @@ def read_progress(folder: Path) -> Progress:
                 "number; resume from an earlier state"
             )
     return Progress(**{name: values[name] for name in names})
+
+
+def read_measured(folder: Path) -> dict[str, Any]:
+    """What the callbacks of the run had measured, by their names; nothing if it is not known."""
+    path = folder / MEASURED_FILE
+    if not path.is_file():  # of an earlier version
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s is damaged (%s); curves and ranking begin again", path, error)
+        return {}
 
 
 def check_state(folder: Path, identity: RunIdentity) -> Progress:

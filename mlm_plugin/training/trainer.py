@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -46,7 +47,13 @@ from mlm_plugin.training.processes import (
     tells_lost_process,
 )
 from mlm_plugin.training.rollback import StepBefore
-from mlm_plugin.training.state import Progress, RunIdentity, load_state, save_state
+from mlm_plugin.training.state import (
+    Progress,
+    RunIdentity,
+    load_state,
+    read_measured,
+    save_state,
+)
 
 __all__ = ["Trainer"]
 
@@ -342,6 +349,7 @@ class Trainer:
             method=self.method,
             progress=self.progress,
             settings=self.identity.settings,
+            measured={type(one).__name__: one.measured() for one in self.callbacks},
         )
 
     def load_state(self, folder: Path) -> None:
@@ -349,6 +357,17 @@ class Trainer:
         self.progress = load_state(
             folder, accelerator=self.accelerator, method=self.method, identity=self.identity
         )
+        self._recall(read_measured(folder))
+
+    def _recall(self, measured: Mapping[str, Any]) -> None:
+        """Curves and rankings go on; they are not worth a run."""
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            try:
+                if found := measured.get(name):
+                    callback.recall(self, found)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                logger.warning("%s does not know what it had measured (%s)", name, error)
 
     def evaluating(self) -> AbstractContextManager:
         """Models and optimizer in evaluation mode while the block runs; see ``eval_mode.py``."""

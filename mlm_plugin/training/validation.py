@@ -11,7 +11,8 @@ import dataclasses
 import logging
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -21,7 +22,7 @@ from mlm_plugin.config.options import ValidationOptions
 from mlm_plugin.data.dataset import BatchKey, TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.random_state import preserved_random_state
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.callbacks import Callback, StepResult, by_step
 from mlm_plugin.training.diffusion_loss import DiffusionLoss, timestep_range
 from mlm_plugin.training.forward import batch_diffusion_loss
 from mlm_plugin.training.logs import CurveLogger
@@ -91,6 +92,14 @@ class Validator(Callback):
         self.num_batches = min(options.max_validation_steps or len(dataset), len(dataset))
         self.losses: dict[int, float] = {}
         self.recent: deque[float] = deque()
+
+    def measured(self) -> dict[str, Any]:
+        """The losses."""
+        return {"losses": self.losses}
+
+    def recall(self, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+        """Those before a resume."""
+        self.losses.update(by_step(measured["losses"]))
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Training losses are averaged over an epoch, for the divergence."""

@@ -1,5 +1,6 @@
 """The page of a run: written by a real one, read as a browser does."""
 
+import json
 import re
 from pathlib import Path
 
@@ -124,3 +125,43 @@ def test_what_tokens_lose_adds_up_to_what_is_lost():
     variation = (g - g.mean(0)).square().sum(1)
     lost = (lost_by_token(h, g) * variation).sum() / variation.sum()
     assert 1 - lost.item() == pytest.approx(kept_context(h, g))
+
+
+def measured(state):
+    return json.loads((state / "measured.json").read_text())
+
+
+@pytest.fixture
+def resumable(run):
+    """The folder of a straight run, and what starts it again from its first state."""
+    flags = ("--save_state", "--sample_every_n_steps", "0", "--learning_rate", "0.1")
+    flags += ("--validation_split", "0.2", "--validate_every_n_steps", "3")
+    out = run(*flags).parent
+    return out, lambda: run(*flags, "--resume", str(out / "dog-step00000004-state"))
+
+
+def test_a_resumed_run_goes_on_with_its_curves_and_its_ranking(resumable):
+    out, resume = resumable
+    straight = measured(out / "dog-state")
+    assert [step for step, _ in straight["PageLosses"]["diffusion"]] == list(range(1, 13))
+    assert list(straight["Validator"]["losses"]) == ["3", "6", "9", "12"]
+    assert len(straight["DriftWatch"]["te/drift_cos"]) == 12
+    assert "dog-step00000004" in straight["Saver"]["files"]
+    resume()
+    assert measured(out / "dog-state") == straight
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"PageLosses": {"diffusion": 3}}', '{"Saver": 5}'])
+def test_curves_that_are_damaged_begin_again(resumable, text, capsys):
+    out, resume = resumable
+    (out / "dog-step00000004-state" / "measured.json").write_text(text)
+    resume()
+    assert "measured" in capsys.readouterr().err
+    assert [step for step, _ in measured(out / "dog-state")["PageLosses"]["diffusion"]][-1] == 12
+
+
+def test_a_file_that_is_gone_is_not_ranked_again(resumable):
+    out, resume = resumable
+    (out / "dog-step00000004.safetensors").unlink()
+    resume()
+    assert list(measured(out / "dog-state")["Saver"]["files"]) == ["dog-step00000008", "dog"]
