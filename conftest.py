@@ -256,9 +256,10 @@ def toy_sdxl_contextualizers(toy_sdxl_folder, tmp_path_factory) -> str:
 
 @pytest.fixture
 def _fresh_accelerator():
-    """A process trains once; tests train many times, with different precisions."""
+    """A process trains once; tests train many times, with different precisions, in any order."""
     from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a test that did not
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -66,12 +66,8 @@ def arguments(toy_folder, toy_pictures, contextualizer, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """A process trains once; tests train many times, with different precisions."""
-    from accelerate.state import AcceleratorState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def _fresh(_fresh_accelerator):
+    """A process trains once."""
 
 
 def metadata_of(path):

@@ -338,7 +338,8 @@ def ranks(folder, printed):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    """A process trains once; tests train many times."""
+    """A process trains once; tests train many times, in any order."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
