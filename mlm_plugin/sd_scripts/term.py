@@ -282,7 +282,6 @@ class MLMTerm:
             if entry.group == "mlm" and name.startswith("mlm_")
         }
         values |= {
-            "ss_mlm_target": self.options.mlm_target,
             "ss_mlm_read_at": self.setup.read_at,
             "ss_mlm_prompt_set": prompt_set_names(self.options, concepts),
             "ss_mlm_contextualizer": ", ".join(

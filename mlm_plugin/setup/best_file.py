@@ -78,6 +78,8 @@ class BestFile:
     def measure(self, name: str, step: int) -> dict[str, float]:
         """Score the file that is saved now, with the models in evaluation mode; values to log."""
         reading = self.score()
+        self.files.pop(name, None)  # saved again, which makes it the last
+        self._removed.discard(name)
         self.files[name] = Ranked(step, reading)
         logger.info("%s keeps %.0f%% of the context", name, 100 * reading.cross_attention)
         return {
@@ -88,7 +90,7 @@ class BestFile:
     @property
     def best(self) -> str | None:
         """Name of the best file so far."""
-        kept = {name: self.kept[name] for name in self.there}
+        kept = {name: one.reading.cross_attention for name, one in self.there.items()}
         good = [name for name, share in kept.items() if share >= KEPT]
         return good[-1] if good else max(kept, key=kept.__getitem__, default=None)
 

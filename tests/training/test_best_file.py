@@ -183,3 +183,13 @@ def test_the_score_is_1_before_training_and_falls_with_it(run, monkeypatch):
     readings.clear()
     assert run("--learning_rate", "3e-1", folder="strong") == 0
     assert min(readings[-1]) < 0.95
+
+
+def test_a_file_that_is_saved_again_is_the_last_and_is_there():
+    ranking = BestFile(lambda: ContextReading(1.0, 1.0), keep=False, stop_below=None)
+    ranking.recall({"dog": [4, 1.0, 1.0], "dog-step00000002": [2, 1.0, 1.0]})
+    ranking.forget("dog")
+    assert ranking.best == "dog-step00000002"
+    ranking.measure("dog", 8)
+    assert list(ranking.there) == ["dog-step00000002", "dog"]
+    assert ranking.best == "dog"
