@@ -20,14 +20,9 @@ from mlm_plugin.contextualizer_file import LoadedContextualizer
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.lora_files import SAVE_DTYPES
-from mlm_plugin.export.metadata import (
-    RunFacts,
-    dataset_facts,
-    file_identity,
-    file_metadata,
-    names_in_prompts,
-    trigger_phrase,
-)
+from mlm_plugin.export.metadata import file_metadata
+from mlm_plugin.export.modelspec import names_in_prompts, trigger_phrase
+from mlm_plugin.export.run_facts import RunFacts, dataset_facts, file_identity
 from mlm_plugin.export.sidecar import is_own_preview, own_preview, write_preview, write_sidecar
 from mlm_plugin.export.thumbnails import thumbnail
 from mlm_plugin.files import remove_temporaries

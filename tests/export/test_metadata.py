@@ -14,13 +14,8 @@ from PIL import Image
 from mlm_plugin import __version__
 from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import TrainConfig
-from mlm_plugin.export.metadata import (
-    FileIdentity,
-    RunFacts,
-    dataset_facts,
-    file_identity,
-    file_metadata,
-)
+from mlm_plugin.export.metadata import file_metadata
+from mlm_plugin.export.run_facts import FileIdentity, RunFacts, dataset_facts, file_identity
 
 # Every key that train_network.py writes for SD (kohya.md 5.2), with a run that saved a file.
 KOHYA_KEYS = set(
