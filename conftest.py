@@ -231,7 +231,7 @@ def toy_text_encoder(toy_folder):
 def toy_contextualizer(toy_folder, tmp_path_factory) -> Path:
     """A contextualizer of the toy model after three steps: for wiring, not quality."""
     from mlm_plugin.config.pretraining import PretrainOptions
-    from mlm_plugin.pretrain import pretrain
+    from mlm_plugin.pretraining.run import pretrain
 
     path = tmp_path_factory.mktemp("contextualizer") / "toy.safetensors"
     options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
@@ -244,7 +244,7 @@ def toy_sdxl_contextualizers(toy_sdxl_folder, tmp_path_factory) -> str:
     """The same for both text encoders of the SDXL toy, as a value of ``mlm_contextualizer``."""
     from mlm_plugin.config.pretraining import PretrainOptions
     from mlm_plugin.models.checkpoints import load_stable_diffusion
-    from mlm_plugin.pretrain import pretrain
+    from mlm_plugin.pretraining.run import pretrain
 
     options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)
     folder, paths = tmp_path_factory.mktemp("contextualizers"), []

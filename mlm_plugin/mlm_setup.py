@@ -36,7 +36,7 @@ from mlm_plugin.mlm.teacher import (
 )
 from mlm_plugin.models.language_model import AdaptedEncoder, LanguageModelEncoder, T5Encoder
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.pretrain import find_contextualizer
+from mlm_plugin.pretraining.find import find_contextualizer
 from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of
 from mlm_plugin.random_state import preserved_random_state
 

@@ -18,7 +18,7 @@ ROWS = [
     ("export",),
     ("methods",),
     ("training",),
-    ("contextualizer_file", "pretrain"),
+    ("contextualizer_file", "pretraining"),
     ("mlm_setup",),
     ("toy", "pocket"),
     ("setup",),

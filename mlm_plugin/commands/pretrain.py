@@ -12,13 +12,9 @@ from mlm_plugin.config.options import LogOptions
 from mlm_plugin.config.pretraining import PretrainCommand
 from mlm_plugin.contextualizer_file import save_contextualizer
 from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
-from mlm_plugin.pretrain import (
-    Interrupted,
-    NotSaved,
-    Scores,
-    pretrain_on_device,
-    read_caption_files,
-)
+from mlm_plugin.pretraining.corpus import read_caption_files
+from mlm_plugin.pretraining.find import pretrain_on_device
+from mlm_plugin.pretraining.run import Interrupted, NotSaved, Scores
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 

@@ -35,7 +35,7 @@ from mlm_plugin.methods import METHODS
 from mlm_plugin.methods.checks import check_config, check_model
 from mlm_plugin.mlm_setup import mlm_schedule, trigger_of
 from mlm_plugin.models.checkpoints import StableDiffusion
-from mlm_plugin.pretrain import Interrupted
+from mlm_plugin.pretraining.run import Interrupted
 from mlm_plugin.setup.accelerator import (
     check_accelerator,
     create_accelerator,

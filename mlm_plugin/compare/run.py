@@ -29,7 +29,7 @@ from mlm_plugin.evaluation.options import NO_MODEL
 from mlm_plugin.evaluation.rendering import write_report
 from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import atomic_path, require_writable
-from mlm_plugin.pretrain import Interrupted
+from mlm_plugin.pretraining.run import Interrupted
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.training.interrupt import Stopped

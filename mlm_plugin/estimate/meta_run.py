@@ -40,7 +40,7 @@ from mlm_plugin.mlm.teacher import MaskSettings, compared_tokens
 from mlm_plugin.mlm_setup import MLMSetup, PreparedEncoder
 from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.pretrain import is_small
+from mlm_plugin.pretraining.find import is_small
 from mlm_plugin.setup.models import model_settings, prepare_models, quantize_models
 from mlm_plugin.setup.term import cross_attention_of
 from mlm_plugin.training.diffusion_loss import DiffusionLoss

@@ -26,7 +26,7 @@ from mlm_plugin.evaluation.text_measures import ConceptPrompts, measure_text_enc
 from mlm_plugin.files import cache_dir
 from mlm_plugin.mlm.contextualizer import Contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.pretrain import find_contextualizer, is_small
+from mlm_plugin.pretraining.find import find_contextualizer, is_small
 from mlm_plugin.setup.builtin_names import contextualizer_path, model_path
 
 __all__ = [

@@ -16,7 +16,7 @@ from mlm_plugin.pocket.concepts import Concept, contexts, write_concept
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER
 from mlm_plugin.pocket.text_to_image import Sampling, generate
-from mlm_plugin.pretrain import pretrain
+from mlm_plugin.pretraining.run import pretrain
 from research.bench.grammars import GRAMMARS
 from research.bench.plan import PLAN, BenchPlan, Trial
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE, contextualizer_captions

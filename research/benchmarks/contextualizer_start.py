@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from mlm_plugin.contextualizer_file import read_contextualizer
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER, SHIPPED
-from mlm_plugin.pretrain import Start, pretrain
+from mlm_plugin.pretraining.run import Start, pretrain
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE, contextualizer_captions
 
 

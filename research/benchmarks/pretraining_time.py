@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.pretrain import _Run
+from mlm_plugin.pretraining.run import PretrainingRun
 
 __all__ = ["main", "seconds_of"]
 
@@ -43,7 +43,7 @@ def main() -> None:
     model = CLIPTextModel(config).eval().requires_grad_(False)
     text_encoder = TextEncoder(CLIPTokenizer.from_pretrained(given.tokenizer), model)
     recipe = PretrainOptions()
-    run = _Run(text_encoder, Path("unused.safetensors"), options=recipe)
+    run = PretrainingRun(text_encoder, Path("unused.safetensors"), options=recipe)
     run.train_step()  # warm-up
     steps = [seconds_of(run.train_step) for _ in range(given.steps)]
     looks = seconds_of(run.evaluate)

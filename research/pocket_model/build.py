@@ -28,7 +28,7 @@ from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER, TOKENIZER_FILES, save_text_encoder
 from mlm_plugin.pocket.text_to_image import Sampling, TextToImage, generate, noise_schedule
-from mlm_plugin.pretrain import pretrain
+from mlm_plugin.pretraining.run import pretrain
 from research.facts import facts_of_here
 from research.pocket_model import quality
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE, contextualizer_captions

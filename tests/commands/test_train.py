@@ -21,7 +21,8 @@ from mlm_plugin.config.loading import load_config
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.contextualizer_file import cached_contextualizer_path
 from mlm_plugin.methods import METHODS
-from mlm_plugin.pretrain import find_contextualizer, pretrain
+from mlm_plugin.pretraining.find import find_contextualizer
+from mlm_plugin.pretraining.run import pretrain
 from mlm_plugin.setup.saving import Saver
 
 ROOT = Path(__file__).parents[2]
@@ -422,7 +423,7 @@ def test_output_config_writes_a_toml_that_gives_the_same_run(arguments, tmp_path
 
 
 def test_the_auto_contextualizer_is_made_once_and_found_again(toy_text_encoder, monkeypatch):
-    monkeypatch.setattr("mlm_plugin.pretrain.SMALL_ENCODER", QUICK)
+    monkeypatch.setattr("mlm_plugin.pretraining.find.SMALL_ENCODER", QUICK)
     path = cached_contextualizer_path(toy_text_encoder)
     path.unlink(missing_ok=True)
     made = find_contextualizer(toy_text_encoder, "auto", show_progress=False)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlm_plugin.config.pretraining import PretrainOptions
-from mlm_plugin.pretrain import pretrain
+from mlm_plugin.pretraining.run import pretrain
 
 QUICK = PretrainOptions(max_train_steps=2, batch_size=4, eval_every_n_steps=2, num_held_out=8)
 DAMAGES = {
@@ -49,6 +49,6 @@ def test_a_state_that_cannot_be_written_does_not_end_the_pretraining(
     def full(*_, **__):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64")
 
-    monkeypatch.setattr("mlm_plugin.pretrain.torch.save", full)
+    monkeypatch.setattr("mlm_plugin.pretraining.run.torch.save", full)
     pretrain(toy_text_encoder, tmp_path / "a.safetensors", options=QUICK, show_progress=False)
     assert "cannot be continued later" in caplog.text

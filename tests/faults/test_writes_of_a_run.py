@@ -271,7 +271,7 @@ def test_a_contextualizer_that_cannot_be_written_is_used_from_memory(
     from mlm_plugin.config.pretraining import PretrainOptions
 
     quick = PretrainOptions(max_train_steps=2, batch_size=4, eval_every_n_steps=2, num_held_out=8)
-    monkeypatch.setattr("mlm_plugin.pretrain.SMALL_ENCODER", quick)
+    monkeypatch.setattr("mlm_plugin.pretraining.find.SMALL_ENCODER", quick)
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path / "cache"))
     failing("-r", errno.ENOSPC)  # contextualizers in the cache
     flags = ["--mlm_target", "class", "--mlm_loss_weight", "0.1", "--mlm_batch_size", "2"]

@@ -412,7 +412,7 @@ def save_t5_tokenizer(folder: Path) -> None:
 def write_contextualizer(path: Path, model, tokenizer, *, arch: str) -> None:
     """Three steps of pretraining: wiring, not quality."""
     from mlm_plugin.config.pretraining import PretrainOptions
-    from mlm_plugin.pretrain import pretrain
+    from mlm_plugin.pretraining.run import pretrain
     from mlm_plugin.sd_scripts.text_encoders import wrap_text_encoder
 
     options = PretrainOptions(max_train_steps=3, batch_size=4, eval_every_n_steps=3, num_held_out=8)

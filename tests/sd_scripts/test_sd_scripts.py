@@ -24,7 +24,7 @@ from mlm_plugin.cli import train_main
 from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.config.pretraining import PretrainOptions
 from mlm_plugin.errors import UserError
-from mlm_plugin.pretrain import pretrain
+from mlm_plugin.pretraining.run import pretrain
 from mlm_plugin.sd_scripts import data, locate
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
@@ -786,7 +786,7 @@ def test_contextualizers_are_made_for_half_weights_which_are_unchanged(
 ):
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
     small = PretrainOptions(max_train_steps=2, batch_size=4, eval_every_n_steps=2, num_held_out=8)
-    monkeypatch.setattr("mlm_plugin.pretrain.SMALL_ENCODER", small)
+    monkeypatch.setattr("mlm_plugin.pretraining.find.SMALL_ENCODER", small)
     model = toy_text_encoder.model.to(dtype)
     before = copy.deepcopy(model.state_dict())
     term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=3)

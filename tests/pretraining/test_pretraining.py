@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import sys
 
 import pytest
 import torch
@@ -17,17 +16,17 @@ from mlm_plugin.contextualizer_file import (
     load_contextualizer,
 )
 from mlm_plugin.errors import UserError
-from mlm_plugin.pretrain import (
-    Corpus,
+from mlm_plugin.pretraining import find
+from mlm_plugin.pretraining import run as pretraining_run
+from mlm_plugin.pretraining.corpus import Corpus, read_caption_files
+from mlm_plugin.pretraining.find import find_contextualizer, find_start
+from mlm_plugin.pretraining.run import (
     Interrupted,
-    find_contextualizer,
-    find_start,
+    PretrainingRun,
     learning_rate_share,
+    parameter_groups,
     pretrain,
-    read_caption_files,
 )
-
-pretrain_module = sys.modules[pretrain.__module__]
 
 SMALL = PretrainOptions(
     max_train_steps=20,
@@ -95,14 +94,14 @@ def test_the_file_fits_the_text_encoder_and_says_how_good_it_is(toy_text_encoder
 
 def interrupt_at(step, number, monkeypatch):
     """Send this process a signal while a pretraining is in ``step``."""
-    train_step = pretrain_module._Run.train_step
+    train_step = PretrainingRun.train_step
 
     def train_and_interrupt(self):
         if self.step == step:
             os.kill(os.getpid(), number)
         return train_step(self)
 
-    monkeypatch.setattr(pretrain_module._Run, "train_step", train_and_interrupt)
+    monkeypatch.setattr(PretrainingRun, "train_step", train_and_interrupt)
 
 
 def test_an_interrupted_pretraining_ends_like_a_straight_one(
@@ -150,13 +149,13 @@ RISING = {"learning_rate": 0.3, "max_train_steps": 24, "eval_every_n_steps": 4, 
 
 def noted_losses(monkeypatch):
     """Every held-out loss of the pretrainings that follow."""
-    evaluate, losses = pretrain_module._Run.evaluate, []
+    evaluate, losses = PretrainingRun.evaluate, []
 
     def noted(self):
         evaluate(self)
         losses.append(self.scores.loss)
 
-    monkeypatch.setattr(pretrain_module._Run, "evaluate", noted)
+    monkeypatch.setattr(PretrainingRun, "evaluate", noted)
     return losses
 
 
@@ -184,13 +183,10 @@ def test_the_best_network_survives_an_interruption(toy_text_encoder, tmp_path, m
 
 
 def test_matrices_alone_decay(toy_text_encoder, tmp_path):
-    network = pretrain_module._Run(
-        toy_text_encoder, tmp_path / "c.safetensors", options=SMALL
-    ).network
+    network = PretrainingRun(toy_text_encoder, tmp_path / "c.safetensors", options=SMALL).network
     names = {id(weight): name for name, weight in network.named_parameters()}
     decayed, others = (
-        {names[id(weight)] for weight in group["params"]}
-        for group in pretrain_module.parameter_groups(network)
+        {names[id(weight)] for weight in group["params"]} for group in parameter_groups(network)
     )
     assert decayed | others == set(names.values())
     assert {"mask_vector", "output_bias", "output_scale"} <= others
@@ -265,8 +261,8 @@ def test_caption_files_are_read_and_bad_ones_are_named(tmp_path):
 def test_a_wide_text_encoder_encodes_a_step_in_chunks(toy_text_encoder, tmp_path, monkeypatch):
     """Encoding more or fewer prompts at once is the same training: same rates and masks."""
     whole = run(toy_text_encoder, tmp_path / "whole.safetensors", max_train_steps=3)
-    monkeypatch.setattr(pretrain_module, "WIDE", 8)
-    monkeypatch.setattr(pretrain_module, "CHUNK_SIZE", 4)
+    monkeypatch.setattr(pretraining_run, "WIDE", 8)
+    monkeypatch.setattr(pretraining_run, "CHUNK_SIZE", 4)
     pieces = run(toy_text_encoder, tmp_path / "pieces.safetensors", max_train_steps=3)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)
 
@@ -292,12 +288,12 @@ def taught(toy_text_encoder, monkeypatch, tmp_path):
         return Corpus(REPEATING_CAPTIONS, caption_share=1.0)
 
     monkeypatch.setenv("MLM_PLUGIN_CACHE", str(tmp_path))
-    monkeypatch.setattr(pretrain_module, "Corpus", captions_alone)
+    monkeypatch.setattr(pretraining_run, "Corpus", captions_alone)
     options = dataclasses.replace(
         SMALL, max_train_steps=300, batch_size=32, eval_every_n_steps=150, learning_rate=3e-3,
         num_held_out=128,
     )  # fmt: skip
-    monkeypatch.setattr(pretrain_module, "SMALL_ENCODER", options)
+    monkeypatch.setattr(find, "SMALL_ENCODER", options)
     path = cached_contextualizer_path(toy_text_encoder)
     scores = pretrain(toy_text_encoder, path, options=options, show_progress=False)
     assert scores.accuracy > 0.2
@@ -322,5 +318,5 @@ def test_an_unrelated_encoder_starts_from_nothing(toy_text_encoder, taught):
 
 def test_a_damaged_file_is_no_start(toy_text_encoder, taught):
     cached_contextualizer_path(toy_text_encoder).write_bytes(b"")
-    options = pretrain_module.SMALL_ENCODER
+    options = find.SMALL_ENCODER
     assert find_start(moved(toy_text_encoder, 0.02), options) is None

@@ -1,8 +1,7 @@
 """Pretraining of a contextualizer: text in, one file out, once per text encoder.
 
 The text encoder stays frozen; the contextualizer's blocks and the mask vector learn to name masked
-words of built-in contexts around hundreds of ordinary subjects (never a concept token) and of the
-user's own captions. Knows no images and no concept. Shapes: B prompts, L tokens.
+words of a corpus. Knows no images and no concept. Shapes: B prompts, L tokens.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import math
 import random
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,61 +22,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm_plugin.config.pretraining import RECIPE, SMALL_ENCODER, PretrainOptions
-from mlm_plugin.contextualizer_file import (
-    POOR_ACCURACY,
-    ContextualizerFacts,
-    LoadedContextualizer,
-    cached_contextualizer_path,
-    in_memory,
-    load_and_report,
-    read_contextualizer,
-    related_contextualizer_paths,
-    save_contextualizer,
-)
-from mlm_plugin.errors import UserError
-from mlm_plugin.files import (
-    atomic_path,
-    cache_dir,
-    disk_errors,
-    remove_temporaries,
-    writable_cache_dir,
-)
+from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
+from mlm_plugin.contextualizer_file import ContextualizerFacts, save_contextualizer
+from mlm_plugin.files import atomic_path, disk_errors, remove_temporaries
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import mask_embedding
 from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
 from mlm_plugin.mlm.masking import MaskingVocabulary, mask_tokens, prompt_attention_mask
-from mlm_plugin.mlm.prompts import PromptSet
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, subjects
-from mlm_plugin.prompt_sets.files import BUILTIN
+from mlm_plugin.pretraining.corpus import Corpus
+from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
 from mlm_plugin.training.interrupt import StopRequest
 
 __all__ = [
-    "Corpus",
     "FamilyScores",
     "Interrupted",
     "NotSaved",
+    "PretrainingRun",
     "Scores",
     "Start",
-    "find_contextualizer",
-    "find_start",
-    "is_small",
+    "frozen",
     "pretrain",
-    "pretrain_on_device",
-    "read_caption_files",
 ]
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
-TAG_SHARE = 0.3
 WIDE = 1024  # width of a text encoder above which a step's prompts are encoded in chunks
 CHUNK_SIZE = 32  # prompts; 128 would take 4 GB of activations in bigG
 NUM_COUNTED = 4096  # prompts that tell how often tokens occur
-MAX_RELATED = 4  # cached contextualizers that are tried as a start
-NUM_COMPARED = 128  # held-out prompts on which they are tried
-RELATED = 0.5  # share of its accuracy that a contextualizer keeps on a similar text encoder
 
 
 class FamilyScores(NamedTuple):
@@ -103,6 +75,14 @@ class Interrupted(Exception):
         self.exit_code = exit_code
 
 
+class Start(NamedTuple):
+    """The contextualizer of a similar text encoder, and what it can do here untrained."""
+
+    network: Contextualizer
+    accuracy: float
+    made_for: str  # fingerprint of its text encoder
+
+
 class NotSaved(OSError):
     """A contextualizer is pretrained, and its file cannot be written.
 
@@ -114,185 +94,6 @@ class NotSaved(OSError):
     def __init__(self, network: Contextualizer, facts: ContextualizerFacts, error: OSError):
         super().__init__(error.errno, " ".join(str(error).split()))
         self.network, self.facts = network, facts
-
-
-class Corpus:
-    """Text to learn from: built-in contexts around ordinary subjects, and the user's captions.
-
-    Args:
-        captions: the user's own.
-        caption_share: how often they are drawn, where there are any.
-    """
-
-    def __init__(self, captions: Sequence[str] = (), *, caption_share: float = 0.5):
-        self.captions, self.caption_share = list(captions), caption_share
-        self.prompt_sets = {
-            syntax: {name: PromptSet.load(name, syntax=syntax) for name in BUILTIN}
-            for syntax in ("natural", "tags")
-        }
-        self.subjects = {name: subjects(name) for name in BUILTIN}
-
-    def draw(self, rng: random.Random, *, held_out: bool) -> tuple[str, str]:
-        """A text of one side of the split and its family; the sides never share a text."""
-        while True:
-            text, family = self._draw_any(rng)
-            if (zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0) == held_out:
-                return text, family
-
-    def _draw_any(self, rng: random.Random) -> tuple[str, str]:
-        if self.captions and rng.random() < self.caption_share:
-            return rng.choice(self.captions), "captions"
-        syntax = "tags" if rng.random() < TAG_SHARE else "natural"
-        category = rng.choice(BUILTIN)
-        context = self.prompt_sets[syntax][category].draw(rng)
-        return context.text.replace("{}", rng.choice(self.subjects[category])), context.family
-
-
-def read_caption_files(paths: Iterable[str | Path]) -> list[str]:
-    """Captions from text files, one per line; empty lines are skipped.
-
-    Raises:
-        UserError: if a file is missing, empty, or not UTF-8 text.
-    """
-    captions: list[str] = []
-    for path in map(Path, paths):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--captions: cannot read {path} ({error}); give UTF-8 text files"
-            ) from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise UserError(f"--captions: {path} holds no caption; write one per line")
-        captions += found
-    return captions
-
-
-def find_contextualizer(
-    text_encoder: TextEncoder, setting: str, *, show_progress: bool = True
-) -> LoadedContextualizer:
-    """The given file, or the cached one for ``auto``: pretrained if it is missing or damaged.
-
-    Call it before anything is trained: pretraining needs the untrained text encoder.
-
-    Raises:
-        UserError: the given file does not fit the text encoder.
-        Interrupted: a signal stopped the pretraining.
-    """
-    if setting != "auto":
-        return load_and_report(setting, text_encoder)
-    path = cached_contextualizer_path(text_encoder)
-    if path.is_file():
-        try:
-            return load_and_report(path, text_encoder)
-        except UserError as error:
-            logger.warning("%s; making it again", error)
-    path = writable_cache_dir() / path.relative_to(cache_dir())
-    options = SMALL_ENCODER if is_small(text_encoder) else PretrainOptions()
-    start = find_start(text_encoder, options)
-    if start is None:
-        logger.info(
-            "no contextualizer for this text encoder yet: pretraining one, only once, in at most "
-            "%d steps; the bar says how long it will take",
-            options.max_train_steps,
-        )
-    else:
-        options = options.continued()
-        logger.info(
-            "no contextualizer for this text encoder yet: adapting that of a similar one, which "
-            "names %.0f%% of hidden words here (only once)",
-            100 * start.accuracy,
-        )
-    try:
-        pretrain_on_device(
-            text_encoder, path, options=options, start=start, show_progress=show_progress
-        )
-    except NotSaved as error:
-        logger.warning(
-            "%s: the contextualizer cannot be kept (%s); this run uses it from memory, and the "
-            "next one makes it again",
-            path,
-            error.strerror,
-        )
-        return in_memory(error.network, error.facts)
-    return load_and_report(path, text_encoder)
-
-
-class Start(NamedTuple):
-    """The contextualizer of a similar text encoder, and what it can do here untrained."""
-
-    network: Contextualizer
-    accuracy: float
-    made_for: str  # fingerprint of its text encoder
-
-
-def find_start(text_encoder: TextEncoder, options: PretrainOptions) -> Start | None:
-    """Where pretraining can start: the best cached contextualizer that reads this encoder too.
-
-    A fine-tuned text encoder keeps the states of its base so nearly that the contextualizer of one
-    reads the other. Which encoders are related is told by that alone.
-
-    Args:
-        text_encoder: has none of its own yet.
-        options: name the held-out prompts and the sizes.
-    """
-    paths = related_contextualizer_paths(text_encoder)[:MAX_RELATED]
-    if not paths:
-        return None
-    best: Start | None = None
-    run = _Run(text_encoder, paths[0], options=replace(options, num_held_out=NUM_COMPARED))
-    for path in paths:
-        try:
-            network, facts = read_contextualizer(path)
-        except UserError as error:
-            logger.debug("%s", error)
-            continue
-        if network.sizes != run.network.sizes:
-            continue
-        run.network.load_state_dict(network.state_dict())
-        with _frozen(text_encoder):
-            run.evaluate()
-        accuracy = run.scores.accuracy
-        if accuracy > max(POOR_ACCURACY, RELATED * facts.accuracy, best.accuracy if best else 0):
-            best = Start(network, accuracy, facts.text_encoder)
-    return best
-
-
-def is_small(text_encoder: TextEncoder) -> bool:
-    """Whether the encoder is far smaller than those of Stable Diffusion (768 and up)."""
-    return text_encoder.token_embedding.embedding_dim < 512
-
-
-def pretrain_on_device(
-    text_encoder: TextEncoder,
-    path: Path,
-    *,
-    options: PretrainOptions,
-    captions: Sequence[str] = (),
-    start: Start | None = None,
-    show_progress: bool = True,
-) -> Scores:
-    """Pretrain on the text encoder's device; in bf16 where the GPU has it, else in fp32."""
-    weight = text_encoder.token_embedding.weight
-    dtype, device = weight.dtype, weight.device
-    if device.type == "cpu" and not is_small(text_encoder):
-        logger.warning(
-            "pretraining the contextualizer of a full-size text encoder on a CPU takes hours; "
-            "a GPU takes minutes, and the file can be carried over (--mlm_contextualizer FILE)"
-        )
-    text_encoder.model.float()  # lossless for half weights, and undone below
-    try:
-        return pretrain(
-            text_encoder,
-            path,
-            options=options,
-            captions=captions,
-            start=start,
-            show_progress=show_progress,
-        )
-    finally:
-        text_encoder.model.to(dtype)
 
 
 def pretrain(
@@ -317,14 +118,14 @@ def pretrain(
         Interrupted: after a signal, with the state saved.
         NotSaved: the file cannot be written; the exception holds the network.
     """
-    run = _Run(
+    run = PretrainingRun(
         text_encoder,
         Path(output),
         options=options,
         captions=captions,
         start=start,
     )
-    with StopRequest() as stop, _frozen(text_encoder):
+    with StopRequest() as stop, frozen(text_encoder):
         run.resume()
         bar = tqdm(
             total=options.max_train_steps,
@@ -348,7 +149,7 @@ def pretrain(
     return run.finish()
 
 
-class _Run:
+class PretrainingRun:
     """A pretraining in progress: network, optimizer, step, best held-out loss."""
 
     def __init__(
@@ -379,12 +180,14 @@ class _Run:
 
     @property
     def finished(self) -> bool:
+        """Whether all steps are done, or the held-out loss has stopped falling."""
         return (
             self.step >= self.options.max_train_steps
             or self.looks_without_gain >= self.options.patience
         )
 
     def train_step(self) -> Tensor:
+        """One step; returns its loss (a scalar, nats per masked token)."""
         rng = random.Random(f"pretrain/{self.options.seed}/{self.step}")
         texts = [self.corpus.draw(rng, held_out=False)[0] for _ in range(self.options.batch_size)]
         for group in self.optimizer.param_groups:
@@ -403,6 +206,7 @@ class _Run:
 
     @torch.no_grad()
     def evaluate(self) -> None:
+        """Score the network on the held-out prompts; keep its weights if it is the best."""
         rng = random.Random(f"held-out masks/{self.options.seed}")
         totals = {family: [0.0, 0, 0] for family in self.held_out}  # nats, correct, masked
         self.network.eval()
@@ -434,6 +238,7 @@ class _Run:
             self.looks_without_gain += 1
 
     def save_state(self) -> None:
+        """Write what :meth:`resume` needs; a failed write is a warning."""
         state = {
             "made_for": self._made_for(),
             "network": self.network.state_dict(),
@@ -451,6 +256,7 @@ class _Run:
             logger.warning("the pretraining goes on, but cannot be continued later: %s", error)
 
     def resume(self) -> None:
+        """Continue from the state file, if one is there and belongs to these settings."""
         ours = {self.output.name, self.state_path.name}
         remove_temporaries(self.output.parent, ours.__contains__)
         if not self.state_path.exists():
@@ -500,6 +306,11 @@ class _Run:
         logger.warning("%s is damaged (%s; %s); starting again", self.state_path, text, kept)
 
     def finish(self) -> Scores:
+        """Write the best network and remove the state file.
+
+        Raises:
+            NotSaved: the file cannot be written.
+        """
         if self.scores is None:  # resumed at its very end
             self.evaluate()
         if self.scores.loss > self.lowest_loss:
@@ -621,7 +432,7 @@ def learning_rate_share(step: int, options: PretrainOptions) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-class _frozen:  # noqa: N801 - reads as a statement: with _frozen(text_encoder)
+class frozen:  # noqa: N801 - reads as a statement: with frozen(text_encoder)
     """Text encoder in eval mode and without parameter gradients; restored at the end."""
 
     def __init__(self, text_encoder: TextEncoder):
