@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.contextualizer_file import (
     LoadedContextualizer,

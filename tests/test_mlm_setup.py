@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm_setup import MLMSetup

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig, require_bucket_steps
+from mlm_plugin.config.concepts import Concept
+from mlm_plugin.config.datasets import DatasetConfig, require_bucket_steps
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.contextualizer_file import contextualizer_settings, read_contextualizer

@@ -22,7 +22,8 @@ from mlm_plugin.commands.rehearsal import (
     run_identity,
     without_messages,
 )
-from mlm_plugin.config.datasets import Concept, resolve_datasets
+from mlm_plugin.config.concepts import Concept
+from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import write_config
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset

@@ -3,7 +3,7 @@
 A value is taken from the subset, its data set, ``[general]``, the options or the defaults, in this
 order. This module only checks that folders exist; images and captions are read by ``data``.
 
-Source: sd-scripts library/config_util.py (schema, order of resolution, folder names).
+Source: sd-scripts library/config_util.py (order of resolution, folder names).
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm_plugin.config.nearest import did_you_mean
-from mlm_plugin.config.options import (
-    LARGEST_BATCH,
-    LARGEST_SIDE,
-    MOST_REPEATS,
-    OPTIONS,
-    TrainConfig,
-    ValidationOptions,
+from mlm_plugin.config.dataset_schema import (
+    IMAGES,
+    KEYS,
+    check_caption_extension,
+    check_table,
+    is_kind,
 )
+from mlm_plugin.config.nearest import did_you_mean
+from mlm_plugin.config.options import LARGEST_SIDE, TrainConfig, ValidationOptions
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.errors import UserError, shown
+from mlm_plugin.errors import UserError
 from mlm_plugin.files import parse_json, read_text
 
 __all__ = [
-    "Concept",
     "DatasetConfig",
     "FolderName",
     "SubsetConfig",
-    "concepts_of",
     "folder_name",
     "given_resolution",
     "require_bucket_steps",
@@ -103,18 +101,6 @@ class DatasetConfig:
     subsets: tuple[SubsetConfig, ...] = ()
 
 
-class Concept(NamedTuple):
-    """What is learned: its name in prompts and its class (``sks``, ``dog``)."""
-
-    placeholder_token: str | None
-    class_token: str | None
-
-    @property
-    def text(self) -> str:
-        """The concept as in prompts and captions: ``"sks dog"``."""
-        return " ".join(word for word in self if word)
-
-
 def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     """The data sets of a run, each with at least one subset that is not for regularization.
 
@@ -125,7 +111,7 @@ def resolve_datasets(config: TrainConfig) -> tuple[DatasetConfig, ...]:
     """
     place, user = _user_config(config)
     general = user.get("general", {})
-    _check_table(general, "general", place=f"{place} [general]")
+    check_table(general, "general", place=f"{place} [general]")
     options = _option_values(config)
     check_caption_extension(config.dataset.caption_extension, place="options")
     datasets = tuple(
@@ -173,161 +159,6 @@ def given_resolution(config: TrainConfig) -> tuple[int, int]:
     """
     values = _option_values(config) | {"enable_bucket": config.dataset.enable_bucket}
     return _resolution(values, place="options")
-
-
-# --- schema ---------------------------------------------------------------------------------
-
-
-class _Key(NamedTuple):
-    kind: str
-    levels: str  # g general, d data set, s subset
-    only: str = "images metadata"  # kinds of subsets that have it
-
-
-_IMAGES = "images"
-
-_KEYS: dict[str, _Key] = {
-    "batch_size": _Key("int", "gd"),
-    "resolution": _Key("size", "gd"),
-    "enable_bucket": _Key("bool", "gd"),
-    "bucket_no_upscale": _Key("bool", "gd"),
-    "min_bucket_reso": _Key("int", "gd"),
-    "max_bucket_reso": _Key("int", "gd"),
-    "bucket_reso_steps": _Key("int", "gd"),
-    "network_multiplier": _Key("float", "gd"),
-    "validation_split": _Key("share", "gd"),
-    "validation_seed": _Key("int", "gd"),
-    "num_repeats": _Key("int", "gds"),
-    "shuffle_caption": _Key("bool", "gds"),
-    "keep_tokens": _Key("int", "gds"),
-    "keep_tokens_separator": _Key("str", "gds"),
-    "secondary_separator": _Key("str", "gds"),
-    "caption_separator": _Key("str", "gds"),
-    "enable_wildcard": _Key("bool", "gds"),
-    "caption_prefix": _Key("str", "gds"),
-    "caption_suffix": _Key("str", "gds"),
-    "caption_dropout_rate": _Key("rate", "gds"),
-    "caption_dropout_every_n_epochs": _Key("int", "gds"),
-    "caption_tag_dropout_rate": _Key("rate", "gds"),
-    "token_warmup_min": _Key("int", "gds"),
-    "token_warmup_step": _Key("float", "gds"),
-    "color_aug": _Key("bool", "gds"),
-    "flip_aug": _Key("bool", "gds"),
-    "scale_aug": _Key("bool", "gds"),
-    "random_crop": _Key("bool", "gds"),
-    "face_crop_aug_range": _Key("range", "gds"),
-    "resize_interpolation": _Key("interpolation", "gds"),
-    "custom_attributes": _Key("table", "gds"),
-    "caption_extension": _Key("str", "gds", _IMAGES),
-    "class_tokens": _Key("str", "gds", _IMAGES),
-    "cache_info": _Key("bool", "gds", _IMAGES),
-    "alpha_mask": _Key("bool", "s"),
-    "image_dir": _Key("str", "s"),
-    "is_reg": _Key("bool", "s", _IMAGES),
-    "conditioning_data_dir": _Key("str", "s", _IMAGES),
-    "metadata_file": _Key("str", "s", "metadata"),
-}
-"""Every key of a dataset_config. Source: ConfigSanitizer's schemas."""
-
-_MOST = {
-    "batch_size": LARGEST_BATCH,
-    "num_repeats": MOST_REPEATS,
-    **dict.fromkeys(("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), LARGEST_SIDE),
-}
-LARGEST_NUMBER = 1e30
-
-_EXPECTED = {
-    "int": "a whole number, 0 or more",
-    "float": "a number",
-    "rate": "a number from 0 to 1",
-    "share": "a number from 0 to below 1",
-    "bool": "true or false",
-    "str": "text",
-    "size": f"a number of pixels or [width, height], at most {LARGEST_SIDE}",
-    "range": "two numbers [min, max]",
-    "interpolation": "one of " + ", ".join(OPTIONS["resize_interpolation"].choices or ()),
-    "table": "a table of key = value",
-}
-
-
-def _names(level: str, kind: str | None = None) -> set[str]:
-    """Keys of a level (``general``, ``dataset``, ``subset``), of both kinds if none is given."""
-    return {
-        name
-        for name, key in _KEYS.items()
-        if level[0] in key.levels and (kind is None or kind in key.only)
-    }
-
-
-def _check_table(table: Any, level: str, kind: str | None = None, *, place: str) -> None:
-    if not isinstance(table, dict):
-        raise UserError(f"{place}: must be a table of key = value")
-    for name, value in table.items():
-        if name not in _names(level, kind):
-            raise UserError(f"{place}: {_misplaced(name, level)}")
-        if not _is_kind(_KEYS[name].kind, value):
-            raise UserError(
-                f"{place}: {name} = {shown(value)} is not allowed; "
-                f"it must be {_EXPECTED[_KEYS[name].kind]}"
-            )
-        if name in _MOST and value > _MOST[name]:
-            raise UserError(f"{place}: {name} = {value} is too large; at most {_MOST[name]}")
-        if name == "caption_extension":
-            check_caption_extension(value, place=place)
-
-
-def check_caption_extension(extension: str, *, place: str) -> None:
-    """Refuse what cannot end a file name.
-
-    Raises:
-        UserError: a slash or a control character, or one that is too long.
-    """
-    if set(extension) & set("/\\") or not extension.isprintable() or len(extension) > 50:
-        raise UserError(
-            f"{place}: caption_extension = {extension!r} is not the end of a file name; give one "
-            "like '.txt'"
-        )
-
-
-def _misplaced(name: str, level: str) -> str:
-    if name not in _KEYS:
-        return f"unknown key {name!r}{did_you_mean(name, _names(level))}"
-    if name in _names(level):
-        return f"{name} cannot be combined with metadata_file, which holds the captions; remove it"
-    places = {"g": "[general]", "d": "[[datasets]]", "s": "[[datasets.subsets]]"}
-    return f"{name} does not belong here; it goes to " + " or ".join(
-        places[letter] for letter in _KEYS[name].levels
-    )
-
-
-def _is_kind(kind: str, value: Any) -> bool:
-    is_number = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and abs(value) <= LARGEST_NUMBER  # neither inf nor NaN
-    )
-    is_whole = is_number and float(value).is_integer() and value >= 0
-    if kind == "int":
-        return is_whole
-    if kind == "size":
-        sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
-        return all(_is_kind("int", side) and 0 < side <= LARGEST_SIDE for side in sides)
-    if kind == "range":
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == 2
-            and all(_is_kind("float", item) for item in value)
-            and value[0] <= value[1]
-        )
-    if kind == "rate":
-        return is_number and 0 <= value <= 1
-    if kind == "share":
-        return is_number and 0 <= value < 1
-    if kind == "interpolation":
-        return value in (OPTIONS["resize_interpolation"].choices or ())
-    if kind == "float":
-        return is_number
-    return isinstance(value, {"bool": bool, "str": str, "table": dict}[kind])
 
 
 # --- where values come from -----------------------------------------------------------------
@@ -433,7 +264,7 @@ def _subsets_in(name: str, path: str, *, is_reg: bool) -> Iterator[dict[str, Any
 
 def _option_values(config: TrainConfig) -> dict[str, Any]:
     """Defaults from the options, under the keys of the schema."""
-    values = {name: getattr(config.dataset, name, None) for name in _KEYS}
+    values = {name: getattr(config.dataset, name, None) for name in KEYS}
     values["batch_size"] = config.schedule.train_batch_size
     values["num_repeats"] = config.dataset.dataset_repeats
     values["validation_split"] = config.validation.validation_split
@@ -448,14 +279,14 @@ def _option_values(config: TrainConfig) -> dict[str, Any]:
 def _parse_pair(name: str, text: str | None) -> Any:
     if text is None:
         return None
-    kind = _KEYS[name].kind
+    kind = KEYS[name].kind
     convert = int if kind == "size" else float
     try:
         numbers = [convert(part) for part in text.split(",")]
     except (ValueError, OverflowError):
         numbers = []
     value = numbers[0] if kind == "size" and len(numbers) == 1 else numbers
-    if not _is_kind(kind, value):
+    if not is_kind(kind, value):
         form = f"`512` or `width,height`, at most {LARGEST_SIDE}" if kind == "size" else "`min,max`"
         raise UserError(f"{name} = {text!r} is not allowed; it must be {form}")
     return value
@@ -478,18 +309,18 @@ def _resolve_dataset(
     if not isinstance(table, dict):
         raise UserError(f"{place}: must be a table of key = value")
     own = {name: value for name, value in table.items() if name != "subsets"}
-    _check_table(own, "dataset", place=place)
+    check_table(own, "dataset", place=place)
     tables = table.get("subsets")
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise UserError(f"{place}: holds no [[datasets.subsets]]")
     kind = _subset_kind(tables, place=place, masked_loss=config.dataset.masked_loss)
-    _check_table(own, "dataset", kind, place=place)
+    check_table(own, "dataset", kind, place=place)
     values = options | general | own
     _note_unused(values, place=place)
     subsets = []
     for position, subset in enumerate(tables, start=1):
         where = f"{place} subset {position}"
-        _check_table(subset, "subset", kind, place=where)
+        check_table(subset, "subset", kind, place=where)
         inherited = dict(values)
         if subset.get("is_reg") or kind == "metadata":  # masks of the option are for the concept
             inherited.pop("conditioning_data_dir", None)
@@ -531,7 +362,7 @@ def _subset_kind(tables: Sequence[Mapping[str, Any]], *, place: str, masked_loss
             )
         if name == "conditioning_data_dir" and count and not masked_loss:
             raise UserError(f"{place}: conditioning_data_dir holds masks; add --masked_loss")
-    return "metadata" if "metadata_file" in tables[0] else _IMAGES
+    return "metadata" if "metadata_file" in tables[0] else IMAGES
 
 
 def _note_unused(values: Mapping[str, Any], *, place: str) -> None:
@@ -565,7 +396,7 @@ def _make_subset(values: Mapping[str, Any], place: str, *, is_cached: bool) -> S
     extension = chosen.get("caption_extension", "")
     if extension and not extension.startswith("."):
         chosen["caption_extension"] = "." + extension
-    for name, key in _KEYS.items():
+    for name, key in KEYS.items():
         if key.kind == "int" and name in chosen:
             chosen[name] = int(chosen[name])
     return SubsetConfig(**chosen)
@@ -645,91 +476,3 @@ def require_bucket_steps(datasets: Sequence[DatasetConfig], *, is_sdxl: bool) ->
                 f"bucket_reso_steps = {dataset.bucket_reso_steps}: Stable Diffusion 1 and 2 need a "
                 f"multiple of {BUCKET_STEP}, as in sd-scripts; {SDXL_BUCKET_STEP} is for SDXL"
             )
-
-
-# --- the concepts ---------------------------------------------------------------------------
-
-
-def concepts_of(
-    config: TrainConfig, datasets: Sequence[DatasetConfig], *, required: bool
-) -> tuple[Concept, ...]:
-    """Name and class of everything that is learned, from the options or from ``class_tokens``.
-
-    ``"sks duck toy"`` means placeholder ``sks`` and class ``duck toy``. Every placeholder named by
-    the subsets is a concept.
-
-    Args:
-        config: may name placeholders, classes or both.
-        datasets: their subsets may name concepts by ``class_tokens``.
-        required: whether the run needs complete concepts; else a class may be None, and a concept
-            without a name is left out.
-
-    Raises:
-        UserError: A concept is unknown, ambiguous or named twice.
-    """
-    placeholders, classes = config.mlm.placeholder_token, config.mlm.class_token
-    found = _class_tokens(datasets)
-    if placeholders and classes:
-        if len(placeholders) != len(classes):
-            raise UserError(
-                f"placeholder_token names {len(placeholders)} concepts, class_token "
-                f"{len(classes)}; give one class for each (words that belong together in quotes)"
-            )
-        concepts = [Concept(*pair) for pair in zip(placeholders, classes, strict=True)]
-    elif placeholders:
-        concepts = [_by_placeholder(placeholder, found) for placeholder in placeholders]
-    elif classes:
-        concepts = [_by_class(class_token, found) for class_token in classes]
-    else:
-        concepts = [_by_first_word(text) for text in found]
-    if required:
-        _require_names(concepts, found)
-    return tuple(concept for concept in concepts if concept.placeholder_token)
-
-
-def _class_tokens(datasets: Sequence[DatasetConfig]) -> list[str]:
-    tokens = [
-        " ".join((subset.class_tokens or "").split())
-        for dataset in datasets
-        for subset in dataset.subsets
-        if not subset.is_reg
-    ]
-    return list(dict.fromkeys(text for text in tokens if text))
-
-
-def _by_placeholder(placeholder: str, found: Sequence[str]) -> Concept:
-    rests = [text.removeprefix(placeholder + " ") for text in found]
-    matches = [rest for rest, text in zip(rests, found, strict=True) if rest != text]
-    return Concept(placeholder, matches[0] if len(matches) == 1 else None)
-
-
-def _by_class(class_token: str, found: Sequence[str]) -> Concept:
-    rests = [text.removesuffix(" " + class_token) for text in found]
-    matches = [rest for rest, text in zip(rests, found, strict=True) if rest != text]
-    return Concept(matches[0] if len(matches) == 1 else None, class_token)
-
-
-def _by_first_word(text: str) -> Concept:
-    first, _, rest = text.partition(" ")
-    return Concept(first, rest or None)
-
-
-def _require_names(concepts: Sequence[Concept], found: Sequence[str]) -> None:
-    ask = "give --placeholder_token (its name, e.g. sks) and --class_token (what it is, e.g. dog)"
-    for concept in concepts:
-        if concept.class_token is None and concept.placeholder_token in found:
-            raise UserError(
-                f"class_tokens {concept.placeholder_token!r} name the concept but not what it is; "
-                f"give --class_token, e.g. dog, or name the folder like "
-                f"'10_{concept.placeholder_token} dog'"
-            )
-    if len(found) > 1 and not all(map(all, concepts)):
-        raise UserError(f"the subsets name several concepts ({', '.join(found)}); {ask}")
-    if not concepts or not all(map(all, concepts)):
-        raise UserError(f"the run needs to know the concept; {ask}")
-    names = [concept.placeholder_token.lower() for concept in concepts]
-    if twice := {name for name in names if names.count(name) > 1}:
-        classes = ", ".join(concept.text for concept in concepts)
-        raise UserError(
-            f"placeholder {twice.pop()!r} names several concepts ({classes}); give each its own"
-        )

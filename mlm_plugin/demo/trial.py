@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlm_plugin.commands.train import check_run, trainer_of
-from mlm_plugin.config.datasets import Concept as ConceptWords
+from mlm_plugin.config.concepts import Concept as ConceptWords
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.demo.options import as_argv
 from mlm_plugin.models.checkpoints import StableDiffusion

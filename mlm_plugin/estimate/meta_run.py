@@ -14,12 +14,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from mlm_plugin.config.concepts import Concept, concepts_of
 from mlm_plugin.config.datasets import (
     BUCKET_STEP,
     LATENT_STRIDE,
-    Concept,
     DatasetConfig,
-    concepts_of,
     given_resolution,
     require_bucket_steps,
     resolve_datasets,

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from mlm_plugin import __version__
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import OutputOptions, TrainConfig
 from mlm_plugin.export.run_facts import RunFacts
 from mlm_plugin.export.thumbnails import thumbnail

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
+from mlm_plugin.config.concepts import Concept
+from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 from mlm_plugin.models.checkpoints import SDXL_VERSION
 
 if TYPE_CHECKING:

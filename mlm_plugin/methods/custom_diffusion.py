@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.export.custom_diffusion_files import delta_to_lora, save_delta, verify_delta
 from mlm_plugin.export.lora_files import save_lora

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mlm_plugin.config.checks import Rule
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.export.checkpoint import (
     require_replaceable,

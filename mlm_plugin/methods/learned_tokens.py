@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import EmbeddingOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.export.embedding_files import (

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import NetworkOptions, OptimizerOptions, TrainConfig
 from mlm_plugin.export.lora_files import save_lora, verify_lora
 from mlm_plugin.methods.base import Export, Method

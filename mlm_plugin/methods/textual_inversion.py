@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.methods.base import Export
 from mlm_plugin.methods.facts import Part

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
+from mlm_plugin.config.concepts import Concept
+from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 from mlm_plugin.data.captions import with_prefix_and_suffix
 from mlm_plugin.data.sources import captions_in
 from mlm_plugin.errors import UserError

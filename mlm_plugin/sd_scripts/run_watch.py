@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import nn
 
-from mlm_plugin.config.datasets import Concept, concepts_of
+from mlm_plugin.config.concepts import Concept, concepts_of
 from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import copy_file, remove_temporaries

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mlm_plugin import __version__
 from mlm_plugin.config.checks import mlm_warnings, no_gradient_message
-from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
+from mlm_plugin.config.concepts import Concept, concepts_of
+from mlm_plugin.config.datasets import DatasetConfig
 from mlm_plugin.config.options import OPTIONS, MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from mlm_plugin.config.datasets import LATENT_STRIDE, Concept, folder_name
+from mlm_plugin.config.concepts import Concept
+from mlm_plugin.config.datasets import LATENT_STRIDE, folder_name
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import StableDiffusion

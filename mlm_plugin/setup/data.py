@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import DataLoader
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig, concepts_of
+from mlm_plugin.config.concepts import Concept, concepts_of
+from mlm_plugin.config.datasets import DatasetConfig
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import Batch, EpochOrder, TrainDataset, make_loader
 from mlm_plugin.data.dataset_report import dataset_report

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.files import remove_temporaries
 from mlm_plugin.mlm_setup import trigger_of

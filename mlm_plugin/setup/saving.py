@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import OPTIONS, OutputOptions, TrainConfig
 from mlm_plugin.contextualizer_file import LoadedContextualizer
 from mlm_plugin.data.dataset import TrainDataset

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 
 from mlm_plugin.config.checks import no_gradient_message
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.errors import UserError

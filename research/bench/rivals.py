@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.mlm.losses import class_anchor, context_anchor, encoder_anchor, positions_outside
 from mlm_plugin.mlm.masking import prompt_attention_mask

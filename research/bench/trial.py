@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mlm_plugin.config.datasets import Concept as ConceptWords
+from mlm_plugin.config.concepts import Concept as ConceptWords
 from mlm_plugin.demo.options import BATCH_SIZE, MLM_BATCH_SIZE, Paths, mlm_options, run_options
 from mlm_plugin.demo.trial import (
     ConceptTest,

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.mlm.encoder import PromptTarget
 from mlm_plugin.mlm.masking import IGNORE_INDEX

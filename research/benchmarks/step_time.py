@@ -41,7 +41,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.data.dataset import Batch
 from mlm_plugin.files import atomic_path

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mlm_plugin.config.datasets import Concept, concepts_of, require_bucket_steps, resolve_datasets
+from mlm_plugin.config.concepts import Concept, concepts_of
+from mlm_plugin.config.datasets import require_bucket_steps, resolve_datasets
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 

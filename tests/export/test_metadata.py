@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mlm_plugin import __version__
-from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
+from mlm_plugin.config.concepts import Concept
+from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.export.metadata import file_metadata
 from mlm_plugin.export.run_facts import FileIdentity, RunFacts, dataset_facts, file_identity

@@ -3,7 +3,8 @@
 import pytest
 
 from mlm_plugin.commands.train import build_trainer
-from mlm_plugin.config.datasets import concepts_of, resolve_datasets
+from mlm_plugin.config.concepts import concepts_of
+from mlm_plugin.config.datasets import resolve_datasets
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.data.dataset import TrainDataset
 from mlm_plugin.methods.checks import check_config

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.mlm.losses import divergence
 from mlm_plugin.mlm.masking import IGNORE_INDEX, MaskingVocabulary

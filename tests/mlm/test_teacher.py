@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.contextualizer_file import load_contextualizer
 from mlm_plugin.mlm.cross_attention import CrossAttention, Projection

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import set_seed
 
-from mlm_plugin.config.datasets import Concept, DatasetConfig, SubsetConfig
+from mlm_plugin.config.concepts import Concept
+from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import LossOptions, MLMOptions, OptimizerOptions, TrainConfig
 from mlm_plugin.data.dataset import EpochOrder, TrainDataset, make_loader
 from mlm_plugin.errors import UserError

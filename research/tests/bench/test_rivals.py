@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mlm_plugin.config.datasets import Concept
+from mlm_plugin.config.concepts import Concept
 from mlm_plugin.models.text_encoder import TextEncoder
 from research.bench.rivals import ContextBatches, TextRival
 
