@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -18,31 +18,21 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_pocket(tmp_path_factory, _own_cache):
-    """A miniature of the pocket model: folder, quality report, last losses of every training."""
+    """A miniature of the pocket model, hardly trained: folder, quality report, recipe."""
     from research.pocket_model.build import TINY, build
 
+    recipe = shortened(TINY, num_steps=8)
     folder = tmp_path_factory.mktemp("pocket") / "tiny"
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    loop_logger = logging.getLogger("research.pocket_model.train_loop")
-    loop_logger.addHandler(handler)
-    before = loop_logger.level
-    loop_logger.setLevel(logging.INFO)
-    try:
-        card = build(folder, recipe=TINY, show_progress=False)
-    finally:
-        loop_logger.removeHandler(handler)
-        loop_logger.setLevel(before)
-    return folder, card, _last_losses(messages)
+    return folder, build(folder, recipe=recipe, show_progress=False), recipe
 
 
-def _last_losses(messages):
-    """Last numbers of every training, by stage: ``{"clip": {"loss": 4.5, ...}}``."""
-    found = {}
-    for message in messages:
-        name, _, numbers = message.partition(": ")
-        if numbers.startswith("loss "):
-            pairs = (pair.split() for pair in numbers.split(", "))
-            found[name] = {key: float(value) for key, value in pairs}
-    return found
+def shortened(recipe, num_steps):
+    """The recipe with fewer steps of every training and a smaller quality report."""
+    plans = {
+        name: dataclasses.replace(getattr(recipe, name), num_steps=num_steps)
+        for name in ("vae", "clip", "oracle", "unet")
+    }
+    contextualizer = dataclasses.replace(recipe.contextualizer, max_train_steps=num_steps)
+    return dataclasses.replace(
+        recipe, **plans, contextualizer=contextualizer, oracle_pool=64, unet_pool=64, num_prompts=8
+    )

@@ -1,6 +1,7 @@
-"""A miniature rebuilt from scratch: it learns, it resumes, and every loader reads it."""
+"""A miniature rebuilt from scratch: it resumes, every loader reads it; slow ones: it learns."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +23,38 @@ from research.pocket_model.train_oracle import save_oracle
 from research.pocket_model.train_vae import vae_loss
 
 
-def test_every_training_lowers_its_loss(tiny_pocket):
-    _, _, losses = tiny_pocket
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """The whole miniature: its quality report, and the last losses of every training."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    loop_logger = logging.getLogger("research.pocket_model.train_loop")
+    loop_logger.addHandler(handler)
+    before = loop_logger.level
+    loop_logger.setLevel(logging.INFO)
+    try:
+        card = build(tmp_path_factory.mktemp("learned"), recipe=TINY, show_progress=False)
+    finally:
+        loop_logger.removeHandler(handler)
+        loop_logger.setLevel(before)
+    return card, last_losses(messages)
+
+
+def last_losses(messages):
+    """Last numbers of every training, by stage: ``{"clip": {"loss": 4.5, ...}}``."""
+    found = {}
+    for message in messages:
+        name, _, numbers = message.partition(": ")
+        if numbers.startswith("loss "):
+            pairs = (pair.split() for pair in numbers.split(", "))
+            found[name] = {key: float(value) for key, value in pairs}
+    return found
+
+
+@pytest.mark.slow
+def test_every_training_lowers_its_loss(learned):
+    _, losses = learned
     assert losses["autoencoder"]["mse"] < 0.32  # 0.6 without a picture
     assert losses["clip"]["contrast"] < 2.6  # 3.47 by chance, batch 32
     assert losses["clip"]["text"] < 1.5  # 1.7 by chance
@@ -53,35 +84,37 @@ def test_no_norm_of_the_autoencoder_erases_brightness(recipe):
     assert all(norm.num_channels // norm.num_groups >= 4 for norm in norms)
 
 
-def test_the_oracle_is_right_about_pictures(tiny_pocket):
-    accuracy = tiny_pocket[1]["oracle_accuracy"]
+@pytest.mark.slow
+def test_the_oracle_is_right_about_pictures(learned):
+    accuracy = learned[0]["oracle_accuracy"]
     assert accuracy["background"] > 0.9
     assert accuracy["position"] > 0.6
 
 
-def test_the_model_draws_backgrounds_that_the_prompt_names(tiny_pocket):
-    assert tiny_pocket[1]["accuracy"]["background"] > 0.25  # 0.1 by chance
+@pytest.mark.slow
+def test_the_model_draws_backgrounds_that_the_prompt_names(learned):
+    assert learned[0]["accuracy"]["background"] > 0.25  # 0.1 by chance
 
 
 def test_the_report_says_how_it_was_made(tiny_pocket):
-    folder, card, _ = tiny_pocket
+    folder, card, recipe = tiny_pocket
     assert json.loads((folder / "quality.json").read_text()) == json.loads(json.dumps(card))
     assert card["seed"] == 0
-    assert card["num_prompts"] == TINY.num_prompts
+    assert card["num_prompts"] == recipe.num_prompts
     assert set(card["seconds"]) == {"vae", "clip", "oracle", "unet", "contextualizer", "quality"}
     assert card["recipe"]["sizes"]["text_width"] == 32
 
 
 def test_a_second_call_trains_nothing(tiny_pocket):
-    folder, card, _ = tiny_pocket
-    again = build(folder, recipe=TINY, show_progress=False)
+    folder, card, recipe = tiny_pocket
+    again = build(folder, recipe=recipe, show_progress=False)
     assert again["accuracy"] == card["accuracy"]
     assert {**again["seconds"], "quality": 0} == {**card["seconds"], "quality": 0}
 
 
 def test_another_seed_needs_another_folder(tiny_pocket):
     with pytest.raises(UserError, match="another recipe or seed"):
-        build(tiny_pocket[0], recipe=TINY, seed=1)
+        build(tiny_pocket[0], recipe=tiny_pocket[2], seed=1)
 
 
 def test_our_loader_takes_the_folder(tiny_pocket):
