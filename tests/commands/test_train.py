@@ -529,8 +529,8 @@ def wait_for(path, process):
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_sigterm_saves_a_state_from_which_the_run_ends_as_a_straight_one(arguments, tmp_path):
     out = tmp_path / "out"
-    long = [*arguments, "--max_train_steps", "24", "--save_every_n_steps", "2"]
-    process = start(long)
+    long = [*arguments, "--max_train_steps", "16"]
+    process = start([*long, "--save_every_n_steps", "2"])
     wait_for(out / "dog-step00000002.safetensors", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
