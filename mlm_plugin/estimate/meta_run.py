@@ -41,6 +41,7 @@ from mlm_plugin.models.checkpoints import empty_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretraining.find import is_small
 from mlm_plugin.setup.models import model_settings, prepare_models, quantize_models
+from mlm_plugin.setup.optimization import stepped_in_backward
 from mlm_plugin.setup.term import cross_attention_of
 from mlm_plugin.training.diffusion_loss import DiffusionLoss
 
@@ -158,14 +159,16 @@ def _optimizer(
         optimizer_args=options.optimizer_args,
         learning_rate=options.learning_rate,
     )
-    whole = count([parameter for group in groups for parameter in group["params"]])
-    unet = [p for group in groups if group["name"] == "unet" for p in group["params"]]
-    if not (options.fused_backward_pass and unet):
+    trained = [parameter for group in groups for parameter in group["params"]]
+    whole = count(trained)
+    fused = set(stepped_in_backward(config, method)) if options.fused_backward_pass else set()
+    stepped = [parameter for parameter in trained if parameter in fused]
+    if not stepped:
         return whole, [], 0
-    others = [p for group in groups for p in group["params"] if group["name"] != "unet"]
+    others = [parameter for parameter in trained if parameter not in fused]
     working = count(others).working if others else 0
-    largest = max(unet, key=lambda parameter: parameter.nbytes)
-    return whole._replace(working=working), unet, count([largest]).working
+    largest = max(stepped, key=lambda parameter: parameter.nbytes)
+    return whole._replace(working=working), stepped, count([largest]).working
 
 
 def _regularizer(

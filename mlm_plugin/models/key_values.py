@@ -18,7 +18,7 @@ from mlm_plugin.mlm.cross_attention import CrossAttention, Projection, TextInput
 from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.quantized import QuantizedLinear
 
-__all__ = ["MATRICES", "read_cross_attention", "read_image_transformer"]
+__all__ = ["MATRICES", "matrices_of", "read_cross_attention", "read_image_transformer"]
 
 MATRICES = ("to_k", "to_v")
 HALF = torch.float16  # more digits than bf16, and weights are far from its limits
@@ -46,6 +46,14 @@ FIRST_BLOCKS = (
     ),  # Lumina 2
 )  # fmt: skip
 """Source: sd-scripts ``library/sd3_models.py``, ``flux_models.py``, ``lumina_models.py``."""
+
+
+def matrices_of(unet: nn.Module) -> list[list[nn.Module]]:
+    """What makes keys and values of the prompt, for each cross-attention layer."""
+    return [
+        [unet.get_submodule(f"{name}.{matrix}") for matrix in MATRICES]
+        for name in cross_attention_names(unet)
+    ]
 
 
 def read_cross_attention(unet: nn.Module, *, keep_copies: bool) -> CrossAttention | None:

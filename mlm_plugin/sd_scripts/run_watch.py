@@ -28,6 +28,7 @@ from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import copy_file, remove_temporaries
 from mlm_plugin.mlm_setup import on_device, trigger_of
+from mlm_plugin.models.key_values import matrices_of
 from mlm_plugin.random_state import preserved_random_state
 from mlm_plugin.sd_scripts.architectures import Architecture
 from mlm_plugin.sd_scripts.arguments import WatchOptions
@@ -36,7 +37,7 @@ from mlm_plugin.sd_scripts.network_term import Models, encoders_of
 from mlm_plugin.sd_scripts.term import LossParts
 from mlm_plugin.sd_scripts.text_encoders import is_clip_text_model
 from mlm_plugin.setup.best_file import BestFile, ContextLost, ranking_of
-from mlm_plugin.training.context_score import ScoredModel, matrices_of
+from mlm_plugin.training.context_score import ScoredModel
 
 if TYPE_CHECKING:  # it is only imported where a page is asked for
     from mlm_plugin.evaluation.run_page import RunPage

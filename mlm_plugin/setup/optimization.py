@@ -13,13 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from mlm_plugin.config.options import OptimizerOptions, TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import Method
+from mlm_plugin.models.key_values import matrices_of
 from mlm_plugin.setup.freezing import freeze_steps
 from mlm_plugin.training.fused_steps import FusedSteps
 from mlm_plugin.training.optimizers import create_optimizer, steps_one_by_one
 from mlm_plugin.training.plan import Optimization, TrainPlan
 from mlm_plugin.training.schedulers import create_scheduler
 
-__all__ = ["check_optimization", "create_optimization", "create_plan"]
+__all__ = ["check_optimization", "create_optimization", "create_plan", "stepped_in_backward"]
 
 
 def create_plan(config: TrainConfig, *, batches_per_epoch: int) -> TrainPlan:
@@ -62,7 +63,7 @@ def create_optimization(
         optimizer,
         scheduler,
         max_grad_norm=options.max_grad_norm,
-        fused_steps=_fused_steps(options, method, optimizer),
+        fused_steps=_fused_steps(config, method, optimizer),
         freeze_at=freeze_steps(config, method, num_steps=plan.num_steps),
     )
 
@@ -82,7 +83,7 @@ def check_optimization(
     optimizer, _ = _optimizer_and_schedule(
         config.optimizer, groups, plan, num_processes=num_processes
     )
-    _fused_steps(config.optimizer, method, optimizer)
+    _fused_steps(config, method, optimizer)
     freeze_steps(config, method, num_steps=plan.num_steps)
 
 
@@ -105,12 +106,29 @@ def _optimizer_and_schedule(
     )
 
 
-def _fused_steps(options: OptimizerOptions, method: Method, optimizer) -> FusedSteps | None:
+def stepped_in_backward(config: TrainConfig, method: Method) -> list[nn.Parameter]:
+    """The weights that ``fused_backward_pass`` steps: those that get their gradient in one pass.
+
+    Each loss has a backward pass of its own. The text encoders' gradients are complete after both,
+    as are those of the U-Net's keys and values where the MLM term reads them.
+    """
+    unet = method.parts()["unet"]
+    num_text_encoders = len(method.models.text_encoders)
+    read_at = method.mlm_read_at(config, num_text_encoders=num_text_encoders)
+    if config.mlm.mlm_loss_weight == 0 or read_at == "encoder":
+        return unet
+    layers = [layer for pair in matrices_of(method.models.unet) for layer in pair]
+    read = {weight for layer in layers for weight in layer.parameters()}
+    return [weight for weight in unet if weight not in read]
+
+
+def _fused_steps(config: TrainConfig, method: Method, optimizer) -> FusedSteps | None:
     """Steps of the U-Net inside the backward pass, with ``fused_backward_pass``.
 
     Raises:
         UserError: an optimizer that cannot step tensors one by one.
     """
+    options = config.optimizer
     if not options.fused_backward_pass:
         return None
     if not steps_one_by_one(optimizer):
@@ -119,5 +137,5 @@ def _fused_steps(options: OptimizerOptions, method: Method, optimizer) -> FusedS
             f"{options.optimizer_type!r}, which is not known to step tensors one by "
             "one; use Adafactor, AdamW or AdamW8bit"
         )
-    unet = method.parts()["unet"]  # the text encoders' gradients are complete after both losses
-    return FusedSteps(unet, optimizer, max_grad_norm=options.max_grad_norm)
+    parameters = stepped_in_backward(config, method)
+    return FusedSteps(parameters, optimizer, max_grad_norm=options.max_grad_norm)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mlm_plugin.mlm.kept_context import kept_context, lost_by_token
-from mlm_plugin.models.cross_attention import cross_attention_names, is_per_layer, split_layers
-from mlm_plugin.models.key_values import MATRICES
+from mlm_plugin.models.cross_attention import is_per_layer, split_layers
+from mlm_plugin.models.key_values import matrices_of
 from mlm_plugin.models.text_encoder import TextEncoder
 
 if TYPE_CHECKING:  # the methods need peft, which sd-scripts does not install
@@ -122,14 +122,6 @@ class ScoredModel:
             method.untrained,
             autocast,
         )
-
-
-def matrices_of(unet: nn.Module) -> list[list[nn.Module]]:
-    """What makes keys and values of the prompt, for each cross-attention layer."""
-    return [
-        [unet.get_submodule(f"{name}.{matrix}") for matrix in MATRICES]
-        for name in cross_attention_names(unet)
-    ]
 
 
 class ContextScore:

@@ -234,9 +234,12 @@ def assert_same(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_run_with_steps_inside_the_backward_pass_is_the_same_run(checkpointing, trainer_of):
-    options = {"lr_scheduler": "linear"}
+@pytest.mark.parametrize(("target", "checkpointing"), [("class", False), ("states", True)])
+def test_a_run_with_steps_inside_the_backward_pass_is_the_same_run(
+    target, checkpointing, trainer_of
+):
+    """Keys and values, which the term reads where states are compared, are stepped once too."""
+    options = {"lr_scheduler": "linear", "mlm_target": target}
     if checkpointing:
         options["gradient_checkpointing"] = True
     plain, _ = dreambooth(trainer_of, **options)

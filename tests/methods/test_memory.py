@@ -7,6 +7,7 @@ from mlm_plugin.estimate.live_bytes import LiveBytes, storage_bytes
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
 from mlm_plugin.methods import METHODS
+from mlm_plugin.models.key_values import matrices_of
 from mlm_plugin.training.callbacks import Callback
 
 pytestmark = pytest.mark.usefixtures("all_targets")  # they take memory
@@ -98,7 +99,8 @@ def test_a_packed_u_net_takes_what_was_predicted(kind, sdxl_trainer_of, toy_sdxl
 
 
 def test_steps_inside_the_backward_pass_take_what_was_predicted(trainer_of, toy_folder):
-    sgd, fusing = {"optimizer_type": "SGDNesterov"}, {"fused_backward_pass": True}
+    sgd = {"optimizer_type": "SGDNesterov", "mlm_target": "states"}
+    fusing = {"fused_backward_pass": True}
     trainer = trainer_of("dreambooth", steps=2, cache_latents=True, **sgd, **fusing)
     fused, plain = (
         predicted("dreambooth", toy_folder, **sgd, **more).moments for more in (fusing, {})
@@ -106,8 +108,9 @@ def test_steps_inside_the_backward_pass_take_what_was_predicted(trainer_of, toy_
     moment = fused["training step"]
     assert moment.total() == pytest.approx(real_peak(trainer), rel=CLOSE)
     assert moment.total() < plain["training step"].total()
-    text = sum(p.nbytes for p in trainer.method.parts()["textencoder"])
-    assert fused["optimizer step"][GRADIENTS] == text
+    read = [layer.weight for pair in matrices_of(trainer.models.unet) for layer in pair]
+    kept = [*trainer.method.parts()["textencoder"], *read]
+    assert fused["optimizer step"][GRADIENTS] == sum(weight.nbytes for weight in kept)
 
 
 def test_two_batches_a_step_hold_gradients_all_the_time(toy_folder):
