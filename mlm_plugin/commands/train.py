@@ -75,7 +75,7 @@ from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import DriftWatch
 from mlm_plugin.training.guards import NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
-from mlm_plugin.training.logs import CurveLogger
+from mlm_plugin.training.logs import CurveLogger, TrackerCloser
 from mlm_plugin.training.plan import MLMTerm, Objective
 from mlm_plugin.training.processes import ProcessLost
 from mlm_plugin.training.schedulers import rate_jumps
@@ -280,7 +280,7 @@ def build_trainer(
         optimization=optimization,
         plan=plan,
         identity=identity,
-        callbacks=[*drift, *validators, *curves, *_writers(config, drawer, record, ranking)],
+        callbacks=[*drift, *validators, *_writers(config, drawer, record, ranking, curves)],
     )
     if page:
         shown = _page_curves(validators, drift)
@@ -350,13 +350,22 @@ def _validators(
 
 
 def _writers(
-    config: TrainConfig, drawer: SampleDrawer | None, record: RunRecord, ranking: BestFile | None
+    config: TrainConfig,
+    drawer: SampleDrawer | None,
+    record: RunRecord,
+    ranking: BestFile | None,
+    curves: Sequence[CurveLogger],
 ) -> list[Callback]:
-    """Callbacks that draw samples and save files, in this order: previews are the newest sample."""
-    if drawer is None:
-        return [Saver(config, record=record, ranking=ranking)]
-    saver = Saver(config, record=record, newest_sample=lambda: drawer.newest, ranking=ranking)
-    return [drawer, saver]
+    """Callbacks that log, draw samples and save, in this order: previews are the newest sample."""
+    saver = Saver(
+        config,
+        record=record,
+        newest_sample=lambda: drawer and drawer.newest,
+        ranking=ranking,
+        curves=curves,
+    )
+    drawers = [drawer] if drawer else []
+    return [*curves, *drawers, saver, *map(TrackerCloser, curves)]
 
 
 def _page_curves(validators: Sequence[Validator], drifts: Sequence[DriftWatch]) -> list[Curves]:

@@ -31,6 +31,7 @@ from mlm_plugin.mlm_setup import prompt_set_names
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.setup.best_file import BestFile
 from mlm_plugin.training.callbacks import Callback, SaveFailed, StepResult
+from mlm_plugin.training.logs import CurveLogger
 from mlm_plugin.training.optimizers import optimizer_description
 from mlm_plugin.training.processes import same_outcome
 from mlm_plugin.training.trainer import Trainer
@@ -223,6 +224,7 @@ class Saver(Callback):
         record: metadata of the run.
         newest_sample: the last picture drawn, for the preview.
         ranking: ranks the files by their context, where that is asked for.
+        curves: get what the ranking measures.
 
     Attributes:
         how_to_continue: said after a stop; ``{}`` stands for the folder of the state.
@@ -237,13 +239,14 @@ class Saver(Callback):
         record: RunRecord,
         newest_sample: Callable[[], Path | None] = lambda: None,
         ranking: BestFile | None = None,
+        curves: Sequence[CurveLogger] = (),
     ):
         self.options: OutputOptions = config.output
         self.folder = Path(self.options.output_dir)
         self.name = self.options.output_name or "last"
         self.record = record
         self.newest_sample = newest_sample
-        self.ranking = ranking
+        self.ranking, self.curves = ranking, curves
         self._spared: str | None = None  # a file that is kept for its rank alone
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -269,26 +272,34 @@ class Saver(Callback):
         every, step = self.options.save_every_n_steps, trainer.progress.current_step
         if not every or step % every or step >= trainer.plan.num_steps:
             return
-        self._try_to_save(trainer, self._step_name(step), epoch=trainer.progress.current_epoch)
-        old = removed_step(step, every=every, last=self.options.save_last_n_steps)
-        self._remove(trainer, old and self._step_name(old))
-        last = self.options.save_last_n_steps_state or self.options.save_last_n_steps
+        last = self.options.save_last_n_steps
         old = removed_step(step, every=every, last=last)
-        self._remove_state(trainer, old and self._step_name(old))
-        self._require_context()
+        old_state = removed_step(
+            step, every=every, last=self.options.save_last_n_steps_state or last
+        )
+        self._try_to_save(
+            trainer,
+            self._step_name(step),
+            old=old and self._step_name(old),
+            old_state=old_state and self._step_name(old_state),
+        )
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save every n epochs, except after the last one, which is the final file."""
         every, epoch = self._epochs_between(trainer), trainer.progress.current_epoch
         if not every or epoch % every or epoch >= trainer.plan.num_epochs:
             return
-        self._try_to_save(trainer, self._epoch_name(epoch), epoch=epoch)
-        old = removed_epoch(epoch, every=every, last=self.options.save_last_n_epochs)
-        self._remove(trainer, old and self._epoch_name(old))
-        last = self.options.save_last_n_epochs_state or self.options.save_last_n_epochs
+        last = self.options.save_last_n_epochs
         old = removed_epoch(epoch, every=every, last=last)
-        self._remove_state(trainer, old and self._epoch_name(old))
-        self._require_context()
+        old_state = removed_epoch(
+            epoch, every=every, last=self.options.save_last_n_epochs_state or last
+        )
+        self._try_to_save(
+            trainer,
+            self._epoch_name(epoch),
+            old=old and self._epoch_name(old),
+            old_state=old_state and self._epoch_name(old_state),
+        )
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Save the final file, its sidecar and preview, and the state where one is asked for.
@@ -333,13 +344,13 @@ class Saver(Callback):
                 self.ranking.forget(name)
 
     def _rank(self, trainer: Trainer, name: str) -> None:
-        """Measure what is saved now, and remove a file that was kept for its rank alone."""
+        """Measure what has been saved, and remove a file that was kept for its rank alone."""
         if self.ranking is None:
             return
-        step = trainer.progress.current_step
         with trainer.evaluating():
-            curves = self.ranking.measure(name, step)
-        trainer.accelerator.log(curves, step=step)
+            values = self.ranking.measure(name, trainer.progress.current_step)
+        for curves in self.curves:
+            curves.log(trainer, values)
         if self._spared and not self.ranking.spares(self._spared):
             outdone, self._spared = self._spared, None
             self._remove(trainer, outdone)
@@ -350,7 +361,6 @@ class Saver(Callback):
 
     def _save_last_file(self, trainer: Trainer) -> str | None:
         """Save and report the final file; what went wrong, or ``None``."""
-        self._rank(trainer, self.name)
         path, epoch = self._path(self.name), trainer.plan.num_epochs
         try:
             self._export(trainer, path, epoch=epoch)
@@ -362,6 +372,7 @@ class Saver(Callback):
                 lambda folder: self._export(trainer, folder / f"rescued{path.suffix}", epoch=epoch),
                 name=f"rescued{path.suffix}",
             )
+        self._rank(trainer, self.name)
         if not trainer.accelerator.is_main_process:
             return None
         try:
@@ -445,19 +456,31 @@ class Saver(Callback):
     def _wants_final_state(self) -> bool:
         return self.options.save_state or self.options.save_state_on_train_end
 
-    def _try_to_save(self, trainer: Trainer, name: str, *, epoch: int) -> None:
-        """Save during the run; a full disk does not end a run that may find space later."""
-        self._rank(trainer, name)
-        writes = {self._path(name): lambda: self._export(trainer, self._path(name), epoch=epoch)}
+    def _try_to_save(
+        self, trainer: Trainer, name: str, *, old: str | None, old_state: str | None
+    ) -> None:
+        """Save during the run; what is too old is removed once there is something newer.
+
+        A full disk does not end a run that may find space later.
+        """
+        path, folder = self._path(name), self._state_folder(name)
+        epoch = trainer.progress.current_epoch
+        if self._has_written(trainer, path, lambda: self._export(trainer, path, epoch=epoch)):
+            self._rank(trainer, name)
+            self._remove(trainer, old)
         if self.options.save_state:
-            folder = self._state_folder(name)
-            writes[folder] = lambda: trainer.save_state(folder)
-        for path, write in writes.items():
-            try:
-                write()
-            except (OSError, UserError) as error:
-                if trainer.accelerator.is_main_process:
-                    logger.error("%s; training continues", _could_not(path, error))
+            if self._has_written(trainer, folder, lambda: trainer.save_state(folder)):
+                self._remove_state(trainer, old_state)
+        self._require_context()
+
+    def _has_written(self, trainer: Trainer, path: Path, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except (OSError, UserError) as error:
+            if trainer.accelerator.is_main_process:
+                logger.error("%s; training continues", _could_not(path, error))
+            return False
+        return True
 
     def _export(self, trainer: Trainer, path: Path, *, epoch: int) -> None:
         """Write what is trained; every process must call it, and all fail where one does."""
@@ -536,7 +559,7 @@ class Saver(Callback):
                 logger.warning("the old %s could not be removed (%s)", path, error)
 
     def _remove_state(self, trainer: Trainer, name: str | None) -> None:
-        if name and self.options.save_state and trainer.accelerator.is_main_process:
+        if name and trainer.accelerator.is_main_process:
             shutil.rmtree(self._state_folder(name), ignore_errors=True)
 
 

@@ -155,6 +155,8 @@ class ContextScore:
 
         Mean over keys and values; of a word its token that lost most.
         """
+        if not self._now:
+            return []
         pairs = list(zip(self._now, self.before, strict=True))[1:]
         lost = torch.stack([lost_by_token(*pair) for pair in pairs]).mean(dim=0).tolist()
         found, start = [], 0

@@ -11,7 +11,7 @@ from mlm_plugin.training.callbacks import Callback, StepResult, mlm_curves
 from mlm_plugin.training.drift import DriftWatch
 from mlm_plugin.training.trainer import Trainer
 
-__all__ = ["CurveLogger"]
+__all__ = ["CurveLogger", "TrackerCloser"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,11 @@ class CurveLogger(Callback):
         values = {"loss/epoch_average": sum(self.recent) / len(self.recent)}
         self.log(trainer, values, by_epoch=True)
 
-    def on_train_end(self, trainer: Trainer) -> None:
-        """Flush the trackers."""
-        # not accelerator.end_training(): other callbacks still need the process group it destroys
+    def close(self, trainer: Trainer) -> None:
+        """Flush and close the trackers, which take nothing afterwards."""
+        # not accelerator.end_training(): it destroys the process group
         for tracker in trainer.accelerator.trackers:
             self._try(tracker.name, tracker.finish)
-
-    on_stop = on_train_end
 
     def log(self, trainer: Trainer, values: dict, *, by_epoch: bool = False) -> None:
         """Send values to every tracker, by step or, where the tracker allows it, by epoch."""
@@ -85,6 +83,19 @@ class CurveLogger(Callback):
             self._failed.add(name)
             text = " ".join(str(error).split())[:200] or type(error).__name__
             logger.warning("%s: the curves end here (%s); training continues", name, text)
+
+
+class TrackerCloser(Callback):
+    """Closes the trackers behind the callbacks that log something at the end themselves."""
+
+    def __init__(self, curves: CurveLogger):
+        self.curves = curves
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Close them."""
+        self.curves.close(trainer)
+
+    on_stop = on_train_end
 
 
 def _learning_rates(trainer: Trainer) -> dict[str, float]:

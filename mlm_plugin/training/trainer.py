@@ -136,10 +136,10 @@ class Trainer:
                     self._run_epoch(bar, stop)
             except NonFiniteLoss as error:
                 self._go_back(error)
-                self._call("on_stop")
+                self._call_all("on_stop")
                 raise
             except Stopped:
-                self._call("on_stop")
+                self._call_all("on_stop")
                 raise
             except Exception as error:
                 if self.progress.current_step > first_step:
@@ -150,7 +150,7 @@ class Trainer:
             self.stop_code = stop.exit_code if stop else 0
             stop.expect_end()
             bar.close()  # so that what is printed now has its own lines
-            self._call("on_train_end")
+            self._call_all("on_train_end")
             if stop:
                 self.stop_code = stop.exit_code
 
@@ -191,6 +191,17 @@ class Trainer:
     def _call(self, event: str, *values: object) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *values)
+
+    def _call_all(self, event: str) -> None:
+        """The last event: a callback that fails does not keep the others from ending properly."""
+        errors = []
+        for callback in self.callbacks:
+            try:
+                getattr(callback, event)(self)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     # --- a step ---------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Files ranked by the context that they keep: on real runs of every method."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from safetensors.torch import load_file
 
 from mlm_plugin.cli import train_main
 from mlm_plugin.config.methods import METHOD_CLASSES
+from mlm_plugin.methods.lora import LoRAMethod
 from mlm_plugin.setup.best_file import BestFile, ContextLost
 from mlm_plugin.training.context_score import ContextReading, ScorePrompts
+from mlm_plugin.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -193,3 +196,56 @@ def test_a_file_that_is_saved_again_is_the_last_and_is_there():
     ranking.measure("dog", 8)
     assert list(ranking.there) == ["dog-step00000002", "dog"]
     assert ranking.best == "dog"
+
+
+def test_the_shares_of_all_files_are_in_the_curves(run, tmp_path):
+    """The last file's too, which is saved when everything else has ended."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("--logging_dir", str(tmp_path / "logs")) == 0
+    (events,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
+    curves = EventAccumulator(str(events))
+    curves.Reload()
+    shares = curves.Scalars("context/cross_attention")
+    assert [share.step for share in shares] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Files and states of the steps that are added to the set cannot be written."""
+    steps = set()
+    export, save_state = LoRAMethod.export, Trainer.save_state
+
+    def refuse(name):
+        if any(f"step{step:08d}" in name for step in steps):
+            raise OSError(28, "No space left on device")
+
+    def refusing_export(method, target):
+        refuse(target.path.name)
+        export(method, target)
+
+    def refusing_save_state(trainer, folder):
+        refuse(folder.name)
+        save_state(trainer, folder)
+
+    monkeypatch.setattr(LoRAMethod, "export", refusing_export)
+    monkeypatch.setattr(Trainer, "save_state", refusing_save_state)
+    return steps
+
+
+def test_what_is_old_stays_where_nothing_newer_could_be_saved(run, full_disk, tmp_path, capsys):
+    full_disk.add(3)
+    flags = ["--save_last_n_steps", "1", "--save_state", "--mlm_keep_best=false"]
+    assert run(*flags, "--learning_rate", "1e-9") == 0
+    assert capsys.readouterr().err.count("could not be saved") == 2
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"dog-step00000001.safetensors", "dog-step00000001-state"} <= names
+
+
+def test_a_file_that_could_not_be_saved_has_no_rank(run, full_disk, tmp_path, capsys):
+    """The first file keeps most, but it is not there."""
+    full_disk.add(1)
+    assert run("--learning_rate", "1", "--max_train_steps", "5") == 0
+    best = capsys.readouterr().out.rpartition("best by its context: ")[2].partition(", which")[0]
+    assert "step00000001" not in best
+    assert Path(best).exists()
