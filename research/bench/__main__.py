@@ -10,7 +10,7 @@ from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.demo.command import add_folders, prepare_model
 from mlm_plugin.errors import UserError
 from mlm_plugin.failures import exit_code_of
-from research.bench.plan import CLAIMED, UNTRAINED, find_arms
+from research.bench.plan import CLAIMED, PLAN, UNTRAINED, find_arms, shorter
 from research.bench.records import RECORDS, Records
 
 __all__ = ["main"]
@@ -23,10 +23,15 @@ def main(argv: Sequence[str]) -> int:
         UserError: an unknown flag, a missing one, or an arm that cannot be reported yet.
     """
     given = _parser().parse_args(list(argv))
+    if given.steps and given.stage != "report":
+        raise UserError("--steps is for --stage report alone")
     reports = given.stage == "report"
     arms = find_arms(given.arms or (CLAIMED if reports else None))
-    if reports:
+    if reports and not given.steps:
         arms.insert(0, UNTRAINED)
+    stage, plan = given.stage, PLAN
+    if given.steps:
+        stage, plan = shorter(given.steps), PLAN._replace(evaluation_steps=(given.steps,))
     if given.jobs < 1:
         raise UserError(f"--jobs {given.jobs}: must be at least 1")
     model = prepare_model(given.model)
@@ -34,9 +39,9 @@ def main(argv: Sequence[str]) -> int:
     from research.bench.run import Limits, fingerprint_of_model, run_stage
 
     return run_stage(
-        given.stage,
+        stage,
         arms,
-        context=BenchContext(model, given.output),
+        context=BenchContext(model, given.output, plan),
         records=Records(given.records, fingerprint_of_model(model)),
         limits=Limits(given.jobs, given.minutes),
     )
@@ -57,6 +62,8 @@ def _parser() -> CommandParser:
     add_folders(parser, written="scratch files")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR",
                         help="Folder of the records (default: those of the checkout).")  # fmt: skip
+    parser.add_argument("--steps", type=int, choices=PLAN.evaluation_steps[:-1],
+                        help="Report trainings that are shorter, schedule included.")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="Trainings at once, each with its share of cores.")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="M",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from textwrap import indent
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlm_plugin.evaluation.measures import Mean
 from mlm_plugin.pocket.concepts import REPORTED
@@ -20,16 +20,25 @@ from research.bench.plan import (
     ARMS,
     CLAIMS,
     FAMILIES,
+    PLAN,
     RECOMMENDED,
     UNTRAINED,
     Arm,
     Claim,
     Trial,
+    shorter,
     trials_to_report,
 )
 from research.bench.records import Record, Records, key_of
 from research.bench.search import search
-from research.bench.summary import Comparison, Curve, compare, curves_of, holm
+from research.bench.summary import (
+    Comparison,
+    Curve,
+    compare,
+    curves_of,
+    holm,
+    num_before_first_look,
+)
 from research.bench.text_score import RECORD, SETTINGS, STEPS, correlations, read_looks
 
 __all__ = ["PAGES", "blocks", "rewritten"]
@@ -73,6 +82,7 @@ def blocks(records: Records) -> dict[str, str]:
         "tuning": _tuning_table(records),
         "report": _report_table(results, records),
         "claims": _claims_table(found),
+        "settled": _settled_table(results, found, records),
         "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
         "text_score": _text_score_tables(records),
@@ -84,9 +94,8 @@ def _text_score_tables(records: Records) -> str:
     looks = read_looks(records.folder.parent / RECORD.name)
     if not looks:
         return NOTHING
-    by_score = {name: correlations(looks, name) for name in ("cross_attention", "encoder")}
-    kinds = next(iter(by_score.values()))
-    ranks = [[kind, *(f"{found[kind]:.2f}" for found in by_score.values())] for kind in kinds]
+    without_term = [one for one in looks if ARMS[SETTINGS[one["setting"]][0]].form == "plain"]
+    ranks = [*_ranks(looks, ""), *_ranks(without_term, ", plain settings")]
     means = []
     for setting in SETTINGS:
         for step in STEPS:
@@ -100,7 +109,7 @@ def _text_score_tables(records: Records) -> str:
     tables = (
         f"{len(looks)} looks at {runs} runs. Rank correlation with prompt fidelity:\n",
         _table(["among", "keys and values", "text encoder"], ranks),
-        "Means over concepts, in percent:\n",
+        f"Means over concepts, in percent ({_text_score_rates()}):\n",
         _table(
             ["setting", "step", "kept, keys and values", "kept, text encoder", "fidelity",
              "identity"],
@@ -108,6 +117,22 @@ def _text_score_tables(records: Records) -> str:
         ),
     )  # fmt: skip
     return "\n".join(tables)
+
+
+def _ranks(looks: list[dict[str, Any]], of: str) -> list[list[str]]:
+    by_score = [correlations(looks, name) for name in ("cross_attention", "encoder")]
+    return [[kind + of, *(f"{found[kind]:.2f}" for found in by_score)] for kind in by_score[0]]
+
+
+def _text_score_rates() -> str:
+    """What the settings were trained with."""
+    found = []
+    for name, (arm, setting) in SETTINGS.items():
+        flags = {**ARMS[arm].flags, **setting}
+        rates = f"U-Net {flags['unet_lr']}, text encoder {flags['text_encoder_lr']}"
+        weight = f", weight {flags['weight']}" if "weight" in flags else ""
+        found.append(f"{name}: {rates}{weight}")
+    return "; ".join(found)
 
 
 def _result(arm: Arm, records: Records) -> Result | None:
@@ -122,8 +147,10 @@ def _result(arm: Arm, records: Records) -> Result | None:
     return Result(winner, reported, curves_of(reported, untrained))
 
 
-def _all_of(trials: Sequence[Trial], records: Records) -> list[Record] | None:
-    done = records.of("report", trials[0].arm.name)
+def _all_of(
+    trials: Sequence[Trial], records: Records, *, stage: str = "report"
+) -> list[Record] | None:
+    done = records.of(stage, trials[0].arm.name)
     keys = [key_of(trial) for trial in trials]
     return [done[key] for key in keys] if all(key in done for key in keys) else None
 
@@ -200,6 +227,47 @@ def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
         f"p, Holm over {len(found)}", "Δ fidelity, last step", "Δ identity, last step",
     )  # fmt: skip
     return _table(headings, rows)
+
+
+def _settled_table(
+    results: Mapping[str, Result],
+    found: Mapping[Claim, Comparison | None],
+    records: Records,
+) -> str:
+    """The claims against arms that were also trained for fewer steps, to the end of a schedule."""
+    rows = []
+    for claim, comparison in found.items():
+        theirs = comparison and _settled_curves(ARMS[claim.theirs], records)
+        if not theirs:
+            continue
+        ours = results[claim.ours].curves
+        settled = compare(ours, theirs)
+        counts = [
+            f"{num_before_first_look(ours, curves)} of {len(ours)}"
+            for curves in (results[claim.theirs].curves, theirs)
+        ]
+        values = (_points(comparison.matched), counts[0], _points(settled.matched), counts[1])
+        rows.append([claim.ours, claim.theirs, *values])
+    headings = (
+        "with the term", "against", "Δ, one training", "on a line from the untrained model",
+        "Δ, trainings of three lengths", "on a line from the untrained model",
+    )  # fmt: skip
+    return _table(headings, rows)
+
+
+def _settled_curves(arm: Arm, records: Records) -> dict[str, Curve] | None:
+    """Curves of which every point is the end of a training of that length."""
+    winner = search(arm, records.of("tuning", arm.name)).winner
+    trials = trials_to_report(arm, winner)
+    stages = [*map(shorter, PLAN.evaluation_steps[:-1]), "report"]
+    by_length = [_all_of(trials, records, stage=stage) for stage in stages]
+    if None in by_length:
+        return None
+    ends = [
+        {**trainings[-1], "looks": [one["looks"][-1] for one in trainings]}
+        for trainings in zip(*by_length, strict=True)
+    ]
+    return curves_of(ends, _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[0]), records))
 
 
 def _concepts_tables(

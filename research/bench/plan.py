@@ -31,6 +31,7 @@ __all__ = [
     "Family",
     "Trial",
     "find_arms",
+    "shorter",
     "trials_to_report",
     "tuning_trials",
 ]
@@ -321,6 +322,11 @@ def find_arms(names: Sequence[str] | None) -> list[Arm]:
             raise UserError(f"--arms {name!r}: not in the plan; it has {known}")
         found += [arm for arm in arms if arm not in found]
     return found
+
+
+def shorter(num_steps: int) -> str:
+    """The stage that reports trainings that end after fewer steps, with schedules as long."""
+    return f"report_{num_steps}"
 
 
 def trials_to_report(arm: Arm, setting: Flags) -> list[Trial]:

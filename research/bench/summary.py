@@ -17,6 +17,7 @@ from mlm_plugin.evaluation.measures import (
     Mean,
     matched_difference,
     mean_with_interval,
+    pooled,
     sign_flip_p_value,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "compare",
     "curves_of",
     "holm",
+    "num_before_first_look",
 ]
 
 Record = Mapping[str, Any]
@@ -82,6 +84,15 @@ def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Compariso
         mean_with_interval(last_C2[:, 1]),
         mean_with_interval(last_C2[:, 0]),
     )
+
+
+def num_before_first_look(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> int:
+    """Concepts for which ``theirs`` is read between the untrained model and its first look.
+
+    There the fidelity is interpolated and belongs to no trained model.
+    """
+    pairs = [(pooled(ours[c]), pooled(theirs[c])) for c in ours if c in theirs]
+    return sum(min(a[-1, 0], b[-1, 0]) < b[1, 0] for a, b in pairs if len(b) > 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -269,6 +269,7 @@ def test_a_key_depends_on_all_that_determines_a_result():
         (["--stage", "tuning"], "required: --output"),
         (["--stage", "tuning", "--output", "{}", "--arms", "dora"], "--arms 'dora'"),
         (["--stage", "tuning", "--output", "{}", "--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--stage", "tuning", "--output", "{}", "--steps", "50"], "--steps is for --stage report"),
     ],
 )
 def test_bad_input_is_one_line(argv, named, tmp_path):

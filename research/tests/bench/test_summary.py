@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlm_plugin.evaluation.measures import matched_difference
-from research.bench.summary import compare, curves_of, holm
+from research.bench.summary import compare, curves_of, holm, num_before_first_look
 
 START = (0.16, 0.99)
 
@@ -28,6 +28,12 @@ def test_arms_are_compared_where_both_have_been():
     ours, theirs = curve((0.3, 0.95), (0.5, 0.8)), curve((0.4, 0.7), (0.6, 0.5))
     assert matched_difference(ours, theirs) == pytest.approx(0.2)
     assert matched_difference(theirs, ours) == pytest.approx(-0.2)
+
+
+def test_reads_before_the_first_look_are_counted():
+    theirs = curve((0.4, 0.7), (0.6, 0.5))
+    ours = {"before": curve((0.3, 0.9)), "behind": curve((0.5, 0.8)), "on": curve((0.4, 0.8))}
+    assert num_before_first_look(ours, dict.fromkeys(ours, theirs)) == 1
 
 
 def test_the_unit_is_the_concept():
