@@ -17,6 +17,7 @@ from mlm_plugin.mlm.regularizer import MLMRegularizer
 from mlm_plugin.mlm_setup import MLMSetup
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.key_values import read_cross_attention
+from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS
 from mlm_plugin.setup.data import captions_of
 
 __all__ = [
@@ -103,6 +104,7 @@ def attach_term(
         UserError: the method trains nothing before the place that is read.
     """
     cross_attention = check_attached(setup, config, method)
+    _mark_untrained(setup, method)
     method.train(False)
     with method.untrained():
         setup.compute_targets(accelerator.device)
@@ -113,6 +115,18 @@ def attach_term(
         vary=method.mlm_variants,
         cross_attention=cross_attention,
     )
+
+
+def _mark_untrained(setup: MLMSetup, method: Method) -> None:
+    """A network may have no module in a text encoder; then that is read through the U-Net alone."""
+    parts, text_encoders = method.parts(), method.models.text_encoders
+    for text_encoder, part in zip(
+        text_encoders, TEXT_ENCODER_PARTS[len(text_encoders)], strict=True
+    ):
+        if not (parts.get(part) or parts.get("embedding")):
+            for encoder in setup.encoders:
+                if encoder.text_encoder is text_encoder:
+                    encoder.is_trained = False
 
 
 def check_attached(setup: MLMSetup, config: TrainConfig, method: Method) -> CrossAttention | None:

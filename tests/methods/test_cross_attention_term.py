@@ -123,6 +123,23 @@ def test_a_lora_that_starts_from_a_file_is_compared_with_the_model_without_it(tr
     assert both.regularizer.encoders[0].targets[0].teacher_ND is not None
 
 
+def test_a_network_without_modules_in_the_text_encoder_is_read_at_the_u_net_alone(
+    trainer_of, tmp_path
+):
+    """Its ranks come from a file of the U-Net alone; the options do not say that."""
+    from mlm_plugin.methods import Export
+
+    first = trainer_of("lora", network_train_unet_only=True, mlm_target="states")
+    first.method.export(Export(tmp_path / "a.safetensors", lambda _kind, _file: {}))
+    from_file = {"network_weights": tmp_path / "a.safetensors", "dim_from_weights": True}
+    trainer = trainer_of("lora", mlm_target="states", **from_file)
+    assert "textencoder" not in {p for p, weights in trainer.method.parts().items() if weights}
+    disturb(trainer, "unet")
+    output = term_of(trainer)
+    assert output.loss > 1e-3
+    assert not output.parts  # those of several places, which would be averaged
+
+
 @pytest.mark.parametrize("algo", ["locon", "loha", "lokr"])
 def test_lycoris_is_seen_through(algo, trainer_of):
     pytest.importorskip("lycoris")
