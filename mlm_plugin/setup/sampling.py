@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.files import remove_temporaries
 from mlm_plugin.mlm_setup import trigger_of
-from mlm_plugin.training.callbacks import Callback, StepResult
+from mlm_plugin.training.callbacks import Callback, StepResult, by_step
 from mlm_plugin.training.samples import (
     SAMPLES,
     SampleFiles,
@@ -50,6 +51,18 @@ class SampleDrawer(Callback):
         """Every text that will be encoded."""
         return [text for p in self.prompts for text in (p.negative_prompt, p.prompt)]
 
+    def measured(self) -> dict[str, Any]:
+        """Names of the pictures, by step."""
+        return {
+            "drawn": {step: [path.name for path in paths] for step, paths in self.drawn.items()}
+        }
+
+    def recall(self, trainer: Trainer, measured: Mapping[str, Any]) -> None:
+        """The pictures of before a resume, as far as they are there."""
+        for step, names in by_step(measured["drawn"]).items():
+            paths = [self.folder / SAMPLES / name for name in names]
+            self._note(step, [path for path in paths if path.is_file()])
+
     def on_train_start(self, trainer: Trainer) -> None:
         """Remove leftovers of killed runs; ``sample_at_first``."""
         start = f"{self.name}_" if self.name else ""
@@ -80,9 +93,11 @@ class SampleDrawer(Callback):
             at_first=options.sample_at_first,
         ):
             return
-        paths = self._draw(trainer, epoch=epoch)
-        self.drawn[trainer.progress.current_step] = paths
-        if paths and trainer.progress.current_step:  # the base model's pictures show nothing
+        self._note(trainer.progress.current_step, self._draw(trainer, epoch=epoch))
+
+    def _note(self, step: int, paths: list[Path]) -> None:
+        self.drawn[step] = paths
+        if paths and step:  # the base model's pictures show nothing
             self.newest = paths[0]
 
     def _draw(self, trainer: Trainer, *, epoch: int | None) -> list[Path]:

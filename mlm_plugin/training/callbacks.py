@@ -74,7 +74,7 @@ def mlm_curves(parts: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def by_step(values: Mapping[str, float]) -> dict[int, float]:
+def by_step(values: Mapping[str, Any]) -> dict[int, Any]:
     """Values by step, whose numbers JSON makes texts."""
     return {int(step): value for step, value in values.items()}
 

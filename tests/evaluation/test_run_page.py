@@ -151,6 +151,15 @@ def test_a_resumed_run_goes_on_with_its_curves_and_its_ranking(resumable):
     assert measured(out / "dog-state") == straight
 
 
+def test_a_resumed_run_shows_the_samples_of_before(run, page_of, capsys):
+    out = run("--save_state").parent
+    straight = page_of(out / "dog.html").tags.count("img")
+    capsys.readouterr()
+    resumed = run("--save_state", "--resume", str(out / "dog-step00000008-state"))
+    assert page_of(resumed).tags.count("img") == straight
+    assert "could not be saved" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"PageLosses": {"diffusion": 3}}', '{"Saver": 5}'])
 def test_curves_that_are_damaged_begin_again(resumable, text, capsys):
     out, resume = resumable
