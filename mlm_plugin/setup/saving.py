@@ -257,8 +257,8 @@ class Saver(Callback):
         remove_temporaries(self.folder, self._is_ours(trainer))
         dtype = SAVE_DTYPES[self.options.save_precision]
         needed = sum(
-            tensor.numel() * (dtype or tensor.dtype).itemsize
-            for tensor in trainer.method.state_dict().values()
+            parameter.numel() * (dtype or parameter.dtype).itemsize
+            for parameter in trainer.method.parameters()
         )
         free = shutil.disk_usage(self.folder).free
         if free < needed:
