@@ -64,7 +64,7 @@ class PreparedEncoder:
     """A text encoder that the term reads, and what was prepared while it was untrained."""
 
     text_encoder: AnyEncoder
-    contextualizer: Contextualizer | None = None  # None where states are compared
+    contextualizer: Contextualizer | None = None  # None: states are compared, or it has a head
     is_trained: bool = True  # whether anything before its output is
     targets: list[PromptTarget] | None = None  # not yet computed; empty: not needed
     head: NextWordHead | None = None  # of a language model that reads itself
@@ -84,7 +84,7 @@ class MLMSetup:
 
     Attributes:
         encoders: prepared so far.
-        contextualizers: found for them; none where states are compared.
+        contextualizers: found for them; none where states are compared or the model reads itself.
         concepts: empty until they are known.
         prompts: where prompts come from, once the concepts are known.
     """
@@ -146,13 +146,18 @@ class MLMSetup:
         Raises:
             UserError: a given file does not fit.
         """
-        is_trained = trained or [True] * len(text_encoders)
-        read = [pair for pair in zip(text_encoders, is_trained, strict=True) if self.reads(pair[1])]
+        trained = trained or [True] * len(text_encoders)
+        read = [
+            (text_encoder, is_trained)
+            for text_encoder, is_trained in zip(text_encoders, trained, strict=True)
+            if self.reads(is_trained)
+        ]
         networks: list[Contextualizer | None] = [None] * len(read)
         heads: list[NextWordHead | None] = [None] * len(read)
-        if self.options.mlm_target != "states" and any(pair[0].reads_itself for pair in read):
+        has_reader = self.options.mlm_target != "states"
+        if has_reader and any(text_encoder.reads_itself for text_encoder, _ in read):
             heads = [text_encoder.next_word_head() for text_encoder, _ in read]
-        elif self.options.mlm_target != "states":
+        elif has_reader:
             settings = contextualizer_settings(
                 self.options.mlm_contextualizer,
                 len(self.encoders) + len(read),
