@@ -403,8 +403,8 @@ class PretrainingRun:
 
 
 def _autocast(device: torch.device) -> AbstractContextManager:
-    """Half precision where the GPU has bf16."""
-    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    """Half precision where the GPU has bf16; older ones compute it in fp32, slower than fp32."""
+    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext()
 
 

@@ -267,6 +267,16 @@ def test_a_wide_text_encoder_encodes_a_step_in_chunks(toy_text_encoder, tmp_path
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)
 
 
+@pytest.mark.parametrize("is_native", [True, False])
+def test_bf16_is_used_where_the_gpu_has_it_not_where_it_is_emulated(monkeypatch, is_native):
+    def is_supported(including_emulation=True):
+        return is_native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    context = pretraining_run._autocast(torch.device("cuda"))
+    assert isinstance(context, torch.autocast) == is_native
+
+
 # --- starting from the contextualizer of a similar text encoder -------------------------------
 
 
