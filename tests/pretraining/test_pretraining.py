@@ -6,10 +6,12 @@ import os
 import random
 import re
 import signal
+import zlib
 
 import pytest
 import torch
 
+from mlm_plugin.commands.pretrain import run_pretrain
 from mlm_plugin.config.pretraining import PretrainOptions, parse_pretrain
 from mlm_plugin.contextualizer_file import (
     cached_contextualizer_path,
@@ -205,9 +207,36 @@ def test_training_and_held_out_text_never_meet():
 
 
 def test_captions_are_drawn_as_often_as_asked():
-    corpus = Corpus(["a caption of mine"] * 40 + ["another one"] * 40, caption_share=1.0)
+    corpus = Corpus(REPEATING_CAPTIONS, caption_share=1.0)
     rng = random.Random(0)
     assert {corpus.draw(rng, held_out=False)[1] for _ in range(50)} == {"captions"}
+
+
+HELD_OUT = [text for text in REPEATING_CAPTIONS if zlib.crc32(text.encode()) % 20 == 0]
+TRAINED = [text for text in REPEATING_CAPTIONS if text not in HELD_OUT]
+
+
+@pytest.mark.parametrize(
+    ("captions", "found"),
+    [
+        (TRAINED[:1], "none of the 1 different"),
+        (TRAINED[:30] * 2, "none of the 30 different"),
+        (HELD_OUT[:2], "all of the 2 different"),
+    ],
+)
+def test_captions_alone_that_leave_a_side_of_the_split_empty_are_refused(tmp_path, captions, found):
+    file = tmp_path / "captions.txt"
+    file.write_text("\n".join(captions), encoding="utf-8")
+    command = parse_pretrain(
+        ["--pretrained_model_name_or_path", "not read", "--output", "c.safetensors",
+         "--captions", str(file), "--caption_share", "1"]
+    )  # fmt: skip
+    with pytest.raises(UserError, match=f"--caption_share = 1: {found}"):
+        run_pretrain(command)
+    with pytest.raises(UserError, match=f"--caption_share = 1: {found}"):
+        Corpus(captions, caption_share=1.0)
+    Corpus(captions, caption_share=0.9)
+    Corpus([TRAINED[0], HELD_OUT[0]], caption_share=1.0)
 
 
 @pytest.mark.parametrize(
