@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
 from mlm_plugin.contextualizer_file import ContextualizerFacts, save_contextualizer
+from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, disk_errors, remove_temporaries
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import mask_embedding
@@ -35,6 +36,7 @@ from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
 from mlm_plugin.training.interrupt import StopRequest
 
 __all__ = [
+    "Diverged",
     "FamilyScores",
     "Interrupted",
     "NotSaved",
@@ -73,6 +75,12 @@ class Interrupted(Exception):
     def __init__(self, exit_code: int, state_path: Path | None):
         super().__init__(f"pretraining stopped; the same command continues from {state_path}")
         self.exit_code = exit_code
+
+
+class Diverged(UserError):
+    """The held-out loss was not finite at any evaluation: there is no network to write."""
+
+    exit_code = 1
 
 
 class Start(NamedTuple):
@@ -117,6 +125,7 @@ def pretrain(
     Raises:
         Interrupted: after a signal, with the state saved.
         NotSaved: the file cannot be written; the exception holds the network.
+        Diverged: the held-out loss was never finite.
     """
     run = PretrainingRun(
         text_encoder,
@@ -310,10 +319,18 @@ class PretrainingRun:
 
         Raises:
             NotSaved: the file cannot be written.
+            Diverged: there is no best network.
         """
         if self.scores is None:  # resumed at its very end
             self.evaluate()
-        if self.scores.loss > self.lowest_loss:
+        if not self.best_weights:
+            self.state_path.unlink(missing_ok=True)
+            raise Diverged(
+                f"--learning_rate = {self.options.learning_rate}: the held-out loss of the "
+                f"contextualizer was {self.scores.loss} at every evaluation; take a lower rate, "
+                "and check that the text encoder's weights are finite"
+            )
+        if not self.scores.loss <= self.lowest_loss:  # NaN compares as false
             self.network.load_state_dict(self.best_weights)
             self.evaluate()
         facts = ContextualizerFacts(

@@ -171,6 +171,44 @@ def test_the_best_network_is_kept_not_the_last(toy_text_encoder, tmp_path, monke
     assert scores.loss == load_contextualizer(path, toy_text_encoder)[1].loss == of_file
 
 
+def spoil_weights(monkeypatch, *, from_step):
+    """The network's weights become NaN at a step, as after a gradient that overflowed."""
+    train_step = PretrainingRun.train_step
+
+    def train_and_spoil(self):
+        loss = train_step(self)
+        if self.step >= from_step:
+            self.network.mask_vector.data.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(PretrainingRun, "train_step", train_and_spoil)
+
+
+@pytest.mark.parametrize("from_step", [11, 20])
+def test_the_best_network_is_kept_when_the_last_is_nan(
+    toy_text_encoder, tmp_path, monkeypatch, from_step
+):
+    best = run(toy_text_encoder, tmp_path / "best.safetensors", max_train_steps=10)
+    spoil_weights(monkeypatch, from_step=from_step)
+    monkeypatch.setattr(pretraining_run, "learning_rate_share", ten_steps_share)
+    scores = run(toy_text_encoder, tmp_path / "spoilt.safetensors")
+    assert scores == best
+    load_contextualizer(tmp_path / "spoilt.safetensors", toy_text_encoder)
+
+
+def ten_steps_share(step, _options, of=learning_rate_share):
+    """The rates of a run that ends after ten steps."""
+    return of(step, dataclasses.replace(SMALL, max_train_steps=10))
+
+
+def test_a_loss_that_was_never_finite_is_named(toy_text_encoder, tmp_path, monkeypatch):
+    spoil_weights(monkeypatch, from_step=1)
+    with pytest.raises(UserError, match="--learning_rate = 0.0005: the held-out loss .* nan") as e:
+        run(toy_text_encoder, tmp_path / "c.safetensors")
+    assert e.value.exit_code == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_best_network_survives_an_interruption(toy_text_encoder, tmp_path, monkeypatch):
     losses = noted_losses(monkeypatch)
     scores = run(toy_text_encoder, tmp_path / "straight.safetensors", **RISING)
