@@ -70,10 +70,10 @@ class Scores(NamedTuple):
 
 
 class Interrupted(Exception):
-    """Pretraining was stopped by a signal; its state file continues it."""
+    """Pretraining was stopped by a signal; ``next_start`` says where the same command starts."""
 
-    def __init__(self, exit_code: int, state_path: Path | None):
-        super().__init__(f"pretraining stopped; the same command continues from {state_path}")
+    def __init__(self, exit_code: int, next_start: str):
+        super().__init__(f"pretraining stopped; {next_start}")
         self.exit_code = exit_code
 
 
@@ -123,7 +123,7 @@ def pretrain(
         Held-out scores of the saved network, which is the best of all evaluations.
 
     Raises:
-        Interrupted: after a signal, with the state saved.
+        Interrupted: after a signal, with the state saved where that is possible.
         NotSaved: the file cannot be written; the exception holds the network.
         Diverged: the held-out loss was never finite.
     """
@@ -154,7 +154,7 @@ def pretrain(
                     )
                 if stop:
                     run.save_state()
-                    raise Interrupted(stop.exit_code, run.state_path)
+                    raise Interrupted(stop.exit_code, run.next_start())
     return run.finish()
 
 
@@ -183,6 +183,7 @@ class PretrainingRun:
             self.network.load_state_dict(start.network.state_dict())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.network), lr=options.learning_rate)
         self.step, self.looks_without_gain, self.best_loss = 0, 0, math.inf
+        self.saved_step: int | None = None  # of the state file, if there is one of this run
         self.scores: Scores | None = None
         self.lowest_loss, self.best_weights = math.inf, {}
         self.held_out = self._draw_held_out()
@@ -262,7 +263,18 @@ class PretrainingRun:
             with disk_errors(self.state_path), atomic_path(self.state_path) as temporary:
                 torch.save(state, temporary)
         except OSError as error:
-            logger.warning("the pretraining goes on, but cannot be continued later: %s", error)
+            logger.warning("this state of the pretraining could not be saved: %s", error)
+            return
+        self.saved_step = self.step
+
+    def next_start(self) -> str:
+        """Where the same command would start, in words."""
+        if self.saved_step is None:
+            return "its state could not be saved: the same command starts again"
+        if self.saved_step < self.step:
+            place = f"step {self.saved_step} of {self.step}, in {self.state_path}"
+            return f"its state could not be saved: the same command continues from {place}"
+        return f"the same command continues from {self.state_path}"
 
     def resume(self) -> None:
         """Continue from the state file, if one is there and belongs to these settings."""
@@ -302,6 +314,7 @@ class PretrainingRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.looks_without_gain, self.best_loss = step, looks, float(best)
         self.lowest_loss, self.best_weights = lowest, best_weights
+        self.saved_step = step
         return True
 
     def _set_state_aside(self, error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import os
 import random
 import re
@@ -121,6 +122,53 @@ def test_an_interrupted_pretraining_ends_like_a_straight_one(
     resumed, _ = load_contextualizer(tmp_path / "broken.safetensors", toy_text_encoder)
     for name, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def fail_to_save(monkeypatch, *, from_step):
+    """The disk is full from a step on."""
+    save_state = PretrainingRun.save_state
+
+    def save_or_fail(self):
+        if self.step >= from_step:
+            monkeypatch.setattr(pretraining_run.torch, "save", full_disk)
+        save_state(self)
+
+    monkeypatch.setattr(PretrainingRun, "save_state", save_or_fail)
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("disk_ends", "stopped_in", "said"),
+    [
+        (99, 12, "stopped; the same command continues from .*c.state.pt$"),
+        (0, 7, "its state could not be saved: the same command starts again"),
+        (11, 12, "could not be saved: the same command continues from step 10 of 13, in .*c.state"),
+    ],
+)
+def test_an_interruption_says_what_the_same_command_does(
+    toy_text_encoder, tmp_path, monkeypatch, disk_ends, stopped_in, said
+):
+    fail_to_save(monkeypatch, from_step=disk_ends)
+    interrupt_at(stopped_in, signal.SIGINT, monkeypatch)
+    with pytest.raises(Interrupted, match=said):
+        run(toy_text_encoder, tmp_path / "c.safetensors")
+    assert (tmp_path / "c.state.pt").exists() == (disk_ends > 0)
+
+
+def test_an_interruption_after_going_on_names_the_state_that_it_went_on_from(
+    toy_text_encoder, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as first:
+        interrupt_at(4, signal.SIGINT, first)
+        with pytest.raises(Interrupted):
+            run(toy_text_encoder, tmp_path / "c.safetensors")
+    fail_to_save(monkeypatch, from_step=0)
+    interrupt_at(6, signal.SIGINT, monkeypatch)
+    with pytest.raises(Interrupted, match="continues from step 5 of 7"):
+        run(toy_text_encoder, tmp_path / "c.safetensors")
 
 
 def test_a_state_of_other_settings_is_not_continued(toy_text_encoder, tmp_path, monkeypatch):
