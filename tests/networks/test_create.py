@@ -648,6 +648,29 @@ def test_lycoris_groups_and_norms_have_our_form():
 
 
 @needs_lycoris
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("algo=loha", "loraplus_lr_ratio=4"), "text encoder and the U-Net"),
+        (("algo=lokr", "loraplus_unet_lr_ratio=4"), "U-Net"),
+        (("algo=lokr", "loraplus_text_encoder_lr_ratio=4"), "text encoder"),
+        (("algo=diag-oft", "loraplus_lr_ratio=4"), "text encoder and the U-Net"),
+        (("algo=loha", "preset=unet-only", "loraplus_lr_ratio=4"), "U-Net"),
+        (("algo=locon", "loraplus_lr_ratio=4"), None),
+        (("algo=lora", "dora_wd=True", "wd_on_output=False", "loraplus_lr_ratio=4"), None),
+        (("algo=loha",), None),
+    ],
+)
+def test_a_loraplus_ratio_for_modules_without_up_projections_is_named(args, named, caplog):
+    network = lycoris_network(None, *args)
+    caplog.clear()
+    network.parameter_groups(unet_lr=1e-3, text_encoder_lrs=[1e-4])
+    said = caplog.messages
+    assert len(said) == (named is not None)
+    assert all(f"the LoRA+ ratio has no effect on the {named}: " in text for text in said)
+
+
+@needs_lycoris
 def test_another_alpha_is_refused_by_lycoris_networks():
     state = lycoris_network(alpha=1.0).kohya_state_dict()
     with pytest.raises(UserError, match="network_alpha"):
