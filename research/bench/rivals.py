@@ -173,4 +173,4 @@ RIVALS = ("core", "textboost", "classdiffusion", "output_preservation")
 
 
 def _as_output(loss: Tensor) -> MLMOutput:
-    return MLMOutput(loss=loss, num_masked=0, parts={})
+    return MLMOutput(loss, parts={})
