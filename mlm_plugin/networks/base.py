@@ -171,11 +171,6 @@ class Network(ABC):
             for name, modules in self.modules_of.items()
         }
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The weights that are trained."""
-        members = [parameter for part in self.parts().values() for parameter in part]
-        return [parameter for parameter in members if parameter.requires_grad]
-
     def parameter_groups(
         self, *, unet_lr: float, text_encoder_lrs: Sequence[float]
     ) -> list[dict[str, Any]]:

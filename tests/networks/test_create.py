@@ -8,6 +8,7 @@ import io
 import logging
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,7 +85,7 @@ def toy_network(models=None, *, module="networks.lora", dim=4, alpha=2.0, **sett
 
 def randomize(network, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
+    for parameter in chain(*network.parts().values()):
         parameter.data.normal_(generator=generator).mul_(0.3)
 
 
@@ -193,7 +194,7 @@ def test_groups_hold_every_weight_once():
     groups = network.parameter_groups(unet_lr=1e-3, text_encoder_lrs=[1e-4])
     grouped = [id(p) for group in groups for p in group["params"]]
     assert [g["name"] for g in groups] == ["textencoder", "unet"]
-    assert sorted(grouped) == sorted({id(p) for p in network.parameters()})
+    assert sorted(grouped) == sorted(map(id, chain(*network.parts().values())))
 
 
 def test_a_part_with_learning_rate_zero_is_frozen_but_saved():
@@ -206,7 +207,8 @@ def test_a_part_with_learning_rate_zero_is_frozen_but_saved():
     assert any(key.startswith("lora_te") for key in network.kohya_state_dict())
     with network.disabled():
         pass
-    assert len(network.parameters()) == 2 * network.num_unet_modules
+    trained = [p for p in chain(*network.parts().values()) if p.requires_grad]
+    assert len(trained) == 2 * network.num_unet_modules
 
 
 # --- loading --------------------------------------------------------------------------------
