@@ -32,7 +32,7 @@ from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
 from mlm_plugin.mlm.masking import MaskingVocabulary, mask_tokens, prompt_attention_mask
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretraining.corpus import Corpus
-from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
+from mlm_plugin.prompt_sets.english import WORDS_WITHOUT_CONTENT
 from mlm_plugin.training.interrupt import StopRequest
 
 __all__ = [
@@ -175,7 +175,7 @@ class PretrainingRun:
         self.corpus = Corpus(captions, caption_share=options.caption_share)
         self.table = text_encoder.token_embedding.weight.detach()
         self.vocabulary = MaskingVocabulary.from_tokenizer(
-            text_encoder.tokenizer, protected=(), low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
+            text_encoder.tokenizer, protected=(), low_priority=WORDS_WITHOUT_CONTENT
         )
         self.network = self._new_network().to(self.table.device)
         self.started_from = None if start is None else start.made_for
