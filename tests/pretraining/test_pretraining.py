@@ -382,6 +382,7 @@ def test_a_wide_text_encoder_encodes_a_step_in_chunks(toy_text_encoder, tmp_path
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:User provided device_type")
 @pytest.mark.parametrize("is_native", [True, False])
 def test_bf16_is_used_where_the_gpu_has_it_not_where_it_is_emulated(monkeypatch, is_native):
     def is_supported(including_emulation=True):
