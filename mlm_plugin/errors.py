@@ -1,6 +1,6 @@
-"""The one exception that users cause and can fix, and how its messages show a value."""
+"""The one exception that users cause and can fix, and how its messages show values and errors."""
 
-__all__ = ["UserError", "shown"]
+__all__ = ["UserError", "shown", "shown_error"]
 
 
 class UserError(ValueError):
@@ -21,3 +21,9 @@ def shown(value: object) -> str:
         return repr(value)
     except ValueError:  # Python's limit for the digits of a whole number
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a number"
+
+
+def shown_error(error: Exception, *, limit: int = 160) -> str:
+    """The text of a library's error in a message: one line of at most so many characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 
 __all__ = [
     "DiskError",
@@ -192,7 +192,7 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise DiskError(f"{path}: {_one_line(error)}") from error
+        raise DiskError(f"{path}: {shown_error(error)}") from error
     except Exception as error:
         words = str(error)
         is_torch = isinstance(error, RuntimeError) and any(x in words for x in TORCH_WRITE_ERRORS)
@@ -200,13 +200,8 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         if not (is_torch or is_rust):
             raise
         raise DiskError(
-            f"{path}: cannot be written, is the disk full? ({_one_line(error)})"
+            f"{path}: cannot be written, is the disk full? ({shown_error(error)})"
         ) from error
-
-
-def _one_line(error: Exception, *, limit: int = 160) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def require_writable(folder: str | os.PathLike, option: str) -> None:

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 NUM_TARGETS = 1024
 
 AnyEncoder = TextEncoder | T5Encoder | LanguageModelEncoder | AdaptedEncoder
-Vary = Callable[[TextEncoder, Tensor, random.Random], Variants]
+Vary = Callable[[Tensor, random.Random], Variants]
 """A method's own variants of encoded prompts."""
 
 
@@ -332,7 +332,7 @@ def encoder_handle(
             "token_table": _token_table(text_encoder, network.sizes.vocab_size, device),
         }
     if vary is not None:
-        reader["vary"] = lambda ids_BL, rng: vary(text_encoder, ids_BL, rng)
+        reader["vary"] = vary
     return EncoderHandle(
         tokenize=text_encoder.tokenize_trimmed,
         encode=text_encoder.encode_storing,

@@ -18,9 +18,8 @@ from mlm_plugin.mlm.prompts import PromptSet
 from mlm_plugin.prompt_sets.english import subjects
 from mlm_plugin.prompt_sets.files import BUILTIN
 
-__all__ = ["TOY", "build_toy_data", "build_toy_model", "toy_data", "toy_model"]
+__all__ = ["build_toy_data", "build_toy_model", "toy_data", "toy_model"]
 
-TOY = "toy"
 TOY_VERSION = 2  # part of the cache folder's name: raise it when the recipe changes
 TOY_SUBJECT = "sks dog"
 TOY_RARE_WORDS = ("sks", "zwx", "ohwx")

@@ -50,6 +50,7 @@ from mlm_plugin.evaluation.text_encoders import (
 from mlm_plugin.evaluation.text_measures import headline
 from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
+from mlm_plugin.models.weights_files import WEIGHTS_SUFFIXES
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
@@ -266,21 +267,33 @@ def _picture_settings(
 
 
 def _digests(options: EvaluateOptions) -> dict[str, dict[str, str]]:
-    """Path and SHA-256 of the trained files; a folder has the digest of its name."""
-    found = {}
-    for name in LEARNED:
-        path = getattr(options, name)
-        if path is None:
-            continue
-        if Path(path).is_file():
-            with Path(path).open("rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        else:
-            digest = hashlib.sha256(path.encode())
-        found[name] = {"path": path, "sha256": digest.hexdigest()}
-    return found
+    """Path and SHA-256 of everything trained."""
+    paths = {name: getattr(options, name) for name in LEARNED}
+    return {
+        name: {"path": path, "sha256": _digest(path)}
+        for name, path in paths.items()
+        if path is not None
+    }
+
+
+def _digest(path: str) -> str:
+    """SHA-256 of a file, or of all weight files in a folder; a hub id has that of its name."""
+    place = Path(path)
+    if place.is_file():
+        return _digest_of_file(place)
+    if not place.is_dir():
+        return hashlib.sha256(path.encode()).hexdigest()
+    files = sorted(file for file in place.rglob("*") if file.suffix in WEIGHTS_SUFFIXES)
+    lines = [f"{file.relative_to(place).as_posix()} {_digest_of_file(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _label(options: EvaluateOptions) -> str:

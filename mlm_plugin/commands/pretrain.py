@@ -12,7 +12,7 @@ from mlm_plugin.config.options import LogOptions
 from mlm_plugin.config.pretraining import PretrainCommand
 from mlm_plugin.contextualizer_file import save_contextualizer
 from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
-from mlm_plugin.pretraining.corpus import read_caption_files
+from mlm_plugin.pretraining.corpus import read_caption_files, require_both_sides
 from mlm_plugin.pretraining.find import pretrain_on_device
 from mlm_plugin.pretraining.run import Interrupted, NotSaved, Scores
 from mlm_plugin.setup.builtin_names import model_path
@@ -26,6 +26,7 @@ def run_pretrain(command: PretrainCommand) -> int:
     setup_console(LogOptions())
     quiet_libraries()
     captions = read_caption_files(command.captions)
+    require_both_sides(captions, command.options.caption_share)  # before a model is loaded
     models = load_stable_diffusion(
         model_path(command.pretrained_model_name_or_path),
         ModelSettings(clip_skip=command.clip_skip, tokenizer_cache_dir=command.tokenizer_cache_dir),

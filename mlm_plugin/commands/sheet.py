@@ -92,9 +92,8 @@ def _load(options: SheetOptions) -> EvaluatedModel:
     files = LearnedFiles(lora=options.file)
     model = load_evaluated_model(
         model_path(options.base), files, placeholder_token="", settings=settings
-    ).to(device)
-    model.network.to(device)
-    return model
+    )
+    return model.to(device)
 
 
 def _draw(options: SheetOptions, model: EvaluatedModel, prompts: Sequence[str]) -> list:

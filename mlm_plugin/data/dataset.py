@@ -87,9 +87,9 @@ class Batch:
 
 
 class BatchKey(NamedTuple):
-    """Identifies a batch, independent of the data set's current epoch and step."""
+    """Identifies a batch."""
 
-    epoch: int
+    epoch: int  # from 0
     index: int
     step: int = 0  # optimiser steps done, for token_warmup_step
 
@@ -156,7 +156,7 @@ class TrainDataset(Dataset):
             self.held_out += found.held_out
         if not self.images:
             raise UserError(_nothing_found(self.datasets, self.skipped))
-        self._epoch, self._step, self._max_train_steps = 0, 0, None
+        self._max_train_steps: int | None = None
         self._prepare()
 
     def _prepare(self) -> None:
@@ -184,14 +184,6 @@ class TrainDataset(Dataset):
         other.images, other.held_out = list(self.held_out), []
         other._prepare()
         return other
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch (from 0) of batches that are requested by number."""
-        self._epoch = epoch
-
-    def set_step(self, step: int) -> None:
-        """Set the number of optimiser steps done, for batches that are requested by number."""
-        self._step = step
 
     def set_max_train_steps(self, num_steps: int) -> None:
         """Set the length of the run, of which a ``token_warmup_step`` below 1 is a share."""
@@ -262,9 +254,7 @@ class TrainDataset(Dataset):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, key: int | BatchKey) -> Batch:
-        if not isinstance(key, BatchKey):
-            key = BatchKey(self._epoch, key, self._step)
+    def __getitem__(self, key: BatchKey) -> Batch:
         rng = random.Random(f"{self.seed}/{key.epoch}/{key.index}")
         members = self._batches(key.epoch)[key.index]
         return self._collate(members, [self._sample(i, rng, key) for i in members])

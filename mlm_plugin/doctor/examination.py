@@ -119,11 +119,6 @@ class Patient:
         """Whether the file changes a text encoder."""
         return any(self._text_layers)
 
-    @property
-    def has_key_values(self) -> bool:
-        """Whether the file changes what the cross-attention takes."""
-        return any(one.module is not None for one in self.key_values)
-
     @torch.no_grad()
     def states(self, prompts: Prompts, *, strength: float) -> list[Tensor]:
         """States of every text encoder at the words around the concept and at EOS, ``(N, D)``.

@@ -82,6 +82,8 @@ class EvaluatedModel:
     def to(self, device: torch.device) -> EvaluatedModel:
         """Move everything that draws; returns itself."""
         self.pipeline.to(device)
+        if self.network is not None:
+            self.network.to(device)  # the models do not hold the adapters of LyCORIS
         for text_encoder in self.text_encoders:
             if text_encoder.learned_tokens is not None:
                 text_encoder.learned_tokens.to(device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPModel, CLIPTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 
 __all__ = ["Clip", "Dino", "Preprocessing", "Siglip", "load_clip", "load_dino", "preprocess"]
 
@@ -183,7 +183,7 @@ def _load(make: Callable[[], Any], name: str, *, option: str) -> Any:
         )
         raise UserError(
             f"--{option} {name}: {where}; give the folder of a model, or 'none' to leave its "
-            f"measures out ({_one_line(error)})"
+            f"measures out ({shown_error(error, limit=120)})"
         ) from error
 
 
@@ -242,8 +242,3 @@ def _frozen(model: nn.Module, device: torch.device | str) -> Any:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _one_line(error: Exception, *, limit: int = 120) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -29,7 +29,7 @@ from mlm_plugin.mlm.masking import (
     prompt_attention_mask,
 )
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
+from mlm_plugin.prompt_sets.english import WORDS_WITHOUT_CONTENT
 from mlm_plugin.training.drift import PROBES
 
 __all__ = [
@@ -194,7 +194,7 @@ def masked_words(
     learned = text_encoder.learned_tokens
     words = [*protected, *(learned.tokens if learned is not None else [])]
     vocabulary = MaskingVocabulary.from_tokenizer(
-        text_encoder.tokenizer, protected=words, low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
+        text_encoder.tokenizer, protected=words, low_priority=WORDS_WITHOUT_CONTENT
     )
     ids_BL = text_encoder.tokenize_trimmed(list(prompts)).repeat_interleave(NUM_MASKINGS, dim=0)
     masked = mask_tokens(

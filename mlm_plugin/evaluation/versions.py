@@ -28,5 +28,6 @@ def library_versions(device: torch.device, *, also: Sequence[str] = ()) -> dict[
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    found["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    is_cuda = device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if is_cuda else device.type
     return found

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlm_plugin.errors import UserError
+from mlm_plugin.models.key_values import MATRICES
 from mlm_plugin.models.weights_files import for_file, read_weights, write_weights
 from mlm_plugin.networks.kohya_names import unet_name
 
@@ -39,7 +40,6 @@ __all__ = [
 ]
 
 PROCESSOR = ".processor"
-MATRICES = ("to_k", "to_v")
 _MATRIX_KEY = re.compile(r"(?P<layer>.+)\.processor\.(?P<matrix>to_[kv])_custom_diffusion\.weight")
 
 

@@ -22,6 +22,8 @@ from mlm_plugin.models.weights_files import for_file, write_weights
 from mlm_plugin.networks.kohya_names import BUNDLE_PREFIX, is_known_key, part_of
 
 __all__ = [
+    "LEGACY_LENGTH",
+    "LEGACY_OFFSET",
     "SAVE_DTYPES",
     "LoraCounts",
     "bundled_embeddings",
@@ -40,6 +42,7 @@ SAVE_DTYPES: dict[str | None, torch.dtype | None] = {
 """``save_precision`` and its dtype; None keeps that of the training."""
 
 LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
+"""Bytes of a file that its legacy hash is made of."""
 
 
 class LoraCounts(NamedTuple):

@@ -106,16 +106,22 @@ MLM_OPTIONS = (
     "mlm_start_step",
     "mlm_end_step",
     "mlm_prompt_syntax",
+    "mlm_joint_share",
 )
 METHOD_OPTIONS = (
     "learning_rate_te",
+    "learning_rate_te1",
+    "learning_rate_te2",
     "embedding_lr",
     "num_vectors_per_token",
     "init_word",
     "directional_embedding",
     "directional_kappa",
+    "xti_mlm_layers",
     "stop_unet_training",
     "stop_text_encoder_training",
+    "stop_text_encoder1_training",
+    "stop_text_encoder2_training",
     "stop_embedding_training",
     "quantize_unet",
 )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
+from mlm_plugin.export.lora_files import LEGACY_LENGTH, LEGACY_OFFSET
 from mlm_plugin.models.checkpoints import SDXL_VERSION
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ __all__ = [
     "folder_name",
 ]
 
-LEGACY_OFFSET, LEGACY_LENGTH = 0x100000, 0x10000
 FOLDER = "IsADirectory"
 
 

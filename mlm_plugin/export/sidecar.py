@@ -20,7 +20,7 @@ from mlm_plugin.files import atomic_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["is_own_preview", "write_preview", "write_sidecar"]
+__all__ = ["is_own_preview", "own_preview", "write_preview", "write_sidecar"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ PREVIEW_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 def write_sidecar(
-    lora_path: str | os.PathLike,
+    path: str | os.PathLike,
     *,
     base_model_version: str,
     activation_text: str,
@@ -38,12 +38,12 @@ def write_sidecar(
     """Write the JSON that A1111's user metadata editor reads.
 
     In an existing file only the trigger and the version are brought up to date: the old ones belong
-    to a LoRA that has been replaced.
+    to a file that has been replaced.
 
     Args:
-        lora_path: the LoRA file.
+        path: the LoRA, checkpoint or embedding.
         base_model_version: ``ss_base_model_version``, e.g. ``sd_v1``.
-        activation_text: the words that a click on the LoRA adds to the prompt.
+        activation_text: the words that a click on its card adds to the prompt.
         description: shown on the card.
 
     Returns:
@@ -51,10 +51,10 @@ def write_sidecar(
 
     Source: stable-diffusion-webui ``extensions-builtin/Lora/ui_edit_user_metadata.py``.
     """
-    path = Path(lora_path).with_suffix(".json")
-    old = _existing(path)
+    sidecar = Path(path).with_suffix(".json")
+    old = _existing(sidecar)
     if old is None:
-        logger.warning("%s is not a JSON object and is left unchanged", path)
+        logger.warning("%s is not a JSON object and is left unchanged", sidecar)
         return None
     known = {"sd version": _version(base_model_version), "activation text": activation_text}
     if description:
@@ -62,7 +62,7 @@ def write_sidecar(
     before = old.get("activation text", activation_text)
     if before != activation_text:
         logger.warning(
-            "%s: the activation text is now %r, it was %r", path, activation_text, before
+            "%s: the activation text is now %r, it was %r", sidecar, activation_text, before
         )
     new = {
         "description": "",
@@ -73,9 +73,9 @@ def write_sidecar(
         "notes": "",
     }
     content = new | old | known
-    with atomic_path(path) as temporary:
+    with atomic_path(sidecar) as temporary:
         temporary.write_text(json.dumps(content, indent=4, ensure_ascii=False), encoding="utf-8")
-    return path
+    return sidecar
 
 
 def _existing(path: Path) -> dict | None:
@@ -95,16 +95,16 @@ def _version(base_model_version: str) -> str:
 
 
 def write_preview(
-    lora_path: str | os.PathLike, image: Image, *, is_embedding: bool = False
+    path: str | os.PathLike, image: Image, *, is_embedding: bool = False
 ) -> Path | None:
     """Write the preview that WebUIs show for a file, ``<name>.png`` or ``<name>.preview.png``.
 
+    One that an earlier run wrote is replaced: it shows what that run had learned.
+
     Args:
-        lora_path: the LoRA, checkpoint or embedding.
+        path: the LoRA, checkpoint or embedding.
         image: the picture.
         is_embedding: of the latter name.
-
-    One that an earlier run wrote is replaced: it shows what that run had learned.
 
     Returns:
         The file, or ``None`` if the user has given it a preview of any kind.
@@ -114,16 +114,16 @@ def write_preview(
     """
     from PIL.PngImagePlugin import PngInfo
 
-    for found in _previews(Path(lora_path)):
+    for found in _previews(Path(path)):
         if not is_own_preview(found):
             logger.info("%s exists already and is left unchanged", found)
             return None
-    path = own_preview(lora_path, is_embedding=is_embedding)
+    preview = own_preview(path, is_embedding=is_embedding)
     mark = PngInfo()
     mark.add_text("Software", OWN_MARK)
-    with atomic_path(path) as temporary:
+    with atomic_path(preview) as temporary:
         image.save(temporary, format="PNG", pnginfo=mark)
-    return path
+    return preview
 
 
 def own_preview(path: str | os.PathLike, *, is_embedding: bool = False) -> Path:

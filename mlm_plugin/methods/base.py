@@ -23,7 +23,6 @@ from mlm_plugin.methods.facts import MethodFacts, Part, is_before
 from mlm_plugin.mlm.encoder import Variants
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.conditioning import Conditioning, encode_captions
-from mlm_plugin.models.text_encoder import TextEncoder
 
 __all__ = [
     "WEIGHT_DTYPES",
@@ -167,9 +166,7 @@ class Method(MethodFacts, ABC):
         """Conditioning of the U-Net; joined layers make its states longer (XTI)."""
         return encode_captions(self.models.text_encoders, captions)
 
-    def mlm_variants(
-        self, text_encoder: TextEncoder, ids_BL: Tensor, rng: random.Random
-    ) -> Variants:
+    def mlm_variants(self, ids_BL: Tensor, rng: random.Random) -> Variants:
         """Ids of MLM prompts as the method encodes them; ``rng`` is for those with several ways."""
         return Variants(ids_BL)
 

@@ -25,6 +25,7 @@ from mlm_plugin.methods.learned_tokens import (
 )
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.cross_attention import cross_attention_names
+from mlm_plugin.models.key_values import MATRICES
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import LearnedTokens
 
@@ -76,7 +77,7 @@ class CustomDiffusion(LearnsTokens):
         layers = {
             f"{name}.{matrix}": models.unet.get_submodule(f"{name}.{matrix}")
             for name in names
-            for matrix in ("to_k", "to_v")
+            for matrix in MATRICES
         }
         self.base = {f"{k}.weight": v.weight.detach().cpu().clone() for k, v in layers.items()}
         for module in (models.unet, *(te.model for te in models.text_encoders)):

@@ -42,7 +42,6 @@ from mlm_plugin.models.cross_attention import (
     per_layer_conditioning,
 )
 from mlm_plugin.models.per_layer_text import encode_per_layer
-from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.models.token_embeddings import LearnedTokens
 
 __all__ = ["XTI"]
@@ -99,9 +98,7 @@ class XTI(TextualInversion):
         (text_encoder,) = self.models.text_encoders
         return Conditioning(encode_per_layer(text_encoder, captions))
 
-    def mlm_variants(
-        self, text_encoder: TextEncoder, ids_BL: Tensor, rng: random.Random
-    ) -> Variants:
+    def mlm_variants(self, ids_BL: Tensor, rng: random.Random) -> Variants:
         """Each prompt for one random layer ``(B, L)``, or for every layer ``(K B, L)``."""
         tokens = self.only_tokens
         layers = range(tokens.num_variants)

@@ -1,7 +1,7 @@
 """The contextualizer: predicts masked words from the text encoder's hidden states.
 
 A small bidirectional pre-norm transformer whose output is compared with the text encoder's own
-token table. It is pretrained once per text encoder (``pretrain.py``), then frozen.
+token table. It is pretrained once per text encoder (``pretraining/run.py``), then frozen.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ class PromptTarget(NamedTuple):
 
     ids: list[int]  # up to EOS, MASK_ID where a token is masked
     labels: list[int]  # ids of the N tokens that are compared, IGNORE_INDEX elsewhere
-    teacher_ND: Tensor | None = None  # features of the contextualizer, or states; on the CPU
-    start: Tensor | None = None  # before training: states (N, D), or divergence from them (N,)
+    # on the CPU: states, or the features that a contextualizer or a language model's head makes
+    teacher_ND: Tensor | None = None
+    start: Tensor | None = None  # before training: states (N, D), or the divergence (N,)
     states_LD: Tensor | None = None  # of this prompt, where the encoder is frozen; on the CPU
 
 

@@ -61,7 +61,6 @@ class MLMOutput(NamedTuple):
     """What one call returns. Tensors stay on the device; reading them synchronizes."""
 
     loss: Tensor  # 0-d fp32, mean over what is read, not yet weighted
-    num_masked: int  # tokens that were masked or compared
     parts: Mapping[str, Tensor]  # to log: ``accuracy``, and each loss where there are several
 
 
@@ -310,11 +309,8 @@ def _output(parts: Mapping[str, Part]) -> MLMOutput:
     logged = {name: part.loss for name, part in parts.items()} if len(parts) > 1 else {}
     with_words = [part for part in parts.values() if part.num_correct is not None]
     if with_words:
-        num_masked = sum(part.num_tokens for part in with_words)
+        num_tokens = sum(part.num_tokens for part in with_words)
         correct = sum(part.num_correct for part in with_words)
-        logged = {"accuracy": correct / max(1, num_masked), **logged}
-    return MLMOutput(
-        loss=torch.stack([part.loss for part in parts.values()]).mean(),
-        num_masked=sum(part.num_tokens for part in parts.values()),
-        parts=logged,
-    )
+        logged = {"accuracy": correct / max(1, num_tokens), **logged}
+    loss = torch.stack([part.loss for part in parts.values()]).mean()
+    return MLMOutput(loss, parts=logged)

@@ -21,6 +21,8 @@ from mlm_plugin.models.quantized import QuantizedLinear
 __all__ = ["MATRICES", "matrices_of", "read_cross_attention", "read_image_transformer"]
 
 MATRICES = ("to_k", "to_v")
+"""Layers of a cross-attention that take text, in diffusers' U-Nets."""
+
 HALF = torch.float16  # more digits than bf16, and weights are far from its limits
 
 ANIMA_LAYER = re.compile(r"blocks\.\d+\.cross_attn\.[kv]_proj")

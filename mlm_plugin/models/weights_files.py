@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.files import atomic_path, disk_errors
 
 __all__ = [
@@ -90,7 +90,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be read as safetensors ({_one_line(error)}): is the download complete?"
+            f"{path} cannot be read as safetensors ({shown_error(error)}): "
+            "is the download complete?"
         ) from error
 
 
@@ -110,7 +111,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged pickle can fail with any exception
         raise UserError(
-            f"{path} cannot be read as PyTorch weights ({_one_line(error)}): "
+            f"{path} cannot be read as PyTorch weights ({shown_error(error)}): "
             "is the download complete?"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
@@ -118,8 +119,3 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{path} holds a {type(content).__name__}, not weights by name")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _one_line(error: Exception, *, limit: int = 160) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -171,11 +171,6 @@ class Network(ABC):
             for name, modules in self.modules_of.items()
         }
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The weights that are trained."""
-        members = [parameter for part in self.parts().values() for parameter in part]
-        return [parameter for parameter in members if parameter.requires_grad]
-
     def parameter_groups(
         self, *, unet_lr: float, text_encoder_lrs: Sequence[float]
     ) -> list[dict[str, Any]]:
@@ -189,7 +184,7 @@ class Network(ABC):
         """
         text_parts = [part for part in self.modules_of if part != "unet"]
         rates = dict(zip(text_parts, _per_part(text_encoder_lrs, len(text_parts)), strict=True))
-        groups = []
+        groups, without_up = [], []
         for name, modules in self.modules_of.items():
             lr = rates.get(name, unet_lr)
             ratio = self.loraplus.unet if name == "unet" else self.loraplus.text_encoder
@@ -199,6 +194,8 @@ class Network(ABC):
             groups.append({"params": others, "lr": lr, "name": name})
             if ratio is not None:
                 groups.append({"params": plus, "lr": lr * ratio, "name": f"{name} plus"})
+                without_up += [name] if others and not plus else []
+        _warn_of_loraplus(without_up)
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] != 0)
@@ -251,6 +248,17 @@ def _per_part(rates: Sequence[float], count: int) -> list[float]:
     if len(rates) < 2:
         return [rates[0] if rates else 0.0] * count
     return list(rates[:count])
+
+
+def _warn_of_loraplus(without_up: Sequence[str]) -> None:
+    """Name parts with a LoRA+ ratio whose modules have nothing that it applies to."""
+    if without_up:
+        parts = " and the ".join(TITLES[name] for name in without_up)
+        logger.warning(
+            "network_args: the LoRA+ ratio has no effect on the %s: it is for up projections, "
+            "which of LyCORIS' algorithms lora and locon have",
+            parts,
+        )
 
 
 def _check_keys(state: Mapping[str, Tensor], *, known: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from mlm_plugin.mlm.prompts import PromptSet
 from mlm_plugin.prompt_sets.english import subjects
 from mlm_plugin.prompt_sets.files import BUILTIN
 
-__all__ = ["Corpus", "read_caption_files"]
+__all__ = ["Corpus", "read_caption_files", "require_both_sides"]
 
 HELD_OUT_SHARE = 20  # one prompt in twenty is never trained on
 TAG_SHARE = 0.3
@@ -27,9 +27,13 @@ class Corpus:
     Args:
         captions: the user's own.
         caption_share: how often they are drawn, where there are any.
+
+    Raises:
+        UserError: see :func:`require_both_sides`.
     """
 
     def __init__(self, captions: Sequence[str] = (), *, caption_share: float = 0.5):
+        require_both_sides(captions, caption_share)
         self.captions, self.caption_share = list(captions), caption_share
         self.prompt_sets = {
             syntax: {name: PromptSet.load(name, syntax=syntax) for name in BUILTIN}
@@ -41,7 +45,7 @@ class Corpus:
         """A text of one side of the split and its family; the sides never share a text."""
         while True:
             text, family = self._draw_any(rng)
-            if (zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0) == held_out:
+            if _is_held_out(text) == held_out:
                 return text, family
 
     def _draw_any(self, rng: random.Random) -> tuple[str, str]:
@@ -51,6 +55,25 @@ class Corpus:
         category = rng.choice(BUILTIN)
         context = self.prompt_sets[syntax][category].draw(rng)
         return context.text.replace("{}", rng.choice(self.subjects[category])), context.family
+
+
+def require_both_sides(captions: Sequence[str], caption_share: float) -> None:
+    """Refuse captions that alone have no text to train on, or none to be scored by.
+
+    Raises:
+        UserError: nothing else is drawn, and all of them are on one side of the split.
+    """
+    if captions and caption_share == 1 and len({_is_held_out(text) for text in captions}) == 1:
+        is_held_out = _is_held_out(captions[0])
+        raise UserError(
+            f"--caption_share = 1: {'all' if is_held_out else 'none'} of the {len(set(captions))} "
+            f"different captions would be held out to score the training (1 in {HELD_OUT_SHARE} "
+            "is, chosen by its text); give more captions or a share below 1"
+        )
+
+
+def _is_held_out(text: str) -> bool:
+    return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
 
 
 def read_caption_files(paths: Iterable[str | Path]) -> list[str]:

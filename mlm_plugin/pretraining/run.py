@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
 from mlm_plugin.contextualizer_file import ContextualizerFacts, save_contextualizer
+from mlm_plugin.errors import UserError
 from mlm_plugin.files import atomic_path, disk_errors, remove_temporaries
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import mask_embedding
@@ -31,10 +32,11 @@ from mlm_plugin.mlm.losses import MaskedWordLoss, masked_word_loss
 from mlm_plugin.mlm.masking import MaskingVocabulary, mask_tokens, prompt_attention_mask
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretraining.corpus import Corpus
-from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS
+from mlm_plugin.prompt_sets.english import WORDS_WITHOUT_CONTENT
 from mlm_plugin.training.interrupt import StopRequest
 
 __all__ = [
+    "Diverged",
     "FamilyScores",
     "Interrupted",
     "NotSaved",
@@ -68,11 +70,17 @@ class Scores(NamedTuple):
 
 
 class Interrupted(Exception):
-    """Pretraining was stopped by a signal; its state file continues it."""
+    """Pretraining was stopped by a signal; ``next_start`` says where the same command starts."""
 
-    def __init__(self, exit_code: int, state_path: Path | None):
-        super().__init__(f"pretraining stopped; the same command continues from {state_path}")
+    def __init__(self, exit_code: int, next_start: str):
+        super().__init__(f"pretraining stopped; {next_start}")
         self.exit_code = exit_code
+
+
+class Diverged(UserError):
+    """The held-out loss was not finite at any evaluation: there is no network to write."""
+
+    exit_code = 1
 
 
 class Start(NamedTuple):
@@ -115,8 +123,9 @@ def pretrain(
         Held-out scores of the saved network, which is the best of all evaluations.
 
     Raises:
-        Interrupted: after a signal, with the state saved.
+        Interrupted: after a signal, with the state saved where that is possible.
         NotSaved: the file cannot be written; the exception holds the network.
+        Diverged: the held-out loss was never finite.
     """
     run = PretrainingRun(
         text_encoder,
@@ -145,7 +154,7 @@ def pretrain(
                     )
                 if stop:
                     run.save_state()
-                    raise Interrupted(stop.exit_code, run.state_path)
+                    raise Interrupted(stop.exit_code, run.next_start())
     return run.finish()
 
 
@@ -166,7 +175,7 @@ class PretrainingRun:
         self.corpus = Corpus(captions, caption_share=options.caption_share)
         self.table = text_encoder.token_embedding.weight.detach()
         self.vocabulary = MaskingVocabulary.from_tokenizer(
-            text_encoder.tokenizer, protected=(), low_priority=FUNCTION_WORDS | NEUTRAL_WORDS
+            text_encoder.tokenizer, protected=(), low_priority=WORDS_WITHOUT_CONTENT
         )
         self.network = self._new_network().to(self.table.device)
         self.started_from = None if start is None else start.made_for
@@ -174,6 +183,7 @@ class PretrainingRun:
             self.network.load_state_dict(start.network.state_dict())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.network), lr=options.learning_rate)
         self.step, self.looks_without_gain, self.best_loss = 0, 0, math.inf
+        self.saved_step: int | None = None  # of the state file, if there is one of this run
         self.scores: Scores | None = None
         self.lowest_loss, self.best_weights = math.inf, {}
         self.held_out = self._draw_held_out()
@@ -253,7 +263,18 @@ class PretrainingRun:
             with disk_errors(self.state_path), atomic_path(self.state_path) as temporary:
                 torch.save(state, temporary)
         except OSError as error:
-            logger.warning("the pretraining goes on, but cannot be continued later: %s", error)
+            logger.warning("this state of the pretraining could not be saved: %s", error)
+            return
+        self.saved_step = self.step
+
+    def next_start(self) -> str:
+        """Where the same command would start, in words."""
+        if self.saved_step is None:
+            return "its state could not be saved: the same command starts again"
+        if self.saved_step < self.step:
+            place = f"step {self.saved_step} of {self.step}, in {self.state_path}"
+            return f"its state could not be saved: the same command continues from {place}"
+        return f"the same command continues from {self.state_path}"
 
     def resume(self) -> None:
         """Continue from the state file, if one is there and belongs to these settings."""
@@ -293,6 +314,7 @@ class PretrainingRun:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.looks_without_gain, self.best_loss = step, looks, float(best)
         self.lowest_loss, self.best_weights = lowest, best_weights
+        self.saved_step = step
         return True
 
     def _set_state_aside(self, error: Exception) -> None:
@@ -310,10 +332,18 @@ class PretrainingRun:
 
         Raises:
             NotSaved: the file cannot be written.
+            Diverged: there is no best network.
         """
         if self.scores is None:  # resumed at its very end
             self.evaluate()
-        if self.scores.loss > self.lowest_loss:
+        if not self.best_weights:
+            self.state_path.unlink(missing_ok=True)
+            raise Diverged(
+                f"--learning_rate = {self.options.learning_rate}: the held-out loss of the "
+                f"contextualizer was {self.scores.loss} at every evaluation; take a lower rate, "
+                "and check that the text encoder's weights are finite"
+            )
+        if not self.scores.loss <= self.lowest_loss:  # NaN compares as false
             self.network.load_state_dict(self.best_weights)
             self.evaluate()
         facts = ContextualizerFacts(
@@ -403,8 +433,8 @@ class PretrainingRun:
 
 
 def _autocast(device: torch.device) -> AbstractContextManager:
-    """Half precision where the GPU has bf16."""
-    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    """Half precision where the GPU has bf16; older ones compute it in fp32, slower than fp32."""
+    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16) if use_bf16 else nullcontext()
 
 

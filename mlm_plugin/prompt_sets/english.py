@@ -16,6 +16,7 @@ from mlm_plugin.errors import UserError
 __all__ = [
     "FUNCTION_WORDS",
     "NEUTRAL_WORDS",
+    "WORDS_WITHOUT_CONTENT",
     "category_of",
     "correct_articles",
     "dreambench_prompts",
@@ -30,6 +31,8 @@ _TABLES = Path(__file__).parent / "tables"
 _ENGLISH = read_toml(_TABLES / "english.toml")
 FUNCTION_WORDS: frozenset[str] = frozenset(_ENGLISH["function_words"])
 NEUTRAL_WORDS: frozenset[str] = frozenset(_ENGLISH["neutral_words"])
+WORDS_WITHOUT_CONTENT = FUNCTION_WORDS | NEUTRAL_WORDS
+"""They are masked less often than others."""
 _SOUND_EXCEPTIONS = {
     word: article for article, words in _ENGLISH["articles"].items() for word in words
 }
@@ -58,7 +61,7 @@ def normal_form(text: str) -> str:
     so that a prompt is recognised after any prefix and in both syntaxes.
     """
     words = re.findall(r"\{\}|[\w']+", text.lower())
-    return " ".join(sorted(w for w in words if w not in FUNCTION_WORDS and w not in NEUTRAL_WORDS))
+    return " ".join(sorted(w for w in words if w not in WORDS_WITHOUT_CONTENT))
 
 
 def is_dreambench(text: str) -> bool:
@@ -118,7 +121,7 @@ def category_of(class_token: str) -> str:
 def is_ordinary_word(text: str) -> bool:
     """Whether these words mean something to everyone: a class word, a subject, a function word."""
     word = text.lower().strip()
-    return word in _category_of_word() or word in FUNCTION_WORDS or word in NEUTRAL_WORDS
+    return word in _category_of_word() or word in WORDS_WITHOUT_CONTENT
 
 
 @cache

@@ -111,12 +111,7 @@ def require_placeholders(dataset: TrainDataset, concepts: Sequence[Concept]) -> 
     Raises:
         UserError: names the placeholder and the first caption.
     """
-    captions = [
-        caption
-        for info in dataset.images
-        if not info.is_reg
-        for caption in dataset.captions_of(info)
-    ]
+    captions = captions_of(dataset)
     for concept in concepts:
         pattern = placeholder_pattern([concept.placeholder_token])
         if not any(map(pattern.search, captions)):

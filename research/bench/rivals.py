@@ -17,10 +17,15 @@ from torch import Tensor
 
 from mlm_plugin.config.concepts import Concept
 from mlm_plugin.methods.lora import LoRAMethod
-from mlm_plugin.mlm.losses import class_anchor, context_anchor, encoder_anchor, positions_outside
 from mlm_plugin.mlm.masking import prompt_attention_mask
 from mlm_plugin.mlm.regularizer import MLMOutput
 from mlm_plugin.models.text_encoder import TextEncoder
+from research.bench.anchors import (
+    class_anchor,
+    context_anchor,
+    encoder_anchor,
+    positions_outside,
+)
 
 __all__ = [
     "RIVALS",
@@ -168,4 +173,4 @@ RIVALS = ("core", "textboost", "classdiffusion", "output_preservation")
 
 
 def _as_output(loss: Tensor) -> MLMOutput:
-    return MLMOutput(loss=loss, num_masked=0, parts={})
+    return MLMOutput(loss, parts={})

@@ -150,7 +150,7 @@ def test_skipping_the_check_takes_any_file_and_a_wrong_one_is_named_later(folder
     dataset = _dataset(SubsetConfig(image_dir=folder), resolution=(96, 96))
     assert _cache(dataset, vae_id="vae-2", skip_check=True) == 0
     with pytest.raises(UserError, match=r"_sd\.npz: latents of the file has shape"):
-        dataset[0]
+        dataset[BatchKey(0, 0)]
 
 
 def test_one_name_for_two_entries_does_not_mix_them_up(folder):
@@ -161,10 +161,10 @@ def test_one_name_for_two_entries_does_not_mix_them_up(folder):
     ]
     plain, cached = TrainDataset(configs, seed=0), TrainDataset(configs, seed=0)
     assert _cache(cached) == 10
-    for index in range(len(plain)):
+    for key in (BatchKey(0, index) for index in range(len(plain))):
         with torch.no_grad():
-            expected = Encoder()(plain[index].pixel_values)
-        torch.testing.assert_close(cached[index].latents, expected)
+            expected = Encoder()(plain[key].pixel_values)
+        torch.testing.assert_close(cached[key].latents, expected)
     assert _cache(TrainDataset(configs, seed=0)) == 0
 
 

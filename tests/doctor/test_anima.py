@@ -131,7 +131,7 @@ def test_states_are_those_of_the_changed_model_around_the_concept(
     models = load_anima_text(str(qwen3_folder))
     patient = Patient(read_learned_file(write(tensors)), models)
     assert patient.has_text_part
-    assert not patient.has_key_values
+    assert not patient.key_values
     changed, wanted = merged(language_model().model, tensors), []
     for text in PROMPTS.texts:
         batch = byte_tokenizer(text, padding="max_length", max_length=512, return_tensors="pt")

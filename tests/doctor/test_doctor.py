@@ -88,7 +88,7 @@ def test_states_keys_and_values_are_those_of_the_network_itself(kind, folder, fi
     path = file_of(network_on(models, kind))
     patient = Patient(read_learned_file(path), load_text_side(str(folder)))
     assert patient.has_text_part
-    assert patient.has_key_values
+    assert any(one.module is not None for one in patient.key_values)
     trained = Patient(LearnedFile(path, {}), models)
     with torch.no_grad():
         wanted = trained.states(PROMPTS, strength=1)

@@ -114,6 +114,24 @@ def test_more_pictures_of_a_prompt_may_follow_and_other_settings_may_not(argumen
         evaluate(*arguments, "--steps", "3")
 
 
+def test_pictures_of_a_folder_are_those_of_its_weights(arguments, toy_folder, tmp_path):
+    """The folder of a training may hold other weights when it is evaluated again."""
+    trained, moved = tmp_path / "trained", tmp_path / "moved"
+    shutil.copytree(toy_folder, trained)
+    arguments += ["--num_images_per_prompt", "1"]
+    evaluate(*arguments, "--checkpoint", str(trained))
+    trained.rename(moved)
+    evaluate(*arguments, "--checkpoint", str(moved))
+    for part in ("unet", "text_encoder"):
+        (file,) = (moved / part).glob("*.safetensors")
+        before = load_file(file)
+        name = min(before)
+        save_file(before | {name: before[name] + 1e-3}, file, {"format": "pt"})
+        with pytest.raises(UserError, match="pictures were made with checkpoint"):
+            evaluate(*arguments, "--checkpoint", str(moved))
+        save_file(before, file, {"format": "pt"})
+
+
 def test_the_text_encoder_alone_needs_no_pictures_and_no_judges(arguments, tmp_path, page_of):
     evaluate(*arguments, "--text_only", "--clip_model", "none/there", "--train_data_dir", "none")
     out = tmp_path / "out"

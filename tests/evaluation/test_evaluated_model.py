@@ -146,3 +146,20 @@ def test_files_of_another_model_are_one_line(toy_folder, tmp_path):
     save_file({"x.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "no_lora.safetensors")
     with pytest.raises(UserError, match="--lora"):
         load(toy_folder, lora=str(tmp_path / "no_lora.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "args", [(), ("algo=loha",), ("algo=lokr", "factor=2"), ("algo=lora", "dora_wd=True")]
+)
+def test_everything_that_draws_moves_together(toy_folder, tmp_path, args):
+    """LyCORIS keeps its modules in a network of its own, outside of the models."""
+    kind = {"network_module": "lycoris.kohya", "network_args": args} if args else {}
+    options = NetworkOptions(network_dim=2, network_alpha=2.0, **kind)
+    network = create_network(load_stable_diffusion(toy_folder), options)
+    save_file(network.kohya_state_dict(), tmp_path / "network.safetensors")
+    subject = load(toy_folder, lora=str(tmp_path / "network.safetensors"))
+    subject.to(torch.device("meta"))
+    drawing = (subject.pipeline.unet, subject.pipeline.vae, subject.pipeline.text_encoder)
+    weights = [weight for model in drawing for weight in model.parameters()]
+    weights += [weight for members in subject.network.parts().values() for weight in members]
+    assert {weight.device.type for weight in weights} == {"meta"}

@@ -1,6 +1,7 @@
 """LoRA files: bytes, hashes, checks, what diffusers makes of them, and the files beside them."""
 
 import json
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -181,7 +182,7 @@ def test_diffusers_loads_the_file_and_computes_what_our_model_computes(tmp_path,
         live, NetworkOptions(network_dim=4, network_alpha=2.0, network_args=network_args)
     )
     generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
+    for parameter in chain(*network.parts().values()):
         parameter.data.normal_(generator=generator).mul_(0.2)
     expected = outputs(live.text_encoders[0].model, live.unet)
     save_lora(tmp_path / "x.safetensors", network.kohya_state_dict(), metadata={})

@@ -389,6 +389,7 @@ def test_the_mlm_term_is_on_record():
         "ss_mlm_start_step": "0",
         "ss_mlm_end_step": "100",
         "ss_mlm_prompt_syntax": "natural",
+        "ss_mlm_joint_share": "0.5",
         "ss_mlm_read_at": "encoder",
         "ss_mlm_target": "class",
         "ss_mlm_prompt_set": "living",
@@ -487,6 +488,32 @@ def test_what_a_method_was_given_is_on_record_and_defaults_are_not():
         "ss_mlm_directional_kappa": "0.001",
         "ss_mlm_stop_embedding_training": "0.6",
     }
+
+
+def test_what_each_of_two_text_encoders_was_given_is_on_record():
+    given = {
+        "learning_rate_te1": 1e-6,
+        "learning_rate_te2": 0.0,
+        "stop_text_encoder1_training": 0.5,
+        "stop_text_encoder2_training": 40,
+    }
+    written = metadata(kind="checkpoint", method="dreambooth", **given)
+    assert {name: written[f"ss_mlm_{name}"] for name in given} == {
+        "learning_rate_te1": "1e-06",
+        "learning_rate_te2": "0.0",
+        "stop_text_encoder1_training": "0.5",
+        "stop_text_encoder2_training": "40",
+    }
+
+
+def test_the_share_of_prompts_with_two_concepts_is_on_record():
+    written = metadata(mlm_loss_weight=0.01, mlm_joint_share=0.25)
+    assert written["ss_mlm_joint_share"] == "0.25"
+
+
+def test_the_layers_of_the_term_in_xti_are_on_record():
+    written = metadata(kind="textual-inversion", method="xti", xti_mlm_layers="all")
+    assert written["ss_mlm_xti_mlm_layers"] == "all"
 
 
 def test_two_concepts_are_both_on_record():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import os
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_diffusers_loads_a_lora_and_computes_what_our_model_computes(
 ):
     network = create_network(models, NetworkOptions(network_dim=4, network_alpha=2.0))
     generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
+    for parameter in chain(*network.parts().values()):
         parameter.data.normal_(generator=generator).mul_(0.2)
     save_lora(tmp_path / "x.safetensors", network.kohya_state_dict(), metadata={})
     pipeline.load_lora_weights(tmp_path, weight_name="x.safetensors")

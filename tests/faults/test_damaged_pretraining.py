@@ -51,4 +51,4 @@ def test_a_state_that_cannot_be_written_does_not_end_the_pretraining(
 
     monkeypatch.setattr("mlm_plugin.pretraining.run.torch.save", full)
     pretrain(toy_text_encoder, tmp_path / "a.safetensors", options=QUICK, show_progress=False)
-    assert "cannot be continued later" in caplog.text
+    assert "this state of the pretraining could not be saved" in caplog.text

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 
 from mlm_plugin.config.methods import METHOD_CLASSES
 from mlm_plugin.config.options import OPTIONS, TrainConfig
+from mlm_plugin.data.dataset import BatchKey
 from mlm_plugin.export.xti_pipeline import load_xti
 from mlm_plugin.methods import METHODS, Export
 from mlm_plugin.methods.checks import check_config
@@ -45,7 +46,7 @@ def may_change(name, method):
 
 def fixed_loss(trainer):
     """The diffusion loss on the same pictures with the same noise, whatever was trained."""
-    batches = [trainer.loader.dataset[i] for i in range(6)]
+    batches = [trainer.loader.dataset[BatchKey(0, i)] for i in range(6)]
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         trainer.method.train(False)

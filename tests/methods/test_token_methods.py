@@ -162,14 +162,14 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
     every = torch.stack([method.only_tokens.variant(plain_BL, k) for k in range(16)])
     rng, seen = random.Random(0), set()
     for _ in range(100):
-        ids_BL, layers_B = method.mlm_variants(text_encoder, plain_BL, rng)
+        ids_BL, layers_B = method.mlm_variants(plain_BL, rng)
         layers = [(every[:, b] == ids_BL[b]).all(dim=-1).nonzero().item() for b in range(2)]
         assert layers_B.tolist() == layers
         seen.add(tuple(layers))
     assert {layer for pair in seen for layer in pair} == set(range(16))
     assert len(seen) > 50, "layers are drawn for each prompt"
     trainer.method.all_layers = True
-    ids_BL, layers_B = method.mlm_variants(text_encoder, plain_BL, rng)
+    ids_BL, layers_B = method.mlm_variants(plain_BL, rng)
     assert torch.equal(ids_BL, every.flatten(0, 1))
     assert layers_B.tolist() == [k for k in range(16) for _ in prompts]
 

@@ -8,6 +8,7 @@ import io
 import logging
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,7 +85,7 @@ def toy_network(models=None, *, module="networks.lora", dim=4, alpha=2.0, **sett
 
 def randomize(network, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    for parameter in network.parameters():
+    for parameter in chain(*network.parts().values()):
         parameter.data.normal_(generator=generator).mul_(0.3)
 
 
@@ -193,7 +194,7 @@ def test_groups_hold_every_weight_once():
     groups = network.parameter_groups(unet_lr=1e-3, text_encoder_lrs=[1e-4])
     grouped = [id(p) for group in groups for p in group["params"]]
     assert [g["name"] for g in groups] == ["textencoder", "unet"]
-    assert sorted(grouped) == sorted({id(p) for p in network.parameters()})
+    assert sorted(grouped) == sorted(map(id, chain(*network.parts().values())))
 
 
 def test_a_part_with_learning_rate_zero_is_frozen_but_saved():
@@ -206,7 +207,8 @@ def test_a_part_with_learning_rate_zero_is_frozen_but_saved():
     assert any(key.startswith("lora_te") for key in network.kohya_state_dict())
     with network.disabled():
         pass
-    assert len(network.parameters()) == 2 * network.num_unet_modules
+    trained = [p for p in chain(*network.parts().values()) if p.requires_grad]
+    assert len(trained) == 2 * network.num_unet_modules
 
 
 # --- loading --------------------------------------------------------------------------------
@@ -645,6 +647,29 @@ def test_lycoris_groups_and_norms_have_our_form():
     result = network.apply_max_norm(0.1)
     assert result.keys_scaled > 0
     assert result.max_norm == pytest.approx(0.1, rel=1e-2)
+
+
+@needs_lycoris
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("algo=loha", "loraplus_lr_ratio=4"), "text encoder and the U-Net"),
+        (("algo=lokr", "loraplus_unet_lr_ratio=4"), "U-Net"),
+        (("algo=lokr", "loraplus_text_encoder_lr_ratio=4"), "text encoder"),
+        (("algo=diag-oft", "loraplus_lr_ratio=4"), "text encoder and the U-Net"),
+        (("algo=loha", "preset=unet-only", "loraplus_lr_ratio=4"), "U-Net"),
+        (("algo=locon", "loraplus_lr_ratio=4"), None),
+        (("algo=lora", "dora_wd=True", "wd_on_output=False", "loraplus_lr_ratio=4"), None),
+        (("algo=loha",), None),
+    ],
+)
+def test_a_loraplus_ratio_for_modules_without_up_projections_is_named(args, named, caplog):
+    network = lycoris_network(None, *args)
+    caplog.clear()
+    network.parameter_groups(unet_lr=1e-3, text_encoder_lrs=[1e-4])
+    said = caplog.messages
+    assert len(said) == (named is not None)
+    assert all(f"the LoRA+ ratio has no effect on the {named}: " in text for text in said)
 
 
 @needs_lycoris

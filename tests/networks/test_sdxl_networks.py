@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -74,7 +75,7 @@ def network_on(models, module="networks.lora", *, dim=4, alpha=2.0, **settings):
 
 def randomize(network):
     generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
+    for parameter in chain(*network.parts().values()):
         parameter.data.normal_(generator=generator).mul_(0.3)
 
 

@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+import errno
 import os
 import random
 import re
 import signal
+import zlib
 
 import pytest
 import torch
 
+from mlm_plugin.commands.pretrain import run_pretrain
 from mlm_plugin.config.pretraining import PretrainOptions, parse_pretrain
 from mlm_plugin.contextualizer_file import (
     cached_contextualizer_path,
@@ -121,6 +124,53 @@ def test_an_interrupted_pretraining_ends_like_a_straight_one(
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def fail_to_save(monkeypatch, *, from_step):
+    """The disk is full from a step on."""
+    save_state = PretrainingRun.save_state
+
+    def save_or_fail(self):
+        if self.step >= from_step:
+            monkeypatch.setattr(pretraining_run.torch, "save", full_disk)
+        save_state(self)
+
+    monkeypatch.setattr(PretrainingRun, "save_state", save_or_fail)
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("disk_ends", "stopped_in", "said"),
+    [
+        (99, 12, "stopped; the same command continues from .*c.state.pt$"),
+        (0, 7, "its state could not be saved: the same command starts again"),
+        (11, 12, "could not be saved: the same command continues from step 10 of 13, in .*c.state"),
+    ],
+)
+def test_an_interruption_says_what_the_same_command_does(
+    toy_text_encoder, tmp_path, monkeypatch, disk_ends, stopped_in, said
+):
+    fail_to_save(monkeypatch, from_step=disk_ends)
+    interrupt_at(stopped_in, signal.SIGINT, monkeypatch)
+    with pytest.raises(Interrupted, match=said):
+        run(toy_text_encoder, tmp_path / "c.safetensors")
+    assert (tmp_path / "c.state.pt").exists() == (disk_ends > 0)
+
+
+def test_an_interruption_after_going_on_names_the_state_that_it_went_on_from(
+    toy_text_encoder, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as first:
+        interrupt_at(4, signal.SIGINT, first)
+        with pytest.raises(Interrupted):
+            run(toy_text_encoder, tmp_path / "c.safetensors")
+    fail_to_save(monkeypatch, from_step=0)
+    interrupt_at(6, signal.SIGINT, monkeypatch)
+    with pytest.raises(Interrupted, match="continues from step 5 of 7"):
+        run(toy_text_encoder, tmp_path / "c.safetensors")
+
+
 def test_a_state_of_other_settings_is_not_continued(toy_text_encoder, tmp_path, monkeypatch):
     path = tmp_path / "c.safetensors"
     interrupt_at(5, signal.SIGTERM, monkeypatch)
@@ -169,6 +219,44 @@ def test_the_best_network_is_kept_not_the_last(toy_text_encoder, tmp_path, monke
     assert scores.loss == load_contextualizer(path, toy_text_encoder)[1].loss == of_file
 
 
+def spoil_weights(monkeypatch, *, from_step):
+    """The network's weights become NaN at a step, as after a gradient that overflowed."""
+    train_step = PretrainingRun.train_step
+
+    def train_and_spoil(self):
+        loss = train_step(self)
+        if self.step >= from_step:
+            self.network.mask_vector.data.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(PretrainingRun, "train_step", train_and_spoil)
+
+
+@pytest.mark.parametrize("from_step", [11, 20])
+def test_the_best_network_is_kept_when_the_last_is_nan(
+    toy_text_encoder, tmp_path, monkeypatch, from_step
+):
+    best = run(toy_text_encoder, tmp_path / "best.safetensors", max_train_steps=10)
+    spoil_weights(monkeypatch, from_step=from_step)
+    monkeypatch.setattr(pretraining_run, "learning_rate_share", ten_steps_share)
+    scores = run(toy_text_encoder, tmp_path / "spoilt.safetensors")
+    assert scores == best
+    load_contextualizer(tmp_path / "spoilt.safetensors", toy_text_encoder)
+
+
+def ten_steps_share(step, _options, of=learning_rate_share):
+    """The rates of a run that ends after ten steps."""
+    return of(step, dataclasses.replace(SMALL, max_train_steps=10))
+
+
+def test_a_loss_that_was_never_finite_is_named(toy_text_encoder, tmp_path, monkeypatch):
+    spoil_weights(monkeypatch, from_step=1)
+    with pytest.raises(UserError, match="--learning_rate = 0.0005: the held-out loss .* nan") as e:
+        run(toy_text_encoder, tmp_path / "c.safetensors")
+    assert e.value.exit_code == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_best_network_survives_an_interruption(toy_text_encoder, tmp_path, monkeypatch):
     losses = noted_losses(monkeypatch)
     scores = run(toy_text_encoder, tmp_path / "straight.safetensors", **RISING)
@@ -205,9 +293,36 @@ def test_training_and_held_out_text_never_meet():
 
 
 def test_captions_are_drawn_as_often_as_asked():
-    corpus = Corpus(["a caption of mine"] * 40 + ["another one"] * 40, caption_share=1.0)
+    corpus = Corpus(REPEATING_CAPTIONS, caption_share=1.0)
     rng = random.Random(0)
     assert {corpus.draw(rng, held_out=False)[1] for _ in range(50)} == {"captions"}
+
+
+HELD_OUT = [text for text in REPEATING_CAPTIONS if zlib.crc32(text.encode()) % 20 == 0]
+TRAINED = [text for text in REPEATING_CAPTIONS if text not in HELD_OUT]
+
+
+@pytest.mark.parametrize(
+    ("captions", "found"),
+    [
+        (TRAINED[:1], "none of the 1 different"),
+        (TRAINED[:30] * 2, "none of the 30 different"),
+        (HELD_OUT[:2], "all of the 2 different"),
+    ],
+)
+def test_captions_alone_that_leave_a_side_of_the_split_empty_are_refused(tmp_path, captions, found):
+    file = tmp_path / "captions.txt"
+    file.write_text("\n".join(captions), encoding="utf-8")
+    command = parse_pretrain(
+        ["--pretrained_model_name_or_path", "not read", "--output", "c.safetensors",
+         "--captions", str(file), "--caption_share", "1"]
+    )  # fmt: skip
+    with pytest.raises(UserError, match=f"--caption_share = 1: {found}"):
+        run_pretrain(command)
+    with pytest.raises(UserError, match=f"--caption_share = 1: {found}"):
+        Corpus(captions, caption_share=1.0)
+    Corpus(captions, caption_share=0.9)
+    Corpus([TRAINED[0], HELD_OUT[0]], caption_share=1.0)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +380,17 @@ def test_a_wide_text_encoder_encodes_a_step_in_chunks(toy_text_encoder, tmp_path
     monkeypatch.setattr(pretraining_run, "CHUNK_SIZE", 4)
     pieces = run(toy_text_encoder, tmp_path / "pieces.safetensors", max_train_steps=3)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available", "ignore:User provided device_type")
+@pytest.mark.parametrize("is_native", [True, False])
+def test_bf16_is_used_where_the_gpu_has_it_not_where_it_is_emulated(monkeypatch, is_native):
+    def is_supported(including_emulation=True):
+        return is_native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    context = pretraining_run._autocast(torch.device("cuda"))
+    assert isinstance(context, torch.autocast) == is_native
 
 
 # --- starting from the contextualizer of a similar text encoder -------------------------------
