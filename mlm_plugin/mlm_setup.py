@@ -37,7 +37,7 @@ from mlm_plugin.mlm.teacher import (
 from mlm_plugin.models.language_model import AdaptedEncoder, LanguageModelEncoder, T5Encoder
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretraining.find import find_contextualizer
-from mlm_plugin.prompt_sets.english import FUNCTION_WORDS, NEUTRAL_WORDS, category_of
+from mlm_plugin.prompt_sets.english import WORDS_WITHOUT_CONTENT, category_of
 from mlm_plugin.random_state import preserved_random_state
 
 __all__ = [
@@ -364,7 +364,7 @@ def _masking_vocabulary(text_encoder: AnyEncoder, concepts: Sequence[Concept]) -
     return MaskingVocabulary.from_tokenizer(
         text_encoder.tokenizer,
         protected=protected,
-        low_priority=FUNCTION_WORDS | NEUTRAL_WORDS,
+        low_priority=WORDS_WITHOUT_CONTENT,
     )
 
 
