@@ -852,8 +852,8 @@ class MLMOptions:
         "Where the term reads. `encoder`: the text encoder's output. `cross_attention`: the keys "
         "and values that the U-Net makes of it, so that training the U-Net alone is reached too. "
         "`both`. `auto`: wherever something is trained; with `mlm_target` `class` or `word` at the "
-        "`encoder` alone, if anything before its output is trained; so do the scripts of sd-scripts "
-        "that train whole models, with every target.",
+        "`encoder` alone, if anything before its output is trained; in sd-scripts' scripts for "
+        "whole models always at the `encoder`.",
         choices=("auto", "encoder", "cross_attention", "both"),
     )
     mlm_target: str = option(
