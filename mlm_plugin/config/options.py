@@ -289,7 +289,9 @@ class FinetuneOptions:
     """Trained model weights: methods dreambooth and custom_diffusion."""
 
     no_train_text_encoder: bool = option(
-        False, "Do not train the text encoder (dreambooth); the MLM term is then refused."
+        False,
+        "Do not train the text encoder (dreambooth); the MLM term then reads at the U-Net's "
+        "cross-attention.",
     )
     class_prompt: str | None = option(
         None, "Prompt of generate_class_images; `a photo of a <class_token>` if not given."
@@ -827,7 +829,7 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class MLMOptions:
-    """The MLM term: predict masked words of prompts that contain the concept."""
+    """The MLM term: keeps the words around the concept readable."""
 
     placeholder_token: tuple[str, ...] | None = option(
         None,
@@ -850,7 +852,8 @@ class MLMOptions:
         "Where the term reads. `encoder`: the text encoder's output. `cross_attention`: the keys "
         "and values that the U-Net makes of it, so that training the U-Net alone is reached too. "
         "`both`. `auto`: wherever something is trained; with `mlm_target` `class` or `word` at the "
-        "`encoder` alone, if anything before its output is trained.",
+        "`encoder` alone, if anything before its output is trained; in sd-scripts' scripts for "
+        "whole models always at the `encoder`.",
         choices=("auto", "encoder", "cross_attention", "both"),
     )
     mlm_target: str = option(
@@ -865,12 +868,15 @@ class MLMOptions:
         8, "Prompts of the MLM term per batch of images.", at_least=1, at_most=LARGEST_BATCH
     )
     mlm_probability: float = option(
-        0.5, "Share of the context words to mask, above 0 and up to 1; whole words."
+        0.5,
+        "Share of the context words to mask, above 0 and up to 1; whole words. Read with "
+        "`mlm_target` `class` or `word` only.",
     )
     mlm_replace: str = option(
         "mask",
         "`mask`: every chosen word becomes the mask vector; "
-        "`bert`: 80 % mask, 10 % random, 10 % kept.",
+        "`bert`: 80 % mask, 10 % random, 10 % kept. "
+        "Read with `mlm_target` `class` or `word` only.",
         choices=("mask", "bert"),
     )
     mlm_every_n_steps: int = option(
@@ -898,7 +904,8 @@ class MLMOptions:
     mlm_contextualizer: str = option(
         "auto",
         "Pretrained contextualizer (.safetensors); `auto` finds or pretrains the one for this text "
-        "encoder. With several trained text encoders one file for each, separated by commas.",
+        "encoder. With several trained text encoders one file for each, separated by commas. "
+        "Read with `mlm_target` `class` or `word` only.",
         path=True,
     )
     mlm_joint_share: float = option(

@@ -95,8 +95,9 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     parser = CommandParser(
         prog="mlm-plugin pretrain",
         allow_abbrev=False,
-        description="Train a contextualizer for a text encoder. Training does this automatically "
-        "(--mlm_contextualizer auto); run it by hand to use captions of your own.",
+        description="Train a contextualizer for a text encoder. Only mlm_target class and word "
+        "need one, and their runs make it themselves (--mlm_contextualizer auto); run this by "
+        "hand to use captions of your own.",
     )
     parser.add_argument("--pretrained_model_name_or_path", required=True, metavar="MODEL",
                         help="Folder, hub id or file of the model, as in training.")  # fmt: skip

@@ -147,7 +147,7 @@ def verdict_of(findings: Findings) -> Diagnosis:
         return Diagnosis(
             "strong",
             f"U-Net part too strong: its keys and values lose {lost} of the context",
-            "use it at a lower strength, or train with --mlm_read_at cross_attention",
+            "use it at a lower strength, or train with the MLM term",
         )
     kept = percent(findings.whole.image)
     if findings.whole.image < KEPT:

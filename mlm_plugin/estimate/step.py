@@ -30,6 +30,7 @@ __all__ = ["LABELS", "Moment", "Training", "caching_peak", "optimizer_peak", "st
 
 UNET, TEXT, VAE = "U-Net", "text encoders", "VAE"
 TRAINED, CONTEXTUALIZERS = "trained weights", "contextualizers"
+UNTRAINED = "untrained keys, values"
 STATES, COPY, GRADIENTS = "optimizer states", "copy of the step before", "gradients"
 UNET_KEPT, TEXT_KEPT, MLM_KEPT = "kept of the U-Net", "kept of the captions", "kept of the MLM term"
 WORKING = "working memory"
@@ -40,6 +41,7 @@ LABELS = {
     VAE: "frozen weights, where latents are not cached",
     TRAINED: "of the method",
     CONTEXTUALIZERS: "of the MLM term",
+    UNTRAINED: "what the MLM term compares with, in half precision",
     STATES: "kept from step to step",
     COPY: "for the case of a loss that is not finite",
     GRADIENTS: "of the trained weights",
@@ -167,6 +169,8 @@ def _resident(training: Training, *labels: str) -> LiveBytes:
     for encoder in (encoder for encoder in encoders if encoder.contextualizer is not None):
         live.hold(_weights(encoder.contextualizer), CONTEXTUALIZERS)
         live.hold([encoder.token_table], CONTEXTUALIZERS if _is_copy(encoder) else TEXT)
+    if training.regularizer and training.regularizer.cross_attention:
+        live.hold(training.regularizer.cross_attention.copies, UNTRAINED)
     return live
 
 

@@ -31,7 +31,7 @@ class DreamBooth(Method):
     Args:
         models: the base, in fp32.
         train_text_encoders: for each, whether it is trained; default all. Where none is, the MLM
-            term has no gradient.
+            term reaches the keys and values of the U-Net alone.
         frozen_dtype: precision of a frozen text encoder.
         diffusers_folder: also export a diffusers folder.
         zero_terminal_snr: whether the betas were rescaled, which such a folder must record.

@@ -63,6 +63,7 @@ class Projection:
         bias: of the untrained map.
         text_input: what comes before the map; ``None`` = nothing.
         is_on: whether the map is on a device; block swapping moves some of them away.
+        copy: of W, where training changes W itself; ``weight`` reads it.
     """
 
     layer: int
@@ -71,6 +72,7 @@ class Projection:
     bias: Tensor | None = None
     text_input: TextInput | None = None
     is_on: Callable[[torch.device], bool] = lambda _device: True
+    copy: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -146,6 +148,12 @@ class CrossAttention:
     def width(self) -> int:
         """D, which the text encoders of a group have together."""
         return next(iter(self.by_layer.values()))[0].width
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What is kept of the untrained maps, where training changes them in place."""
+        projections = (projection for members in self.by_layer.values() for projection in members)
+        return [projection.copy for projection in projections if projection.copy is not None]
 
     def groups_of(self, num_encoders: int) -> Sequence[Sequence[int]]:
         """``groups``, with the default for so many text encoders."""

@@ -1,8 +1,9 @@
 """The regularizer: context-rich prompts in, one scalar out.
 
-``loss = diffusion loss + weight * MLM loss``: mask words around the concept, run the text encoder
-that is being trained, let the frozen contextualizer predict the masked words. Where the U-Net is
-trained, what its cross-attention makes of the states can be read as well. The gradient reaches
+``loss = diffusion loss + weight * MLM loss``: run the text encoder that is being trained on prompts
+that hold the concept, and compare the states of the words around it with those of the untrained
+model, or mask words and let the frozen contextualizer predict them. Where the U-Net is trained,
+what its cross-attention makes of the states can be read as well. The gradient reaches
 whatever is trained before the place that is read.
 """
 

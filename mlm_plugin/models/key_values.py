@@ -130,19 +130,16 @@ def _projection(
     module: nn.Module, layer: int, *, keep_copy: bool, text_input: TextInput | None = None
 ) -> Projection:
     linear = getattr(module, "base_layer", module)  # of peft
+    copy = linear.weight.detach().to(HALF, copy=True) if keep_copy else None
     return Projection(
         layer,
         trained=module,
-        weight=_copied(linear) if keep_copy else _frozen(linear),
+        weight=_frozen(linear) if copy is None else lambda: copy.to(linear.weight),
         bias=linear.bias,
         text_input=text_input,
         is_on=lambda device: linear.weight.device == device,
+        copy=copy,
     )
-
-
-def _copied(linear: nn.Module) -> Callable[[], Tensor]:
-    copy = linear.weight.detach().to(HALF, copy=True)
-    return lambda: copy.to(linear.weight)
 
 
 def _frozen(linear: nn.Module) -> Callable[[], Tensor]:

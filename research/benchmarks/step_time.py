@@ -11,8 +11,8 @@ neighbouring steps. For a busy machine, with ``OMP_NUM_THREADS=1``: ``ratio_time
 the fastest steps, ``ratio_cpu_time`` the medians of this process's processor time.
 
 Memory is the weights of the base model (without the VAE: latents are cached), adapters, optimizer
-and, for "on", the contextualizer, plus the peak of a step above that. How it was measured is in
-``memory_method``.
+and, for "on", the contextualizers where the target needs them, plus the peak of a step above that.
+How it was measured is in ``memory_method``.
 """
 
 from __future__ import annotations
@@ -456,7 +456,7 @@ def describe(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "network_train_unet_only": args.network_train_unet_only,
         "mlm_tokens_per_prompt": bench.num_prompt_tokens,
         "tokenizer": "CLIP vocabulary" if args.tokenizer else "toy vocabulary (longer prompts)",
-        "num_text_encoders": len(bench.contextualizers),
+        "num_text_encoders": len(bench.trainer.regularizer.encoders),
         "contextualizers": [asdict(network.sizes) for network in bench.contextualizers],
         "network_dim": args.network_dim,
         "optimizer": args.optimizer_type,
@@ -491,7 +491,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--mlm_prompt_tokens", type=int, default=0, help="minimum number; 0: as drawn"
     )
-    parser.add_argument("--mlm_target", choices=("class", "word", "states"), default="class")
+    parser.add_argument(
+        "--mlm_target", choices=("class", "word", "states"), default=defaults.mlm_target
+    )
     parser.add_argument(
         "--mlm_read_at", choices=("auto", "encoder", "cross_attention", "both"), default="auto"
     )

@@ -429,7 +429,10 @@ def test_the_verdict_names_the_part(text, image, whole, word):
         curve=[(0.0, 1.0), (1.0, text)],
         fit=0.5,
     )
-    assert verdict_of(findings).verdict.startswith(word)
+    diagnosis = verdict_of(findings)
+    assert diagnosis.verdict.startswith(word)
+    advised = "train with the MLM term" in diagnosis.advice  # at every place it reads
+    assert advised == (diagnosis.level == "strong")
 
 
 def test_a_prompt_that_is_too_long_is_told(trained, tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 from mlm_plugin.commands.estimate import estimate_of
 from mlm_plugin.estimate.live_bytes import LiveBytes, storage_bytes
 from mlm_plugin.estimate.options import parse_estimate
-from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET
+from mlm_plugin.estimate.step import GRADIENTS, STATES, TRAINED, UNET, UNTRAINED
 from mlm_plugin.methods import METHODS
 from mlm_plugin.models.key_values import matrices_of
 from mlm_plugin.training.callbacks import Callback
@@ -33,6 +33,8 @@ def real_peak(trainer):
     networks = [models.unet, *(te.model for te in models.text_encoders)]
     networks += [e.contextualizer for e in trainer.regularizer.encoders if e.contextualizer]
     tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    if trainer.regularizer.cross_attention:
+        tensors += trainer.regularizer.cross_attention.copies
     live.hold([*tensors, *trainer.method.parameters()], "resident")
     trainer.callbacks = [StartAnew(live)]
     with live:
@@ -111,6 +113,20 @@ def test_steps_inside_the_backward_pass_take_what_was_predicted(trainer_of, toy_
     read = [layer.weight for pair in matrices_of(trainer.models.unet) for layer in pair]
     kept = [*trainer.method.parts()["textencoder"], *read]
     assert fused["optimizer step"][GRADIENTS] == sum(weight.nbytes for weight in kept)
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "custom_diffusion", "lora"])
+def test_untrained_keys_and_values_are_counted_where_training_changes_them(
+    method, trainer_of, toy_folder
+):
+    trainer = trainer_of(method, mlm_target="states")
+    copied = trainer.method.trains_base_weights
+    read = [layer.weight for pair in matrices_of(trainer.models.unet) for layer in pair]
+    expected = 2 * sum(weight.numel() for weight in read) if copied else 0
+    assert copied == (method != "lora")
+    assert storage_bytes(trainer.regularizer.cross_attention.copies) == expected
+    for moment in predicted(method, toy_folder, mlm_target="states").moments.values():
+        assert moment[UNTRAINED] == expected
 
 
 def test_two_batches_a_step_hold_gradients_all_the_time(toy_folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlm_plugin.commands.estimate import estimate_of
+from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.estimate.options import parse_estimate
 from mlm_plugin.estimate.step import COPY
 from mlm_plugin.toy import build_toy_tokenizer, toy_corpus
@@ -33,6 +34,7 @@ def run(*arguments):
 def result(tmp_path_factory):
     output = tmp_path_factory.mktemp("benchmark") / "tiny.json"
     shape = ("--shape", "tiny", "--resolution", "64", "--mlm_batch_size", "2")
+    shape += ("--mlm_target", "class")
     done = run(*shape, "--num_warmup", "0", "--num_pairs", "1", "--output", output)
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text())
@@ -83,6 +85,12 @@ def test_the_predicted_memory_is_what_the_profiler_finds(result, tmp_path):
         moment = estimate_of(config).moments["training step"]
         predicted = moment.total() - moment[COPY]  # made before the steps that are measured
         assert predicted == pytest.approx(result["peak_bytes"][name], rel=0.15)
+
+
+def test_the_target_is_that_of_the_trainer_unless_another_is_given():
+    arguments = ["--shape", "tiny", "--output", "f.json"]
+    assert parse(arguments).mlm_target == TrainConfig().mlm.mlm_target
+    assert parse([*arguments, "--mlm_target", "word"]).mlm_target == "word"
 
 
 def test_a_resolution_the_u_net_cannot_take_is_refused(capsys):
