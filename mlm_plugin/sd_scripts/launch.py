@@ -240,9 +240,14 @@ def _helper(name: str) -> Callable[..., Any]:
 
 
 def _run_network(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
+    """Our network module adds the term by itself, and reads the same options."""
     from mlm_plugin.sd_scripts.mixin import with_mlm
+    from mlm_plugin.sd_scripts.network_module import MODULE
 
-    with_mlm(getattr(module, script.trainer), arch=script.arch)().train(args)
+    trainer = getattr(module, script.trainer)
+    if args.network_module != MODULE:
+        trainer = with_mlm(trainer, arch=script.arch)
+    trainer().train(args)
 
 
 def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace) -> None:

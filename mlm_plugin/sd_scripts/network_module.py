@@ -33,7 +33,7 @@ from mlm_plugin.sd_scripts.run_watch import WatchedRun, check_watching, watch_ru
 from mlm_plugin.sd_scripts.term import MLMTerm
 from mlm_plugin.setup.console import keep_warnings
 
-__all__ = ["create_network", "create_network_from_weights", "split_arguments"]
+__all__ = ["MODULE", "create_network", "create_network_from_weights", "split_arguments"]
 
 MODULE = "mlm_plugin.kohya"
 OURS = {name for name, entry in OPTIONS.items() if entry.group == "mlm"}
