@@ -269,7 +269,8 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
     if reason := why_script_has_no_gradient(args):
         raise UserError(no_gradient_message(options, reason))
     _require_that_it_can_stop(module, script, args)
-    term = MLMTerm(options, seed=args.seed)
+    precision = getattr(args, "mixed_precision", None)
+    term = MLMTerm(options, seed=args.seed, mixed_precision=precision)
     collected = collected_text_encoders(
         term,
         arch=script.arch,

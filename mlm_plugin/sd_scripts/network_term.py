@@ -75,7 +75,8 @@ def create_term(args: argparse.Namespace, options: MLMOptions, *, arch: str) -> 
         elsewhere = why_unet_untrained(args) is None
         raise UserError(no_gradient_message(options, reason, elsewhere=elsewhere))
     warn_of_output_norms(parse_network_args(getattr(args, "network_args", None) or ()))
-    return MLMTerm(options, seed=args.seed)
+    precision = getattr(args, "mixed_precision", None)
+    return MLMTerm(options, seed=args.seed, mixed_precision=precision)
 
 
 def use_models(
