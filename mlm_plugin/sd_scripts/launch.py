@@ -93,9 +93,27 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     args = parser.parse_args()
     _helper("verify_command_line_training_args")(args)
     args = _helper("read_config_from_file")(args, parser)
+    finish_options(script, args)
     refuse_watching(script, args)
     script.run(module, script, args)
     return 0
+
+
+def finish_options(script: Script, args: argparse.Namespace) -> None:
+    """Do what the script does with its options when it is started directly.
+
+    Raises:
+        UserError: the script would train nothing.
+
+    Source: the ends of sd-scripts ``anima_train_network.py`` and ``flux_train_network.py``.
+    """
+    if script.arch == "anima" and getattr(args, "attn_mode", None) == "sdpa":
+        args.attn_mode = "torch"
+    if script.arch in ("anima", "flux") and getattr(args, "show_timesteps", None):
+        raise UserError(
+            f"show_timesteps: only shows the timesteps and trains nothing; start {script.file} of "
+            "sd-scripts itself with it, or leave it out"
+        )
 
 
 def refuse_watching(script: Script, args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ from mlm_plugin.sd_scripts.arguments import (
     why_network_has_no_gradient,
     why_script_has_no_gradient,
 )
-from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script
+from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script, finish_options
 from mlm_plugin.sd_scripts.locate import (
     LaunchOptions,
     check_libraries,
@@ -1301,6 +1301,21 @@ def test_methods_that_kohya_does_not_have_live_in_the_standalone_trainer(method)
 def test_scripts_without_a_place_for_the_term_are_refused(refused, changes, serving):
     with refused(["the MLM term", serving]):
         launch(**changes)
+
+
+def test_options_are_finished_as_the_script_itself_does(refused):
+    for script in SCRIPTS:
+        for given, expected in (("sdpa", "torch"), ("flash", "flash"), (None, None)):
+            args = argparse.Namespace(attn_mode=given, show_timesteps=None)
+            finish_options(script, args)
+            assert args.attn_mode == (expected if script.arch == "anima" else given)
+        finish_options(script, argparse.Namespace())  # older versions have neither
+        showing = argparse.Namespace(show_timesteps="console")
+        if script.arch in ("anima", "flux"):
+            with refused(["show_timesteps", script.file]):
+                finish_options(script, showing)
+        else:  # which train all the same
+            finish_options(script, showing)
 
 
 @pytest.fixture
