@@ -286,6 +286,11 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
         return
     if reason := why_script_has_no_gradient(args):
         raise UserError(no_gradient_message(options, reason))
+    if getattr(args, "deepspeed", False):
+        raise UserError(
+            f"deepspeed: {script.file} wraps its models into one, in which the MLM term cannot "
+            "find them; leave it out, or set mlm_loss_weight = 0"
+        )
     _require_that_it_can_stop(module, script, args)
     precision = getattr(args, "mixed_precision", None)
     term = MLMTerm(options, seed=args.seed, mixed_precision=precision)

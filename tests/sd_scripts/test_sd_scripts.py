@@ -1363,6 +1363,14 @@ def test_a_stop_that_does_no_harm_is_welcome(whole_model):
     assert whole_model("    training_models = []\n", stop_text_encoder_training=2)
 
 
+@pytest.mark.parametrize("file", [script.file for script in SCRIPTS if script.trainer is None])
+def test_whole_models_are_not_found_in_what_deepspeed_makes_of_them(whole_model, refused, file):
+    given = {"file": file, "train_text_encoder": True, "deepspeed": True}
+    with refused(["deepspeed", file]):
+        whole_model("", weight=0.1, **given)
+    assert whole_model("", weight=0, **given)
+
+
 def test_whole_sd3_cannot_be_read_at_its_transformer(whole_model, refused):
     asked = {"weight": 0.1, "train_text_encoder": True, "file": "sd3_train.py"}
     for place in ("both", "cross_attention"):
