@@ -192,12 +192,15 @@ class _Run:
         self.inner = inner
         self.given = given
         self.text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
-        self.unet = unet
+        self.unet: nn.Module | None = unet
         self.args: argparse.Namespace | None = None
         self.term: MLMTerm | None = None
 
     def start(self, args: argparse.Namespace, network: nn.Module) -> None:
-        """Set the term up while the models are untrained; at weight 0 there is none."""
+        """Set the term up while the models are untrained; at weight 0 there is none.
+
+        Called once: the models are let go, as the trainer may delete them later.
+        """
         self.args = args
         options = read_mlm_options(args, self.given.ours, place="network_args")
         watched = read_watch_options(args, self.given.ours, place="network_args")
@@ -208,6 +211,7 @@ class _Run:
         self.term = create_term(args, options, arch=architecture.arch)
         data = named_data(args) if self.term or watched.given else None
         models = Models(network, self.text_encoders, tokenize_strategy(MODULE), self.unet)
+        self.text_encoders, self.unet = [], None
         if self.term is not None:
             self.term.use_datasets(*data)
             use_models(self.term, args, models, PartialState(), architecture)

@@ -1,11 +1,13 @@
 """The network module in a stub trainer: the real calls in the real order, no sd-scripts needed."""
 
 import argparse
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -580,6 +582,32 @@ def test_a_run_that_ended_early_leaves_nothing_for_the_next(train, toy_text_enco
     kohya.create_network(1.0, 4, 1, None, model, unet).prepare_network(args)
     run = train("mlm_loss_weight=0")
     assert not curve(run, "loss/mlm")
+
+
+@pytest.mark.parametrize("page", [{}, {"mlm_page": True}])
+def test_text_encoders_that_the_trainer_deletes_are_freed(tmp_path, monkeypatch, page):
+    class FluxTokenizeStrategy:
+        pass
+
+    class Network(nn.Module):
+        def save_weights(self, file, dtype, metadata):
+            pass
+
+    inner = ModuleType("networks.lora_flux")
+    inner.create_network = lambda *args, **rest: Network()
+    monkeypatch.setitem(sys.modules, inner.__name__, inner)
+    strategy = sys.modules["library.strategy_base"].TokenizeStrategy
+    monkeypatch.setattr(strategy, "get_strategy", FluxTokenizeStrategy)
+    Accelerator(cpu=True)
+    text_encoders = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    kept = [weakref.ref(model) for model in text_encoders]
+    network = kohya.create_network(1.0, 4, 1, None, text_encoders, StubUNet(), **page)
+    network.prepare_network(
+        argparse.Namespace(**OWN, mlm_loss_weight=0, output_dir=tmp_path, network_args=None)
+    )
+    del text_encoders
+    gc.collect()
+    assert [model() for model in kept] == [None, None]
 
 
 @pytest.fixture
