@@ -30,6 +30,7 @@ SET_HERE: Mapping[str, str] = {
     **dict.fromkeys(("max_train_steps", "max_train_epochs"), "the last of looks sets the length"),
     **dict.fromkeys(("output_dir", "output_name", "resume"), "each trial has its own"),
     "seed": "seeds names it",
+    "mlm_stop_below": "every trial has to reach its last look",
 }
 """Options that an arm cannot have."""
 
