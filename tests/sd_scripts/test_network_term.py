@@ -170,6 +170,21 @@ def test_a_language_model_reads_itself(term):
     assert not made.setup.contextualizers
 
 
+@pytest.mark.parametrize(
+    ("host", "options"),
+    [
+        ({}, {}),
+        ({}, {"mlm_read_at": "encoder"}),
+        ({"unet_lr": 0.0}, {}),
+        ({"network_train_text_encoder_only": True}, {}),
+    ],
+)
+def test_a_language_model_is_trained_while_its_outputs_are_cached(term, host, options):
+    made = term("lumina", [qwen()], {"cache_text_encoder_outputs": True, **host}, **options)
+    assert made.setup.read_at == "encoder"
+    assert [encoder.is_trained for encoder in made.setup.encoders] == [True]
+
+
 def test_a_language_model_without_its_own_head_is_compared_by_states(term, refused):
     model = qwen(tie_word_embeddings=False)
     assert [encoder.head for encoder in term("lumina", [model]).setup.encoders] == [None]
