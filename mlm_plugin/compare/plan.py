@@ -99,7 +99,8 @@ class Plan:
 
     Attributes:
         arms: at least two; the others are compared with the first.
-        looks: steps at which pictures are drawn; the last one ends the training.
+        looks: steps at which pictures are drawn; 0 is the untrained model, the last one ends the
+            training.
         seeds: each arm learns each subject once with each.
         prompts: text file, one per line with ``{}`` for the subject; None = DreamBench's.
         pictures_per_prompt: at each look.
