@@ -15,6 +15,7 @@ from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
 from mlm_plugin.errors import UserError
 
 __all__ = [
+    "PLACE",
     "WatchOptions",
     "add_mlm_arguments",
     "answer_in_one_line",

@@ -1,7 +1,4 @@
-"""The MLM term of a network trainer, set up while the models are untrained.
-
-The launcher's mixin and the network module do this alike, so that both train the same.
-"""
+"""The MLM term of a network trainer, set up while the models are untrained."""
 
 from __future__ import annotations
 
