@@ -472,17 +472,19 @@ def test_module_at_weight_0_is_the_plain_run_bit_for_bit(module):
 
 
 def test_module_and_launcher_train_the_same(module, arguments, folder, tmp_path):
+    """Alone, and the module in the launcher, which adds the term once."""
     plain, ours, values = module("train_network.py")
     assert any(name.startswith("lora_te_") for name in changed(plain, ours))
-    call(
-        *(sys.executable, PROGRAM, "mlm", *arguments, *LORA, "--output_name", "launched"),
-        *("--logging_dir", tmp_path / "launched", "--mlm_loss_weight", "0.1"),
-        *("--mlm_target", "class", "--mlm_contextualizer", folder / "sd15.safetensors"),
-    )
-    launched = curves(tmp_path / "launched")
-    for tag in ("loss/diffusion", "loss/mlm", "mlm/accuracy"):
-        assert values[tag] == pytest.approx(launched[tag], rel=1e-6), tag
-    assert not changed(ours, tmp_path / "out" / "launched.safetensors")
+    for name, inner in (("launched", ()), ("both", ("--network_module", "mlm_plugin.kohya"))):
+        call(
+            *(sys.executable, PROGRAM, "mlm", *arguments, *LORA, *inner, "--output_name", name),
+            *("--logging_dir", tmp_path / name, "--mlm_loss_weight", "0.1"),
+            *("--mlm_target", "class", "--mlm_contextualizer", folder / "sd15.safetensors"),
+        )
+        launched = curves(tmp_path / name)
+        for tag in ("loss/diffusion", "loss/mlm", "mlm/accuracy"):
+            assert values[tag] == pytest.approx(launched[tag], rel=1e-6), tag
+        assert not changed(ours, tmp_path / "out" / f"{name}.safetensors")
     assert values["loss/current"] == values["loss/diffusion"]
 
 
