@@ -30,6 +30,7 @@ SET_HERE: Mapping[str, str] = {
     **dict.fromkeys(("max_train_steps", "max_train_epochs"), "the last of looks sets the length"),
     **dict.fromkeys(("output_dir", "output_name", "resume"), "each trial has its own"),
     "seed": "seeds names it",
+    "mlm_stop_below": "every trial has to reach its last look",
 }
 """Options that an arm cannot have."""
 
@@ -98,7 +99,8 @@ class Plan:
 
     Attributes:
         arms: at least two; the others are compared with the first.
-        looks: steps at which pictures are drawn; the last one ends the training.
+        looks: steps at which pictures are drawn; 0 is the untrained model, the last one ends the
+            training.
         seeds: each arm learns each subject once with each.
         prompts: text file, one per line with ``{}`` for the subject; None = DreamBench's.
         pictures_per_prompt: at each look.

@@ -88,8 +88,10 @@ class _Once(logging.Filter):
 
 
 def _description(plan: Plan, trials: Sequence[Trial]) -> str:
-    num_looks = len(plan.looks) * plan.pictures_per_prompt
-    num_pictures = sum(len(trial.prompts) * num_looks for trial in trials)
+    folders = {
+        trial.look_folder(look): len(trial.prompts) for trial in trials for look in plan.looks
+    }
+    num_pictures = sum(folders.values()) * plan.pictures_per_prompt
     return (
         f"{len(trials)} trials (arms: {len(plan.arms)}, seeds: {len(plan.seeds)}, subjects: "
         f"{len(trials) // len(plan.arms) // len(plan.seeds)}), {len(trials) * plan.looks[-1]} "

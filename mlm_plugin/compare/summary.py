@@ -91,13 +91,20 @@ def matched_difference(
 ) -> dict[str, Any] | None:
     """Difference in text score at the lower of the likenesses at which both curves end.
 
-    The curves of a subject are means over the seeds that both arms have. None without any.
+    The curves start at the untrained model: without a look at step 0 an arm that ends below the
+    first look of another would be compared with more likeness than its own. The curves of a subject
+    are means over the seeds that both arms have.
 
     Args:
         first: records of one arm, all steps.
         other: those of another.
         axes: names of the text score and the likeness.
+
+    Returns:
+        ``mean``, ``interval``, ``n``, ``p``; None without a look at step 0, or a common run.
     """
+    if any(min(r["step"] for r in records) for records in (first, other)):
+        return None
     curves, others = _curves(first, axes), _curves(other, axes)
     seeds_of: dict[str, list[int]] = {}
     for subject, seed in sorted(curves.keys() & others.keys()):

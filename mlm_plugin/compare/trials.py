@@ -1,7 +1,8 @@
 """The trials of a comparison: checked before the first, then trained, drawn and scored one by one.
 
 A trial is an arm on a subject with a seed. Its folder is named by everything that determines its
-pictures, so that a changed plan makes new ones beside the old.
+pictures, so that a changed plan makes new ones beside the old. Arms that start from the same model
+share the pictures of the untrained one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mlm_plugin.commands.train import CheckedRun, check_run, trainer_of
 from mlm_plugin.compare.plan import Arm, Plan
 from mlm_plugin.compare.subjects import Subject
 from mlm_plugin.config.loading import config_from_values
+from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import (
     EvaluationPrompt,
@@ -47,6 +49,20 @@ __all__ = ["Trial", "checked_trials", "score_trial", "train_trial"]
 
 DONE, SCORES = "trial.json", "scores.json"
 PLACES = ("output_dir", "train_data_dir", "dataset_config")  # photos are compared by content
+STARTING_AT_THE_BASE = ("lora", "dreambooth")
+"""Methods whose untrained model is the base model."""
+ONLY_TRAINED = {
+    *("network_dim", "network_alpha", "network_dropout", "scale_weight_norms"),
+    *("network_train_unet_only", "network_train_text_encoder_only"),
+    *("max_train_steps", "train_batch_size", "gradient_accumulation_steps"),
+    "gradient_checkpointing",
+    *(
+        name
+        for name, entry in OPTIONS.items()
+        if entry.group in ("optimizer", "mlm", "output", "logging", "sampling", "validation")
+    ),
+}
+"""Options that say nothing about the untrained model."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ class Trial:
         photos: the training pictures.
         prompts: what is drawn.
         plan: when and how.
+        untrained: folder of the pictures at step 0; arms that start alike have the same.
     """
 
     arm: str
@@ -68,6 +85,7 @@ class Trial:
     photos: tuple[Path, ...]
     prompts: tuple[EvaluationPrompt, ...]
     plan: Plan
+    untrained: Path
 
     @property
     def seed(self) -> int:
@@ -76,7 +94,7 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        """Everything that the trial writes."""
+        """Everything that the trial writes, except the pictures at step 0."""
         return Path(self.run.config.output.output_dir)
 
     @property
@@ -95,7 +113,7 @@ class Trial:
 
     def look_folder(self, look: int) -> Path:
         """Where the pictures of this step are."""
-        return self.folder / f"step{look:06d}"
+        return self.folder / f"step{look:06d}" if look else self.untrained
 
 
 def checked_trials(
@@ -138,22 +156,36 @@ def _trials(arm: Arm, subject: Subject, plan: Plan, *, model: str, output: Path)
         placeholder_token=subject.placeholder_token,
         class_token=subject.class_token,
     )
-    facts = {
-        "options": {k: v for k, v in run.config.changed().items() if k not in PLACES},
-        "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in pictures],
+    drawn = {
         "prompts": prompts,
-        "looks": plan.looks,
         "pictures_per_prompt": plan.pictures_per_prompt,
         "drawing": asdict(plan.drawing),
     }
+    changed = {k: v for k, v in run.config.changed().items() if k not in PLACES}
+    facts = {
+        "options": changed,
+        "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in pictures],
+        "looks": plan.looks,
+        **drawn,
+    }
+    untrained = _digest(_untrained(changed, facts) | drawn)
     trials = []
     for seed in plan.seeds:
-        name = f"{_file_name(arm.name)}-{_file_name(subject.name)}-{seed}-{_digest(facts)}"
+        of_seed = f"{_file_name(subject.name)}-{seed}"
+        name = f"{_file_name(arm.name)}-{of_seed}-{_digest(facts)}"
         config = run.config.replace(seed=seed, output_dir=str(output / "trials" / name))
         photos = tuple(image.path for image in pictures)
         run_of_seed = run._replace(config=config)
-        trials.append(Trial(arm.name, subject, run_of_seed, photos, tuple(prompts), plan))
+        folder = output / "untrained" / f"{of_seed}-{untrained}"
+        trials.append(Trial(arm.name, subject, run_of_seed, photos, tuple(prompts), plan, folder))
     return trials
+
+
+def _untrained(changed: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a trial's facts determines its untrained model; all where something is drawn new."""
+    if changed.get("method", OPTIONS["method"].default) not in STARTING_AT_THE_BASE:
+        return dict(facts)
+    return {"options": {k: v for k, v in changed.items() if k not in ONLY_TRAINED}}
 
 
 def _file_name(text: str) -> str:

@@ -23,7 +23,7 @@ from mlm_plugin.config.gui_fields import (
     RENAMED,
     SDXL_SWITCHES,
 )
-from mlm_plugin.config.loading import coerce, parser, write_options
+from mlm_plugin.config.loading import coerce, parser, without_aliases, write_options
 from mlm_plugin.config.options import NO_EFFECT, OPTIONS, REFUSED
 from mlm_plugin.errors import UserError
 from mlm_plugin.files import parse_json, read_text
@@ -67,7 +67,7 @@ def convert_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         Options that differ from their defaults, and warnings about what could not be translated.
 
     Raises:
-        UserError: A field holds a value of the wrong type.
+        UserError: A field holds a value of the wrong type, or text that cannot be split into flags.
     """
     fields = {name: value for name, value in preset.items() if not _is_blank(value)}
     warnings: list[str] = []
@@ -80,11 +80,6 @@ def convert_preset(preset: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     values |= _switches(fields, warnings)
     _keep_chosen_noise(fields, values)
     values |= _additional(str(fields.get("additional_parameters", "")), warnings)
-    if values.get("network_train_unet_only"):
-        warnings.append(
-            "the preset trains no text encoder: give a text_encoder_lr and remove "
-            "network_train_unet_only, or set mlm_loss_weight = 0"
-        )
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
     }, warnings
@@ -287,14 +282,25 @@ def _additional(text: str, warnings: list[str]) -> dict[str, Any]:
     """Flags from the GUI's free text box; they take precedence over its fields."""
     if not text:
         return {}
-    known, unknown = parser().parse_known_args(shlex.split(text))
+    place = f"{_PLACE} additional_parameters"
+    known, unknown = parser().parse_known_args(_words(text, place=place))
     values: dict[str, Any] = {}
-    for name, raw in vars(known).items():
+    for name, raw in without_aliases(vars(known), place=place).items():
         if name in OPTIONS:
-            values[name] = coerce(OPTIONS[name], raw, place="preset additional_parameters")
+            values[name] = coerce(OPTIONS[name], raw, place=place)
         else:
             reason = (REFUSED.get(name) or NO_EFFECT[name]).reason
             warnings.append(f"additional_parameters --{name} is left out: {reason}")
     if unknown:
         warnings.append(f"additional_parameters {' '.join(unknown)!r} is left out: unknown")
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _words(text: str, *, place: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"{place}: {text!r} cannot be split into flags ({error}); close every quotation mark, "
+            "and put an apostrophe between double ones"
+        ) from error

@@ -42,6 +42,7 @@ __all__ = [
     "metavar_of",
     "options_markdown",
     "parser",
+    "without_aliases",
     "write_config",
     "write_options",
 ]
@@ -364,7 +365,7 @@ def _complain(message: str, *, lenient: bool) -> None:
 def _read_values(given: Mapping[str, Any], *, place: str, lenient: bool) -> dict[str, Any]:
     """Final values of the supported options in one source; complains about the others."""
     values: dict[str, Any] = {}
-    for name, raw in _without_aliases(given, place=place).items():
+    for name, raw in without_aliases(given, place=place).items():
         if name in OPTIONS:
             value = coerce(OPTIONS[name], raw, place=place)
             if value is not None or OPTIONS[name].nullable:
@@ -380,7 +381,12 @@ def _read_values(given: Mapping[str, Any], *, place: str, lenient: bool) -> dict
     return values
 
 
-def _without_aliases(given: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+def without_aliases(given: Mapping[str, Any], *, place: str) -> dict[str, Any]:
+    """Values with old spellings replaced by the options that they mean.
+
+    Raises:
+        UserError: both are given, and differ.
+    """
     plain = dict(given)
     for old, new in ALIASES.items():
         if old in plain:

@@ -124,12 +124,32 @@ class Patient:
         """States of every text encoder at the words around the concept and at EOS, ``(N, D)``.
 
         Raises:
-            UserError: a prompt is too long, or the prompts are nothing but the concept.
+            UserError: a prompt is too long, the prompts are nothing but the concept, or the file
+                does not fit the layers.
         """
-        return [
-            _states(encoder, prompts, layers, strength)
-            for encoder, layers in zip(self.encoders, self._text_layers, strict=True)
-        ]
+        with self.fitting():
+            return [
+                _states(encoder, prompts, layers, strength)
+                for encoder, layers in zip(self.encoders, self._text_layers, strict=True)
+            ]
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Around the file's changes to layers, whose shapes may be others.
+
+        Raises:
+            UserError: in place of torch's ``RuntimeError`` about shapes.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not re.search("size|shape", str(error)):
+                raise
+            option = "--qwen3" if isinstance(self.models, AnimaText) else "--base"
+            raise UserError(
+                f"{option}: the layers of {self.models.source} have other shapes than those of "
+                f"{self.file.path}: give the model it was trained on"
+            ) from error
 
     @contextmanager
     def with_embedding(self) -> Iterator[None]:
@@ -172,11 +192,15 @@ def reading_of(
         states: of :meth:`Patient.states`.
         untrained: of the base model in the same contexts.
         unet: strength of the U-Net's part; 1 = as trained.
+
+    Raises:
+        UserError: the file does not fit the layers.
     """
     shares: dict[str, list[float]] = defaultdict(list)
     joined, joined_before = (torch.cat(list(parts), dim=1) for parts in (states, untrained))
-    for one in patient.key_values:
-        shares[one.block].append(_kept_by(one, joined, joined_before, unet))
+    with patient.fitting():
+        for one in patient.key_values:
+            shares[one.block].append(_kept_by(one, joined, joined_before, unet))
     blocks = {block: sum(all_) / len(all_) for block, all_ in shares.items()}
     return Reading(encoders_keep(patient, states, untrained), blocks)
 

@@ -40,12 +40,12 @@ def load_lora(models: StableDiffusion, path: str) -> Network:
     names = {key.partition(".")[2] for key in state if key.startswith("lora_")}
     if not names - {"alpha"}:
         raise UserError(
-            f"--lora {path}: holds no LoRA (no lora_up.weight) and no LyCORIS; give a LoRA in "
+            f"{path}: holds no LoRA (no lora_up.weight) and no LyCORIS; give a LoRA in "
             "kohya's spelling"
         )
     if names & WHOLE_LAYERS:
         raise UserError(
-            f"--lora {path}: holds whole layers (LyCORIS algo=full), which cannot be put on a "
+            f"{path}: holds whole layers (LyCORIS algo=full), which cannot be put on a "
             "model at a strength here; draw it in a WebUI, or train with another algo"
         )
     _refuse_other_model(models, state, path)
@@ -62,7 +62,7 @@ def load_lora(models: StableDiffusion, path: str) -> Network:
         if is_lora or "size" not in str(error):
             raise
         raise UserError(
-            f"--lora {path}: its shapes are not those of {models.source}, which is "
+            f"{path}: its shapes are not those of {models.source}, which is "
             f"{TITLES[models.family]}: give the model it was trained on"
         ) from error
     network.train(False)
@@ -90,7 +90,7 @@ def _refuse_other_model(models: StableDiffusion, state: Mapping[str, Tensor], pa
         shown = ", ".join(_described(part, width) for part, width in sorted(other.items()))
         wanted = ", ".join(_described(part, width) for part, width in expected.items())
         raise UserError(
-            f"--lora {path}: was trained on another kind of model ({shown}), {models.source} is "
+            f"{path}: was trained on another kind of model ({shown}), {models.source} is "
             f"{TITLES[models.family]} ({wanted}): give the model it was trained on"
         )
 

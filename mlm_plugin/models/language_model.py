@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,11 @@ class T5Encoder:
         return self._output(input_ids_BL).last_hidden_state
 
     def encode_storing(self, input_ids_BL: Tensor) -> Tensor:
-        """:meth:`encode` with its activations kept, also where gradient checkpointing is on."""
-        with activations_kept(self.model):
+        """:meth:`encode` with its activations kept, also where gradient checkpointing is on.
+
+        Without the dropout of T5, which would be taken for a change by training.
+        """
+        with activations_kept(self.model), _evaluated(self.model):
             return self.encode(input_ids_BL)
 
     def _output(self, input_ids_BL: Tensor, **settings):
@@ -226,6 +230,18 @@ class AdaptedEncoder:
                 self._states[texts[row]] = states_MD[is_token_BM[row]].clone()
         kept = [self._states[text] for text in texts]
         return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True), is_token_BM
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every module then is in its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _padded_ids(tokenizer, captions: Sequence[str]) -> Tensor:

@@ -15,6 +15,7 @@ from mlm_plugin.config.options import OPTIONS, MLMOptions, Option
 from mlm_plugin.errors import UserError
 
 __all__ = [
+    "PLACE",
     "WatchOptions",
     "add_mlm_arguments",
     "answer_in_one_line",
@@ -38,8 +39,11 @@ PAGE_HELP = (
 PLACE = "command line or config_file"
 WITH_CROSS_ATTENTION = ("sd", "sdxl", "anima")
 """Architectures whose image model reads the prompt in all of its layers."""
-T5_CACHED = ("sd3", "flux")
-"""Architectures that cache the outputs of T5 alone while their CLIP encoders are trained."""
+TRAINED_WHILE_CACHED = ("sd3", "flux", "lumina")
+"""Architectures whose trainers run a trained text encoder although outputs are cached.
+
+Source: sd-scripts ``train_network.py`` (``or train_text_encoder``); others refuse the two together.
+"""
 
 
 class WatchOptions(NamedTuple):
@@ -215,7 +219,7 @@ def _why_text_untrained(args: argparse.Namespace, *, arch: str) -> str | None:
     lines = []
     if getattr(args, "network_train_unet_only", False):
         lines.append("network_train_unet_only")
-    if getattr(args, "cache_text_encoder_outputs", False) and arch not in T5_CACHED:
+    if getattr(args, "cache_text_encoder_outputs", False) and arch not in TRAINED_WHILE_CACHED:
         lines.append("cache_text_encoder_outputs")
     if not any(_given_rates(args)):
         given = getattr(args, "text_encoder_lr", None)

@@ -93,9 +93,27 @@ def train(argv: Sequence[str], checkout: Path, options: LaunchOptions) -> int:
     args = parser.parse_args()
     _helper("verify_command_line_training_args")(args)
     args = _helper("read_config_from_file")(args, parser)
+    finish_options(script, args)
     refuse_watching(script, args)
     script.run(module, script, args)
     return 0
+
+
+def finish_options(script: Script, args: argparse.Namespace) -> None:
+    """Do what the script does with its options when it is started directly.
+
+    Raises:
+        UserError: the script would train nothing.
+
+    Source: the ends of sd-scripts ``anima_train_network.py`` and ``flux_train_network.py``.
+    """
+    if script.arch == "anima" and getattr(args, "attn_mode", None) == "sdpa":
+        args.attn_mode = "torch"
+    if script.arch in ("anima", "flux") and getattr(args, "show_timesteps", None):
+        raise UserError(
+            f"show_timesteps: only shows the timesteps and trains nothing; start {script.file} of "
+            "sd-scripts itself with it, or leave it out"
+        )
 
 
 def refuse_watching(script: Script, args: argparse.Namespace) -> None:
@@ -240,9 +258,14 @@ def _helper(name: str) -> Callable[..., Any]:
 
 
 def _run_network(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
+    """Our network module adds the term by itself, and reads the same options."""
     from mlm_plugin.sd_scripts.mixin import with_mlm
+    from mlm_plugin.sd_scripts.network_module import MODULE
 
-    with_mlm(getattr(module, script.trainer), arch=script.arch)().train(args)
+    trainer = getattr(module, script.trainer)
+    if args.network_module != MODULE:
+        trainer = with_mlm(trainer, arch=script.arch)
+    trainer().train(args)
 
 
 def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
@@ -263,8 +286,14 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
         return
     if reason := why_script_has_no_gradient(args):
         raise UserError(no_gradient_message(options, reason))
+    if getattr(args, "deepspeed", False):
+        raise UserError(
+            f"deepspeed: {script.file} wraps its models into one, in which the MLM term cannot "
+            "find them; leave it out, or set mlm_loss_weight = 0"
+        )
     _require_that_it_can_stop(module, script, args)
-    term = MLMTerm(options, seed=args.seed)
+    precision = getattr(args, "mixed_precision", None)
+    term = MLMTerm(options, seed=args.seed, mixed_precision=precision)
     collected = collected_text_encoders(
         term,
         arch=script.arch,

@@ -7,19 +7,16 @@ more parameters or another order in other versions do not matter.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.accelerator_hooks import join_accelerator
 from mlm_plugin.sd_scripts.architectures import architecture_named
-from mlm_plugin.sd_scripts.arguments import read_mlm_options, read_watch_options
-from mlm_plugin.sd_scripts.data import LearnedData, built_data
-from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
-from mlm_plugin.sd_scripts.run_watch import WatchedRun, check_watching, watch_run
+from mlm_plugin.sd_scripts.data import built_data
+from mlm_plugin.sd_scripts.network_run import NetworkRun
+from mlm_plugin.sd_scripts.network_term import Models
 from mlm_plugin.sd_scripts.term import MLMTerm
-from mlm_plugin.setup.console import keep_warnings
 
 __all__ = ["MLMTrainerMixin", "bind", "require_methods", "with_mlm"]
 
@@ -43,7 +40,7 @@ class MLMTrainerMixin:
     mlm_arch = "sd"
     mlm: MLMTerm | None = None
     _strategy: Any = None
-    _data: LearnedData | None = None
+    _run: NetworkRun
 
     def get_tokenizers(self, *args, **kwargs):
         """Keep the tokenize strategy, which has the tokenizers of all text encoders."""
@@ -53,30 +50,20 @@ class MLMTrainerMixin:
     def assert_extra_args(self, *args, **kwargs):
         """Read the options and refuse runs in which the term has no gradient."""
         given = bind(super().assert_extra_args, args, kwargs)
-        options, watched = read_mlm_options(given["args"]), read_watch_options(given["args"])
-        if watched.page:
-            keep_warnings(logging.getLogger())  # of every library
-        check_watching(watched, given["args"], architecture_named(self.mlm_arch))
-        self.mlm = create_term(given["args"], options, arch=self.mlm_arch)
-        if self.mlm or watched.given:
-            self._data = built_data(given["train_dataset_group"])
-        if self.mlm:
-            self.mlm.use_datasets(*self._data)
+        self._run = NetworkRun(given["args"], architecture_named(self.mlm_arch))
+        self.mlm = self._run.term
+        if self._run.needs_data:
+            self._run.use_data(built_data(given["train_dataset_group"]))
         return super().assert_extra_args(*args, **kwargs)
 
     def post_process_network(self, *args, **kwargs):
         """Find the contextualizers while the text encoders are untrained."""
         result = super().post_process_network(*args, **kwargs)
         given = bind(super().post_process_network, args, kwargs)
-        host, accelerator = given["args"], given["accelerator"]
-        watched, architecture = read_watch_options(host), architecture_named(self.mlm_arch)
         models = Models(given["network"], given["text_encoders"], self._strategy, given["unet"])
-        if self.mlm:
-            use_models(self.mlm, host, models, accelerator, architecture)
-        run = WatchedRun(host, read_mlm_options(host), models, architecture, self._data)
-        watch = watch_run(watched, run, accelerator)
+        watch = self._run.use_models(models, given["accelerator"])
         if self.mlm or watch:
-            join_accelerator(accelerator, self.mlm, watch)
+            join_accelerator(given["accelerator"], self.mlm, watch)
         return result
 
     def update_metadata(self, *args, **kwargs):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,15 +24,13 @@ from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.accelerator_hooks import exits_on_user_error, join_next_accelerator
 from mlm_plugin.sd_scripts.architectures import current_architecture, tokenize_strategy
-from mlm_plugin.sd_scripts.arguments import read_mlm_options, read_watch_options
 from mlm_plugin.sd_scripts.data import named_data
 from mlm_plugin.sd_scripts.locate import config_file_values
-from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
-from mlm_plugin.sd_scripts.run_watch import WatchedRun, check_watching, watch_run
+from mlm_plugin.sd_scripts.network_run import NetworkRun
+from mlm_plugin.sd_scripts.network_term import Models
 from mlm_plugin.sd_scripts.term import MLMTerm
-from mlm_plugin.setup.console import keep_warnings
 
-__all__ = ["create_network", "create_network_from_weights", "split_arguments"]
+__all__ = ["MODULE", "create_network", "create_network_from_weights", "split_arguments"]
 
 MODULE = "mlm_plugin.kohya"
 OURS = {name for name, entry in OPTIONS.items() if entry.group == "mlm"}
@@ -192,27 +189,25 @@ class _Run:
         self.inner = inner
         self.given = given
         self.text_encoders = text_encoder if isinstance(text_encoder, list) else [text_encoder]
-        self.unet = unet
+        self.unet: nn.Module | None = unet
         self.args: argparse.Namespace | None = None
         self.term: MLMTerm | None = None
 
     def start(self, args: argparse.Namespace, network: nn.Module) -> None:
-        """Set the term up while the models are untrained; at weight 0 there is none."""
+        """Set the term up while the models are untrained; at weight 0 there is none.
+
+        Called once: the models are let go, as the trainer may delete them later.
+        """
         self.args = args
-        options = read_mlm_options(args, self.given.ours, place="network_args")
-        watched = read_watch_options(args, self.given.ours, place="network_args")
-        if watched.page:
-            keep_warnings(logging.getLogger())  # of every library
-        architecture = current_architecture(MODULE)
-        check_watching(watched, args, architecture)
-        self.term = create_term(args, options, arch=architecture.arch)
-        data = named_data(args) if self.term or watched.given else None
+        run = NetworkRun(
+            args, current_architecture(MODULE), given=self.given.ours, place="network_args"
+        )
+        self.term = run.term
+        if run.needs_data:
+            run.use_data(named_data(args))
         models = Models(network, self.text_encoders, tokenize_strategy(MODULE), self.unet)
-        if self.term is not None:
-            self.term.use_datasets(*data)
-            use_models(self.term, args, models, PartialState(), architecture)
-        run = WatchedRun(args, options, models, architecture, data)
-        join_next_accelerator(self.term, watch_run(watched, run, PartialState()))
+        self.text_encoders, self.unet = [], None
+        join_next_accelerator(self.term, run.use_models(models, PartialState()))
 
     def metadata(self, metadata: dict[str, str] | None) -> dict[str, str] | None:
         """What the inner module would have written, and ``ss_mlm_*``."""

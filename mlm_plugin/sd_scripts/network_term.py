@@ -1,7 +1,4 @@
-"""The MLM term of a network trainer, set up while the models are untrained.
-
-The launcher's mixin and the network module do this alike, so that both train the same.
-"""
+"""The MLM term of a network trainer, set up while the models are untrained."""
 
 from __future__ import annotations
 
@@ -75,7 +72,8 @@ def create_term(args: argparse.Namespace, options: MLMOptions, *, arch: str) -> 
         elsewhere = why_unet_untrained(args) is None
         raise UserError(no_gradient_message(options, reason, elsewhere=elsewhere))
     warn_of_output_norms(parse_network_args(getattr(args, "network_args", None) or ()))
-    return MLMTerm(options, seed=args.seed)
+    precision = getattr(args, "mixed_precision", None)
+    return MLMTerm(options, seed=args.seed, mixed_precision=precision)
 
 
 def use_models(

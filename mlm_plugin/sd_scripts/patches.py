@@ -171,7 +171,12 @@ class MLMEmbeddingMixin:
         options = read_mlm_options(args)
         if not options.mlm_loss_weight:
             return super().train(args)
-        self.mlm = MLMTerm(options, seed=args.seed, expand=lambda word: _token_strings(args, word))
+        self.mlm = MLMTerm(
+            options,
+            seed=args.seed,
+            expand=lambda word: _token_strings(args, word),
+            mixed_precision=getattr(args, "mixed_precision", None),
+        )
         self.mlm.class_word = args.init_word
         with summed_backward(self.mlm, self.mlm_strategies):
             return super().train(args)

@@ -164,6 +164,7 @@ def _ranking(
             "and class_token, or name the folder of the pictures 20_sks dog"
         )
         return None
+    watch.models = [run.models.network, run.models.unet, *run.models.text_encoders]
     return ranking_of(
         _scored_model(run, watch, device),
         run.mlm,
@@ -229,6 +230,8 @@ class RunWatch:
 
     Attributes:
         step: optimizer steps so far.
+        models: that every look at a file puts into evaluation mode; empty without a ranking, so
+            that the trainer can delete its text encoders.
         has_ended: whether the training has ended; the last file is saved after that.
         ranking: of the files; on the first process alone.
         page: of the run; on the first process alone.
@@ -236,7 +239,7 @@ class RunWatch:
 
     def __init__(self, options: WatchOptions, run: WatchedRun):
         self.options, self.args = options, run.args
-        self.models = [run.models.network, run.models.unet, *run.models.text_encoders]
+        self.models: list[nn.Module] = []
         self.step = 0
         self.has_ended = False
         self.ranking: BestFile | None = None

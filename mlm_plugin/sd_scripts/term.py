@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,7 @@ class MLMTerm:
         options: the ``mlm`` group of a run.
         seed: seed of the run; names the stream of prompts and masks. Drawn if ``None``.
         expand: returns a placeholder as in the host's captions (several vectors: "sks sks1").
+        mixed_precision: of the run, in which the untrained text encoders are read too.
 
     Attributes:
         step: optimizer steps so far, for the schedule.
@@ -93,6 +95,7 @@ class MLMTerm:
         *,
         seed: int | None,
         expand: Callable[[str], str] = str,
+        mixed_precision: str | None = None,
     ):
         for warning in mlm_warnings(options):
             logger.warning("MLM term: %s", warning)
@@ -102,6 +105,7 @@ class MLMTerm:
             seed = random.SystemRandom().randrange(2**32)
         self.setup = MLMSetup(options, seed=seed)
         self.expand = expand
+        self.mixed_precision = mixed_precision
         self.step = 0
         self.call = 0
         self.captions: list[str] = []
@@ -116,10 +120,15 @@ class MLMTerm:
         """Prepare a text encoder, which is still untrained.
 
         Raises:
-            UserError: the given contextualizer does not fit.
+            UserError: the given contextualizer does not fit, or the weights cannot be read.
         """
+        _refuse_raw_fp8(text_encoder)
         self.setup.prepare([text_encoder], accelerator, trained=[is_trained], more_may_come=True)
-        self.setup.compute_targets(accelerator.device)
+        self._compute_targets(accelerator.device)
+
+    def _compute_targets(self, device: torch.device) -> None:
+        with _autocast(device, self.mixed_precision):
+            self.setup.compute_targets(device)
 
     def read_at(self, place: str, unet: nn.Module, *, keep_copies: bool = False) -> None:
         """Set where the term reads.
@@ -233,7 +242,7 @@ class MLMTerm:
         States without them load, and plain trainers load states with them, as the file is separate
         from those of accelerate.
         """
-        self.setup.compute_targets(accelerator.device)
+        self._compute_targets(accelerator.device)
 
         def save(_models, _weights, output_dir):
             with atomic_path(Path(output_dir) / STATE_FILE) as temporary:
@@ -318,6 +327,31 @@ class MLMTerm:
                 "text encoders, and the U-Net reads all of them; train all, or take "
                 "mlm_read_at = encoder"
             )
+
+
+@contextmanager
+def _autocast(device: torch.device, mixed_precision: str | None) -> Iterator[None]:
+    """The precision of a run, for the text encoders on its device and one kept on the CPU."""
+    dtype = DTYPES.get(mixed_precision)
+    with ExitStack() as stack:
+        for kind in {device.type, "cpu"} if dtype else ():
+            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        yield
+
+
+def _refuse_raw_fp8(text_encoder: AnyEncoder) -> None:
+    """Refuse weights that no layer can use until the trainer has prepared them.
+
+    Source: sd-scripts ``flux_train_network.py`` and ``sd3_train_network.py``,
+    ``prepare_text_encoder_fp8``, which casts the embeddings back.
+    """
+    weight = text_encoder.token_embedding.weight
+    if weight.is_floating_point() and weight.element_size() == 1:
+        raise UserError(
+            f"{type(text_encoder.models[0]).__name__} is still in fp8 when the MLM term reads it "
+            "first; add cache_text_encoder_outputs, take a file in fp16, or give fp8_base_unet in "
+            "place of fp8_base"
+        )
 
 
 def _read_counters(path: Path) -> tuple[int, int]:

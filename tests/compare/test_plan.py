@@ -79,6 +79,8 @@ def test_drawing_has_the_defaults_of_evaluate_where_it_says_nothing(tmp_path):
         (f"common = 3\n{ARMS}", "must be a table"),
         (f'{ARMS}config_file = "none.toml"', "none.toml"),
         (f"{ARMS}reg_data_dir = 'x'", "reg_data_dir cannot be set"),
+        (f"{ARMS}mlm_stop_below = 0.8", "mlm_stop_below cannot be set: every trial has to reach"),
+        (f"{ARMS}[common]\nmlm_stop_below = 0.5", "mlm_stop_below cannot be set"),
     ],
 )
 def test_a_wrong_plan_is_one_line(tmp_path, text, message):

@@ -79,6 +79,18 @@ def test_text_kept_at_the_same_likeness_is_a_gain():
     assert found["mean"] == pytest.approx(0.28 - 0.25)
 
 
+def test_without_the_untrained_model_there_is_no_equal_likeness():
+    """The weaker arm ends below the first look of the other, where nothing of it is known."""
+    strong = {("dog", 0): [(0.32, 0.2), (0.25, 0.6), (0.20, 0.7)]}
+    weak = {("dog", 0): [(0.32, 0.2), (0.31, 0.3)]}
+    first, other = records("a", strong), records("b", weak)
+    found = matched_difference(first, other, AXES)
+    assert found["mean"] == pytest.approx(0.31 - (0.32 - 0.07 / 4))
+    later = [record for record in first if record["step"]]
+    assert matched_difference(later, other, AXES) is None
+    assert matched_difference(other, later, AXES) is None
+
+
 def test_the_axes_are_measures_that_all_have():
     both = records("a", {("dog", 0): [(0.1, 0.2)]})
     assert axes_of(both) == AXES

@@ -169,10 +169,31 @@ def test_only_the_chosen_noise_is_passed_on():
     assert set(chosen) == {"multires_noise_iterations"}
 
 
-def test_a_text_encoder_rate_of_zero_trains_the_unet_only_and_warns_for_the_term():
+def test_a_text_encoder_rate_of_zero_trains_the_unet_only():
     values, warnings = convert_preset({"text_encoder_lr": 0, "unet_lr": 1e-4})
     assert values["network_train_unet_only"] is True
-    assert "mlm_loss_weight" in warnings[-1]
+    assert not warnings, "the term is read at the U-Net's cross-attention"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--use_8bit_adam", {"optimizer_type": "AdamW8bit"}),
+        ("--use_lion_optimizer --max_grad_norm 0.5", {"optimizer_type": "Lion"}),
+        ("--token_string sks", {"placeholder_token": ["sks"]}),
+        ("--caption_extention .caption", {"caption_extension": ".caption"}),
+        ('--training_comment "don\'t"', {}),
+    ],
+)
+def test_old_spellings_in_the_free_text_box_are_understood(text, expected):
+    values, _ = convert_preset({"optimizer": "AdamW", "additional_parameters": text})
+    assert expected.items() <= values.items()
+
+
+@pytest.mark.parametrize("text", ["--training_comment don't", '--max_grad_norm "1'])
+def test_a_free_text_box_that_is_no_command_line_is_an_error(refused, text):
+    with refused(["additional_parameters", repr(text), "quotation"]):
+        convert_preset({"additional_parameters": text})
 
 
 def test_warmup_is_left_out_for_the_constant_scheduler():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -364,6 +365,30 @@ def test_bad_options_are_one_line(flags, word, trained, capsys):
 def test_a_file_for_another_model_is_refused(trained, toy_sdxl_folder, capsys):
     assert main(["doctor", str(trained), "--base", str(toy_sdxl_folder)]) == 2
     assert "give the model it was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(f"algo={algo}", marks=needs_lycoris)
+        for algo in ("loha", "lokr", "full", "glora")
+    ],
+)
+def test_a_lycoris_for_another_model_is_refused(kind, toy_folder, toy_sdxl_folder, file_of, capsys):
+    path = file_of(network_on(load_stable_diffusion(str(toy_folder)), kind))
+    assert main(["doctor", str(path), "--base", str(toy_sdxl_folder)]) == 2
+    *_log, line = capsys.readouterr().err.splitlines()
+    assert f"--base: the layers of {toy_sdxl_folder}" in line
+    assert "give the model it was trained on" in line
+
+
+def test_a_text_encoders_part_for_another_model_is_refused(toy_folder, file_of, capsys):
+    state = network_on(load_stable_diffusion(str(toy_folder)), "lora").kohya_state_dict()
+    text = {key: value for key, value in state.items() if key.startswith("lora_te")}
+    path = file_of(SimpleNamespace(kohya_state_dict=lambda: text))
+    assert main(["doctor", str(path), "--base", "pocket"]) == 2
+    *_log, line = capsys.readouterr().err.splitlines()
+    assert "give the model it was trained on" in line
 
 
 def test_a_file_for_flux_is_counted_and_not_examined(tmp_path, toy_folder, capsys):

@@ -20,7 +20,7 @@ from mlm_plugin.config.loading import load_config
 from mlm_plugin.evaluation.rendering import embed_picture
 
 PLAN = """
-looks = [1, 2]
+looks = [0, 1, 2]
 seeds = [0]
 prompts = "{prompts}"
 blind_pairs = 4
@@ -163,10 +163,40 @@ def test_every_trial_has_its_pictures_its_file_and_its_scores(finished):
     records = finished.results["records"]
     assert [(r["arm"], r["subject"], r["step"]) for r in records] == [
         (arm, subject, step)
-        for subject in ("cat", "dog") for arm in ("plain", "with <MLM>") for step in (1, 2)
+        for subject in ("cat", "dog") for arm in ("plain", "with <MLM>") for step in (0, 1, 2)
     ]  # fmt: skip
     assert all({"clip_t", "clip_i", "dino"} <= record["measures"].keys() for record in records)
     assert finished.results["summary"]["differences_to_first"]["with <MLM>"]["dino"]["n"] == 2
+
+
+def test_the_untrained_model_is_drawn_once_for_all_arms(finished):
+    folders = sorted(
+        path.name.rpartition("-")[0] for path in (finished.out / "untrained").iterdir()
+    )
+    assert folders == ["cat-0", "dog-0"]
+    at_start = {
+        (r["subject"], r["arm"]): r["measures"]
+        for r in finished.results["records"]
+        if r["step"] == 0
+    }
+    for subject in ("cat", "dog"):
+        assert at_start[subject, "plain"] == at_start[subject, "with <MLM>"]
+    found = finished.results["summary"]["text_at_equal_likeness"]["with <MLM>"]
+    assert found["n"] == 2
+
+
+def test_arms_that_start_from_other_models_draw_their_own(place, capsys):
+    shutil.rmtree(place.out)
+    for line in ("clip_skip = 2", 'network_args = ["use_dora=true"]', 'method = "pivotal"'):
+        text = place.plan.read_text(encoding="utf-8")
+        place.plan.write_text(f"{text}{line}\n", encoding="utf-8")  # in the last arm
+        code = place.run("--check")
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        assert "8 steps, 24 pictures" in printed.out
+        place.plan.write_text(text, encoding="utf-8")
+    assert place.run("--check") == 0
+    assert "8 steps, 20 pictures" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("_fresh_accelerator")
@@ -279,7 +309,7 @@ def test_check_says_how_much_there_is_to_do_and_trains_nothing(place, trained, c
     place.change("seeds = [0]", "seeds = [0, 1]")
     assert place.run("--check") == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("8 trials (arms: 2, seeds: 2, subjects: 2), 16 steps, 32 pictures; 0 ")
+    assert line.startswith("8 trials (arms: 2, seeds: 2, subjects: 2), 16 steps, 40 pictures; 0 ")
     assert trained == []
     assert not (place.out / "trials").exists()
 
@@ -339,8 +369,8 @@ def refused(place, capsys, *more):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("looks = [1, 2]", "looks = [2, 1]", "looks = .*rising list of steps"),
-        ("looks = [1, 2]", "", "looks is missing"),
+        ("looks = [0, 1, 2]", "looks = [2, 1]", "looks = .*rising list of steps"),
+        ("looks = [0, 1, 2]", "", "looks is missing"),
         ("seeds = [0]", "seeds = 0", "seeds = 0 is not allowed; it must be a list"),
         ("seeds = [0]", "sedes = [0]", "unknown key 'sedes'; did you mean seeds?"),
         ("steps = 1", "steps = 0", r"\[drawing\]: steps = 0"),

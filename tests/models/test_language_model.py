@@ -158,3 +158,17 @@ def test_the_gradient_reaches_the_language_model_through_the_adapter(adapted):
 def test_tokenizers_are_those_of_the_fixtures(byte_tokenizer):
     assert isinstance(byte_tokenizer, PreTrainedTokenizerFast)
     assert byte_tokenizer.eos_token_id not in byte_tokenizer("a").input_ids
+
+
+def test_the_dropout_of_t5_is_not_taken_for_a_change(t5_tokenizer):
+    """It is in training mode where the host checkpoints its gradients."""
+    sizes = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 2}
+    model = T5EncoderModel(T5Config(**sizes, dropout_rate=0.5)).train()
+    model.encoder.block[0].eval()
+    encoder = T5Encoder(t5_tokenizer, model)
+    ids_BL = encoder.tokenize_trimmed(PROMPTS)
+    modes = [module.training for module in model.modules()]
+    states = encoder.encode_storing(ids_BL)
+    assert states.requires_grad
+    assert modes == [module.training for module in model.modules()]
+    torch.testing.assert_close(states, T5Encoder(t5_tokenizer, model.eval()).encode(ids_BL))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 CHECKOUT = os.environ.get("SD_SCRIPTS_DIR")
 PROGRAM = Path(__file__).parent / "shrunken_sd_scripts.py"
@@ -472,17 +472,19 @@ def test_module_at_weight_0_is_the_plain_run_bit_for_bit(module):
 
 
 def test_module_and_launcher_train_the_same(module, arguments, folder, tmp_path):
+    """Alone, and the module in the launcher, which adds the term once."""
     plain, ours, values = module("train_network.py")
     assert any(name.startswith("lora_te_") for name in changed(plain, ours))
-    call(
-        *(sys.executable, PROGRAM, "mlm", *arguments, *LORA, "--output_name", "launched"),
-        *("--logging_dir", tmp_path / "launched", "--mlm_loss_weight", "0.1"),
-        *("--mlm_target", "class", "--mlm_contextualizer", folder / "sd15.safetensors"),
-    )
-    launched = curves(tmp_path / "launched")
-    for tag in ("loss/diffusion", "loss/mlm", "mlm/accuracy"):
-        assert values[tag] == pytest.approx(launched[tag], rel=1e-6), tag
-    assert not changed(ours, tmp_path / "out" / "launched.safetensors")
+    for name, inner in (("launched", ()), ("both", ("--network_module", "mlm_plugin.kohya"))):
+        call(
+            *(sys.executable, PROGRAM, "mlm", *arguments, *LORA, *inner, "--output_name", name),
+            *("--logging_dir", tmp_path / name, "--mlm_loss_weight", "0.1"),
+            *("--mlm_target", "class", "--mlm_contextualizer", folder / "sd15.safetensors"),
+        )
+        launched = curves(tmp_path / name)
+        for tag in ("loss/diffusion", "loss/mlm", "mlm/accuracy"):
+            assert values[tag] == pytest.approx(launched[tag], rel=1e-6), tag
+        assert not changed(ours, tmp_path / "out" / f"{name}.safetensors")
     assert values["loss/current"] == values["loss/diffusion"]
 
 
@@ -616,6 +618,18 @@ def test_module_reads_t5_where_states_are_compared(family, arch):
     )
     assert any(name.startswith("lora_te3_") for name in changed(plain, ours))
     assert values[f"loss/mlm_te{3 if arch == 'sd3' else 2}"][-1] > 0
+
+
+def test_module_reads_a_t5_in_fp8_in_the_precision_of_the_run(family, folder, tmp_path):
+    weights = load_file(folder / "parts" / "t5xxl.safetensors")
+    file = tmp_path / "t5xxl_fp8.safetensors"
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in weights.items()}, file)
+    flags = ("--network_train_unet_only", "--cache_text_encoder_outputs", "--t5xxl", file)
+    _plain, _ours, values = family(
+        "flux", *flags, "--fp8_base", "--mixed_precision", "bf16", contextualizer=["auto"]
+    )
+    assert values["loss/mlm"][0] == 0
+    assert values["loss/mlm"][-1] > 0
 
 
 @pytest.mark.parametrize("arch", ["anima", "lumina"])

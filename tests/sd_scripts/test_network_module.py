@@ -1,11 +1,13 @@
 """The network module in a stub trainer: the real calls in the real order, no sd-scripts needed."""
 
 import argparse
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,7 +25,7 @@ from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.architectures import ARCHITECTURES
 from mlm_plugin.sd_scripts.arguments import WatchOptions
-from mlm_plugin.sd_scripts.launch import SCRIPTS, refuse_watching
+from mlm_plugin.sd_scripts.launch import SCRIPTS, _run_network, refuse_watching
 from mlm_plugin.sd_scripts.network_module import split_arguments
 from mlm_plugin.sd_scripts.page_facts import drawn_samples, given_settings
 from mlm_plugin.sd_scripts.run_watch import check_watching
@@ -74,6 +76,25 @@ class LoRANetwork(nn.Module):
 
     def save_weights(self, file, dtype, metadata):
         save_file(self.state_dict(), file, metadata)
+
+
+class Trainer:
+    """``NetworkTrainer``: the methods that the launcher overrides."""
+
+    def get_tokenizers(self, tokenize_strategy):
+        return [tokenize_strategy.tokenizer]
+
+    def assert_extra_args(self, args, train_dataset_group):
+        pass
+
+    def post_process_network(self, args, accelerator, network, text_encoders, unet):
+        pass
+
+    def update_metadata(self, metadata):
+        pass
+
+
+BUILT_DATA = SimpleNamespace(subsets=[SimpleNamespace(class_tokens="sks dog", is_reg=False)])
 
 
 class Tracker(GeneralTracker):
@@ -192,16 +213,19 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
     """A run of the stub trainer; returns its losses, logs, file and accelerator."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    def train(*network_args, module=kohya, scaler=None, num_batches=4, **changes):
+    def train(*network_args, module=kohya, trainer=None, scaler=None, num_batches=4, **changes):
         tokenizer = CLIPTokenizer.from_pretrained(toy_folder / "tokenizer")
         _sd_scripts.tokenizer = tokenizer
         if module is kohya:
             words = ("mlm_target=class", f"mlm_contextualizer={toy_contextualizer}")
             network_args = (*words, *network_args)
         out = {"output_dir": str(tmp_path / "out")}
-        args = argparse.Namespace(**OWN | out | changes, network_args=list(network_args))
-        args.network_module = module.__name__
+        args = argparse.Namespace(**OWN | out | changes)
+        args.network_args, args.network_module = list(network_args), module.__name__
         torch.manual_seed(args.seed)
+        trainer = trainer or Trainer()
+        trainer.get_tokenizers(_sd_scripts)
+        trainer.assert_extra_args(args, BUILT_DATA)
         accelerator = Accelerator(
             cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps
         )
@@ -214,6 +238,7 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
         )
         if hasattr(network, "prepare_network"):
             network.prepare_network(args)
+        trainer.post_process_network(args, accelerator, network, [model], unet)
         network.apply_to(model, unet, not args.network_train_unet_only, True)
         model.requires_grad_(False)
         unet.requires_grad_(False)
@@ -311,6 +336,25 @@ def test_the_noise_of_the_host_is_that_of_the_plain_run(train):
     plain = train(module=plain_module())
     ours = train("mlm_loss_weight=1e-12", "mlm_target=word")
     assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlm_plugin.kohya", "networks.lora"])
+def test_the_launcher_adds_one_term_whatever_the_network_module(train, toy_contextualizer, name):
+    """Its flags reach our module too."""
+    flags = {"mlm_target": "class", "mlm_contextualizer": str(toy_contextualizer)}
+    flags |= {"mlm_loss_weight": "0.5", "mlm_every_n_steps": "2", "mlm_page": "true"}
+    runs = [train("mlm_loss_weight=0.5", "mlm_every_n_steps=2")]
+
+    class Launched(Trainer):
+        def train(self, args):
+            module = sys.modules[args.network_module]
+            runs.append(train(module=module, trainer=self, **vars(args)))
+
+    args = argparse.Namespace(**flags, network_module=name)
+    _run_network(SimpleNamespace(Launched=Launched), SCRIPTS[0]._replace(trainer="Launched"), args)
+    alone, launched = runs
+    assert same(alone.weights, launched.weights)
+    assert curve(alone, "loss/mlm") == curve(launched, "loss/mlm")
 
 
 def test_the_file_names_the_inner_module_and_what_the_term_did(train):
@@ -538,6 +582,32 @@ def test_a_run_that_ended_early_leaves_nothing_for_the_next(train, toy_text_enco
     kohya.create_network(1.0, 4, 1, None, model, unet).prepare_network(args)
     run = train("mlm_loss_weight=0")
     assert not curve(run, "loss/mlm")
+
+
+@pytest.mark.parametrize("page", [{}, {"mlm_page": True}])
+def test_text_encoders_that_the_trainer_deletes_are_freed(tmp_path, monkeypatch, page):
+    class FluxTokenizeStrategy:
+        pass
+
+    class Network(nn.Module):
+        def save_weights(self, file, dtype, metadata):
+            pass
+
+    inner = ModuleType("networks.lora_flux")
+    inner.create_network = lambda *args, **rest: Network()
+    monkeypatch.setitem(sys.modules, inner.__name__, inner)
+    strategy = sys.modules["library.strategy_base"].TokenizeStrategy
+    monkeypatch.setattr(strategy, "get_strategy", FluxTokenizeStrategy)
+    Accelerator(cpu=True)
+    text_encoders = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    kept = [weakref.ref(model) for model in text_encoders]
+    network = kohya.create_network(1.0, 4, 1, None, text_encoders, StubUNet(), **page)
+    network.prepare_network(
+        argparse.Namespace(**OWN, mlm_loss_weight=0, output_dir=tmp_path, network_args=None)
+    )
+    del text_encoders
+    gc.collect()
+    assert [model() for model in kept] == [None, None]
 
 
 @pytest.fixture

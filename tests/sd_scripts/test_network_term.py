@@ -35,9 +35,28 @@ class Transformer(nn.Module):
         self.double_blocks = nn.ModuleList([block])
 
 
-def t5():
+def t5(**settings):
     torch.manual_seed(0)
-    return T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_ff=16, d_kv=4, num_layers=1))
+    sizes = {"vocab_size": 64, "d_model": 16, "d_ff": 16, "d_kv": 4, "num_layers": 1}
+    return T5EncoderModel(T5Config(**sizes, **settings)).eval()
+
+
+def prepared_for_fp8(model, dtype):
+    """As by ``prepare_text_encoder_fp8`` of sd-scripts' ``flux_train_network.py``."""
+
+    def forward_of(module):
+        def forward(states):
+            return module.wo(module.dropout(module.act(module.wi_0(states)) * module.wi_1(states)))
+
+        return forward
+
+    model.to(torch.float8_e4m3fn)
+    for module in model.modules():
+        if type(module).__name__ in ("T5LayerNorm", "Embedding"):
+            module.to(dtype)
+        if type(module).__name__ == "T5DenseGatedActDense":
+            module.forward = forward_of(module)
+    return model
 
 
 def qwen(**settings):
@@ -88,6 +107,29 @@ def test_a_transformer_trained_alone_reads_the_states_of_t5(term, toy_text_encod
     assert made.setup.encoders[0].targets[0].states_LD is not None  # T5 is not needed any more
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_t5_that_is_prepared_for_fp8_is_read_in_the_precision_of_the_run(
+    term, toy_text_encoder, precision
+):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    kept = []
+    for model in (t5(feed_forward_proj="gated-gelu"), t5(feed_forward_proj="gated-gelu")):
+        if kept:
+            model = prepared_for_fp8(model, dtype)
+        host = {**UNET_ONLY, "mixed_precision": precision}
+        made = term("flux", [toy_text_encoder.model, model], host)
+        kept.append(made.setup.encoders[0].targets[0].states_LD.float())
+    assert torch.cosine_similarity(*kept, dim=-1).min() > 0.9
+
+
+@pytest.mark.parametrize("trains_t5", [False, True])
+def test_t5_in_fp8_that_is_not_prepared_yet_is_refused(term, toy_text_encoder, refused, trains_t5):
+    model = t5().to(torch.float8_e4m3fn)
+    host = {"mixed_precision": "bf16", **({} if trains_t5 else UNET_ONLY)}
+    with refused(["T5EncoderModel", "fp8", "cache_text_encoder_outputs", "fp16"]):
+        term("flux", [nn.Linear(1, 1), model], host, trains_t5=trains_t5)
+
+
 def test_chroma_has_t5_alone_whose_states_are_compared(term):
     made = term("flux", [nn.Linear(1, 1), t5()], trains_t5=True)
     assert (made.setup.read_at, made.options.mlm_target) == ("encoder", "states")
@@ -126,6 +168,21 @@ def test_a_language_model_reads_itself(term):
     assert (made.setup.read_at, made.options.mlm_target) == ("encoder", "class")
     assert made.setup.encoders[0].head is not None
     assert not made.setup.contextualizers
+
+
+@pytest.mark.parametrize(
+    ("host", "options"),
+    [
+        ({}, {}),
+        ({}, {"mlm_read_at": "encoder"}),
+        ({"unet_lr": 0.0}, {}),
+        ({"network_train_text_encoder_only": True}, {}),
+    ],
+)
+def test_a_language_model_is_trained_while_its_outputs_are_cached(term, host, options):
+    made = term("lumina", [qwen()], {"cache_text_encoder_outputs": True, **host}, **options)
+    assert made.setup.read_at == "encoder"
+    assert [encoder.is_trained for encoder in made.setup.encoders] == [True]
 
 
 def test_a_language_model_without_its_own_head_is_compared_by_states(term, refused):

@@ -34,7 +34,7 @@ from mlm_plugin.sd_scripts.arguments import (
     why_network_has_no_gradient,
     why_script_has_no_gradient,
 )
-from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script
+from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script, finish_options
 from mlm_plugin.sd_scripts.locate import (
     LaunchOptions,
     check_libraries,
@@ -1303,6 +1303,21 @@ def test_scripts_without_a_place_for_the_term_are_refused(refused, changes, serv
         launch(**changes)
 
 
+def test_options_are_finished_as_the_script_itself_does(refused):
+    for script in SCRIPTS:
+        for given, expected in (("sdpa", "torch"), ("flash", "flash"), (None, None)):
+            args = argparse.Namespace(attn_mode=given, show_timesteps=None)
+            finish_options(script, args)
+            assert args.attn_mode == (expected if script.arch == "anima" else given)
+        finish_options(script, argparse.Namespace())  # older versions have neither
+        showing = argparse.Namespace(show_timesteps="console")
+        if script.arch in ("anima", "flux"):
+            with refused(["show_timesteps", script.file]):
+                finish_options(script, showing)
+        else:  # which train all the same
+            finish_options(script, showing)
+
+
 @pytest.fixture
 def whole_model(tmp_path):
     """A script of sd-scripts whose loop is a function; returns a way to start it."""
@@ -1346,6 +1361,14 @@ def test_a_stop_that_does_no_harm_is_welcome(whole_model):
     assert whole_model(UNPACKED, stop_text_encoder_training=-1)
     assert whole_model(UNPACKED, stop_text_encoder_training=4)  # after the last step
     assert whole_model("    training_models = []\n", stop_text_encoder_training=2)
+
+
+@pytest.mark.parametrize("file", [script.file for script in SCRIPTS if script.trainer is None])
+def test_whole_models_are_not_found_in_what_deepspeed_makes_of_them(whole_model, refused, file):
+    given = {"file": file, "train_text_encoder": True, "deepspeed": True}
+    with refused(["deepspeed", file]):
+        whole_model("", weight=0.1, **given)
+    assert whole_model("", weight=0, **given)
 
 
 def test_whole_sd3_cannot_be_read_at_its_transformer(whole_model, refused):
