@@ -220,7 +220,10 @@ def network_on(models, module="networks.lora", **settings):
 def train_towards(unet, network, *, steps=8):
     """Losses of a fixed target."""
     target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    optimizer, losses = torch.optim.Adam(network.parameters(), lr=3e-2), []
+    optimizer, losses = (
+        torch.optim.Adam([p for part in network.parts().values() for p in part], lr=3e-2),
+        [],
+    )
     for _ in range(steps):
         loss = (predict(unet) - target).square().mean()
         loss.backward()

@@ -29,7 +29,7 @@ from mlm_plugin.training.diffusion_loss import DiffusionLoss
 from mlm_plugin.training.drift import DriftWatch, TextDrift
 from mlm_plugin.training.guards import NonFiniteLatents, NonFiniteLoss
 from mlm_plugin.training.interrupt import Stopped
-from mlm_plugin.training.logs import CurveLogger
+from mlm_plugin.training.logs import CurveLogger, TrackerCloser
 from mlm_plugin.training.optimizers import create_optimizer
 from mlm_plugin.training.plan import MLMTerm, Objective, Optimization, TrainPlan
 from mlm_plugin.training.schedulers import create_scheduler
@@ -598,7 +598,8 @@ class MemoryTracker(GeneralTracker):
 def curve_loggers(trainer):
     (text_encoder,) = trainer.models.text_encoders  # a new LoRA leaves its states unchanged
     drift = DriftWatch({"te/drift_cos": TextDrift(text_encoder)})
-    return [drift, CurveLogger(drift)]
+    curves = CurveLogger(drift)
+    return [drift, curves, TrackerCloser(curves)]
 
 
 def test_the_end_of_the_curves_leaves_the_processes_together(toy_folder, dataset, tmp_path):

@@ -220,7 +220,11 @@ def test_nothing_about_held_out_pictures_is_random(pictures):
         TrainDataset([DatasetConfig(**{**vars(one), **share})], seed=SEED).validation_set(seed=0)
         for one in (config, plain)
     )
-    first, again, other = augmented[BatchKey(0, 0)], augmented[BatchKey(0, 0)], unchanged[0]
+    first, again, other = (
+        augmented[BatchKey(0, 0)],
+        augmented[BatchKey(0, 0)],
+        unchanged[BatchKey(0, 0)],
+    )
     assert first.captions == again.captions
     assert torch.equal(first.pixel_values, again.pixel_values)
     assert torch.equal(first.pixel_values, other.pixel_values)
