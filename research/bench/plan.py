@@ -165,7 +165,7 @@ FAMILIES = {
         Family(
             "pivotal",
             "pivotal",
-            {**LORA, "init_word": "CLASS"},
+            {**LORA, "unet_lr": "2.5e-3", "init_word": "CLASS"},  # as plain LoRA was found best
             ("text_encoder_lr", TEXT_RATES),
             _grid({"embedding_lr": ("3e-3", "1e-2"), "text_encoder_lr": TEXT_RATES}),
             {"embedding_lr": "1e-2"},
