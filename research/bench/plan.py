@@ -165,7 +165,7 @@ FAMILIES = {
         Family(
             "pivotal",
             "pivotal",
-            {**LORA, "init_word": "CLASS"},
+            {**LORA, "unet_lr": "2.5e-3", "init_word": "CLASS"},  # as plain LoRA was found best
             ("text_encoder_lr", TEXT_RATES),
             _grid({"embedding_lr": ("3e-3", "1e-2"), "text_encoder_lr": TEXT_RATES}),
             {"embedding_lr": "1e-2"},
@@ -174,8 +174,8 @@ FAMILIES = {
             "custom_diffusion",
             "custom_diffusion",
             TOKENS,
-            ("learning_rate", ("1e-3", "2e-3", "4e-3")),
-            _grid({"learning_rate": ("5e-4", "1e-3", "2e-3", "3e-3", "4e-3", "8e-3")}),
+            ("learning_rate", ("2.5e-4", "5e-4", "1e-3")),
+            _grid({"learning_rate": ("1.25e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")}),
         ),
         Family(
             "textual_inversion",
