@@ -234,23 +234,21 @@ def _settled_table(
     found: Mapping[Claim, Comparison | None],
     records: Records,
 ) -> str:
-    """The claims against arms that were also trained for fewer steps, to the end of a schedule."""
+    """The claims where both arms were also trained for fewer steps, to the end of a schedule."""
     rows = []
     for claim, comparison in found.items():
-        theirs = comparison and _settled_curves(ARMS[claim.theirs], records)
-        if not theirs:
+        settled = [_settled_curves(ARMS[name], records) for name in claim] if comparison else [None]
+        if None in settled:
             continue
-        ours = results[claim.ours].curves
-        settled = compare(ours, theirs)
-        counts = [
-            f"{num_before_first_look(ours, curves)} of {len(ours)}"
-            for curves in (results[claim.theirs].curves, theirs)
-        ]
-        values = (_points(comparison.matched), counts[0], _points(settled.matched), counts[1])
-        rows.append([claim.ours, claim.theirs, *values])
+        looks = [results[name].curves for name in claim]
+        row = [*claim]
+        for curves in (looks, settled):
+            count = f"{num_before_first_look(*curves)} of {len(curves[0])}"
+            row += [_points(compare(*curves).matched), count]
+        rows.append(row)
     headings = (
-        "with the term", "against", "Δ, one training", "on a line from the untrained model",
-        "Δ, trainings of three lengths", "on a line from the untrained model",
+        "with the term", "against", "Δ, looks at one training", "read before its first look",
+        "Δ, trainings of three lengths", "read before the shortest",
     )  # fmt: skip
     return _table(headings, rows)
 
