@@ -665,6 +665,7 @@ def test_a_watched_run_trains_the_same_weights(train, rate, toy_text_encoder):
 
 
 def test_the_page_of_a_run_is_written_with_every_file(train, page_of, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     run = train(*WATCHED, save_every_n_steps=1)
     page = page_of(tmp_path / "out" / "dog.html")
     text = " ".join(page.text.split())
@@ -680,6 +681,7 @@ def test_the_page_of_a_run_is_written_with_every_file(train, page_of, tmp_path, 
 
 
 def test_the_page_of_a_plain_run_may_have_a_path_of_its_own(train, page_of, tmp_path):
+    pytest.importorskip("matplotlib")
     path = tmp_path / "pages" / "own.html"
     plain = train(module=plain_module(), save_every_n_steps=2)
     watched = train("mlm_loss_weight=0", f"mlm_page={path}", save_every_n_steps=2)
