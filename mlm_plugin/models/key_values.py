@@ -67,9 +67,9 @@ def read_cross_attention(unet: nn.Module, *, keep_copies: bool) -> CrossAttentio
             now. Otherwise the frozen weights are used.
     """
     projections = [
-        _projection(unet.get_submodule(f"{name}.{matrix}"), layer, keep_copy=keep_copies)
-        for layer, name in enumerate(cross_attention_names(unet))
-        for matrix in MATRICES
+        _projection(module, layer, keep_copy=keep_copies)
+        for layer, pair in enumerate(matrices_of(unet))
+        for module in pair
     ]
     return CrossAttention(projections) if projections else None
 

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,34 +273,20 @@ class Saver(Callback):
         every, step = self.options.save_every_n_steps, trainer.progress.current_step
         if not every or step % every or step >= trainer.plan.num_steps:
             return
-        last = self.options.save_last_n_steps
-        old = removed_step(step, every=every, last=last)
-        old_state = removed_step(
-            step, every=every, last=self.options.save_last_n_steps_state or last
-        )
-        self._try_to_save(
-            trainer,
-            self._step_name(step),
-            old=old and self._step_name(old),
-            old_state=old_state and self._step_name(old_state),
-        )
+        last, last_state = self.options.save_last_n_steps, self.options.save_last_n_steps_state
+        removed = partial(removed_step, step, every=every)
+        old, old_state = removed(last=last), removed(last=last_state or last)
+        self._try_to_save(trainer, self._step_name, step, old=old, old_state=old_state)
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """Save every n epochs, except after the last one, which is the final file."""
         every, epoch = self._epochs_between(trainer), trainer.progress.current_epoch
         if not every or epoch % every or epoch >= trainer.plan.num_epochs:
             return
-        last = self.options.save_last_n_epochs
-        old = removed_epoch(epoch, every=every, last=last)
-        old_state = removed_epoch(
-            epoch, every=every, last=self.options.save_last_n_epochs_state or last
-        )
-        self._try_to_save(
-            trainer,
-            self._epoch_name(epoch),
-            old=old and self._epoch_name(old),
-            old_state=old_state and self._epoch_name(old_state),
-        )
+        last, last_state = self.options.save_last_n_epochs, self.options.save_last_n_epochs_state
+        removed = partial(removed_epoch, epoch, every=every)
+        old, old_state = removed(last=last), removed(last=last_state or last)
+        self._try_to_save(trainer, self._epoch_name, epoch, old=old, old_state=old_state)
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Save the final file, its sidecar and preview, and the state where one is asked for.
@@ -457,20 +444,27 @@ class Saver(Callback):
         return self.options.save_state or self.options.save_state_on_train_end
 
     def _try_to_save(
-        self, trainer: Trainer, name: str, *, old: str | None, old_state: str | None
+        self,
+        trainer: Trainer,
+        name_of: Callable[[int], str],
+        number: int,
+        *,
+        old: int | None,
+        old_state: int | None,
     ) -> None:
         """Save during the run; what is too old is removed once there is something newer.
 
         A full disk does not end a run that may find space later.
         """
+        name = name_of(number)
         path, folder = self._path(name), self._state_folder(name)
         epoch = trainer.progress.current_epoch
         if self._has_written(trainer, path, lambda: self._export(trainer, path, epoch=epoch)):
             self._rank(trainer, name)
-            self._remove(trainer, old)
+            self._remove(trainer, old and name_of(old))
         if self.options.save_state:
             if self._has_written(trainer, folder, lambda: trainer.save_state(folder)):
-                self._remove_state(trainer, old_state)
+                self._remove_state(trainer, old_state and name_of(old_state))
         self._require_context()
 
     def _has_written(self, trainer: Trainer, path: Path, write: Callable[[], None]) -> bool:

@@ -120,13 +120,13 @@ def attach_term(
 def _mark_untrained(setup: MLMSetup, method: Method) -> None:
     """A network may have no module in a text encoder; then that is read through the U-Net alone."""
     parts, text_encoders = method.parts(), method.models.text_encoders
-    for text_encoder, part in zip(
-        text_encoders, TEXT_ENCODER_PARTS[len(text_encoders)], strict=True
-    ):
-        if not (parts.get(part) or parts.get("embedding")):
-            for encoder in setup.encoders:
-                if encoder.text_encoder is text_encoder:
-                    encoder.is_trained = False
+    names = TEXT_ENCODER_PARTS[len(text_encoders)]
+    trained = {
+        id(text_encoder): bool(parts.get(name) or parts.get("embedding"))
+        for text_encoder, name in zip(text_encoders, names, strict=True)
+    }
+    for encoder in setup.encoders:
+        encoder.is_trained = encoder.is_trained and trained[id(encoder.text_encoder)]
 
 
 def check_attached(setup: MLMSetup, config: TrainConfig, method: Method) -> CrossAttention | None:

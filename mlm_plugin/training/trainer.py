@@ -200,6 +200,8 @@ class Trainer:
                 getattr(callback, event)(self)
             except Exception as error:
                 errors.append(error)
+        for error in errors[1:]:
+            logger.error("%s", error)
         if errors:
             raise errors[0]
 

@@ -237,7 +237,9 @@ def _settled_table(
     """The claims where both arms were also trained for fewer steps, to the end of a schedule."""
     rows = []
     for claim, comparison in found.items():
-        settled = [_settled_curves(ARMS[name], records) for name in claim] if comparison else [None]
+        if comparison is None:
+            continue
+        settled = [_settled_curves(name, results[name], records) for name in claim]
         if None in settled:
             continue
         looks = [results[name].curves for name in claim]
@@ -253,12 +255,11 @@ def _settled_table(
     return _table(headings, rows)
 
 
-def _settled_curves(arm: Arm, records: Records) -> dict[str, Curve] | None:
+def _settled_curves(name: str, result: Result, records: Records) -> dict[str, Curve] | None:
     """Curves of which every point is the end of a training of that length."""
-    winner = search(arm, records.of("tuning", arm.name)).winner
-    trials = trials_to_report(arm, winner)
-    stages = [*map(shorter, PLAN.evaluation_steps[:-1]), "report"]
-    by_length = [_all_of(trials, records, stage=stage) for stage in stages]
+    trials = trials_to_report(ARMS[name], result.setting)
+    stages = map(shorter, PLAN.evaluation_steps[:-1])
+    by_length = [*(_all_of(trials, records, stage=stage) for stage in stages), result.records]
     if None in by_length:
         return None
     ends = [
