@@ -153,6 +153,8 @@ def test_files_of_another_model_are_one_line(toy_folder, tmp_path):
 )
 def test_everything_that_draws_moves_together(toy_folder, tmp_path, args):
     """LyCORIS keeps its modules in a network of its own, outside of the models."""
+    if args:
+        pytest.importorskip("lycoris")
     kind = {"network_module": "lycoris.kohya", "network_args": args} if args else {}
     options = NetworkOptions(network_dim=2, network_alpha=2.0, **kind)
     network = create_network(load_stable_diffusion(toy_folder), options)
