@@ -219,7 +219,9 @@ WEIGHTS = {
     "prior_preservation": ("0.1", "1"),
     "encoder/word": ("0.03", "0.3"),
 }  # two weights, a decade apart
-TOKEN_WEIGHTS = ("0.01", "0.1")  # where token embeddings alone are trained
+LOW_WEIGHTS = ("0.01", "0.1")
+LOW = ("textual_inversion", "xti", "custom_diffusion both/states")
+"""Families and arms with low weights: embeddings alone are trained, or what the term reads."""
 
 
 def _plain(family: str) -> Arm:
@@ -232,7 +234,7 @@ def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
     if form == "encoder/word":
         flags["mlm_probability"] = "0.15"  # as in the paper
     rate, values = FAMILIES[family].rates
-    weights = TOKEN_WEIGHTS if family in ("textual_inversion", "xti") else WEIGHTS[form]
+    weights = LOW_WEIGHTS if {family, f"{family} {form}"} & set(LOW) else WEIGHTS[form]
     grid = _grid({rate: values, "weight": weights})
     regularizer = "mlm" if form in FORMS else form
     name = form if grammar == "free" else f"{form}/{grammar}"
