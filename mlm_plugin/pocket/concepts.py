@@ -31,6 +31,8 @@ from mlm_plugin.prompt_sets.english import is_dreambench
 
 __all__ = [
     "ASKED",
+    "CONTEXT_SHARE",
+    "NUM_CONTEXTS",
     "REPORTED",
     "TUNING",
     "Concept",

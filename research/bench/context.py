@@ -12,12 +12,12 @@ from mlm_plugin.demo.trial import as_images, pipeline_of
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.pocket.concepts import Concept, contexts, write_concept
+from mlm_plugin.pocket.concepts import Concept, write_concept
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER
 from mlm_plugin.pocket.text_to_image import Sampling, generate
 from mlm_plugin.pretraining.run import pretrain
-from research.bench.grammars import GRAMMARS
+from research.bench.grammars import GRAMMARS, draw_linked_scene
 from research.bench.plan import PLAN, BenchPlan, Trial
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE, contextualizer_captions
 
@@ -64,7 +64,7 @@ class BenchContext:
 
     def prompts(self, concept: Concept, grammar: str) -> tuple[Path, list[str]]:
         """Prompts of a term, as a file and as texts."""
-        texts = contexts(concept, draw=GRAMMARS[grammar])
+        texts = GRAMMARS[grammar](concept)
         path = self.data(concept).parent / f"contexts-{grammar}.txt"
         if not path.exists():
             with atomic_path(path) as temporary:
@@ -72,13 +72,13 @@ class BenchContext:
         return path, texts
 
     def contextualizer(self, grammar: str) -> Path:
-        """A contextualizer pretrained on captions of this grammar."""
-        if grammar == "free":
+        """A contextualizer pretrained on captions of this grammar, or else of the free one."""
+        if grammar != "linked":
             return self.model / CONTEXTUALIZER
         path = self.folder / "contextualizers" / f"{grammar}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            captions = contextualizer_captions(seed=0, draw=GRAMMARS[grammar])
+            captions = contextualizer_captions(seed=0, draw=draw_linked_scene)
             pretrain(
                 self.frozen_text_encoder(), path, options=CONTEXTUALIZER_RECIPE, captions=captions
             )

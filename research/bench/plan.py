@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from mlm_plugin.demo.options import LORA
@@ -90,7 +90,7 @@ class Arm:
         regularizer: ``plain``, ``mlm``, a class of ``rivals.py`` or ``prior_preservation``.
         grid: six settings; ``weight`` is the weight of the term, the rest are flags.
         flags: options of all its trials.
-        grammar: of the contexts: ``free`` or ``linked``.
+        grammar: of the contexts: ``free``, ``linked`` or ``disjoint``.
     """
 
     family: Family
@@ -241,6 +241,12 @@ def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
     return Arm(FAMILIES[family], name, regularizer, grid, flags, grammar)
 
 
+def _control(family: str, setting: Flags) -> Arm:
+    """The recommended form at the setting found for it, with contexts of no word that is tested."""
+    term = _term(family, RECOMMENDED[family], grammar="disjoint")
+    return replace(term, grid=(setting,))
+
+
 def _directional(family: str) -> Arm:
     """Directional Textual Inversion, whose rate acts on vectors of norm 1."""
     grid = _grid({"learning_rate": ("1e-3", "2.5e-3", "6e-3", "1.5e-2", "4e-2", "1e-1")})
@@ -264,12 +270,24 @@ TERMS: Mapping[str, tuple[str, ...]] = {
     "xti": ("encoder/class", "encoder/states"),
 }  # fmt: skip
 
+RECOMMENDED: Mapping[str, str] = {
+    "lora": "both/states",
+    "lora_unet_only": "cross/states",
+    "dreambooth": "both/states",
+    "pivotal": "both/states",
+    "custom_diffusion": "encoder/class",
+}
+"""The form whose claims are tested, by family. Set from the tuning scores before a reported trial
+runs, as ``PLAN.md`` says."""
+
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
         *(_plain(family) for family in FAMILIES),
         *(_term(family, form) for family, forms in TERMS.items() for form in forms),
         *(_term("lora", form, grammar="linked") for form in ("encoder/class", "encoder/word")),
+        _control("lora", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
+        _control("pivotal", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
         _directional("textual_inversion"),
         _directional("xti"),
     )
@@ -283,16 +301,6 @@ UNTRAINED = Arm(
 )
 """The model before any training, prompted with the concept's name (where every curve starts) and
 with the class word (the most that prompt fidelity can be). It has nothing to tune."""
-
-RECOMMENDED: Mapping[str, str] = {
-    "lora": "both/states",
-    "lora_unet_only": "cross/states",
-    "dreambooth": "both/states",
-    "pivotal": "both/states",
-    "custom_diffusion": "encoder/class",
-}
-"""The form whose claims are tested, by family. Set from the tuning scores before a reported trial
-runs, as ``PLAN.md`` says."""
 
 
 def _claims() -> tuple[Claim, ...]:

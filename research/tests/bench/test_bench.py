@@ -109,7 +109,7 @@ def test_each_grammar_has_its_contextualizer_and_contexts(tiny_pocket, tmp_path,
     assert free == tiny_pocket[0] / "contextualizer.safetensors"
     assert linked.read_bytes() != free.read_bytes()
     texts = [context.prompts(REPORTED[0], grammar)[0].read_text() for grammar in GRAMMARS]
-    assert len(set(texts)) == 2
+    assert len(set(texts)) == 3
 
 
 class Losses(Callback):

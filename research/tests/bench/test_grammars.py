@@ -4,10 +4,16 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from mlm_plugin.pocket.captions import draw_said
-from mlm_plugin.pocket.concepts import REPORTED, contexts, prompt_templates
-from mlm_plugin.pocket.world import ATTRIBUTES, generator_of
-from research.bench.grammars import GRAMMARS, LINKS
+from mlm_plugin.pocket.captions import (
+    BACKGROUND_PHRASES,
+    BACKGROUND_TAGS,
+    OPENINGS,
+    POSITION_PHRASES,
+    draw_said,
+)
+from mlm_plugin.pocket.concepts import REPORTED, TUNING, prompt_templates
+from mlm_plugin.pocket.world import ATTRIBUTES, draw_scene, generator_of
+from research.bench.grammars import GRAMMARS, LINKS, draw_linked_scene
 
 HIDDEN = ("background", "companion", "position")
 
@@ -15,7 +21,8 @@ HIDDEN = ("background", "companion", "position")
 def accuracy(grammar, hidden):
     """Share of hidden values named by a frequency table over the rest of the caption."""
     rng = generator_of("grammar test")
-    captions = [draw_said(GRAMMARS[grammar](rng), rng) for _ in range(6000)]
+    draw = {"free": draw_scene, "linked": draw_linked_scene}[grammar]
+    captions = [draw_said(draw(rng), rng) for _ in range(6000)]
     captions = [said for said in captions if hidden in said]
     half = len(captions) // 2
     table = defaultdict(Counter)
@@ -47,12 +54,27 @@ def test_every_place_has_its_own_things():
 
 def test_both_grammars_have_the_same_words_and_leave_out_the_test_prompts():
     tested = {caption.text for caption in prompt_templates(REPORTED[0])}
-    texts = {name: contexts(REPORTED[0], draw=draw) for name, draw in GRAMMARS.items()}
-    words = {
-        name: {word for text in found for word in text.replace(",", "").split()}
-        for name, found in texts.items()
-    }
-    assert words["linked"] == words["free"]
+    texts = {name: GRAMMARS[name](REPORTED[0]) for name in ("free", "linked")}
+    assert words_of(texts["linked"]) == words_of(texts["free"])
     for found in texts.values():
         assert len(set(found)) == 1000
         assert not tested & set(found)
+
+
+@pytest.mark.parametrize("concept", [*REPORTED, *TUNING], ids=lambda concept: concept.name)
+def test_disjoint_contexts_have_no_word_of_a_place_a_position_or_a_thing(concept):
+    phrases = [
+        *(phrase for options in BACKGROUND_PHRASES.values() for phrase in options),
+        *(phrase for options in POSITION_PHRASES.values() for phrase in options),
+        *BACKGROUND_TAGS.values(),
+        *ATTRIBUTES["background"],
+        *ATTRIBUTES["companion"],
+    ]
+    found = GRAMMARS["disjoint"](concept)
+    assert len(found) == 1000
+    assert words_of(found) & words_of(phrases) <= words_of(OPENINGS)
+    assert words_of(found) >= {"small", "huge", "green", "striped"}
+
+
+def words_of(texts):
+    return {word for text in texts for word in text.replace(",", "").split()}

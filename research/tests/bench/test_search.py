@@ -1,5 +1,7 @@
 """Every arm gets the same search, and the search finds the better settings."""
 
+import dataclasses
+
 import pytest
 
 from mlm_plugin.errors import UserError
@@ -35,13 +37,24 @@ def run(arm, fidelity_of):
     return state, ran
 
 
-@pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
+CONTROLS = [arm for arm in ARMS.values() if arm.grammar == "disjoint"]
+SEARCHED = [arm for arm in ARMS.values() if arm not in CONTROLS]
+
+
+@pytest.mark.parametrize("arm", SEARCHED, ids=lambda arm: arm.name)
 def test_every_arm_has_six_settings_and_as_many_trials(arm):
     settings = {tuple(setting.items()) for setting in arm.grid}
     assert len(settings) == len(arm.grid) == NUM_SETTINGS
     _state, ran = run(arm, lambda trial: 0.5)
     assert len(ran) == len({key_of(trial) for trial in ran}) == NUM_TRIALS
     assert {trial.seed for trial in ran} == {0}
+
+
+@pytest.mark.parametrize("arm", CONTROLS, ids=lambda arm: arm.name)
+def test_controls_differ_from_the_recommended_form_in_their_contexts_alone(arm):
+    term = ARMS[arm.name.removesuffix("/disjoint")]
+    found = search(term, Records().of("tuning", term.name)).winner
+    assert arm == dataclasses.replace(term, form=arm.form, grid=(found,), grammar="disjoint")
 
 
 def test_no_two_trials_of_the_plan_share_a_key():
