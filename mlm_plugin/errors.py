@@ -23,7 +23,10 @@ def shown(value: object) -> str:
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a number"
 
 
-def shown_error(error: Exception, *, limit: int = 160) -> str:
-    """The text of a library's error in a message: one line of at most so many characters."""
-    text = " ".join(str(error).split())
+def shown_error(error: Exception, *, limit: int = 200) -> str:
+    """The text of a library's error in a message: one line of at most so many characters.
+
+    An error without a text is shown by the name of its class.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -21,7 +21,7 @@ from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.contextualizer_file import contextualizer_settings, read_contextualizer
 from mlm_plugin.data.dataset import TrainDataset
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.estimate.on_meta import OnMeta
 from mlm_plugin.export.thumbnails import thumbnail
 from mlm_plugin.methods import METHODS, Method
@@ -199,7 +199,7 @@ def _require_thumbnail(value: str | None) -> None:
         thumbnail(value)
     except OSError as error:
         raise UserError(
-            f"metadata_thumbnail = {value!r}: {' '.join(str(error).split())}; give a picture file "
+            f"metadata_thumbnail = {value!r}: {shown_error(error)}; give a picture file "
             "or a data URL"
         ) from error
 

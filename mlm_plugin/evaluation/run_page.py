@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from mlm_plugin.errors import shown_error
 from mlm_plugin.evaluation.rendering import embed_picture, render
 from mlm_plugin.files import atomic_path
 from mlm_plugin.setup.best_file import BestFile
@@ -139,8 +140,8 @@ class RunPage:
             with atomic_path(self.path) as temporary:
                 temporary.write_text(self._page(step, num_steps), encoding="utf-8")
         except Exception as error:  # whatever it is
-            text = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("%s could not be saved (%s); training continues", self.path, text)
+            shown = shown_error(error)
+            logger.warning("%s could not be saved (%s); training continues", self.path, shown)
             return False
         return True
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mlm_plugin.config.pretraining import RECIPE, PretrainOptions
 from mlm_plugin.contextualizer_file import ContextualizerFacts, save_contextualizer
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.files import atomic_path, disk_errors, remove_temporaries
 from mlm_plugin.mlm.contextualizer import Contextualizer, ContextualizerSizes, default_width
 from mlm_plugin.mlm.encoder import mask_embedding
@@ -100,7 +100,7 @@ class NotSaved(OSError):
     """
 
     def __init__(self, network: Contextualizer, facts: ContextualizerFacts, error: OSError):
-        super().__init__(error.errno, " ".join(str(error).split()))
+        super().__init__(error.errno, shown_error(error))
         self.network, self.facts = network, facts
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from mlm_plugin.config.concepts import Concept, concepts_of
 from mlm_plugin.config.options import MLMOptions, TrainConfig
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.files import copy_file, remove_temporaries
 from mlm_plugin.mlm_setup import on_device, trigger_of
 from mlm_plugin.models.key_values import matrices_of
@@ -373,8 +373,7 @@ def _only_a_warning(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("%s (%s); training continues", what, text)
+        logger.warning("%s (%s); training continues", what, shown_error(error))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import TrainConfig
+from mlm_plugin.errors import shown_error
 from mlm_plugin.files import remove_temporaries
 from mlm_plugin.mlm_setup import trigger_of
 from mlm_plugin.training.callbacks import Callback, StepResult, by_step
@@ -121,7 +122,7 @@ class SampleDrawer(Callback):
 
 def _warn(prompt: SamplePrompt, error: Exception) -> None:
     """Pictures are not worth a run."""
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = shown_error(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()  # else the training would meet what the picture took
         text = f"out of memory at {prompt.width} x {prompt.height}; give smaller --w and --h"

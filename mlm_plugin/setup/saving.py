@@ -19,7 +19,7 @@ from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.options import OPTIONS, OutputOptions, TrainConfig
 from mlm_plugin.contextualizer_file import LoadedContextualizer
 from mlm_plugin.data.dataset import TrainDataset
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.export.lora_files import SAVE_DTYPES
 from mlm_plugin.export.metadata import file_metadata
 from mlm_plugin.export.modelspec import names_in_prompts, trigger_phrase
@@ -395,7 +395,7 @@ class Saver(Callback):
             same_outcome(trainer.accelerator, create)
             save(folders[0])
         except (OSError, UserError) as error:
-            return f"{what}, nor in {folders[0]} ({' '.join(str(error).split())})"
+            return f"{what}, nor in {folders[0]} ({shown_error(error, limit=500)})"
         return f"{what}; it is saved as {folders[0] / name}, in a temporary folder: move it now"
 
     def _report(self, trainer: Trainer, path: Path) -> None:
@@ -558,7 +558,7 @@ class Saver(Callback):
 
 
 def _could_not(path: Path, error: Exception) -> str:
-    return f"{path} could not be saved ({' '.join(str(error).split())})"
+    return f"{path} could not be saved ({shown_error(error, limit=500)})"
 
 
 def removed_epoch(epoch: int, *, every: int, last: int | None) -> int | None:

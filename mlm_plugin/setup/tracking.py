@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from mlm_plugin.config.options import LogOptions, TrainConfig
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.files import require_writable
 from mlm_plugin.methods import METHODS
 from mlm_plugin.models.checkpoints import StableDiffusion
@@ -82,7 +82,7 @@ def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
     except OSError as error:
         raise UserError(
             f"logging_dir = {options.logging_dir!r}: the curves cannot be written "
-            f"({' '.join(str(error).split())}); choose another, or leave it out"
+            f"({shown_error(error)}); choose another, or leave it out"
         ) from error
 
 

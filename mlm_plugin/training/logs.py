@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from mlm_plugin.errors import shown_error
 from mlm_plugin.training.callbacks import Callback, StepResult, mlm_curves
 from mlm_plugin.training.drift import DriftWatch
 from mlm_plugin.training.trainer import Trainer
@@ -81,8 +82,8 @@ class CurveLogger(Callback):
             write()
         except Exception as error:  # each tracker has its own: full disks, lost connections
             self._failed.add(name)
-            text = " ".join(str(error).split())[:200] or type(error).__name__
-            logger.warning("%s: the curves end here (%s); training continues", name, text)
+            shown = shown_error(error)
+            logger.warning("%s: the curves end here (%s); training continues", name, shown)
 
 
 class TrackerCloser(Callback):

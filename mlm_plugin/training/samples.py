@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mlm_plugin.config.toml_files import read_toml
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.files import atomic_path, parse_json
 from mlm_plugin.models.conditioning import Conditioning, size_ids, unet_inputs
 from mlm_plugin.random_state import preserved_random_state
@@ -293,9 +293,7 @@ def create_sampler(
             **settings,
         )
     except ImportError as error:
-        raise UserError(
-            f"sampler {name} needs a package: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"sampler {name} needs a package: {shown_error(error)}") from error
 
 
 def denoise(

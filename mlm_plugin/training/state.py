@@ -25,7 +25,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from mlm_plugin.config.options import OPTIONS
-from mlm_plugin.errors import UserError
+from mlm_plugin.errors import UserError, shown_error
 from mlm_plugin.files import disk_errors, put_in_place
 from mlm_plugin.methods.base import Method
 from mlm_plugin.models.weights_files import read_weights, write_weights
@@ -290,9 +290,9 @@ def _load_weights(method: Method, path: Path) -> None:
     try:
         method.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:  # a name is missing or a shape is another
-        text = " ".join(str(error).split())
         raise UserError(
-            f"resume: {path} does not fit what is trained ({text}); resume from an earlier state"
+            f"resume: {path} does not fit what is trained ({shown_error(error)}); "
+            "resume from an earlier state"
         ) from error
 
 
