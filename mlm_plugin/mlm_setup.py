@@ -68,6 +68,7 @@ class PreparedEncoder:
     is_trained: bool = True  # whether anything before its output is
     targets: list[PromptTarget] | None = None  # not yet computed; empty: not needed
     head: NextWordHead | None = None  # of a language model that reads itself
+    token_table: Tensor | None = None  # copy of the untrained embeddings, where they are trained
 
 
 class MLMSetup:
@@ -174,32 +175,34 @@ class MLMSetup:
             for (text_encoder, is_trained), network, head in zip(read, networks, heads, strict=True)
         ]
 
-    def compute_targets(self, device: torch.device) -> None:
+    def compute_targets(self, device: torch.device, *, dtype: torch.dtype) -> None:
         """What the untrained text encoders make of the prompts, where it is not known yet.
 
         Placeholders with embeddings of their own must be in place. Does nothing as long as the
-        concepts are not known.
+        concepts are not known. Call it in the precision of the training, as anything else would
+        round otherwise, and the term would not start at zero.
 
         Args:
             device: does the work.
+            dtype: precision of the contextualizers, as for :meth:`attach`.
         """
         if self.prompts is None:
             return
         for encoder in self.encoders:
             if encoder.targets is None:
                 with preserved_random_state(device), on_device(encoder.text_encoder.models, device):
-                    encoder.targets = self._targets_of(encoder, device)
+                    encoder.targets = self._targets_of(encoder, device, dtype)
 
-    def _targets_of(self, encoder: PreparedEncoder, device: torch.device) -> list[PromptTarget]:
+    def _targets_of(
+        self, encoder: PreparedEncoder, device: torch.device, dtype: torch.dtype
+    ) -> list[PromptTarget]:
         """The same prompts and masks for every text encoder and process."""
+        handle = encoder_handle(encoder, self.concepts, dtype=dtype, device=device)
         with_teacher = self.options.mlm_target != "word"
         if not with_teacher and all(encoder.is_trained for encoder in self.encoders):
             return []  # fresh prompts are drawn
         rng = random.Random(f"readings/{self.seed}")  # part of the result: do not change the name
         pairs = [self.prompts.sample(rng) for _ in range(self.num_targets)]
-        network = encoder.contextualizer  # half precision in a small file is kept
-        own_dtype = torch.float32 if network is None else network.mask_vector.dtype
-        handle = encoder_handle(encoder, self.concepts, dtype=own_dtype, device=device)
         masks = mask_settings(self.options)
         return compute_targets(handle, pairs, rng, masks=masks, with_teacher=with_teacher)
 
@@ -221,6 +224,8 @@ class MLMSetup:
             vary: a method's own variants of a prompt, if it has any.
             cross_attention: the U-Net's, where it is read.
         """
+        if cross_attention and not any(encoder.is_trained for encoder in self.encoders):
+            cross_attention = cross_attention.trained_part()
         handles = [
             encoder_handle(encoder, self.concepts, dtype=dtype, device=device, vary=vary)
             for encoder in self.encoders
@@ -329,7 +334,7 @@ def encoder_handle(
     if (network := encoder.contextualizer) is not None:
         reader = {
             "contextualizer": network.to(device, dtype),
-            "token_table": _token_table(text_encoder, network.sizes.vocab_size, device),
+            "token_table": _token_table(encoder, network.sizes.vocab_size, device),
         }
     if vary is not None:
         reader["vary"] = vary
@@ -348,12 +353,14 @@ def encoder_handle(
     )
 
 
-def _token_table(text_encoder: TextEncoder, vocab_size: int, device: torch.device) -> Tensor:
+def _token_table(encoder: PreparedEncoder, vocab_size: int, device: torch.device) -> Tensor:
     """The output table; embeddings that a host added after the vocabulary are never predicted."""
-    weight_VD = text_encoder.token_embedding.weight
+    if encoder.token_table is not None:
+        return encoder.token_table.to(device)
+    weight_VD = encoder.text_encoder.token_embedding.weight
     table_VD = weight_VD.detach()[:vocab_size].to(device)
     if weight_VD.requires_grad:  # the output table must not follow the training
-        table_VD = table_VD.clone()
+        encoder.token_table = table_VD = table_VD.clone()
     return table_VD
 
 

@@ -1,6 +1,7 @@
 """The set-up of the term: targets of the untrained encoder, in whatever order the host calls."""
 
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -35,7 +36,7 @@ def prepared(options, text_encoder: TextEncoder, accelerator, *, concepts_first=
     setup.prepare([text_encoder], accelerator)
     if not concepts_first:
         setup.use_concepts(CONCEPTS)
-    setup.compute_targets(accelerator.device)
+    setup.compute_targets(accelerator.device, dtype=torch.float32)
     return setup
 
 
@@ -53,17 +54,29 @@ def loss_of(setup):
     return attached(setup)(0).loss.item()
 
 
+@pytest.mark.parametrize("target", ["class", "word"])
+def test_the_output_table_is_that_of_the_untrained_encoder_however_late_the_term_starts(
+    toy_text_encoder, options, accelerator, target
+):
+    toy_text_encoder.model.requires_grad_(True)
+    setup = prepared(replace(options, mlm_target=target), toy_text_encoder, accelerator)
+    before = toy_text_encoder.token_embedding.weight.detach().clone()
+    disturb(toy_text_encoder)
+    (encoder,) = attached(setup).encoders
+    assert torch.equal(encoder.token_table, before)
+
+
 def test_targets_are_those_of_the_untrained_encoder(toy_text_encoder, options, accelerator):
     setup = prepared(options, toy_text_encoder, accelerator)
     before = [target.teacher_ND.clone() for target in setup.encoders[0].targets]
     untrained = loss_of(setup)
     disturb(toy_text_encoder)
-    setup.compute_targets(accelerator.device)  # they are there already
+    setup.compute_targets(accelerator.device, dtype=torch.float32)  # they are there already
     (encoder,) = attached(setup).encoders
     assert all(map(torch.equal, before, (t.teacher_ND for t in encoder.targets)))
     assert loss_of(setup) > untrained
     encoder_again, setup.encoders[0].targets = setup.encoders[0], None
-    setup.compute_targets(accelerator.device)
+    setup.compute_targets(accelerator.device, dtype=torch.float32)
     late = encoder_again.targets
     assert late[0].ids == encoder.targets[0].ids
     assert not torch.allclose(late[0].teacher_ND, before[0], atol=1e-3)

@@ -63,6 +63,7 @@ class Projection:
         bias: of the untrained map.
         text_input: what comes before the map; ``None`` = nothing.
         is_on: whether the map is on a device; block swapping moves some of them away.
+        is_trained: whether training changes the map.
         copy: of W, where training changes W itself; ``weight`` reads it.
     """
 
@@ -72,6 +73,7 @@ class Projection:
     bias: Tensor | None = None
     text_input: TextInput | None = None
     is_on: Callable[[torch.device], bool] = lambda _device: True
+    is_trained: Callable[[], bool] = lambda: True
     copy: Tensor | None = None
 
     @property
@@ -152,21 +154,25 @@ class CrossAttention:
     @property
     def copies(self) -> list[Tensor]:
         """What is kept of the untrained maps, where training changes them in place."""
-        projections = (projection for members in self.by_layer.values() for projection in members)
-        return [projection.copy for projection in projections if projection.copy is not None]
+        return [one.copy for one in self._projections if one.copy is not None]
+
+    @property
+    def _projections(self) -> list[Projection]:
+        return [projection for members in self.by_layer.values() for projection in members]
 
     def groups_of(self, num_encoders: int) -> Sequence[Sequence[int]]:
         """``groups``, with the default for so many text encoders."""
         return [range(num_encoders)] if self.groups is None else self.groups
 
-    def has_gradient(self) -> bool:
+    @property
+    def is_trained(self) -> bool:
         """Whether any key or value is trained; the states themselves may be as well."""
-        with torch.enable_grad():
-            return any(
-                projection.trained(projection.weight()[:1]).requires_grad
-                for members in self.by_layer.values()
-                for projection in members
-            )
+        return any(projection.is_trained() for projection in self._projections)
+
+    def trained_part(self) -> CrossAttention:
+        """The trained keys and values alone, for untrained states: the others cannot change."""
+        trained = [projection for projection in self._projections if projection.is_trained()]
+        return CrossAttention(trained, groups=self.groups) if trained else self
 
     def distance(
         self,

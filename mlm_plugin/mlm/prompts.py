@@ -262,19 +262,28 @@ class JointPrompts:
         if len(self._members) > 1 and rng.random() < self._joint_share:
             return self._sample_joint(rng, rng.sample(self._members, 2))
         member = rng.choice(self._members) if len(self._members) > 1 else self._members[0]
-        return _filled(member.prompt_set.draw(rng), member)
+        return self._filled(member.prompt_set.draw(rng), member.text, member.class_text)
 
     def _sample_joint(self, rng: random.Random, pair: Sequence[Member]) -> PromptPair:
         first, second = sorted(pair, key=_is_style)  # stable: two of a kind stay as drawn
         kind = ("things", "thing_in_style", "styles")[sum(map(_is_style, pair))]
         context = self._joint_sets[first.text, kind].draw(rng)
         if _whole_words(second.text).search(context.text):
-            return _filled(context, first)
+            return self._filled(context, first.text, first.class_text)
         relation = draw_relation(rng, kind=kind)
-        return PromptPair(
-            context.fill(f"{first.text} {relation} {second.text}"),
-            context.fill(f"{first.class_text} {relation} {second.class_text}"),
+        return self._filled(
+            context,
+            f"{first.text} {relation} {second.text}",
+            f"{first.class_text} {relation} {second.class_text}",
         )
+
+    def _filled(self, context: Context, text: str, class_text: str) -> PromptPair:
+        """Captions may name another concept, or this one again: the teacher knows neither."""
+        of_teacher = context.text
+        for member in self._members:
+            pattern, words = _whole_words(member.text), member.class_text
+            of_teacher = pattern.sub(lambda _found, words=words: words, of_teacher)
+        return PromptPair(context.fill(text), context._replace(text=of_teacher).fill(class_text))
 
 
 def draw_relation(rng: random.Random, *, kind: str = "things") -> str:
@@ -285,10 +294,6 @@ def draw_relation(rng: random.Random, *, kind: str = "things") -> str:
         kind: "things", "thing_in_style" (the style is the second) or "styles".
     """
     return rng.choice(_JOINT["relations"][kind])
-
-
-def _filled(context: Context, member: Member) -> PromptPair:
-    return PromptPair(context.fill(member.text), context.fill(member.class_text))
 
 
 def _is_style(member: Member) -> bool:

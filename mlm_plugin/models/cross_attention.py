@@ -50,7 +50,11 @@ def cross_attention_names(unet: nn.Module) -> list[str]:
 
     16 in SD 1.x and 2.x: six on the way down, one in the middle, nine on the way up.
     """
-    names = [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
+    names = [
+        name
+        for name, _ in unet.named_modules()
+        if name.endswith(".attn2") and name.partition(".")[0] in SIDES  # not SD 3.5 medium's
+    ]
     return sorted(names, key=lambda name: SIDES[name.partition(".")[0]])
 
 

@@ -7,13 +7,15 @@ Whatever trains them is seen through: adapters that wrap the layer (peft), that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlm_plugin.errors import UserError
 from mlm_plugin.mlm.cross_attention import CrossAttention, Projection, TextInput
 from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.quantized import QuantizedLinear
@@ -101,7 +103,9 @@ def _first_blocks(transformer: nn.Module) -> Iterator[Projection]:
     for block in FIRST_BLOCKS:
         if names.issuperset(block):
             embedder, norm, qkv = map(transformer.get_submodule, block)
-            yield _projection(qkv, 0, keep_copy=False, text_input=_text_input(embedder, norm))
+            text_input = _text_input(embedder, norm)
+            before = (embedder, norm)
+            yield _projection(qkv, 0, keep_copy=False, text_input=text_input, before=before)
 
 
 def _text_input(embedder: nn.Module, norm: nn.Module) -> TextInput:
@@ -127,25 +131,59 @@ def _text_input(embedder: nn.Module, norm: nn.Module) -> TextInput:
 
 
 def _projection(
-    module: nn.Module, layer: int, *, keep_copy: bool, text_input: TextInput | None = None
+    module: nn.Module,
+    layer: int,
+    *,
+    keep_copy: bool,
+    text_input: TextInput | None = None,
+    before: Sequence[nn.Module] = (),
 ) -> Projection:
     linear = getattr(module, "base_layer", module)  # of peft
-    copy = linear.weight.detach().to(HALF, copy=True) if keep_copy else None
+    copy = _weight(linear).detach().to(HALF, copy=True) if keep_copy else None
     return Projection(
         layer,
         trained=module,
-        weight=_frozen(linear) if copy is None else lambda: copy.to(linear.weight),
+        weight=_frozen(linear) if copy is None else lambda: copy.to(_weight(linear)),
         bias=linear.bias,
         text_input=text_input,
-        is_on=lambda device: linear.weight.device == device,
+        is_on=lambda device: _weight(linear).device == device,
+        is_trained=partial(_is_trained, (*before, module)),
         copy=copy,
+    )
+
+
+def _is_trained(modules: Iterable[nn.Module]) -> bool:
+    """Networks of sd-scripts and LyCORIS put a method of their own in the place of ``forward``."""
+    within = [child for module in modules for child in module.modules()]
+    owners = [*within, *(getattr(module.forward, "__self__", module) for module in within)]
+    return any(
+        parameter.requires_grad
+        for owner in owners
+        if isinstance(owner, nn.Module)
+        for parameter in owner.parameters()
     )
 
 
 def _frozen(linear: nn.Module) -> Callable[[], Tensor]:
     if isinstance(linear, QuantizedLinear):
         return linear.unpacked
-    return lambda: _in_computing_precision(linear.weight.detach())
+    _weight(linear)  # is there, before training
+    return lambda: _in_computing_precision(_weight(linear).detach())
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """Weights of a layer.
+
+    Raises:
+        UserError: LyCORIS' "full" has taken them away.
+    """
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        raise UserError(
+            "mlm_read_at: the MLM term cannot read keys and values that the network replaces "
+            "(network_args algo=full); take mlm_read_at = encoder, or another algo"
+        )
+    return weight
 
 
 def _in_computing_precision(weight: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ LYCORIS_ARGS = (
 )  # fmt: skip
 ADDING_ALGOS = ("lora", "locon", "loha", "lokr")
 """Algorithms that can add to a layer's output and need not read its weight."""
+WITHOUT_NORMS = ("ia3", "glora", "dylora", "full")
+"""Algorithms that ``scale_weight_norms`` does nothing to."""
 
 
 class Layer(NamedTuple):
@@ -87,9 +89,10 @@ class LycorisNetwork(Network):
         """See ``Network``."""
         for module in self.modules:
             if enabled:
-                module.apply_to()
+                _apply_again(module)
             else:
                 module.restore()
+                module.org_module[0].to(next(module.parameters()).device)  # "full" left it behind
 
     def set_strength(self, *, text_encoder: float, unet: float) -> None:
         """See ``Network``."""
@@ -97,7 +100,7 @@ class LycorisNetwork(Network):
             module.restore()
             module.multiplier = strength
             if strength != 0:
-                module.apply_to()
+                _apply_again(module)
 
     def apply_max_norm(self, max_norm: float) -> MaxNorm:
         """See ``Network``. LyCORIS has its own definition, and none for some algorithms."""
@@ -155,6 +158,7 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
     lycoris = import_lycoris()
     _check_args(plan.args, lycoris)
     _check_packed_weights(plan)
+    _refuse_norms(plan)
     dropout, layers = _dropout(plan), _layers(plan)
     clips = plan.text_encoders if len(plan.text_encoders) == 2 else plan.text_encoders[0]
     models = (clips, plan.unet)
@@ -176,6 +180,17 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
     network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
     network.to(next(plan.unet.parameters()).device)
     return LycorisNetwork(network, plan, layers)
+
+
+@torch.no_grad()
+def _apply_again(module: nn.Module) -> None:
+    """``apply_to`` of "full" adds the layer's weights to its own, which hold them already."""
+    kept = {}
+    if module.name == "full":
+        kept = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    module.apply_to()
+    for name, value in kept.items():
+        module.get_parameter(name).copy_(value)
 
 
 def _check_args(args: Mapping[str, str], lycoris: ModuleType) -> None:
@@ -208,6 +223,15 @@ def _refuse_timestep_masks(algo: str, preset: str, lycoris: ModuleType) -> None:
         raise UserError(
             "network_args: algo=tlora needs the timestep of every step, which LyCORIS networks are "
             "not told here, so it would be an ordinary LoRA; take algo=lora"
+        )
+
+
+def _refuse_norms(plan: NetworkPlan) -> None:
+    algo = plan.args.get("algo", "lora").lower()
+    if plan.options.scale_weight_norms is not None and algo in WITHOUT_NORMS:
+        raise UserError(
+            f"scale_weight_norms: LyCORIS has no norm for algo={algo}, it would do nothing; "
+            "leave it out"
         )
 
 

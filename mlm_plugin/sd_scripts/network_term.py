@@ -117,8 +117,11 @@ def use_models(
     else:
         encoders = _read_transformer(term, args, models, architecture, encoders, place)
     _check_language_model(term, encoders)
-    for encoder in encoders.values():
-        term.add_text_encoder(encoder.text_encoder, accelerator, is_trained=encoder.is_trained)
+    term.add_text_encoders(
+        [encoder.text_encoder for encoder in encoders.values()],
+        accelerator,
+        trained=[encoder.is_trained for encoder in encoders.values()],
+    )
     accelerator.print(term.describe())
 
 

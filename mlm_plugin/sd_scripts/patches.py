@@ -139,7 +139,7 @@ def collected_text_encoders(
                     text_encoder = wrap_text_encoder(
                         model, tokenizer, arch=arch, clip_skip=clip_skip
                     )
-                    term.add_text_encoder(text_encoder, self)
+                    term.add_text_encoders([text_encoder], self)
             return result
 
         return wrapped
@@ -199,7 +199,7 @@ class MLMEmbeddingMixin:
                 text_encoder = wrap_text_encoder(
                     model, tokenizer, arch=self.mlm_arch, clip_skip=given["args"].clip_skip
                 )
-                self.mlm.add_text_encoder(text_encoder, given["accelerator"])
+                self.mlm.add_text_encoders([text_encoder], given["accelerator"])
         return result
 
     def save_weights(self, *args, **kwargs):

@@ -71,7 +71,7 @@ class LossParts(NamedTuple):
 class MLMTerm:
     """Adds ``weight * MLM loss`` to the diffusion loss of each micro-batch of training.
 
-    The mixin or patch passes the text encoders before they are trained (:meth:`add_text_encoder`),
+    The mixin or patch passes the text encoders before they are trained (:meth:`add_text_encoders`),
     the data (:meth:`use_data`) and then every loss (:meth:`add_to`). Weights and random streams of
     the host are not changed.
 
@@ -114,21 +114,33 @@ class MLMTerm:
         self._cross_attention: CrossAttention | None = None
         self._regularizer: MLMRegularizer | None = None
 
-    def add_text_encoder(
-        self, text_encoder: AnyEncoder, accelerator: Accelerator, *, is_trained: bool = True
+    def add_text_encoders(
+        self,
+        text_encoders: Sequence[AnyEncoder],
+        accelerator: Accelerator,
+        *,
+        trained: Sequence[bool] | None = None,
     ) -> None:
-        """Prepare a text encoder, which is still untrained.
+        """Prepare text encoders, which are still untrained; more may follow.
+
+        Args:
+            text_encoders: untrained.
+            accelerator: its device does the work.
+            trained: for each, whether it will be trained; default all. Where one is not, all must
+                come together.
 
         Raises:
             UserError: the given contextualizer does not fit, or the weights cannot be read.
         """
-        _refuse_raw_fp8(text_encoder)
-        self.setup.prepare([text_encoder], accelerator, trained=[is_trained], more_may_come=True)
+        for text_encoder in text_encoders:
+            _refuse_raw_fp8(text_encoder)
+        self.setup.prepare(text_encoders, accelerator, trained=trained, more_may_come=True)
         self._compute_targets(accelerator.device)
 
     def _compute_targets(self, device: torch.device) -> None:
+        dtype = DTYPES.get(self.mixed_precision, torch.float32)
         with _autocast(device, self.mixed_precision):
-            self.setup.compute_targets(device)
+            self.setup.compute_targets(device, dtype=dtype)
 
     def read_at(self, place: str, unet: nn.Module, *, keep_copies: bool = False) -> None:
         """Set where the term reads.

@@ -106,11 +106,12 @@ def attach_term(
     cross_attention = check_attached(setup, config, method)
     _mark_untrained(setup, method)
     method.train(False)
-    with method.untrained():
-        setup.compute_targets(accelerator.device)
+    dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
+    with method.untrained(), accelerator.autocast():
+        setup.compute_targets(accelerator.device, dtype=dtype)
     return setup.attach(
         rank=accelerator.process_index,
-        dtype=WEIGHT_DTYPES[config.schedule.mixed_precision],
+        dtype=dtype,
         device=accelerator.device,
         vary=method.mlm_variants,
         cross_attention=cross_attention,
@@ -136,7 +137,7 @@ def check_attached(setup: MLMSetup, config: TrainConfig, method: Method) -> Cros
         UserError: the method trains nothing before the place that is read.
     """
     cross_attention = cross_attention_of(setup, method)
-    if not (method.trains_text_side or (cross_attention and cross_attention.has_gradient())):
+    if not (method.trains_text_side or (cross_attention and cross_attention.is_trained)):
         place = "U-Net's keys and values" if cross_attention else "text encoder"
         raise UserError(
             f"mlm_loss_weight = {config.mlm.mlm_loss_weight:g}: this network trains nothing in the "

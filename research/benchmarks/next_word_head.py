@@ -52,7 +52,7 @@ def main() -> None:
     setup = MLMSetup(options, seed=0, num_targets=given.num_prompts)
     setup.use_concepts([Concept("sks", "girl")])
     setup.prepare([LanguageModelEncoder(tokenizer, model.model)], Accelerator(cpu=True))
-    setup.compute_targets(torch.device("cpu"))
+    setup.compute_targets(torch.device("cpu"), dtype=torch.float32)
     for distance, (mean, count) in by_distance(setup.encoders[0].targets).items():
         print(f"{distance} tokens behind: KL {mean:.3f} before training ({count} tokens)")
     print_growth(model, tokenizer, setup)

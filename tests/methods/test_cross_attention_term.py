@@ -6,6 +6,7 @@ import torch
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
 from mlm_plugin.models.cross_attention import cross_attention_names
+from mlm_plugin.setup.builtin_names import contexts_path, contextualizer_path, model_path
 
 TRAINS_KEYS = ("lora", "dreambooth", "custom_diffusion", "pivotal")
 UNET_ONLY = {
@@ -209,3 +210,47 @@ def test_with_one_of_two_text_encoders_trained_the_other_ones_states_are_kept(sd
     assert first.targets[0].states_LD is None
     assert second.targets[0].states_LD is not None
     assert trainer._term(0).parts.keys() == {"te1", "cross_attention"}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("target", ["states", "class"])
+def test_a_real_contextualizer_in_half_precision_costs_nothing_before_training(
+    target, precision, trainer_of
+):
+    """Targets are computed as the term is: in one precision."""
+    trainer = trainer_of(
+        "dreambooth",
+        pretrained_model_name_or_path=model_path("pocket"),
+        mlm_prompt_set=contexts_path("pocket"),
+        mlm_target=target,
+        mlm_contextualizer="auto" if target == "states" else contextualizer_path("pocket"),
+        mlm_batch_size=8,
+        mlm_read_at="encoder",
+        mixed_precision=precision,
+    )
+    losses = [term_of(trainer, call).loss.item() for call in range(3)]
+    assert losses == pytest.approx([0, 0, 0], abs=2e-6)
+
+
+@pytest.mark.parametrize("arguments", [["dora_wd=True"], ["algo=glora"]])
+def test_lycoris_that_reads_the_weights_is_seen_in_half_precision(arguments, trainer_of):
+    pytest.importorskip("lycoris")
+    trainer = trainer_of(
+        "lora",
+        **UNET_ONLY["lora"],
+        network_module="lycoris.kohya",
+        network_args=arguments,
+        mixed_precision="bf16",
+        mlm_target="states",
+        mlm_loss_weight=1,
+    )
+    disturb(trainer, "unet")
+    assert reached(trainer) == {"unet"}
+
+
+def test_a_network_that_replaces_keys_and_values_is_refused_where_they_are_read(trainer_of):
+    pytest.importorskip("lycoris")
+    full = {"network_module": "lycoris.kohya", "network_args": ["algo=full"]}
+    with pytest.raises(UserError, match="algo=full.*mlm_read_at = encoder"):
+        trainer_of("lora", **full, mlm_target="states")
+    assert term_of(trainer_of("lora", **full, mlm_target="states", mlm_read_at="encoder")).loss == 0

@@ -1,6 +1,7 @@
 """Keys and values as the term reads them: the two readings against their formulas."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,3 +124,22 @@ def test_a_call_reads_a_bounded_number_of_layers(states):
     assert len(calls) == 40 * cross_attention.MAX_LAYERS
     assert len(set(calls)) == 70
     assert values == pytest.approx([0.01] * 40, rel=1e-3)
+
+
+def test_where_the_states_are_frozen_only_trained_layers_are_drawn(states):
+    trained = projection(33, change=0.1)
+    frozen = [
+        replace(projection(layer), is_trained=lambda: False, trained=refuse) for layer in range(70)
+    ]
+    layers = CrossAttention([*frozen, trained])
+    assert layers.is_trained
+    flat = states.flatten(0, 1)
+    for call in range(5):
+        rng = random.Random(call)
+        assert layers.trained_part().distance(flat, flat, flat, rng).requires_grad
+        assert layers.trained_part().written_back(states, rng).requires_grad
+    assert not CrossAttention(frozen).is_trained
+
+
+def refuse(_states):
+    raise AssertionError("a frozen layer was read")

@@ -141,3 +141,27 @@ def test_another_concept_is_found_in_a_context_as_whole_words(caption, is_joint)
     of_caption += [text for text in drawn if "xzwx" in text]
     held = [text for text in of_caption if text == caption]
     assert bool(held) != is_joint
+
+
+@pytest.mark.parametrize("joint_share", [0.0, 1.0])
+def test_the_teacher_never_reads_a_concept_that_a_caption_names_besides(joint_share):
+    captions = ["sks dog beside zwx cat in the snow", "sks dog and sks dog at home", "one ohw vase"]
+    texts = ["sks dog", "zwx cat", "ohw vase"]
+    members = [
+        Member(
+            PromptSet.from_captions(captions[:2] if i < 2 else captions[2:], concept=text),
+            text,
+            text.split()[-1],
+        )
+        for i, text in enumerate(texts)
+    ]
+    prompts, rng = JointPrompts(members, joint_share=joint_share), random.Random(0)
+    pairs = {prompts.sample(rng) for _ in range(60)}
+    if joint_share == 0:
+        assert (
+            "sks dog beside zwx cat in the snow",
+            "dog beside cat in the snow",
+        ) in pairs
+        assert ("sks dog and sks dog at home", "dog and dog at home") in pairs
+    for pair in pairs:
+        assert not any(text in pair.class_text for text in texts), pair

@@ -42,7 +42,7 @@ def prepared(language_model, byte_tokenizer):
         setup.use_concepts([Concept("sks", "girl")])
         encoder = LanguageModelEncoder(byte_tokenizer, language_model.model)
         setup.prepare([encoder], Accelerator(cpu=True))
-        setup.compute_targets(DEVICE)
+        setup.compute_targets(DEVICE, dtype=torch.float32)
         return setup
 
     return prepared
@@ -199,7 +199,7 @@ def test_the_states_of_a_frozen_language_model_are_kept(prepared):
     setup = prepared("states")
     encoder = setup.encoders[0]
     encoder.is_trained, encoder.targets = False, None
-    setup.compute_targets(DEVICE)
+    setup.compute_targets(DEVICE, dtype=torch.float32)
     kept = encoder.targets[0].states_LD
     assert kept.shape == (len(encoder.targets[0].ids), 32)
 

@@ -36,7 +36,7 @@ def take(text_encoder, contextualizer, *concepts, options=OPTIONS, seed=0, is_tr
     setup = MLMSetup(options, seed=seed)
     setup.use_concepts(concepts)
     setup.encoders = [PreparedEncoder(text_encoder, contextualizer, is_trained)]
-    setup.compute_targets(CPU)
+    setup.compute_targets(CPU, dtype=torch.float32)
     return setup.encoders[0]
 
 

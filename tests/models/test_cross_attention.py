@@ -88,6 +88,13 @@ def test_names_are_in_the_order_in_which_the_layers_run(unet):
     assert seen_by_layers(unet, torch.randn(B, L, D))[1] == list(range(K))
 
 
+def test_a_transformer_whose_second_attention_has_this_name_has_no_cross_attention():
+    """As in SD 3.5 medium, ``joint_blocks.0.x_block.attn2``."""
+    block = torch.nn.ModuleDict({"x_block": torch.nn.ModuleDict({"attn2": torch.nn.Identity()})})
+    transformer = torch.nn.ModuleDict({"joint_blocks": torch.nn.ModuleList([block])})
+    assert cross_attention_names(transformer) == []
+
+
 def test_the_codes_of_stable_diffusion_are_those_of_kohya(unet):
     assert layer_codes(unet) == KOHYA_CODES
 

@@ -393,6 +393,30 @@ def test_disabled_is_the_base_model_bit_for_bit():
     assert not torch.allclose(predict(models), expected[1], atol=1e-3)
 
 
+@needs_lycoris
+@pytest.mark.parametrize("algo", ["full", "loha", "diag-oft"])
+def test_lycoris_that_was_disabled_is_what_it_was(algo):
+    models = toy_models(linear=True)
+    expected = predict(models)
+    network = lycoris_network(models, f"algo={algo}")
+    randomize(network)
+    weights, active = network.kohya_state_dict(), predict(models)
+    for _ in range(2):
+        with network.disabled():
+            assert torch.equal(predict(models), expected)
+    assert torch.equal(predict(models), active)
+    assert all(torch.equal(weights[key], new) for key, new in network.kohya_state_dict().items())
+
+
+@needs_lycoris
+@pytest.mark.parametrize("algo", ["glora", "full"])
+def test_a_limit_of_norms_that_would_do_nothing_is_refused(algo):
+    network = {"network_module": "lycoris.kohya", "network_args": (f"algo={algo}",)}
+    options = NetworkOptions(**network, network_dim=4, scale_weight_norms=1.0)
+    with pytest.raises(UserError, match=f"scale_weight_norms.*algo={algo}"):
+        create_network(toy_models(), options)
+
+
 def test_an_error_within_disabled_turns_the_network_on_again():
     models = toy_models()
     network = toy_network(models)
