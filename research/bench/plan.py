@@ -275,7 +275,7 @@ RECOMMENDED: Mapping[str, str] = {
     "lora_unet_only": "cross/states",
     "dreambooth": "both/states",
     "pivotal": "both/states",
-    "custom_diffusion": "encoder/class",
+    "custom_diffusion": "both/states",
 }
 """The form whose claims are tested, by family. Set from the tuning scores before a reported trial
 runs, as ``PLAN.md`` says."""
