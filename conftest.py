@@ -1,7 +1,8 @@
 """Fixtures of tests/ and research/tests/: one toy model per session, no network, one thread.
 
 All tests run in one process per core (``pytest -n 0``: in one alone), those of single files and
-folders in this process: starting others would take longer than most of them.
+folders in this process: starting others would take longer than most of them. Named files and
+folders run their long tests too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 MAX_WORKERS = 8  # each needs about 1.5 GB
+LONG = ROOT / "tests" / "long.txt"
+NOT_LONG = " and not long"  # in addopts
 
 
 def pytest_addoption(parser):
@@ -33,17 +36,32 @@ def pytest_addoption(parser):
 def pytest_cmdline_main(config):
     """Start pytest-xdist's workers, where they help and no ``-n`` says otherwise."""
     option = config.option
+    if not _names_all(config):
+        option.markexpr = option.markexpr.replace(NOT_LONG, "")
     is_unset = getattr(option, "numprocesses", 0) is None and not hasattr(config, "workerinput")
-    if is_unset and not (option.usepdb or option.write_digests) and _is_long(config):
+    if is_unset and not (option.usepdb or option.write_digests) and _takes_long(config):
         option.numprocesses, option.dist = min(_num_cores(), MAX_WORKERS), "worksteal"
 
 
-def _is_long(config) -> bool:
-    """All default tests; the slow ones need the memory of the machine."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark long tests."""
+    lines = LONG.read_text(encoding="utf-8").splitlines()
+    beginnings = tuple(line for line in lines if line and not line.startswith("#"))
+    for item in items:
+        if item.nodeid.startswith(beginnings):
+            item.add_marker(pytest.mark.long)
+
+
+def _names_all(config) -> bool:
+    """Whether no single file or folder is named."""
     chosen = {Path(config.invocation_params.dir, arg).resolve() for arg in config.args}
-    return chosen <= {ROOT, *map(ROOT.joinpath, config.getini("testpaths"))} and (
-        "not slow" in config.option.markexpr
-    )
+    return chosen <= {ROOT, *map(ROOT.joinpath, config.getini("testpaths"))}
+
+
+def _takes_long(config) -> bool:
+    """All tests but the slow ones, which need the memory of the machine."""
+    return _names_all(config) and "not slow" in config.option.markexpr
 
 
 def _num_cores() -> int:
