@@ -109,16 +109,15 @@ class EncodedPrompts:
         layers_BL = self.layers_B[:, None].expand_as(self.labels_BL)
         return layers_BL.flatten()[masked_positions(self.labels_BL)]
 
-    def compared_states(self) -> tuple[Tensor, Tensor, Tensor]:
+    def compared_states(self, states_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """h, g and h0 of the compared tokens, each ``(N, D)``; where states are compared."""
-        states_ND = self.states_BLD.flatten(0, 1)[self.positions_N]
-        return states_ND, self.teacher_ND, self.start
+        return states_BLD.flatten(0, 1)[self.positions_N], self.teacher_ND, self.start
 
     def part(self, states_BLD: Tensor) -> Part:
         """The loss at these states: those of the encoder, or the same written back."""
         encoder = self.encoder
         if encoder.reader is None:
-            compared = self.compared_states()
+            compared = self.compared_states(states_BLD)
             return Part(relative_distance(*compared), len(compared[0]))
         if encoder.head is not None:
             return self._next_words(states_BLD)
@@ -283,7 +282,9 @@ def _distance(
     """The loss at the keys and values of one sequence of tokens."""
     states_ND, teacher_ND, start_ND = (
         torch.cat(parts, dim=-1)
-        for parts in zip(*(batch.compared_states() for batch in batches), strict=True)
+        for parts in zip(
+            *(batch.compared_states(batch.states_BLD) for batch in batches), strict=True
+        )
     )
     loss = cross_attention.distance(
         states_ND, teacher_ND, start_ND, rng, layers_N=batches[0].layers_N
