@@ -11,7 +11,8 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -63,12 +64,26 @@ Vary = Callable[[Tensor, random.Random], Variants]
 class PreparedEncoder:
     """A text encoder that the term reads, and what was prepared while it was untrained."""
 
-    text_encoder: AnyEncoder
+    text_encoder: AnyEncoder | None  # None: it was let go
     contextualizer: Contextualizer | None = None  # None: states are compared, or it has a head
     is_trained: bool = True  # whether anything before its output is
     targets: list[PromptTarget] | None = None  # not yet computed; empty: not needed
     head: NextWordHead | None = None  # of a language model that reads itself
     token_table: Tensor | None = None  # copy of the untrained embeddings, where they are trained
+    kept: EncoderHandle | None = None  # of one that was let go
+
+    @property
+    def width(self) -> int:
+        """Of its token embeddings."""
+        return (
+            self.kept.embedding if self.kept else self.text_encoder.token_embedding
+        ).embedding_dim
+
+    def let_go(self, handle: EncoderHandle) -> None:
+        """Free a frozen encoder that has read the prompts: hosts delete theirs to save memory."""
+        width = nn.Embedding(1, handle.embedding.embedding_dim, device="meta")
+        self.kept = replace(handle, tokenize=_gone, encode=_gone, embedding=width)
+        self.text_encoder = None
 
 
 class MLMSetup:
@@ -190,14 +205,14 @@ class MLMSetup:
             return
         for encoder in self.encoders:
             if encoder.targets is None:
+                handle = encoder_handle(encoder, self.concepts, dtype=dtype, device=device)
                 with preserved_random_state(device), on_device(encoder.text_encoder.models, device):
-                    encoder.targets = self._targets_of(encoder, device, dtype)
+                    encoder.targets = self._targets_of(handle)
+                if not (handle.is_trained or handle.is_in_image_model):
+                    encoder.let_go(handle)
 
-    def _targets_of(
-        self, encoder: PreparedEncoder, device: torch.device, dtype: torch.dtype
-    ) -> list[PromptTarget]:
+    def _targets_of(self, handle: EncoderHandle) -> list[PromptTarget]:
         """The same prompts and masks for every text encoder and process."""
-        handle = encoder_handle(encoder, self.concepts, dtype=dtype, device=device)
         with_teacher = self.options.mlm_target != "word"
         if not with_teacher and all(encoder.is_trained for encoder in self.encoders):
             return []  # fresh prompts are drawn
@@ -329,6 +344,10 @@ def encoder_handle(
         device: where the term is computed.
         vary: a method's own variants of a prompt, if it has any.
     """
+    if encoder.kept is not None:
+        if encoder.contextualizer is not None:
+            encoder.contextualizer.to(device, dtype)
+        return replace(encoder.kept, targets=encoder.targets, vary=vary or encoder.kept.vary)
     text_encoder = encoder.text_encoder
     reader = {}
     if (network := encoder.contextualizer) is not None:
@@ -351,6 +370,10 @@ def encoder_handle(
         is_in_image_model=isinstance(text_encoder, AdaptedEncoder),
         **reader,
     )
+
+
+def _gone(*_args: object) -> NoReturn:
+    raise AssertionError("a text encoder that was let go is asked")
 
 
 def _token_table(encoder: PreparedEncoder, vocab_size: int, device: torch.device) -> Tensor:

@@ -108,6 +108,7 @@ def test_the_host_keeps_its_random_numbers(toy_text_encoder, options, accelerato
 
 def test_processes_draw_prompts_of_their_own(toy_text_encoder, options, accelerator):
     setup = prepared(options, toy_text_encoder, accelerator)
+    disturb(toy_text_encoder)
     first, second = (attached(setup, rank) for rank in range(2))
     assert first(0).loss != second(0).loss
 

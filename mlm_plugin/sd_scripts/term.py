@@ -332,7 +332,7 @@ class MLMTerm:
         return self._regularizer
 
     def _require_all_text_encoders(self, cross_attention: CrossAttention) -> None:
-        widths = [e.text_encoder.token_embedding.embedding_dim for e in self.setup.encoders]
+        widths = [encoder.width for encoder in self.setup.encoders]
         if cross_attention.groups is None and sum(widths) != cross_attention.width:
             raise UserError(
                 f"mlm_read_at = {self.setup.read_at!r}: this script trains {len(widths)} of the "

@@ -1,7 +1,9 @@
 """Which text encoders of a base model are read, and how: small models of the real classes."""
 
 import argparse
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.sd_scripts.architectures import architecture_named
 from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
+from mlm_plugin.sd_scripts.term import MLMTerm
 
 DATA = [
     DatasetConfig(
@@ -96,15 +99,29 @@ def term(byte_tokenizer, t5_tokenizer, toy_text_encoder):
 UNET_ONLY = {"network_train_unet_only": True}
 
 
-def readers(term):
-    return [type(encoder.text_encoder).__name__ for encoder in term.setup.encoders]
+@pytest.fixture
+def readers(monkeypatch):
+    """Kinds of the text encoders that are read."""
+    found, original = [], MLMTerm.add_text_encoders
+
+    def add(self, text_encoders, *args, **kwargs):
+        found[:] = [type(one).__name__ for one in text_encoders]
+        original(self, text_encoders, *args, **kwargs)
+
+    monkeypatch.setattr(MLMTerm, "add_text_encoders", add)
+    return found
 
 
-def test_a_transformer_trained_alone_reads_the_states_of_t5(term, toy_text_encoder):
-    made = term("flux", [toy_text_encoder.model, t5()], UNET_ONLY)
+def test_a_transformer_trained_alone_reads_the_states_of_t5(term, toy_text_encoder, readers):
+    model = t5()
+    made = term("flux", [toy_text_encoder.model, model], UNET_ONLY)
     assert (made.setup.read_at, made.options.mlm_target) == ("cross_attention", "states")
-    assert readers(made) == ["T5Encoder"]
-    assert made.setup.encoders[0].targets[0].states_LD is not None  # T5 is not needed any more
+    assert readers == ["T5Encoder"]
+    assert made.setup.encoders[0].targets[0].states_LD is not None
+    is_there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert is_there() is None  # the trainer deletes its own to save memory
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -130,22 +147,22 @@ def test_t5_in_fp8_that_is_not_prepared_yet_is_refused(term, toy_text_encoder, r
         term("flux", [nn.Linear(1, 1), model], host, trains_t5=trains_t5)
 
 
-def test_chroma_has_t5_alone_whose_states_are_compared(term):
+def test_chroma_has_t5_alone_whose_states_are_compared(term, readers):
     made = term("flux", [nn.Linear(1, 1), t5()], trains_t5=True)
     assert (made.setup.read_at, made.options.mlm_target) == ("encoder", "states")
-    assert readers(made) == ["T5Encoder"]
+    assert readers == ["T5Encoder"]
 
 
 def test_t5_beside_clip_is_left_out_with_a_word(
-    term, toy_text_encoder, toy_contextualizer, caplog, monkeypatch
+    term, toy_text_encoder, toy_contextualizer, caplog, monkeypatch, readers
 ):
     given = {"mlm_target": "class", "mlm_contextualizer": str(toy_contextualizer)}
     with caplog.at_level(logging.WARNING):
         made = term("flux", [toy_text_encoder.model, t5()], trains_t5=True, **given)
-    assert readers(made) == ["TextEncoder"]
+    assert readers == ["TextEncoder"]
     assert "T5 is trained too" in caplog.text
-    made = term("flux", [toy_text_encoder.model, t5()], trains_t5=True, mlm_target="states")
-    assert readers(made) == ["TextEncoder", "T5Encoder"]
+    term("flux", [toy_text_encoder.model, t5()], trains_t5=True, mlm_target="states")
+    assert readers == ["TextEncoder", "T5Encoder"]
 
 
 @pytest.mark.parametrize(
