@@ -158,7 +158,7 @@ def test_t5_beside_clip_is_left_out_with_a_word(
 ):
     given = {"mlm_target": "class", "mlm_contextualizer": str(toy_contextualizer)}
     with caplog.at_level(logging.WARNING):
-        made = term("flux", [toy_text_encoder.model, t5()], trains_t5=True, **given)
+        term("flux", [toy_text_encoder.model, t5()], trains_t5=True, **given)
     assert readers == ["TextEncoder"]
     assert "T5 is trained too" in caplog.text
     term("flux", [toy_text_encoder.model, t5()], trains_t5=True, mlm_target="states")
