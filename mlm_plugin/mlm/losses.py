@@ -27,7 +27,7 @@ __all__ = [
     "teacher_kl",
 ]
 
-ROUNDING, RELATIVE_ROUNDING = 1e-5, 1e-4
+ROUNDING, RELATIVE_ROUNDING = 1e-6, 1e-4
 
 
 def masked_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
