@@ -20,7 +20,13 @@ from mlm_plugin.mlm.cross_attention import CrossAttention, Projection, TextInput
 from mlm_plugin.models.cross_attention import cross_attention_names
 from mlm_plugin.models.quantized import QuantizedLinear
 
-__all__ = ["MATRICES", "matrices_of", "read_cross_attention", "read_image_transformer"]
+__all__ = [
+    "MATRICES",
+    "matrices_of",
+    "read_cross_attention",
+    "read_image_transformer",
+    "replaced_weights",
+]
 
 MATRICES = ("to_k", "to_v")
 """Layers of a cross-attention that take text, in diffusers' U-Nets."""
@@ -179,11 +185,16 @@ def _weight(linear: nn.Module) -> Tensor:
     """
     weight = getattr(linear, "weight", None)
     if weight is None:
-        raise UserError(
-            "mlm_read_at: the MLM term cannot read keys and values that the network replaces "
-            "(network_args algo=full); take mlm_read_at = encoder, or another algo"
-        )
+        raise replaced_weights()
     return weight
+
+
+def replaced_weights() -> UserError:
+    """LyCORIS' "full" is trained, and the cross-attention is to be read."""
+    return UserError(
+        "mlm_read_at: the MLM term cannot read keys and values that the network replaces "
+        "(network_args algo=full); take mlm_read_at = encoder, or another algo"
+    )
 
 
 def _in_computing_precision(weight: Tensor) -> Tensor:

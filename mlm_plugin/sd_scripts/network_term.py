@@ -14,6 +14,7 @@ from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.config.options import MLMOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.mlm_setup import AnyEncoder
+from mlm_plugin.models.key_values import replaced_weights
 from mlm_plugin.models.language_model import AdaptedEncoder
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
@@ -104,6 +105,8 @@ def use_models(
     if place == "encoder" and not trains_text:
         reason = "no text encoder is trained by this network"
         raise UserError(no_gradient_message(term.options, reason, elsewhere=trains_unet))
+    if place != "encoder" and "algo=full" in (getattr(args, "network_args", None) or ()):
+        raise replaced_weights()
     if place == "encoder":
         encoders = {number: one for number, one in encoders.items() if one.is_trained}
         encoders = _readable(term, encoders)

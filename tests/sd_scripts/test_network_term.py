@@ -171,6 +171,7 @@ def test_t5_beside_clip_is_left_out_with_a_word(
         (UNET_ONLY, {"mlm_target": "class"}, ["mlm_target = class", "take mlm_target = states"]),
         ({**UNET_ONLY, "blocks_to_swap": 4}, {}, ["blocks_to_swap", "mlm_read_at"]),
         (UNET_ONLY, {"mlm_read_at": "encoder"}, ["network_train_unet_only"]),
+        ({**UNET_ONLY, "network_args": ["algo=full"]}, {}, ["algo=full", "mlm_read_at = encoder"]),
     ],
 )
 def test_what_a_transformer_cannot_do_is_refused(
