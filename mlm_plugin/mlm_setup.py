@@ -75,9 +75,8 @@ class PreparedEncoder:
     @property
     def width(self) -> int:
         """Of its token embeddings."""
-        return (
-            self.kept.embedding if self.kept else self.text_encoder.token_embedding
-        ).embedding_dim
+        embedding = self.kept.embedding if self.kept else self.text_encoder.token_embedding
+        return embedding.embedding_dim
 
     def let_go(self, handle: EncoderHandle) -> None:
         """Free a frozen encoder that has read the prompts: hosts delete theirs to save memory."""
