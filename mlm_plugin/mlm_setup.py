@@ -343,15 +343,16 @@ def encoder_handle(
         device: where the term is computed.
         vary: a method's own variants of a prompt, if it has any.
     """
+    network = encoder.contextualizer
+    if network is not None:
+        network.to(device, dtype)
     if encoder.kept is not None:
-        if encoder.contextualizer is not None:
-            encoder.contextualizer.to(device, dtype)
         return replace(encoder.kept, targets=encoder.targets, vary=vary or encoder.kept.vary)
     text_encoder = encoder.text_encoder
     reader = {}
-    if (network := encoder.contextualizer) is not None:
+    if network is not None:
         reader = {
-            "contextualizer": network.to(device, dtype),
+            "contextualizer": network,
             "token_table": _token_table(encoder, network.sizes.vocab_size, device),
         }
     if vary is not None:

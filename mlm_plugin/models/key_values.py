@@ -160,14 +160,9 @@ def _projection(
 
 def _is_trained(modules: Iterable[nn.Module]) -> bool:
     """Networks of sd-scripts and LyCORIS put a method of their own in the place of ``forward``."""
-    within = [child for module in modules for child in module.modules()]
-    owners = [*within, *(getattr(module.forward, "__self__", module) for module in within)]
-    return any(
-        parameter.requires_grad
-        for owner in owners
-        if isinstance(owner, nn.Module)
-        for parameter in owner.parameters()
-    )
+    within = (child for module in modules for child in module.modules())
+    owners = (getattr(module.forward, "__self__", module) for module in within)
+    return any(parameter.requires_grad for owner in owners for parameter in owner.parameters())
 
 
 def _frozen(linear: nn.Module) -> Callable[[], Tensor]:

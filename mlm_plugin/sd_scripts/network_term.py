@@ -72,9 +72,13 @@ def create_term(args: argparse.Namespace, options: MLMOptions, *, arch: str) -> 
     if reason := why_network_has_no_gradient(args, options, arch=arch):
         elsewhere = why_unet_untrained(args) is None
         raise UserError(no_gradient_message(options, reason, elsewhere=elsewhere))
-    warn_of_output_norms(parse_network_args(getattr(args, "network_args", None) or ()))
+    warn_of_output_norms(_network_args(args))
     precision = getattr(args, "mixed_precision", None)
     return MLMTerm(options, seed=args.seed, mixed_precision=precision)
+
+
+def _network_args(args: argparse.Namespace) -> dict[str, str]:
+    return parse_network_args(getattr(args, "network_args", None) or ())
 
 
 def use_models(
@@ -105,7 +109,7 @@ def use_models(
     if place == "encoder" and not trains_text:
         reason = "no text encoder is trained by this network"
         raise UserError(no_gradient_message(term.options, reason, elsewhere=trains_unet))
-    if place != "encoder" and "algo=full" in (getattr(args, "network_args", None) or ()):
+    if place != "encoder" and _network_args(args).get("algo", "").lower() == "full":
         raise replaced_weights()
     if place == "encoder":
         encoders = {number: one for number, one in encoders.items() if one.is_trained}
