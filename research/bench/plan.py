@@ -24,6 +24,7 @@ __all__ = [
     "PLAN",
     "RECOMMENDED",
     "REPORT_SEEDS",
+    "SEARCHED",
     "UNTRAINED",
     "Arm",
     "BenchPlan",
@@ -247,6 +248,20 @@ def _control(family: str, setting: Flags) -> Arm:
     return replace(term, grid=(setting,))
 
 
+def _beyond(arm: Arm, settings: tuple[Flags, ...]) -> Arm:
+    """An arm at settings beyond the edges of its grid."""
+    return replace(arm, form=f"{arm.form}/beyond", grid=settings)
+
+
+def _text_edges(found: str, *weights: str) -> tuple[Flags, ...]:
+    """A lower rate of the text encoder at the weight found, then weights at the lowest rate."""
+    rates = ("5e-5", *(TEXT_RATES[0] for _ in weights))
+    return tuple(
+        {"text_encoder_lr": rate, "weight": weight}
+        for rate, weight in zip(rates, (found, *weights), strict=True)
+    )
+
+
 def _directional(family: str) -> Arm:
     """Directional Textual Inversion, whose rate acts on vectors of norm 1."""
     grid = _grid({"learning_rate": ("1e-3", "2.5e-3", "6e-3", "1.5e-2", "4e-2", "1e-1")})
@@ -280,16 +295,49 @@ RECOMMENDED: Mapping[str, str] = {
 """The form whose claims are tested, by family. Set from the tuning scores before a reported trial
 runs, as ``PLAN.md`` says."""
 
+SEARCHED = (
+    *(_plain(family) for family in FAMILIES),
+    *(_term(family, form) for family, forms in TERMS.items() for form in forms),
+    *(_term("lora", form, grammar="linked") for form in ("encoder/class", "encoder/word")),
+    _directional("textual_inversion"),
+    _directional("xti"),
+)
+
+EDGES: Mapping[str, tuple[Flags, ...]] = {
+    "lora plain": (
+        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4"},
+        {"unet_lr": "2.5e-3", "text_encoder_lr": "5e-5"},
+    ),
+    "lora core": _text_edges("0.3", "1", "3"),
+    "lora textboost": _text_edges("0.1", "0.03", "0.01"),
+    "lora classdiffusion": _text_edges("1", "3", "10"),
+    "lora output_preservation": (
+        {"text_encoder_lr": "5e-3", "weight": "3"},
+        {"text_encoder_lr": "1.5e-3", "weight": "10"},
+        {"text_encoder_lr": "1.5e-3", "weight": "30"},
+    ),
+    "lora both/states": _text_edges("0.1", "0.03", "0.01"),
+    "lora_unet_only cross/states": (
+        {"unet_lr": "1.5e-3", "weight": "1"},
+        {"unet_lr": "2.5e-3", "weight": "3"},
+        {"unet_lr": "2.5e-3", "weight": "10"},
+    ),
+    "pivotal plain": (
+        {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
+        {"embedding_lr": "1e-2", "text_encoder_lr": "5e-5"},
+    ),
+    "pivotal core": _text_edges("0.03", "0.01", "0.003"),
+    "pivotal both/states": _text_edges("0.1", "0.03", "0.01"),
+}
+"""Settings beyond the edge of a grid, where the search of an arm ended there."""
+
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        *(_plain(family) for family in FAMILIES),
-        *(_term(family, form) for family, forms in TERMS.items() for form in forms),
-        *(_term("lora", form, grammar="linked") for form in ("encoder/class", "encoder/word")),
+        *SEARCHED,
         _control("lora", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
         _control("pivotal", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
-        _directional("textual_inversion"),
-        _directional("xti"),
+        *(_beyond(arm, EDGES[arm.name]) for arm in SEARCHED if arm.name in EDGES),
     )
 }
 

@@ -13,6 +13,7 @@ from research.bench.plan import (
     FORMS,
     NUM_SETTINGS,
     RECOMMENDED,
+    SEARCHED,
     UNTRAINED,
     find_arms,
     trials_to_report,
@@ -38,7 +39,7 @@ def run(arm, fidelity_of):
 
 
 CONTROLS = [arm for arm in ARMS.values() if arm.grammar == "disjoint"]
-SEARCHED = [arm for arm in ARMS.values() if arm not in CONTROLS]
+BEYOND = [arm for arm in ARMS.values() if arm.form.endswith("/beyond")]
 
 
 @pytest.mark.parametrize("arm", SEARCHED, ids=lambda arm: arm.name)
@@ -55,6 +56,18 @@ def test_controls_differ_from_the_recommended_form_in_their_contexts_alone(arm):
     term = ARMS[arm.name.removesuffix("/disjoint")]
     found = search(term, Records().of("tuning", term.name)).winner
     assert arm == dataclasses.replace(term, form=arm.form, grid=(found,), grammar="disjoint")
+
+
+@pytest.mark.parametrize("arm", BEYOND, ids=lambda arm: arm.name)
+def test_settings_beyond_the_edges_leave_the_grid_in_one_value_from_the_setting_found(arm):
+    searched = ARMS[arm.name.removesuffix("/beyond")]
+    assert arm == dataclasses.replace(searched, form=arm.form, grid=arm.grid)
+    found = search(searched, Records().of("tuning", searched.name)).winner
+    for setting in arm.grid:
+        (changed,) = (name for name in found if setting[name] != found[name])
+        tried = [float(one[changed]) for one in searched.grid]
+        at, value = float(found[changed]), float(setting[changed])
+        assert value < at == min(tried) or value > at == max(tried)
 
 
 def test_no_two_trials_of_the_plan_share_a_key():
