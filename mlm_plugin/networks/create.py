@@ -90,7 +90,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def check_network(options: NetworkOptions) -> None:
-    """Refuse options that contradict each other, and name those without effect.
+    """Refuse what no network can be made of, and name options without effect.
+
+    Options that contradict each other are refused in ``config.checks``.
 
     Raises:
         UserError: what can be refused without a model.
@@ -106,17 +108,10 @@ def check_network(options: NetworkOptions) -> None:
             f"network_dim = {options.network_dim}: a LoRA of that rank is larger than the layers "
             f"it adapts; at most {LARGEST_LORA}, 4 to 128 are usual"
         )
-    if options.network_train_unet_only and options.network_train_text_encoder_only:
-        raise UserError(
-            "network_train_unet_only and network_train_text_encoder_only leave nothing to train; "
-            "drop one of them"
-        )
     if options.network_module == "lycoris.kohya":
         warn_of_output_norms(parse_network_args(options.network_args))
     if not options.dim_from_weights:
         return
-    if options.network_weights is None:
-        raise UserError("dim_from_weights: network_weights is not given; name the file or drop it")
     if options.network_dim is not None:
         logger.warning("network_dim has no effect: dim_from_weights takes the ranks of the file")
     if options.network_alpha != NetworkOptions.network_alpha:

@@ -461,8 +461,6 @@ def test_max_norm_holds_for_every_module():
         ({"dropout": 1.5}, "^network_dropout=1.5"),
         ({"dropout": -0.1}, "^network_dropout=-0.1"),
         ({"args": ["module_dropout=-1"]}, "^network_args: module_dropout=-1"),
-        ({"dim_from_weights": True}, "network_weights"),
-        ({"train_unet_only": True, "train_text_encoder_only": True}, "nothing to train"),
         *(({"args": [f"{key}=1"]}, key) for key in BLOCK_ARGS),
     ],
 )
