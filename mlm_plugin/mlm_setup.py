@@ -395,6 +395,7 @@ def _masking_vocabulary(text_encoder: AnyEncoder, concepts: Sequence[Concept]) -
         text_encoder.tokenizer,
         protected=protected,
         low_priority=WORDS_WITHOUT_CONTENT,
+        prefix=text_encoder.prefix,
     )
 
 

@@ -7,9 +7,11 @@ least one per prompt, content words first (after Devlin et al. 2018 and, for sho
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -67,6 +69,7 @@ class MaskingVocabulary:
         replacements: ids that 80/10/10 masking may put in a word's place.
         begins_word: ids that open a word; ``None`` where ends are marked.
         has_eos: whether ``eos_token_id`` belongs to the prompt; otherwise it is that of padding.
+        prefix: ids that the host puts before every caption, which are no part of its words.
     """
 
     ends_word: frozenset[int]
@@ -78,10 +81,16 @@ class MaskingVocabulary:
     replacements: Sequence[int]
     begins_word: frozenset[int] | None = None
     has_eos: bool = True
+    prefix: Word = ()
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer, *, protected: Iterable[str], low_priority: Iterable[str]
+        cls,
+        tokenizer,
+        *,
+        protected: Iterable[str],
+        low_priority: Iterable[str],
+        prefix: str = "",
     ) -> MaskingVocabulary:
         """Get word boundaries and the ids of protected and low-priority words from a tokenizer."""
         vocabulary = tokenizer.get_vocab()
@@ -121,11 +130,16 @@ class MaskingVocabulary:
                 found = {word for word in found if not punctuation.issuperset(word)}
             return frozenset(found)
 
-        return replace(bare, protected=words(protected), low_priority=words(low_priority))
+        return replace(
+            bare,
+            protected=words(protected),
+            low_priority=words(low_priority),
+            prefix=tuple(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else (),
+        )
 
     def split_words(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Spans ``(start, end)`` of the words between BOS and the first EOS."""
-        first = 1 if len(ids) and ids[0] == self.bos_token_id else 0
+        """Spans ``(start, end)`` of the words between BOS, or the prefix, and the first EOS."""
+        first = self._start(ids)
         length = next((i for i in range(first, len(ids)) if ids[i] == self.eos_token_id), len(ids))
         if self.begins_word is None:
             ends = [i + 1 for i in range(first, length) if ids[i] in self.ends_word]
@@ -134,6 +148,11 @@ class MaskingVocabulary:
             return list(zip([first, *ends], ends, strict=False))
         starts = [i for i in range(first, length) if i == first or self._begins(ids[i - 1], ids[i])]
         return list(zip(starts, [*starts[1:], length], strict=False))
+
+    def _start(self, ids: Sequence[int]) -> int:
+        first = 1 if len(ids) and ids[0] == self.bos_token_id else 0
+        matches = map(operator.eq, ids[first:], self.prefix)
+        return first + sum(1 for _ in takewhile(bool, matches))
 
     def _begins(self, before: int, token: int) -> bool:
         return token in self.begins_word or not self.punctuation.isdisjoint((before, token))

@@ -133,7 +133,8 @@ def behind_labels(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
 def context_labels(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
     """The ids themselves at the words around the concept and at EOS, ``(B, L)``.
 
-    BOS is left out: a causal encoder gives it the same state in every prompt.
+    BOS and the host's prefix are left out: a causal encoder gives them the same states in every
+    prompt.
     """
     labels_BL = torch.full_like(ids_BL, IGNORE_INDEX)
     for row, ids in enumerate(ids_BL.tolist()):

@@ -43,6 +43,7 @@ class T5Encoder:
 
     learned_tokens = None
     reads_itself = False
+    prefix = ""
 
     def __init__(self, tokenizer, model: nn.Module):
         self.tokenizer = tokenizer
@@ -110,10 +111,10 @@ class LanguageModelEncoder(T5Encoder):
         return super().tokenize_trimmed([self.prefix + caption for caption in captions])
 
     def positions_around(self, caption: str, words: str) -> list[int] | None:
-        """Positions of the tokens outside ``words``, from the second of the prompt to its last.
+        """Positions of the caption's tokens outside ``words``, without the prompt's first.
 
-        The first sees nothing but itself, so its state holds no context. Tokens that are partly
-        inside ``words`` are left out too.
+        That sees nothing but itself, so its state holds no context. Tokens that are partly inside
+        ``words`` are left out too.
 
         ``None`` if the words are not in the caption, or behind the last token that is read.
         """
@@ -127,7 +128,8 @@ class LanguageModelEncoder(T5Encoder):
         start, end = (len(self.prefix) + place for place in found.span())
         if max(last for _, last in spans) < end:
             return None
-        return [i for i, (first, last) in enumerate(spans) if i and (last <= start or first >= end)]
+        in_caption = (i for i, (_, last) in enumerate(spans) if i and last > len(self.prefix))
+        return [i for i in in_caption if spans[i][1] <= start or spans[i][0] >= end]
 
     def encode(self, input_ids_BL: Tensor) -> Tensor:
         """States that the image model is conditioned on, ``(B, L) -> (B, L, D)``."""
@@ -167,6 +169,7 @@ class AdaptedEncoder:
 
     learned_tokens = None
     reads_itself = False
+    prefix = ""
 
     def __init__(
         self, source: LanguageModelEncoder, adapter: nn.Module, tokenizer, *, keep_states: bool

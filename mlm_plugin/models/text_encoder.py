@@ -51,9 +51,11 @@ class TextEncoder:
     Attributes:
         learned_tokens: placeholders with learned embeddings; set by ``LearnedTokens``.
         reads_itself: whether it has a head of its own, as a language model has.
+        prefix: text that the host puts before every caption.
     """
 
     reads_itself = False
+    prefix = ""
 
     def __init__(
         self,

@@ -218,8 +218,7 @@ def test_tokens_around_the_concept_behind_a_prefix(byte_tokenizer):
     encoder = LanguageModelEncoder(byte_tokenizer, None, prefix="about a girl: ")
     positions = encoder.positions_around("a girl in the jungle", "girl")
     ids = byte_tokenizer("about a girl: a girl in the jungle").input_ids
-    text = byte_tokenizer.decode([ids[i] for i in positions])
-    assert text.endswith("girl: a in the jungle")
+    assert byte_tokenizer.decode([ids[i] for i in positions]).split() == "a in the jungle".split()
 
 
 # --- what is said of a file -----------------------------------------------------------------------

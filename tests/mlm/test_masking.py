@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlm_plugin.mlm.masking import IGNORE_INDEX, MASK_ID, MaskingVocabulary, mask_tokens
+from mlm_plugin.mlm.teacher import context_labels
 
 PROMPTS = [
     "a photo of sks dog at the eiffel tower in the rain",
@@ -245,3 +246,20 @@ def test_a_real_word_is_not_taken_for_punctuation(clip_vocabulary):
         if vocabulary.punctuation.issuperset(ids[start:end])
     ]
     assert {text.strip() for text in silent} <= {",", "-", "!", "'"}
+
+
+def test_words_that_the_host_puts_before_every_caption_are_not_compared(byte_tokenizer):
+    prefix = "You draw a dog. <Prompt Start> "
+    vocabulary = MaskingVocabulary.from_tokenizer(
+        byte_tokenizer, protected=["dog"], low_priority=[], prefix=prefix
+    )
+    ids_BL = torch.tensor([byte_tokenizer(f"{prefix}a dog on the beach").input_ids])
+
+    def words(spans):
+        return [byte_tokenizer.decode(ids_BL[0, start:end]).strip() for start, end in spans]
+
+    ids = ids_BL[0].tolist()
+    assert words(vocabulary.split_words(ids)) == ["a", "dog", "on", "the", "beach"]
+    assert words(vocabulary.words_behind(ids)) == ["on", "the", "beach"]
+    compared = ids_BL[context_labels(ids_BL, vocabulary) != IGNORE_INDEX]
+    assert byte_tokenizer.decode(compared).split() == ["a", "on", "the", "beach"]
