@@ -327,6 +327,14 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
         {"embedding_lr": "1e-2", "text_encoder_lr": "5e-5"},
     ),
     "pivotal core": _text_edges("0.03", "0.01", "0.003"),
+    "pivotal classdiffusion": (
+        {"text_encoder_lr": "5e-4", "weight": "3"},
+        {"text_encoder_lr": "5e-4", "weight": "10"},
+    ),
+    "pivotal textboost": (
+        {"text_encoder_lr": "5e-4", "weight": "0.03"},
+        {"text_encoder_lr": "5e-4", "weight": "0.01"},
+    ),
     "pivotal both/states": _text_edges("0.1", "0.03", "0.01"),
 }
 """Settings beyond the edge of a grid, where the search of an arm ended there."""
