@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 __all__ = ["BATCH_SIZE", "BEST_RATES", "LORA", "MLM_BATCH_SIZE", "MLM_WEIGHT", "RECOMMENDED_TERM",
-           "Paths", "as_argv", "mlm_options", "run_options"]  # fmt: skip
+           "RESOLUTION", "Paths", "as_argv", "mlm_options", "run_options"]  # fmt: skip
 
+RESOLUTION = 64
 BATCH_SIZE = 4
 MLM_BATCH_SIZE = 16
 MLM_WEIGHT = 0.1
@@ -42,7 +43,7 @@ def run_options(paths: Paths, *, method: str, num_steps: int, seed: int) -> dict
     return {
         "pretrained_model_name_or_path": str(paths.model),
         "train_data_dir": str(paths.data),
-        "resolution": "64",
+        "resolution": str(RESOLUTION),
         "output_dir": str(paths.output),
         "method": method,
         "train_batch_size": str(BATCH_SIZE),

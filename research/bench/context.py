@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from mlm_plugin.demo.trial import as_images, pipeline_of
+from mlm_plugin.data.images import list_images
+from mlm_plugin.demo.options import RESOLUTION
 from mlm_plugin.files import atomic_path
 from mlm_plugin.models.checkpoints import load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pocket.concepts import Concept, write_concept
 from mlm_plugin.pocket.oracle import Oracle, load_oracle
 from mlm_plugin.pocket.shipped import CONTEXTUALIZER
-from mlm_plugin.pocket.text_to_image import Sampling, generate
+from mlm_plugin.pocket.text_to_image import Sampling
 from mlm_plugin.pretraining.run import pretrain
+from mlm_plugin.training.draw_class_images import ClassImageSettings, draw_class_images
 from research.bench.grammars import GRAMMARS, draw_linked_scene
 from research.bench.plan import PLAN, BenchPlan, Trial
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE, contextualizer_captions
@@ -50,6 +54,7 @@ class BenchContext:
             self.data(concept)
             if arm.regularizer == "prior_preservation":
                 self.class_images(concept.scene.subject)
+                self.data_beside_class_images(concept)
             elif arm.regularizer not in ("plain", "untrained"):
                 self.prompts(concept, arm.grammar)
             if arm.regularizer == "mlm":
@@ -84,20 +89,35 @@ class BenchContext:
             )
         return path
 
+    def data_beside_class_images(self, concept: Concept) -> Path:
+        """Training pictures of a concept, repeated until there are as many as of its class."""
+        pictures = list_images(next(self.data(concept).iterdir()))
+        folder = self.data(concept).parent / "train_beside_class_images"
+        target = folder / f"{NUM_CLASS_IMAGES // len(pictures)}_{concept.name}"
+        for picture in pictures:
+            if not (target / picture.name).exists():
+                with atomic_path(target / picture.name) as temporary:
+                    shutil.copyfile(picture, temporary)
+        return folder
+
     def class_images(self, subject: str) -> Path:
-        """Pictures of the class by the untrained model, for prior preservation."""
+        """Captioned pictures of the class by the untrained model, for prior preservation."""
         folder = self.folder / "class_images" / subject
-        if not folder.exists():
-            pictures = generate(
-                [f"a photo of a {subject}"] * NUM_CLASS_IMAGES,
-                pipeline_of(load_stable_diffusion(str(self.model))),
-                self.sampling,
+        draw_class_images(
+            folder / f"1_{subject}",
+            ClassImageSettings(
+                prompt=f"a photo of a {subject}",
+                model=str(self.model),
                 seed=0,
-            )
-            target = folder / f"1_{subject}"
-            target.mkdir(parents=True)
-            for number, image in enumerate(as_images(pictures)):
-                image.save(target / f"{number}.png")
+                size=(RESOLUTION, RESOLUTION),
+                num_steps=self.sampling.num_steps,
+                scale=self.sampling.guidance,
+            ),
+            num_images=NUM_CLASS_IMAGES,
+            caption_extension=".caption",
+            load=lambda: load_stable_diffusion(str(self.model)),
+            accelerator=Accelerator(cpu=True),
+        )
         return folder
 
     def frozen_text_encoder(self) -> TextEncoder:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from mlm_plugin.demo.options import LORA
+from mlm_plugin.demo.options import BATCH_SIZE, LORA
 from mlm_plugin.errors import UserError
 from mlm_plugin.pocket.concepts import REPORTED, TUNING, Concept
 
@@ -234,6 +234,8 @@ def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
     flags = {**FAMILIES[family].other_rates, **FORMS.get(form, {})}
     if form == "encoder/word":
         flags["mlm_probability"] = "0.15"  # as in the paper
+    if form == "prior_preservation":  # as many pictures of the concept as in other arms
+        flags["train_batch_size"] = str(2 * BATCH_SIZE)
     rate, values = FAMILIES[family].rates
     weights = LOW_WEIGHTS if {family, f"{family} {form}"} & set(LOW) else WEIGHTS[form]
     grid = _grid({rate: values, "weight": weights})

@@ -121,6 +121,7 @@ def options_of(trial: Trial, context: BenchContext, folder: Path) -> dict[str, s
         options |= {
             "prior_loss_weight": weight,
             "reg_data_dir": str(context.class_images(concept.scene.subject)),
+            "train_data_dir": str(context.data_beside_class_images(concept)),
         }
     subject = concept.scene.subject
     options |= flags

@@ -8,9 +8,8 @@ import signal
 import pytest
 
 from mlm_plugin.config.loading import load_config
-from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.demo.command import DEFAULT_CONCEPT
-from mlm_plugin.demo.options import BEST_RATES, MLM_WEIGHT, RECOMMENDED_TERM, as_argv
+from mlm_plugin.demo.options import BATCH_SIZE, BEST_RATES, MLM_WEIGHT, RECOMMENDED_TERM, as_argv
 from mlm_plugin.demo.run import DemoSettings
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods.checks import check_config
@@ -32,17 +31,12 @@ from research.bench.plan import (
 from research.bench.records import Records
 from research.bench.run import Limits, run_stage
 from research.bench.search import Round
-from research.bench.trial import options_of, run_trial
+from research.bench.trial import options_of, run_trial, trainer_of
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE
 
 SMALL = BenchPlan(evaluation_steps=(1, 2), num_steps=2)
 PLAIN = ARMS["lora plain"]
 CORE = ARMS["lora core"]
-
-
-def is_known(arm):
-    """Whether the trainer has all options of the arm."""
-    return set(arm.flags) <= set(OPTIONS)
 
 
 def kinds():
@@ -71,16 +65,30 @@ def test_every_kind_of_arm_trains_and_is_evaluated(arm, context, monkeypatch):
 
 @pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
 def test_the_trainer_accepts_every_setting(arm, context, tmp_path, monkeypatch):
-    if not is_known(arm):
-        pytest.skip("the trainer does not have its options yet")
     monkeypatch.setattr(context, "contextualizer", lambda grammar: tmp_path)
-    monkeypatch.setattr(context, "class_images", lambda subject: tmp_path)
+    for pictures in ("class_images", "data_beside_class_images"):
+        monkeypatch.setattr(context, pictures, lambda _of: tmp_path)
     for setting in arm.grid:
         options = options_of(Trial(arm, setting, REPORTED[0], 3), context, tmp_path)
         config = load_config(as_argv(options))
         check_config(config)
         assert config.schedule.seed == 3
         assert options.get("init_word") in (None, REPORTED[0].scene.subject)
+
+
+def test_beside_class_pictures_the_concept_is_shown_as_often_as_elsewhere(
+    tiny_pocket, tmp_path, monkeypatch
+):
+    """kohya's rule uses as many class pictures as there are training pictures, with repeats."""
+    monkeypatch.setattr("research.bench.context.NUM_CLASS_IMAGES", 8)
+    arm = ARMS["lora prior_preservation"]
+    context = BenchContext(tiny_pocket[0], tmp_path, SMALL)
+    trainer = trainer_of(Trial(arm, arm.grid[0], REPORTED[0], 0), context, tmp_path / "run")
+    data = trainer.loader.dataset
+    of_class = [info for info in data.images if info.is_reg]
+    assert data.num_train_images == data.num_reg_images == len(of_class) == 8
+    assert {info.caption for info in of_class} == {"a photo of a dog"}
+    assert len(next(iter(trainer.loader)).captions) == 2 * BATCH_SIZE
 
 
 def test_on_tuning_concepts_only_the_end_is_evaluated(context):
