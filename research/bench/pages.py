@@ -184,7 +184,7 @@ def _report_table(results: Mapping[str, Result], records: Records) -> str:
     rows = []
     ceiling = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[1]), records)
     if ceiling is not None:
-        rows.append(["untrained model, class word", "–", *_last_look(ceiling), "–", "–"])
+        rows.append(["untrained model, class word", "–", *_last_look(ceiling), "–"])
     for name, result in results.items():
         plain = results.get(f"{ARMS[name].family.name} plain")
         against = None
@@ -196,12 +196,10 @@ def _report_table(results: Mapping[str, Result], records: Records) -> str:
                 _setting(result.setting),
                 *_last_look(result.records),
                 _points(against.matched) if against else "–",
-                f"{median(r['ms_per_step'] for r in result.records):.0f}",
             ]
         )
     headings = (
         "arm", "setting", "prompt fidelity", "identity", "Δ fidelity to plain at matched identity",
-        "ms / step",
     )  # fmt: skip
     return _table(headings, rows)
 
@@ -214,17 +212,20 @@ def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
             claim.ours,
             claim.theirs,
             _points(comparison.matched),
+            f"{100 * median(comparison.by_concept.values()):+.1f}",
             f"{comparison.p_value:.4f}",
             f"{p:.4f}",
             _points(comparison.fidelity),
             _points(comparison.identity),
+            _points(comparison.score),
         ]
         for (claim, comparison), p in zip(found.items(), corrected, strict=True)
         if comparison is not None
     ]
     headings = (
-        "with the term", "against", "Δ fidelity at matched identity", "p",
+        "with the term", "against", "Δ fidelity at matched identity", "median", "p",
         f"p, Holm over {len(found)}", "Δ fidelity, last step", "Δ identity, last step",
+        "Δ score, last step",
     )  # fmt: skip
     return _table(headings, rows)
 
@@ -275,8 +276,7 @@ def _concepts_tables(
     """Every arm's fidelity / identity after the last step, then the differences of the claims."""
     names = [concept.name for concept in REPORTED]
     values = [
-        [name, *("{1:.0f} / {0:.0f}".format(*100 * result.curves[n][-1]) for n in names)]
-        for name, result in results.items()
+        [name, *(_last_point(result.curves[n]) for n in names)] for name, result in results.items()
     ]
     differences = [
         [f"{claim.ours} – {claim.theirs}", *(f"{100 * c.by_concept[n]:+.1f}" for n in names)]
@@ -293,13 +293,12 @@ def _concepts_tables(
 
 def _readme_table(results: Mapping[str, Result]) -> str:
     rows = []
-    for family in FAMILIES:
-        plain = results.get(f"{family} plain")
-        ours = results.get(f"{family} {RECOMMENDED.get(family, 'encoder/class')}")
+    for family, form in RECOMMENDED.items():
+        plain, ours = (results.get(f"{family} {name}") for name in ("plain", form))
         if plain is not None and ours is not None:
             difference = compare(ours.curves, plain.curves)
             cells = ["{} %, likeness {}".format(*_last_look(r.records)) for r in (plain, ours)]
-            rows.append([family.replace("_", " "), *cells, _points(difference.matched)])
+            rows.append([FAMILIES[family].title, *cells, _points(difference.matched)])
     headings = ("", "best plain setting", "with the term", "difference at the same likeness")
     return _table(headings, rows)
 
@@ -315,6 +314,11 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _last_look(records: Sequence[Record]) -> list[str]:
     """Mean prompt fidelity and identity after the last step, in percent."""
     return [f"{100 * mean(r['looks'][-1][column] for r in records):.1f}" for column in (1, 2)]
+
+
+def _last_point(curve: Curve) -> str:
+    identity, fidelity = 100 * curve[-1]
+    return f"{fidelity:.0f} / {identity:.0f}"
 
 
 def _setting(setting: Mapping[str, str]) -> str:

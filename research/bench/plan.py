@@ -65,7 +65,8 @@ class Family:
     """Arms that train the same parts, and the learning rates among which they choose.
 
     Attributes:
-        name: name in tables.
+        name: name in tables and on the command line.
+        title: name in README.
         method: value of ``--method``.
         flags: options of all its trials.
         rates: an option and three values, for arms that also choose the weight of a term.
@@ -74,6 +75,7 @@ class Family:
     """
 
     name: str
+    title: str
     method: str
     flags: Flags
     rates: tuple[str, tuple[str, str, str]]
@@ -137,6 +139,7 @@ FAMILIES = {
     for family in (
         Family(
             "lora",
+            "LoRA",
             "lora",
             LORA,
             ("text_encoder_lr", TEXT_RATES),
@@ -145,6 +148,7 @@ FAMILIES = {
         ),
         Family(
             "lora_unet_only",
+            "LoRA, U-Net alone",
             "lora",
             {**LORA, "network_train_unet_only": "true"},
             ("unet_lr", ("2.5e-3", "3.5e-3", "5e-3")),
@@ -152,6 +156,7 @@ FAMILIES = {
         ),
         Family(
             "dreambooth",
+            "DreamBooth",
             "dreambooth",
             COSINE,
             ("learning_rate_te", ("1e-5", "3e-5", "1e-4")),
@@ -165,6 +170,7 @@ FAMILIES = {
         ),
         Family(
             "pivotal",
+            "pivotal tuning",
             "pivotal",
             {**LORA, "unet_lr": "2.5e-3", "init_word": "CLASS"},  # as plain LoRA was found best
             ("text_encoder_lr", TEXT_RATES),
@@ -173,6 +179,7 @@ FAMILIES = {
         ),
         Family(
             "custom_diffusion",
+            "Custom Diffusion",
             "custom_diffusion",
             TOKENS,
             ("learning_rate", ("2.5e-4", "5e-4", "1e-3")),
@@ -180,6 +187,7 @@ FAMILIES = {
         ),
         Family(
             "textual_inversion",
+            "Textual Inversion",
             "textual_inversion",
             TOKENS,
             ("learning_rate", ("1e-2", "2e-2", "4e-2")),
@@ -187,6 +195,7 @@ FAMILIES = {
         ),
         Family(
             "xti",
+            "XTI",
             "xti",
             TOKENS,
             ("learning_rate", ("1.5e-2", "3e-2", "6e-2")),
@@ -255,12 +264,12 @@ def _beyond(arm: Arm, settings: tuple[Flags, ...]) -> Arm:
     return replace(arm, form=f"{arm.form}/beyond", grid=settings)
 
 
-def _text_edges(found: str, *weights: str) -> tuple[Flags, ...]:
+def _text_edges(weight_found: str, *weights: str) -> tuple[Flags, ...]:
     """A lower rate of the text encoder at the weight found, then weights at the lowest rate."""
     rates = ("5e-5", *(TEXT_RATES[0] for _ in weights))
     return tuple(
         {"text_encoder_lr": rate, "weight": weight}
-        for rate, weight in zip(rates, (found, *weights), strict=True)
+        for rate, weight in zip(rates, (weight_found, *weights), strict=True)
     )
 
 
@@ -352,7 +361,7 @@ ARMS: Mapping[str, Arm] = {
 }
 
 UNTRAINED = Arm(
-    Family("untrained", "none", {}, ("", ("", "", "")), ()),
+    Family("untrained", "untrained", "none", {}, ("", ("", "", "")), ()),
     "model",
     "untrained",
     ({"words": "concept"}, {"words": "class"}),

@@ -1,7 +1,8 @@
 """Records of finished trials: small JSON files, one per stage and arm, committed to the repository.
 
-A trial is identified by a fingerprint of everything that determines its result, so a record of
-another plan is not taken for it. Does not import torch.
+A trial is identified by its place in the plan, so a record of another plan is not taken for it. The
+fingerprint does not cover code, captions and pictures: where those change, records are dropped by
+hand; each names the commit that it ran at. Does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Record = Mapping[str, Any]
 
 
 def key_of(trial: Trial) -> str:
-    """Fingerprint of everything that determines the result of a trial."""
+    """Fingerprint of a trial's place in the plan.
+
+    Trainings of other lengths have the same; their records are in stages of their own.
+    """
     arm, setting, concept, seed = trial
     facts = [
         arm.family.method,

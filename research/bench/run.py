@@ -56,7 +56,7 @@ def run_stage(
     """Run what is missing of some arms, one arm after the other; returns the exit code.
 
     Args:
-        stage: ``tuning`` or ``report``.
+        stage: ``tuning``, ``report`` or one of :func:`~research.bench.plan.shorter`.
         arms: arms of the plan.
         context: model, oracle, scratch folder.
         records: of earlier trials, to which new ones are added.

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import harmonic_mean, mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from research.bench.plan import Arm, Flags, Trial, tuning_trials
-from research.bench.records import key_of
+from research.bench.records import Record, key_of
 
 __all__ = ["NUM_TRIALS", "ROUNDS", "Search", "score", "search"]
-
-Record = Mapping[str, Any]
 
 
 class Round(NamedTuple):
@@ -26,8 +24,7 @@ class Round(NamedTuple):
 
 
 ROUNDS = (Round(6, slice(0, 2)), Round(3, slice(2, 4)), Round(2, slice(4, 6)))
-NUM_TRIALS = 22
-"""Trials of a search."""
+NUM_TRIALS = 22  # 6 * 2 + 3 * 2 + 2 * 2
 
 
 class Search(NamedTuple):

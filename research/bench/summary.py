@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mlm_plugin.evaluation.measures import (
     Mean,
@@ -20,6 +21,7 @@ from mlm_plugin.evaluation.measures import (
     pooled,
     sign_flip_p_value,
 )
+from research.bench.records import Record
 
 __all__ = [
     "Comparison",
@@ -30,7 +32,6 @@ __all__ = [
     "num_before_first_look",
 ]
 
-Record = Mapping[str, Any]
 Curve = np.ndarray
 """Identity and prompt fidelity at each look, ``(K, 2)``; the first is the untrained model."""
 
@@ -44,6 +45,7 @@ class Comparison(NamedTuple):
         p_value: of the exact sign flips, uncorrected.
         fidelity: difference in prompt fidelity after the last step.
         identity: difference in identity after the last step.
+        score: difference in their harmonic mean, by which settings are searched.
     """
 
     by_concept: Mapping[str, float]
@@ -51,6 +53,7 @@ class Comparison(NamedTuple):
     p_value: float
     fidelity: Mean
     identity: Mean
+    score: Mean
 
 
 def curves_of(records: Iterable[Record], untrained: Iterable[Record]) -> dict[str, Curve]:
@@ -75,7 +78,11 @@ def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Compariso
     if not concepts:
         return None
     by_concept = {c: matched_difference(ours[c], theirs[c]) for c in concepts}
-    last_C2 = torch.tensor(np.stack([ours[c][-1] - theirs[c][-1] for c in concepts]))
+    ends_C2, their_ends_C2 = (
+        torch.tensor(np.stack([curves[c][-1] for c in concepts])) for curves in (ours, theirs)
+    )
+    last_C2 = ends_C2 - their_ends_C2
+    scores_C = _harmonic_mean(ends_C2) - _harmonic_mean(their_ends_C2)
     matched_C = torch.tensor(list(by_concept.values()), dtype=torch.float64)
     return Comparison(
         by_concept,
@@ -83,7 +90,12 @@ def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Compariso
         sign_flip_p_value(matched_C),
         mean_with_interval(last_C2[:, 1]),
         mean_with_interval(last_C2[:, 0]),
+        mean_with_interval(scores_C),
     )
+
+
+def _harmonic_mean(values_C2: Tensor) -> Tensor:
+    return 2 / values_C2.reciprocal().sum(dim=1)
 
 
 def num_before_first_look(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> int:

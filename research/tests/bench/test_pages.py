@@ -82,13 +82,14 @@ def records(tmp_path):
 def test_tables_hold_means_over_concepts_and_corrected_p(records):
     found = blocks(records)
     assert (
-        "| lora plain | unet_lr 2.5e-3, text_encoder_lr 1.5e-4 | 60.0 | 60.0 | – | 100 |"
+        "| lora plain | unet_lr 2.5e-3, text_encoder_lr 1.5e-4 | 60.0 | 60.0 | – |"
         in (found["report"])
     )
     assert "| untrained model, class word | – | 95.0 | 15.0 |" in found["report"]
     gain = 100 * (0.1 + 0.005 + 0.01 * 5.5)
     row = next(line for line in found["claims"].splitlines() if "| lora plain |" in line)
     assert f"| +{gain:.1f} ± " in row
+    assert f"| +{gain:.1f} | 0.0005 |" in row
     assert f"| 0.0005 | {2 / 4096 * len(CLAIMS):.4f} |" in row
     values, gains = (
         next(line for line in found["concepts"].splitlines() if line.startswith(f"| {start} |"))
@@ -97,7 +98,7 @@ def test_tables_hold_means_over_concepts_and_corrected_p(records):
     assert "| 70 / 60 | 72 / 60 |" in values  # 70.5 and 71.5, to even
     assert "| +10.5 | +11.5 |" in gains
     assert values.count("|") == gains.count("|") == len(REPORTED) + 2
-    assert "| lora | 60.0 %, likeness 60.0 | 76.0 %, likeness 60.0 |" in found["readme"]
+    assert "| LoRA | 60.0 %, likeness 60.0 | 76.0 %, likeness 60.0 |" in found["readme"]
 
 
 def test_shorter_trainings_are_the_points_of_the_curve_they_are_compared_with(records):

@@ -1,5 +1,7 @@
 """Means over seeds, Holm's correction, and a comparison that favours neither arm."""
 
+from statistics import harmonic_mean
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,8 @@ def test_the_unit_is_the_concept():
     assert found.matched.n == 12
     assert found.p_value == 2 / 4096
     assert found.fidelity.mean == pytest.approx(np.mean(list(gains.values())))
+    scores = [harmonic_mean((0.6, 0.5 + gain)) for gain in gains.values()]
+    assert found.score.mean == pytest.approx(np.mean(scores) - harmonic_mean((0.6, 0.5)))
     assert compare(ours, {}) is None
 
 
