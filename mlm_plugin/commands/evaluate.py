@@ -51,6 +51,7 @@ from mlm_plugin.evaluation.text_measures import headline
 from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
 from mlm_plugin.models.weights_files import WEIGHTS_SUFFIXES
+from mlm_plugin.pocket.scores import IDENTITY_SCALE
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
@@ -241,8 +242,8 @@ def _oracle(
     how = {
         "Oracle": oracle.name,
         "Prompt fidelity": "share of what the prompt asks, but the subject, that the oracle sees",
-        "Identity": f"look of {oracle.concept.name}: (subject right + pattern right + "
-        "exp(−(RGB distance / 0.25)²)) / 3, RGB in [0, 1]",
+        "Identity": f"look of {oracle.concept.name}: exp(−(d / {IDENTITY_SCALE})²), d the root "
+        "mean square difference of RGB values in [0, 1] where it is smallest",
     }
     if unlabelled := sum(prompt.template not in oracle.labels.captions for prompt in prompts):
         logger.warning("%d prompts have no labels: the oracle scores identity alone", unlabelled)

@@ -324,12 +324,20 @@ def _reads_syntax(flat: Mapping[str, Any]) -> bool:
     )
 
 
+_MLM_PROMPTS = ("mlm_prompt_set", "mlm_prompt_syntax", "mlm_joint_share")
 _MLM_DETAILS = tuple(
-    name for name in OPTIONS if name.startswith("mlm_") and name != "mlm_loss_weight"
+    name
+    for name, entry in OPTIONS.items()
+    if entry.group == "mlm" and name.startswith("mlm_")
+    if name not in ("mlm_loss_weight", *_MLM_PROMPTS)
 )
 
 _MLM_RULES = (
     _without(" ".join(_MLM_DETAILS), "mlm_loss_weight"),
+    # A file is scored with the same prompts.
+    _without(
+        " ".join(_MLM_PROMPTS), "mlm_loss_weight", "mlm_page", "mlm_keep_best", "mlm_stop_below"
+    ),
     Rule(
         ("mlm_contextualizer", "mlm_probability", "mlm_replace"),
         "with mlm_target = states; take mlm_target = class to predict masked words",
@@ -389,6 +397,11 @@ _RULES = (
         "min_bucket_reso max_bucket_reso bucket_reso_steps bucket_no_upscale",
         "enable_bucket",
         "dataset_config",
+    ),
+    Rule(
+        ("min_bucket_reso", "max_bucket_reso"),
+        "with bucket_no_upscale, which makes buckets of the pictures' own sizes",
+        lambda flat: not (flat["enable_bucket"] and flat["bucket_no_upscale"]),
     ),
     _without("dataset_repeats", "dataset_config"),
     _without("prior_loss_weight", "reg_data_dir", "generate_class_images", "dataset_config"),

@@ -17,7 +17,7 @@ from mlm_plugin.pocket.concepts import Concept
 from mlm_plugin.pocket.oracle import Predictions
 from mlm_plugin.pocket.world import ATTRIBUTES, SIZES, thing_alone
 
-__all__ = ["identity", "prompt_fidelity", "seen_right"]
+__all__ = ["IDENTITY_SCALE", "identity", "prompt_fidelity", "seen_right"]
 
 IDENTITY_SCALE = 0.2
 """Difference at which the identity is 1/e."""

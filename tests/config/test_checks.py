@@ -121,6 +121,10 @@ def test_a_contradiction_names_its_options(changes, parts, refused):
         ({"lr_scheduler_timescale": 100}, "inverse_sqrt"),
         ({"lr_scheduler_min_lr_ratio": 0.1, "lr_scheduler": "cosine"}, "cosine_with_min_lr"),
         ({"lr_decay_steps": 100}, "warmup_stable_decay"),
+        (
+            {"enable_bucket": True, "bucket_no_upscale": True, "max_bucket_reso": 640},
+            "with bucket_no_upscale",
+        ),
         ({"lr_scheduler_num_cycles": 3, "lr_scheduler": "cosine"}, "cosine_with_restarts"),
         ({"lr_scheduler": "cosine", "lr_scheduler_type": "ConstantLR"}, "lr_scheduler_type"),
         ({"unet_lr": 1e-4, "network_train_text_encoder_only": True}, "unet_lr"),
@@ -157,15 +161,15 @@ def test_a_contradiction_names_its_options(changes, parts, refused):
         ({"wandb_run_name": "a", "logging_dir": "logs"}, "wandb"),
         ({"sample_sampler": "euler_a"}, "sample_prompts"),
         (
-            {"mlm_loss_weight": 0.0, "mlm_batch_size": 4, "mlm_prompt_syntax": "tags"},
-            "mlm_batch_size, mlm_prompt_syntax have no effect without mlm_loss_weight",
+            {"mlm_loss_weight": 0.0, "mlm_batch_size": 4, "mlm_every_n_steps": 2},
+            "mlm_batch_size, mlm_every_n_steps have no effect without mlm_loss_weight",
         ),
         ({"mlm_prompt_syntax": "tags", "mlm_prompt_set": "captions"}, "captions"),
         ({"mlm_prompt_syntax": "tags", "mlm_prompt_set": "a/{b}.txt"}, "a/{b}.txt"),
         ({"class_prompt": "a dog"}, "class_prompt has no effect without generate_class_images"),
         (
-            {"mlm_loss_weight": 0.0, "mlm_joint_share": 0.1},
-            "mlm_joint_share has no effect without mlm_loss_weight",
+            {"mlm_loss_weight": 0.0, "mlm_page": False, "mlm_joint_share": 0.1},
+            "mlm_joint_share has no effect without mlm_loss_weight or mlm_page or mlm_keep_best",
         ),
     ],
 )
@@ -197,6 +201,14 @@ def test_a_doubtful_setting_is_named_once(changes, named, caplog):
         {"log_prefix": "a", "logging_dir": "logs"},
         {"wandb_run_name": "a", "log_with": "wandb", "log_config": True},
         {"mlm_prompt_syntax": "tags", "mlm_prompt_set": "living"},
+        {
+            "mlm_loss_weight": 0.0,
+            "mlm_keep_best": True,
+            "mlm_stop_below": 0.8,
+            "save_every_n_steps": 9,
+            "mlm_page": False,
+            "mlm_prompt_set": "living",
+        },
         {"seed": 2**32 - 1},
         {"lr_warmup_steps": 50, "lr_scheduler": "cosine", "max_train_steps": 50},
         {
