@@ -94,7 +94,7 @@ def join_accelerator(
         def log(values, *args, **kwargs):
             if "loss/current" in values:  # not of validation
                 ours = term.parts.logs() if term and term.parts else {}
-                values = {**values, **ours, **(watch.new_curves() if watch else {})}
+                values = {**values, **ours, **(watch.new_curves(original) if watch else {})}
             return original(values, *args, **kwargs)
 
         return log

@@ -136,7 +136,8 @@ def read_mlm_options(
         values["placeholder_token"] = (args.token_string,)
     options = MLMOptions(**values)
     by_epochs = getattr(args, "max_train_epochs", None) is not None
-    num_steps = None if by_epochs else int(args.max_train_steps)
+    continues = getattr(args, "resume", None)  # the term's steps count on, the trainer's may not
+    num_steps = None if by_epochs or continues else int(args.max_train_steps)
     if message := next(mlm_range_errors(options, num_steps=num_steps), None):
         raise UserError(message)
     return options

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from mlm_plugin.sd_scripts.network_term import Models
 from mlm_plugin.sd_scripts.term import MLMTerm
 
 __all__ = ["MODULE", "create_network", "create_network_from_weights", "split_arguments"]
+
+logger = logging.getLogger(__name__)
 
 MODULE = "mlm_plugin.kohya"
 OURS = {name for name, entry in OPTIONS.items() if entry.group == "mlm"}
@@ -66,7 +69,7 @@ def create_network(
     neuron_dropout = network_args.pop("neuron_dropout", None)  # an option, not an argument
     with exits_on_user_error():
         given = _with_config_file(split_arguments(network_args), sys.argv[1:])
-        inner = _import_inner(given.inner or current_architecture(MODULE).inner)
+        inner = _import_inner(given.inner or _default_inner())
         network = inner.create_network(
             multiplier,
             network_dim,
@@ -95,9 +98,7 @@ def create_network_from_weights(
     """
     with exits_on_user_error():
         given = _with_config_file(split_arguments(network_args), sys.argv[1:])
-        inner = _import_inner(
-            _module_that_wrote(file) or given.inner or current_architecture(MODULE).inner
-        )
+        inner = _import_inner(_module_that_wrote(file) or given.inner or _default_inner())
         network, weights = inner.create_network_from_weights(
             multiplier,
             file,
@@ -150,6 +151,12 @@ def _pairs(network_args: Sequence[str] | None) -> Iterator[list[str]]:
     return (argument.split("=", 1) for argument in network_args or ())
 
 
+def _default_inner() -> str:
+    name = current_architecture(MODULE).inner
+    logger.info("network: %s; inner=... in network_args chooses another", name)
+    return name
+
+
 def _import_inner(name: str) -> ModuleType:
     if name == MODULE:
         raise UserError(f"inner = {name!r}: must be another module, such as networks.lora")
@@ -199,8 +206,13 @@ class _Run:
         Called once: the models are let go, as the trainer may delete them later.
         """
         self.args = args
+        typed = {name: value for name, value in self.given.rest.items() if isinstance(value, str)}
         run = NetworkRun(
-            args, current_architecture(MODULE), given=self.given.ours, place="network_args"
+            args,
+            current_architecture(MODULE),
+            given=self.given.ours,
+            place="network_args",
+            network_args=typed,
         )
         self.term = run.term
         if run.needs_data:

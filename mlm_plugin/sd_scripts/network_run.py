@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 
+from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.sd_scripts.architectures import Architecture
 from mlm_plugin.sd_scripts.arguments import PLACE, read_mlm_options, read_watch_options
 from mlm_plugin.sd_scripts.data import LearnedData
@@ -31,6 +32,7 @@ class NetworkRun:
         architecture: of the base model.
         given: options of ours that take precedence over them.
         place: where they were given, for errors.
+        network_args: of the inner network, where they are not those of the host's options.
 
     Attributes:
         term: ``None`` at weight 0.
@@ -46,14 +48,20 @@ class NetworkRun:
         *,
         given: Mapping[str, Any] | None = None,
         place: str = PLACE,
+        network_args: Mapping[str, str] | None = None,
     ):
         self.args, self.architecture = args, architecture
+        if network_args is None:
+            network_args = parse_network_args(getattr(args, "network_args", None) or ())
+        self._network_args = network_args
         self.options = read_mlm_options(args, given or {}, place=place)
         self.watched = read_watch_options(args, given or {}, place=place)
         if self.watched.page:
             keep_warnings(logging.getLogger())  # of every library
         check_watching(self.watched, args, architecture)
         self.term = create_term(args, self.options, arch=architecture.arch)
+        if self.term:
+            warn_of_output_norms(network_args)
         self._data: LearnedData | None = None
 
     @property
@@ -87,6 +95,13 @@ class NetworkRun:
             UserError: what is asked for cannot be had with these models.
         """
         if self.term:
-            use_models(self.term, self.args, models, accelerator, self.architecture)
+            use_models(
+                self.term,
+                self.args,
+                models,
+                accelerator,
+                self.architecture,
+                network_args=self._network_args,
+            )
         run = WatchedRun(self.args, self.options, models, self.architecture, self._data)
         return watch_run(self.watched, run, accelerator)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -17,7 +18,6 @@ from mlm_plugin.mlm_setup import AnyEncoder
 from mlm_plugin.models.key_values import replaced_weights
 from mlm_plugin.models.language_model import AdaptedEncoder
 from mlm_plugin.models.text_encoder import TextEncoder
-from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
 from mlm_plugin.sd_scripts.architectures import Architecture
 from mlm_plugin.sd_scripts.arguments import (
     read_at,
@@ -72,13 +72,8 @@ def create_term(args: argparse.Namespace, options: MLMOptions, *, arch: str) -> 
     if reason := why_network_has_no_gradient(args, options, arch=arch):
         elsewhere = why_unet_untrained(args) is None
         raise UserError(no_gradient_message(options, reason, elsewhere=elsewhere))
-    warn_of_output_norms(_network_args(args))
     precision = getattr(args, "mixed_precision", None)
     return MLMTerm(options, seed=args.seed, mixed_precision=precision)
-
-
-def _network_args(args: argparse.Namespace) -> dict[str, str]:
-    return parse_network_args(getattr(args, "network_args", None) or ())
 
 
 def use_models(
@@ -87,6 +82,8 @@ def use_models(
     models: Models,
     accelerator: Accelerator,
     architecture: Architecture,
+    *,
+    network_args: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Find the contextualizers and let the untrained text encoders read the prompts.
 
@@ -96,6 +93,7 @@ def use_models(
         models: untrained.
         accelerator: its device does the work; its first process prints what the term does.
         architecture: of the base model.
+        network_args: of the network.
 
     Raises:
         UserError: nothing that the term reads is trained, or a contextualizer does not fit.
@@ -109,7 +107,7 @@ def use_models(
     if place == "encoder" and not trains_text:
         reason = "no text encoder is trained by this network"
         raise UserError(no_gradient_message(term.options, reason, elsewhere=trains_unet))
-    if place != "encoder" and _network_args(args).get("algo", "").lower() == "full":
+    if place != "encoder" and network_args.get("algo", "").lower() == "full":
         raise replaced_weights()
     if place == "encoder":
         encoders = {number: one for number, one in encoders.items() if one.is_trained}

@@ -248,6 +248,7 @@ class RunWatch:
         self._batches: list[tuple[int, LossParts]] = []  # micro-batches, not yet read
         self._losses: dict[int, list[Losses]] = defaultdict(list)  # read, not yet on the page
         self._curves: dict[str, float] = {}
+        self._readers: list[object] = []  # of these curves
         self._lost: ContextLost | None = None
         self._best_copy: Path | None = None
 
@@ -279,10 +280,12 @@ class RunWatch:
         if self._accelerator.sync_gradients:
             self.step += 1
 
-    def new_curves(self) -> dict[str, float]:
-        """What the last file keeps, once, for the next line of the log."""
-        curves, self._curves = self._curves, {}
-        return curves
+    def new_curves(self, reader: object) -> dict[str, float]:
+        """What the last file keeps, once for each reader, such as a tracker."""
+        if reader in self._readers:
+            return {}
+        self._readers.append(reader)
+        return self._curves
 
     def end_if_lost(self) -> None:
         """End the run on all processes where the last file has lost its context.
@@ -310,7 +313,7 @@ class RunWatch:
 
     def _rank(self, file: Path, step: int) -> None:
         with evaluated(self.models, self._accelerator.device):
-            self._curves = self.ranking.measure(file.stem, step)
+            self._curves, self._readers = self.ranking.measure(file.stem, step), []
         for name in self.ranking.files:
             if not self.options.keep_best and not file.with_stem(name).exists():
                 self.ranking.forget(name)

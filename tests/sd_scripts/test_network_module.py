@@ -246,8 +246,7 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
         network = accelerator.prepare(network)
         optimizer = torch.optim.SGD(network.parameters(), lr=args.learning_rate)
         optimizer = accelerator.prepare(optimizer)
-        tracker = Tracker()
-        accelerator.trackers = [tracker]
+        tracker, other_tracker = accelerator.trackers = [Tracker(), Tracker()]
         accelerator.scaler = scaler
         if args.resume:
             accelerator.load_state(args.resume)
@@ -270,8 +269,9 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
                 saved = {"ss_steps": str(number), "ss_sd_scripts_commit_hash": "abcdef"}
                 network.save_weights(str(tmp_path / "out" / name), None, saved)
             losses.append(loss.item())
-            tracker.log({"loss/current": loss.item(), "loss/average": 0.0}, step=len(losses))
-            tracker.log({"loss/validation/step_average": 0.0}, step=len(losses))
+            for one in accelerator.trackers:
+                one.log({"loss/current": loss.item(), "loss/average": 0.0}, step=len(losses))
+                one.log({"loss/validation/step_average": 0.0}, step=len(losses))
         if args.save_state:
             accelerator.save_state(args.save_state)
         accelerator.end_training()
@@ -284,6 +284,7 @@ def train(toy_folder, toy_contextualizer, tmp_path, _sd_scripts):
             losses=losses,
             gradients=gradients,
             logged=tracker.logged,
+            logged_elsewhere=other_tracker.logged,
             file=file,
             weights=load_file(file),
             metadata=metadata_of(file),
@@ -620,7 +621,9 @@ def lycoris(monkeypatch):
     return module
 
 
-def test_the_network_chosen_in_a_gui_stays_the_inner_one(train, lycoris, tmp_path, monkeypatch):
+def test_the_network_chosen_in_a_gui_stays_the_inner_one(
+    train, lycoris, tmp_path, monkeypatch, capsys
+):
     config = tmp_path / "gui.toml"
     config.write_text(
         'network_module = "lycoris.kohya"\n[more]\nnetwork_args = ["conv_dim=4", "dropout=0.1"]\n'
@@ -631,6 +634,10 @@ def test_the_network_chosen_in_a_gui_stays_the_inner_one(train, lycoris, tmp_pat
     assert run.network.given == {"conv_dim": "8", "dropout": "0.1"}
     assert json.loads(run.metadata["ss_network_args"]) == run.network.given
     assert train("inner=networks.lora").metadata["ss_network_module"] == "networks.lora"
+    config.write_text('network_module = "lycoris.kohya"\nnetwork_args = ["algo=full"]\n')
+    with pytest.raises(SystemExit):
+        train("mlm_loss_weight=0.5", "mlm_target=states", "mlm_read_at=both")
+    assert "network_args algo=full" in capsys.readouterr().err
     config.write_text('network_module = "mlm_plugin.kohya"\n')
     assert train().metadata["ss_network_module"] == "networks.lora"
 
@@ -678,6 +685,7 @@ def test_the_page_of_a_run_is_written_with_every_file(train, page_of, tmp_path, 
     assert page.tags.count("svg") == 3  # diffusion, term, context
     assert f"page of the run: {tmp_path / 'out' / 'dog.html'}" in capsys.readouterr().out
     assert len(curve(run, "context/cross_attention")) == 4
+    assert run.logged_elsewhere == run.logged
 
 
 def test_the_page_of_a_plain_run_may_have_a_path_of_its_own(train, page_of, tmp_path):

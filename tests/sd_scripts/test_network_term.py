@@ -14,7 +14,9 @@ from transformers import Qwen3Config, Qwen3Model, T5Config, T5EncoderModel
 
 from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
 from mlm_plugin.config.options import MLMOptions
+from mlm_plugin.networks.network_args import parse_network_args
 from mlm_plugin.sd_scripts.architectures import architecture_named
+from mlm_plugin.sd_scripts.network_run import NetworkRun
 from mlm_plugin.sd_scripts.network_term import Models, create_term, use_models
 from mlm_plugin.sd_scripts.term import MLMTerm
 
@@ -90,7 +92,14 @@ def term(byte_tokenizer, t5_tokenizer, toy_text_encoder):
             prepare_optimizer_params_with_multiple_te_lrs=None,
         )
         models = Models(network, text_encoders, strategy, Transformer())
-        use_models(made, args, models, Accelerator(cpu=True), architecture_named(arch))
+        use_models(
+            made,
+            args,
+            models,
+            Accelerator(cpu=True),
+            architecture_named(arch),
+            network_args=parse_network_args((host or {}).get("network_args", ())),
+        )
         return made
 
     return term
@@ -231,8 +240,14 @@ def test_what_a_language_model_cannot_do_is_refused(term, refused, options, part
      (["dora_wd=True", "wd_on_output=False"], False)],
 )  # fmt: skip
 def test_norms_that_a1111_misreads_are_named_here_too(network_args, is_wrong, caplog):
-    args = argparse.Namespace(learning_rate=1e-3, seed=0, network_args=network_args)
-    assert create_term(args, MLMOptions(mlm_loss_weight=0.1), arch="sd")
+    args = argparse.Namespace(
+        learning_rate=1e-3,
+        seed=0,
+        network_args=network_args,
+        mlm_loss_weight=0.1,
+        max_train_steps=3,
+    )
+    assert NetworkRun(args, architecture_named("sd")).term
     assert any("wd_on_output=False" in text for text in caplog.messages) == is_wrong
 
 

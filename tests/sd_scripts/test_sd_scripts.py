@@ -1085,6 +1085,11 @@ def test_token_string_names_the_placeholder():
     assert read_mlm_options(parse(token_string="zxq")).placeholder_token == ("zxq",)
 
 
+def test_a_resumed_run_may_be_shorter_than_the_step_at_which_the_term_starts():
+    given = {"mlm_start_step": 4, "mlm_loss_weight": 0.1}
+    assert read_mlm_options(parse(**given, resume="state")).mlm_start_step == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
