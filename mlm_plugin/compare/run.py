@@ -56,7 +56,7 @@ def run_compare(options: CompareOptions, plan: Plan) -> int:
     subjects = find_subjects(Path(options.subjects))
     require_writable(output, "--output")
     model = model_path(options.pretrained_model_name_or_path)
-    trials = checked_trials(plan, subjects, model=model, output=output)
+    trials = checked_trials(plan, subjects, model=model, output=output, download=not options.check)
     print(_description(plan, trials), flush=True)
     if options.check:
         return 0

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
+from mlm_plugin.commands.rehearsal import rehearse, without_messages
 from mlm_plugin.commands.train import CheckedRun, check_run, trainer_of
+from mlm_plugin.compare.identity import with_contents
 from mlm_plugin.compare.plan import Arm, Plan
 from mlm_plugin.compare.subjects import Subject
 from mlm_plugin.config.loading import config_from_values
@@ -48,7 +50,8 @@ from mlm_plugin.training.trainer import Trainer
 __all__ = ["Trial", "checked_trials", "score_trial", "train_trial"]
 
 DONE, SCORES = "trial.json", "scores.json"
-PLACES = ("output_dir", "train_data_dir", "dataset_config")  # photos are compared by content
+PLACES = ("output_dir", "train_data_dir", "reg_data_dir", "dataset_config")
+"""Pictures are compared by their contents."""
 STARTING_AT_THE_BASE = ("lora", "dreambooth")
 """Methods whose untrained model is the base model."""
 ONLY_TRAINED = {
@@ -117,9 +120,16 @@ class Trial:
 
 
 def checked_trials(
-    plan: Plan, subjects: Sequence[Subject], *, model: str, output: Path
+    plan: Plan, subjects: Sequence[Subject], *, model: str, output: Path, download: bool = True
 ) -> list[Trial]:
     """All trials, seed by seed, with every option and photo checked.
+
+    Args:
+        plan: the arms.
+        subjects: what is learned.
+        model: the base model.
+        output: folder of the comparison.
+        download: whether a base model that is not on this machine is fetched for the check.
 
     Raises:
         UserError: names the arm and the subject.
@@ -129,14 +139,16 @@ def checked_trials(
             f"sampler = {plan.drawing.sampler!r}: expected one of {', '.join(SAMPLERS)}"
         )
     groups = [
-        _trials(arm, subject, plan, model=model, output=output)
+        _trials(arm, subject, plan, model=model, output=output, download=download)
         for subject in subjects
         for arm in plan.arms
     ]
     return [group[i] for i in range(len(plan.seeds)) for group in groups]
 
 
-def _trials(arm: Arm, subject: Subject, plan: Plan, *, model: str, output: Path) -> list[Trial]:
+def _trials(
+    arm: Arm, subject: Subject, plan: Plan, *, model: str, output: Path, download: bool
+) -> list[Trial]:
     """An arm on a subject, with every seed."""
     options = {
         **arm.options,
@@ -148,6 +160,8 @@ def _trials(arm: Arm, subject: Subject, plan: Plan, *, model: str, output: Path)
     try:
         run = check_run(config_from_values(options, place=f"arm {arm.name!r}"))
         dataset = create_dataset(*run, seed=0)
+        with without_messages():  # every trial repeats them
+            rehearse(run, dataset, seed=0, num_processes=1, download=download)
     except UserError as error:
         raise UserError(f"arm {arm.name!r}, subject {subject.name!r}: {error}") from error
     pictures = [image for image in dataset.images if not image.is_reg]
@@ -162,9 +176,12 @@ def _trials(arm: Arm, subject: Subject, plan: Plan, *, model: str, output: Path)
         "drawing": asdict(plan.drawing),
     }
     changed = {k: v for k, v in run.config.changed().items() if k not in PLACES}
+    changed = with_contents(changed)
+    draws_class_images = bool(run.config.finetune.generate_class_images)
+    compared = pictures if draws_class_images else dataset.images
     facts = {
         "options": changed,
-        "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in pictures],
+        "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in compared],
         "looks": plan.looks,
         **drawn,
     }

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from mlm_plugin.cli import main
 from mlm_plugin.commands.train import train
 from mlm_plugin.compare import run as compare_run
-from mlm_plugin.compare.trials import Looks
+from mlm_plugin.compare.plan import read_plan
+from mlm_plugin.compare.subjects import find_subjects
+from mlm_plugin.compare.trials import Looks, checked_trials
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.evaluation.rendering import embed_picture
 
@@ -187,7 +189,7 @@ def test_the_untrained_model_is_drawn_once_for_all_arms(finished):
 
 def test_arms_that_start_from_other_models_draw_their_own(place, capsys):
     shutil.rmtree(place.out)
-    for line in ("clip_skip = 2", 'network_args = ["use_dora=true"]', 'method = "pivotal"'):
+    for line in ("clip_skip = 2", 'network_args = ["conv_dim=4"]', 'method = "pivotal"'):
         text = place.plan.read_text(encoding="utf-8")
         place.plan.write_text(f"{text}{line}\n", encoding="utf-8")  # in the last arm
         code = place.run("--check")
@@ -197,6 +199,42 @@ def test_arms_that_start_from_other_models_draw_their_own(place, capsys):
         place.plan.write_text(text, encoding="utf-8")
     assert place.run("--check") == 0
     assert "8 steps, 20 pictures" in capsys.readouterr().out
+
+
+def test_a_trial_is_done_again_when_a_file_of_its_arm_has_changed(place):
+    contexts = place.folder / "contexts.txt"
+
+    def checked(text):
+        contexts.write_text(f"{text}\n", encoding="utf-8")
+        subjects = find_subjects(place.folder / "subjects")
+        return checked_trials(
+            read_plan(str(place.plan)), subjects, model=place.flags[1], output=place.out
+        )
+
+    line = f'mlm_prompt_set = "{contexts.as_posix()}"'
+    place.plan.write_text(f"{place.plan.read_text(encoding='utf-8')}{line}\n", encoding="utf-8")
+    before, after = checked("{} on the beach"), checked("{} in the rain")
+    pairs = list(zip(before, after, strict=True))
+    assert [old.folder == new.folder for old, new in pairs] == [True, False] * 2
+    assert all(old.untrained == new.untrained for old, new in pairs)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('network_args = ["conv_dmi=4"]', "did you mean conv_dim"),
+        ('lr_scheduler = "cosinus"', "cosinus"),
+        ('mlm_prompt_set = "missing.txt"', "missing.txt"),
+    ],
+)
+def test_what_an_arm_would_be_refused_for_is_found_before_the_first_trial(
+    place, line, named, capsys
+):
+    place.plan.write_text(f"{place.plan.read_text(encoding='utf-8')}{line}\n", encoding="utf-8")
+    assert place.run("--check") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "arm 'with <MLM>', subject 'cat'" in message
+    assert named in message
 
 
 @pytest.mark.usefixtures("_fresh_accelerator")
