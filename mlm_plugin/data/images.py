@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import io
 import random
+import struct
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mlm_plugin.data.color import ColorProfile, profile_of, to_srgb
@@ -57,8 +58,17 @@ PIL_FILTERS = {
 
 RESIZE_INTERPOLATIONS = (*PIL_FILTERS, "area")
 
-ROTATED_EXIF_ORIENTATIONS = (5, 6, 7, 8)
 EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a picture of an EXIF orientation is turned; those from 5 on lie on their side."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 """What Pillow raises on broken files (PNG chunks: SyntaxError)."""
@@ -111,7 +121,7 @@ def inspect_image(path: Path) -> ImageFacts:
         data = path.read_bytes()
         with _opened(io.BytesIO(data), path.suffix) as image:
             width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION) in ROTATED_EXIF_ORIENTATIONS:
+            if _orientation(image) >= 5:
                 width, height = height, width
             facts = ImageFacts(
                 size=(width, height),
@@ -152,9 +162,22 @@ def _upright(path: Path) -> Image.Image:
     try:
         with _opened(path, path.suffix) as image:
             image.load()
-            return _eight_bit(ImageOps.exif_transpose(image))
+            turn = UPRIGHT.get(_orientation(image))
+            return _eight_bit(image if turn is None else image.transpose(turn))
     except UNREADABLE as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF says; 1, upright, where that is damaged.
+
+    ``ImageOps.exif_transpose`` writes the other tags again and fails on those of a wrong type.
+    """
+    try:
+        found = image.getexif().get(EXIF_ORIENTATION, 1)
+    except (*UNREADABLE, TypeError, struct.error):
+        return 1
+    return found if found in UPRIGHT else 1
 
 
 def _opened(source: Path | io.BytesIO, suffix: str) -> Image.Image:

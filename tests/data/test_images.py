@@ -2,12 +2,13 @@
 
 import importlib.util
 import random
+import struct
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mlm_plugin.data import images
 
@@ -43,6 +44,19 @@ def test_exif_rotation_is_undone(tmp_path, picture, orientation):
     stored.save(tmp_path / "a.png", exif=exif)
     assert images.inspect_image(tmp_path / "a.png").size == (64, 48)
     assert _is_close(images.open_image(tmp_path / "a.png"), picture)
+
+
+def test_a_rotated_photo_with_a_damaged_tag_is_turned_all_the_same(tmp_path, picture):
+    resolution_as_text = struct.pack("<HHI4s", 0x011A, 2, 2, b"x")
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    tags = struct.pack("<H", 2) + orientation + resolution_as_text + bytes(4)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags
+    stored = picture.transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    with pytest.raises((struct.error, TypeError)):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    assert images.inspect_image(tmp_path / "a.jpg").size == (64, 48)
+    assert _is_close(images.open_image(tmp_path / "a.jpg"), picture, tolerance=6)
 
 
 def test_a_cmyk_jpeg_keeps_its_colours(tmp_path, picture):
