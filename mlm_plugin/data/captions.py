@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,9 +25,9 @@ __all__ = [
     "NotUTF8",
     "ineffective_settings",
     "metadata_caption",
+    "possible_captions",
     "process_caption",
     "read_captions",
-    "with_prefix_and_suffix",
 ]
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def process_caption(
 
     Source: sd-scripts library/train_util.py BaseDataset.process_caption.
     """
-    caption = with_prefix_and_suffix(caption, subset)
+    caption = _with_prefix_and_suffix(caption, subset)
     if _drops_caption(subset, rng, epoch):
         return ""
     if subset.enable_wildcard:
@@ -135,7 +136,17 @@ def process_caption(
     return caption
 
 
-def with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
+def possible_captions(caption: str, subset: SubsetConfig) -> list[str]:
+    """What a caption becomes in :func:`process_caption`, with all tags and in their order.
+
+    With wildcards every line, and every option of a wildcard at least once.
+    """
+    lines = _with_prefix_and_suffix(caption, subset).split("\n")
+    lines = [f for line in lines for f in _fillings(line)] if subset.enable_wildcard else lines[:1]
+    return [_without_separators(line, subset) for line in lines]
+
+
+def _with_prefix_and_suffix(caption: str, subset: SubsetConfig) -> str:
     """Put ``caption_prefix`` before the first line and ``caption_suffix`` after the last one."""
     if subset.caption_prefix:
         caption = f"{subset.caption_prefix} {caption}"
@@ -187,12 +198,31 @@ def _drops_caption(subset: SubsetConfig, rng: random.Random, epoch: int) -> bool
 def _fill_wildcards(caption: str, rng: random.Random) -> str:
     if "\n" in caption:
         caption = rng.choice(caption.split("\n"))
+    return _replace_wildcards(caption, rng.choice)
+
+
+def _fillings(line: str) -> list[str]:
+    """The first option of every wildcard, then the second ..., as long as one has another."""
+    counts = [1]
+
+    def counted(options: list[str]) -> str:
+        counts.append(len(options))
+        return options[0]
+
+    first = _replace_wildcards(line, counted)
+    return [first] + [
+        _replace_wildcards(line, lambda options, n=n: options[n % len(options)])
+        for n in range(1, max(counts))
+    ]
+
+
+def _replace_wildcards(caption: str, choose: Callable[[list[str]], str]) -> str:
     # Doubled braces are literal. They are replaced by characters that the caption does not use.
     opened, closed = "\ue000", "\ue001"
     while opened in caption or closed in caption:
         opened, closed = opened + "\ue000", closed + "\ue001"
     caption = caption.replace("{{", opened).replace("}}", closed)
-    caption = WILDCARD.sub(lambda match: rng.choice(match.group(1).split("|")), caption)
+    caption = WILDCARD.sub(lambda match: choose(match.group(1).split("|")), caption)
     return caption.replace(opened, "{").replace(closed, "}")
 
 
@@ -220,6 +250,15 @@ def _rewrite_tags(
     if subset.caption_tag_dropout_rate > 0:
         tags = [tag for tag in tags if rng.random() >= subset.caption_tag_dropout_rate]
     return ", ".join(first + tags + last)
+
+
+def _without_separators(line: str, subset: SubsetConfig) -> str:
+    mark = subset.keep_tokens_separator
+    if mark and mark in line and _rewrites_tags(subset):
+        line = ", ".join(tag for tags in _split_tags(line, subset) for tag in tags)
+    if subset.secondary_separator:
+        line = line.replace(subset.secondary_separator, subset.caption_separator)
+    return line
 
 
 def _split_tags(caption: str, subset: SubsetConfig) -> tuple[list[str], list[str], list[str]]:

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mlm_plugin.data.buckets import crop_top_left
 from mlm_plugin.data.captions import (
     ineffective_settings,
+    possible_captions,
     process_caption,
-    with_prefix_and_suffix,
 )
 from mlm_plugin.data.images import RESIZE_INTERPOLATIONS, color_augment, image_tensor
 from mlm_plugin.data.latents import CachedLatents, cache_latents, read_latents
@@ -239,17 +239,9 @@ class TrainDataset(Dataset):
         return list(dict.fromkeys(captions))
 
     def captions_of(self, info: ImageInfo) -> list[str]:
-        """The possible captions of a picture, with prefix and suffix, before tags are rewritten.
-
-        Filled templates, else the lines of its own caption (without wildcards the first one).
-        """
-        subset = info.subset
-        lines = [
-            line
-            for text in self._texts_of(info)
-            for line in with_prefix_and_suffix(text, subset).split("\n")
-        ]
-        return lines if self._takes_template(info) or subset.enable_wildcard else lines[:1]
+        """The possible captions of a picture: filled templates, or its own ones."""
+        texts = self._texts_of(info)
+        return [one for text in texts for one in possible_captions(text, info.subset)]
 
     def __len__(self) -> int:
         return self._length

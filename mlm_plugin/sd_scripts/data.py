@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mlm_plugin.config.concepts import Concept
 from mlm_plugin.config.datasets import DatasetConfig, SubsetConfig
-from mlm_plugin.data.captions import with_prefix_and_suffix
+from mlm_plugin.data.captions import possible_captions
 from mlm_plugin.data.sources import captions_in
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.token_embeddings import placeholder_pattern
@@ -76,7 +76,7 @@ def named_datasets(args: argparse.Namespace) -> list[DatasetConfig]:
 
 
 def captions_of(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
-    """Captions of the pictures to learn from, with prefix and suffix.
+    """What the captions of the pictures to learn from can become.
 
     Folders that are missing are left out, as sd-scripts does with a warning of its own.
     """
@@ -85,7 +85,7 @@ def captions_of(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
             is_there = subset.metadata_file or subset.image_dir.is_dir()
             if is_there and not subset.is_reg:
                 for caption in captions_in(subset):
-                    yield with_prefix_and_suffix(caption, subset)
+                    yield from possible_captions(caption, subset)
 
 
 def built_datasets(datasets: Sequence[Any]) -> list[DatasetConfig]:
@@ -121,7 +121,9 @@ def built_captions(datasets: Sequence[Any]) -> Iterator[str]:
             if getattr(info, "is_reg", False):
                 continue
             for text in [caption] if isinstance(caption, str) else caption:
-                yield with_prefix_and_suffix(text, subsets[key]) if key in subsets else text
+                yield from (
+                    possible_captions(text, _subset(subsets[key])) if key in subsets else [text]
+                )
 
 
 def count_captions(captions: Sequence[str], words: str) -> int:

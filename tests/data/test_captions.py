@@ -10,6 +10,7 @@ from mlm_plugin.data.captions import (
     FoundCaption,
     ineffective_settings,
     metadata_caption,
+    possible_captions,
     process_caption,
     read_captions,
 )
@@ -233,3 +234,32 @@ def test_all_captions_in_another_encoding_are_named_at_once(tmp_path, number):
     assert f"{number} captions are not UTF-8" in message
     assert all(f"{index}.txt (byte 5)" in message for index in range(1, number + 1))
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("caption", "settings", "possible"),
+    [
+        ("sks girl, red\nsks girl, blue", {}, ["sks girl, red"]),
+        (
+            "sks girl, {red|blue|green} {hat|cap}\nsks girl",
+            {"enable_wildcard": True},
+            ["sks girl, red hat", "sks girl, blue cap", "sks girl, green hat", "sks girl"],
+        ),
+        ("{{a}} dog", {"enable_wildcard": True}, ["{a} dog"]),
+        (
+            "sks girl ||| park, sitting",
+            {"keep_tokens_separator": "|||", "shuffle_caption": True},
+            ["sks girl, park, sitting"],
+        ),
+        ("sks girl ||| park", {"keep_tokens_separator": "|||"}, ["sks girl ||| park"]),
+        ("sks girl, hat;;;red", {"secondary_separator": ";;;"}, ["sks girl, hat,red"]),
+        ("park", {"caption_prefix": "sks girl,", "caption_suffix": "end"}, ["sks girl, park end"]),
+    ],
+)
+def test_possible_captions_are_what_training_makes_of_them(caption, settings, possible):
+    subset = SubsetConfig(**settings)
+    assert possible_captions(caption, subset) == possible
+    rng = random.Random(0)
+    drawn = {process_caption(caption, subset, rng=rng, epoch=1, step=0) for _ in range(50)}
+    tags = {frozenset(one.split(", ")) for one in drawn}
+    assert {frozenset(one.split(", ")) for one in possible} <= tags
