@@ -175,6 +175,12 @@ def _prompts(
     prompts = prompts_for(options, concepts, captions=captions)
     texts = [concept.text for concept in concepts]
     drawn = ScorePrompts.drawn(lambda rng: prompts.sample(rng).text, texts, number=number)
+    if not drawn.texts and len(texts) > 1:
+        raise UserError(
+            f"mlm_prompt_set = {options.mlm_prompt_set!r}, mlm_joint_share = "
+            f"{options.mlm_joint_share:g}: every prompt holds several concepts, and a file is "
+            "scored with prompts of one; lower mlm_joint_share or choose another set"
+        )
     found = drawn.within(model.text_encoder)
     if not found.texts:
         raise UserError(

@@ -142,6 +142,16 @@ def test_what_cannot_be_scored_costs_the_page_its_words_alone(run, own_pictures,
     assert "no prompt holds 'sks dog' within 75 tokens" in capsys.readouterr().err
 
 
+def test_prompts_that_all_hold_two_concepts_are_named_as_such(run, own_pictures, capsys):
+    own_pictures("5_sks dog", "sks dog next to zwx cat on the beach")
+    flags = own_pictures("5_zwx cat", "sks dog next to zwx cat on the beach")
+    flags += ["--caption_extension", ".txt", "--mlm_prompt_set", "captions", "--mlm_keep_best"]
+    assert run(*flags) == 2
+    message = capsys.readouterr().err
+    assert "every prompt holds several concepts" in message
+    assert "mlm_joint_share = 0.5" in message
+
+
 def test_the_best_file_outlives_the_others(run, tmp_path):
     """The first file keeps most, as training at this rate destroys the context."""
     flags = ["--learning_rate", "1", "--save_last_n_steps", "1", "--max_train_steps", "5"]
