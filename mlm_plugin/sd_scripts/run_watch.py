@@ -8,6 +8,7 @@ scores and writes. The training goes on with the same weights, modes and random 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import time
@@ -17,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,7 +27,7 @@ from torch import nn
 from mlm_plugin.config.concepts import Concept, concepts_of
 from mlm_plugin.config.options import MLMOptions, TrainConfig
 from mlm_plugin.errors import UserError, shown_error
-from mlm_plugin.files import copy_file, remove_temporaries
+from mlm_plugin.files import atomic_path, copy_file, read_text, remove_temporaries
 from mlm_plugin.mlm_setup import on_device, trigger_of
 from mlm_plugin.models.key_values import matrices_of
 from mlm_plugin.random_state import preserved_random_state
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 Losses = tuple[float, float | None]
 """Of a micro-batch: diffusion, and the term's where it acted."""
 
+RANKING_FILE = "mlm_best.json"  # in a saved state
 MANY = 500  # micro-batches whose losses wait on the device
 ALSO = ("accelerate", "lycoris_lora")  # versions on the page
 SAVES = ("save_every_n_steps", "save_every_n_epochs", "save_n_epoch_ratio")
@@ -255,6 +257,9 @@ class RunWatch:
     def attach(self, accelerator: Accelerator) -> None:
         """Take the accelerator, which exists before the first step."""
         self._accelerator = accelerator
+        if self.ranking and self.options.keep_best:
+            accelerator.register_save_state_pre_hook(self._save_ranking)
+            accelerator.register_load_state_pre_hook(self._load_ranking)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of the run; before the models are prepared, that of their weights."""
@@ -361,6 +366,28 @@ class RunWatch:
         self._best_copy = best
         if self.page:
             self.page.best_copy = best.stem
+
+    def _save_ranking(self, _models: Any, _weights: Any, output_dir: str) -> None:
+        if self._best_copy:
+            measured = self.ranking.measured()[self.ranking.best]
+            known = {"copy": self._best_copy.name, "measured": measured}
+            with atomic_path(Path(output_dir) / RANKING_FILE) as temporary:
+                temporary.write_text(json.dumps(known), encoding="utf-8")
+
+    def _load_ranking(self, _models: Any, input_dir: str) -> None:
+        """Go on from the best file of the run that is resumed, if its copy is still there.
+
+        It is known by the copy's name: kohya's trainer counts from 0 and names files again.
+        """
+        path = Path(input_dir) / RANKING_FILE
+        if not path.is_file():
+            return
+        with _only_a_warning(f"{path} could not be read, the best file is chosen again"):
+            known = json.loads(read_text(path))
+            copy = Path(self.args.output_dir) / known["copy"]
+            if copy.is_file():
+                self.ranking.recall({copy.stem: known["measured"]})
+                self._best_copy = copy
 
     def _report(self, file: Path) -> None:
         """The last lines of a run; a file that is not the last may have been removed."""

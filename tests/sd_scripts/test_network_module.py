@@ -688,6 +688,21 @@ def test_the_page_of_a_run_is_written_with_every_file(train, page_of, tmp_path, 
     assert run.logged_elsewhere == run.logged
 
 
+def test_a_resumed_run_keeps_the_best_file_of_the_run_before(train, tmp_path):
+    """The network goes astray behind the saved state."""
+    best, state = tmp_path / "out" / "dog-best.safetensors", tmp_path / "state"
+    settings = {"save_every_n_steps": 1, "num_batches": 1}
+    train(*WATCHED, save_state=str(state), **settings)
+    kept = best.read_bytes()
+    network = state / "model_1.safetensors"
+    save_file({name: 100 * weight + 10 for name, weight in load_file(network).items()}, network)
+    train(*WATCHED, resume=str(state), **settings)
+    assert best.read_bytes() == kept
+    (state / "mlm_best.json").unlink()
+    train(*WATCHED, resume=str(state), **settings)
+    assert best.read_bytes() != kept
+
+
 def test_the_page_of_a_plain_run_may_have_a_path_of_its_own(train, page_of, tmp_path):
     pytest.importorskip("matplotlib")
     path = tmp_path / "pages" / "own.html"
