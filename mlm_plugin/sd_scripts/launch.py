@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.checks import no_gradient_message
-from mlm_plugin.config.options import OPTIONS
+from mlm_plugin.config.options import OPTIONS, MLMOptions
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
@@ -51,6 +51,9 @@ KEYS = {
     "context_refiner.": "lumina",
 }
 """Prefix of a weight's name that only files of this architecture have."""
+
+FUSED = ("fused_backward_pass", "fused_optimizer_groups")
+"""Options of sdxl_train.py with which a weight is trained as soon as its gradient arrives."""
 
 UNPACKED_MODEL = "training_models = training_models[0]"
 """In ``train_db.py`` up to v0.11.1: what follows needs a list."""
@@ -291,6 +294,7 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
             f"deepspeed: {script.file} wraps its models into one, in which the MLM term cannot "
             "find them; leave it out, or set mlm_loss_weight = 0"
         )
+    _refuse_two_backward_passes(args, options)
     _require_that_it_can_stop(module, script, args)
     precision = getattr(args, "mixed_precision", None)
     term = MLMTerm(options, seed=args.seed, mixed_precision=precision)
@@ -302,6 +306,25 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
     )
     with collected, summed_backward(term, _strategies()):
         module.train(args)
+
+
+def _refuse_two_backward_passes(args: argparse.Namespace, options: MLMOptions) -> None:
+    """Checkpointing of kohya's U-Nets has a backward pass of its own, besides the term's.
+
+    Raises:
+        UserError: an optimizer that steps within them would step twice at the keys and values.
+    """
+    fused = [name for name in FUSED if getattr(args, name, None)]
+    if (
+        fused
+        and getattr(args, "gradient_checkpointing", False)
+        and options.mlm_read_at in ("cross_attention", "both")
+    ):
+        raise UserError(
+            f"mlm_read_at = {options.mlm_read_at} cannot be combined with {fused[0]} and "
+            "gradient_checkpointing, which would step twice where the term reads; leave one of "
+            "them out, or take mlm_read_at = encoder"
+        )
 
 
 def _require_that_it_can_stop(module: ModuleType, script: Script, args: argparse.Namespace) -> None:

@@ -135,6 +135,7 @@ def collected_text_encoders(
                 if is_t5(model):  # which runs with dropout here
                     logger.warning("MLM term: T5 is trained too, but the term reads CLIP alone")
                 if is_clip_text_model(model):
+                    _join_backward_passes(model)
                     tokenizer = tokenizers()[_number_of(model, term, arch=arch)]
                     text_encoder = wrap_text_encoder(
                         model, tokenizer, arch=arch, clip_skip=clip_skip
@@ -146,6 +147,16 @@ def collected_text_encoders(
 
     with wrapped(Accelerator, "prepare", prepare):
         yield
+
+
+def _join_backward_passes(text_encoder: nn.Module) -> None:
+    """Let gradient checkpointing, which is kept, do without a backward pass of its own.
+
+    In such a pass ("reentrant", the default of older transformers) the gradients of the diffusion
+    loss would arrive apart from the term's. Fused optimizers would step twice, and DDP would fail.
+    """
+    if text_encoder.is_gradient_checkpointing:
+        text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _number_of(model: nn.Module, term: MLMTerm, *, arch: str) -> int:

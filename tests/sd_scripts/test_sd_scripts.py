@@ -859,6 +859,30 @@ def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder
     assert [concept.text for concept in term.setup.concepts] == ["sks dog"]
 
 
+def test_with_checkpointing_gradients_of_both_losses_arrive_together(term, toy_text_encoder):
+    """Fused optimizers step when a gradient has arrived, and DDP sends it then."""
+    model = toy_text_encoder.model.train()
+    model.requires_grad_(True)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with collected(term, toy_text_encoder):
+        Accelerator(cpu=True).prepare(model)
+    assert model.is_gradient_checkpointing
+    weight = next(layer for name, layer in model.named_parameters() if "fc1.weight" in name)
+    arrivals = []
+    weight.register_post_accumulate_grad_hook(lambda _weight: arrivals.append(1))
+    ids = toy_text_encoder.tokenize_trimmed(["a photo of sks dog"])
+    loss = toy_text_encoder.encode(ids).square().mean()
+    (loss + toy_text_encoder.encode_storing(ids).mean()).backward()
+    assert arrivals == [1]
+
+
+@pytest.mark.parametrize("fused", ["fused_backward_pass", "fused_optimizer_groups"])
+def test_an_optimizer_that_would_step_twice_is_refused(whole_model, refused, fused):
+    asked = {"weight": 0.1, "file": "sdxl_train.py", "train_text_encoder": True, fused: 2}
+    with refused(["mlm_read_at = both", fused]):
+        whole_model("", **asked, gradient_checkpointing=True, mlm_read_at="both")
+
+
 def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
     with collected(term, toy_text_encoder), summed_backward(term, [StubStrategy]):
         train_whole_model(parse(num_batches=4), toy_text_encoder, freeze_from=2)
