@@ -83,6 +83,7 @@ def blocks(records: Records) -> dict[str, str]:
         "report": _report_table(results, records),
         "claims": _claims_table(found),
         "settled": _settled_table(results, found, records),
+        "beyond": _beyond_table(results),
         "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
         "text_score": _text_score_tables(records),
@@ -252,6 +253,31 @@ def _settled_table(
     headings = (
         "with the term", "against", "Δ, looks at one training", "read before its first look",
         "Δ, trainings of three lengths", "read before the shortest",
+    )  # fmt: skip
+    return _table(headings, rows)
+
+
+def _beyond_table(results: Mapping[str, Result]) -> str:
+    """The claims with settings beyond the edges, on the sides where such a one is better."""
+    rows = []
+    for claim in CLAIMS:
+        further = [f"{name}/beyond" if f"{name}/beyond" in results else name for name in claim]
+        if further == list(claim) or not results.keys() >= set(further):
+            continue
+        comparison = compare(*(results[name].curves for name in further))
+        settings = [f"{name}: {_setting(results[name].setting)}" for name in further]
+        rows.append(
+            [
+                *settings,
+                _points(comparison.matched),
+                f"{comparison.p_value:.4f}",
+                _points(comparison.fidelity),
+                _points(comparison.identity),
+            ]
+        )
+    headings = (
+        "with the term", "against", "Δ fidelity at matched identity", "p, uncorrected",
+        "Δ fidelity, last step", "Δ identity, last step",
     )  # fmt: skip
     return _table(headings, rows)
 

@@ -117,6 +117,22 @@ def test_shorter_trainings_are_the_points_of_the_curve_they_are_compared_with(re
     assert "| 0 of 12 | +10.5 ± " in row
 
 
+def test_a_better_setting_beyond_the_grid_takes_the_place_of_the_one_found(records):
+    """With 0.7 instead of 0.6, plain training loses 10 points less."""
+    assert blocks(records)["beyond"] == "No results of the current plan yet.\n"
+    arm = ARMS["lora plain/beyond"]
+    trials = [*tuning_trials(arm, arm.grid, slice(None)), *trials_to_report(arm, arm.grid[0])]
+    for trial in trials:
+        record = {
+            "key": key_of(trial), "setting": dict(trial.setting), "concept": trial.concept.name,
+            "seed": trial.seed, "looks": [[200, 0.7, 0.6]], "ms_per_step": 1.0, "seconds": 1.0,
+        }  # fmt: skip
+        stage = "report" if trial.concept in REPORTED else "tuning"
+        records.add(stage, arm.name, record)
+    (row,) = (line for line in blocks(records)["beyond"].splitlines() if "both/states" in line)
+    assert "| lora plain/beyond: unet_lr 1.25e-3, text_encoder_lr 1.5e-4 | +6.0 ± " in row
+
+
 def test_an_arm_that_lacks_a_trial_is_not_shown(records):
     (path,) = (records.folder / "report").glob("lora-core.json")
     path.unlink()
