@@ -45,6 +45,7 @@ from mlm_plugin.training.validation import check_validation
 __all__ = [
     "CheckedRun",
     "Rehearsal",
+    "lacks_class_images",
     "refuse_before_loading",
     "rehearse",
     "run_identity",
@@ -122,7 +123,8 @@ def rehearse(
         if term is not None:
             check_attached(term, config, method)
         order = create_order(config, dataset, rank=0, world_size=num_processes)
-        plan = create_plan(config, batches_per_epoch=len(order))
+        growth = 2 if lacks_class_images(config, dataset) else 1
+        plan = create_plan(config, batches_per_epoch=len(order) * growth)
         _require_steps_left(config, plan)
         if dataset.held_out:
             check_validation(config.validation, plan)
@@ -168,6 +170,11 @@ def refuse_before_loading(
         require_placeholders(dataset, concepts)
     if config.dataset.cache_text_encoder_outputs:
         dataset.fixed_captions()  # raises if they change between draws
+
+
+def lacks_class_images(config: TrainConfig, dataset: TrainDataset) -> bool:
+    """Whether class images are still to be drawn, as many as there are training images."""
+    return bool(config.finetune.generate_class_images and not dataset.num_reg_images)
 
 
 def _require_steps_left(config: TrainConfig, plan: TrainPlan) -> None:

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 
 from mlm_plugin.commands.rehearsal import (
     CheckedRun,
+    lacks_class_images,
     refuse_before_loading,
     rehearse,
     run_identity,
@@ -47,7 +48,7 @@ from mlm_plugin.setup.accelerator import (
 )
 from mlm_plugin.setup.best_file import BestFile
 from mlm_plugin.setup.builtin_names import with_built_in_paths
-from mlm_plugin.setup.class_image_folders import prepare_class_images
+from mlm_plugin.setup.class_image_folders import prepare_class_images, with_class_images
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.setup.data import (
     create_dataset,
@@ -120,10 +121,11 @@ def train(config: TrainConfig) -> int:
         with without_messages():
             rehearse(run, dataset, seed=seed, num_processes=accelerator.num_processes)
         if config.finetune.generate_class_images:
-            config = prepare_class_images(
+            prepare_class_images(
                 config, concepts, models=lambda: load_models(config), accelerator=accelerator
             )
-            dataset = create_dataset(config, resolve_datasets(config), concepts, seed=seed)
+            config, datasets = with_class_images(config, concepts)
+            dataset = create_dataset(config, datasets, concepts, seed=seed)
         trainer = build_trainer(
             config, accelerator=accelerator, dataset=dataset, concepts=concepts, seed=seed
         )
@@ -159,6 +161,8 @@ def check_run(config: TrainConfig) -> CheckedRun:
     datasets = resolve_datasets(config)
     concepts = find_concepts(config, datasets)
     METHODS[config.schedule.method].check(config, concepts)
+    if config.finetune.generate_class_images:
+        config, datasets = with_class_images(config, concepts)
     return CheckedRun(config, datasets, concepts)
 
 
@@ -194,7 +198,8 @@ def _check(run: CheckedRun) -> int:
         print(f"{name} is not on this machine: nothing was checked that depends on the model.")
         return 0
     print_report(config, dataset, concepts, found.models)
-    print(f"Length: {found.plan.num_steps} step(s), {found.plan.num_epochs} epoch(s)")
+    about = "about " if lacks_class_images(config, dataset) else ""
+    print(f"Length: {about}{found.plan.num_steps} step(s), {found.plan.num_epochs} epoch(s)")
     print("Everything that can be known without the weights is in order.")
     return 0
 

@@ -5,24 +5,55 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from mlm_plugin.config.concepts import Concept
-from mlm_plugin.config.datasets import LATENT_STRIDE, folder_name
+from mlm_plugin.config.datasets import (
+    LATENT_STRIDE,
+    DatasetConfig,
+    folder_name,
+    resolve_datasets,
+)
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.prompt_sets.english import correct_articles
 from mlm_plugin.training.draw_class_images import ClassImageSettings, draw_class_images
 
-__all__ = ["prepare_class_images"]
+__all__ = ["prepare_class_images", "with_class_images"]
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "class_images"  # in output_dir, where reg_data_dir is not given
 SEED = 0  # of the pictures; the same in every run, so that runs share them
+
+
+def with_class_images(
+    config: TrainConfig, concepts: Sequence[Concept]
+) -> tuple[TrainConfig, tuple[DatasetConfig, ...]]:
+    """The options with ``reg_data_dir``, and the data sets with the pictures that are there.
+
+    The folder in ``output_dir`` is shared by runs, so those of other classes are left out of it.
+
+    Raises:
+        UserError: no class is known, or its name cannot be a folder name.
+    """
+    root = _root(config)
+    folders = _folders(root, config, concepts).values()
+    config = config.replace(reg_data_dir=str(root))
+    datasets = resolve_datasets(config)
+    if root == Path(config.output.output_dir or "") / FOLDER:
+        datasets = tuple(
+            replace(
+                dataset,
+                subsets=tuple(s for s in dataset.subsets if not s.is_reg or s.image_dir in folders),
+            )
+            for dataset in datasets
+        )
+    return config, datasets
 
 
 def prepare_class_images(
@@ -31,8 +62,8 @@ def prepare_class_images(
     *,
     models: Callable[[], StableDiffusion],
     accelerator: Accelerator,
-) -> TrainConfig:
-    """Fill the regularization folder of every class; returns the options with ``reg_data_dir``.
+) -> None:
+    """Fill the regularization folder of every class.
 
     Args:
         config: number, prompt, size and folder of the pictures.
@@ -44,18 +75,7 @@ def prepare_class_images(
         UserError: no class is known, its name cannot be a folder name, or a folder belongs to
             other settings.
     """
-    classes = list(dict.fromkeys(concept.class_token for concept in concepts))
-    if not all(classes) or not classes:
-        raise UserError(
-            "generate_class_images: what to draw is not known; give --placeholder_token and "
-            "--class_token, or name the folder like '10_sks dog'"
-        )
-    if config.finetune.class_prompt and len(classes) > 1:
-        raise UserError(
-            f"class_prompt serves one class, here are {', '.join(classes)}; leave it out"
-        )
-    root = Path(config.dataset.reg_data_dir or Path(config.output.output_dir) / FOLDER)
-    folders = {name: _folder(root, name) for name in classes}
+    folders = _folders(_root(config), config, concepts)
     if accelerator.is_main_process:
         load = functools.cache(models)  # once for all classes, and only to draw
         for name, folder in folders.items():
@@ -70,7 +90,25 @@ def prepare_class_images(
                 accelerator=accelerator,
             )
     accelerator.wait_for_everyone()
-    return config.replace(reg_data_dir=str(root))
+
+
+def _root(config: TrainConfig) -> Path:
+    return Path(config.dataset.reg_data_dir or Path(config.output.output_dir or "") / FOLDER)
+
+
+def _folders(root: Path, config: TrainConfig, concepts: Sequence[Concept]) -> dict[str, Path]:
+    """The folder of every class, by its name."""
+    classes = list(dict.fromkeys(concept.class_token for concept in concepts))
+    if not all(classes) or not classes:
+        raise UserError(
+            "generate_class_images: what to draw is not known; give --placeholder_token and "
+            "--class_token, or name the folder like '10_sks dog'"
+        )
+    if config.finetune.class_prompt and len(classes) > 1:
+        raise UserError(
+            f"class_prompt serves one class, here are {', '.join(classes)}; leave it out"
+        )
+    return {name: _folder(root, name) for name in classes}
 
 
 def _settings(config: TrainConfig, class_token: str) -> ClassImageSettings:

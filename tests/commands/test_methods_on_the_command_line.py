@@ -142,6 +142,38 @@ def test_class_images_are_drawn_once_and_learned_from(arguments, tmp_path, capsy
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
 
 
+CLASS_IMAGES = ("--method", "dreambooth", "--generate_class_images", "2", "--mlm_loss_weight", "0")
+
+
+def test_a_run_with_class_images_resumes(arguments, tmp_path):
+    run = [*arguments, *CLASS_IMAGES, "--save_state"]
+    assert train_main([*run, "--max_train_steps", "1"]) == 0
+    (state,) = (tmp_path / "out").glob("*-state")
+    assert train_main([*run, "--max_train_steps", "2", "--resume", str(state)]) == 0
+
+
+def test_another_class_in_the_same_output_folder_has_pictures_of_its_own(
+    arguments, tmp_path, capsys
+):
+    assert train_main([*arguments, *CLASS_IMAGES]) == 0
+    capsys.readouterr()
+    cat = ["--placeholder_token", "sks", "--class_token", "cat", "--output_name", "cat"]
+    assert train_main([*arguments, *CLASS_IMAGES, *cat]) == 0
+    printed = capsys.readouterr().out
+    assert "1_cat (regularisation)" in printed
+    assert "1_dog" not in printed
+    assert names_in(tmp_path / "out" / "class_images") == ["1_cat", "1_dog"]
+
+
+def test_a_check_counts_class_images_that_are_still_to_be_drawn(arguments, capsys):
+    run = [*arguments, *CLASS_IMAGES, "--train_batch_size", "25", "--max_train_epochs", "1"]
+    assert train_main([*run, "--check"]) == 0
+    assert "Length: about 4 step(s), 1 epoch(s)" in capsys.readouterr().out
+    assert train_main(run) == 0
+    assert train_main([*run, "--check"]) == 0
+    assert "Length: 4 step(s), 1 epoch(s)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
 def test_class_images_fill_a_new_folder(arguments, exists, tmp_path):
     reg = tmp_path / "reg"
