@@ -98,11 +98,16 @@ def _examine(options: DoctorOptions, file: LearnedFile) -> Findings:
         words = random_words(models.text_encoders[0], NUM_ORDINARY_WORDS, seed=0)
         patient = Patient(file, models, word=file.trigger)
         return examine_embedding(patient, templates, class_token=ordinary, words=words)
-    concept = file.trigger or ordinary
-    if options.class_token and options.class_token not in concept.split():
-        concept = f"{concept} {options.class_token}"
+    concept = _with_class(file.trigger or ordinary, options.class_token)
     prompts = (Prompts(templates, word) for word in (concept, ordinary))
     return examine_network(Patient(file, models), *prompts)
+
+
+def _with_class(trigger: str, class_token: str | None) -> str:
+    """``sks`` and ``teddy bear`` as ``sks teddy bear``; a trigger may have the class already."""
+    if not class_token or f" {class_token} " in f" {trigger} ":
+        return trigger
+    return f"{trigger} {class_token}"
 
 
 def _mend(options: DoctorOptions, file: LearnedFile, findings: Findings | None) -> None:

@@ -16,7 +16,7 @@ from mlm_plugin.estimate.step import caching_peak, optimizer_peak, step_peak
 from mlm_plugin.estimate.table import Estimate, Saving, report_lines, saving_lines
 from mlm_plugin.methods.checks import check_config
 from mlm_plugin.models.checkpoint_file import ARCHITECTURES
-from mlm_plugin.setup.builtin_names import data_path, model_path
+from mlm_plugin.setup.builtin_names import contexts_path, data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
 __all__ = ["estimate_of", "run_estimate"]
@@ -84,6 +84,7 @@ def _readable(command: EstimateCommand) -> TrainConfig:
         pretrained_model_name_or_path=model,
         train_data_dir=data_path(config.dataset.train_data_dir),
         output_dir=config.output.output_dir or "output",
+        mlm_prompt_set=contexts_path(config.mlm.mlm_prompt_set),
         mlm_contextualizer="auto",
     )
 

@@ -253,7 +253,7 @@ class EmbeddingOptions:
     init_word: tuple[str, ...] | None = option(
         None,
         "Word whose embedding the learned one starts from, one per concept, or `id:42170` for a "
-        "token by number; the class word if not given.",
+        "token by number; the class word if not given (custom_diffusion: a rare token).",
     )
     weights: tuple[str, ...] | None = option(
         None,

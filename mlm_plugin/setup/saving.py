@@ -303,11 +303,13 @@ class Saver(Callback):
             print(self.ranking.report(self._path))
 
     def on_stop(self, trainer: Trainer) -> None:
-        """Save the state, so that nothing is lost.
+        """Save the state, so that nothing is lost; before the first step there is nothing.
 
         Raises:
             SaveFailed: it could not be saved there; the message says where it is instead.
         """
+        if trainer.progress.current_step == 0:
+            return
         folder = self._state_folder(self._step_name(trainer.progress.current_step))
         if problem := self._save_last_state(trainer, folder):
             raise SaveFailed(problem)

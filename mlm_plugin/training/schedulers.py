@@ -225,7 +225,20 @@ def _adafactor(optimizer: Optimizer, options: OptimizerOptions) -> LRScheduler:
     if not isinstance(optimizer, Adafactor):
         raise UserError("lr_scheduler=adafactor belongs to optimizer_type=Adafactor")
     _, _, initial_lr = scheduler_name(optimizer, options).partition(":")
-    return AdafactorSchedule(optimizer, float(initial_lr or options.learning_rate))
+    return _AdafactorSchedule(optimizer, float(initial_lr or options.learning_rate))
+
+
+class _AdafactorSchedule(AdafactorSchedule):
+    """Tells the rate of every group, not of those with a gradient alone, as torch expects."""
+
+    def get_lr(self) -> list[float]:
+        states = [self.optimizer.state.get(g["params"][0]) for g in self.optimizer.param_groups]
+        return [
+            self.optimizer._get_lr(group, state) if state else initial
+            for group, state, initial in zip(
+                self.optimizer.param_groups, states, self.base_lrs, strict=True
+            )
+        ]
 
 
 def _custom_class(options: OptimizerOptions) -> type[LRScheduler]:

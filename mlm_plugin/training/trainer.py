@@ -334,6 +334,8 @@ class Trainer:
         progress = self._step_before.restore()
         if progress is not None:
             self.progress = progress
+            if not progress.current_step:
+                error.saved = "the weights failed after the first step, so no state is saved"
         elif not self.progress.current_step:
             error.saved = "no step was done, so what the run starts from or its data is at fault"
         else:

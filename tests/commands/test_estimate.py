@@ -183,3 +183,9 @@ def test_the_list_of_savings_shows_how_far_it_is_while_the_table_can_be_read(cap
     assert re.search(r"what would save memory: +0%", shown.err)
     assert "gradient_checkpointing = true" in shown.err
     assert "gradient_checkpointing = true" in shown.out
+
+
+def test_the_quickstart_preset_is_estimated(capsys):
+    preset = ROOT / "presets" / "quickstart.toml"
+    assert main(["estimate", "--config_file", str(preset), "--no_savings"]) == 0
+    assert "training step" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mlm_plugin.cli import main, train_main
+from mlm_plugin.commands.doctor import _with_class
 from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.doctor.diagnosis import Findings, broken_verdict, verdict_of
 from mlm_plugin.doctor.examination import Patient, Prompts, Reading, reading_of
@@ -405,6 +406,19 @@ def test_a_file_for_flux_is_counted_and_not_examined(tmp_path, toy_folder, capsy
 
 
 # --- embeddings and pages -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trigger", "class_token", "prompted"),
+    [
+        ("sks", "teddy bear", "sks teddy bear"),
+        ("sks teddy bear", "teddy bear", "sks teddy bear"),
+        ("sks catfish", "cat", "sks catfish cat"),
+        ("sks", None, "sks"),
+    ],
+)
+def test_the_class_is_in_the_prompts_once(trigger, class_token, prompted):
+    assert _with_class(trigger, class_token) == prompted
 
 
 @pytest.mark.parametrize(("size", "level"), [(0.02, "good"), (5.0, "strong")])

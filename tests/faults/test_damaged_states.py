@@ -249,4 +249,5 @@ def test_a_loss_that_is_nan_from_the_start_is_told_as_that(base, tmp_path, monke
     assert train_main([*base, *flags]) == 1
     error = capsys.readouterr().err
     assert "no step was done" in error
+    assert not list(tmp_path.rglob("*-state"))
     assert "good state" not in error

@@ -171,6 +171,20 @@ def test_relative_step_adafactor_brings_its_schedule_and_starts_at_the_learning_
     assert scheduler.get_last_lr()[0] != 3e-4
 
 
+def test_adafactor_tells_a_rate_for_groups_without_a_gradient_too():
+    """As where a text encoder is frozen halfway, or gradients are gone after a fused step."""
+    optimizer = create_optimizer("Adafactor", parameter_groups(1e-4, 1e-4), learning_rate=3e-4)
+    options = OptimizerOptions(optimizer_type="Adafactor", learning_rate=3e-4)
+    scheduler = create_scheduler(optimizer, options, num_training_steps=20)
+    weight = optimizer.param_groups[1]["params"][0]
+    for gradient in (torch.ones(2, 2), None):
+        weight.grad = gradient
+        optimizer.step()
+        scheduler.step()
+        first, second = scheduler.get_last_lr()
+        assert first == 3e-4 != second
+
+
 def test_a_schedule_free_optimizer_keeps_its_rate_and_says_what_it_ignores(caplog):
     schedulefree = pytest.importorskip("schedulefree")
     optimizer = schedulefree.AdamWScheduleFree(parameter_groups(0.5))
