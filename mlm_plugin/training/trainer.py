@@ -345,6 +345,11 @@ class Trainer:
     def _rescue(self) -> None:
         """Call every ``on_stop`` or ``on_lost``, whatever fails; the original error is raised."""
         event = "on_stop" if self.accelerator.num_processes == 1 else "on_lost"
+        if self.fused_steps is not None:
+            logger.warning(
+                "fused_backward_pass: the step that failed may have trained a part of the U-Net, "
+                "so the state may be ahead by that; an earlier one is exact"
+            )
         self.optimizer.zero_grad(set_to_none=True)  # half a step's, and memory if that ran out
         for callback in self.callbacks:
             try:
