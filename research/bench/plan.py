@@ -318,8 +318,12 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
     "lora plain": (
         {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4"},
         {"unet_lr": "2.5e-3", "text_encoder_lr": "5e-5"},
+        {"unet_lr": "6.25e-4", "text_encoder_lr": "1.5e-4"},
     ),
-    "lora core": _text_edges("0.3", "1", "3"),
+    "lora core": (
+        *_text_edges("0.3", "1", "3"),
+        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4", "weight": "0.3"},
+    ),
     "lora textboost": _text_edges("0.1", "0.03", "0.01"),
     "lora classdiffusion": _text_edges("1", "3", "10"),
     "lora output_preservation": (
@@ -327,7 +331,11 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
         {"text_encoder_lr": "1.5e-3", "weight": "10"},
         {"text_encoder_lr": "1.5e-3", "weight": "30"},
     ),
-    "lora both/states": _text_edges("0.1", "0.03", "0.01"),
+    "lora both/states": (
+        *_text_edges("0.1", "0.03", "0.01"),
+        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4", "weight": "0.1"},
+        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4", "weight": "0.01"},
+    ),
     "lora_unet_only cross/states": (
         {"unet_lr": "1.5e-3", "weight": "1"},
         {"unet_lr": "2.5e-3", "weight": "3"},
@@ -336,8 +344,13 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
     "pivotal plain": (
         {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
         {"embedding_lr": "1e-2", "text_encoder_lr": "5e-5"},
+        {"embedding_lr": "1e-1", "text_encoder_lr": "1.5e-4"},
+        {"unet_lr": "1.25e-3", "embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
     ),
-    "pivotal core": _text_edges("0.03", "0.01", "0.003"),
+    "pivotal core": (
+        *_text_edges("0.03", "0.01", "0.003"),
+        {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4", "weight": "0.03"},
+    ),
     "pivotal classdiffusion": (
         {"text_encoder_lr": "5e-4", "weight": "3"},
         {"text_encoder_lr": "5e-4", "weight": "10"},
@@ -346,9 +359,19 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
         {"text_encoder_lr": "5e-4", "weight": "0.03"},
         {"text_encoder_lr": "5e-4", "weight": "0.01"},
     ),
-    "pivotal both/states": _text_edges("0.1", "0.03", "0.01"),
+    "pivotal both/states": (
+        *_text_edges("0.1", "0.03", "0.01"),
+        {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4", "weight": "0.1"},
+        {
+            "unet_lr": "1.25e-3",
+            "embedding_lr": "3e-2",
+            "text_encoder_lr": "1.5e-4",
+            "weight": "0.1",
+        },
+    ),
 }
-"""Settings beyond the edge of a grid, where the search of an arm ended there."""
+"""Settings beyond the edge of a grid, where the search of an arm ended there, or with the rates
+that plain training was found better with there."""
 
 ARMS: Mapping[str, Arm] = {
     arm.name: arm

@@ -59,15 +59,22 @@ def test_controls_differ_from_the_recommended_form_in_their_contexts_alone(arm):
 
 
 @pytest.mark.parametrize("arm", BEYOND, ids=lambda arm: arm.name)
-def test_settings_beyond_the_edges_leave_the_grid_in_one_value_from_the_setting_found(arm):
+def test_settings_beyond_the_edges_are_as_found_or_leave_the_grid_of_rates_and_weights(arm):
     searched = ARMS[arm.name.removesuffix("/beyond")]
     assert arm == dataclasses.replace(searched, form=arm.form, grid=arm.grid)
     found = search(searched, Records().of("tuning", searched.name)).winner
+    grid = {name: [float(one[name]) for one in searched.grid] for name in found}
+    plain = ARMS[f"{searched.family.name} plain"]
+    others = {**searched.family.flags, **searched.family.other_rates}
+    for name in {name for one in plain.grid for name in one} & set(others) - set(found):
+        grid[name] = [float(one[name]) for one in plain.grid if name in one]
     for setting in arm.grid:
-        (changed,) = (name for name in found if setting[name] != found[name])
-        tried = [float(one[changed]) for one in searched.grid]
-        at, value = float(found[changed]), float(setting[changed])
-        assert value < at == min(tried) or value > at == max(tried)
+        whole = {**others, **found}
+        changed = [name for name in setting if setting[name] != whole[name]]
+        assert changed
+        for name in changed:
+            tried, value = grid.get(name, [float(whole[name])]), float(setting[name])
+            assert name in searched.family.other_rates or not min(tried) <= value <= max(tried)
 
 
 def test_no_two_trials_of_the_plan_share_a_key():
