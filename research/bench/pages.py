@@ -49,9 +49,12 @@ NOTHING = "No results of the current plan yet.\n"
 
 
 class Result(NamedTuple):
-    """What is reported of an arm: its setting, the last look and the curve of every concept."""
+    """What is reported of an arm: its setting and its score on the tuning concepts, the last look
+    and the curve of every concept.
+    """
 
     setting: Mapping[str, str]
+    score: float
     records: list[Record]
     curves: dict[str, Curve]
 
@@ -138,14 +141,14 @@ def _text_score_rates() -> str:
 
 def _result(arm: Arm, records: Records) -> Result | None:
     """The complete report of an arm, or ``None``."""
-    winner = search(arm, records.of("tuning", arm.name)).winner
-    if winner is None:
+    found = search(arm, records.of("tuning", arm.name))
+    if (winner := found.winner) is None:
         return None
     reported = _all_of(trials_to_report(arm, winner), records)
     untrained = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[0]), records)
     if reported is None or untrained is None:
         return None
-    return Result(winner, reported, curves_of(reported, untrained))
+    return Result(winner, found.scores[0][1], reported, curves_of(reported, untrained))
 
 
 def _all_of(
@@ -261,8 +264,10 @@ def _beyond_table(results: Mapping[str, Result]) -> str:
     """The claims with settings beyond the edges, on the sides where such a one is better."""
     rows = []
     for claim in CLAIMS:
-        further = [f"{name}/beyond" if f"{name}/beyond" in results else name for name in claim]
-        if further == list(claim) or not results.keys() >= set(further):
+        if not results.keys() >= set(claim):
+            continue
+        further = [_best_reported(name, results) for name in claim]
+        if further == list(claim):
             continue
         comparison = compare(*(results[name].curves for name in further))
         settings = [f"{name}: {_setting(results[name].setting)}" for name in further]
@@ -280,6 +285,12 @@ def _beyond_table(results: Mapping[str, Result]) -> str:
         "Δ fidelity, last step", "Δ identity, last step",
     )  # fmt: skip
     return _table(headings, rows)
+
+
+def _best_reported(name: str, results: Mapping[str, Result]) -> str:
+    """The arm or what was reported of it beyond its grid, whichever was best on tuning concepts."""
+    reported = [one for one in (name, f"{name}/beyond", f"{name}/further") if one in results]
+    return max(reported, key=lambda one: results[one].score)
 
 
 def _settled_curves(name: str, result: Result, records: Records) -> dict[str, Curve] | None:

@@ -259,9 +259,9 @@ def _control(family: str, setting: Flags) -> Arm:
     return replace(term, grid=(setting,))
 
 
-def _beyond(arm: Arm, settings: tuple[Flags, ...]) -> Arm:
+def _beyond(arm: Arm, settings: tuple[Flags, ...], name: str) -> Arm:
     """An arm at settings beyond the edges of its grid."""
-    return replace(arm, form=f"{arm.form}/beyond", grid=settings)
+    return replace(arm, form=f"{arm.form}/{name}", grid=settings)
 
 
 def _text_edges(weight_found: str, *weights: str) -> tuple[Flags, ...]:
@@ -318,12 +318,8 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
     "lora plain": (
         {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4"},
         {"unet_lr": "2.5e-3", "text_encoder_lr": "5e-5"},
-        {"unet_lr": "6.25e-4", "text_encoder_lr": "1.5e-4"},
     ),
-    "lora core": (
-        *_text_edges("0.3", "1", "3"),
-        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4", "weight": "0.3"},
-    ),
+    "lora core": _text_edges("0.3", "1", "3"),
     "lora textboost": _text_edges("0.1", "0.03", "0.01"),
     "lora classdiffusion": _text_edges("1", "3", "10"),
     "lora output_preservation": (
@@ -331,11 +327,7 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
         {"text_encoder_lr": "1.5e-3", "weight": "10"},
         {"text_encoder_lr": "1.5e-3", "weight": "30"},
     ),
-    "lora both/states": (
-        *_text_edges("0.1", "0.03", "0.01"),
-        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4", "weight": "0.1"},
-        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4", "weight": "0.01"},
-    ),
+    "lora both/states": _text_edges("0.1", "0.03", "0.01"),
     "lora_unet_only cross/states": (
         {"unet_lr": "1.5e-3", "weight": "1"},
         {"unet_lr": "2.5e-3", "weight": "3"},
@@ -344,13 +336,8 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
     "pivotal plain": (
         {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
         {"embedding_lr": "1e-2", "text_encoder_lr": "5e-5"},
-        {"embedding_lr": "1e-1", "text_encoder_lr": "1.5e-4"},
-        {"unet_lr": "1.25e-3", "embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
     ),
-    "pivotal core": (
-        *_text_edges("0.03", "0.01", "0.003"),
-        {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4", "weight": "0.03"},
-    ),
+    "pivotal core": _text_edges("0.03", "0.01", "0.003"),
     "pivotal classdiffusion": (
         {"text_encoder_lr": "5e-4", "weight": "3"},
         {"text_encoder_lr": "5e-4", "weight": "10"},
@@ -359,19 +346,21 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
         {"text_encoder_lr": "5e-4", "weight": "0.03"},
         {"text_encoder_lr": "5e-4", "weight": "0.01"},
     ),
-    "pivotal both/states": (
-        *_text_edges("0.1", "0.03", "0.01"),
-        {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4", "weight": "0.1"},
-        {
-            "unet_lr": "1.25e-3",
-            "embedding_lr": "3e-2",
-            "text_encoder_lr": "1.5e-4",
-            "weight": "0.1",
-        },
-    ),
+    "pivotal both/states": _text_edges("0.1", "0.03", "0.01"),
 }
-"""Settings beyond the edge of a grid, where the search of an arm ended there, or with the rates
-that plain training was found better with there."""
+"""Settings beyond the edge of a grid, where the search of an arm ended there."""
+
+SLOWER = {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4"}
+LOUDER = {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"}
+FURTHER: Mapping[str, tuple[Flags, ...]] = {
+    "lora plain": ({**SLOWER, "unet_lr": "6.25e-4"},),
+    "lora core": ({**SLOWER, "weight": "0.3"},),
+    "lora both/states": ({**SLOWER, "weight": "0.1"}, {**SLOWER, "weight": "0.01"}),
+    "pivotal plain": ({**LOUDER, "embedding_lr": "1e-1"}, {**SLOWER, **LOUDER}),
+    "pivotal core": ({**LOUDER, "weight": "0.03"},),
+    "pivotal both/states": ({**LOUDER, "weight": "0.1"}, {**SLOWER, **LOUDER, "weight": "0.1"}),
+}
+"""Settings around the rates that plain training was found better with there."""
 
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
@@ -379,7 +368,8 @@ ARMS: Mapping[str, Arm] = {
         *SEARCHED,
         _control("lora", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
         _control("pivotal", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
-        *(_beyond(arm, EDGES[arm.name]) for arm in SEARCHED if arm.name in EDGES),
+        *(_beyond(arm, EDGES[arm.name], "beyond") for arm in SEARCHED if arm.name in EDGES),
+        *(_beyond(arm, FURTHER[arm.name], "further") for arm in SEARCHED if arm.name in FURTHER),
     )
 }
 

@@ -39,7 +39,7 @@ def run(arm, fidelity_of):
 
 
 CONTROLS = [arm for arm in ARMS.values() if arm.grammar == "disjoint"]
-BEYOND = [arm for arm in ARMS.values() if arm.form.endswith("/beyond")]
+BEYOND = [arm for arm in ARMS.values() if arm.form.endswith(("/beyond", "/further"))]
 
 
 @pytest.mark.parametrize("arm", SEARCHED, ids=lambda arm: arm.name)
@@ -60,7 +60,7 @@ def test_controls_differ_from_the_recommended_form_in_their_contexts_alone(arm):
 
 @pytest.mark.parametrize("arm", BEYOND, ids=lambda arm: arm.name)
 def test_settings_beyond_the_edges_are_beyond_them_and_otherwise_as_found(arm):
-    searched = ARMS[arm.name.removesuffix("/beyond")]
+    searched = ARMS[arm.name.rpartition("/")[0]]
     assert arm == dataclasses.replace(searched, form=arm.form, grid=arm.grid)
     found = search(searched, Records().of("tuning", searched.name)).winner
     values = {**searched.family.flags, **searched.family.other_rates, **found}
