@@ -195,17 +195,18 @@ def test_a_stop_whose_state_fails_says_both(arguments, failing, monkeypatch, cap
 
         def fails_later(*values, **settings):
             calls.append(1)
-            return call(*values, **settings) * (float("nan") if len(calls) > 1 else 1)
+            return call(*values, **settings) * (float("nan") if len(calls) > 2 else 1)
 
         monkeypatch.setattr(DiffusionLoss, "__call__", fails_later)
     else:
         from mlm_plugin.training.trainer import Trainer
 
-        def stopped(*_):
+        def stopped(trainer, *_):
+            trainer.progress.current_step = 1
             raise Stopped(130)
 
         monkeypatch.setattr(Trainer, "_run_epoch", stopped)
-    assert train_main(arguments) == 1
+    assert train_main([*arguments, "--max_train_steps", "3"]) == 1
     (line,) = [x for x in output(capsys).splitlines() if x.startswith("error:")]
     assert {"signal": "stopped by a signal", "nan": "the loss is nan"}[stop] in line
     assert "rescued-state, in a temporary folder" in line
