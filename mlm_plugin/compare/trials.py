@@ -50,8 +50,7 @@ from mlm_plugin.training.trainer import Trainer
 __all__ = ["Trial", "checked_trials", "score_trial", "train_trial"]
 
 DONE, SCORES = "trial.json", "scores.json"
-PLACES = ("output_dir", "train_data_dir", "reg_data_dir", "dataset_config")
-"""Pictures are compared by their contents."""
+PLACES = ("output_dir", "train_data_dir", "dataset_config")  # photos are compared by content
 STARTING_AT_THE_BASE = ("lora", "dreambooth")
 """Methods whose untrained model is the base model."""
 ONLY_TRAINED = {
@@ -177,11 +176,9 @@ def _trials(
     }
     changed = {k: v for k, v in run.config.changed().items() if k not in PLACES}
     changed = with_contents(changed)
-    draws_class_images = bool(run.config.finetune.generate_class_images)
-    compared = pictures if draws_class_images else dataset.images
     facts = {
         "options": changed,
-        "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in compared],
+        "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in dataset.images],
         "looks": plan.looks,
         **drawn,
     }
