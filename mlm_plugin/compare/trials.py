@@ -174,8 +174,7 @@ def _trials(
         "pictures_per_prompt": plan.pictures_per_prompt,
         "drawing": asdict(plan.drawing),
     }
-    changed = {k: v for k, v in run.config.changed().items() if k not in PLACES}
-    changed = with_contents(changed)
+    changed = with_contents({k: v for k, v in run.config.changed().items() if k not in PLACES})
     facts = {
         "options": changed,
         "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in dataset.images],

@@ -52,6 +52,11 @@ class NetworkArguments(NamedTuple):
     ours: dict[str, Any]
     rest: dict[str, Any]
 
+    @property
+    def typed(self) -> dict[str, str]:
+        """What of ``rest`` the user gave; the trainer adds values of other types."""
+        return {name: value for name, value in self.rest.items() if isinstance(value, str)}
+
 
 def create_network(
     multiplier: float,
@@ -141,9 +146,8 @@ def _with_config_file(given: NetworkArguments, argv: Sequence[str]) -> NetworkAr
     if inner in (None, MODULE) or given.inner not in (None, inner):
         return given
     theirs = split_arguments(dict(_pairs(in_file.get("network_args"))))
-    typed = {name: value for name, value in given.rest.items() if isinstance(value, str)}
     return NetworkArguments(
-        inner, {**theirs.ours, **given.ours}, {**given.rest, **theirs.rest, **typed}
+        inner, {**theirs.ours, **given.ours}, {**given.rest, **theirs.rest, **given.typed}
     )
 
 
@@ -206,13 +210,12 @@ class _Run:
         Called once: the models are let go, as the trainer may delete them later.
         """
         self.args = args
-        typed = {name: value for name, value in self.given.rest.items() if isinstance(value, str)}
         run = NetworkRun(
             args,
             current_architecture(MODULE),
             given=self.given.ours,
             place="network_args",
-            network_args=typed,
+            network_args=self.given.typed,
         )
         self.term = run.term
         if run.needs_data:
@@ -227,7 +230,7 @@ class _Run:
             return metadata
         metadata = {**metadata, "ss_network_module": self.inner}
         metadata.pop("ss_network_args", None)
-        if any(isinstance(value, str) for value in self.given.rest.values()):  # any was typed
+        if self.given.typed:
             metadata["ss_network_args"] = json.dumps(self.given.rest)
         if self.term is not None and not self.args.no_metadata:
             metadata |= self.term.metadata()

@@ -363,6 +363,9 @@ class RunWatch:
         """A copy, which kohya's trainer does not remove when the file is too old."""
         best = file.with_name(f"{_best_name(self.args)}{file.suffix}")
         copy_file(file, best)
+        self._show_copy(best)
+
+    def _show_copy(self, best: Path) -> None:
         self._best_copy = best
         if self.page:
             self.page.best_copy = best.stem
@@ -387,7 +390,7 @@ class RunWatch:
             copy = Path(self.args.output_dir) / known["copy"]
             if copy.is_file():
                 self.ranking.recall({copy.stem: known["measured"]})
-                self._best_copy = copy
+                self._show_copy(copy)
 
     def _report(self, file: Path) -> None:
         """The last lines of a run; a file that is not the last may have been removed."""

@@ -266,11 +266,8 @@ def _beyond(arm: Arm, settings: tuple[Flags, ...], name: str) -> Arm:
 
 def _text_edges(weight_found: str, *weights: str) -> tuple[Flags, ...]:
     """A lower rate of the text encoder at the weight found, then weights at the lowest rate."""
-    rates = ("5e-5", *(TEXT_RATES[0] for _ in weights))
-    return tuple(
-        {"text_encoder_lr": rate, "weight": weight}
-        for rate, weight in zip(rates, (weight_found, *weights), strict=True)
-    )
+    lower = {"text_encoder_lr": "5e-5", "weight": weight_found}
+    return (lower, *_grid({"text_encoder_lr": TEXT_RATES[:1], "weight": weights}))
 
 
 def _directional(family: str) -> Arm:
@@ -324,28 +321,20 @@ EDGES: Mapping[str, tuple[Flags, ...]] = {
     "lora classdiffusion": _text_edges("1", "3", "10"),
     "lora output_preservation": (
         {"text_encoder_lr": "5e-3", "weight": "3"},
-        {"text_encoder_lr": "1.5e-3", "weight": "10"},
-        {"text_encoder_lr": "1.5e-3", "weight": "30"},
+        *_grid({"text_encoder_lr": ("1.5e-3",), "weight": ("10", "30")}),
     ),
     "lora both/states": _text_edges("0.1", "0.03", "0.01"),
     "lora_unet_only cross/states": (
         {"unet_lr": "1.5e-3", "weight": "1"},
-        {"unet_lr": "2.5e-3", "weight": "3"},
-        {"unet_lr": "2.5e-3", "weight": "10"},
+        *_grid({"unet_lr": ("2.5e-3",), "weight": ("3", "10")}),
     ),
     "pivotal plain": (
         {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
         {"embedding_lr": "1e-2", "text_encoder_lr": "5e-5"},
     ),
     "pivotal core": _text_edges("0.03", "0.01", "0.003"),
-    "pivotal classdiffusion": (
-        {"text_encoder_lr": "5e-4", "weight": "3"},
-        {"text_encoder_lr": "5e-4", "weight": "10"},
-    ),
-    "pivotal textboost": (
-        {"text_encoder_lr": "5e-4", "weight": "0.03"},
-        {"text_encoder_lr": "5e-4", "weight": "0.01"},
-    ),
+    "pivotal classdiffusion": _grid({"text_encoder_lr": ("5e-4",), "weight": ("3", "10")}),
+    "pivotal textboost": _grid({"text_encoder_lr": ("5e-4",), "weight": ("0.03", "0.01")}),
     "pivotal both/states": _text_edges("0.1", "0.03", "0.01"),
 }
 """Settings beyond the edge of a grid, where the search of an arm ended there."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import harmonic_mean
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlm_plugin.evaluation.measures import (
     Mean,
@@ -78,11 +78,8 @@ def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Compariso
     if not concepts:
         return None
     by_concept = {c: matched_difference(ours[c], theirs[c]) for c in concepts}
-    ends_C2, their_ends_C2 = (
-        torch.tensor(np.stack([curves[c][-1] for c in concepts])) for curves in (ours, theirs)
-    )
-    last_C2 = ends_C2 - their_ends_C2
-    scores_C = _harmonic_mean(ends_C2) - _harmonic_mean(their_ends_C2)
+    last_C2 = torch.tensor(np.stack([ours[c][-1] - theirs[c][-1] for c in concepts]))
+    scores = [harmonic_mean(ours[c][-1]) - harmonic_mean(theirs[c][-1]) for c in concepts]
     matched_C = torch.tensor(list(by_concept.values()), dtype=torch.float64)
     return Comparison(
         by_concept,
@@ -90,12 +87,8 @@ def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Compariso
         sign_flip_p_value(matched_C),
         mean_with_interval(last_C2[:, 1]),
         mean_with_interval(last_C2[:, 0]),
-        mean_with_interval(scores_C),
+        mean_with_interval(torch.tensor(scores, dtype=torch.float64)),
     )
-
-
-def _harmonic_mean(values_C2: Tensor) -> Tensor:
-    return 2 / values_C2.reciprocal().sum(dim=1)
 
 
 def num_before_first_look(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> int:
