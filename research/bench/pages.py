@@ -86,7 +86,7 @@ def blocks(records: Records) -> dict[str, str]:
         "report": _report_table(results, records),
         "claims": _claims_table(found),
         "settled": _settled_table(results, found, records),
-        "beyond": _beyond_table(results),
+        "first": _first_table(found, records),
         "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
         "text_score": _text_score_tables(records),
@@ -258,39 +258,6 @@ def _settled_table(
         "Δ, trainings of three lengths", "read before the shortest",
     )  # fmt: skip
     return _table(headings, rows)
-
-
-def _beyond_table(results: Mapping[str, Result]) -> str:
-    """The claims with settings beyond the edges, on the sides where such a one is better."""
-    rows = []
-    for claim in CLAIMS:
-        if not results.keys() >= set(claim):
-            continue
-        further = [_best_reported(name, results) for name in claim]
-        if further == list(claim):
-            continue
-        comparison = compare(*(results[name].curves for name in further))
-        settings = [f"{name}: {_setting(results[name].setting)}" for name in further]
-        rows.append(
-            [
-                *settings,
-                _points(comparison.matched),
-                f"{comparison.p_value:.4f}",
-                _points(comparison.fidelity),
-                _points(comparison.identity),
-            ]
-        )
-    headings = (
-        "with the term", "against", "Δ fidelity at matched identity", "p, uncorrected",
-        "Δ fidelity, last step", "Δ identity, last step",
-    )  # fmt: skip
-    return _table(headings, rows)
-
-
-def _best_reported(name: str, results: Mapping[str, Result]) -> str:
-    """The arm or what was reported of it beyond its grid, whichever was best on tuning concepts."""
-    reported = [one for one in (name, f"{name}/beyond", f"{name}/further") if one in results]
-    return max(reported, key=lambda one: results[one].score)
 
 
 def _settled_curves(name: str, result: Result, records: Records) -> dict[str, Curve] | None:

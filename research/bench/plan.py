@@ -94,6 +94,7 @@ class Arm:
         grid: six settings; ``weight`` is the weight of the term, the rest are flags.
         flags: options of all its trials.
         grammar: of the contexts: ``free``, ``linked`` or ``disjoint``.
+        second_grid: six settings around the one found in the first, or none.
     """
 
     family: Family
@@ -102,6 +103,7 @@ class Arm:
     grid: tuple[Flags, ...]
     flags: Flags = field(default_factory=dict)
     grammar: str = "free"
+    second_grid: tuple[Flags, ...] = ()
 
     @property
     def name(self) -> str:
@@ -256,18 +258,7 @@ def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
 def _control(family: str, setting: Flags) -> Arm:
     """The recommended form at the setting found for it, with contexts of no word that is tested."""
     term = _term(family, RECOMMENDED[family], grammar="disjoint")
-    return replace(term, grid=(setting,))
-
-
-def _beyond(arm: Arm, settings: tuple[Flags, ...], name: str) -> Arm:
-    """An arm at settings beyond the edges of its grid."""
-    return replace(arm, form=f"{arm.form}/{name}", grid=settings)
-
-
-def _text_edges(weight_found: str, *weights: str) -> tuple[Flags, ...]:
-    """A lower rate of the text encoder at the weight found, then weights at the lowest rate."""
-    lower = {"text_encoder_lr": "5e-5", "weight": weight_found}
-    return (lower, *_grid({"text_encoder_lr": TEXT_RATES[:1], "weight": weights}))
+    return replace(term, grid=(setting,), second_grid=())
 
 
 def _directional(family: str) -> Arm:
@@ -303,53 +294,92 @@ RECOMMENDED: Mapping[str, str] = {
 """The form whose claims are tested, by family. Set from the tuning scores before a reported trial
 runs, as ``PLAN.md`` says."""
 
-SEARCHED = (
-    *(_plain(family) for family in FAMILIES),
-    *(_term(family, form) for family, forms in TERMS.items() for form in forms),
-    *(_term("lora", form, grammar="linked") for form in ("encoder/class", "encoder/word")),
-    _directional("textual_inversion"),
-    _directional("xti"),
+LORA_RATES: tuple[Flags, ...] = ({}, {"unet_lr": "1.25e-3"}, {"unet_lr": "6.25e-4"})
+UNET_ONLY_RATES: tuple[Flags, ...] = ({}, {"unet_lr": "1.5e-3"}, {"unet_lr": "1e-3"})
+PIVOTAL_RATES: tuple[Flags, ...] = (
+    {},
+    {"unet_lr": "1.25e-3", "embedding_lr": "3e-2"},
+    {"unet_lr": "1.25e-3"},
 )
 
-EDGES: Mapping[str, tuple[Flags, ...]] = {
-    "lora plain": (
-        {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4"},
-        {"unet_lr": "2.5e-3", "text_encoder_lr": "5e-5"},
+
+def _around(
+    rates: tuple[Flags, ...], found: Flags, *, inner: str, outer: str
+) -> tuple[Flags, ...]:
+    """Six settings around the one found for a term: other rates, and weights on both sides.
+
+    Args:
+        rates: none, then two others that plain training also tries.
+        found: in the first search.
+        inner: the other weight of the first grid.
+        outer: the weight a decade beyond the one found, on its other side.
+    """
+    here, nearer, farther = ({**found, **other} for other in rates)
+    return (
+        {**here, "weight": outer},
+        *({**nearer, "weight": weight} for weight in (found["weight"], outer, inner)),
+        *({**farther, "weight": weight} for weight in (found["weight"], outer)),
+    )
+
+
+def _text(rate: str, weight: str) -> Flags:
+    return {"text_encoder_lr": rate, "weight": weight}
+
+
+def _unet(rate: str, weight: str) -> Flags:
+    return {"unet_lr": rate, "weight": weight}
+
+
+SECOND_GRIDS: Mapping[str, tuple[Flags, ...]] = {
+    "lora plain": _grid(
+        {"unet_lr": ("6.25e-4", "1.25e-3"), "text_encoder_lr": ("5e-5", "1.5e-4", "5e-4")}
     ),
-    "lora core": _text_edges("0.3", "1", "3"),
-    "lora textboost": _text_edges("0.1", "0.03", "0.01"),
-    "lora classdiffusion": _text_edges("1", "3", "10"),
-    "lora output_preservation": (
-        {"text_encoder_lr": "5e-3", "weight": "3"},
-        *_grid({"text_encoder_lr": ("1.5e-3",), "weight": ("10", "30")}),
+    "lora core": _around(LORA_RATES, _text("1.5e-4", "0.3"), inner="0.03", outer="3"),
+    "lora textboost": _around(LORA_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
+    "lora classdiffusion": _around(LORA_RATES, _text("1.5e-4", "1"), inner="0.1", outer="10"),
+    "lora output_preservation": _around(
+        LORA_RATES, _text("1.5e-3", "3"), inner="0.3", outer="30"
     ),
-    "lora both/states": _text_edges("0.1", "0.03", "0.01"),
-    "lora_unet_only cross/states": (
-        {"unet_lr": "1.5e-3", "weight": "1"},
-        *_grid({"unet_lr": ("2.5e-3",), "weight": ("3", "10")}),
+    "lora both/states": _around(LORA_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
+    "lora_unet_only plain": _grid(
+        {"unet_lr": ("5e-4", "7.5e-4", "1e-3", "1.25e-3", "1.75e-3", "2e-3")}
+    ),
+    "lora_unet_only cross/states": _around(
+        UNET_ONLY_RATES, _unet("2.5e-3", "1"), inner="0.1", outer="10"
+    ),
+    "lora_unet_only output_preservation": _around(
+        UNET_ONLY_RATES, _unet("3.5e-3", "3"), inner="0.3", outer="30"
     ),
     "pivotal plain": (
         {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
-        {"embedding_lr": "1e-2", "text_encoder_lr": "5e-5"},
+        *_grid(
+            {
+                "unet_lr": ("1.25e-3",),
+                "embedding_lr": ("3e-2",),
+                "text_encoder_lr": ("5e-5", "1.5e-4", "5e-4"),
+            }
+        ),
+        {"unet_lr": "1.25e-3", "embedding_lr": "1e-2", "text_encoder_lr": "1.5e-4"},
+        {"unet_lr": "1.25e-3", "embedding_lr": "1e-1", "text_encoder_lr": "1.5e-4"},
     ),
-    "pivotal core": _text_edges("0.03", "0.01", "0.003"),
-    "pivotal classdiffusion": _grid({"text_encoder_lr": ("5e-4",), "weight": ("3", "10")}),
-    "pivotal textboost": _grid({"text_encoder_lr": ("5e-4",), "weight": ("0.03", "0.01")}),
-    "pivotal both/states": _text_edges("0.1", "0.03", "0.01"),
+    "pivotal core": _around(PIVOTAL_RATES, _text("1.5e-4", "0.03"), inner="0.3", outer="0.003"),
+    "pivotal textboost": _around(PIVOTAL_RATES, _text("5e-4", "0.1"), inner="1", outer="0.01"),
+    "pivotal classdiffusion": _around(PIVOTAL_RATES, _text("5e-4", "1"), inner="0.1", outer="10"),
+    "pivotal both/states": _around(PIVOTAL_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
 }
-"""Settings beyond the edge of a grid, where the search of an arm ended there."""
+"""The second search of the arms of the claims: lower rates of the U-Net, and weights that the first
+one did not reach."""
 
-SLOWER = {"unet_lr": "1.25e-3", "text_encoder_lr": "1.5e-4"}
-LOUDER = {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"}
-FURTHER: Mapping[str, tuple[Flags, ...]] = {
-    "lora plain": ({**SLOWER, "unet_lr": "6.25e-4"},),
-    "lora core": ({**SLOWER, "weight": "0.3"},),
-    "lora both/states": ({**SLOWER, "weight": "0.1"}, {**SLOWER, "weight": "0.01"}),
-    "pivotal plain": ({**LOUDER, "embedding_lr": "1e-1"}, {**SLOWER, **LOUDER}),
-    "pivotal core": ({**LOUDER, "weight": "0.03"},),
-    "pivotal both/states": ({**LOUDER, "weight": "0.1"}, {**SLOWER, **LOUDER, "weight": "0.1"}),
-}
-"""Settings around the rates that plain training was found better with there."""
+SEARCHED = tuple(
+    replace(arm, second_grid=SECOND_GRIDS.get(arm.name, ()))
+    for arm in (
+        *(_plain(family) for family in FAMILIES),
+        *(_term(family, form) for family, forms in TERMS.items() for form in forms),
+        *(_term("lora", form, grammar="linked") for form in ("encoder/class", "encoder/word")),
+        _directional("textual_inversion"),
+        _directional("xti"),
+    )
+)
 
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
@@ -357,8 +387,6 @@ ARMS: Mapping[str, Arm] = {
         *SEARCHED,
         _control("lora", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
         _control("pivotal", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
-        *(_beyond(arm, EDGES[arm.name], "beyond") for arm in SEARCHED if arm.name in EDGES),
-        *(_beyond(arm, FURTHER[arm.name], "further") for arm in SEARCHED if arm.name in FURTHER),
     )
 }
 

@@ -23,7 +23,7 @@ from mlm_plugin.training.interrupt import Stopped
 from research.bench.context import BenchContext
 from research.bench.plan import ARMS, UNTRAINED, Arm, BenchPlan, Trial, trials_to_report
 from research.bench.records import Records, key_of
-from research.bench.search import search
+from research.bench.search import first_search, search
 from research.bench.trial import run_trial
 
 __all__ = ["Limits", "fingerprint_of_model", "run_stage"]
@@ -112,7 +112,7 @@ def _check_other_rates(arm: Arm, records: Records) -> None:
     if arm.form == "plain" or not family.other_rates:
         return
     plain = ARMS[f"{family.name} plain"]
-    winner = search(plain, records.of("tuning", plain.name)).winner
+    winner = first_search(plain, records.of("tuning", plain.name)).winner
     if winner is None:
         raise UserError(f"{arm.name}: takes over rates of {plain.name}; tune that first")
     if winner != {**winner, **family.other_rates}:

@@ -6,14 +6,14 @@ models and does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import harmonic_mean, mean
 from typing import NamedTuple
 
 from research.bench.plan import Arm, Flags, Trial, tuning_trials
 from research.bench.records import Record, key_of
 
-__all__ = ["NUM_TRIALS", "ROUNDS", "Search", "score", "search"]
+__all__ = ["NUM_TRIALS", "ROUNDS", "Search", "first_search", "score", "search"]
 
 
 class Round(NamedTuple):
@@ -24,7 +24,7 @@ class Round(NamedTuple):
 
 
 ROUNDS = (Round(6, slice(0, 2)), Round(3, slice(2, 4)), Round(2, slice(4, 6)))
-NUM_TRIALS = 22  # 6 * 2 + 3 * 2 + 2 * 2
+NUM_TRIALS = 22  # of a grid: 6 * 2 + 3 * 2 + 2 * 2
 
 
 class Search(NamedTuple):
@@ -51,13 +51,26 @@ def score(record: Record) -> float:
 
 
 def search(arm: Arm, records: Mapping[str, Record]) -> Search:
-    """The state of an arm's search.
+    """The state of an arm's search: of its grid, then of its second one where it has one.
 
     Args:
-        arm: its grid is searched.
+        arm: its grids are searched.
         records: finished tuning trials by key.
     """
-    settings: Sequence[Flags] = arm.grid
+    first = first_search(arm, records)
+    if first.missing or not arm.second_grid:
+        return first
+    second = _halving(arm, arm.second_grid, records)
+    return Search(second.missing, _best_first([*first.scores, *second.scores]))
+
+
+def first_search(arm: Arm, records: Mapping[str, Record]) -> Search:
+    """The state of the search of an arm's first grid; arguments as in ``search``."""
+    return _halving(arm, arm.grid, records)
+
+
+def _halving(arm: Arm, grid: Sequence[Flags], records: Mapping[str, Record]) -> Search:
+    settings = grid
     done: list[Trial] = []
     ranked: list[tuple[Flags, float]] = []
     for num_settings, concepts in ROUNDS:
@@ -80,4 +93,8 @@ def _ranked(
         mean(score(records[key_of(trial)]) for trial in done if trial.setting == setting)
         for setting in settings
     ]
-    return sorted(zip(settings, means, strict=True), key=lambda pair: -pair[1])
+    return _best_first(zip(settings, means, strict=True))
+
+
+def _best_first(scores: Iterable[tuple[Flags, float]]) -> list[tuple[Flags, float]]:
+    return sorted(scores, key=lambda pair: -pair[1])
