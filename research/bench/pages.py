@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from textwrap import indent
@@ -25,12 +25,13 @@ from research.bench.plan import (
     UNTRAINED,
     Arm,
     Claim,
+    Flags,
     Trial,
     shorter,
     trials_to_report,
 )
 from research.bench.records import Record, Records, key_of
-from research.bench.search import search
+from research.bench.search import Search, first_search, search
 from research.bench.summary import (
     Comparison,
     Curve,
@@ -49,12 +50,9 @@ NOTHING = "No results of the current plan yet.\n"
 
 
 class Result(NamedTuple):
-    """What is reported of an arm: its setting and its score on the tuning concepts, the last look
-    and the curve of every concept.
-    """
+    """What is reported of an arm: its setting, the last look and the curve of every concept."""
 
-    setting: Mapping[str, str]
-    score: float
+    setting: Flags
     records: list[Record]
     curves: dict[str, Curve]
 
@@ -79,14 +77,15 @@ def rewritten(text: str, found: Mapping[str, str]) -> str:
 
 def blocks(records: Records) -> dict[str, str]:
     """The generated blocks by name."""
-    results = {name: result for name in ARMS if (result := _result(ARMS[name], records))}
+    results = _results(records, search)
+    first = _results(records, first_search)
     found = {claim: _compared(claim, results) for claim in CLAIMS}
     return {
         "tuning": _tuning_table(records),
-        "report": _report_table(results, records),
+        "report": _report_table(results, first, records),
         "claims": _claims_table(found),
-        "settled": _settled_table(results, found, records),
-        "first": _first_table(found, records),
+        "first": _first_table(first),
+        "settled": _settled_table(first, records),
         "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
         "text_score": _text_score_tables(records),
@@ -139,16 +138,25 @@ def _text_score_rates() -> str:
     return "; ".join(found)
 
 
-def _result(arm: Arm, records: Records) -> Result | None:
-    """The complete report of an arm, or ``None``."""
-    found = search(arm, records.of("tuning", arm.name))
-    if (winner := found.winner) is None:
-        return None
+def _results(
+    records: Records, searched: Callable[[Arm, Mapping[str, Record]], Search]
+) -> dict[str, Result]:
+    """By name, the arms whose search is complete and whose setting found is reported."""
+    found = {}
+    for name, arm in ARMS.items():
+        winner = searched(arm, records.of("tuning", name)).winner
+        if winner is not None and (result := _result(arm, winner, records)) is not None:
+            found[name] = result
+    return found
+
+
+def _result(arm: Arm, winner: Flags, records: Records) -> Result | None:
+    """The complete report of a setting, or ``None``."""
     reported = _all_of(trials_to_report(arm, winner), records)
     untrained = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[0]), records)
     if reported is None or untrained is None:
         return None
-    return Result(winner, found.scores[0][1], reported, curves_of(reported, untrained))
+    return Result(winner, reported, curves_of(reported, untrained))
 
 
 def _all_of(
@@ -166,46 +174,51 @@ def _compared(claim: Claim, results: Mapping[str, Result]) -> Comparison | None:
 
 
 def _tuning_table(records: Records) -> str:
+    """What the searches found; where the second one found a better setting, the first one's too."""
     rows = []
     for arm in ARMS.values():
         done = records.of("tuning", arm.name)
-        found = search(arm, done)
+        found, first = search(arm, done), first_search(arm, done)
         if found.winner is None:
             continue
-        best = [record for record in done.values() if record["setting"] == found.winner]
-        rows.append(
-            [
-                arm.name,
-                _setting(found.winner),
-                f"{found.scores[0][1]:.3f}",
-                *_last_look(best),
-            ]
-        )
+        rows.append([arm.name, *_tuning_cells(found, done)])
+        if first.winner != found.winner:
+            rows.append([f"{arm.name}, first search", *_tuning_cells(first, done)])
     return _table(("arm", "setting found", "score", "prompt fidelity", "identity"), rows)
 
 
-def _report_table(results: Mapping[str, Result], records: Records) -> str:
+def _tuning_cells(found: Search, done: Mapping[str, Record]) -> list[str]:
+    setting, score = found.scores[0]
+    best = [record for record in done.values() if record["setting"] == setting]
+    return [_setting(setting), f"{score:.3f}", *_last_look(best)]
+
+
+def _report_table(
+    results: Mapping[str, Result], first: Mapping[str, Result], records: Records
+) -> str:
     rows = []
     ceiling = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[1]), records)
     if ceiling is not None:
         rows.append(["untrained model, class word", "–", *_last_look(ceiling), "–"])
-    for name, result in results.items():
-        plain = results.get(f"{ARMS[name].family.name} plain")
-        against = None
-        if plain is not None and plain is not result:
-            against = compare(result.curves, plain.curves)
-        rows.append(
-            [
-                name,
-                _setting(result.setting),
-                *_last_look(result.records),
-                _points(against.matched) if against else "–",
-            ]
-        )
+    rows += [[name, *_report_cells(name, results)] for name in results]
+    rows += [
+        [f"{name}, first search", *_report_cells(name, first)]
+        for name in first
+        if name not in results or results[name].setting != first[name].setting
+    ]
     headings = (
         "arm", "setting", "prompt fidelity", "identity", "Δ fidelity to plain at matched identity",
     )  # fmt: skip
     return _table(headings, rows)
+
+
+def _report_cells(name: str, results: Mapping[str, Result]) -> list[str]:
+    result, plain = results[name], results.get(f"{ARMS[name].family.name} plain")
+    against = None
+    if plain is not None and plain is not result:
+        against = compare(result.curves, plain.curves)
+    difference = _points(against.matched) if against else "–"
+    return [_setting(result.setting), *_last_look(result.records), difference]
 
 
 def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
@@ -234,20 +247,41 @@ def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
     return _table(headings, rows)
 
 
-def _settled_table(
-    results: Mapping[str, Result],
-    found: Mapping[Claim, Comparison | None],
-    records: Records,
-) -> str:
-    """The claims where both arms were also trained for fewer steps, to the end of a schedule."""
+def _first_table(first: Mapping[str, Result]) -> str:
+    """The claims as they would be after the first search, where there is a second one."""
     rows = []
-    for claim, comparison in found.items():
-        if comparison is None:
+    for claim in CLAIMS:
+        comparison = _compared(claim, first)
+        if comparison is None or not any(ARMS[name].second_grid for name in claim):
             continue
-        settled = [_settled_curves(name, results[name], records) for name in claim]
+        rows.append(
+            [
+                *(f"{name}: {_setting(first[name].setting)}" for name in claim),
+                _points(comparison.matched),
+                f"{comparison.p_value:.4f}",
+                _points(comparison.fidelity),
+                _points(comparison.identity),
+            ]
+        )
+    headings = (
+        "with the term", "against", "Δ fidelity at matched identity", "p, uncorrected",
+        "Δ fidelity, last step", "Δ identity, last step",
+    )  # fmt: skip
+    return _table(headings, rows)
+
+
+def _settled_table(first: Mapping[str, Result], records: Records) -> str:
+    """The claims where both arms were also trained for fewer steps, to the end of a schedule, at
+    the settings of the first search.
+    """
+    rows = []
+    for claim in CLAIMS:
+        if not first.keys() >= set(claim):
+            continue
+        settled = [_settled_curves(name, first[name], records) for name in claim]
         if None in settled:
             continue
-        looks = [results[name].curves for name in claim]
+        looks = [first[name].curves for name in claim]
         row = [*claim]
         for curves in (looks, settled):
             count = f"{num_before_first_look(*curves)} of {len(curves[0])}"

@@ -110,6 +110,11 @@ class Arm:
         """Name in tables and on the command line: ``lora encoder/class``."""
         return f"{self.family.name} {self.form}"
 
+    @property
+    def settings(self) -> tuple[Flags, ...]:
+        """Those of both grids."""
+        return (*self.grid, *self.second_grid)
+
 
 class Trial(NamedTuple):
     """One training: a setting of an arm, on a concept, with a seed."""
@@ -303,9 +308,7 @@ PIVOTAL_RATES: tuple[Flags, ...] = (
 )
 
 
-def _around(
-    rates: tuple[Flags, ...], found: Flags, *, inner: str, outer: str
-) -> tuple[Flags, ...]:
+def _around(rates: tuple[Flags, ...], found: Flags, *, inner: str, outer: str) -> tuple[Flags, ...]:
     """Six settings around the one found for a term: other rates, and weights on both sides.
 
     Args:
@@ -337,9 +340,7 @@ SECOND_GRIDS: Mapping[str, tuple[Flags, ...]] = {
     "lora core": _around(LORA_RATES, _text("1.5e-4", "0.3"), inner="0.03", outer="3"),
     "lora textboost": _around(LORA_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
     "lora classdiffusion": _around(LORA_RATES, _text("1.5e-4", "1"), inner="0.1", outer="10"),
-    "lora output_preservation": _around(
-        LORA_RATES, _text("1.5e-3", "3"), inner="0.3", outer="30"
-    ),
+    "lora output_preservation": _around(LORA_RATES, _text("1.5e-3", "3"), inner="0.3", outer="30"),
     "lora both/states": _around(LORA_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
     "lora_unet_only plain": _grid(
         {"unet_lr": ("5e-4", "7.5e-4", "1e-3", "1.25e-3", "1.75e-3", "2e-3")}

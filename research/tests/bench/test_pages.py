@@ -37,9 +37,9 @@ def test_no_record_is_of_another_plan():
     for stage in ("tuning", "report", *map(shorter, PLAN.evaluation_steps[:-1])):
         for name, arm in names.items():
             if stage == "tuning":
-                trials = tuning_trials(arm, arm.grid, slice(None))
+                trials = tuning_trials(arm, arm.settings, slice(None))
             else:
-                trials = [t for setting in arm.grid for t in trials_to_report(arm, setting)]
+                trials = [t for setting in arm.settings for t in trials_to_report(arm, setting)]
             assert set(Records().of(stage, name)) <= {key_of(trial) for trial in trials}, name
     known = {f"{name.replace(' ', '-').replace('/', '_')}" for name in names}
     assert {path.stem for path in STORED} <= known
@@ -117,11 +117,11 @@ def test_shorter_trainings_are_the_points_of_the_curve_they_are_compared_with(re
     assert "| 0 of 12 | +10.5 ± " in row
 
 
-def test_a_better_setting_beyond_the_grid_takes_the_place_of_the_one_found(records):
+def test_the_setting_of_the_second_search_is_claimed_and_that_of_the_first_shown_too(records):
     """With 0.7 instead of 0.6, plain training loses 10 points less."""
-    assert blocks(records)["beyond"] == "No results of the current plan yet.\n"
-    arm = ARMS["lora plain/beyond"]
-    trials = [*tuning_trials(arm, arm.grid, slice(None)), *trials_to_report(arm, arm.grid[0])]
+    arm = ARMS["lora plain"]
+    better = arm.second_grid[1]
+    trials = [*tuning_trials(arm, (better,), slice(None)), *trials_to_report(arm, better)]
     for trial in trials:
         record = {
             "key": key_of(trial), "setting": dict(trial.setting), "concept": trial.concept.name,
@@ -129,8 +129,13 @@ def test_a_better_setting_beyond_the_grid_takes_the_place_of_the_one_found(recor
         }  # fmt: skip
         stage = "report" if trial.concept in REPORTED else "tuning"
         records.add(stage, arm.name, record)
-    (row,) = (line for line in blocks(records)["beyond"].splitlines() if "both/states" in line)
-    assert "| lora plain/beyond: unet_lr 1.25e-3, text_encoder_lr 1.5e-4 | +6.0 ± " in row
+    found = blocks(records)
+    (claim,) = (line for line in found["claims"].splitlines() if "| lora plain |" in line)
+    (first,) = (line for line in found["first"].splitlines() if "| lora plain:" in line)
+    assert "| +6.0 ± " in claim
+    assert "| lora plain: unet_lr 2.5e-3, text_encoder_lr 1.5e-4 | +16.0 ± " in first
+    assert "| lora plain | unet_lr 6.25e-4, text_encoder_lr 1.5e-4 | 70.0 |" in found["report"]
+    assert "| lora plain, first search | unet_lr 2.5e-3, " in found["report"]
 
 
 def test_an_arm_that_lacks_a_trial_is_not_shown(records):

@@ -19,9 +19,10 @@ from research.bench.plan import (
     trials_to_report,
 )
 from research.bench.records import Records, key_of
-from research.bench.search import NUM_TRIALS, score, search
+from research.bench.search import NUM_TRIALS, first_search, score, search
 
-ARM = ARMS["lora plain"]
+ARM = dataclasses.replace(ARMS["lora plain"], second_grid=())
+TWICE = ARMS["lora plain"]
 
 
 def result(fidelity, identity=0.6):
@@ -39,7 +40,7 @@ def run(arm, fidelity_of):
 
 
 CONTROLS = [arm for arm in ARMS.values() if arm.grammar == "disjoint"]
-BEYOND = [arm for arm in ARMS.values() if arm.form.endswith(("/beyond", "/further"))]
+SECOND = [arm for arm in SEARCHED if arm.second_grid]
 
 
 @pytest.mark.parametrize("arm", SEARCHED, ids=lambda arm: arm.name)
@@ -47,34 +48,51 @@ def test_every_arm_has_six_settings_and_as_many_trials(arm):
     settings = {tuple(setting.items()) for setting in arm.grid}
     assert len(settings) == len(arm.grid) == NUM_SETTINGS
     _state, ran = run(arm, lambda trial: 0.5)
-    assert len(ran) == len({key_of(trial) for trial in ran}) == NUM_TRIALS
+    num_grids = 2 if arm.second_grid else 1
+    assert len(ran) == len({key_of(trial) for trial in ran}) == NUM_TRIALS * num_grids
     assert {trial.seed for trial in ran} == {0}
 
 
 @pytest.mark.parametrize("arm", CONTROLS, ids=lambda arm: arm.name)
 def test_controls_differ_from_the_recommended_form_in_their_contexts_alone(arm):
     term = ARMS[arm.name.removesuffix("/disjoint")]
-    found = search(term, Records().of("tuning", term.name)).winner
-    assert arm == dataclasses.replace(term, form=arm.form, grid=(found,), grammar="disjoint")
+    found = first_search(term, Records().of("tuning", term.name)).winner
+    expected = {"form": arm.form, "grid": (found,), "grammar": "disjoint", "second_grid": ()}
+    assert arm == dataclasses.replace(term, **expected)
 
 
-@pytest.mark.parametrize("arm", BEYOND, ids=lambda arm: arm.name)
-def test_settings_beyond_the_edges_are_beyond_them_and_otherwise_as_found(arm):
-    searched = ARMS[arm.name.rpartition("/")[0]]
-    assert arm == dataclasses.replace(searched, form=arm.form, grid=arm.grid)
-    found = search(searched, Records().of("tuning", searched.name)).winner
-    values = {**searched.family.flags, **searched.family.other_rates, **found}
-    for setting in arm.grid:
-        changed = {name for name, value in setting.items() if value != values[name]}
-        assert changed
-        assert changed - set(found) <= {"unet_lr", "embedding_lr"}
-        for name in changed & set(found):
-            tried = [float(one[name]) for one in searched.grid]
-            assert not min(tried) <= float(setting[name]) <= max(tried)
+@pytest.mark.parametrize("arm", SECOND, ids=lambda arm: arm.name)
+def test_second_grids_have_six_new_settings_around_the_one_found_first(arm):
+    found = first_search(arm, Records().of("tuning", arm.name)).winner
+    values = {**arm.family.flags, **arm.family.other_rates, **found}
+    settings = [{**values, **setting} for setting in arm.second_grid]
+    first = [{**values, **setting} for setting in arm.grid]
+    assert len(settings) == len({tuple(sorted(s.items())) for s in settings}) == NUM_SETTINGS
+    assert not [setting for setting in settings if setting in first]
+    if arm.form != "plain":
+        changed = {name for s in settings for name in s if s[name] != values[name]}
+        assert changed <= {"weight", "unet_lr", "embedding_lr"}
+
+
+@pytest.mark.parametrize("family", sorted({arm.family.name for arm in SECOND}))
+def test_both_sides_of_a_claim_have_as_many_searches(family):
+    claims = [claim for claim in CLAIMS if ARMS[claim.ours].family.name == family]
+    assert claims
+    assert {bool(ARMS[name].second_grid) for claim in claims for name in claim} == {True}
+
+
+def test_the_better_of_two_searches_wins():
+    def fidelity_of(trial):
+        return 0.9 if trial.setting == TWICE.second_grid[2] else 0.5
+
+    state, ran = run(TWICE, fidelity_of)
+    assert state.winner == TWICE.second_grid[2]
+    assert len(ran) == 2 * NUM_TRIALS
+    assert run(TWICE, lambda trial: 0.5)[0].winner == TWICE.grid[0]
 
 
 def test_no_two_trials_of_the_plan_share_a_key():
-    trials = [t for arm in ARMS.values() for s in arm.grid for t in trials_to_report(arm, s)]
+    trials = [t for arm in ARMS.values() for s in arm.settings for t in trials_to_report(arm, s)]
     trials += trials_to_report(UNTRAINED, UNTRAINED.grid[0])
     assert len({key_of(trial) for trial in trials}) == len(trials)
 
@@ -128,7 +146,7 @@ def test_claims_are_about_arms_of_the_plan():
 @pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.other_rates])
 def test_arms_with_a_term_take_over_what_the_best_plain_setting_has_besides(family):
     plain = f"{family.name} plain"
-    winner = search(ARMS[plain], Records().of("tuning", plain)).winner
+    winner = first_search(ARMS[plain], Records().of("tuning", plain)).winner
     if winner is None:
         pytest.skip("not tuned yet")
     assert winner == {**winner, **family.other_rates}
@@ -140,7 +158,7 @@ def test_the_recommended_form_is_the_one_with_the_best_tuning_score(family):
         arm for arm in find_arms([family])
         if arm.form in FORMS and arm.form != "encoder/word"
     ]  # fmt: skip
-    found = {arm.form: search(arm, Records().of("tuning", arm.name)) for arm in forms}
+    found = {arm.form: first_search(arm, Records().of("tuning", arm.name)) for arm in forms}
     if any(state.winner is None for state in found.values()):
         pytest.skip("not tuned yet")
     assert RECOMMENDED[family] == max(found, key=lambda form: found[form].scores[0][1])
