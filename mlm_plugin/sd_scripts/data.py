@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ __all__ = [
     "built_datasets",
     "captions_of",
     "count_captions",
+    "has_weighted_captions",
     "named_data",
     "named_datasets",
     "require_in_captions",
@@ -44,13 +45,35 @@ class LearnedData(NamedTuple):
 def named_data(args: argparse.Namespace) -> LearnedData:
     """The data that the options of sd-scripts name."""
     datasets = named_datasets(args)
-    return LearnedData(datasets, list(captions_of(datasets)))
+    captions = captions_of(datasets)
+    return LearnedData(datasets, _texts(captions, weighted=has_weighted_captions(args)))
 
 
-def built_data(dataset_group: Any) -> LearnedData:
-    """The data that sd-scripts has built."""
+def built_data(dataset_group: Any, *, weighted: bool = False) -> LearnedData:
+    """The data that sd-scripts has built.
+
+    Args:
+        dataset_group: one data set, or a group of them.
+        weighted: whether sd-scripts reads weights in the captions, as in ``(word:1.2)``.
+    """
     datasets = list(getattr(dataset_group, "datasets", [dataset_group]))
-    return LearnedData(built_datasets(datasets), list(built_captions(datasets)))
+    return LearnedData(
+        built_datasets(datasets), _texts(built_captions(datasets), weighted=weighted)
+    )
+
+
+def has_weighted_captions(args: argparse.Namespace) -> bool:
+    """Whether sd-scripts reads weights in the captions."""
+    return bool(getattr(args, "weighted_captions", False))
+
+
+def _texts(captions: Iterable[str], *, weighted: bool) -> list[str]:
+    """Captions as the text encoder reads them: without weights, where sd-scripts reads those."""
+    if not weighted:
+        return list(captions)
+    from library.custom_train_functions import parse_prompt_attention
+
+    return ["".join(part for part, _ in parse_prompt_attention(text)) for text in captions]
 
 
 def named_datasets(args: argparse.Namespace) -> list[DatasetConfig]:

@@ -279,6 +279,7 @@ def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace)
 
 
 def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
+    from mlm_plugin.sd_scripts.data import has_weighted_captions
     from mlm_plugin.sd_scripts.patches import collected_text_encoders, summed_backward
     from mlm_plugin.sd_scripts.term import MLMTerm
 
@@ -296,8 +297,12 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
         )
     _refuse_two_backward_passes(args, options)
     _require_that_it_can_stop(module, script, args)
-    precision = getattr(args, "mixed_precision", None)
-    term = MLMTerm(options, seed=args.seed, mixed_precision=precision)
+    term = MLMTerm(
+        options,
+        seed=args.seed,
+        mixed_precision=getattr(args, "mixed_precision", None),
+        weighted_captions=has_weighted_captions(args),
+    )
     collected = collected_text_encoders(
         term,
         arch=script.arch,

@@ -13,7 +13,7 @@ from typing import Any
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.accelerator_hooks import join_accelerator
 from mlm_plugin.sd_scripts.architectures import architecture_named
-from mlm_plugin.sd_scripts.data import built_data
+from mlm_plugin.sd_scripts.data import built_data, has_weighted_captions
 from mlm_plugin.sd_scripts.network_run import NetworkRun
 from mlm_plugin.sd_scripts.network_term import Models
 from mlm_plugin.sd_scripts.term import MLMTerm
@@ -53,7 +53,8 @@ class MLMTrainerMixin:
         self._run = NetworkRun(given["args"], architecture_named(self.mlm_arch))
         self.mlm = self._run.term
         if self._run.needs_data:
-            self._run.use_data(built_data(given["train_dataset_group"]))
+            weighted = has_weighted_captions(given["args"])
+            self._run.use_data(built_data(given["train_dataset_group"], weighted=weighted))
         return super().assert_extra_args(*args, **kwargs)
 
     def post_process_network(self, *args, **kwargs):

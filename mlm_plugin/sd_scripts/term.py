@@ -80,6 +80,7 @@ class MLMTerm:
         seed: seed of the run; names the stream of prompts and masks. Drawn if ``None``.
         expand: returns a placeholder as in the host's captions (several vectors: "sks sks1").
         mixed_precision: of the run, in which the untrained text encoders are read too.
+        weighted_captions: whether the host reads weights in the captions, as in ``(word:1.2)``.
 
     Attributes:
         step: optimizer steps so far, for the schedule.
@@ -96,6 +97,7 @@ class MLMTerm:
         seed: int | None,
         expand: Callable[[str], str] = str,
         mixed_precision: str | None = None,
+        weighted_captions: bool = False,
     ):
         for warning in mlm_warnings(options):
             logger.warning("MLM term: %s", warning)
@@ -106,6 +108,7 @@ class MLMTerm:
         self.setup = MLMSetup(options, seed=seed)
         self.expand = expand
         self.mixed_precision = mixed_precision
+        self.weighted_captions = weighted_captions
         self.step = 0
         self.call = 0
         self.captions: list[str] = []
@@ -202,7 +205,7 @@ class MLMTerm:
         Raises:
             UserError: the concept is not known.
         """
-        self.use_datasets(*built_data(dataset_group))
+        self.use_datasets(*built_data(dataset_group, weighted=self.weighted_captions))
 
     def use_datasets(self, datasets: Sequence[DatasetConfig], captions: Iterable[str]) -> None:
         """Take concepts and captions from the data, unless the options name them.

@@ -277,6 +277,32 @@ def test_a_lora_of_flux_hears_the_term_in_clip(both, parts, cached):
     assert metadata_of(ours)["ss_mlm_contextualizer"].count(",") == 0
 
 
+def test_weights_in_captions_are_no_part_of_the_prompts(arguments, folder, tmp_path):
+    launched = (sys.executable, PROGRAM, "mlm", *LORA)
+    term = ("mlm_loss_weight=0.1", "mlm_prompt_set=captions", "mlm_target=class")
+    term += (f"mlm_contextualizer={folder / 'sd15.safetensors'}",)
+    flags = [f"--{part}" for part in term]
+    module = (sys.executable, PROGRAM, "plain", "train_network.py", "--network_dim", "4")
+    module += ("--network_module", "mlm_plugin.kohya", "--network_args", *term)
+    weighted = "a photo of a (sks dog:1.3) on a [red] ((sofa))"
+    found = []
+    for caption, command in (
+        ("a photo of a sks dog on a red sofa", (*launched, *flags)),
+        (weighted, (*launched, *flags, "--weighted_captions")),
+        (weighted, (*module, "--weighted_captions")),
+    ):
+        data = tmp_path / f"data {len(found)}"
+        target = data / "2_sks dog"
+        target.mkdir(parents=True)
+        shutil.copyfile(sorted(PHOTOS.glob("*.jpg"))[0], target / "photo.jpg")
+        (target / "photo.txt").write_text(caption)
+        logs = tmp_path / f"logs {len(found)}"
+        call(*command, *arguments, "--caption_extension", ".txt", "--train_data_dir", data,
+             "--logging_dir", logs)  # fmt: skip
+        found.append(curves(logs)["loss/mlm"][0])
+    assert found[0] == found[1] == found[2]
+
+
 def test_textual_inversion(both, folder, stays):
     plain, ours, values = both(
         "train_textual_inversion.py",
