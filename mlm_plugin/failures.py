@@ -28,6 +28,8 @@ TRACEBACK = "--traceback"
 """The flag that shows every traceback on the terminal."""
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+TOOL_LIBRARIES = ("jinja2", "markupsafe", "matplotlib", "tensorboard", "toml", "tomli_w", "tqdm")
+"""What kohya's trainers may not have installed, besides the above."""
 SECRETS = ("wandb_api_key", "huggingface_token")
 LONG_WORD = re.compile(r"\S{160,}")
 DEAD_WORKER = "DataLoader worker (pid"  # as PyTorch calls it
@@ -85,6 +87,9 @@ def _line_of(error: Exception) -> str | None:
         place = f"{error.filename}: " if error.filename is not None else ""
         hint = "; free some space or choose a folder of yours" if is_of_the_disk(error) else ""
         return f"{place}{error.strerror or error}{hint}"
+    if isinstance(error, ModuleNotFoundError) and error.name in (*LIBRARIES, *TOOL_LIBRARIES):
+        package = error.name.replace("_", "-")
+        return f"this command needs {package}, which is not installed here: pip install {package}"
     if _is_out_of_memory(error):
         return (
             f"not enough memory ({one_line(str(error))[:120] or type(error).__name__}); "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.training.callbacks import Callback, StepResult, by_step
-from mlm_plugin.training.trainer import Trainer
+
+if TYPE_CHECKING:  # the doctor measures drift beside kohya's trainers, where no peft is installed
+    from mlm_plugin.training.trainer import Trainer
 
 __all__ = ["DriftWatch", "TextDrift"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mlm_plugin.cli import main
 from mlm_plugin.errors import UserError
@@ -51,6 +52,30 @@ def test_what_a_user_can_mend_is_one_line(error, code, part, capsys):
     assert (found, len(printed.splitlines())) == (code, 1)
     assert part in printed
     assert printed.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        (("doctor", "a.safetensors"), 0, "give --base MODEL to see what it does to sentences"),
+        (
+            ("estimate", "--pretrained_model_name_or_path", "toy"),
+            2,
+            "error: this command needs peft, which is not installed here: pip install peft\n",
+        ),
+    ],
+)
+def test_beside_a_trainer_without_peft(arguments, code, line, tmp_path):
+    """The doctor needs none; a command that does says how to get it."""
+    save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors")
+    program = "import sys; sys.modules['peft'] = None; from mlm_plugin.cli import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program} sys.exit(main(sys.argv[1:]))", *arguments],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == code
+    assert line in done.stdout + done.stderr
 
 
 class Deadly(torch.utils.data.Dataset):
