@@ -22,10 +22,10 @@ commands:
   estimate        predict the GPU memory of a training, part by part, without loading anything
   evaluate        draw, score and report what was learned; --compare lays runs side by side
   sheet           draw a contact sheet of a finished LoRA: prompts by strengths
-  doctor          examine a finished LoRA or embedding: what it does to sentences, and mend it
+  doctor          examine a finished LoRA or embedding; weaken its text encoder part if need be
   compare         train with several sets of options on several subjects, and compare them
   pocket concept  write a thing the built-in model has never seen: pictures and test prompts
-  pocket demo     learn one thing plain and with the MLM term, and show both
+  pocket demo     train one concept with and without the MLM term, and show both
   convert-preset  turn a kohya_ss GUI preset (JSON) into a TOML
 
 `mlm-plugin COMMAND --help` lists the options of a command.

@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         "--class_token",
     )
     parser.add_argument("--placeholder_token", default="sks", help="default: sks")
-    parser.add_argument("--class_token", default="", help="class word after it, for example dog")
+    parser.add_argument(
+        "--class_token", default="", help="class word that follows the placeholder, for example dog"
+    )
     parser.add_argument("--syntax", choices=SYNTAXES, default="natural", help="default: natural")
     parser.add_argument("-n", "--num", type=int, default=20, help="prompts to print; default: 20")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")

@@ -200,7 +200,7 @@ def _check(run: CheckedRun) -> int:
     print_report(config, dataset, concepts, found.models)
     about = "about " if lacks_class_images(config, dataset) else ""
     print(f"Length: {about}{found.plan.num_steps} step(s), {found.plan.num_epochs} epoch(s)")
-    print("Everything that can be known without the weights is in order.")
+    print("All checks that need no weights have passed.")
     return 0
 
 

@@ -558,7 +558,7 @@ class DatasetOptions:
     )
     face_crop_aug_range: str | None = option(
         None,
-        "Crop around the face given in the file name, face size as `min,max` ratio of the image.",
+        "Not supported: refused with a line. Use `random_crop`, or crop the files.",
         convert=_join_numbers,
     )
     random_crop: bool = option(False, "Crop at a random position; excludes latent caching.")
@@ -647,7 +647,10 @@ class OutputOptions:
         choices=("float", "fp16", "bf16"),
     )
     save_model_as: str = option(
-        "safetensors", "File format.", choices=("safetensors", "ckpt", "pt")
+        "safetensors",
+        "File format. Only `safetensors` is written; the others are refused, as pickle files can "
+        "run code.",
+        choices=("safetensors", "ckpt", "pt"),
     )
     save_diffusers_folder: bool = option(
         False, "Also write a diffusers folder with the name of the checkpoint (dreambooth)."
@@ -683,7 +686,7 @@ class OutputOptions:
     mlm_keep_best: bool = option(
         False,
         "At every save measure from text alone how much of their context prompts with the concept "
-        "still carry, and keep the best file: the last that carries 95 %. Needs a concept.",
+        "keep, and copy the best file: the last that keeps 95 %. Needs a concept.",
     )
     mlm_page: bool = option(
         True,
@@ -693,7 +696,7 @@ class OutputOptions:
     )
     mlm_stop_below: float | None = option(
         None,
-        "End the run, with its state saved, when a saved file carries less than this share of the "
+        "End the run, with its state saved, when a saved file keeps less than this share of the "
         "context, e.g. 0.8.",
         at_least=0,
         at_most=1,
@@ -869,14 +872,14 @@ class MLMOptions:
     )
     mlm_probability: float = option(
         0.5,
-        "Share of the context words to mask, above 0 and up to 1; whole words. Read with "
-        "`mlm_target` `class` or `word` only.",
+        "Share of the context words to mask, above 0 and up to 1; whole words. Used only "
+        "with `mlm_target` `class` or `word`.",
     )
     mlm_replace: str = option(
         "mask",
         "`mask`: every chosen word becomes the mask vector; "
         "`bert`: 80 % mask, 10 % random, 10 % kept. "
-        "Read with `mlm_target` `class` or `word` only.",
+        "Used only with `mlm_target` `class` or `word`.",
         choices=("mask", "bert"),
     )
     mlm_every_n_steps: int = option(
@@ -905,7 +908,7 @@ class MLMOptions:
         "auto",
         "Pretrained contextualizer (.safetensors); `auto` finds or pretrains the one for this text "
         "encoder. With several trained text encoders one file for each, separated by commas. "
-        "Read with `mlm_target` `class` or `word` only.",
+        "Used only with `mlm_target` `class` or `word`.",
         path=True,
     )
     mlm_joint_share: float = option(

@@ -33,17 +33,20 @@ class PretrainOptions:
     )
     warmup_steps: int = _option(100, "Steps of the warm-up.")
     mlm_probability: float = _option(
-        0.25, "Share of words to mask; more labels per prompt than in training train faster."
+        0.25,
+        "Share of words to mask; more than in training, so that each prompt gives more labels.",
     )
     eval_every_n_steps: int = _option(250, "Steps between two evaluations on the held-out prompts.")
-    patience: int = _option(3, "Evaluations without 1 % less held-out loss after which it stops.")
+    patience: int = _option(
+        3, "Stop after this many evaluations that lower the held-out loss by less than 1 %."
+    )
     num_held_out: int = _option(512, "Held-out prompts.")
     width: int = _option(0, "Inner width of the contextualizer; 0: by the text encoder, 64 to 384.")
     num_layers: int = _option(
         4, "Blocks of the contextualizer; 0: every word is predicted from its own state alone."
     )
     caption_share: float = _option(0.5, "Share of prompts that are drawn from --captions.")
-    seed: int = _option(0, "Names every random draw.")
+    seed: int = _option(0, "Random seed.")
 
     def __post_init__(self):
         for name in ("max_train_steps", "batch_size", "eval_every_n_steps", "patience",

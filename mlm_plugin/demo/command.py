@@ -61,7 +61,7 @@ def _add_demo(commands) -> None:
         "demo",
         help="learn one concept with and without the MLM term, and show both side by side",
         description="Train a LoRA of a concept twice, with equal seeds, without and with the MLM "
-        "term, at the rates that are best for both. Writes both files and DIR/demo.png: the same "
+        "term, at rates that the bench found. Writes both files and DIR/demo.png: the same "
         "prompts and noise through the base model and both, with a mark where a picture is not as "
         "asked. Stopped, the same command goes on.",
     )

@@ -202,9 +202,9 @@ def _is_enlarged(amplified: float | None) -> bool:
 
 def _interpolated(curve: Sequence[tuple[float, float]], strength: float) -> float:
     """The share between two points of the curve."""
-    for (low, before), (high, behind) in pairwise(curve):
+    for (low, before), (high, after) in pairwise(curve):
         if low <= strength <= high:
-            return before + (behind - before) * (strength - low) / (high - low)
+            return before + (after - before) * (strength - low) / (high - low)
     return curve[-1][1]
 
 

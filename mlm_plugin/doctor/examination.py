@@ -232,7 +232,7 @@ def _states(
             "--prompts: a prompt is so long that the trigger is cut off; write a shorter one"
         )
     if not any(rows):
-        raise UserError("--prompts: there is nothing around {} to compare; write words behind it")
+        raise UserError("--prompts: there is nothing around {} to compare; add words after it")
     with _changed(layers, strength):
         states_BLD = encoder.encode(encoder.tokenize_trimmed(prompts.texts))
     return torch.cat([states_LD[row] for states_LD, row in zip(states_BLD, rows, strict=True)])

@@ -43,7 +43,7 @@ def weight_change(module: Module, layer: nn.Linear, *, scale: float = 1.0) -> Ch
     Args:
         module: tensors of the file.
         layer: of the base model, in fp32.
-        scale: strength, as the number behind a LoRA's name in a prompt.
+        scale: strength, as the number after a LoRA's name in a prompt.
 
     Raises:
         UserError: LyCORIS is needed and missing, or does not know the module.

@@ -45,6 +45,8 @@ def _parser() -> CommandParser:
         help="stands for the model where it is not on this machine yet",
     )
     parser.add_argument(
-        "--no_savings", action="store_true", help="do not try what would save memory: faster"
+        "--no_savings",
+        action="store_true",
+        help="leave out the list of what would save memory (faster)",
     )
     return parser

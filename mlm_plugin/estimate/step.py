@@ -43,12 +43,12 @@ LABELS = {
     CONTEXTUALIZERS: "of the MLM term",
     UNTRAINED: "what the MLM term compares with, in half precision",
     STATES: "kept from step to step",
-    COPY: "for the case of a loss that is not finite",
+    COPY: "to undo a step with a loss that is not finite",
     GRADIENTS: "of the trained weights",
     UNET_KEPT: "activations that the backward pass reads",
     TEXT_KEPT: "the same of the text encoders",
     MLM_KEPT: "the same of text encoders and contextualizers",
-    WORKING: "what comes and goes",
+    WORKING: "temporary tensors",
 }
 """What bytes belong to, in the order of the table, and what that is."""
 

@@ -56,9 +56,9 @@ class EvaluateOptions:
     num_images_per_prompt: int = _option(4, "Pictures of every prompt.", "N")
     steps: int = _option(50, "Steps of the sampler.", "N")
     scale: float = _option(7.5, "Classifier-free guidance; 1 = without.")
-    seed: int = _option(0, "Names the noise of every picture.", "N")
-    sampler: str = _option("ddim", "kohya's name of the sampler.", "NAME")
-    negative_prompt: str = _option("", "What is not wanted.", "TEXT")
+    seed: int = _option(0, "Random seed of the pictures.", "N")
+    sampler: str = _option("ddim", "Sampler, by kohya's name.", "NAME")
+    negative_prompt: str = _option("", "Negative prompt.", "TEXT")
     resolution: int | None = _option(
         None, "Side of the pictures in pixels; else the model's own, 1024 for SDXL.", "N"
     )

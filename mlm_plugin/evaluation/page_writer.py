@@ -47,7 +47,7 @@ class PageLosses(Callback):
 
 
 class PageWriter(Callback):
-    """Writes the page at every save and sample, and at the end. Comes behind what it shows.
+    """Writes the page at every save and sample, and at the end. Comes after what it shows.
 
     Args:
         config: the options of the run.

@@ -157,14 +157,14 @@ class MaskingVocabulary:
     def _begins(self, before: int, token: int) -> bool:
         return token in self.begins_word or not self.punctuation.isdisjoint((before, token))
 
-    def words_behind(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Spans of the words behind the first protected one, without the protected ones."""
+    def words_after(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Spans of the words after the first protected one, without the protected ones."""
         spans = self.split_words(ids)
         is_protected = [tuple(ids[slice(*span)]) in self.protected for span in spans]
         if True not in is_protected:
             return []
-        behind = is_protected.index(True) + 1
-        pairs = zip(spans[behind:], is_protected[behind:], strict=True)
+        start = is_protected.index(True) + 1
+        pairs = zip(spans[start:], is_protected[start:], strict=True)
         return [span for span, protected in pairs if not protected]
 
 

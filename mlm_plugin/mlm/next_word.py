@@ -1,7 +1,7 @@
 """The reader of a causal language model: its own output head, which predicts the next word.
 
-Where such a model is the text encoder, nothing has to be pretrained and no word is masked: behind
-the concept, the distribution over the next word must stay what it is behind the class word.
+Where such a model is the text encoder, nothing has to be pretrained and no word is masked: after
+the concept, the distribution over the next word must stay what it is after the class word.
 
 Shapes: B prompts, L tokens, D width of the states, N compared tokens, V vocabulary.
 """

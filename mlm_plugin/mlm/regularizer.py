@@ -75,7 +75,7 @@ class Part(NamedTuple):
 
 @dataclass
 class EncodedPrompts:
-    """A batch of prompts behind one text encoder.
+    """A batch of prompts, read by one text encoder.
 
     Attributes:
         encoder: that text encoder.
@@ -193,7 +193,7 @@ class MLMRegularizer:
         return _output(parts)
 
     def _batches(self, rng: random.Random) -> list[EncodedPrompts]:
-        """The prompts of this call behind every text encoder."""
+        """The prompts of this call, read by every text encoder."""
         if targets := self.encoders[0].targets:
             drawn = rng.choices(range(len(targets)), k=self.batch_size)
             return [_from_targets(encoder, drawn, rng) for encoder in self.encoders]

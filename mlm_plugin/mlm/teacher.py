@@ -65,7 +65,7 @@ def compute_targets(
     """Compute one target for each pair.
 
     An encoder with a contextualizer gets masked words and predictions for them, one with a head the
-    words behind the concept and predictions of the next ones; one without either gets all words
+    words after the concept and predictions of the next ones; one without either gets all words
     around the concept and their states. Those of a frozen encoder are kept, so that it is not
     needed any more.
 
@@ -121,11 +121,11 @@ def padded(targets: Sequence[PromptTarget], pad_token_id: int) -> MaskedTokens:
     )
 
 
-def behind_labels(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
-    """The ids themselves at the words behind the concept, ``(B, L)``, where it can be heard."""
+def labels_after(ids_BL: Tensor, vocabulary: MaskingVocabulary) -> Tensor:
+    """The ids themselves at the words after the concept, ``(B, L)``, where it can be heard."""
     labels_BL = torch.full_like(ids_BL, IGNORE_INDEX)
     for row, ids in enumerate(ids_BL.tolist()):
-        for start, end in vocabulary.words_behind(ids):
+        for start, end in vocabulary.words_after(ids):
             labels_BL[row, start:end] = ids_BL[row, start:end]
     return labels_BL
 
@@ -180,7 +180,7 @@ def compared_tokens(
 ) -> MaskedTokens:
     """Masked words for a contextualizer; otherwise words around the concept, as they are."""
     if encoder.head is not None:
-        return MaskedTokens(ids_BL, behind_labels(ids_BL, encoder.vocabulary))
+        return MaskedTokens(ids_BL, labels_after(ids_BL, encoder.vocabulary))
     if encoder.contextualizer is None:
         return MaskedTokens(ids_BL, context_labels(ids_BL, encoder.vocabulary))
     return mask_tokens(ids_BL, encoder.vocabulary, rng=rng, **masks._asdict())

@@ -115,7 +115,7 @@ def _first_blocks(transformer: nn.Module) -> Iterator[Projection]:
 
 
 def _text_input(embedder: nn.Module, norm: nn.Module) -> TextInput:
-    """An embedder, which may be a norm and a linear map, and the first norm behind it."""
+    """An embedder, which may be a norm and a linear map, and the first norm after it."""
     *before, linear = embedder if isinstance(embedder, nn.Sequential) else [embedder]
     weight = _frozen(linear)
     width = linear.in_features

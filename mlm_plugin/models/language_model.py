@@ -116,7 +116,7 @@ class LanguageModelEncoder(T5Encoder):
         That sees nothing but itself, so its state holds no context. Tokens that are partly inside
         ``words`` are left out too.
 
-        ``None`` if the words are not in the caption, or behind the last token that is read.
+        ``None`` if the words are not in the caption, or beyond the last token that is read.
         """
         text = self.prefix + caption
         found = re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text[len(self.prefix) :])

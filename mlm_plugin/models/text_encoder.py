@@ -129,9 +129,9 @@ class TextEncoder:
         ).input_ids
 
     def positions_around(self, caption: str, words: str) -> list[int] | None:
-        """Positions of the tokens outside ``words``, from the first behind BOS to EOS.
+        """Positions of the tokens outside ``words``, from the first after BOS to EOS.
 
-        ``None`` if the words are not in the caption, or behind the window.
+        ``None`` if the words are not in the caption, or beyond the window.
         """
         ids, wanted = (self.tokenize_trimmed([text])[0].tolist() for text in (caption, words))
         end, length = ids.index(self.tokenizer.eos_token_id), len(wanted) - 2

@@ -175,7 +175,7 @@ def require_in_captions(captions: Sequence[str], concepts: Sequence[Concept]) ->
     pattern = placeholder_pattern(names)
     if missing := [caption for caption in captions if not pattern.search(caption)]:
         logger.warning(
-            "%d of %d captions lack %s (the first is %r); what they show is learned without it",
+            "%d of %d captions lack %s (the first is %r); those do not teach the concept",
             len(missing),
             len(captions),
             " and ".join(map(repr, names)),

@@ -137,12 +137,15 @@ def _with_config_file(given: NetworkArguments, argv: Sequence[str]) -> NetworkAr
     """Add the network module of a ``--config_file`` that is overridden on the command line.
 
     A GUI writes the chosen network and its arguments there, and adds what its user has typed, such
-    as our module and ``mlm_loss_weight=0.1``, as flags, which replace them.
+    as our module and ``mlm_loss_weight=0.1``, as flags, which replace them. Others replace the
+    network in the file itself; there ``inner`` may be a key of the file, as all our options may.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--config_file")
     in_file = config_file_values(peek.parse_known_args(list(argv))[0].config_file)
     inner = in_file.get("network_module")
+    if inner == MODULE and given.inner is None:
+        return given._replace(inner=in_file.get("inner"))
     if inner in (None, MODULE) or given.inner not in (None, inner):
         return given
     theirs = split_arguments(dict(_pairs(in_file.get("network_args"))))

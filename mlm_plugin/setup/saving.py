@@ -109,7 +109,8 @@ def _warn_of_others(path: Path) -> None:
     )
     if names:
         logger.warning(
-            "%s: an earlier run of this name left %s; what this run does not write again stays",
+            "%s: files of an earlier run with this output_name: %s; those that this run does not "
+            "overwrite stay",
             path.parent,
             ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else ""),
         )
@@ -437,9 +438,12 @@ class Saver(Callback):
             with Image.open(picture) as image:
                 write_preview(file, image, is_embedding=is_embedding)
         elif is_own_preview(old := own_preview(file, is_embedding=is_embedding)):
-            logger.warning("%s is of an earlier run of this name, and this run drew none", old)
+            logger.warning(
+                "%s is from an earlier run with this output_name; this run drew no samples", old
+            )
         if words:
-            print(f"in WebUIs {file.name} is called by {names_in_prompts(concepts, words)!r}")
+            prompt = names_in_prompts(concepts, words)
+            print(f"in WebUIs, use {file.name} with {prompt!r} in the prompt")
 
     @property
     def _wants_final_state(self) -> bool:

@@ -175,8 +175,8 @@ def _add_drawing(add) -> None:
     add("steps", "N", "Steps of the sampler.", type=int)
     add("guidance_scale", "X", "Classifier-free guidance; 1 = without.", type=float)
     add("seed", "N", "Seed of every picture, as in WebUIs and sample prompts.", type=int)
-    add("sampler", "NAME", "kohya's name of the sampler.")
-    add("negative_prompt", "TEXT", "What is not wanted.")
+    add("sampler", "NAME", "Sampler, by kohya's name.")
+    add("negative_prompt", "TEXT", "Negative prompt.")
     add(
         "resolution",
         "N",

@@ -1,4 +1,4 @@
-"""How much of their context prompts with the concept still carry, measured during training.
+"""How much of their context prompts with the concept keep, measured during training.
 
 No picture is drawn: what the text encoders and the keys and values of the cross-attention make of
 fixed prompts is compared with what the untrained model made of them. On the pocket model the score
@@ -168,11 +168,11 @@ class ContextScore:
     def _words(self, text: str, concept: str, lost: Sequence[float]) -> list[Word]:
         """The words of one prompt; ``lost`` is of its tokens outside the concept, and of EOS."""
         tokenizer = self.model.text_encoder.tokenizer
-        before, behind = (tokenizer.tokenize(part) for part in text.split(concept, 1))
+        before, after = (tokenizer.tokenize(part) for part in text.split(concept, 1))
         return [
             *_whole_words(before, lost),
             Word(concept, None),
-            *_whole_words(behind, lost[len(before) :]),
+            *_whole_words(after, lost[len(before) :]),
         ]
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ class CurveLogger(Callback):
 
 
 class TrackerCloser(Callback):
-    """Closes the trackers behind the callbacks that log something at the end themselves."""
+    """Closes the trackers after the callbacks that log something at the end themselves."""
 
     def __init__(self, curves: CurveLogger):
         self.curves = curves

@@ -507,7 +507,7 @@ def test_the_preview_of_an_earlier_run_is_replaced_or_named(arguments, tmp_path,
     assert preview.read_bytes() != first
     capsys.readouterr()
     assert train_main(arguments) == 0
-    assert "dog.preview.png is of an earlier run of this name" in output(capsys)
+    assert "dog.preview.png is from an earlier run with this output_name" in output(capsys)
 
 
 @pytest.fixture(autouse=True)

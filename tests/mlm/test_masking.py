@@ -260,6 +260,6 @@ def test_words_that_the_host_puts_before_every_caption_are_not_compared(byte_tok
 
     ids = ids_BL[0].tolist()
     assert words(vocabulary.split_words(ids)) == ["a", "dog", "on", "the", "beach"]
-    assert words(vocabulary.words_behind(ids)) == ["on", "the", "beach"]
+    assert words(vocabulary.words_after(ids)) == ["on", "the", "beach"]
     compared = ids_BL[context_labels(ids_BL, vocabulary) != IGNORE_INDEX]
     assert byte_tokenizer.decode(compared).split() == ["a", "on", "the", "beach"]

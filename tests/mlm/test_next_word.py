@@ -113,7 +113,7 @@ def test_training_brings_the_term_down_and_changes_nothing_but_what_is_trained(
 
 
 def test_the_loss_is_what_the_whole_language_model_says(prepared, language_model):
-    """KL over the next word behind the concept, beyond that before training."""
+    """KL over the next word after the concept, beyond that before training."""
     setup = prepared(num_targets=1)
     (target,) = setup.encoders[0].targets
     before = language_model(torch.tensor([target.ids])).logits[0]
@@ -130,7 +130,7 @@ def test_the_loss_is_what_the_whole_language_model_says(prepared, language_model
     torch.testing.assert_close(regularizer(0).loss, wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_only_words_behind_the_concept_are_compared(prepared, byte_tokenizer):
+def test_only_words_after_the_concept_are_compared(prepared, byte_tokenizer):
     vocabulary = MaskingVocabulary.from_tokenizer(
         byte_tokenizer, protected=["sks", "girl"], low_priority=[]
     )
@@ -141,12 +141,12 @@ def test_only_words_behind_the_concept_are_compared(prepared, byte_tokenizer):
         places = [i for i, label in enumerate(target.labels) if label != IGNORE_INDEX]
         assert all(place >= concept_end for place in places), text
         compared += len(places)
-        spans = vocabulary.words_behind(target.ids)
+        spans = vocabulary.words_after(target.ids)
         assert places == [i for start, end in spans for i in range(start, end)]
     assert compared > 40
 
 
-def test_the_gradient_enters_at_words_behind_the_concept_and_reaches_the_concept(
+def test_the_gradient_enters_at_words_after_the_concept_and_reaches_the_concept(
     prepared, language_model
 ):
     setup = prepared()
@@ -172,7 +172,7 @@ def test_the_gradient_enters_at_words_behind_the_concept_and_reaches_the_concept
         handle.remove()
     vocabulary = regularizer.encoders[0].vocabulary
     for row, ids_L in enumerate(ids[0].tolist()):
-        behind = {i for start, end in vocabulary.words_behind(ids_L) for i in range(start, end)}
+        behind = {i for start, end in vocabulary.words_after(ids_L) for i in range(start, end)}
         entered = states[0].grad[row].abs().sum(dim=-1).nonzero().flatten().tolist()
         assert behind.issuperset(entered)
         if entered:
@@ -237,7 +237,7 @@ def test_words_of_a_sentencepiece_tokenizer(t5_tokenizer, text):
     spans = vocabulary.split_words(ids)
     protected = [s for s in spans if tuple(ids[slice(*s)]) in vocabulary.protected]
     assert len(protected) == (2 if "sks" in text else 0)
-    behind = t5_tokenizer.decode([ids[i] for s in vocabulary.words_behind(ids) for i in range(*s)])
+    behind = t5_tokenizer.decode([ids[i] for s in vocabulary.words_after(ids) for i in range(*s)])
     wanted = text.partition("girl")[2].replace(" ", "")
     assert behind.replace("\u2581", "").replace(" ", "") == wanted
 

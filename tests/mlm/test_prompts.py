@@ -71,7 +71,7 @@ def test_illustration_is_tags_with_and_without_quality_in_front(syntax):
         assert all(tag and tag == tag.strip().lower() for tag in tags), text
         assert not any(tag.startswith(("a ", "an ", "the ")) for tag in tags), text
         assert len(set(tags)) == len(tags), text
-        assert tags[-1] != "{}", text  # something is said behind the concept
+        assert tags[-1] != "{}", text  # something is said after the concept
     share = sum("quality" in text for text in texts) / len(texts)
     assert 0.4 < share < 0.6
 

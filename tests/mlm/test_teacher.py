@@ -85,7 +85,7 @@ def test_the_same_words_are_masked_around_the_concept(toy_text_encoder, prompt, 
         assert (after, label) in [(before, IGNORE_INDEX), (MASK_ID, before)]
 
 
-def test_words_behind_the_length_limit_are_left_out(toy_text_encoder):
+def test_words_after_the_length_limit_are_left_out(toy_text_encoder):
     ids = toy_text_encoder.tokenize_trimmed(["sks dog in the snow"])[0].tolist()
     masked = MaskedTokens(torch.tensor(ids), torch.tensor(ids))
     cut, labels, found = align_to_prompt(ids[:-2], ids, masked)

@@ -640,6 +640,9 @@ def test_the_network_chosen_in_a_gui_stays_the_inner_one(
     assert "network_args algo=full" in capsys.readouterr().err
     config.write_text('network_module = "mlm_plugin.kohya"\n')
     assert train().metadata["ss_network_module"] == "networks.lora"
+    config.write_text('network_module = "mlm_plugin.kohya"\ninner = "lycoris.kohya"\n')
+    assert train().metadata["ss_network_module"] == "lycoris.kohya"
+    assert train("inner=networks.lora").metadata["ss_network_module"] == "networks.lora"
 
 
 def test_an_argument_of_lycoris_names_it(train, lycoris):
