@@ -11,13 +11,10 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.components import TITLES
 from mlm_plugin.networks.base import Network
-from mlm_plugin.networks.create import create_network, read_weights
+from mlm_plugin.networks.create import create_network, is_lora_file, read_weights
 from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS, part_of
 
 __all__ = ["load_lora"]
-
-LORA_TENSORS = {"lora_up.weight", "lora_down.weight", "alpha"}
-"""Names of the tensors of a module of `networks.lora`; others are of LyCORIS."""
 
 WHOLE_LAYERS = {"diff", "diff_b"}
 """Tensors of algo=full: LyCORIS moves the layers' own weights into its modules, and not back."""
@@ -49,7 +46,7 @@ def load_lora(models: StableDiffusion, path: str) -> Network:
             "model at a strength here; draw it in a WebUI, or train with another algo"
         )
     _refuse_other_model(models, state, path)
-    is_lora = names <= LORA_TENSORS
+    is_lora = is_lora_file(models, path)
     options = NetworkOptions(
         network_module="networks.lora" if is_lora else "lycoris.kohya",
         network_weights=path,
@@ -58,6 +55,8 @@ def load_lora(models: StableDiffusion, path: str) -> Network:
     )
     try:
         network = create_network(models, options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except RuntimeError as error:  # LyCORIS copies tensors into layers of other shapes
         if is_lora or "size" not in str(error):
             raise

@@ -23,12 +23,19 @@ from mlm_plugin.networks.kohya_names import (
 )
 from mlm_plugin.networks.lycoris_network import create_lycoris
 from mlm_plugin.networks.network_args import parse_network_args, warn_of_output_norms
-from mlm_plugin.networks.peft_network import create_lora
+from mlm_plugin.networks.peft_network import create_lora, fits_lora
 
 if TYPE_CHECKING:
     from mlm_plugin.models.checkpoints import StableDiffusion
 
-__all__ = ["NETWORK_MODULES", "Network", "check_network", "create_network", "read_weights"]
+__all__ = [
+    "NETWORK_MODULES",
+    "Network",
+    "check_network",
+    "create_network",
+    "is_lora_file",
+    "read_weights",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +62,11 @@ def create_network(models: StableDiffusion, options: NetworkOptions) -> Network:
     """
     check_network(options)
     plan = _plan(models, options)
+    if options.network_module == "networks.lora" and plan.ranks_from and not fits_lora(plan):
+        raise UserError(
+            f"network_weights: {options.network_weights} has layers or tensors that networks.lora "
+            "does not know; if it is a LyCORIS file, set network_module = lycoris.kohya"
+        )
     for model in plan.models.values():
         model.requires_grad_(False)
     network = NETWORK_MODULES[options.network_module](plan)
@@ -72,6 +84,19 @@ def create_network(models: StableDiffusion, options: NetworkOptions) -> Network:
         network.num_unet_modules,
     )
     return network
+
+
+def is_lora_file(models: StableDiffusion, path: str) -> bool:
+    """Whether ``networks.lora`` can read a whole file; else it is one of LyCORIS.
+
+    Args:
+        models: the kind of model that it is for.
+        path: kohya's names.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    return fits_lora(_plan(models, NetworkOptions(network_weights=path)))
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -100,8 +125,8 @@ def check_network(options: NetworkOptions) -> None:
     if options.network_module not in NETWORK_MODULES:
         raise UserError(
             f"network_module: got {options.network_module!r}, allowed are "
-            f"{' and '.join(NETWORK_MODULES)}; DyLoRA, OFT and others come with lycoris.kohya and "
-            "network_args algo=dylora, algo=diag-oft"
+            f"{' and '.join(NETWORK_MODULES)}; OFT and others come with lycoris.kohya and "
+            "network_args algo=diag-oft"
         )
     if options.network_module == "networks.lora" and (options.network_dim or 0) > LARGEST_LORA:
         raise UserError(

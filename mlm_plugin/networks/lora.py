@@ -260,7 +260,8 @@ def limit_norms(modules: Iterable[LoraModule], max_norm: float) -> MaxNorm:
         module.down.mul_(ratio.sqrt())
         norms.append(norm * ratio)
         ratios.append(ratio)
-    norms, ratios = torch.stack(norms), torch.stack(ratios)
+    device = norms[0].device  # a text encoder may have stayed on the CPU
+    norms, ratios = (torch.stack([one.to(device) for one in ones]) for ones in (norms, ratios))
     return MaxNorm((ratios != 1).sum(), norms.mean(), norms.max())
 
 

@@ -45,8 +45,26 @@ LYCORIS_ARGS = (
 )  # fmt: skip
 ADDING_ALGOS = ("lora", "locon", "loha", "lokr")
 """Algorithms that can add to a layer's output and need not read its weight."""
-WITHOUT_NORMS = ("ia3", "glora", "dylora", "full")
+WITHOUT_NORMS = ("ia3", "glora", "full")
 """Algorithms that ``scale_weight_norms`` does nothing to."""
+
+
+REFUSED_ALGOS = {
+    "tlora": "needs the timestep of every step, which LyCORIS networks are not told here, so it "
+    "would be an ordinary LoRA",
+    "dylora": "cannot be resumed, as LyCORIS does not read its own files of that kind",
+}
+NUMBERS: Mapping[str, Mapping[str, Any]] = {
+    "conv_dim": {"kind": int},
+    "conv_alpha": {},
+    "rank_dropout": {"below": 1},
+    "module_dropout": {"below": 1},
+    "factor": {"kind": int, "at_least": -1},
+    "block_size": {"kind": int, "at_least": 1},
+    "constraint": {},
+    "constrain": {},
+}
+"""Limits of numbers in network_args; ``dropout`` and LoRA+ are checked where they are read."""
 
 
 class Layer(NamedTuple):
@@ -76,6 +94,11 @@ class LycorisNetwork(Network):
         super().__init__(parts, loraplus=LoraPlus.from_args(plan.args))
         self.network = network
         self.file_names = {name: layer.file_name for name, layer in layers.items()}
+        self._alphas = {  # a rehearsal has no values later
+            f"{self.file_names[adapter.lora_name]}.alpha": float(adapter.alpha)
+            for adapter in adapters
+            if isinstance(getattr(adapter, "alpha", None), Tensor)
+        }
 
     def to(self, device: torch.device | str) -> None:
         """See ``Network``."""
@@ -114,15 +137,17 @@ class LycorisNetwork(Network):
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """See ``Network``. The file's alphas must be the configured ones, LyCORIS keeps them."""
-        own, unscaled = self.weights(), self._without_scale()
+        unscaled = self._without_scale()
         for key, alpha in weights.items():
             if not key.endswith(".alpha") or key.removesuffix(".alpha") in unscaled:
                 continue
-            if not math.isclose(alpha, own[key], rel_tol=1e-2):
+            if not math.isclose(alpha, own := self._alphas[key], rel_tol=1e-2):
                 raise UserError(
-                    f"network_weights: {key} is {float(alpha):g}, this network has "
-                    f"{float(own[key]):g}; set network_alpha (conv_alpha) as the file was trained"
+                    f"network_weights: {key} is {float(alpha):g}, this network has {own:g}; set "
+                    "network_alpha (conv_alpha) as the file was trained"
                 )
+        if next(self.network.parameters()).is_meta:  # a rehearsal has nowhere to put them
+            return
         own_names = {file_name: name for name, file_name in self.file_names.items()}
         self.network.load_state_dict(renamed(weights, own_names), strict=False)
 
@@ -170,16 +195,34 @@ def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
         else:
             _refuse_input_norms(plan.ranks_from)
             _warn_of_settings(plan)
-            network, _ = lycoris.create_network_from_weights(
-                1.0, None, None, *models, weights_sd=_named_as_in_memory(plan.ranks_from, layers)
-            )
+            network = _rebuilt(lycoris, models, _named_as_in_memory(plan.ranks_from, layers))
     for module in network.unet_loras:
         # LyCORIS adds to the weight otherwise. Only here: on convolutions LoKr of 3.2 fails so.
         if isinstance(module.org_module[0], QuantizedLinear):
             module.bypass_mode = True
     network.apply_to(*models, plan.train_text_encoder, plan.train_unet)
-    network.to(next(plan.unet.parameters()).device)
-    return LycorisNetwork(network, plan, layers)
+    made = LycorisNetwork(network, plan, layers)
+    made.to(next(plan.unet.parameters()).device)
+    return made
+
+
+def _rebuilt(lycoris: ModuleType, models: tuple, weights: dict[str, Tensor]) -> nn.Module:
+    """The network of a file, with the ranks of its modules.
+
+    Raises:
+        UserError: LyCORIS cannot read these modules back, as those of boft and ia3.
+    """
+    try:
+        network, _ = lycoris.create_network_from_weights(
+            1.0, None, None, *models, weights_sd=weights
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            "dim_from_weights: LyCORIS cannot make modules of this kind from a file "
+            f"({type(error).__name__}: {error}); for training give network_dim, network_alpha and "
+            "the network_args of the file instead"
+        ) from error
+    return network
 
 
 @torch.no_grad()
@@ -199,7 +242,13 @@ def _check_args(args: Mapping[str, str], lycoris: ModuleType) -> None:
             unknown = describe_unknown(key, LYCORIS_ARGS)
             logger.warning("network_args, passed on to LyCORIS: %s", unknown)
     algo, preset = args.get("algo", "lora").lower(), args.get("preset", "full")
-    _refuse_timestep_masks(algo, preset, lycoris)
+    _check_numbers(args)
+    _refuse_algos(algo, preset, lycoris)
+    if algo == "lokr" and is_on(args, "rs_lora"):
+        raise UserError(
+            "network_args: rs_lora with algo=lokr: LyCORIS trains layers that are stored whole at "
+            "a scale that no reader of the file applies; leave rs_lora out"
+        )
     if algo not in lycoris.network_module_dict:
         known = lycoris.network_module_dict
         raise UserError(f"network_args: algo: {describe_unknown(algo, known)}")
@@ -208,22 +257,23 @@ def _check_args(args: Mapping[str, str], lycoris: ModuleType) -> None:
         raise UserError(f"network_args: preset, a name or a TOML file: {unknown}")
 
 
-def _refuse_timestep_masks(algo: str, preset: str, lycoris: ModuleType) -> None:
-    """T-LoRA trains fewer ranks at noisy timesteps, which a trainer must tell it in each step.
+def _check_numbers(args: Mapping[str, str]) -> None:
+    """Refuse what is no number, or out of range, before LyCORIS meets it."""
+    for key, limits in NUMBERS.items():
+        number(args, key, **limits)
 
-    A preset may choose it for single modules.
+
+def _refuse_algos(algo: str, preset: str, lycoris: ModuleType) -> None:
+    """A preset may choose an algorithm for single modules.
 
     Raises:
-        UserError: it is asked for.
+        UserError: one of ``REFUSED_ALGOS`` is asked for.
     """
     known = lycoris.PRESET.get(preset) or {}
     if not known and Path(preset).is_file():
         known = lycoris.read_preset(preset) or {}
-    if "tlora" in (algo, *_algos_in(known)):
-        raise UserError(
-            "network_args: algo=tlora needs the timestep of every step, which LyCORIS networks are "
-            "not told here, so it would be an ordinary LoRA; take algo=lora"
-        )
+    for refused in {algo, *_algos_in(known)} & set(REFUSED_ALGOS):
+        raise UserError(f"network_args: algo={refused} {REFUSED_ALGOS[refused]}; take algo=lora")
 
 
 def _refuse_norms(plan: NetworkPlan) -> None:
@@ -311,19 +361,24 @@ def _preset_for_diffusers(lycoris: ModuleType, name: str) -> Iterator[None]:
 
     LyCORIS names the classes of sd-scripts' own U-Net, where attention is ``CrossAttention``; and
     4.1 lists ``TimestepEmbedding`` beside the two layers in it, then stops at the duplicate. Its
-    own lists are put back at the end.
+    own lists and all settings of the class are put back at the end.
     """
     network_class, presets = lycoris.LycorisNetworkKohya, lycoris.PRESET
-    own_presets, own_targets = dict(presets), network_class.UNET_TARGET_REPLACE_MODULE
+    own_presets = dict(presets)
+    own_settings = {name: getattr(network_class, name) for name in dir(network_class)
+                    if name.isupper()}  # fmt: skip
     preset = lycoris.read_preset(name) if name not in presets else presets[name]
     if preset is None:
         raise UserError(f"network_args: preset: {name} cannot be read as a LyCORIS preset in TOML")
     presets[name] = _with_diffusers_classes(preset)
-    network_class.UNET_TARGET_REPLACE_MODULE = _diffusers_classes(own_targets)
+    network_class.UNET_TARGET_REPLACE_MODULE = _diffusers_classes(
+        own_settings["UNET_TARGET_REPLACE_MODULE"]
+    )
     try:
         yield
     finally:
-        network_class.UNET_TARGET_REPLACE_MODULE = own_targets
+        for setting, value in own_settings.items():
+            setattr(network_class, setting, value)
         presets.clear()
         presets.update(own_presets)
 

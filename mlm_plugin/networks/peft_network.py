@@ -33,7 +33,7 @@ from mlm_plugin.networks.network_args import (
     number,
 )
 
-__all__ = ["BLOCK_ARGS", "PeftLoRANetwork", "create_lora"]
+__all__ = ["BLOCK_ARGS", "PeftLoRANetwork", "create_lora", "fits_lora"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ BLOCK_ARGS = (
     "up_lr_weight",
     "block_lr_zero_threshold",
 )
+LORA_TENSORS = ("lora_up.weight", "lora_down.weight", "alpha")
+EVERY_LAYER = Ranks(1, 1, 1, 1)  # convolutions too
 
 
 class PeftLoRANetwork(Network):
@@ -146,6 +148,20 @@ def create_lora(plan: NetworkPlan) -> PeftLoRANetwork:
     return PeftLoRANetwork(modules, dropouts=dropouts, loraplus=LoraPlus.from_args(args))
 
 
+def fits_lora(plan: NetworkPlan) -> bool:
+    """Whether the file has nothing but LoRAs of layers that ``networks.lora`` can adapt.
+
+    LyCORIS' default preset adapts more layers than these.
+    """
+    known = {
+        target.kohya_name
+        for part, model in plan.models.items()
+        for target in lora_targets(model, EVERY_LAYER, name_of=partial(plan.file_name, part))
+    }
+    names = (key.partition(".") for key in plan.weights or ())
+    return all(module in known and tensor in LORA_TENSORS for module, _, tensor in names)
+
+
 def _check_args(args: Mapping[str, str]) -> None:
     for key in args:
         if key in BLOCK_ARGS:
@@ -201,7 +217,7 @@ def _warn_of_absent(
     absent = sorted(usual - names)
     if absent and names:
         logger.warning(
-            "network_weights: %d of the %d layers of %s that a LoRA adapts are not in the file, "
-            "and with dim_from_weights they are not trained: %s, ...",
+            "network_weights: %d of the %d layers of %s that a LoRA adapts are not in the file "
+            "and stay as in the model: %s, ...",
             *(len(absent), len(usual), part, absent[0]),
         )

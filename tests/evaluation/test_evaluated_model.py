@@ -106,6 +106,26 @@ def test_the_base_text_encoder_is_unchanged(toy_folder, toy_text_encoder, files)
         assert not torch.allclose(subject.encode([PROMPT]).states, same, atol=1e-3)
 
 
+def test_a_locon_of_lycoris_default_preset_is_drawn(toy_folder, tmp_path):
+    """It has layers beyond those of ``networks.lora``, under the same names of tensors."""
+    pytest.importorskip("lycoris")
+    models = load_stable_diffusion(toy_folder)
+    kind = {"network_module": "lycoris.kohya", "network_args": ("algo=locon",)}
+    network = create_network(models, NetworkOptions(network_dim=2, network_alpha=2.0, **kind))
+    generator = torch.Generator().manual_seed(0)
+    for member in network.parts()["unet"]:
+        member.data = 0.2 * torch.randn(member.shape, generator=generator)
+    save_file(network.kohya_state_dict(), tmp_path / "x.safetensors")
+    assert any("time_embedding" in key for key in network.kohya_state_dict())
+    subject = load(toy_folder, lora=str(tmp_path / "x.safetensors"))
+    inputs = torch.zeros(1, 4, 8, 8), 7, torch.ones(1, 5, models.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        expected = models.unet(*inputs).sample
+        torch.testing.assert_close(subject.pipeline.unet(*inputs).sample, expected)
+        with network.disabled():
+            assert not torch.allclose(models.unet(*inputs).sample, expected, atol=1e-3)
+
+
 def test_a_lora_of_weight_0_changes_nothing(toy_folder, files):
     off = load(toy_folder, lora=files["lora"], lora_weight=0.0)
     plain = load(toy_folder)

@@ -18,7 +18,7 @@ from mlm_plugin.training.guards import NonFiniteLoss
 SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
 aten = torch.ops.aten
 WEIGHT = 0.5
-LYCORIS = ("locon", "loha", "lokr", "ia3", "dylora", "glora", "diag-oft", "boft", "full")
+LYCORIS = ("locon", "loha", "lokr", "ia3", "glora", "diag-oft", "boft", "full")
 
 
 def gradients_of(trainer, backward):

@@ -523,6 +523,62 @@ def test_lycoris_ranks_come_from_the_file(tmp_path, linear):
 
 
 @needs_lycoris
+@pytest.mark.parametrize("dims", [{"alpha": 2.0}, {"dim": None}])
+def test_lycoris_goes_on_from_a_file_without_weights_in_memory(tmp_path, dims):
+    """As a rehearsal does."""
+    path = tmp_path / "x.safetensors"
+    save_file(lycoris_network(None, "algo=locon", alpha=2.0).kohya_state_dict(), path)
+    models = toy_models()
+    for model in (models.unet, *(encoder.model for encoder in models.text_encoders)):
+        model.to("meta")
+    rest = {"weights": path, "dim_from_weights": "alpha" not in dims}
+    network = lycoris_network(models, "algo=locon", **dims, **rest)
+    assert {weight.device.type for weight in network.weights().values()} == {"meta"}
+    if "alpha" in dims:
+        with pytest.raises(UserError, match="alpha is 2, this network has 1; set network_alpha"):
+            lycoris_network(None, "algo=locon", alpha=1.0, **rest)
+
+
+@needs_lycoris
+@pytest.mark.parametrize("algo", ["boft", "ia3"])
+def test_modules_that_lycoris_cannot_make_from_a_file_are_named(algo, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(lycoris_network(None, f"algo={algo}").kohya_state_dict(), path)
+    with pytest.raises(UserError, match="dim_from_weights: LyCORIS cannot make modules of this"):
+        lycoris_network(None, dim=None, weights=path, dim_from_weights=True)
+
+
+@needs_lycoris
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["conv_dim=x"], "conv_dim=x: expected a whole number"),
+        (["conv_dim=-2"], "conv_dim=-2: expected a whole number of at least 0"),
+        (["conv_alpha=x"], "conv_alpha=x"),
+        (["rank_dropout=2"], "rank_dropout=2: .* below 1"),
+        (["module_dropout=-1"], "module_dropout=-1"),
+        (["algo=lokr", "factor=x"], "factor=x"),
+        (["algo=dylora", "block_size=0"], "block_size=0: .* at least 1"),
+        (["algo=diag-oft", "constraint=x"], "constraint=x"),
+        (["algo=dylora"], "algo=dylora cannot be resumed"),
+        (["algo=lokr", "rs_lora=True"], "rs_lora with algo=lokr"),
+    ],
+)
+def test_arguments_of_lycoris_that_cannot_work_are_named(args, message):
+    with pytest.raises(UserError, match=f"^network_args: {message}"):
+        lycoris_network(None, *args)
+
+
+@needs_lycoris
+@pytest.mark.parametrize("algo", ["locon", "lokr"])
+def test_a_file_of_lycoris_is_not_taken_for_a_lora(algo, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(lycoris_network(None, f"algo={algo}", "preset=full").kohya_state_dict(), path)
+    with pytest.raises(UserError, match="set network_module = lycoris.kohya"):
+        toy_network(None, dim=None, weights=path, dim_from_weights=True)
+
+
+@needs_lycoris
 def test_settings_that_the_file_decides_in_lycoris_are_named(tmp_path, caplog):
     save_file(lycoris_network(None, alpha=1.0).kohya_state_dict(), tmp_path / "x.safetensors")
     given = ("algo=lokr", "conv_dim=2", "dropout=0.1", "preset=attn-only", "loraplus_lr_ratio=2")
@@ -644,11 +700,16 @@ def test_lycoris_presets_that_name_kohyas_attention_class_find_diffusers_one(tmp
 
 
 @needs_lycoris
-def test_presets_of_lycoris_are_as_before_afterwards():
+def test_presets_of_lycoris_are_as_before_afterwards(tmp_path):
     presets = importlib.import_module("lycoris.kohya").PRESET
     before = copy.deepcopy(presets)
-    lycoris_network(None, "preset=full")
+    modules = set(lycoris_network(None, "preset=full").kohya_state_dict())
     assert presets == before
+    (tmp_path / "p.toml").write_text(
+        'exclude_name = ["mid_block.*"]\nuse_fnmatch = true\nenable_conv = false\n'
+    )
+    lycoris_network(None, f"preset={tmp_path / 'p.toml'}")
+    assert set(lycoris_network(None, "preset=full").kohya_state_dict()) == modules
 
 
 @needs_lycoris
