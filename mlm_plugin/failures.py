@@ -93,8 +93,9 @@ def _line_of(error: Exception) -> str | None:
     if _is_out_of_memory(error):
         return (
             f"not enough memory ({one_line(str(error))[:120] or type(error).__name__}); "
-            "gradient_checkpointing, cache_latents, AdamW8bit, a smaller train_batch_size or "
-            "resolution save some: `mlm-plugin estimate` with the same options says how much"
+            "smaller batches (train_batch_size, batch_size) and resolutions need less; in training "
+            "gradient_checkpointing, cache_latents and AdamW8bit too: `mlm-plugin estimate` with "
+            "the same options says how much"
         )
     if DEAD_WORKER in str(error):
         return (

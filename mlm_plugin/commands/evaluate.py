@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mlm_plugin.config.options import LogOptions
+from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.comparison import compare
 from mlm_plugin.evaluation.eval_prompts import (
     EvaluationPrompt,
@@ -29,8 +30,20 @@ from mlm_plugin.evaluation.evaluated_model import (
     load_evaluated_model,
 )
 from mlm_plugin.evaluation.evaluation_page import evaluation_page
-from mlm_plugin.evaluation.generate import PICTURES, DrawingSettings, claim_folder, draw_pictures
-from mlm_plugin.evaluation.image_measures import Judges, find_masks, find_photos, score_pictures
+from mlm_plugin.evaluation.generate import (
+    PICTURES,
+    SETTINGS_FILE,
+    DrawingSettings,
+    claim_folder,
+    draw_pictures,
+)
+from mlm_plugin.evaluation.image_measures import (
+    Judges,
+    check_photos,
+    find_masks,
+    find_photos,
+    score_pictures,
+)
 from mlm_plugin.evaluation.metric_models import Clip, Dino, load_clip, load_dino
 from mlm_plugin.evaluation.options import NO_MODEL, EvaluateCommand, EvaluateOptions
 from mlm_plugin.evaluation.oracle_judge import (
@@ -50,7 +63,7 @@ from mlm_plugin.evaluation.text_encoders import (
 from mlm_plugin.evaluation.text_measures import headline
 from mlm_plugin.evaluation.versions import library_versions
 from mlm_plugin.files import require_writable
-from mlm_plugin.models.weights_files import WEIGHTS_SUFFIXES
+from mlm_plugin.models.weights_files import WEIGHTS_SUFFIXES, without_suffix
 from mlm_plugin.pocket.scores import IDENTITY_SCALE
 from mlm_plugin.setup.builtin_names import data_path, model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
@@ -76,6 +89,11 @@ def run_evaluate(command: EvaluateCommand) -> int:
     quiet_libraries()
     output = Path(options.output)
     require_writable(output, "--output")
+    if command.text_only and any((output / PICTURES).glob("*.png")):
+        raise UserError(
+            f"--text_only: {output} holds an evaluation with pictures, whose results would be "
+            "replaced; choose another --output"
+        )
     if command.compare:
         print(f"wrote {compare(command.compare, output)}")
         return 0
@@ -151,9 +169,17 @@ def _draw_and_score(
     device: torch.device,
 ) -> _Pictures:
     photos = find_photos(data_path(options.train_data_dir))
+    check_photos(photos)
     masks = find_masks(options.masks)
+    if masks and not any(photo.stem in masks for photo in photos):
+        raise UserError(
+            f"--masks {options.masks}: no mask is named as a photo of --train_data_dir; name them "
+            "as the pictures that they belong to"
+        )
     clip, dino = _metric_models(options, device)  # before hours of drawing, as they may be missing
     oracle, oracle_protocol = _oracle(options, prompts)
+    if not any((output / PICTURES).glob("*.png")):  # an earlier command failed before it drew
+        (output / SETTINGS_FILE).unlink(missing_ok=True)
     claim_folder(output, _picture_settings(options, prompts, files))
     settings = DrawingSettings(
         num_images=options.num_images_per_prompt,
@@ -209,6 +235,8 @@ def _load(options: EvaluateOptions, device: torch.device) -> EvaluatedModel:
         sampler=options.sampler,
         dtype=drawing_dtype(options.precision, device),
         tokenizer_cache_dir=options.tokenizer_cache_dir,
+        v_parameterization=options.v_parameterization,
+        max_token_length=options.max_token_length,
     )
     model = load_evaluated_model(
         model_path(options.pretrained_model_name_or_path),
@@ -301,7 +329,7 @@ def _label(options: EvaluateOptions) -> str:
     paths = [getattr(options, name) for name in LEARNED if getattr(options, name)]
     if not paths:
         return "base model"
-    return " + ".join(Path(path).stem for path in paths)
+    return " + ".join(without_suffix(path) for path in paths)
 
 
 def _prompt_row(

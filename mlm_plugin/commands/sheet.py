@@ -20,8 +20,9 @@ from mlm_plugin.evaluation.evaluated_model import (
     drawing_dtype,
     load_evaluated_model,
 )
-from mlm_plugin.evaluation.generate import DrawingSettings
+from mlm_plugin.evaluation.generate import DrawingSettings, warn_of_cut_prompts
 from mlm_plugin.files import atomic_path, require_writable
+from mlm_plugin.models.weights_files import without_suffix
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.sheet.drawing import check_parts, draw_columns
@@ -88,6 +89,8 @@ def _load(options: SheetOptions) -> EvaluatedModel:
         sampler=options.sampler,
         dtype=drawing_dtype(options.precision, device),
         tokenizer_cache_dir=options.tokenizer_cache_dir,
+        v_parameterization=options.v_parameterization,
+        max_token_length=options.max_token_length,
     )
     files = LearnedFiles(lora=options.file)
     model = load_evaluated_model(
@@ -106,6 +109,7 @@ def _draw(options: SheetOptions, model: EvaluatedModel, prompts: Sequence[str]) 
         resolution=options.resolution,
         batch_size=options.batch_size,
     )
+    warn_of_cut_prompts(model, [*prompts, options.negative_prompt])
     with tqdm(total=len(prompts) * len(options.scales), desc="pictures") as bar:
         return list(
             draw_columns(
@@ -153,7 +157,7 @@ def parameters(options: SheetOptions, prompts: Sequence[str], *, side: int) -> s
         "CFG scale": f"{options.guidance_scale:g}",
         "Seed": options.seed,
         "Size": f"{side}x{side}",
-        "Model": Path(options.base).stem,
+        "Model": without_suffix(options.base),
         "Clip skip": options.clip_skip,
         "Precision": options.precision,
         "Lora": Path(options.file).name,

@@ -15,6 +15,7 @@ from mlm_plugin.config.loading import config_from_values, load_config
 from mlm_plugin.config.nearest import did_you_mean
 from mlm_plugin.config.toml_files import read_toml
 from mlm_plugin.errors import UserError
+from mlm_plugin.evaluation.options import MOST_STEPS
 
 __all__ = ["Arm", "Drawing", "Plan", "read_plan"]
 
@@ -30,6 +31,10 @@ SET_HERE: Mapping[str, str] = {
     **dict.fromkeys(("max_train_steps", "max_train_epochs"), "the last of looks sets the length"),
     **dict.fromkeys(("output_dir", "output_name", "resume"), "each trial has its own"),
     "seed": "seeds names it",
+    **dict.fromkeys(
+        ("wandb_api_key", "huggingface_token"),
+        "the report would show it; keep it in the environment (WANDB_API_KEY)",
+    ),
     "mlm_stop_below": "every trial has to reach its last look",
 }
 """Options that an arm cannot have."""
@@ -61,6 +66,10 @@ _KINDS: Mapping[str, _Kind] = {
     "prompts": _TEXT,
     "blind_pairs": _Kind("a whole number", _is_whole),
     "scale": _Kind("a number", lambda v: isinstance(v, float) or _is_whole(v)),
+    "steps": _Kind(
+        f"a whole number from 1 to {MOST_STEPS}",
+        lambda value: _is_whole(value, 1) and value <= MOST_STEPS,
+    ),
     "sampler": _TEXT,
     "negative_prompt": _TEXT,
     "resolution": _Kind("a multiple of 8", lambda v: _is_whole(v, 8) and v % 8 == 0),

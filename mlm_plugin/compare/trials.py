@@ -228,7 +228,7 @@ def train_trial(trial: Trial) -> None:
         shutil.rmtree(folder, ignore_errors=True)  # pictures of a run that left no state
     bar = StepBar("  training")
     try:
-        with output_to(folder / "log.txt"):
+        with output_to(folder / "log.txt", append=bool(states)):
             trainer = trainer_of(trial.run._replace(config=config))
             trainer.callbacks[:0] = [bar, Looks(trial)]
             trainer.run()
@@ -261,9 +261,8 @@ class Looks(Callback):
         self.settings = DrawingSettings(plan.pictures_per_prompt, trial.seed, **drawing)
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Look at the untrained model, if the plan says so."""
-        if trainer.progress.current_step == 0:
-            self._look(trainer)
+        """Look at the untrained model, or finish a look that has failed."""
+        self._look(trainer)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Look, if this is one of the steps."""

@@ -40,6 +40,9 @@ TWO_ENCODERS = ("CLIP-L", "OpenCLIP bigG")
 LANGUAGE_MODEL = ("Qwen3",)
 
 
+READS_TEXT = re.compile(r"lora_unet_.*attn2_to_[kv]")
+
+
 class Prompts(NamedTuple):
     """The same contexts around a word.
 
@@ -269,13 +272,22 @@ def _text_layers(
 
 
 def _key_values(unet: nn.Module, modules: Mapping[str, Module]) -> Iterator[KeyValues]:
-    other_names = sdxl_unet_names(unet.state_dict()) if _is_sdxl(unet) else {}
+    names = _names_by_layer(unet)
     for path, code in zip(cross_attention_names(unet), layer_codes(unet), strict=True):
         for matrix in MATRICES:
-            name = unet_name(f"{path}.{matrix}")
-            module = modules.get(name) or modules.get(other_names.get(name, name))
-            block = re.sub(r"_\d+$", "", code)
-            yield KeyValues(block, unet.get_submodule(f"{path}.{matrix}"), module)
+            layer = f"{path}.{matrix}"
+            module = next((modules[name] for name in names[layer] if name in modules), None)
+            yield KeyValues(re.sub(r"_\d+$", "", code), unet.get_submodule(layer), module)
+
+
+def _names_by_layer(unet: nn.Module) -> dict[str, list[str]]:
+    """What files call keys and values: diffusers' names and, in SDXL, the original ones."""
+    others = sdxl_unet_names(unet.state_dict()) if _is_sdxl(unet) else {}
+    layers = [f"{path}.{matrix}" for path in cross_attention_names(unet) for matrix in MATRICES]
+    return {
+        layer: [name, *([others[name]] if name in others else [])]
+        for layer, name in ((layer, unet_name(layer)) for layer in layers)
+    }
 
 
 def _is_sdxl(unet: nn.Module) -> bool:
@@ -300,6 +312,25 @@ def _refuse_other_model(file: LearnedFile, models: StableDiffusion) -> None:
             f"{_shown(expected)}, {file.path} was made for width {_shown(found)}: give the model "
             "it was trained on"
         )
+    if strangers := _without_layer(file, models):
+        raise UserError(
+            f"--base: {models.source} is {TITLES[models.family]} and has no layer for "
+            f"{len(strangers)} module(s) of {file.path} ({strangers[0]}, ...): give the model it "
+            "was trained on"
+        )
+
+
+def _without_layer(file: LearnedFile, models: StableDiffusion) -> list[str]:
+    """Modules for text encoders, keys or values that the model does not have."""
+    found = []
+    for number in (0, 1):
+        encoders = models.text_encoders[number : number + 1]
+        paths = (path for encoder in encoders for path, _ in encoder.model.named_modules())
+        known = {text_encoder_name(path).removeprefix("lora_te_") for path in paths}
+        found += sorted(file.of_text_encoder(number).keys() - known)
+    reading = {name for name in file.modules if READS_TEXT.fullmatch(name)}
+    known = {name for names in _names_by_layer(models.unet).values() for name in names}
+    return found + sorted(reading - known)
 
 
 def _refuse_other_encoder(file: LearnedFile, models: AnimaText) -> None:
@@ -334,7 +365,7 @@ def _widths(file: LearnedFile) -> list[int]:
         {
             module["lora_down.weight"].shape[1]
             for name, module in file.modules.items()
-            if re.match(r"lora_unet_.*attn2_to_[kv]", name) and "lora_down.weight" in module
+            if READS_TEXT.fullmatch(name) and "lora_down.weight" in module
         }
     )
 

@@ -128,12 +128,16 @@ class LoadSettings:
         dtype: precision of U-Net and text encoders. The VAE is fp32: SDXL's overflows in fp16.
         tokenizer_cache_dir: where to look for a checkpoint file's tokenizer; else the tokenizer of
             the base model is used.
+        v_parameterization: as in training.
+        max_token_length: as in training; longer prompts are cut.
     """
 
     clip_skip: int | None = None
     sampler: str = "ddim"
     dtype: torch.dtype = torch.float32
     tokenizer_cache_dir: str | None = None
+    v_parameterization: bool = False
+    max_token_length: int | None = None
 
 
 def drawing_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -168,9 +172,12 @@ def load_evaluated_model(
         _refuse_on_sdxl(base, delta=files.delta, xti=files.xti)
     base_text_encoders = [_copy(text_encoder) for text_encoder in models.text_encoders]
     if files.checkpoint is not None:
-        family = models.family
+        family, predicts_v = models.family, models.prediction_type == "v_prediction"
+        zero_terminal_snr = models.zero_terminal_snr
         del models  # free the memory of a whole model before the next one is loaded
+        settings = replace(settings, v_parameterization=predicts_v)  # as what it was trained from
         models = _load_checkpoint(files.checkpoint, settings, base=base, family=family)
+        models.zero_terminal_snr |= zero_terminal_snr
     pipeline = create_pipeline(models, settings.sampler)
     network = None if files.lora is None else load_lora(models, files.lora)
     if network is not None:
@@ -196,6 +203,8 @@ def _model_settings(settings: LoadSettings) -> ModelSettings:
         clip_skip=settings.clip_skip,
         dtype=settings.dtype,
         tokenizer_cache_dir=settings.tokenizer_cache_dir,
+        v_parameterization=settings.v_parameterization,
+        max_token_length=settings.max_token_length,
     )
 
 
@@ -268,7 +277,10 @@ def _load_checkpoint(
 def create_pipeline(models: StableDiffusion, sampler: str) -> Pipeline:
     """The models in a pipeline of diffusers, with a sampler by kohya's name."""
     scheduler = create_sampler(
-        sampler, models.noise_scheduler, prediction_type=models.prediction_type
+        sampler,
+        models.noise_scheduler,
+        prediction_type=models.prediction_type,
+        zero_terminal_snr=models.zero_terminal_snr,
     )
     first = models.text_encoders[0]
     parts: dict[str, Any] = {

@@ -7,6 +7,7 @@ of interruptions. Knows no measures.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,10 @@ __all__ = [
     "draw",
     "draw_pictures",
     "picture_name",
+    "warn_of_cut_prompts",
 ]
+
+logger = logging.getLogger(__name__)
 
 PICTURES = "pictures"  # sub-folder
 SETTINGS_FILE = "settings.json"
@@ -80,10 +84,12 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     if path.is_file():
         try:
             known = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: is not valid JSON; choose another --output") from error
+        except json.JSONDecodeError:
+            known = None
+        if not isinstance(known, dict):
+            raise UserError(f"{path}: is damaged; delete it, or choose another --output")
         for key, value in json.loads(json.dumps(settings)).items():
-            if known.get(key) != value:
+            if (known.get(key) or None) != (value or None):  # a newer option may be missing
                 raise UserError(
                     f"{folder}: its pictures were made with {key} {_short(known.get(key))}, not "
                     f"{_short(value)}; choose another --output, or delete the folder"
@@ -133,6 +139,7 @@ def draw_pictures(
     if not num_missing:
         return files
     model = load()
+    warn_of_cut_prompts(model, [*(prompt.prompt for prompt in prompts), settings.negative_prompt])
     total = len(prompts) * settings.num_images
     bar = tqdm(total=total, initial=total - num_missing, desc="pictures", disable=not show_progress)
     with bar:
@@ -146,6 +153,20 @@ def draw_pictures(
                         picture.save(temporary)
                 bar.update(len(batch))
     return files
+
+
+def warn_of_cut_prompts(model: EvaluatedModel, prompts: Sequence[str]) -> None:
+    """Name how many prompts are longer than the text encoders read."""
+    cut = [text for text in prompts if any(one.is_cut(text) for one in model.text_encoders)]
+    if cut:
+        logger.warning(
+            "%d of %d prompts have more than %d tokens and are cut (the first begins with %r); "
+            "give --max_token_length 150 or 225",
+            len(cut),
+            len(prompts),
+            model.text_encoders[0].most_tokens,
+            cut[0][:60],
+        )
 
 
 @torch.no_grad()

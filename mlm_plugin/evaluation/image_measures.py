@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlm_plugin.data.images import list_images, open_image, open_mask
+from mlm_plugin.data.images import inspect_image, list_images, open_image, open_mask
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt
 from mlm_plugin.evaluation.measures import (
@@ -29,7 +29,7 @@ from mlm_plugin.evaluation.metric_models import Clip, Dino
 from mlm_plugin.evaluation.oracle_judge import OracleJudge, oracle_columns
 from mlm_plugin.evaluation.results import IMAGE_MEASURES
 
-__all__ = ["Judges", "cut_out", "find_masks", "find_photos", "score_pictures"]
+__all__ = ["Judges", "check_photos", "cut_out", "find_masks", "find_photos", "score_pictures"]
 
 
 PartScorer = Callable[[Sequence[Path], Sequence[Image.Image]], list[float | None]]
@@ -59,11 +59,30 @@ def find_photos(folder: str) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"--train_data_dir: there is no folder {folder}")
-    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    inside = (path for path in root.rglob("*") if path.is_dir())
+    folders = [root, *sorted(path for path in inside if not is_hidden(path.relative_to(root)))]
     photos = [photo for path in folders for photo in list_images(path)]
     if not photos:
         raise UserError(f"--train_data_dir: {folder} holds no pictures")
     return photos
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a name in a path begins with a dot, as ``.ipynb_checkpoints`` does."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def check_photos(photos: Sequence[Path]) -> None:
+    """Refuse photos that cannot be read, before anything is drawn.
+
+    Raises:
+        UserError: names the first one, and why.
+    """
+    for photo in photos:
+        try:
+            inspect_image(photo)
+        except ValueError as error:
+            raise UserError(f"--train_data_dir: {photo}: {error}") from error
 
 
 def find_masks(folder: str | None) -> dict[str, Path]:
@@ -256,7 +275,7 @@ def _open_all(files: Sequence[Path]) -> list[Image.Image]:
     try:
         return [Image.fromarray(open_image(file)) for file in files]
     except ValueError as error:
-        raise UserError(f"{error}; delete the file and run the command again") from error
+        raise UserError(f"{error}; if it was drawn, delete it and run the command again") from error
 
 
 def _open_mask(file: Path) -> np.ndarray:

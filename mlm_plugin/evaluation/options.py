@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.errors import UserError
 
-__all__ = ["NO_MODEL", "EvaluateCommand", "EvaluateOptions", "parse_evaluate"]
+__all__ = [
+    "MOST_STEPS",
+    "NO_MODEL",
+    "EvaluateCommand",
+    "EvaluateOptions",
+    "check_drawing",
+    "parse_evaluate",
+]
+
+MOST_STEPS = 999  # of samplers whose timesteps begin at 1 of 1000
+TOKEN_LENGTHS = (None, 75, 150, 225)
 
 NO_MODEL = "none"
 """Instead of a metric model or contextualizer: leave its measures out."""
@@ -70,6 +80,12 @@ class EvaluateOptions:
         "NAME",
     )
     clip_skip: int | None = _option(None, "As in training; SDXL has its own.", "N")
+    v_parameterization: bool = _option(
+        False, "As in training: the model predicts v; for a file that does not say so."
+    )
+    max_token_length: int | None = _option(
+        None, "As in training: 75, 150 or 225; longer prompts are cut (75 if not given).", "N"
+    )
     tokenizer_cache_dir: str | None = _option(
         None, "As in training: where a checkpoint file's tokenizer is looked for.", "DIR"
     )
@@ -113,6 +129,8 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateCommand:
         raise UserError("--output: name the folder for results and report")
     if compare is None:
         _check(options, text_only=text_only)
+    else:
+        _refuse_beside_compare(options, text_only=text_only)
     return EvaluateCommand(options, text_only, tuple(compare or ()))
 
 
@@ -126,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     types = {"int": int, "float": float}
     for item in dataclasses.fields(EvaluateOptions):
         default = item.default
+        if default is False:
+            parser.add_argument(f"--{item.name}", action="store_true", help=item.metadata["help"])
+            continue
         shown = "" if default in (None, "") else f" (default: {default})"
         parser.add_argument(
             f"--{item.name}",
@@ -143,6 +164,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _refuse_beside_compare(options: EvaluateOptions, *, text_only: bool) -> None:
+    given = [
+        item.name
+        for item in dataclasses.fields(options)
+        if item.name != "output" and getattr(options, item.name) != item.default
+    ]
+    if given := [*given, *(["text_only"] if text_only else [])]:
+        raise UserError(f"--{given[0]} has no effect with --compare; leave it out")
+
+
+def check_drawing(steps: int, max_token_length: int | None) -> None:
+    """Limits that `evaluate` and `sheet` share.
+
+    Raises:
+        UserError: a value that no sampler or text encoder has.
+    """
+    if steps > MOST_STEPS:
+        raise UserError(f"--steps {steps}: at most {MOST_STEPS}; 20 to 50 are usual")
+    if max_token_length not in TOKEN_LENGTHS:
+        raise UserError(f"--max_token_length {max_token_length}: must be 75, 150 or 225")
+
+
 def _check(options: EvaluateOptions, *, text_only: bool) -> None:
     required = ["pretrained_model_name_or_path", "class_token"]
     if not text_only:
@@ -150,15 +193,19 @@ def _check(options: EvaluateOptions, *, text_only: bool) -> None:
     for name in required:
         if not getattr(options, name):
             raise UserError(f"--{name} is missing; see `mlm-plugin evaluate --help`")
-    for name in ("num_images_per_prompt", "steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} = {getattr(options, name)}: must be at least 1")
+    for name in ("num_images_per_prompt", "steps", "batch_size", "clip_skip"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} = {value}: must be at least 1")
+    check_drawing(options.steps, options.max_token_length)
     if options.resolution is not None and (options.resolution < 8 or options.resolution % 8):
         raise UserError(f"--resolution = {options.resolution}: must be a multiple of 8")
     if options.precision not in PRECISIONS:
         raise UserError(
             f"--precision = {options.precision!r}: expected one of {', '.join(PRECISIONS)}"
         )
+    if options.lora_weight != EvaluateOptions.lora_weight and not options.lora:
+        raise UserError("--lora_weight has no effect without --lora; leave it out")
     for one, other in (("xti", "embedding"), ("xti", "delta"), ("lora", "delta")):
         if getattr(options, one) and getattr(options, other):
             raise UserError(f"--{one} and --{other} change the same layers or words: give one")

@@ -68,6 +68,7 @@ def save_checkpoint(
     family: str,
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
+    marks: Sequence[str] = (),
 ) -> None:
     """Write a model as one ``.safetensors`` file with LDM names, completely or not at all.
 
@@ -79,11 +80,14 @@ def save_checkpoint(
         family: ``sd_v1``, ``sd_v2`` or ``sdxl``.
         metadata: strings, written as given.
         dtype: dtype of every tensor in the file; ``None`` keeps each one's.
+        marks: names of empty tensors, by which WebUIs tell what an SDXL model predicts:
+            ``v_pred``, and ``ztsnr`` for betas of zero terminal SNR.
 
     Raises:
         ValueError: a network has a weight that the family does not have.
     """
-    _write(Path(path), ldm_tensors(networks, family=family), metadata=metadata, dtype=dtype)
+    tensors = ldm_tensors(networks, family=family) | {name: torch.empty(0) for name in marks}
+    _write(Path(path), tensors, metadata=metadata, dtype=dtype)
 
 
 def ldm_tensors(networks: Components, *, family: str) -> dict[str, Tensor]:

@@ -143,6 +143,7 @@ class DreamBooth(Method):
             family=models.family,
             metadata=to.metadata("checkpoint", to.path),
             dtype=to.dtype,
+            marks=self._marks(),
         )
         scheduler = type(models.noise_scheduler).from_config(
             models.noise_scheduler.config, rescale_betas_zero_snr=self.zero_terminal_snr
@@ -156,6 +157,12 @@ class DreamBooth(Method):
                 prediction_type=models.prediction_type,
                 dtype=to.dtype,
             )
+
+    def _marks(self) -> list[str]:
+        """How readers tell what an SDXL model predicts; other families have no such marks."""
+        if not self.models.is_sdxl or self.models.prediction_type != "v_prediction":
+            return []
+        return ["v_pred", *(["ztsnr"] if self.zero_terminal_snr else [])]
 
     def verify(self, path: Path) -> str:
         """Count the tensors."""

@@ -94,6 +94,8 @@ class StableDiffusion:
         prediction_type: ``epsilon`` or ``v_prediction``, the training target. Use this, not the
             option: a diffusers folder has its own.
         source: the model's name as given.
+        zero_terminal_snr: whether the source says that it was trained with betas of zero terminal
+            SNR; those of ``noise_scheduler`` are the usual ones.
     """
 
     text_encoders: list[TextEncoder]
@@ -103,6 +105,7 @@ class StableDiffusion:
     version: str
     prediction_type: str
     source: str
+    zero_terminal_snr: bool = False
 
     @property
     def family(self) -> str:
@@ -292,6 +295,7 @@ def _assembled(
         version=SDXL_VERSION if is_sdxl else f"{family}{suffix}",
         prediction_type=prediction_type,
         source=source.name,
+        zero_terminal_snr=bool(source.scheduler.get("rescale_betas_zero_snr")),
     )
 
 
@@ -341,8 +345,6 @@ def _prediction_type(source: Source, v_parameterization: bool) -> str:
 
 
 def _noise_scheduler(config: Mapping, prediction_type: str) -> DDPMScheduler:
-    if config.get("rescale_betas_zero_snr"):
-        logger.warning("the model was made for zero terminal SNR: set --zero_terminal_snr")
     own_betas = {key: config[key] for key in (*BETAS, "trained_betas") if key in config}
     return DDPMScheduler(
         num_train_timesteps=config.get("num_train_timesteps", 1000),

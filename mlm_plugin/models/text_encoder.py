@@ -94,6 +94,17 @@ class TextEncoder:
         """The transformer itself, however this version of transformers nests it."""
         return getattr(self.model, "text_model", self.model)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a caption that are read, BOS and EOS aside; the rest is cut."""
+        body_length = self.window - 2
+        return max(1, (self.max_token_length or body_length) // body_length) * body_length
+
+    def is_cut(self, caption: str) -> bool:
+        """Whether a caption is longer than what is read."""
+        ids = self.tokenizer(self.expand(caption), add_special_tokens=False).input_ids
+        return len(ids) > self.most_tokens
+
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Token ids of captions, padded and split into windows.
 
@@ -103,7 +114,7 @@ class TextEncoder:
         Source: sd-scripts ``library/strategy_base.py`` ``_get_input_ids``.
         """
         body_length = self.window - 2
-        num_windows = max(1, (self.max_token_length or body_length) // body_length)
+        num_windows = self.most_tokens // body_length
         ids_BL = self.tokenizer(
             [self.expand(caption) for caption in captions],
             padding="max_length",

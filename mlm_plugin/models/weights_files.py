@@ -24,6 +24,7 @@ __all__ = [
     "WEIGHTS_SUFFIXES",
     "for_file",
     "read_weights",
+    "without_suffix",
     "write_weights",
 ]
 
@@ -47,6 +48,12 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     return _read_pickle(path)
+
+
+def without_suffix(name: str | os.PathLike) -> str:
+    """The last part of a path or hub id, without the suffix of a weights file; dots stay."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in WEIGHTS_SUFFIXES else path.name
 
 
 def for_file(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -161,11 +161,11 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Redirect everything printed in the block to a new file."""
+def output_to(path: Path, *, append: bool = False) -> Iterator[None]:
+    """Redirect everything printed in the block to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        path.open("w", encoding="utf-8") as file,
+        path.open("a" if append else "w", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

@@ -39,7 +39,11 @@ SMALL_SHARE = 0.5  # of the area a model was made for; smaller pictures cause a 
 
 def load_models(config: TrainConfig) -> StableDiffusion:
     """The frozen base model on the CPU, in the precision that the method needs."""
-    return load_stable_diffusion(config.model.pretrained_model_name_or_path, model_settings(config))
+    name = config.model.pretrained_model_name_or_path
+    models = load_stable_diffusion(name, model_settings(config))
+    if models.zero_terminal_snr and not config.loss.zero_terminal_snr:
+        logger.warning("the model was made for zero terminal SNR: set --zero_terminal_snr")
+    return models
 
 
 def model_settings(config: TrainConfig) -> ModelSettings:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.errors import UserError
-from mlm_plugin.evaluation.options import PRECISIONS
+from mlm_plugin.evaluation.options import PRECISIONS, check_drawing
 
 __all__ = ["SheetOptions", "parse_sheet"]
 
@@ -39,6 +39,8 @@ class SheetOptions:
         batch_size: pictures drawn at once.
         precision: of U-Net and text encoders.
         clip_skip: as in training.
+        v_parameterization: as in training.
+        max_token_length: as in training.
         tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for.
     """
 
@@ -60,6 +62,8 @@ class SheetOptions:
     precision: str = "auto"
     clip_skip: int | None = None
     tokenizer_cache_dir: str | None = None
+    v_parameterization: bool = False
+    max_token_length: int | None = None
 
 
 def parse_sheet(argv: Sequence[str]) -> SheetOptions:
@@ -116,6 +120,7 @@ def _check(options: SheetOptions) -> None:
 
 
 def _check_numbers(options: SheetOptions) -> None:
+    check_drawing(options.steps, options.max_token_length)
     for name in ("steps", "batch_size", "clip_skip"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -157,7 +162,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--scales",
         metavar="S,S,...",
-        help="Strengths, one for each column; 0 = the base model (default: 0,0.4,0.7,1).",
+        help="Strengths, one for each column; 0 = the base model (default: 0,0.4,0.7,1). Write "
+        "--scales=-1,0,1 where the first is negative.",
     )
     add(
         "text_encoder_scale",
@@ -167,6 +173,11 @@ def _parser() -> CommandParser:
         type=float,
     )
     _add_drawing(add)
+    parser.add_argument(
+        "--v_parameterization",
+        action="store_true",
+        help="As in training: the model predicts v; for a file that does not say so.",
+    )
     return parser
 
 
@@ -186,6 +197,12 @@ def _add_drawing(add) -> None:
     add("batch_size", "N", "Pictures drawn at once.", type=int)
     add("precision", "NAME", "Of U-Net and text encoders: auto, fp32, fp16 or bf16.")
     add("clip_skip", "N", "As in training; SDXL has its own.", type=int)
+    add(
+        "max_token_length",
+        "N",
+        "As in training: 75, 150 or 225; longer prompts are cut (75 if not given).",
+        type=int,
+    )
     add(
         "tokenizer_cache_dir",
         "DIR",

@@ -271,9 +271,19 @@ def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
 
 
 def create_sampler(
-    name: str, noise_scheduler: DDPMScheduler, *, prediction_type: str
+    name: str,
+    noise_scheduler: DDPMScheduler,
+    *,
+    prediction_type: str,
+    zero_terminal_snr: bool = False,
 ) -> SchedulerMixin:
     """The diffusers scheduler of kohya's name, with the betas of the trained model.
+
+    Args:
+        name: see ``SAMPLERS``.
+        noise_scheduler: has the betas.
+        prediction_type: ``epsilon`` or ``v_prediction``.
+        zero_terminal_snr: whether to rescale the betas; a warning says where the sampler cannot.
 
     Raises:
         UserError: an unknown name, or a missing package (``lms`` needs scipy).
@@ -281,6 +291,8 @@ def create_sampler(
     if name not in SAMPLERS:
         raise UserError(f"sampler {name!r} is not known; expected one of {', '.join(SAMPLERS)}")
     class_name, settings = SAMPLERS[name]
+    if zero_terminal_snr:
+        settings = {**settings, **_rescaled(class_name, name)}
     config = noise_scheduler.config
     try:
         return getattr(diffusers, class_name)(
@@ -294,6 +306,17 @@ def create_sampler(
         )
     except ImportError as error:
         raise UserError(f"sampler {name} needs a package: {shown_error(error)}") from error
+
+
+def _rescaled(class_name: str, name: str) -> dict[str, bool]:
+    if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, class_name)).parameters:
+        return {"rescale_betas_zero_snr": True}
+    logger.warning(
+        "the model was made for zero terminal SNR, which sampler %s does not have: pictures will "
+        "be washed out; take ddim or euler",
+        name,
+    )
+    return {}
 
 
 def denoise(

@@ -379,7 +379,7 @@ def test_a_lycoris_for_another_model_is_refused(kind, toy_folder, toy_sdxl_folde
     path = file_of(network_on(load_stable_diffusion(str(toy_folder)), kind))
     assert main(["doctor", str(path), "--base", str(toy_sdxl_folder)]) == 2
     *_log, line = capsys.readouterr().err.splitlines()
-    assert f"--base: the layers of {toy_sdxl_folder}" in line
+    assert f"--base: {toy_sdxl_folder} is Stable Diffusion XL and has no layer for" in line
     assert "give the model it was trained on" in line
 
 

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from mlm_plugin.cli import main
 from mlm_plugin.commands.train import train
 from mlm_plugin.compare import run as compare_run
+from mlm_plugin.compare import trials
 from mlm_plugin.compare.plan import read_plan
 from mlm_plugin.compare.subjects import find_subjects
 from mlm_plugin.compare.trials import Looks, checked_trials
 from mlm_plugin.config.loading import load_config
+from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.rendering import embed_picture
 
 PLAN = """
@@ -313,6 +315,31 @@ def test_a_signal_within_a_trial_saves_its_state_to_continue_from(
     whole = load_file(finished.trial("plain-dog") / "last.safetensors")
     continued = load_file(name / "last.safetensors")
     assert all((whole[key] == continued[key]).all() for key in whole)
+
+
+def test_a_look_that_failed_is_finished_before_the_training_goes_on(
+    place, finished, capsys, monkeypatch
+):
+    name = place.trial("plain-dog")
+    shutil.rmtree(name)
+    real, drawn = trials.draw_pictures, []
+
+    def draw_pictures(folder, *args, **kwargs):
+        drawn.append(folder.name)
+        if drawn.count("step000001") == 1:
+            raise UserError("no room on the card")
+        return real(folder, *args, **kwargs)
+
+    monkeypatch.setattr(trials, "draw_pictures", draw_pictures)
+    assert place.run() == 2
+    assert "no room on the card" in capsys.readouterr().err
+    assert place.run() == 0
+    pictures = sorted(path.relative_to(name) for path in name.glob("step*/pictures/*.png"))
+    as_ever = finished.trial("plain-dog")
+    assert pictures == sorted(
+        path.relative_to(as_ever) for path in as_ever.glob("step*/pictures/*.png")
+    )
+    assert place.results["records"] == finished.results["records"]
 
 
 def test_a_changed_arm_has_its_trials_made_again_and_the_others_stay(place, trained):

@@ -185,6 +185,55 @@ def test_a_missing_judge_is_found_before_anything_is_drawn(arguments, tmp_path):
     assert not (tmp_path / "out" / "pictures").exists()
 
 
+def test_what_fails_before_it_draws_leaves_the_folder_free(arguments, tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        evaluate(*arguments, "--lora", str(tmp_path / "nothere.safetensors"))
+    with pytest.raises(UserError, match="sampler 'nope' is not known"):
+        evaluate(*arguments, "--sampler", "nope")
+    evaluate(*arguments)
+
+
+def test_a_photo_that_cannot_be_read_is_named_before_anything_is_drawn(
+    arguments, toy_pictures, tmp_path
+):
+    photos = tmp_path / "photos"
+    shutil.copytree(toy_pictures, photos)
+    hidden = photos / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "broken.png").write_bytes(b"x")
+    evaluate(*arguments, "--train_data_dir", str(photos), "--output", str(tmp_path / "first"))
+    (photos / "broken.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="^--train_data_dir: .*broken.png: "):
+        evaluate(*arguments, "--train_data_dir", str(photos))
+    assert not (tmp_path / "out" / "pictures").exists()
+
+
+def test_text_only_does_not_replace_an_evaluation_with_pictures(arguments, tmp_path):
+    evaluate(*arguments)
+    with pytest.raises(UserError, match="^--text_only: .* holds an evaluation with pictures"):
+        evaluate(*arguments, "--text_only")
+    assert results_of(tmp_path / "out")["measures"]
+
+
+def test_masks_of_no_photo_are_refused(arguments, tmp_path):
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "masks" / "other.png")
+    with pytest.raises(UserError, match="no mask is named as a photo"):
+        evaluate(*arguments, "--masks", str(tmp_path / "masks"))
+
+
+def test_long_prompts_are_named_or_read_whole(arguments, tmp_path, capsys):
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("a {} on the beach\n" + "a {} " + "red " * 90 + "\n")
+    few = (*arguments, "--prompts", str(prompts), "--num_images_per_prompt", "1")
+    evaluate(*few)
+    assert "1 of 3 prompts have more than 75 tokens and are cut" in capsys.readouterr().err
+    evaluate(*few, "--max_token_length", "150", "--output", str(tmp_path / "whole"))
+    assert "are cut" not in capsys.readouterr().err
+    short, whole = pixels_of(tmp_path / "out"), pixels_of(tmp_path / "whole")
+    assert (short["001_00.png"] != whole["001_00.png"]).any()
+
+
 def test_masks_given_later_add_their_measures(arguments, toy_pictures, tmp_path):
     evaluate(*arguments)
     masks = tmp_path / "masks"
@@ -240,6 +289,11 @@ def test_what_cannot_be_compared_is_refused(arguments, tmp_path):
         (["--class_token", ""], "--class_token is missing"),
         (["--stepz", "3"], "--stepz"),
         (["--steps", "0"], "--steps = 0"),
+        (["--steps", "1000"], "--steps 1000: at most 999"),
+        (["--clip_skip", "0"], "--clip_skip = 0"),
+        (["--max_token_length", "100"], "--max_token_length 100: must be 75, 150 or 225"),
+        (["--lora_weight", "0.5"], "--lora_weight has no effect without --lora"),
+        (["--compare", "a", "b"], "--pretrained_model_name_or_path has no effect with --compare"),
         (["--resolution", "100"], "multiple of 8"),
         (["--precision", "fp8"], "fp8"),
         (["--xti", "a", "--embedding", "b"], "--xti and --embedding"),

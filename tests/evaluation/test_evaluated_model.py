@@ -1,5 +1,7 @@
 """A loaded model draws like diffusers, and leaves the base text encoder alone."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from safetensors.torch import save_file
 
 from mlm_plugin.config.options import NetworkOptions
 from mlm_plugin.errors import UserError
-from mlm_plugin.evaluation.evaluated_model import LearnedFiles, load_evaluated_model
+from mlm_plugin.evaluation.evaluated_model import LearnedFiles, LoadSettings, load_evaluated_model
+from mlm_plugin.export.checkpoint import save_checkpoint
 from mlm_plugin.export.custom_diffusion_files import save_delta
 from mlm_plugin.export.embedding_files import save_embedding, save_xti
 from mlm_plugin.export.xti_pipeline import load_xti
@@ -124,6 +127,33 @@ def test_a_locon_of_lycoris_default_preset_is_drawn(toy_folder, tmp_path):
         torch.testing.assert_close(subject.pipeline.unet(*inputs).sample, expected)
         with network.disabled():
             assert not torch.allclose(models.unet(*inputs).sample, expected, atol=1e-3)
+
+
+@pytest.fixture
+def predicts_v(toy_folder, tmp_path):
+    """A folder of a model that predicts v and was made for zero terminal SNR."""
+    folder = tmp_path / "v"
+    shutil.copytree(toy_folder, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    config |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def test_a_checkpoint_is_drawn_as_what_it_was_trained_from(predicts_v, tmp_path, caplog):
+    path = tmp_path / "x.safetensors"
+    models = load_stable_diffusion(predicts_v)
+    save_checkpoint(path, models.components, family=models.family, metadata={})
+    for files in ({}, {"checkpoint": str(path)}):
+        scheduler = load(predicts_v, **files).pipeline.scheduler
+        assert scheduler.config.prediction_type == "v_prediction"
+        assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(0, abs=1e-6)
+    assert not caplog.messages
+    load_evaluated_model(
+        str(predicts_v), placeholder_token="sks", settings=LoadSettings(sampler="pndm")
+    )
+    assert "sampler pndm does not have" in caplog.text
 
 
 def test_a_lora_of_weight_0_changes_nothing(toy_folder, files):

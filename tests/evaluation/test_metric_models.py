@@ -129,6 +129,11 @@ def test_a_missing_judge_is_one_line(load, option, name):
     assert "\n" not in str(caught.value)
 
 
+def test_a_clip_is_no_dino(tiny_clip):
+    with pytest.raises(UserError, match="^--dino_model .*"):
+        load_dino(str(tiny_clip))
+
+
 def test_a_judge_without_numbers_for_pictures_is_one_line(tiny_clip, tmp_path):
     shutil.copytree(tiny_clip, tmp_path, dirs_exist_ok=True)
     (tmp_path / "preprocessor_config.json").unlink()

@@ -1,6 +1,8 @@
 """Every method that reads SDXL: its loss, both text encoders, resuming, and files that load."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +100,27 @@ def test_it_learns_and_its_files_draw_the_trainers_picture(
     sample = own_sample(trainer)
     assert np.abs(sample - untrained).max() > 1e-2, "the training must show"
     np.testing.assert_allclose(client_sample(pipeline, trainer, word), sample, atol=1e-3)
+
+
+@pytest.mark.parametrize(("zero_terminal_snr", "marks"), [(False, {"v_pred"}),
+                                                          (True, {"v_pred", "ztsnr"})])  # fmt: skip
+def test_a_model_that_predicts_v_says_so_in_its_file(
+    sdxl_trainer_of, toy_sdxl_folder, tmp_path, zero_terminal_snr, marks
+):
+    folder = tmp_path / "model"
+    shutil.copytree(toy_sdxl_folder, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"})
+    )
+    v = {"pretrained_model_name_or_path": folder, "v_parameterization": True}
+    if zero_terminal_snr:
+        v["zero_terminal_snr"] = True
+    trainer = sdxl_trainer_of("dreambooth", steps=1, mlm_loss_weight=0, **v)
+    path = tmp_path / "x.safetensors"
+    trainer.method.export(Export(path, metadata=lambda kind, file: {"modelspec.title": kind}))
+    assert {"v_pred", "ztsnr"} & load_file(path).keys() == marks
+    assert trainer.method.verify(path)
 
 
 def test_a_bundle_leaves_the_lora_as_diffusers_loads_it(sdxl_trainer_of, toy_sdxl_folder, tmp_path):

@@ -235,6 +235,8 @@ def test_networks_draw_in_every_precision(toy_folder, lora_of, tmp_path, kind, p
         (["--output", "sheet.jpg"], ["--output sheet.jpg", ".png"]),
         (["--sampler", "magic"], ["--sampler magic", "euler_a"]),
         (["--steps", "0"], ["--steps 0"]),
+        (["--steps", "1000"], ["--steps 1000: at most 999"]),
+        (["--max_token_length", "100"], ["--max_token_length 100"]),
         (["--resolution", "100"], ["--resolution 100"]),
         (["--seed", "-1"], ["--seed -1"]),
         (["--precision", "int8"], ["--precision int8", "bf16"]),
