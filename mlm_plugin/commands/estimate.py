@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 from tqdm import tqdm
 
@@ -94,9 +95,10 @@ def _savings(config: TrainConfig) -> Iterator[Saving]:
     with _bar("what would save memory", len(changes)) as bar:
         for change in changes:
             bar.set_postfix_str(change.text)
-            yield Saving(
-                change.text, change.price, estimate_of(config.replace(**change.options)).peak
-            )
+            changed = config.replace(**change.options)
+            with suppress(UserError):  # what the training would refuse saves nothing
+                check_config(changed)
+                yield Saving(change.text, change.price, estimate_of(changed).peak)
             bar.update()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from mlm_plugin.errors import UserError
 __all__ = ["RECIPE", "SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "parse_pretrain"]
 
 
+LARGEST_SEED = 2**63 - 1
 RECIPE = 2
 """Increase it when masks, prompts or the network change: cached ones are then made again."""
 
@@ -53,8 +55,13 @@ class PretrainOptions:
                      "num_held_out"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} = {getattr(self, name)}: must be at least 1")
-        if self.num_layers < 0:
-            raise UserError(f"--num_layers = {self.num_layers}: must be at least 0")
+        for name in ("num_layers", "warmup_steps", "seed", "width"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} = {getattr(self, name)}: must be at least 0")
+        if self.seed > LARGEST_SEED:
+            raise UserError(f"--seed = {self.seed}: must be at most {LARGEST_SEED}")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning_rate = {self.learning_rate}: must be above 0")
         if not 0 < self.mlm_probability <= 1:
             raise UserError(f"--mlm_probability = {self.mlm_probability}: must be above 0, up to 1")
         if not 0 < self.caption_share <= 1:
@@ -125,6 +132,8 @@ def parse_pretrain(argv: Sequence[str]) -> PretrainCommand:
     options = PretrainOptions(
         **{item.name: given.pop(item.name) for item in dataclasses.fields(PretrainOptions)}
     )
+    if given["clip_skip"] is not None and given["clip_skip"] < 1:
+        raise UserError(f"--clip_skip = {given['clip_skip']}: must be at least 1")
     if options.caption_share != PretrainOptions.caption_share and not given["captions"]:
         raise UserError(
             f"--caption_share = {options.caption_share}: does nothing without --captions"

@@ -83,6 +83,12 @@ def _run_concept(given: argparse.Namespace) -> int:
     from mlm_plugin.pocket.concepts import find_concept, write_concept
 
     concept = find_concept(given.concept)
+    others = sorted(path.name for path in (given.output / "train").glob("*_*"))
+    if others and not others[0].endswith(f"_{concept.name}"):
+        raise UserError(
+            f"--output {given.output}: holds another concept (train/{others[0]}); choose another "
+            "folder"
+        )
     write_concept(concept, given.output)
     print(f"{given.output}: pictures of {concept.name} in train/, test_prompts.txt, contexts.txt")
     return 0

@@ -51,7 +51,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.num_heads = max(1, width // HEAD_WIDTH)
+        most = max(1, width // HEAD_WIDTH)
+        self.num_heads = max(number for number in range(1, most + 1) if width % number == 0)
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)

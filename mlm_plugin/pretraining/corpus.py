@@ -85,7 +85,7 @@ def read_caption_files(paths: Iterable[str | Path]) -> list[str]:
     captions: list[str] = []
     for path in map(Path, paths):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--captions: cannot read {path} ({error}); give UTF-8 text files"

@@ -50,7 +50,10 @@ logger = logging.getLogger(__name__)
 MAX_NAME_BYTES = 255
 """The longest file name of common file systems."""
 
-ADDITIONS = ("", r"_embedding\w*", "_lora", r"\w*_average", r"-step\d{8}", r"-\d{6}", "-state")
+ADDITIONS = (
+    *("", r"_embedding\w*", r"\w*_xti", "_lora", "_bundle", "-best"),
+    *(r"-step\d{8}", r"-\d{6}", "-state"),
+)
 """What methods and steps add to ``output_name``, as patterns."""
 
 MAX_NAMED = 5  # files in one message

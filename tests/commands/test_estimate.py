@@ -185,6 +185,21 @@ def test_the_list_of_savings_shows_how_far_it_is_while_the_table_can_be_read(cap
     assert "gradient_checkpointing = true" in shown.out
 
 
+def test_what_the_training_would_refuse_is_not_suggested(
+    capsys, toy_folder, toy_pictures, tmp_path
+):
+    dataset = tmp_path / "d.toml"
+    dataset.write_text(
+        "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n"
+        f"image_dir = {str(toy_pictures)!r}\nclass_tokens = 'sks dog'\nrandom_crop = true\n"
+    )
+    flags = ["--pretrained_model_name_or_path", str(toy_folder), "--dataset_config", str(dataset)]
+    assert main(["estimate", *flags, "--method=lora", "--mlm_loss_weight=0"]) == 0
+    shown = capsys.readouterr().out
+    assert "gradient_checkpointing = true" in shown
+    assert "cache_latents" not in shown
+
+
 def test_the_quickstart_preset_is_estimated(capsys):
     preset = ROOT / "presets" / "quickstart.toml"
     assert main(["estimate", "--config_file", str(preset), "--no_savings"]) == 0

@@ -113,6 +113,14 @@ def test_the_command_writes_a_data_folder_and_prompts(tmp_path, capsys):
     assert labels == ("sks dog", {prompt.text: prompt for prompt in prompts})
 
 
+def test_another_concept_is_not_mixed_into_a_folder(tmp_path):
+    output = ["--output", str(tmp_path / "dog")]
+    assert run_pocket(["concept", "--concept", "sks dog", *output]) == 0
+    assert run_pocket(["concept", "--concept", "sks dog", *output]) == 0
+    with pytest.raises(UserError, match="holds another concept .train/10_sks dog.; choose"):
+        run_pocket(["concept", "--concept", "zwx robot", *output])
+
+
 def test_an_unknown_concept_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="zwx robot"):
         run_pocket(["concept", "--concept", "dog", "--output", str(tmp_path / "dog")])

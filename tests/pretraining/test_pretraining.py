@@ -331,6 +331,12 @@ def test_captions_alone_that_leave_a_side_of_the_split_empty_are_refused(tmp_pat
         (["--caption_share", "1.5", "--captions", "c.txt"], "--caption_share = 1.5"),
         (["--caption_share", "0.9"], "--caption_share = 0.9: does nothing without --captions"),
         (["--num_layers", "-1"], "--num_layers = -1"),
+        (["--width", "-5"], "--width = -5"),
+        (["--warmup_steps", "-3"], "--warmup_steps = -3"),
+        (["--seed", "1" * 23], "must be at most"),
+        (["--learning_rate", "nan"], "--learning_rate = nan: must be above 0"),
+        (["--learning_rate", "-1"], "--learning_rate = -1.0: must be above 0"),
+        (["--clip_skip", "0"], "--clip_skip = 0: must be at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(flags, named):
@@ -362,7 +368,7 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth():
 
 def test_caption_files_are_read_and_bad_ones_are_named(tmp_path):
     good = tmp_path / "good.txt"
-    good.write_text("a cat\n\n  a dog \n", encoding="utf-8")
+    good.write_text("a cat\n\n  a dog \n", encoding="utf-8-sig")  # with a BOM
     assert read_caption_files([good]) == ["a cat", "a dog"]
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
