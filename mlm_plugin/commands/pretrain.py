@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from mlm_plugin.config.options import LogOptions
 from mlm_plugin.config.pretraining import PretrainCommand
-from mlm_plugin.contextualizer_file import save_contextualizer
+from mlm_plugin.contextualizer_file import fits, read_contextualizer, save_contextualizer
 from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
+from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretraining.corpus import read_caption_files, require_both_sides
 from mlm_plugin.pretraining.find import pretrain_on_device
-from mlm_plugin.pretraining.run import Interrupted, NotSaved, Scores
+from mlm_plugin.pretraining.run import Interrupted, NotSaved, Scores, state_file
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
@@ -36,6 +39,10 @@ def run_pretrain(command: PretrainCommand) -> int:
     outputs = output_files(Path(command.output), len(text_encoders))
     try:
         for text_encoder, output in zip(text_encoders, outputs, strict=True):
+            is_resumed = output != outputs[-1] and state_file(outputs[-1]).is_file()
+            if is_resumed and _is_made_so(output, text_encoder, command, captions):
+                print(f"{output}: is done already")
+                continue
             text_encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
             scores = pretrain_on_device(
                 text_encoder, output, options=command.options, captions=captions
@@ -54,6 +61,17 @@ def run_pretrain(command: PretrainCommand) -> int:
     if len(outputs) > 1:
         print(f"--mlm_contextualizer {','.join(map(str, outputs))}")
     return 0
+
+
+def _is_made_so(
+    output: Path, text_encoder: TextEncoder, command: PretrainCommand, captions: Sequence[str]
+) -> bool:
+    """Whether a file is for this text encoder and was made with these options and captions."""
+    if not fits(output, text_encoder):
+        return False
+    recipe = {**asdict(command.options), "num_captions": len(captions)}
+    made_with = read_contextualizer(output)[1].training
+    return all(made_with.get(name) == value for name, value in recipe.items())
 
 
 def _rescued(error: NotSaved, output: Path) -> str:

@@ -45,6 +45,7 @@ __all__ = [
     "Start",
     "frozen",
     "pretrain",
+    "state_file",
 ]
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,11 @@ class Scores(NamedTuple):
     loss: float
     accuracy: float
     families: dict[str, FamilyScores]
+
+
+def state_file(output: Path) -> Path:
+    """Where an interrupted pretraining of a file keeps its state."""
+    return output.with_suffix(".state.pt")
 
 
 class Interrupted(Exception):
@@ -171,7 +177,7 @@ class PretrainingRun:
         start: Start | None = None,
     ):
         self.text_encoder, self.options = text_encoder, options
-        self.output, self.state_path = output, output.with_suffix(".state.pt")
+        self.output, self.state_path = output, state_file(output)
         self.corpus = Corpus(captions, caption_share=options.caption_share)
         self.table = text_encoder.token_embedding.weight.detach()
         self.vocabulary = MaskingVocabulary.from_tokenizer(

@@ -1,5 +1,6 @@
 """SDXL as a user runs it: every method from the command line, samples, curves, pretraining."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from mlm_plugin.cli import main, train_main
 from mlm_plugin.methods import METHODS
+from mlm_plugin.pretraining.run import PretrainingRun
 
 ROOT = Path(__file__).parents[2]
 SDXL_METHODS = [name for name, method in METHODS.items() if method.supports_sdxl]
@@ -144,6 +146,35 @@ def test_pretraining_makes_a_contextualizer_for_each_text_encoder(
     assert f"--mlm_contextualizer {files[0]},{files[1]}" in capsys.readouterr().out
     widths = [load_file(file)["mask_vector"].shape for file in files]
     assert widths == [(32,), (48,)]
+
+
+def test_a_pretraining_stopped_in_the_second_text_encoder_keeps_the_first(
+    toy_sdxl_folder, tmp_path, capsys, monkeypatch
+):
+    small = ["--max_train_steps", "2", "--batch_size", "2", "--num_held_out", "4"]
+    output = tmp_path / "context.safetensors"
+    model = ["--pretrained_model_name_or_path", str(toy_sdxl_folder)]
+    command = ["pretrain", *model, "--output", str(output), *small]
+    train_step, steps, signals = PretrainingRun.train_step, [], [signal.SIGINT]
+
+    def interrupted_step(self):
+        steps.append(self.output.stem)
+        if steps[-1] == "context_te2" and signals:
+            signal.raise_signal(signals.pop())
+        return train_step(self)
+
+    monkeypatch.setattr(PretrainingRun, "train_step", interrupted_step)
+    assert main(command) == 130
+    first = (tmp_path / "context_te1.safetensors").read_bytes()
+    del steps[:]
+    assert main(command) == 0
+    assert set(steps) == {"context_te2"}
+    assert "context_te1.safetensors: is done already" in capsys.readouterr().out
+    assert (tmp_path / "context_te1.safetensors").read_bytes() == first
+    (tmp_path / "context_te2.state.pt").touch()  # as an interrupted run would leave it
+    del steps[:]
+    assert main([*command, "--batch_size", "3"]) == 0
+    assert "context_te1" in steps, "made with other options"
 
 
 def test_a_trained_lora_is_evaluated(
