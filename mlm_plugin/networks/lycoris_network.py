@@ -167,11 +167,13 @@ def import_lycoris() -> ModuleType:
         UserError: the package is missing.
     """
     try:
-        return importlib.import_module("lycoris.kohya")
+        module = importlib.import_module("lycoris.kohya")
     except ImportError as error:
         raise UserError(
             "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
         ) from error
+    logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # we count the modules ourselves
+    return module
 
 
 def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
