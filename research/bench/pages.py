@@ -40,7 +40,7 @@ from research.bench.summary import (
     holm,
     num_before_first_look,
 )
-from research.bench.text_score import RECORD, SETTINGS, STEPS, correlations, read_looks
+from research.bench.text_score import RECORD, SETTINGS, STEPS, correlations, intervals, read_looks
 
 __all__ = ["PAGES", "blocks", "rewritten"]
 
@@ -123,8 +123,12 @@ def _text_score_tables(records: Records) -> str:
 
 
 def _ranks(looks: list[dict[str, Any]], of: str) -> list[list[str]]:
-    by_score = [correlations(looks, name) for name in ("cross_attention", "encoder")]
-    return [[kind + of, *(f"{found[kind]:.2f}" for found in by_score)] for kind in by_score[0]]
+    names = ("cross_attention", "encoder")
+    found = [(correlations(looks, name), intervals(looks, name)) for name in names]
+    return [
+        [kind + of, *(f"{value[kind]:.2f} ± {half[kind]:.2f}" for value, half in found)]
+        for kind in found[0][0]
+    ]
 
 
 def _text_score_rates() -> str:

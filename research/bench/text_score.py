@@ -23,12 +23,13 @@ import numpy as np
 
 from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.demo.command import add_folders, prepare_model
+from mlm_plugin.evaluation.measures import student_t_quantile
 from mlm_plugin.failures import exit_code_of
 from mlm_plugin.files import atomic_path, read_text
 from mlm_plugin.pocket.concepts import REPORTED
 from research.bench.plan import ARMS, Trial
 
-__all__ = ["RECORD", "SETTINGS", "STEPS", "correlations", "spearman"]
+__all__ = ["RECORD", "SETTINGS", "STEPS", "correlations", "intervals", "read_looks", "spearman"]
 
 RECORD = Path(__file__).parents[1] / "results" / "text_score.json"
 STEPS = (25, 50, 100, 150, 200)
@@ -119,8 +120,8 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    behind = counts.cumsum()
-    return ((behind - counts + behind - 1) / 2)[inverse]
+    ends = counts.cumsum()
+    return ((ends - counts + ends - 1) / 2)[inverse]
 
 
 def partial(xy: float, xz: float, yz: float) -> float:
@@ -149,6 +150,26 @@ def correlations(looks: Sequence[Look], score: str) -> dict[str, float]:
         "files of one step": mean_within(lambda look: look["step"]),
         "files of one concept": mean_within(lambda look: look["concept"]),
         "steps of one run": mean_within(lambda look: (look["concept"], look["setting"])),
+    }
+
+
+def intervals(looks: Sequence[Look], score: str) -> dict[str, float]:
+    """Half the width of the 95 % intervals of ``correlations``, by the jackknife over concepts.
+
+    ``se^2 = (n - 1) / n * sum_i (r_(i) - mean r)^2``, ``r_(i)`` without the i-th of n concepts.
+
+    Source: Efron and Stein 1981, "The jackknife estimate of variance".
+    """
+    concepts = sorted({look["concept"] for look in looks})
+    without = [
+        correlations([look for look in looks if look["concept"] != left_out], score)
+        for left_out in concepts
+    ]
+    n = len(concepts)
+    return {
+        kind: student_t_quantile(n - 1)
+        * float(np.std([found[kind] for found in without]) * (n - 1) ** 0.5)
+        for kind in without[0]
     }
 
 

@@ -1,12 +1,17 @@
 """Rank correlations, and that the committed records are those of the plan."""
 
-import pytest
+import random
 
+import pytest
+import torch
+
+from mlm_plugin.evaluation.measures import mean_with_interval
 from mlm_plugin.pocket.concepts import REPORTED
 from research.bench.text_score import (
     SETTINGS,
     STEPS,
     correlations,
+    intervals,
     partial,
     read_looks,
     spearman,
@@ -48,3 +53,20 @@ def test_a_score_that_follows_fidelity_ranks_every_group():
     found = correlations(looks, "cross_attention")
     assert found["all files"] == pytest.approx(1.0)
     assert found["steps of one run"] == pytest.approx(1.0)
+
+
+def test_the_jackknife_of_a_mean_over_concepts_is_its_interval():
+    rng = random.Random(0)
+    looks = [
+        {"concept": c, "setting": "plain", "step": step, "identity": rng.random(),
+         "fidelity": rng.random(), "cross_attention": rng.random()}
+        for c in range(6) for step in STEPS
+    ]  # fmt: skip
+    by_concept = [
+        correlations([look for look in looks if look["concept"] == c], "cross_attention")
+        for c in range(6)
+    ]
+    mean = mean_with_interval(torch.tensor([found["files of one concept"] for found in by_concept]))
+    found = intervals(looks, "cross_attention")
+    assert found["files of one concept"] == pytest.approx(mean.interval)
+    assert all(half > 0 for half in found.values())
