@@ -341,6 +341,7 @@ SECOND_GRIDS: Mapping[str, tuple[Flags, ...]] = {
     "lora textboost": _around(LORA_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
     "lora classdiffusion": _around(LORA_RATES, _text("1.5e-4", "1"), inner="0.1", outer="10"),
     "lora output_preservation": _around(LORA_RATES, _text("1.5e-3", "3"), inner="0.3", outer="30"),
+    "lora prior_preservation": _around(LORA_RATES, _text("5e-4", "0.1"), inner="1", outer="0.01"),
     "lora both/states": _around(LORA_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
     "lora_unet_only plain": _grid(
         {"unet_lr": ("5e-4", "7.5e-4", "1e-3", "1.25e-3", "1.75e-3", "2e-3")}
