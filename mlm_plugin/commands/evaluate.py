@@ -32,10 +32,10 @@ from mlm_plugin.evaluation.evaluated_model import (
 from mlm_plugin.evaluation.evaluation_page import evaluation_page
 from mlm_plugin.evaluation.generate import (
     PICTURES,
-    SETTINGS_FILE,
     DrawingSettings,
     claim_folder,
     draw_pictures,
+    forget_claim_without_pictures,
 )
 from mlm_plugin.evaluation.image_measures import (
     Judges,
@@ -178,9 +178,9 @@ def _draw_and_score(
         )
     clip, dino = _metric_models(options, device)  # before hours of drawing, as they may be missing
     oracle, oracle_protocol = _oracle(options, prompts)
-    if not any((output / PICTURES).glob("*.png")):  # an earlier command failed before it drew
-        (output / SETTINGS_FILE).unlink(missing_ok=True)
-    claim_folder(output, _picture_settings(options, prompts, files))
+    how = _picture_settings(options, prompts, files)
+    forget_claim_without_pictures(output, how)
+    claim_folder(output, how)
     settings = DrawingSettings(
         num_images=options.num_images_per_prompt,
         seed=options.seed,
@@ -236,6 +236,7 @@ def _load(options: EvaluateOptions, device: torch.device) -> EvaluatedModel:
         dtype=drawing_dtype(options.precision, device),
         tokenizer_cache_dir=options.tokenizer_cache_dir,
         v_parameterization=options.v_parameterization,
+        zero_terminal_snr=options.zero_terminal_snr,
         max_token_length=options.max_token_length,
     )
     model = load_evaluated_model(

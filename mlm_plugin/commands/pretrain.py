@@ -17,7 +17,7 @@ from mlm_plugin.models.checkpoints import ModelSettings, load_stable_diffusion
 from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.pretraining.corpus import read_caption_files, require_both_sides
 from mlm_plugin.pretraining.find import pretrain_on_device
-from mlm_plugin.pretraining.run import Interrupted, NotSaved, Scores, state_file
+from mlm_plugin.pretraining.run import Interrupted, NotSaved, Scores, checksum, state_file
 from mlm_plugin.setup.builtin_names import model_path
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 
@@ -69,7 +69,7 @@ def _is_made_so(
     """Whether a file is for this text encoder and was made with these options and captions."""
     if not fits(output, text_encoder):
         return False
-    recipe = {**asdict(command.options), "num_captions": len(captions)}
+    recipe = {**asdict(command.options), "captions": checksum(captions)}
     made_with = read_contextualizer(output)[1].training
     return all(made_with.get(name) == value for name, value in recipe.items())
 

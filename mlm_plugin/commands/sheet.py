@@ -90,6 +90,7 @@ def _load(options: SheetOptions) -> EvaluatedModel:
         dtype=drawing_dtype(options.precision, device),
         tokenizer_cache_dir=options.tokenizer_cache_dir,
         v_parameterization=options.v_parameterization,
+        zero_terminal_snr=options.zero_terminal_snr,
         max_token_length=options.max_token_length,
     )
     files = LearnedFiles(lora=options.file)

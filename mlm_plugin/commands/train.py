@@ -64,6 +64,7 @@ from mlm_plugin.setup.models import (
     place_models,
     prepare_models,
     warn_of_small_pictures,
+    warn_of_zero_terminal_snr,
 )
 from mlm_plugin.setup.optimization import create_optimization, create_plan
 from mlm_plugin.setup.sampling import SampleDrawer, sample_drawer
@@ -197,6 +198,7 @@ def _check(run: CheckedRun) -> int:
         name = config.model.pretrained_model_name_or_path
         print(f"{name} is not on this machine: nothing was checked that depends on the model.")
         return 0
+    warn_of_zero_terminal_snr(config, found.models)
     print_report(config, dataset, concepts, found.models)
     about = "about " if lacks_class_images(config, dataset) else ""
     print(f"Length: {about}{found.plan.num_steps} step(s), {found.plan.num_epochs} epoch(s)")

@@ -31,10 +31,8 @@ SET_HERE: Mapping[str, str] = {
     **dict.fromkeys(("max_train_steps", "max_train_epochs"), "the last of looks sets the length"),
     **dict.fromkeys(("output_dir", "output_name", "resume"), "each trial has its own"),
     "seed": "seeds names it",
-    **dict.fromkeys(
-        ("wandb_api_key", "huggingface_token"),
-        "the report would show it; keep it in the environment (WANDB_API_KEY)",
-    ),
+    "wandb_api_key": "the report would show it; keep it in the environment (WANDB_API_KEY)",
+    "huggingface_token": "the report would show it, and nothing is uploaded",
     "mlm_stop_below": "every trial has to reach its last look",
 }
 """Options that an arm cannot have."""
@@ -204,7 +202,7 @@ def _options(given: Mapping[str, Any], *, place: str) -> dict[str, Any]:
         preset = {
             name: value for name, value in preset.items() if name not in (*SET_HERE, "config_file")
         }
-    for name in config_from_values(own, place=place).changed():
+    for name in {**config_from_values(own, place=place).changed(), **own}:
         if name in SET_HERE:
             raise UserError(f"{place}: {name} cannot be set: {SET_HERE[name]}; remove it")
     options = {**preset, **own}

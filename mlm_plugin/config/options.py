@@ -685,8 +685,9 @@ class OutputOptions:
     save_state_on_train_end: bool = option(False, "Save a state folder at the end only.")
     mlm_keep_best: bool = option(
         False,
-        "At every save measure from text alone how much of their context prompts with the concept "
-        "keep, and copy the best file: the last that keeps 95 %. Needs a concept.",
+        "At every save, measure from text alone how much of its context a prompt with the concept "
+        "keeps, and keep the best file (in sd-scripts a copy of it): the last that keeps 95 %. "
+        "Needs a concept.",
     )
     mlm_page: bool = option(
         True,

@@ -61,7 +61,7 @@ class PretrainOptions:
         if self.seed > LARGEST_SEED:
             raise UserError(f"--seed = {self.seed}: must be at most {LARGEST_SEED}")
         if not 0 <= self.learning_rate < math.inf:
-            raise UserError(f"--learning_rate = {self.learning_rate}: must be at least 0")
+            raise UserError(f"--learning_rate = {self.learning_rate}: must be finite, at least 0")
         if not 0 < self.mlm_probability <= 1:
             raise UserError(f"--mlm_probability = {self.mlm_probability}: must be above 0, up to 1")
         if not 0 < self.caption_share <= 1:

@@ -83,8 +83,9 @@ def _run_concept(given: argparse.Namespace) -> int:
     from mlm_plugin.pocket.concepts import find_concept, write_concept
 
     concept = find_concept(given.concept)
-    others = sorted(path.name for path in (given.output / "train").glob("*_*"))
-    if others and not others[0].endswith(f"_{concept.name}"):
+    folders = sorted((given.output / "train").glob("[0-9]*_*"))
+    others = [path.name for path in folders if not path.name.endswith(f"_{concept.name}")]
+    if others:
         raise UserError(
             f"--output {given.output}: holds another concept (train/{others[0]}); choose another "
             "folder"

@@ -129,6 +129,7 @@ class LoadSettings:
         tokenizer_cache_dir: where to look for a checkpoint file's tokenizer; else the tokenizer of
             the base model is used.
         v_parameterization: as in training.
+        zero_terminal_snr: as in training; a model that says so needs no setting.
         max_token_length: as in training; longer prompts are cut.
     """
 
@@ -137,6 +138,7 @@ class LoadSettings:
     dtype: torch.dtype = torch.float32
     tokenizer_cache_dir: str | None = None
     v_parameterization: bool = False
+    zero_terminal_snr: bool = False
     max_token_length: int | None = None
 
 
@@ -178,6 +180,7 @@ def load_evaluated_model(
         settings = replace(settings, v_parameterization=predicts_v)  # as what it was trained from
         models = _load_checkpoint(files.checkpoint, settings, base=base, family=family)
         models.zero_terminal_snr |= zero_terminal_snr
+    models.zero_terminal_snr |= settings.zero_terminal_snr
     pipeline = create_pipeline(models, settings.sampler)
     network = None if files.lora is None else load_lora(models, files.lora)
     if network is not None:

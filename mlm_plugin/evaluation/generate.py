@@ -32,6 +32,7 @@ __all__ = [
     "claim_folder",
     "draw",
     "draw_pictures",
+    "forget_claim_without_pictures",
     "picture_name",
     "warn_of_cut_prompts",
 ]
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 PICTURES = "pictures"  # sub-folder
 SETTINGS_FILE = "settings.json"
+LONGEST = 225  # the most that max_token_length can be
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,8 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     path = folder / SETTINGS_FILE
     if path.is_file():
-        try:
-            known = json.loads(read_text(path))
-        except json.JSONDecodeError:
-            known = None
-        if not isinstance(known, dict):
+        known = _record(path)
+        if known is None:
             raise UserError(f"{path}: is damaged; delete it, or choose another --output")
         for key, value in json.loads(json.dumps(settings)).items():
             if (known.get(key) or None) != (value or None):  # a newer option may be missing
@@ -98,6 +97,25 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary:
         text = json.dumps(settings, indent=2, ensure_ascii=False)
         temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def forget_claim_without_pictures(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Remove the record of a command that failed before it drew; files of others stay."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file() or any((folder / PICTURES).glob("*.png")):
+        return
+    known = _record(path)
+    if known is not None and known.keys() == settings.keys():
+        path.unlink()
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """What a file of settings holds; ``None`` if it is damaged."""
+    try:
+        known = json.loads(read_text(path))
+    except json.JSONDecodeError:
+        return None
+    return known if isinstance(known, dict) else None
 
 
 def _short(value: Any, *, limit: int = 60) -> str:
@@ -156,16 +174,16 @@ def draw_pictures(
 
 
 def warn_of_cut_prompts(model: EvaluatedModel, prompts: Sequence[str]) -> None:
-    """Name how many prompts are longer than the text encoders read."""
+    """Name how many prompts, negative ones included, are longer than the text encoders read."""
     cut = [text for text in prompts if any(one.is_cut(text) for one in model.text_encoders)]
+    most = model.text_encoders[0].most_tokens
     if cut:
         logger.warning(
-            "%d of %d prompts have more than %d tokens and are cut (the first begins with %r); "
-            "give --max_token_length 150 or 225",
+            "%d prompt(s) have more than %d tokens and are cut (the first begins with %r)%s",
             len(cut),
-            len(prompts),
-            model.text_encoders[0].most_tokens,
+            most,
             cut[0][:60],
+            "" if most >= LONGEST else "; max_token_length = 150 or 225 reads more",
         )
 
 

@@ -11,7 +11,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.models.checkpoints import StableDiffusion
 from mlm_plugin.models.components import TITLES
 from mlm_plugin.networks.base import Network
-from mlm_plugin.networks.create import create_network, is_lora_file, read_weights
+from mlm_plugin.networks.create import create_network, is_lora, read_weights
 from mlm_plugin.networks.kohya_names import TEXT_ENCODER_PARTS, part_of
 
 __all__ = ["load_lora"]
@@ -46,9 +46,9 @@ def load_lora(models: StableDiffusion, path: str) -> Network:
             "model at a strength here; draw it in a WebUI, or train with another algo"
         )
     _refuse_other_model(models, state, path)
-    is_lora = is_lora_file(models, path)
+    is_plain = is_lora(models, state)
     options = NetworkOptions(
-        network_module="networks.lora" if is_lora else "lycoris.kohya",
+        network_module="networks.lora" if is_plain else "lycoris.kohya",
         network_weights=path,
         dim_from_weights=True,
         **_parts_of(state),
@@ -58,7 +58,7 @@ def load_lora(models: StableDiffusion, path: str) -> Network:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except RuntimeError as error:  # LyCORIS copies tensors into layers of other shapes
-        if is_lora or "size" not in str(error):
+        if is_plain or "size" not in str(error):
             raise
         raise UserError(
             f"{path}: its shapes are not those of {models.source}, which is "

@@ -83,6 +83,9 @@ class EvaluateOptions:
     v_parameterization: bool = _option(
         False, "As in training: the model predicts v; for a file that does not say so."
     )
+    zero_terminal_snr: bool = _option(
+        False, "As in training: zero terminal SNR; for a file that does not say so."
+    )
     max_token_length: int | None = _option(
         None, "As in training: 75, 150 or 225; longer prompts are cut (75 if not given).", "N"
     )

@@ -33,7 +33,7 @@ __all__ = [
     "Network",
     "check_network",
     "create_network",
-    "is_lora_file",
+    "is_lora",
     "read_weights",
 ]
 
@@ -86,17 +86,16 @@ def create_network(models: StableDiffusion, options: NetworkOptions) -> Network:
     return network
 
 
-def is_lora_file(models: StableDiffusion, path: str) -> bool:
-    """Whether ``networks.lora`` can read a whole file; else it is one of LyCORIS.
+def is_lora(models: StableDiffusion, state: Mapping[str, Tensor]) -> bool:
+    """Whether ``networks.lora`` can read all of a file; else it is one of LyCORIS.
 
     Args:
         models: the kind of model that it is for.
-        path: kohya's names.
-
-    Raises:
-        UserError: the file is missing or unreadable.
+        state: of ``read_weights``.
     """
-    return fits_lora(_plan(models, NetworkOptions(network_weights=path)))
+    plan = _plan(models, NetworkOptions())
+    adapters = {key: value for key, value in state.items() if not key.startswith(BUNDLE_PREFIX)}
+    return fits_lora(plan._replace(weights=renamed(adapters, plan.unet_names)))
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:

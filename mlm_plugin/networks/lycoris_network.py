@@ -52,7 +52,7 @@ WITHOUT_NORMS = ("ia3", "glora", "full")
 REFUSED_ALGOS = {
     "tlora": "needs the timestep of every step, which LyCORIS networks are not told here, so it "
     "would be an ordinary LoRA",
-    "dylora": "cannot be resumed, as LyCORIS does not read its own files of that kind",
+    "dylora": "writes files and states that LyCORIS cannot read back",
 }
 NUMBERS: Mapping[str, Mapping[str, Any]] = {
     "conv_dim": {"kind": int},
@@ -60,7 +60,6 @@ NUMBERS: Mapping[str, Mapping[str, Any]] = {
     "rank_dropout": {"below": 1},
     "module_dropout": {"below": 1},
     "factor": {"kind": int, "at_least": -1},
-    "block_size": {"kind": int, "at_least": 1},
     "constraint": {},
     "constrain": {},
 }
@@ -246,7 +245,7 @@ def _check_args(args: Mapping[str, str], lycoris: ModuleType) -> None:
     algo, preset = args.get("algo", "lora").lower(), args.get("preset", "full")
     _check_numbers(args)
     _refuse_algos(algo, preset, lycoris)
-    if algo == "lokr" and is_on(args, "rs_lora"):
+    if is_on(args, "rs_lora") and "lokr" in (algo, *_algos_of_preset(preset, lycoris)):
         raise UserError(
             "network_args: rs_lora with algo=lokr: LyCORIS trains layers that are stored whole at "
             "a scale that no reader of the file applies; leave rs_lora out"
@@ -271,10 +270,7 @@ def _refuse_algos(algo: str, preset: str, lycoris: ModuleType) -> None:
     Raises:
         UserError: one of ``REFUSED_ALGOS`` is asked for.
     """
-    known = lycoris.PRESET.get(preset) or {}
-    if not known and Path(preset).is_file():
-        known = lycoris.read_preset(preset) or {}
-    for refused in {algo, *_algos_in(known)} & set(REFUSED_ALGOS):
+    for refused in {algo, *_algos_of_preset(preset, lycoris)} & set(REFUSED_ALGOS):
         raise UserError(f"network_args: algo={refused} {REFUSED_ALGOS[refused]}; take algo=lora")
 
 
@@ -287,10 +283,13 @@ def _refuse_norms(plan: NetworkPlan) -> None:
         )
 
 
-def _algos_in(preset: Mapping[str, Any]) -> Iterator[str]:
+def _algos_of_preset(preset: str, lycoris: ModuleType) -> Iterator[str]:
     """The algorithms that a preset names for kinds of modules, or for single ones."""
+    known = lycoris.PRESET.get(preset) or {}
+    if not known and Path(preset).is_file():
+        known = lycoris.read_preset(preset) or {}
     for table in ("module_algo_map", "name_algo_map"):
-        for settings in (preset.get(table) or {}).values():
+        for settings in (known.get(table) or {}).values():
             yield str(settings.get("algo", "")).lower()
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "PretrainingRun",
     "Scores",
     "Start",
+    "checksum",
     "frozen",
     "pretrain",
     "state_file",
@@ -68,6 +69,11 @@ class Scores(NamedTuple):
     loss: float
     accuracy: float
     families: dict[str, FamilyScores]
+
+
+def checksum(captions: Sequence[str]) -> int:
+    """Tells captions from others."""
+    return zlib.crc32("\n".join(captions).encode())
 
 
 def state_file(output: Path) -> Path:
@@ -361,6 +367,7 @@ class PretrainingRun:
             training={
                 **asdict(self.options),
                 "num_captions": len(self.corpus.captions),
+                "captions": checksum(self.corpus.captions),
                 "started_from": self.started_from,
                 "families": {f: s._asdict() for f, s in self.scores.families.items()},
             },
@@ -434,7 +441,7 @@ class PretrainingRun:
             "recipe": RECIPE,
             "text_encoder": self.text_encoder.fingerprint(),
             "started_from": self.started_from,
-            "captions": zlib.crc32("\n".join(self.corpus.captions).encode()),
+            "captions": checksum(self.corpus.captions),
         }
 
 

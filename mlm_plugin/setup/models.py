@@ -30,6 +30,7 @@ __all__ = [
     "prepare_models",
     "quantize_models",
     "warn_of_small_pictures",
+    "warn_of_zero_terminal_snr",
 ]
 
 logger = logging.getLogger(__name__)
@@ -41,9 +42,15 @@ def load_models(config: TrainConfig) -> StableDiffusion:
     """The frozen base model on the CPU, in the precision that the method needs."""
     name = config.model.pretrained_model_name_or_path
     models = load_stable_diffusion(name, model_settings(config))
+    warn_of_zero_terminal_snr(config, models)
+    models.zero_terminal_snr = config.loss.zero_terminal_snr  # as it is trained and drawn here
+    return models
+
+
+def warn_of_zero_terminal_snr(config: TrainConfig, models: StableDiffusion) -> None:
+    """Name the option that the model was made with."""
     if models.zero_terminal_snr and not config.loss.zero_terminal_snr:
         logger.warning("the model was made for zero terminal SNR: set --zero_terminal_snr")
-    return models
 
 
 def model_settings(config: TrainConfig) -> ModelSettings:

@@ -113,6 +113,7 @@ class SampleDrawer(Callback):
                     models.noise_scheduler,
                     models.prediction_type,
                     accelerator.autocast,
+                    models.zero_terminal_snr,
                 ),
                 SampleFiles(self.folder, trainer.progress.current_step, epoch, self.name),
                 sampler=self.options.sample_sampler,

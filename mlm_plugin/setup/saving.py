@@ -50,11 +50,8 @@ logger = logging.getLogger(__name__)
 MAX_NAME_BYTES = 255
 """The longest file name of common file systems."""
 
-ADDITIONS = (
-    *("", r"_embedding\w*", r"\w*_xti", "_lora", "_bundle", "-best"),
-    *(r"-step\d{8}", r"-\d{6}", "-state"),
-)
-"""What methods and steps add to ``output_name``, as patterns."""
+ADDITIONS = r"(-step\d{8}|-\d{6}|-best)?(_embedding\w*|\w*_xti|_lora|_bundle|-state)?"
+"""What steps and methods add to ``output_name``, as a pattern."""
 
 MAX_NAMED = 5  # files in one message
 
@@ -102,7 +99,7 @@ def _require_replaceable(path: Path) -> None:
 
 def _warn_of_others(path: Path) -> None:
     """Name what an earlier run of this name left, of another method or kind of file."""
-    ours = re.compile(rf"{re.escape(path.stem)}({'|'.join(ADDITIONS)})(\.\w+)?")
+    ours = re.compile(rf"{re.escape(path.stem)}{ADDITIONS}(\.\w+)?")
     suffixes = {f".{kind}" for kind in OPTIONS["save_model_as"].choices}
     found = path.parent.iterdir() if path.parent.is_dir() else []
     names = sorted(

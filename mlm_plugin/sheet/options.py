@@ -40,6 +40,7 @@ class SheetOptions:
         precision: of U-Net and text encoders.
         clip_skip: as in training.
         v_parameterization: as in training.
+        zero_terminal_snr: as in training.
         max_token_length: as in training.
         tokenizer_cache_dir: where a checkpoint file's tokenizer is looked for.
     """
@@ -63,6 +64,7 @@ class SheetOptions:
     clip_skip: int | None = None
     tokenizer_cache_dir: str | None = None
     v_parameterization: bool = False
+    zero_terminal_snr: bool = False
     max_token_length: int | None = None
 
 
@@ -177,6 +179,11 @@ def _parser() -> CommandParser:
         "--v_parameterization",
         action="store_true",
         help="As in training: the model predicts v; for a file that does not say so.",
+    )
+    parser.add_argument(
+        "--zero_terminal_snr",
+        action="store_true",
+        help="As in training: zero terminal SNR; for a file that does not say so.",
     )
     return parser
 

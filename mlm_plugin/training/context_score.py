@@ -1,4 +1,4 @@
-"""How much of their context prompts with the concept keep, measured during training.
+"""How much of its context a prompt with the concept keeps, measured during training.
 
 No picture is drawn: what the text encoders and the keys and values of the cross-attention make of
 fixed prompts is compared with what the untrained model made of them. On the pocket model the score

@@ -145,7 +145,10 @@ def _latents(
     models: StableDiffusion, prompts: Conditioning, settings: ClassImageSettings, index: int
 ) -> Tensor:
     scheduler = create_sampler(
-        settings.sampler, models.noise_scheduler, prediction_type=models.prediction_type
+        settings.sampler,
+        models.noise_scheduler,
+        prediction_type=models.prediction_type,
+        zero_terminal_snr=models.zero_terminal_snr,
     )
     return denoise(
         models.unet,

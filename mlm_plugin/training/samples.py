@@ -87,6 +87,7 @@ class SampleModels(NamedTuple):
         noise_scheduler: its betas are used.
         prediction_type: ``"epsilon"`` or ``"v_prediction"``.
         autocast: mixed precision of the run.
+        zero_terminal_snr: whether it is trained so.
     """
 
     unet: UNet2DConditionModel
@@ -95,6 +96,7 @@ class SampleModels(NamedTuple):
     noise_scheduler: DDPMScheduler
     prediction_type: str
     autocast: Callable[[], AbstractContextManager] = nullcontext
+    zero_terminal_snr: bool = False
 
 
 class SampleFiles(NamedTuple):
@@ -258,6 +260,7 @@ def _sample(prompt: SamplePrompt, models: SampleModels, sampler: str) -> Tensor:
         prompt.sample_sampler or sampler,
         models.noise_scheduler,
         prediction_type=models.prediction_type,
+        zero_terminal_snr=models.zero_terminal_snr,
     )
     size = _rounded(prompt.height), _rounded(prompt.width)
     with models.autocast():
@@ -283,7 +286,8 @@ def create_sampler(
         name: see ``SAMPLERS``.
         noise_scheduler: has the betas.
         prediction_type: ``epsilon`` or ``v_prediction``.
-        zero_terminal_snr: whether to rescale the betas; a warning says where the sampler cannot.
+        zero_terminal_snr: whether to rescale the betas, where v is predicted; a warning says
+            where the sampler cannot.
 
     Raises:
         UserError: an unknown name, or a missing package (``lms`` needs scipy).
@@ -291,7 +295,7 @@ def create_sampler(
     if name not in SAMPLERS:
         raise UserError(f"sampler {name!r} is not known; expected one of {', '.join(SAMPLERS)}")
     class_name, settings = SAMPLERS[name]
-    if zero_terminal_snr:
+    if zero_terminal_snr and prediction_type == "v_prediction":  # else it divides by zero
         settings = {**settings, **_rescaled(class_name, name)}
     config = noise_scheduler.config
     try:

@@ -77,6 +77,7 @@ def test_drawing_has_the_defaults_of_evaluate_where_it_says_nothing(tmp_path):
         (f"{ARMS}[drawing]\nresolution = 100", "a multiple of 8"),
         (f"{ARMS}[drawing]\nsteps = 1000", "steps = 1000 is not allowed; .* from 1 to 999"),
         (f"{ARMS}wandb_api_key = 'x'", "wandb_api_key cannot be set: the report would show it"),
+        (f"{ARMS}huggingface_token = 'x'", "huggingface_token cannot be set: the report would"),
         (f"pictures_per_prompt = true\n{ARMS}", "pictures_per_prompt = True"),
         (f"common = 3\n{ARMS}", "must be a table"),
         (f'{ARMS}config_file = "none.toml"', "none.toml"),

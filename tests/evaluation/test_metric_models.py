@@ -130,7 +130,7 @@ def test_a_missing_judge_is_one_line(load, option, name):
 
 
 def test_a_clip_is_no_dino(tiny_clip):
-    with pytest.raises(UserError, match="^--dino_model .*"):
+    with pytest.raises(UserError, match="^--dino_model .*: is no ViT; give one of DINO"):
         load_dino(str(tiny_clip))
 
 

@@ -1,5 +1,6 @@
 """What can be known before a model is loaded is said then, by ``--check`` and by the run alike."""
 
+import json
 import shutil
 
 import pytest
@@ -86,6 +87,20 @@ def test_a_part_without_weights_is_told_by_the_check(part, arguments, toy_folder
         path.unlink()
     flags = [*arguments, "--pretrained_model_name_or_path", str(tmp_path / "model"), "--check"]
     assert part in refusal_of(flags, capsys)
+
+
+def test_the_check_says_that_a_model_was_made_for_zero_terminal_snr(
+    arguments, toy_folder, tmp_path, capsys
+):
+    shutil.copytree(toy_folder, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    marks = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | marks))
+    flags = [*arguments, "--pretrained_model_name_or_path", str(tmp_path / "model"), "--check"]
+    assert train_main(flags) == 0
+    assert "set --zero_terminal_snr" in capsys.readouterr().err
+    assert train_main([*flags, "--v_parameterization", "--zero_terminal_snr"]) == 0
+    assert "set --zero_terminal_snr" not in capsys.readouterr().err
 
 
 def test_a_model_on_the_hub_is_said_to_be_unchecked(arguments, capsys):

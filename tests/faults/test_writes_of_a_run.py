@@ -20,6 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, safe_open
 
 from mlm_plugin.cli import main, train_main
+from mlm_plugin.config.options import OutputOptions
+from mlm_plugin.setup.saving import require_output_name
 from mlm_plugin.training.interrupt import Stopped
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerator")
@@ -396,6 +398,23 @@ def test_after_a_kill_the_next_run_of_that_name_is_whole(arguments, tmp_path, pa
 
 
 # --- what earlier runs left ---
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["n_lora", "n_bundle", "n_sks_xti", "n_embedding", "n-best", "n-000002", "n-000002_lora",
+     "n-step00000400_embedding_sks", "n-step00000400-state/", "n-state/"],
+)  # fmt: skip
+def test_files_of_an_earlier_run_are_named(name, tmp_path, caplog):
+    for other in ("n2.safetensors", "nn_lora.safetensors", "n_lora.txt"):
+        (tmp_path / other).touch()
+    require_output_name(OutputOptions(output_dir=str(tmp_path), output_name="n"))
+    assert not caplog.messages
+    path = tmp_path / (name if name.endswith("/") else f"{name}.safetensors")
+    path.mkdir() if name.endswith("/") else path.touch()
+    require_output_name(OutputOptions(output_dir=str(tmp_path), output_name="n"))
+    (message,) = caplog.messages
+    assert f"with this output_name: {path.name}; those" in message
 
 
 def test_temporaries_in_the_folders_of_pictures_and_samples_are_removed(arguments, tmp_path):

@@ -334,8 +334,8 @@ def test_captions_alone_that_leave_a_side_of_the_split_empty_are_refused(tmp_pat
         (["--width", "-5"], "--width = -5"),
         (["--warmup_steps", "-3"], "--warmup_steps = -3"),
         (["--seed", "1" * 23], "must be at most"),
-        (["--learning_rate", "nan"], "--learning_rate = nan: must be at least 0"),
-        (["--learning_rate", "-1"], "--learning_rate = -1.0: must be at least 0"),
+        (["--learning_rate", "nan"], "--learning_rate = nan: must be finite, at least 0"),
+        (["--learning_rate", "-1"], "--learning_rate = -1.0: must be finite"),
         (["--clip_skip", "0"], "--clip_skip = 0: must be at least 1"),
     ],
 )
