@@ -300,7 +300,6 @@ RECOMMENDED: Mapping[str, str] = {
 runs, as ``PLAN.md`` says."""
 
 LORA_RATES: tuple[Flags, ...] = ({}, {"unet_lr": "1.25e-3"}, {"unet_lr": "6.25e-4"})
-UNET_ONLY_RATES: tuple[Flags, ...] = ({}, {"unet_lr": "1.5e-3"}, {"unet_lr": "1e-3"})
 PIVOTAL_RATES: tuple[Flags, ...] = (
     {},
     {"unet_lr": "1.25e-3", "embedding_lr": "3e-2"},
@@ -329,10 +328,6 @@ def _text(rate: str, weight: str) -> Flags:
     return {"text_encoder_lr": rate, "weight": weight}
 
 
-def _unet(rate: str, weight: str) -> Flags:
-    return {"unet_lr": rate, "weight": weight}
-
-
 SECOND_GRIDS: Mapping[str, tuple[Flags, ...]] = {
     "lora plain": _grid(
         {"unet_lr": ("6.25e-4", "1.25e-3"), "text_encoder_lr": ("5e-5", "1.5e-4", "5e-4")}
@@ -343,15 +338,6 @@ SECOND_GRIDS: Mapping[str, tuple[Flags, ...]] = {
     "lora output_preservation": _around(LORA_RATES, _text("1.5e-3", "3"), inner="0.3", outer="30"),
     "lora prior_preservation": _around(LORA_RATES, _text("5e-4", "0.1"), inner="1", outer="0.01"),
     "lora both/states": _around(LORA_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
-    "lora_unet_only plain": _grid(
-        {"unet_lr": ("5e-4", "7.5e-4", "1e-3", "1.25e-3", "1.75e-3", "2e-3")}
-    ),
-    "lora_unet_only cross/states": _around(
-        UNET_ONLY_RATES, _unet("2.5e-3", "1"), inner="0.1", outer="10"
-    ),
-    "lora_unet_only output_preservation": _around(
-        UNET_ONLY_RATES, _unet("3.5e-3", "3"), inner="0.3", outer="30"
-    ),
     "pivotal plain": (
         {"embedding_lr": "3e-2", "text_encoder_lr": "1.5e-4"},
         *_grid(
