@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlm_plugin.demo.options import (
-    BEST_RATES,
+    FOUND_RATES,
     LORA,
     MLM_WEIGHT,
     RECOMMENDED_TERM,
@@ -139,7 +139,7 @@ class _Demo:
         steps, seed = self.settings.num_train_steps, self.settings.seed
         options = run_options(paths, method="lora", num_steps=steps, seed=seed)
         return self._kept(
-            name, lambda: self._train(name, {**options, **LORA, **BEST_RATES, **term})
+            name, lambda: self._train(name, {**options, **LORA, **FOUND_RATES, **term})
         )
 
     def _train(self, name: str, options: dict[str, str]) -> Tensor:
