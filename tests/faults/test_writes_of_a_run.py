@@ -511,7 +511,7 @@ def test_a_name_that_is_taken_is_said_before_training(arguments, tmp_path, capsy
     assert train_main([*arguments, "--max_train_steps", "1"]) == 0
     text = output(capsys)
     assert text.count("dog.safetensors exists and will be replaced") == 1
-    assert "left dog-state, dog.pt, dog_embedding.safetensors; what this run" in text
+    assert "output_name: dog-state, dog.pt, dog_embedding.safetensors; those that" in text
     assert "dogs" not in text
     assert text.index("will be replaced") < text.index("steps:")
 

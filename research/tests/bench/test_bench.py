@@ -35,8 +35,8 @@ from research.bench.trial import options_of, run_trial, trainer_of
 from research.pocket_model.contextualizer import CONTEXTUALIZER_RECIPE
 
 SMALL = BenchPlan(evaluation_steps=(1, 2), num_steps=2)
-PLAIN = ARMS["lora plain"]
-CORE = ARMS["lora core"]
+PLAIN = dataclasses.replace(ARMS["lora plain"], second_grid=())
+CORE = dataclasses.replace(ARMS["lora core"], second_grid=())
 
 
 def kinds():
