@@ -79,9 +79,13 @@ class KeptWarnings(logging.Handler):
 
 def keep_warnings(of: logging.Logger) -> None:
     """Keep the warnings of a logger from now on, and forget those before."""
-    for logger in (logging.getLogger(), logging.getLogger("mlm_plugin")):
+    root, ours = logging.getLogger(), logging.getLogger("mlm_plugin")
+    for logger in (root, ours):
         logger.handlers[:] = [one for one in logger.handlers if not isinstance(one, KeptWarnings)]
-    of.addHandler(KeptWarnings())
+    handler = KeptWarnings()
+    of.addHandler(handler)
+    if of is root and not ours.propagate:  # our messages do not reach it
+        ours.addHandler(handler)
 
 
 def kept_warnings() -> list[str]:
