@@ -265,7 +265,7 @@ def _check_numbers(args: Mapping[str, str]) -> None:
 
 
 def _refuse_algos(algo: str, preset: str, lycoris: ModuleType) -> None:
-    """A preset may choose an algorithm for single modules.
+    """Refuse algorithms that cannot work here; a preset may choose them for single modules.
 
     Raises:
         UserError: one of ``REFUSED_ALGOS`` is asked for.
