@@ -171,8 +171,15 @@ def import_lycoris() -> ModuleType:
         raise UserError(
             "network_module: lycoris.kohya needs the LyCORIS package; `pip install lycoris-lora`"
         ) from error
-    logging.getLogger("LyCORIS").setLevel(logging.WARNING)  # we count the modules ourselves
+    _quiet(logging.getLogger("LyCORIS"))
     return module
+
+
+def _quiet(lycoris: logging.Logger) -> None:
+    """Its warnings alone, to stderr: its own handler keeps the stdout of the first import."""
+    lycoris.setLevel(logging.WARNING)  # we count the modules ourselves
+    lycoris.handlers.clear()
+    lycoris.propagate = True
 
 
 def create_lycoris(plan: NetworkPlan) -> LycorisNetwork:
