@@ -7,7 +7,9 @@ from typing import NoReturn
 
 from mlm_plugin.errors import UserError
 
-__all__ = ["CommandParser"]
+__all__ = ["LARGEST_SEED", "CommandParser"]
+
+LARGEST_SEED = 2**63 - 1  # of torch
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -7,13 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mlm_plugin.config.commands import CommandParser
+from mlm_plugin.config.commands import LARGEST_SEED, CommandParser
 from mlm_plugin.errors import UserError
 
 __all__ = ["RECIPE", "SMALL_ENCODER", "PretrainCommand", "PretrainOptions", "parse_pretrain"]
 
 
-LARGEST_SEED = 2**63 - 1
 RECIPE = 2
 """Increase it when masks, prompts or the network change: cached ones are then made again."""
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.eval_prompts import EvaluationPrompt, picture_seed
 from mlm_plugin.evaluation.evaluated_model import EvaluatedModel
+from mlm_plugin.evaluation.options import TOKEN_LENGTHS
 from mlm_plugin.files import atomic_path, read_text, remove_temporaries
 from mlm_plugin.models.conditioning import Conditioning
 from mlm_plugin.training.samples import decode_latents
@@ -41,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 PICTURES = "pictures"  # sub-folder
 SETTINGS_FILE = "settings.json"
-LONGEST = 225  # the most that max_token_length can be
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def warn_of_cut_prompts(model: EvaluatedModel, prompts: Sequence[str]) -> None:
             len(cut),
             most,
             cut[0][:60],
-            "" if most >= LONGEST else "; max_token_length = 150 or 225 reads more",
+            "" if most >= TOKEN_LENGTHS[-1] else "; max_token_length = 150 or 225 reads more",
         )
 
 

@@ -60,14 +60,14 @@ def find_photos(folder: str) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"--train_data_dir: there is no folder {folder}")
     inside = (path for path in root.rglob("*") if path.is_dir())
-    folders = [root, *sorted(path for path in inside if not is_hidden(path.relative_to(root)))]
+    folders = [root, *sorted(path for path in inside if not _is_hidden(path.relative_to(root)))]
     photos = [photo for path in folders for photo in list_images(path)]
     if not photos:
         raise UserError(f"--train_data_dir: {folder} holds no pictures")
     return photos
 
 
-def is_hidden(path: Path) -> bool:
+def _is_hidden(path: Path) -> bool:
     """Whether a name in a path begins with a dot, as ``.ipynb_checkpoints`` does."""
     return any(part.startswith(".") for part in path.parts)
 

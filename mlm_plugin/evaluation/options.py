@@ -14,6 +14,7 @@ from mlm_plugin.errors import UserError
 __all__ = [
     "MOST_STEPS",
     "NO_MODEL",
+    "TOKEN_LENGTHS",
     "EvaluateCommand",
     "EvaluateOptions",
     "check_drawing",

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from mlm_plugin.config.commands import CommandParser
+from mlm_plugin.config.commands import LARGEST_SEED, CommandParser
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.options import PRECISIONS, check_drawing
 
 __all__ = ["SheetOptions", "parse_sheet"]
-
-LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
