@@ -10,7 +10,7 @@ from mlm_plugin.config.commands import CommandParser
 from mlm_plugin.demo.command import add_folders, prepare_model
 from mlm_plugin.errors import UserError
 from mlm_plugin.failures import exit_code_of
-from research.bench.plan import CLAIMED, PLAN, UNTRAINED, find_arms, shorter
+from research.bench.plan import CLAIMED, PLAN, RATES, UNTRAINED, find_arms, shorter
 from research.bench.records import RECORDS, Records
 
 __all__ = ["main"]
@@ -26,7 +26,9 @@ def main(argv: Sequence[str]) -> int:
     if given.steps and given.stage != "report":
         raise UserError("--steps is for --stage report alone")
     reports = given.stage == "report"
-    arms = find_arms(given.arms or (CLAIMED if reports else None))
+    arms = find_arms(given.arms or {"report": CLAIMED, "rates": tuple(RATES)}.get(given.stage))
+    if given.stage == "rates" and (others := [a.name for a in arms if a.name not in RATES]):
+        raise UserError(f"--arms {others[0]!r}: --stage rates has {', '.join(RATES)}")
     if reports and not given.steps:
         arms.insert(0, UNTRAINED)
     stage, plan = given.stage, PLAN
@@ -54,11 +56,13 @@ def _parser() -> CommandParser:
         "it on others; an oracle judges the pictures. The same command continues where it "
         "stopped. `python -m research.bench.pages` writes the tables.",
     )
-    parser.add_argument("--stage", choices=("tuning", "report"), required=True,
-                        help="The search for settings, or what is reported.")  # fmt: skip
+    parser.add_argument("--stage", choices=("tuning", "report", "rates"), required=True,
+                        help="The search for settings, what is reported, or the same at other "
+                        "rates of the U-Net.")  # fmt: skip
     parser.add_argument("--arms", nargs="+", metavar="A",
                         help='Arms such as "lora plain", or families such as lora (default: the '
-                        "whole plan; for the report, the arms of the claims).")  # fmt: skip
+                        "whole plan; for the report, the arms of the claims; for rates, those "
+                        "that it has).")  # fmt: skip
     add_folders(parser, written="scratch files")
     parser.add_argument("--records", type=Path, default=RECORDS, metavar="DIR",
                         help="Folder of the records (default: those of the checkout).")  # fmt: skip

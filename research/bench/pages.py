@@ -21,6 +21,7 @@ from research.bench.plan import (
     CLAIMS,
     FAMILIES,
     PLAN,
+    RATES,
     RECOMMENDED,
     UNTRAINED,
     Arm,
@@ -85,7 +86,8 @@ def blocks(records: Records) -> dict[str, str]:
         "report": _report_table(results, first, records),
         "claims": _claims_table(found),
         "first": _first_table(first),
-        "settled": _settled_table(first, records),
+        "settled": _settled_table(results, first, records),
+        "rates": _rates_table(first, records),
         "concepts": _concepts_tables(results, found),
         "readme": _readme_table(results),
         "text_score": _text_score_tables(records),
@@ -154,13 +156,13 @@ def _results(
     return found
 
 
-def _result(arm: Arm, winner: Flags, records: Records) -> Result | None:
+def _result(arm: Arm, setting: Flags, records: Records, *, stage: str = "report") -> Result | None:
     """The complete report of a setting, or ``None``."""
-    reported = _all_of(trials_to_report(arm, winner), records)
+    reported = _all_of(trials_to_report(arm, setting), records, stage=stage)
     untrained = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[0]), records)
     if reported is None or untrained is None:
         return None
-    return Result(winner, reported, curves_of(reported, untrained))
+    return Result(setting, reported, curves_of(reported, untrained))
 
 
 def _all_of(
@@ -274,23 +276,28 @@ def _first_table(first: Mapping[str, Result]) -> str:
     return _table(headings, rows)
 
 
-def _settled_table(first: Mapping[str, Result], records: Records) -> str:
-    """The claims where both arms were also trained for fewer steps, to the end of a schedule, at
-    the settings of the first search.
+def _settled_table(
+    results: Mapping[str, Result], first: Mapping[str, Result], records: Records
+) -> str:
+    """The claims where both arms were also trained for fewer steps, to the end of a schedule; at
+    the settings found, then at those of the first search where these are others.
     """
     rows = []
     for claim in CLAIMS:
-        if not first.keys() >= set(claim):
-            continue
-        settled = [_settled_curves(name, first[name], records) for name in claim]
-        if None in settled:
-            continue
-        looks = [first[name].curves for name in claim]
-        row = [*claim]
-        for curves in (looks, settled):
-            count = f"{num_before_first_look(*curves)} of {len(curves[0])}"
-            row += [_points(compare(*curves).matched), count]
-        rows.append(row)
+        pairs = []
+        for found, marked in ((results, ""), (first, ", first search")):
+            if not found.keys() >= set(claim):
+                continue
+            pair = [found[name] for name in claim]
+            settled = [_settled_curves(*one, records) for one in zip(claim, pair, strict=True)]
+            if None in settled or [one.setting for one in pair] in pairs:
+                continue
+            pairs.append([one.setting for one in pair])
+            row = [f"{name}{marked}" for name in claim]
+            for curves in ([one.curves for one in pair], settled):
+                count = f"{num_before_first_look(*curves)} of {len(curves[0])}"
+                row += [_points(compare(*curves).matched), count]
+            rows.append(row)
     headings = (
         "with the term", "against", "Δ, looks at one training", "read before its first look",
         "Δ, trainings of three lengths", "read before the shortest",
@@ -310,6 +317,33 @@ def _settled_curves(name: str, result: Result, records: Records) -> dict[str, Cu
         for trainings in zip(*by_length, strict=True)
     ]
     return curves_of(ends, _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[0]), records))
+
+
+def _rates_table(first: Mapping[str, Result], records: Records) -> str:
+    """The recommended form of LoRA against plain training at several rates of the U-Net."""
+    names = tuple(RATES)
+    pairs = {}
+    if first.keys() >= set(names):
+        pairs[FAMILIES["lora"].other_rates["unet_lr"]] = [first[name] for name in names]
+    for settings in zip(*RATES.values(), strict=True):
+        pair = [
+            _result(ARMS[name], setting, records, stage="rates")
+            for name, setting in zip(names, settings, strict=True)
+        ]
+        if None not in pair:
+            pairs[settings[0]["unet_lr"]] = pair
+    rows = []
+    for rate in sorted(pairs, key=float):
+        plain, ours = pairs[rate]
+        found = compare(ours.curves, plain.curves)
+        cells = [" / ".join(_last_look(one.records)) for one in (plain, ours)]
+        rows.append([rate, *cells, _points(found.matched), *map(_points, found[3:])])
+    headings = (
+        "U-Net's rate", *(f"{name}, fidelity / identity" for name in names),
+        "Δ fidelity at matched identity", "Δ fidelity, last step", "Δ identity, last step",
+        "Δ score, last step",
+    )  # fmt: skip
+    return _table(headings, rows)
 
 
 def _concepts_tables(

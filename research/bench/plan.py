@@ -22,6 +22,7 @@ __all__ = [
     "CLAIMS",
     "NUM_SETTINGS",
     "PLAN",
+    "RATES",
     "RECOMMENDED",
     "REPORT_SEEDS",
     "SEARCHED",
@@ -33,6 +34,7 @@ __all__ = [
     "Trial",
     "find_arms",
     "shorter",
+    "trials_at_rates",
     "trials_to_report",
     "tuning_trials",
 ]
@@ -378,6 +380,15 @@ ARMS: Mapping[str, Arm] = {
     )
 }
 
+RATES: Mapping[str, tuple[Flags, ...]] = {
+    name: tuple({**found, "unet_lr": rate} for rate in ("1.25e-3", "5e-3"))
+    for name, found in (
+        ("lora plain", {"text_encoder_lr": "1.5e-4"}),
+        (f"lora {RECOMMENDED['lora']}", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
+    )
+}
+"""What the first search found at a U-Net's rate of 2.5e-3, at half and at twice that rate."""
+
 UNTRAINED = Arm(
     Family("untrained", "untrained", "none", {}, ("", ("", "", "")), ()),
     "model",
@@ -422,6 +433,11 @@ def find_arms(names: Sequence[str] | None) -> list[Arm]:
 def shorter(num_steps: int) -> str:
     """The stage that reports trainings that end after fewer steps, with schedules as long."""
     return f"report_{num_steps}"
+
+
+def trials_at_rates(arm: Arm) -> list[Trial]:
+    """The trials of an arm at other rates of the U-Net than the first search's."""
+    return [trial for setting in RATES[arm.name] for trial in trials_to_report(arm, setting)]
 
 
 def trials_to_report(arm: Arm, setting: Flags) -> list[Trial]:

@@ -21,7 +21,15 @@ from mlm_plugin.files import require_writable
 from mlm_plugin.setup.console import quiet_libraries, setup_console
 from mlm_plugin.training.interrupt import Stopped
 from research.bench.context import BenchContext
-from research.bench.plan import ARMS, UNTRAINED, Arm, BenchPlan, Trial, trials_to_report
+from research.bench.plan import (
+    ARMS,
+    UNTRAINED,
+    Arm,
+    BenchPlan,
+    Trial,
+    trials_at_rates,
+    trials_to_report,
+)
 from research.bench.records import Records, key_of
 from research.bench.search import first_search, search
 from research.bench.trial import run_trial
@@ -56,7 +64,7 @@ def run_stage(
     """Run what is missing of some arms, one arm after the other; returns the exit code.
 
     Args:
-        stage: ``tuning``, ``report`` or one of :func:`~research.bench.plan.shorter`.
+        stage: ``tuning``, ``report``, ``rates`` or one of :func:`~research.bench.plan.shorter`.
         arms: arms of the plan.
         context: model, oracle, scratch folder.
         records: of earlier trials, to which new ones are added.
@@ -94,6 +102,12 @@ def missing_trials(stage: str, arm: Arm, records: Records) -> list[Trial]:
     if stage == "tuning":
         _check_other_rates(arm, records)
         return search(arm, records.of(stage, arm.name)).missing
+    trials = trials_at_rates(arm) if stage == "rates" else _reported_trials(arm, records)
+    done = records.of(stage, arm.name)
+    return [trial for trial in trials if key_of(trial) not in done]
+
+
+def _reported_trials(arm: Arm, records: Records) -> list[Trial]:
     if arm is UNTRAINED:
         settings = arm.grid
     else:
@@ -101,9 +115,7 @@ def missing_trials(stage: str, arm: Arm, records: Records) -> list[Trial]:
         if winner is None:
             raise UserError(f"{arm.name}: its search is incomplete; run --stage tuning first")
         settings = (winner,)
-    done = records.of(stage, arm.name)
-    trials = [trial for setting in settings for trial in trials_to_report(arm, setting)]
-    return [trial for trial in trials if key_of(trial) not in done]
+    return [trial for setting in settings for trial in trials_to_report(arm, setting)]
 
 
 def _check_other_rates(arm: Arm, records: Records) -> None:

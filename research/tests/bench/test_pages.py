@@ -10,8 +10,10 @@ from research.bench.plan import (
     ARMS,
     CLAIMS,
     PLAN,
+    RATES,
     UNTRAINED,
     shorter,
+    trials_at_rates,
     trials_to_report,
     tuning_trials,
 )
@@ -34,10 +36,12 @@ def test_every_block_has_a_place():
 
 def test_no_record_is_of_another_plan():
     names = {arm.name: arm for arm in (*ARMS.values(), UNTRAINED)}
-    for stage in ("tuning", "report", *map(shorter, PLAN.evaluation_steps[:-1])):
+    for stage in ("tuning", "report", "rates", *map(shorter, PLAN.evaluation_steps[:-1])):
         for name, arm in names.items():
             if stage == "tuning":
                 trials = tuning_trials(arm, arm.settings, slice(None))
+            elif stage == "rates":
+                trials = trials_at_rates(arm) if name in RATES else []
             else:
                 trials = [t for setting in arm.settings for t in trials_to_report(arm, setting)]
             assert set(Records().of(stage, name)) <= {key_of(trial) for trial in trials}, name
@@ -136,6 +140,24 @@ def test_the_setting_of_the_second_search_is_claimed_and_that_of_the_first_shown
     assert "| lora plain: unet_lr 2.5e-3, text_encoder_lr 1.5e-4 | +16.0 ± " in first
     assert "| lora plain | unet_lr 6.25e-4, text_encoder_lr 1.5e-4 | 70.0 |" in found["report"]
     assert "| lora plain, first search | unet_lr 2.5e-3, " in found["report"]
+
+
+def test_every_rate_of_the_unet_has_a_row_of_its_own(records):
+    """Plain training draws .5 and .4 of the prompt there, the term .52 and .42."""
+    for name, above in (("lora plain", 0), ("lora both/states", 0.02)):
+        for trial in trials_at_rates(ARMS[name]):
+            fidelity = {"1.25e-3": 0.5, "5e-3": 0.4}[trial.setting["unet_lr"]] + above
+            record = {
+                "key": key_of(trial), "setting": dict(trial.setting),
+                "concept": trial.concept.name, "seed": trial.seed,
+                "looks": [[200, fidelity, 0.6]], "ms_per_step": 1.0, "seconds": 1.0,
+            }  # fmt: skip
+            records.add("rates", name, record)
+    rows = blocks(records)["rates"].splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1.25e-3", "| 2.5e-3", "| 5e-3"]
+    assert "| 1.25e-3 | 50.0 / 60.0 | 52.0 / 60.0 | +2.0 ± " in rows[0]
+    assert "| 2.5e-3 | 60.0 / 60.0 | 76.0 / 60.0 | +16.0 ± " in rows[1]
+    assert "| 5e-3 | 40.0 / 60.0 | 42.0 / 60.0 | +2.0 ± " in rows[2]
 
 
 def test_an_arm_that_lacks_a_trial_is_not_shown(records):
