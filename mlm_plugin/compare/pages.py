@@ -15,7 +15,7 @@ from mlm_plugin.compare.summary import (
     axes_of,
     by_subject,
     differences,
-    last_look,
+    last_evaluation,
     matched_difference,
     means,
 )
@@ -56,10 +56,10 @@ class Pair(NamedTuple):
 
 
 def summary_of(plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
-    """Means of each arm at the last look, and the differences of the others to the first."""
+    """Means of each arm at the last evaluation, and the differences of the others to the first."""
     of_arm = {arm.name: [r for r in records if r["arm"] == arm.name] for arm in plan.arms}
     arms = [name for name, found in of_arm.items() if found]
-    last = {name: last_look(of_arm[name]) for name in arms}
+    last = {name: last_evaluation(of_arm[name]) for name in arms}
     axes = axes_of(records)
     return {
         "means": {name: means(last[name]) for name in arms},
@@ -124,17 +124,17 @@ def _curves(plan: Plan, records: Sequence[Record], *, thin: bool = False) -> Mar
         return None
     points = []
     for series, arm in enumerate(plan.arms):
-        for look in plan.looks:
-            found = [r for r in records if r["arm"] == arm.name and r["step"] == look]
+        for step in plan.evaluation_steps:
+            found = [r for r in records if r["arm"] == arm.name and r["step"] == step]
             xs, ys = (by_subject(found, name) for name in axes)
-            title = f"{arm.name}, step {look}"
+            title = f"{arm.name}, step {step}"
             points += [
                 Point(xs[name], ys[name], f"{title}, {name}", series, faint=True, curve=name)
                 for name in (xs if thin else ())
             ]
             if xs:
                 x, y = (sum(values.values()) / len(values) for values in (xs, ys))
-                label = letter(series) if look == plan.looks[-1] else ""
+                label = letter(series) if step == plan.evaluation_steps[-1] else ""
                 points.append(Point(x, y, title, series, label=label))
     x_title, y_title = map(axis_title, axes)
     return scatter_chart(points, x_title=x_title, y_title=y_title, joined=True)
@@ -166,12 +166,12 @@ def write_blind_sheet(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None
     The pairs are the same at every call.
     """
     pairs = _pairs(plan, trials)
-    look = plan.looks[-1]
+    step = plan.evaluation_steps[-1]
     page = render(
         "blind.html",
         title="Which picture is better?",
         pairs=[
-            (pair.left, [trial.picture(look, pair.prompt, pair.number) for trial in pair[:2]])
+            (pair.left, [trial.picture(step, pair.prompt, pair.number) for trial in pair[:2]])
             for pair in pairs
         ],
         prompts=[pair.left.prompts[pair.prompt].text for pair in pairs],
@@ -183,7 +183,7 @@ def write_blind_sheet(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None
             writer = csv.writer(file)
             writer.writerow(["pair", "A", "B", "subject", "seed", "prompt", "A_file", "B_file"])
             for number, pair in enumerate(pairs, start=1):
-                files = [trial.picture(look, pair.prompt, pair.number) for trial in pair[:2]]
+                files = [trial.picture(step, pair.prompt, pair.number) for trial in pair[:2]]
                 names = [file.relative_to(folder).as_posix() for file in files]
                 left, right = pair[:2]
                 facts = [left.subject.name, left.seed, left.prompts[pair.prompt].prompt]
@@ -192,7 +192,7 @@ def write_blind_sheet(folder: Path, plan: Plan, trials: Sequence[Trial]) -> None
 
 def _pairs(plan: Plan, trials: Sequence[Trial]) -> list[Pair]:
     """As many of each arm as of the others, with subjects, seeds and prompts mixed."""
-    rng = random.Random(f"compare/blind/{plan.seeds}/{plan.looks}")
+    rng = random.Random(f"compare/blind/{plan.seeds}/{plan.evaluation_steps}")
     of_run = {(trial.arm, trial.subject.name, trial.seed): trial for trial in trials}
     first, *others = (arm.name for arm in plan.arms)
     by_arm = []

@@ -1,4 +1,4 @@
-"""What is compared: a TOML with arms, seeds, looks, prompts and how they are drawn.
+"""What is compared: a TOML with arms, seeds, evaluation steps, prompts and how they are drawn.
 
 Options of the arms are read as those of a training are. Knows no torch, subjects or models.
 """
@@ -28,12 +28,14 @@ SET_HERE: Mapping[str, str] = {
         "the subjects name it",
     ),
     **dict.fromkeys(("reg_data_dir", "generate_class_images"), "it would be that of one subject"),
-    **dict.fromkeys(("max_train_steps", "max_train_epochs"), "the last of looks sets the length"),
+    **dict.fromkeys(
+        ("max_train_steps", "max_train_epochs"), "the last of evaluation_steps sets the length"
+    ),
     **dict.fromkeys(("output_dir", "output_name", "resume"), "each trial has its own"),
     "seed": "seeds names it",
     "wandb_api_key": "the report would show it; keep it in the environment (WANDB_API_KEY)",
     "huggingface_token": "the report would show it, and nothing is uploaded",
-    "mlm_stop_below": "every trial has to reach its last look",
+    "mlm_stop_below": "every trial has to reach its last evaluation",
 }
 """Options that an arm cannot have."""
 
@@ -57,7 +59,7 @@ _KINDS: Mapping[str, _Kind] = {
     "seeds": _Kind(
         "a list of different whole numbers", lambda v: _are_whole(v) and len(set(v)) == len(v)
     ),
-    "looks": _Kind(
+    "evaluation_steps": _Kind(
         "a rising list of steps, such as [200, 400]",
         lambda v: _are_whole(v) and sorted(set(v)) == v and v[-1] > 0,
     ),
@@ -106,17 +108,17 @@ class Plan:
 
     Attributes:
         arms: at least two; the others are compared with the first.
-        looks: steps at which pictures are drawn; 0 is the untrained model, the last one ends the
+        evaluation_steps: when pictures are drawn; 0 is the untrained model, the last step ends the
             training.
         seeds: each arm learns each subject once with each.
         prompts: text file, one per line with ``{}`` for the subject; None = DreamBench's.
-        pictures_per_prompt: at each look.
+        pictures_per_prompt: at each evaluation.
         blind_pairs: pairs of pictures on the sheet for votes.
         drawing: how pictures are drawn.
     """
 
     arms: tuple[Arm, ...]
-    looks: tuple[int, ...]
+    evaluation_steps: tuple[int, ...]
     seeds: tuple[int, ...] = (0,)
     prompts: str | None = None
     pictures_per_prompt: int = 1
@@ -173,8 +175,10 @@ def _checked(values: Mapping[str, Any], cls: type, *, place: str) -> dict[str, A
             raise UserError(
                 f"{place}: {name} = {value!r} is not allowed; it must be {kind.expected}"
             )
-    if cls is Plan and "looks" not in values:
-        raise UserError(f"{place}: looks is missing: the steps to draw at, such as [200, 400]")
+    if cls is Plan and "evaluation_steps" not in values:
+        raise UserError(
+            f"{place}: evaluation_steps is missing: the steps to draw at, such as [200, 400]"
+        )
     return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 

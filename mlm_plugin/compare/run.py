@@ -89,12 +89,15 @@ class _Once(logging.Filter):
 
 def _description(plan: Plan, trials: Sequence[Trial]) -> str:
     folders = {
-        trial.look_folder(look): len(trial.prompts) for trial in trials for look in plan.looks
+        trial.step_folder(step): len(trial.prompts)
+        for trial in trials
+        for step in plan.evaluation_steps
     }
     num_pictures = sum(folders.values()) * plan.pictures_per_prompt
     return (
         f"{len(trials)} trials (arms: {len(plan.arms)}, seeds: {len(plan.seeds)}, subjects: "
-        f"{len(trials) // len(plan.arms) // len(plan.seeds)}), {len(trials) * plan.looks[-1]} "
+        f"{len(trials) // len(plan.arms) // len(plan.seeds)}), "
+        f"{len(trials) * plan.evaluation_steps[-1]} "
         f"steps, {num_pictures} pictures; {sum(trial.is_done for trial in trials)} trials are done"
     )
 
@@ -162,7 +165,7 @@ class _Comparison:
         return {
             "model": self.options.pretrained_model_name_or_path,
             **self.judges,
-            "looks": ", ".join(map(str, self.plan.looks)),
+            "evaluation_steps": ", ".join(map(str, self.plan.evaluation_steps)),
             "seeds": ", ".join(map(str, self.plan.seeds)),
             "prompts": self.plan.prompts or "DreamBench's",
             "pictures per prompt": str(self.plan.pictures_per_prompt),

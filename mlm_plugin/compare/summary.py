@@ -20,7 +20,7 @@ __all__ = [
     "by_subject",
     "complete_runs",
     "differences",
-    "last_look",
+    "last_evaluation",
     "matched_difference",
     "means",
 ]
@@ -48,7 +48,7 @@ def complete_runs(records: Sequence[Record], arms: Collection[str]) -> list[Reco
     return [r for r in records if (r["subject"], r["seed"]) in runs] or list(records)
 
 
-def last_look(records: Sequence[Record]) -> list[Record]:
+def last_evaluation(records: Sequence[Record]) -> list[Record]:
     """Those of the last step."""
     last = max(record["step"] for record in records)
     return [record for record in records if record["step"] == last]
@@ -91,9 +91,9 @@ def matched_difference(
 ) -> dict[str, Any] | None:
     """Difference in text score at the lower of the likenesses at which both curves end.
 
-    The curves start at the untrained model: without a look at step 0 an arm that ends below the
-    first look of another would be compared with more likeness than its own. The curves of a subject
-    are means over the seeds that both arms have.
+    The curves start at the untrained model: without an evaluation at step 0 an arm that ends below
+    the first one of another would be compared with more likeness than its own. The curves of a
+    subject are means over the seeds that both arms have.
 
     Args:
         first: records of one arm, all steps.
@@ -101,7 +101,7 @@ def matched_difference(
         axes: names of the text score and the likeness.
 
     Returns:
-        ``mean``, ``interval``, ``n``, ``p``; None without a look at step 0, or a common run.
+        ``mean``, ``interval``, ``n``, ``p``; None without an evaluation at step 0, or a common run.
     """
     if any(min(r["step"] for r in records) for records in (first, other)):
         return None
@@ -119,7 +119,7 @@ def matched_difference(
 
 
 def _curves(records: Sequence[Record], axes: tuple[str, str]) -> dict[Run, np.ndarray]:
-    """Likeness and text score of each run at its looks, ``(K, 2)``."""
+    """Likeness and text score of each run at its evaluations, ``(K, 2)``."""
     text, likeness = axes
     found: dict[Run, list[tuple[float, float]]] = {}
     for record in sorted(records, key=lambda record: record["step"]):

@@ -109,13 +109,13 @@ class Trial:
         """Whether it is trained, and all its pictures are drawn."""
         return (self.folder / DONE).is_file()
 
-    def picture(self, look: int, prompt: int, number: int = 0) -> Path:
+    def picture(self, step: int, prompt: int, number: int = 0) -> Path:
         """File of a picture; prompts and pictures are counted from 0."""
-        return self.look_folder(look) / PICTURES / picture_name(prompt, number)
+        return self.step_folder(step) / PICTURES / picture_name(prompt, number)
 
-    def look_folder(self, look: int) -> Path:
+    def step_folder(self, step: int) -> Path:
         """Where the pictures of this step are."""
-        return self.folder / f"step{look:06d}" if look else self.untrained
+        return self.folder / f"step{step:06d}" if step else self.untrained
 
 
 def checked_trials(
@@ -153,7 +153,7 @@ def _trials(
         **arm.options,
         **subject.options(output),
         "pretrained_model_name_or_path": model,
-        "max_train_steps": plan.looks[-1],
+        "max_train_steps": plan.evaluation_steps[-1],
         "output_dir": str(output),
     }
     try:
@@ -178,7 +178,7 @@ def _trials(
     facts = {
         "options": changed,
         "photos": [(i.path.name, i.facts.digest, i.caption, i.repeats) for i in dataset.images],
-        "looks": plan.looks,
+        "evaluation_steps": plan.evaluation_steps,
         **drawn,
     }
     untrained = _digest(_untrained(changed, facts) | drawn)
@@ -261,20 +261,20 @@ class Looks(Callback):
         self.settings = DrawingSettings(plan.pictures_per_prompt, trial.seed, **drawing)
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Look at the untrained model, or finish a look that has failed."""
-        self._look(trainer)
+        """Evaluate the untrained model, or finish an evaluation that has failed."""
+        self._evaluate(trainer)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Look, if this is one of the steps."""
-        self._look(trainer)
+        self._evaluate(trainer)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _evaluate(self, trainer: Trainer) -> None:
         step = trainer.progress.current_step
-        if step not in self.trial.plan.looks:
+        if step not in self.trial.plan.evaluation_steps:
             return
         with drawing_model(trainer, self.sampler) as model:
             draw_pictures(
-                self.trial.look_folder(step),
+                self.trial.step_folder(step),
                 self.trial.prompts,
                 self.settings,
                 load=lambda: model,
@@ -311,7 +311,7 @@ def drawing_model(trainer: Trainer, sampler: str) -> Iterator[EvaluatedModel]:
 def score_trial(
     trial: Trial, names: Mapping[str, str], *, load: Callable[[], Judges]
 ) -> list[dict[str, Any]]:
-    """A record with the measures of each look; those that the same judges gave are kept.
+    """A record with the measures of each evaluation; those that the same judges gave are kept.
 
     Args:
         trial: is done.
@@ -324,24 +324,24 @@ def score_trial(
     path = trial.folder / SCORES
     known = json.loads(read_text(path)) if path.is_file() else {}
     if known.get("judges") != dict(names):
-        looks = {str(look): _scores(trial, look, load()) for look in trial.plan.looks}
-        known = {"judges": dict(names), "looks": looks}
+        by_step = {str(step): _scores(trial, step, load()) for step in trial.plan.evaluation_steps}
+        known = {"judges": dict(names), "measures": by_step}
         _write_json(path, known)
     return [
         {
             "arm": trial.arm,
             "subject": trial.subject.name,
             "seed": trial.seed,
-            "step": look,
-            "measures": known["looks"][str(look)],
+            "step": step,
+            "measures": known["measures"][str(step)],
         }
-        for look in trial.plan.looks
+        for step in trial.plan.evaluation_steps
     ]
 
 
-def _scores(trial: Trial, look: int, judges: Judges) -> dict[str, float]:
+def _scores(trial: Trial, step: int, judges: Judges) -> dict[str, float]:
     pictures = [
-        [trial.picture(look, i, j) for j in range(trial.plan.pictures_per_prompt)]
+        [trial.picture(step, i, j) for j in range(trial.plan.pictures_per_prompt)]
         for i in range(len(trial.prompts))
     ]
     found = score_pictures(pictures, trial.prompts, trial.photos, judges, masks={})

@@ -154,8 +154,8 @@ def pooled(curve_K2: np.ndarray) -> np.ndarray:
     """The curve with points pooled until the first measure rises from each to the next, ``(P, 2)``.
 
     Args:
-        curve_K2: two measures at each look at a training, in its order, such as likeness and prompt
-            fidelity.
+        curve_K2: two measures at each evaluation of a training, in its order, such as likeness
+            and prompt fidelity.
 
     Source: pool adjacent violators (Ayer et al. 1955), applied to both coordinates.
     """

@@ -12,7 +12,7 @@ from mlm_plugin.methods.checks import check_config
 
 REST = {"pretrained_model_name_or_path": "m", "train_data_dir": "d", "output_dir": "o",
         "placeholder_token": "sks", "class_token": "dog"}  # fmt: skip
-ARMS = 'looks = [10]\n[[arms]]\nname = "a"\n[[arms]]\nname = "b"\n'
+ARMS = 'evaluation_steps = [10]\n[[arms]]\nname = "a"\n[[arms]]\nname = "b"\n'
 
 
 @pytest.mark.parametrize("path", sorted(BUILT_IN.glob("*.toml")), ids=lambda path: path.stem)
@@ -42,7 +42,9 @@ def test_an_arm_stands_on_the_common_options_and_these_on_a_preset(tmp_path):
     preset.write_text(
         "[network]\nnetwork_dim = 32\n[schedule]\nseed = 5\n[optimizer]\nunet_lr = 1\n"
     )
-    common = f'looks = [10]\n[common]\nconfig_file = "{preset.as_posix()}"\nunet_lr = 2e-4\n'
+    common = (
+        f'evaluation_steps = [10]\n[common]\nconfig_file = "{preset.as_posix()}"\nunet_lr = 2e-4\n'
+    )
     path = tmp_path / "plan.toml"
     path.write_text(f'{common}[[arms]]\nname = "a"\n[[arms]]\nname = "b"\nunet_lr = 3e-4\n')
     a, b = read_plan(str(path)).arms
@@ -71,7 +73,7 @@ def test_drawing_has_the_defaults_of_evaluate_where_it_says_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('looks = [10]\n[[arms]]\nname = "a"\n', "at least two"),
+        ('evaluation_steps = [10]\n[[arms]]\nname = "a"\n', "at least two"),
         (f"{ARMS}mlm_loss_weight = true", "mlm_loss_weight"),
         (f"{ARMS}[drawing]\nstep = 3", "unknown key 'step'; did you mean steps"),
         (f"{ARMS}[drawing]\nresolution = 100", "a multiple of 8"),

@@ -14,12 +14,12 @@ AXES = ("clip_t", "dino")
 
 
 def records(arm, values):
-    """Records from ``(subject, seed): [(clip_t, dino) at each look]``."""
+    """Records from ``(subject, seed): [(clip_t, dino) at each evaluation]``."""
     return [
         {"arm": arm, "subject": subject, "seed": seed, "step": step,
          "measures": {"clip_t": text, "dino": likeness}}
-        for (subject, seed), looks in values.items()
-        for step, (text, likeness) in enumerate(looks)
+        for (subject, seed), points in values.items()
+        for step, (text, likeness) in enumerate(points)
     ]  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_text_kept_at_the_same_likeness_is_a_gain():
 
 
 def test_without_the_untrained_model_there_is_no_equal_likeness():
-    """The weaker arm ends below the first look of the other, where nothing of it is known."""
+    """The weaker arm ends below the first evaluation of the other, where nothing of it is known."""
     strong = {("dog", 0): [(0.32, 0.2), (0.25, 0.6), (0.20, 0.7)]}
     weak = {("dog", 0): [(0.32, 0.2), (0.31, 0.3)]}
     first, other = records("a", strong), records("b", weak)
