@@ -39,9 +39,16 @@ from research.bench.summary import (
     compare,
     curves_of,
     holm,
-    num_before_first_look,
+    num_before_first_evaluation,
 )
-from research.bench.text_score import RECORD, SETTINGS, STEPS, correlations, intervals, read_looks
+from research.bench.text_score import (
+    RECORD,
+    SETTINGS,
+    STEPS,
+    correlations,
+    intervals,
+    read_evaluations,
+)
 
 __all__ = ["PAGES", "blocks", "rewritten"]
 
@@ -51,7 +58,7 @@ NOTHING = "No results of the current plan yet.\n"
 
 
 class Result(NamedTuple):
-    """What is reported of an arm: its setting, the last look and the curve of every concept."""
+    """What is reported of an arm: setting, records, and the curve of every concept."""
 
     setting: Flags
     records: list[Record]
@@ -96,23 +103,25 @@ def blocks(records: Records) -> dict[str, str]:
 
 def _text_score_tables(records: Records) -> str:
     """How the scores from text alone rank files, and the means that they rank."""
-    looks = read_looks(records.folder.parent / RECORD.name)
-    if not looks:
+    evaluations = read_evaluations(records.folder.parent / RECORD.name)
+    if not evaluations:
         return NOTHING
-    without_term = [one for one in looks if ARMS[SETTINGS[one["setting"]][0]].form == "plain"]
-    ranks = [*_ranks(looks, ""), *_ranks(without_term, ", plain settings")]
+    without_term = [one for one in evaluations if ARMS[SETTINGS[one["setting"]][0]].form == "plain"]
+    ranks = [*_ranks(evaluations, ""), *_ranks(without_term, ", plain settings")]
     means = []
     for setting in SETTINGS:
         for step in STEPS:
-            members = [one for one in looks if (one["setting"], one["step"]) == (setting, step)]
+            members = [
+                one for one in evaluations if (one["setting"], one["step"]) == (setting, step)
+            ]
             shares = [
                 f"{100 * mean(one[key] for one in members):.0f}"
                 for key in ("cross_attention", "encoder", "fidelity", "identity")
             ]
             means.append([setting, str(step), *shares])
-    runs = len({(one["concept"], one["setting"]) for one in looks})
+    runs = len({(one["concept"], one["setting"]) for one in evaluations})
     tables = (
-        f"{len(looks)} looks at {runs} runs. Rank correlation with prompt fidelity:\n",
+        f"{len(evaluations)} evaluations of {runs} runs. Rank correlation with prompt fidelity:\n",
         _table(["among", "keys and values", "text encoder"], ranks),
         f"Means over concepts, in percent ({_text_score_rates()}):\n",
         _table(
@@ -124,9 +133,9 @@ def _text_score_tables(records: Records) -> str:
     return "\n".join(tables)
 
 
-def _ranks(looks: list[dict[str, Any]], of: str) -> list[list[str]]:
+def _ranks(evaluations: list[dict[str, Any]], of: str) -> list[list[str]]:
     names = ("cross_attention", "encoder")
-    found = [(correlations(looks, name), intervals(looks, name)) for name in names]
+    found = [(correlations(evaluations, name), intervals(evaluations, name)) for name in names]
     return [
         [kind + of, *(f"{value[kind]:.2f} ± {half[kind]:.2f}" for value, half in found)]
         for kind in found[0][0]
@@ -196,7 +205,7 @@ def _tuning_table(records: Records) -> str:
 def _tuning_cells(found: Search, done: Mapping[str, Record]) -> list[str]:
     setting, score = found.scores[0]
     best = [record for record in done.values() if record["setting"] == setting]
-    return [_setting(setting), f"{score:.3f}", *_last_look(best)]
+    return [_setting(setting), f"{score:.3f}", *_last_evaluation(best)]
 
 
 def _report_table(
@@ -205,7 +214,7 @@ def _report_table(
     rows = []
     ceiling = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[1]), records)
     if ceiling is not None:
-        rows.append(["untrained model, class word", "–", *_last_look(ceiling), "–"])
+        rows.append(["untrained model, class word", "–", *_last_evaluation(ceiling), "–"])
     rows += [[name, *_report_cells(name, results)] for name in results]
     rows += [
         [f"{name}, first search", *_report_cells(name, first)]
@@ -224,7 +233,7 @@ def _report_cells(name: str, results: Mapping[str, Result]) -> list[str]:
     if plain is not None and plain is not result:
         against = compare(result.curves, plain.curves)
     difference = _points(against.matched) if against else "–"
-    return [_setting(result.setting), *_last_look(result.records), difference]
+    return [_setting(result.setting), *_last_evaluation(result.records), difference]
 
 
 def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
@@ -295,12 +304,13 @@ def _settled_table(
             pairs.append([one.setting for one in pair])
             row = [f"{name}{marked}" for name in claim]
             for curves in ([one.curves for one in pair], settled):
-                count = f"{num_before_first_look(*curves)} of {len(curves[0])}"
+                count = f"{num_before_first_evaluation(*curves)} of {len(curves[0])}"
                 row += [_points(compare(*curves).matched), count]
             rows.append(row)
     headings = (
-        "with the term", "against", "Δ, looks at one training", "read before its first look",
-        "Δ, trainings of three lengths", "read before the shortest",
+        "with the term", "against", "Δ, evaluations of one training",
+        "read before its first evaluation", "Δ, trainings of three lengths",
+        "read before the shortest",
     )  # fmt: skip
     return _table(headings, rows)
 
@@ -313,7 +323,7 @@ def _settled_curves(name: str, result: Result, records: Records) -> dict[str, Cu
     if None in by_length:
         return None
     ends = [
-        {**trainings[-1], "looks": [one["looks"][-1] for one in trainings]}
+        {**trainings[-1], "evaluations": [one["evaluations"][-1] for one in trainings]}
         for trainings in zip(*by_length, strict=True)
     ]
     return curves_of(ends, _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[0]), records))
@@ -336,7 +346,7 @@ def _rates_table(first: Mapping[str, Result], records: Records) -> str:
     for rate in sorted(pairs, key=float):
         plain, ours = pairs[rate]
         found = compare(ours.curves, plain.curves)
-        cells = [" / ".join(_last_look(one.records)) for one in (plain, ours)]
+        cells = [" / ".join(_last_evaluation(one.records)) for one in (plain, ours)]
         rows.append([rate, *cells, _points(found.matched), *map(_points, found[3:])])
     headings = (
         "U-Net's rate", *(f"{name}, fidelity / identity" for name in names),
@@ -373,7 +383,9 @@ def _readme_table(results: Mapping[str, Result]) -> str:
         plain, ours = (results.get(f"{family} {name}") for name in ("plain", form))
         if plain is not None and ours is not None:
             difference = compare(ours.curves, plain.curves)
-            cells = ["{} %, likeness {}".format(*_last_look(r.records)) for r in (plain, ours)]
+            cells = [
+                "{} %, likeness {}".format(*_last_evaluation(r.records)) for r in (plain, ours)
+            ]
             rows.append([FAMILIES[family].title, *cells, _points(difference.matched)])
     headings = ("", "best plain setting", "with the term", "difference at the same likeness")
     return _table(headings, rows)
@@ -387,9 +399,9 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _last_look(records: Sequence[Record]) -> list[str]:
+def _last_evaluation(records: Sequence[Record]) -> list[str]:
     """Mean prompt fidelity and identity after the last step, in percent."""
-    return [f"{100 * mean(r['looks'][-1][column] for r in records):.1f}" for column in (1, 2)]
+    return [f"{100 * mean(r['evaluations'][-1][column] for r in records):.1f}" for column in (1, 2)]
 
 
 def _last_point(curve: Curve) -> str:

@@ -46,8 +46,8 @@ def key_of(trial: Trial) -> str:
 class Records:
     """Reads and adds records.
 
-    A record has ``key``, ``setting``, ``concept``, ``seed``, ``looks`` (step, prompt fidelity and
-    identity of every evaluation), ``ms_per_step``, ``seconds`` of the whole trial, and ``commit``.
+    A record has ``key``, ``setting``, ``concept``, ``seed``, ``evaluations`` (step, prompt fidelity
+    and identity of each), ``ms_per_step``, ``seconds`` of the whole trial, and ``commit``.
 
     Args:
         folder: has a folder for each stage.

@@ -141,7 +141,7 @@ def fingerprint_of_model(model: Path) -> str:
 
 def _line(trial: Trial, record: dict[str, Any]) -> str:
     setting = ", ".join(f"{name} {value}" for name, value in trial.setting.items())
-    _step, fidelity, identity = record["looks"][-1]
+    _step, fidelity, identity = record["evaluations"][-1]
     return (
         f"{trial.arm.name} ({setting}), {trial.concept.name}, seed {trial.seed}: "
         f"fidelity {fidelity:.0%}, identity {identity:.0%} ({record['seconds']:.0f} s)"

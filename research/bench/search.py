@@ -46,7 +46,7 @@ class Search(NamedTuple):
 
 def score(record: Record) -> float:
     """Harmonic mean of prompt fidelity and identity after the last step."""
-    _step, fidelity, identity = record["looks"][-1]
+    _step, fidelity, identity = record["evaluations"][-1]
     return harmonic_mean((fidelity, identity))
 
 

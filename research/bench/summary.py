@@ -1,7 +1,7 @@
 """From records to numbers: means over concepts, differences, and fidelity at matched identity.
 
 The unit is the concept: seeds are averaged first. ``PLAN.md`` states the rules. Knows no models.
-Shapes: S seeds, K looks, C concepts.
+Shapes: S seeds, K evaluations, C concepts.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = [
     "compare",
     "curves_of",
     "holm",
-    "num_before_first_look",
+    "num_before_first_evaluation",
 ]
 
 Curve = np.ndarray
-"""Identity and prompt fidelity at each look, ``(K, 2)``; the first is the untrained model."""
+"""Identity and prompt fidelity at each evaluation, ``(K, 2)``; the first is the untrained model."""
 
 
 class Comparison(NamedTuple):
@@ -57,18 +57,18 @@ class Comparison(NamedTuple):
 
 
 def curves_of(records: Iterable[Record], untrained: Iterable[Record]) -> dict[str, Curve]:
-    """By concept, the mean over seeds of an arm's looks, behind that of the untrained model.
+    """By concept, the mean over seeds of an arm's evaluations, behind that of the untrained model.
 
     Args:
         records: the arm's.
         untrained: of the untrained model with the concepts' names; the same seeds are used.
     """
-    starts = {(r["concept"], r["seed"]): r["looks"] for r in untrained}
+    starts = {(r["concept"], r["seed"]): r["evaluations"] for r in untrained}
     found = defaultdict(list)
     for record in records:
         start = starts[record["concept"], record["seed"]]
-        looks = np.array([*start, *record["looks"]], float)
-        found[record["concept"]].append(looks[:, [2, 1]])
+        evaluations = np.array([*start, *record["evaluations"]], float)
+        found[record["concept"]].append(evaluations[:, [2, 1]])
     return {concept: np.mean(curves_SK2, axis=0) for concept, curves_SK2 in found.items()}
 
 
@@ -91,8 +91,8 @@ def compare(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> Compariso
     )
 
 
-def num_before_first_look(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> int:
-    """Concepts for which ``theirs`` is read between the untrained model and its first look.
+def num_before_first_evaluation(ours: Mapping[str, Curve], theirs: Mapping[str, Curve]) -> int:
+    """Concepts for which ``theirs`` is read between the untrained model and its first evaluation.
 
     There the fidelity is interpolated and belongs to no trained model.
     """

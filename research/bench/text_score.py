@@ -3,10 +3,10 @@
 Run by ``python -m research.bench.text_score``.
 
 The plan, written before the run: LoRAs of the reported concepts, trained at three settings and
-looked at at five steps. For every look the oracle's prompt fidelity and identity, and what
+evaluated at five steps. For every evaluation the oracle's prompt fidelity and identity, and what
 ``ContextScore`` says of the same weights. The score at the keys and values was chosen on the tuning
-concepts. Reported are Spearman's rank correlations of score and prompt fidelity: over all looks,
-the same at equal identity (partial correlation), at equal step, and within single runs.
+concepts. Reported are Spearman's rank correlations of score and prompt fidelity: over all
+evaluations, the same at equal identity (partial correlation), at equal step, and within runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,15 @@ from mlm_plugin.files import atomic_path, read_text
 from mlm_plugin.pocket.concepts import REPORTED
 from research.bench.plan import ARMS, Trial
 
-__all__ = ["RECORD", "SETTINGS", "STEPS", "correlations", "intervals", "read_looks", "spearman"]
+__all__ = [
+    "RECORD",
+    "SETTINGS",
+    "STEPS",
+    "correlations",
+    "intervals",
+    "read_evaluations",
+    "spearman",
+]
 
 RECORD = Path(__file__).parents[1] / "results" / "text_score.json"
 STEPS = (25, 50, 100, 150, 200)
@@ -40,7 +48,7 @@ SETTINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 """Arm and setting by name. The second is what a user gets who gives both parts the same rate."""
 
-Look = Mapping[str, Any]
+Evaluation = Mapping[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,27 +62,27 @@ def main(argv: Sequence[str]) -> int:
     context = BenchContext(model, given.output)
     for concept in REPORTED:
         for name, (arm, setting) in SETTINGS.items():
-            looks = read_looks()
-            if any((look["concept"], look["setting"]) == (concept.name, name) for look in looks):
+            evaluations = read_evaluations()
+            if any((one["concept"], one["setting"]) == (concept.name, name) for one in evaluations):
                 continue
-            looks += _run(name, Trial(ARMS[arm], setting, concept, 0), context)
-            _write(looks)
+            evaluations += _run(name, Trial(ARMS[arm], setting, concept, 0), context)
+            _write(evaluations)
             print(f"{concept.name}, {name}: done", flush=True)
     return 0
 
 
-def read_looks(path: Path = RECORD) -> list[Look]:
+def read_evaluations(path: Path = RECORD) -> list[Evaluation]:
     """The records; empty before the first run."""
     return json.loads(read_text(path)) if path.exists() else []
 
 
-def _write(looks: Iterable[Look]) -> None:
-    lines = ",\n".join(json.dumps(look) for look in looks)
+def _write(evaluations: Iterable[Evaluation]) -> None:
+    lines = ",\n".join(json.dumps(one) for one in evaluations)
     with atomic_path(RECORD) as temporary:
         temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def _run(name: str, trial: Trial, context) -> list[Look]:
+def _run(name: str, trial: Trial, context) -> list[Evaluation]:
     from mlm_plugin.demo.trial import ConceptTest, EvaluationCallback
     from mlm_plugin.training.context_score import ContextScore, ScoredModel, ScorePrompts
     from research.bench.trial import trainer_of
@@ -85,7 +93,7 @@ def _run(name: str, trial: Trial, context) -> list[Look]:
     trainer.method.train(False)
     prompts = ScorePrompts(texts, [concept.name] * len(texts))
     score = ContextScore(ScoredModel.of_method(trainer.method), prompts)
-    looks: list[Look] = []
+    evaluations: list[Evaluation] = []
 
     class Looks(EvaluationCallback):
         def on_step_end(self, trainer, result) -> None:
@@ -95,7 +103,7 @@ def _run(name: str, trial: Trial, context) -> list[Look]:
                 with trainer.evaluating():
                     reading = score()
                 found = self.evaluations[step].scores
-                looks.append(
+                evaluations.append(
                     {
                         "concept": concept.name,
                         "setting": name,
@@ -109,7 +117,7 @@ def _run(name: str, trial: Trial, context) -> list[Look]:
     test = ConceptTest(concept, 0, context.oracle, context.sampling, num_pictures=1)
     trainer.callbacks = [Looks(test, STEPS)]
     trainer.run()
-    return looks
+    return evaluations
 
 
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -129,40 +137,40 @@ def partial(xy: float, xz: float, yz: float) -> float:
     return (xy - xz * yz) / ((1 - xz**2) * (1 - yz**2)) ** 0.5
 
 
-def correlations(looks: Sequence[Look], score: str) -> dict[str, float]:
+def correlations(evaluations: Sequence[Evaluation], score: str) -> dict[str, float]:
     """What is reported of one of the two scores."""
 
-    def rho(members: Sequence[Look], x: str, y: str) -> float:
-        return spearman([look[x] for look in members], [look[y] for look in members])
+    def rho(members: Sequence[Evaluation], x: str, y: str) -> float:
+        return spearman([one[x] for one in members], [one[y] for one in members])
 
-    def mean_within(key: Callable[[Look], Any]) -> float:
+    def mean_within(key: Callable[[Evaluation], Any]) -> float:
         groups = defaultdict(list)
-        for look in looks:
-            groups[key(look)].append(look)
+        for one in evaluations:
+            groups[key(one)].append(one)
         return mean(rho(members, score, "fidelity") for members in groups.values())
 
-    overall = rho(looks, score, "fidelity")
+    overall = rho(evaluations, score, "fidelity")
     return {
         "all files": overall,
         "at equal identity": partial(
-            overall, rho(looks, score, "identity"), rho(looks, "fidelity", "identity")
+            overall, rho(evaluations, score, "identity"), rho(evaluations, "fidelity", "identity")
         ),
-        "files of one step": mean_within(lambda look: look["step"]),
-        "files of one concept": mean_within(lambda look: look["concept"]),
-        "steps of one run": mean_within(lambda look: (look["concept"], look["setting"])),
+        "files of one step": mean_within(lambda one: one["step"]),
+        "files of one concept": mean_within(lambda one: one["concept"]),
+        "steps of one run": mean_within(lambda one: (one["concept"], one["setting"])),
     }
 
 
-def intervals(looks: Sequence[Look], score: str) -> dict[str, float]:
+def intervals(evaluations: Sequence[Evaluation], score: str) -> dict[str, float]:
     """Half the width of the 95 % intervals of ``correlations``, by the jackknife over concepts.
 
     ``se^2 = (n - 1) / n * sum_i (r_(i) - mean r)^2``, ``r_(i)`` without the i-th of n concepts.
 
     Source: Efron and Stein 1981, "The jackknife estimate of variance".
     """
-    concepts = sorted({look["concept"] for look in looks})
+    concepts = sorted({one["concept"] for one in evaluations})
     without = [
-        correlations([look for look in looks if look["concept"] != left_out], score)
+        correlations([one for one in evaluations if one["concept"] != left_out], score)
         for left_out in concepts
     ]
     n = len(concepts)

@@ -84,7 +84,7 @@ def run_trial(trial: Trial, context: BenchContext) -> dict[str, Any]:
         "setting": dict(setting),
         "concept": concept.name,
         "seed": seed,
-        "looks": [_look(step, evaluation.scores) for step, evaluation in found.items()],
+        "evaluations": [_evaluation(step, evaluation.scores) for step, evaluation in found.items()],
         "ms_per_step": ms_per_step,
         "seconds": round(time.perf_counter() - began, 1),
         "commit": facts_of_here(torch.device("cpu"))["commit"],
@@ -97,7 +97,7 @@ def _evaluation_steps(trial: Trial, context: BenchContext) -> tuple[int, ...]:
     return steps[-1:] if trial.concept in TUNING else steps
 
 
-def _look(step: int, scores: Scores) -> list[float]:
+def _evaluation(step: int, scores: Scores) -> list[float]:
     return [step, round(scores.prompt_fidelity, 4), round(scores.identity, 4)]
 
 

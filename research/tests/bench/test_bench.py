@@ -57,8 +57,8 @@ def context(tiny_pocket, tmp_path_factory):
 def test_every_kind_of_arm_trains_and_is_evaluated(arm, context, monkeypatch):
     monkeypatch.setattr("research.bench.context.NUM_CLASS_IMAGES", 4)
     record = run_trial(Trial(arm, arm.grid[0], REPORTED[0], 0), context)
-    assert [look[0] for look in record["looks"]] == [1, 2]
-    assert all(0 <= value <= 1 for look in record["looks"] for value in look[1:])
+    assert [step for step, *_ in record["evaluations"]] == [1, 2]
+    assert all(0 <= value <= 1 for _step, *values in record["evaluations"] for value in values)
     assert record["ms_per_step"] > 0
     assert json.loads(json.dumps(record)) == record
 
@@ -93,14 +93,14 @@ def test_beside_class_pictures_the_concept_is_shown_as_often_as_elsewhere(
 
 def test_on_tuning_concepts_only_the_end_is_evaluated(context):
     record = run_trial(Trial(PLAIN, PLAIN.grid[0], TUNING[0], 0), context)
-    assert [look[0] for look in record["looks"]] == [2]
+    assert [step for step, *_ in record["evaluations"]] == [2]
 
 
 def test_the_untrained_model_is_evaluated_with_both_words(context):
     name, word = (
         run_trial(Trial(UNTRAINED, setting, REPORTED[0], 0), context) for setting in UNTRAINED.grid
     )
-    assert [look[0] for look in (*name["looks"], *word["looks"])] == [0, 0]
+    assert [step for step, *_ in (*name["evaluations"], *word["evaluations"])] == [0, 0]
     assert name["key"] != word["key"]
 
 
@@ -151,7 +151,7 @@ def test_a_term_of_weight_zero_is_the_plain_run(context):
     rates = {"unet_lr": "5e-3", "text_encoder_lr": "5e-3"}
     plain = run_trial(Trial(PLAIN, rates, REPORTED[0], 0), context)
     nothing = run_trial(Trial(CORE, {**rates, "weight": "0"}, REPORTED[0], 0), context)
-    assert nothing["looks"] == plain["looks"]
+    assert nothing["evaluations"] == plain["evaluations"]
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def fake_trials(monkeypatch):
         return {
             "key": run.key_of(trial_), "setting": dict(trial_.setting),
             "concept": trial_.concept.name, "seed": trial_.seed,
-            "looks": [[2, fidelity, 0.5]], "ms_per_step": 1.0, "seconds": 1.0,
+            "evaluations": [[2, fidelity, 0.5]], "ms_per_step": 1.0, "seconds": 1.0,
         }  # fmt: skip
 
     monkeypatch.setattr(run, "run_trial", fake)
@@ -250,7 +250,7 @@ def test_a_signal_ends_the_bench_and_keeps_what_is_done(
 
 
 def test_results_of_another_model_are_not_mixed(records):
-    record = {"key": "a", "looks": []}
+    record = {"key": "a", "evaluations": []}
     records.add("tuning", PLAIN.name, record)
     assert records.of("tuning", PLAIN.name) == {"a": record}
     with pytest.raises(UserError, match="results of another model"):

@@ -62,13 +62,13 @@ def records(tmp_path):
                 gain = 0.1 + 0.01 * trial.seed
                 gain += 0.01 * REPORTED.index(trial.concept) if stage == "report" else 0
             step = 0 if arm is UNTRAINED else 200
-            look = [step, 0.95, 0.15] if arm is UNTRAINED else [step, 0.6 + gain, 0.6]
+            evaluation = [step, 0.95, 0.15] if arm is UNTRAINED else [step, 0.6 + gain, 0.6]
             records.add(
                 stage,
                 arm.name,
                 {
                     "key": key_of(trial), "setting": dict(trial.setting),
-                    "concept": trial.concept.name, "seed": trial.seed, "looks": [look],
+                    "concept": trial.concept.name, "seed": trial.seed, "evaluations": [evaluation],
                     "ms_per_step": 100.0, "seconds": 30.0,
                 },
             )  # fmt: skip
@@ -113,7 +113,7 @@ def test_shorter_trainings_are_the_points_of_the_curve_they_are_compared_with(re
             for trial in trials_to_report(ARMS[name], ARMS[name].grid[0]):
                 record = {
                     **records.of("report", name)[key_of(trial)],
-                    "looks": [[steps, fidelity + above, identity]],
+                    "evaluations": [[steps, fidelity + above, identity]],
                 }
                 records.add(shorter(steps), name, record)
     (row,) = (line for line in blocks(records)["settled"].splitlines() if "both/states" in line)
@@ -129,7 +129,8 @@ def test_the_setting_of_the_second_search_is_claimed_and_that_of_the_first_shown
     for trial in trials:
         record = {
             "key": key_of(trial), "setting": dict(trial.setting), "concept": trial.concept.name,
-            "seed": trial.seed, "looks": [[200, 0.7, 0.6]], "ms_per_step": 1.0, "seconds": 1.0,
+            "seed": trial.seed, "evaluations": [[200, 0.7, 0.6]], "ms_per_step": 1.0,
+            "seconds": 1.0,
         }  # fmt: skip
         stage = "report" if trial.concept in REPORTED else "tuning"
         records.add(stage, arm.name, record)
@@ -150,7 +151,7 @@ def test_every_rate_of_the_unet_has_a_row_of_its_own(records):
             record = {
                 "key": key_of(trial), "setting": dict(trial.setting),
                 "concept": trial.concept.name, "seed": trial.seed,
-                "looks": [[200, fidelity, 0.6]], "ms_per_step": 1.0, "seconds": 1.0,
+                "evaluations": [[200, fidelity, 0.6]], "ms_per_step": 1.0, "seconds": 1.0,
             }  # fmt: skip
             records.add("rates", name, record)
     rows = blocks(records)["rates"].splitlines()[2:]

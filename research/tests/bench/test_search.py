@@ -26,7 +26,7 @@ TWICE = ARMS["lora plain"]
 
 
 def result(fidelity, identity=0.6):
-    return {"looks": [[100, 0.1, 0.1], [200, fidelity, identity]]}
+    return {"evaluations": [[100, 0.1, 0.1], [200, fidelity, identity]]}
 
 
 def run(arm, fidelity_of):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlm_plugin.evaluation.measures import matched_difference
-from research.bench.summary import compare, curves_of, holm, num_before_first_look
+from research.bench.summary import compare, curves_of, holm, num_before_first_evaluation
 
 START = (0.16, 0.99)
 
@@ -16,8 +16,8 @@ def curve(*points):
 
 
 def test_seeds_are_averaged_first_behind_the_untrained_model():
-    def record(seed, *looks):
-        return {"concept": "sks dog", "seed": seed, "looks": looks}
+    def record(seed, *evaluations):
+        return {"concept": "sks dog", "seed": seed, "evaluations": evaluations}
 
     untrained = [record(0, (0, 1.0, 0.1)), record(1, (0, 0.9, 0.2))]
     trained = [record(0, (200, 0.6, 0.5)), record(1, (200, 0.8, 0.7))]
@@ -35,7 +35,7 @@ def test_arms_are_compared_where_both_have_been():
 def test_reads_before_the_first_look_are_counted():
     theirs = curve((0.4, 0.7), (0.6, 0.5))
     ours = {"before": curve((0.3, 0.9)), "behind": curve((0.5, 0.8)), "on": curve((0.4, 0.8))}
-    assert num_before_first_look(ours, dict.fromkeys(ours, theirs)) == 1
+    assert num_before_first_evaluation(ours, dict.fromkeys(ours, theirs)) == 1
 
 
 def test_the_unit_is_the_concept():
@@ -61,7 +61,7 @@ def test_holm_by_hand():
 
 
 def simulated(rng, end):
-    """Three noisy looks of an arm whose identity ends at ``end``: the mean over two seeds."""
+    """Three noisy evaluations of an arm whose identity ends at ``end``: the mean over two seeds."""
     identity = np.linspace(0.45, 1, 3) ** 0.5 * end
     truth_K2 = np.stack([identity, 1.1 - 0.8 * identity], axis=1)
     noise_SK2 = rng.normal(0, (0.03, 0.08), (2, *truth_K2.shape))

@@ -13,7 +13,7 @@ from research.bench.text_score import (
     correlations,
     intervals,
     partial,
-    read_looks,
+    read_evaluations,
     spearman,
 )
 
@@ -38,35 +38,38 @@ def test_a_partial_correlation_takes_the_third_variable_out():
 
 
 def test_the_records_are_those_of_the_plan():
-    found = {(one["concept"], one["setting"], one["step"]) for one in read_looks()}
+    found = {(one["concept"], one["setting"], one["step"]) for one in read_evaluations()}
     planned = {(c.name, name, step) for c in REPORTED for name in SETTINGS for step in STEPS}
     assert found == planned
-    assert all(0 <= one["cross_attention"] <= 1 for one in read_looks())
+    assert all(0 <= one["cross_attention"] <= 1 for one in read_evaluations())
 
 
 def test_a_score_that_follows_fidelity_ranks_every_group():
-    looks = [
+    evaluations = [
         {"concept": c, "setting": "plain", "step": step, "identity": (7 * step + c) % 5 / 5,
          "fidelity": (c + step) / 300, "cross_attention": ((c + step) / 300) ** 3}
         for c in range(4) for step in STEPS
     ]  # fmt: skip
-    found = correlations(looks, "cross_attention")
+    found = correlations(evaluations, "cross_attention")
     assert found["all files"] == pytest.approx(1.0)
     assert found["steps of one run"] == pytest.approx(1.0)
 
 
 def test_the_jackknife_of_a_mean_over_concepts_is_its_interval():
     rng = random.Random(0)
-    looks = [
+    evaluations = [
         {"concept": c, "setting": "plain", "step": step, "identity": rng.random(),
          "fidelity": rng.random(), "cross_attention": rng.random()}
         for c in range(6) for step in STEPS
     ]  # fmt: skip
     by_concept = [
-        correlations([look for look in looks if look["concept"] == c], "cross_attention")
+        correlations(
+            [evaluation for evaluation in evaluations if evaluation["concept"] == c],
+            "cross_attention",
+        )
         for c in range(6)
     ]
     mean = mean_with_interval(torch.tensor([found["files of one concept"] for found in by_concept]))
-    found = intervals(looks, "cross_attention")
+    found = intervals(evaluations, "cross_attention")
     assert found["files of one concept"] == pytest.approx(mean.interval)
     assert all(half > 0 for half in found.values())
