@@ -79,9 +79,9 @@ class Family:
     name: str
     title: str
     method: str
-    flags: Flags
-    rates: tuple[str, tuple[str, str, str]]
-    plain: tuple[Flags, ...]
+    flags: Flags = field(default_factory=dict)
+    rates: tuple[str, tuple[str, ...]] = ("", ())
+    plain: tuple[Flags, ...] = ()
     other_rates: Flags = field(default_factory=dict)
 
 
@@ -390,7 +390,7 @@ RATES: Mapping[str, tuple[Flags, ...]] = {
 """What the first search found at a U-Net's rate of 2.5e-3, at half and at twice that rate."""
 
 UNTRAINED = Arm(
-    Family("untrained", "untrained", "none", {}, ("", ("", "", "")), ()),
+    Family("untrained", "untrained", "none"),
     "model",
     "untrained",
     ({"words": "concept"}, {"words": "class"}),

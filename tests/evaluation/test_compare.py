@@ -24,7 +24,7 @@ from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.rendering import embed_picture
 
 PLAN = """
-looks = [0, 1, 2]
+evaluation_steps = [0, 1, 2]
 seeds = [0]
 prompts = "{prompts}"
 blind_pairs = 4
@@ -256,7 +256,7 @@ def test_drawing_leaves_no_trace_in_the_training(finished, toy_folder, tmp_path)
     assert any(tensor.any() for name, tensor in plain.items() if "lora_up" in name)
 
 
-def test_the_last_look_is_what_evaluate_draws_from_the_file(finished, tmp_path):
+def test_the_last_evaluation_is_what_evaluate_draws_from_the_file(finished, tmp_path):
     trial = finished.trial("with_MLM_-dog")
     argv = ["evaluate", *finished.flags, "--lora", str(trial / "last.safetensors"),
             "--class_token", "dog", "--train_data_dir", str(finished.folder / "subjects" / "dog"),
@@ -286,7 +286,7 @@ def test_a_comparison_killed_between_trials_continues(place, finished, trained, 
     (half / "trial.json").unlink()
     stale = half / "step000001" / "pictures" / "000_00.png"
     shutil.copy(half / "step000001" / "pictures" / "001_00.png", stale)
-    with interrupted_at(2):  # the last look
+    with interrupted_at(2):  # the last evaluation
         assert place.run() == 130
     assert trained == ["plain, dog, seed 0"]
     assert place.run() == 0
@@ -317,7 +317,7 @@ def test_a_signal_within_a_trial_saves_its_state_to_continue_from(
     assert all((whole[key] == continued[key]).all() for key in whole)
 
 
-def test_a_look_that_failed_is_finished_before_the_training_goes_on(
+def test_an_evaluation_that_failed_is_finished_before_the_training_goes_on(
     place, finished, capsys, monkeypatch
 ):
     name = place.trial("plain-dog")
@@ -434,8 +434,8 @@ def refused(place, capsys, *more):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("looks = [0, 1, 2]", "looks = [2, 1]", "looks = .*rising list of steps"),
-        ("looks = [0, 1, 2]", "", "looks is missing"),
+        (STEPS, "evaluation_steps = [2, 1]", "evaluation_steps = .*rising list of steps"),
+        (STEPS, "", "evaluation_steps is missing"),
         ("seeds = [0]", "seeds = 0", "seeds = 0 is not allowed; it must be a list"),
         ("seeds = [0]", "sedes = [0]", "unknown key 'sedes'; did you mean seeds?"),
         ("steps = 1", "steps = 0", r"\[drawing\]: steps = 0"),
@@ -445,7 +445,7 @@ def refused(place, capsys, *more):
         ("mlm_loss_weight = 0.1", "network_train_unet_only = true\nmlm_loss_weight = 1",
          "arm 'with <MLM>', subject 'cat'"),
         ("network_dim = 2", "network_dim = 2\nseed = 3", "seed cannot be set: seeds names it"),
-        ("network_dim = 2", "max_train_steps = 3", "the last of looks sets the length"),
+        ("network_dim = 2", "max_train_steps = 3", "the last of evaluation_steps sets the length"),
         ('name = "plain"', 'name = "with <MLM>"', "two arms are named 'with <MLM>'"),
         ('name = "plain"', "", "arm 1: name is missing"),
         ('name = "plain"', 'name = "plain"\nmixed_precision = "bf16"', "mixed_precision differs"),
