@@ -58,6 +58,8 @@ NUM_TARGETS = 1024
 AnyEncoder = TextEncoder | T5Encoder | LanguageModelEncoder | AdaptedEncoder
 Vary = Callable[[Tensor, random.Random], Variants]
 """A method's own variants of encoded prompts."""
+Starts = Callable[[Tensor], Sequence[Tensor]]
+"""Those of them that differ before training, by layer."""
 
 
 @dataclass
@@ -189,7 +191,9 @@ class MLMSetup:
             for (text_encoder, is_trained), network, head in zip(read, networks, heads, strict=True)
         ]
 
-    def compute_targets(self, device: torch.device, *, dtype: torch.dtype) -> None:
+    def compute_targets(
+        self, device: torch.device, *, dtype: torch.dtype, starts: Starts | None = None
+    ) -> None:
         """What the untrained text encoders make of the prompts, where it is not known yet.
 
         Placeholders with embeddings of their own must be in place. Does nothing as long as the
@@ -199,12 +203,15 @@ class MLMSetup:
         Args:
             device: does the work.
             dtype: precision of the contextualizers, as for :meth:`attach`.
+            starts: a method's variants of a prompt that differ before training, if it has any.
         """
         if self.prompts is None:
             return
         for encoder in self.encoders:
             if encoder.targets is None:
-                handle = encoder_handle(encoder, self.concepts, dtype=dtype, device=device)
+                handle = encoder_handle(
+                    encoder, self.concepts, dtype=dtype, device=device, starts=starts
+                )
                 with preserved_random_state(device), on_device(encoder.text_encoder.models, device):
                     encoder.targets = self._targets_of(handle)
                 if not (handle.is_trained or handle.is_in_image_model):
@@ -333,6 +340,7 @@ def encoder_handle(
     dtype: torch.dtype = torch.float32,
     device: torch.device,
     vary: Vary | None = None,
+    starts: Starts | None = None,
 ) -> EncoderHandle:
     """A text encoder as the regularizer sees it.
 
@@ -342,6 +350,7 @@ def encoder_handle(
         dtype: precision of the contextualizer, which is moved to the device.
         device: where the term is computed.
         vary: a method's own variants of a prompt, if it has any.
+        starts: those that differ before training.
     """
     network = encoder.contextualizer
     if network is not None:
@@ -355,8 +364,7 @@ def encoder_handle(
             "contextualizer": network,
             "token_table": _token_table(encoder, network.sizes.vocab_size, device),
         }
-    if vary is not None:
-        reader["vary"] = vary
+    reader |= {name: f for name, f in (("vary", vary), ("starts", starts)) if f is not None}
     return EncoderHandle(
         tokenize=text_encoder.tokenize_trimmed,
         encode=text_encoder.encode_storing,

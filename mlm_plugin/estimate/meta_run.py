@@ -230,7 +230,7 @@ def _targets(
                 ids_L.tolist(),
                 labels_L.tolist(),
                 empty(number, width),
-                empty(number, width) if compares_states else empty(number),
+                empty(1, number, width) if compares_states else empty(1, number),
                 None if encoder.is_trained else empty(len(ids_L), width),
             )
         )

@@ -170,6 +170,10 @@ class Method(MethodFacts, ABC):
         """Ids of MLM prompts as the method encodes them; ``rng`` is for those with several ways."""
         return Variants(ids_BL)
 
+    def mlm_starts(self, ids_BL: Tensor) -> Sequence[Tensor]:
+        """The variants that differ before training, by layer; one where all are alike."""
+        return (ids_BL,)
+
     def untrained(self) -> AbstractContextManager:
         """Within the block, before the first step, the models compute as without training."""
         return nullcontext()

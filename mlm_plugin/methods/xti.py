@@ -108,6 +108,13 @@ class XTI(TextualInversion):
         drawn_B1 = torch.tensor([[rng.choice(layers)] for _ in ids_BL])
         return Variants(tokens.variant(ids_BL, drawn_B1), drawn_B1.squeeze(1))
 
+    def mlm_starts(self, ids_BL: Tensor) -> Sequence[Tensor]:
+        """One for each layer, where a file gave each its own embeddings."""
+        tokens = self.only_tokens
+        if all((vectors == vectors[0]).all() for vectors in tokens.vectors.values()):
+            return (ids_BL,)
+        return [tokens.variant(ids_BL, k) for k in range(tokens.num_variants)]
+
     def files(self, path: Path) -> list[Path]:
         """The averages, which have the plain names, then per placeholder the file of all layers.
 

@@ -30,7 +30,8 @@ class PromptTarget(NamedTuple):
     labels: list[int]  # ids of the N tokens that are compared, IGNORE_INDEX elsewhere
     # on the CPU: states, or the features that a contextualizer or a language model's head makes
     teacher_ND: Tensor | None = None
-    start: Tensor | None = None  # before training: states (N, D), or the divergence (N,)
+    # before training, for each of K starts: states (K, N, D), or the divergence (K, N)
+    starts: Tensor | None = None
     states_LD: Tensor | None = None  # of this prompt, where the encoder is frozen; on the CPU
 
 
@@ -48,6 +49,10 @@ class Variants(NamedTuple):
 
 def _as_they_are(ids_BL: Tensor, _rng: random.Random) -> Variants:
     return Variants(ids_BL)
+
+
+def _alone(ids_BL: Tensor) -> Sequence[Tensor]:
+    return (ids_BL,)
 
 
 @dataclass
@@ -68,6 +73,7 @@ class EncoderHandle:
         targets: prompts with what the untrained model makes of them. Without them fresh prompts
             are drawn, and the masked words themselves are the targets.
         vary: variants of encoded prompts (XTI), drawn from the given stream.
+        starts: ids of the variants that differ before training, by layer; one where all are alike.
         is_trained: whether anything before this encoder's output is trained.
         is_read: whether the term reads that output itself, besides what the U-Net makes of it.
         is_in_image_model: whether its output is a state inside the image model.
@@ -84,6 +90,7 @@ class EncoderHandle:
     head: NextWordHead | None = None
     targets: Sequence[PromptTarget] = ()
     vary: Callable[[Tensor, random.Random], Variants] = _as_they_are
+    starts: Callable[[Tensor], Sequence[Tensor]] = _alone
     is_trained: bool = True
     is_read: bool = True
     is_in_image_model: bool = False

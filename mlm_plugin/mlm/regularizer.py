@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mlm_plugin.mlm.cross_attention import CrossAttention
-from mlm_plugin.mlm.encoder import EncoderHandle
+from mlm_plugin.mlm.encoder import EncoderHandle, PromptTarget
 from mlm_plugin.mlm.losses import (
     TeacherFeatures,
     beyond_start,
@@ -261,9 +261,11 @@ def _from_targets(
         )
     teacher_ND = start = None
     if targets[0].teacher_ND is not None:
+        teachers = [target.teacher_ND for target in targets] * copies
+        starts = _starts(targets * copies, layers_B)
         teacher_ND, start = (
-            torch.cat(list(vectors) * copies).to(encoder.device, non_blocking=True)
-            for vectors in zip(*((t.teacher_ND, t.start) for t in targets), strict=True)
+            torch.cat(vectors).to(encoder.device, non_blocking=True)
+            for vectors in (teachers, starts)
         )
     return EncodedPrompts(
         encoder,
@@ -274,6 +276,13 @@ def _from_targets(
         start,
         layers_B,
     )
+
+
+def _starts(targets: Sequence[PromptTarget], layers_B: Tensor | None) -> list[Tensor]:
+    """What each prompt was before training, in the layer that it is for."""
+    if layers_B is None or len(targets[0].starts) == 1:
+        return [target.starts[0] for target in targets]
+    return [target.starts[layer] for target, layer in zip(targets, layers_B.tolist(), strict=True)]
 
 
 def _distance(

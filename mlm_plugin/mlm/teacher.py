@@ -92,21 +92,24 @@ def compute_targets(
         found = [PromptTarget(ids, labels) for ids, labels, _ in aligned]
         ours = padded(found, encoder.pad_token_id)
         if with_teacher or not encoder.is_trained:
-            states_BLD = encoder.encode_masked(ours.input_ids)
+            starts = [encoder.encode_masked(ids_BL) for ids_BL in encoder.starts(ours.input_ids)]
         if with_teacher:
             states_of_teacher = encoder.encode_masked(masked.input_ids)
             of_teacher = _vectors(encoder, teacher_BL, masked, states_of_teacher)
-            before = _vectors(encoder, prompts_BL, ours, states_BLD)
+            before = zip(
+                *(_vectors(encoder, prompts_BL, ours, states_BLD) for states_BLD in starts),
+                strict=True,
+            )
             found = [
-                _with_teacher(encoder, target, teacher_ND[rows], before_ND)
-                for target, teacher_ND, before_ND, (_, _, rows) in zip(
+                _with_teacher(encoder, target, teacher_ND[rows], before_KND)
+                for target, teacher_ND, before_KND, (_, _, rows) in zip(
                     found, of_teacher, before, aligned, strict=True
                 )
             ]
         if not encoder.is_trained:
             found = [
                 target._replace(states_LD=states_LD[: len(target.ids)].clone())
-                for target, states_LD in zip(found, states_BLD.cpu(), strict=True)
+                for target, states_LD in zip(found, starts[0].cpu(), strict=True)
             ]
         targets += found
     return targets
@@ -187,14 +190,17 @@ def compared_tokens(
 
 
 def _with_teacher(
-    encoder: EncoderHandle, target: PromptTarget, teacher_ND: Tensor, before_ND: Tensor
+    encoder: EncoderHandle, target: PromptTarget, teacher_ND: Tensor, before_KND: Sequence[Tensor]
 ) -> PromptTarget:
     """The target with the teacher's vectors, and the prompt's own distance before training."""
-    start = before_ND.clone()
+    starts = before_KND
     if encoder.reader is not None:
-        on_device = (x_ND.to(encoder.device) for x_ND in (before_ND, teacher_ND))
-        start = encoder.divergence(*on_device).cpu()
-    return target._replace(teacher_ND=teacher_ND.clone(), start=start)
+        on_device_ND = teacher_ND.to(encoder.device)
+        starts = [
+            encoder.divergence(before_ND.to(encoder.device), on_device_ND).cpu()
+            for before_ND in before_KND
+        ]
+    return target._replace(teacher_ND=teacher_ND.clone(), starts=torch.stack(list(starts)))
 
 
 def _vectors(

@@ -108,7 +108,7 @@ def attach_term(
     method.train(False)
     dtype = WEIGHT_DTYPES[config.schedule.mixed_precision]
     with method.untrained(), accelerator.autocast():
-        setup.compute_targets(accelerator.device, dtype=dtype)
+        setup.compute_targets(accelerator.device, dtype=dtype, starts=method.mlm_starts)
     return setup.attach(
         rank=accelerator.process_index,
         dtype=dtype,

@@ -23,6 +23,7 @@ from mlm_plugin.config.loading import load_config
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.rendering import embed_picture
 
+STEPS = "evaluation_steps = [0, 1, 2]"
 PLAN = """
 evaluation_steps = [0, 1, 2]
 seeds = [0]

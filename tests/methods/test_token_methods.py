@@ -174,6 +174,28 @@ def test_the_term_reads_each_prompt_with_one_random_layer_or_with_all(trainer_of
     assert layers_B.tolist() == [k for k in range(16) for _ in prompts]
 
 
+@pytest.mark.parametrize("layers", ["sample", "all"])
+@pytest.mark.parametrize("target", ["states", "class"])
+def test_the_term_of_an_xti_file_starts_at_zero_in_every_layer(
+    trainer_of, tmp_path, target, layers
+):
+    """Each layer's own embedding is what its distance is measured from."""
+    first = trainer_of("xti")
+    with torch.no_grad():
+        for vectors_KND in first.method.only_tokens.embeddings.values():
+            vectors_KND += 0.2 * torch.randn(vectors_KND.shape, generator=torch.manual_seed(0))
+    _average, full = export(first, tmp_path / "x.safetensors")
+    options = {"mlm_read_at": "both", "mlm_target": target, "xti_mlm_layers": layers}
+    trainer = trainer_of("xti", weights=full, mlm_batch_size=8, **options)
+    trainer.method.train(False)
+    losses = [trainer._term(call).loss.item() for call in range(3)]
+    assert losses == pytest.approx([0, 0, 0], abs=2e-5)
+    with torch.no_grad():
+        for vectors_KND in trainer.method.only_tokens.embeddings.values():
+            vectors_KND += 0.2 * torch.randn(vectors_KND.shape, generator=torch.manual_seed(1))
+    assert trainer._term(0).loss.item() > 1e-3
+
+
 def test_xti_continues_with_its_own_files_and_with_those_of_textual_inversion(trainer_of, tmp_path):
     first = trainer_of("xti")
     first.run()

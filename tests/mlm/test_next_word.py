@@ -123,7 +123,7 @@ def test_the_loss_is_what_the_whole_language_model_says(prepared, language_model
     places = [i for i, label in enumerate(target.labels) if label != IGNORE_INDEX]
     teacher = target.teacher_ND @ language_model.lm_head.weight.T
     start = divergence(before[places], teacher)
-    torch.testing.assert_close(target.start, start, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(target.starts[0], start, atol=1e-5, rtol=1e-4)
     wanted = (divergence(after[places], teacher) - start).relu().mean()
     regularizer = attached(setup)
     language_model.model.layers[0].mlp.down_proj.weight.mul_(3)

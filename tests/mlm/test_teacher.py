@@ -140,8 +140,8 @@ def test_the_loss_is_the_divergence_from_the_teacher(toy_text_encoder, contextua
         ).softmax(-1)
         q = contextualizer.logits(target.teacher_ND, handle.token_table).softmax(-1)
     now = (q * (q / p).log()).sum(-1)
-    assert (target.start > 0.01).any()
-    expected = (now - target.start).clamp(min=0).mean()
+    assert (target.starts[0] > 0.01).any()
+    expected = (now - target.starts[0]).clamp(min=0).mean()
     assert expected > 0.1
     assert regularizer(5).loss.item() == pytest.approx(expected.item(), rel=1e-3)
 
@@ -156,7 +156,7 @@ def test_the_states_loss_is_the_share_that_has_changed(toy_text_encoder):
         states_LD = toy_text_encoder.encode(torch.tensor([target.ids]))[0]
     kept = [i for i, label in enumerate(target.labels) if label != IGNORE_INDEX]
     now = (states_LD[kept] - target.teacher_ND).square().sum(dim=-1)
-    before = (target.start - target.teacher_ND).square().sum(dim=-1)
+    before = (target.starts[0] - target.teacher_ND).square().sum(dim=-1)
     expected = (now - before).clamp(min=0).sum() / target.teacher_ND.square().sum()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert output.parts == {}
