@@ -106,8 +106,9 @@ def _text_side(config: TrainConfig) -> Iterator[str]:
     if config.dataset.cache_text_encoder_outputs and method.why_text_untrained(config) is None:
         yield (
             "cache_text_encoder_outputs cannot be combined with training anything before the text "
-            "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0) "
-            "or no_train_text_encoder (dreambooth), or leave it out"
+            "encoder's output; add network_train_unet_only (lora, pivotal with embedding_lr = 0), "
+            "no_train_text_encoder (dreambooth) or embedding_lr = 0 (custom_diffusion), or leave "
+            "it out"
         )
     if config.mlm.mlm_loss_weight and (reason := method.why_no_gradient(config)):
         yield no_gradient_message(config.mlm, reason, elsewhere=True)

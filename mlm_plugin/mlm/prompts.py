@@ -141,7 +141,10 @@ class PromptSet:
 
     @classmethod
     def _from_lines(cls, name: str, lines: Iterable[str]) -> PromptSet:
-        lines = tuple(dict.fromkeys(lines))
+        # tokenizers split "'s" off a word, but take the s after a typographic apostrophe for one
+        lines = tuple(
+            dict.fromkeys(line.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'") for line in lines)
+        )
         if known := sum(map(is_dreambench, lines)):
             logger.warning(
                 "%s: %d of %d prompts are DreamBench evaluation prompts; scores on that benchmark "

@@ -185,12 +185,23 @@ class MLMRegularizer:
         rng = random.Random(f"mlm/{self.seed}/{call}")
         batches = self._batches(rng)
         parts: dict[str, Part] = {}
-        for number, batch in enumerate(batches, start=1):
-            if batch.encoder.is_read:
-                parts[f"te{number}"] = batch.part(batch.states_BLD)
+        for number in self._read_now(batches):
+            parts[f"te{number + 1}"] = batches[number].part(batches[number].states_BLD)
         if self.cross_attention:
             parts[CROSS_ATTENTION] = self._at_cross_attention(self.cross_attention, batches, rng)
         return _output(parts)
+
+    def _read_now(self, batches: Sequence[EncodedPrompts]) -> list[int]:
+        """The text encoders whose output is read: of several places, those that still change.
+
+        What was frozen during the run would have a constant share in the mean, and so take from the
+        pull on the others.
+        """
+        read = [number for number, batch in enumerate(batches) if batch.encoder.is_read]
+        if not torch.is_grad_enabled():
+            return read
+        changing = [number for number in read if batches[number].states_BLD.requires_grad]
+        return changing if changing or self.cross_attention else read
 
     def _batches(self, rng: random.Random) -> list[EncodedPrompts]:
         """The prompts of this call, read by every text encoder."""

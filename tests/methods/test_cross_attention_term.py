@@ -76,6 +76,28 @@ def test_at_both_places_their_losses_are_averaged(name, trainer_of):
     assert output.loss == torch.stack(list(output.parts.values())).mean()
 
 
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("lora", ["textencoder"]),
+        ("dreambooth", ["textencoder"]),
+        ("pivotal", ["textencoder", "embedding"]),
+    ],
+)
+def test_an_encoder_that_is_frozen_during_the_run_takes_nothing_from_the_pull_on_the_u_net(
+    name, frozen, trainer_of
+):
+    trainer = trainer_of(name, mlm_read_at="both", mlm_target="states")
+    for part in trainer.method.parts():
+        disturb(trainer, part)
+    place = term_of(trainer).parts["cross_attention"]
+    for part in frozen:
+        trainer.method.freeze(part)
+    assert term_of(trainer).loss == place
+    with torch.no_grad():
+        assert "te1" in term_of(trainer).parts
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", UNET_ONLY)
 def test_a_run_that_trains_the_u_net_alone_has_a_term_and_no_text_encoder(name, target, trainer_of):

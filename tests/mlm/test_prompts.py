@@ -409,6 +409,12 @@ def test_captions_without_the_concept_are_an_error():
         PromptSet.from_captions(["a dog", "sks dog"], concept="sks dog")
 
 
+def test_apostrophes_of_phones_are_written_as_tokenizers_know_them():
+    """The s after a typographic one would be a word of its own, to be masked."""
+    prompt_set = PromptSet.from_captions(["sks dog in the king\u2019s garden"], concept="sks dog")
+    assert prompt_set.sample(random.Random(0), "a cat") == "a cat in the king's garden"
+
+
 def test_captions_of_the_other_concepts_are_no_reason_for_a_warning(caplog):
     captions = ["a photo of sks dog", "zwx cat at home", "sks dog next to zwx cat", "a bird"]
     with caplog.at_level(logging.WARNING):
