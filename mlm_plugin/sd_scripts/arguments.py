@@ -25,6 +25,7 @@ __all__ = [
     "text_encoder_rates",
     "why_network_has_no_gradient",
     "why_script_has_no_gradient",
+    "why_script_trains_no_text",
     "why_unet_untrained",
 ]
 
@@ -267,8 +268,23 @@ def _given_rates(args: argparse.Namespace) -> list[float]:
     return [float(rate or 0) for rate in rates]
 
 
-def why_script_has_no_gradient(args: argparse.Namespace) -> str | None:
+def why_script_has_no_gradient(
+    args: argparse.Namespace, options: MLMOptions, *, arch: str
+) -> str | None:
     """The same for scripts that train whole models (train_db, fine_tune, sdxl_train, sd3_train)."""
+    of_text = why_script_trains_no_text(args)
+    place = read_at(options, arch=arch, trains_text=of_text is None, trains_unet=False)
+    if of_text is None or place == "encoder" or arch not in WITH_CROSS_ATTENTION:
+        return of_text
+    if place == "both":
+        return f"{of_text}; with mlm_read_at = cross_attention it reads at the U-Net alone"
+    if not float(args.learning_rate or 0):
+        return f"{of_text}, and learning_rate = 0 the U-Net"
+    return None
+
+
+def why_script_trains_no_text(args: argparse.Namespace) -> str | None:
+    """Why such a script trains no text encoder; None if it does."""
     if hasattr(args, "train_text_encoder") and not args.train_text_encoder:
         return "without train_text_encoder the text encoder is not trained"
     only_t5 = getattr(args, "use_t5xxl_cache_only", False)

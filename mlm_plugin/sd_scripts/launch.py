@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,14 +15,16 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mlm_plugin.config.checks import no_gradient_message
-from mlm_plugin.config.options import OPTIONS, MLMOptions
+from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
     add_mlm_arguments,
     answer_in_one_line,
+    read_at,
     read_mlm_options,
     read_watch_options,
     why_script_has_no_gradient,
+    why_script_trains_no_text,
 )
 from mlm_plugin.sd_scripts.locate import LaunchOptions, check_libraries
 
@@ -280,7 +283,12 @@ def _run_embedding(module: ModuleType, script: Script, args: argparse.Namespace)
 
 def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) -> None:
     from mlm_plugin.sd_scripts.data import has_weighted_captions
-    from mlm_plugin.sd_scripts.patches import collected_text_encoders, summed_backward
+    from mlm_plugin.sd_scripts.patches import (
+        ScriptFacts,
+        collected_text_encoders,
+        frozen_text_encoders,
+        summed_backward,
+    )
     from mlm_plugin.sd_scripts.term import MLMTerm
 
     options = read_mlm_options(args)
@@ -288,14 +296,16 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
         _require_that_it_can_stop(module, script, args)
         module.train(args)
         return
-    if reason := why_script_has_no_gradient(args):
+    if reason := why_script_has_no_gradient(args, options, arch=script.arch):
         raise UserError(no_gradient_message(options, reason))
     if getattr(args, "deepspeed", False):
         raise UserError(
             f"deepspeed: {script.file} wraps its models into one, in which the MLM term cannot "
             "find them; leave it out, or set mlm_loss_weight = 0"
         )
-    _refuse_two_backward_passes(args, options)
+    trains_text = why_script_trains_no_text(args) is None
+    place = read_at(options, arch=script.arch, trains_text=trains_text, trains_unet=False)
+    _refuse_two_backward_passes(args, place)
     _require_that_it_can_stop(module, script, args)
     term = MLMTerm(
         options,
@@ -303,32 +313,31 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
         mixed_precision=getattr(args, "mixed_precision", None),
         weighted_captions=has_weighted_captions(args),
     )
-    collected = collected_text_encoders(
-        term,
-        arch=script.arch,
-        clip_skip=getattr(args, "clip_skip", None),
-        tokenizers=_current_tokenizers,
-    )
-    with collected, summed_backward(term, _strategies()):
+    facts = ScriptFacts(script.arch, getattr(args, "clip_skip", None), _current_tokenizers)
+    if trains_text:
+        collected = collected_text_encoders(term, facts)
+    else:
+        collected = frozen_text_encoders(term, facts, _loaders())
+    with collected, summed_backward(term, _strategies(), trains_text=trains_text):
         module.train(args)
 
 
-def _refuse_two_backward_passes(args: argparse.Namespace, options: MLMOptions) -> None:
+def _refuse_two_backward_passes(args: argparse.Namespace, place: str) -> None:
     """Checkpointing of kohya's U-Nets has a backward pass of its own, besides the term's.
 
     Raises:
-        UserError: an optimizer that steps within them would step twice at the keys and values.
+        UserError: an optimizer that steps within them would step twice at the keys and values, and
+            several processes would exchange their gradients before they are complete.
     """
+    if place == "encoder" or not getattr(args, "gradient_checkpointing", False):
+        return
     fused = [name for name in FUSED if getattr(args, name, None)]
-    if (
-        fused
-        and getattr(args, "gradient_checkpointing", False)
-        and options.mlm_read_at in ("cross_attention", "both")
-    ):
+    several = ["several processes"] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
+    if obstacles := fused + several:
         raise UserError(
-            f"mlm_read_at = {options.mlm_read_at} cannot be combined with {fused[0]} and "
-            "gradient_checkpointing, which would step twice where the term reads; leave one of "
-            "them out, or take mlm_read_at = encoder"
+            f"mlm_read_at = {place} cannot be combined with {obstacles[0]} and "
+            "gradient_checkpointing, under which the gradients come twice where the term reads; "
+            "leave one of them out, or train the text encoder with mlm_read_at = encoder"
         )
 
 
@@ -348,6 +357,13 @@ def _require_that_it_can_stop(module: ModuleType, script: Script, args: argparse
             "TypeError, with or without the MLM term; leave it out, or use --host standalone, "
             "which can stop there"
         )
+
+
+def _loaders() -> list[ModuleType]:
+    """The modules whose ``load_target_model`` the scripts call."""
+    from library import sdxl_train_util, train_util
+
+    return [train_util, sdxl_train_util]
 
 
 def _strategies() -> list[type]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +20,21 @@ from torch.utils.data import DataLoader
 from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.errors import UserError
 from mlm_plugin.models.cross_attention import cross_attention_names
+from mlm_plugin.models.text_encoder import TextEncoder
 from mlm_plugin.sd_scripts.accelerator_hooks import shown_in_progress_bar, wrapped
 from mlm_plugin.sd_scripts.arguments import read_at, read_mlm_options
 from mlm_plugin.sd_scripts.mixin import bind, require_methods
 from mlm_plugin.sd_scripts.term import MLMTerm
 from mlm_plugin.sd_scripts.text_encoders import is_clip_text_model, is_t5, wrap_text_encoder
 
-__all__ = ["MLMEmbeddingMixin", "collected_text_encoders", "summed_backward", "with_mlm_embedding"]
+__all__ = [
+    "MLMEmbeddingMixin",
+    "ScriptFacts",
+    "collected_text_encoders",
+    "frozen_text_encoders",
+    "summed_backward",
+    "with_mlm_embedding",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +48,19 @@ NEEDED = {
 
 
 @contextmanager
-def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]:
+def summed_backward(
+    term: MLMTerm, strategies: Sequence[type], *, trains_text: bool = True
+) -> Iterator[None]:
     """Make ``Accelerator.backward`` add the term, once for each training batch.
 
-    Entered after :func:`collected_text_encoders`, whose encoders it then knows when the data come.
+    Entered after :func:`collected_text_encoders` or :func:`frozen_text_encoders`, whose encoders it
+    then knows when the data come.
 
     Args:
         term: what is added.
         strategies: text-encoding strategies; a call of ``encode_tokens`` with gradient means that
             the text encoder is trained on this batch.
+        trains_text: whether it is trained at all; otherwise the term is added to every batch.
     """
     announced = False
 
@@ -63,7 +75,7 @@ def summed_backward(term: MLMTerm, strategies: Sequence[type]) -> Iterator[None]
     def backward(original: Callable) -> Callable:
         def wrapped(self, loss, *args, **kwargs):
             nonlocal announced
-            if announced:
+            if announced or not trains_text:
                 announced = False
                 loss = term.add_to(loss, self)
             elif not term.call:
@@ -109,18 +121,84 @@ def _take_data(term: MLMTerm, accelerator: Accelerator, prepared: Sequence[Any])
             accelerator.print(term.describe())
 
 
+class ScriptFacts(NamedTuple):
+    """Of a script that trains whole models.
+
+    Attributes:
+        arch: architecture of its model.
+        clip_skip: of the run.
+        tokenizers: returns the current tokenizers, one for each text encoder.
+    """
+
+    arch: str
+    clip_skip: int | None
+    tokenizers: Callable[[], list[Any]]
+
+    def wrap(self, model: nn.Module, *, number: int | None = None) -> TextEncoder:
+        """A CLIP text encoder as the term reads it.
+
+        Args:
+            model: of the script.
+            number: which of the tokenizers is its own. Of SDXL's two encoders, the second is the
+                one with a projection.
+        """
+        if number is None:
+            number = int(hasattr(model, "text_projection"))
+        tokenizer = self.tokenizers()[number]
+        return wrap_text_encoder(model, tokenizer, arch=self.arch, clip_skip=self.clip_skip)
+
+
 @contextmanager
-def collected_text_encoders(
-    term: MLMTerm, *, arch: str, clip_skip: int | None, tokenizers: Callable[[], list[Any]]
+def frozen_text_encoders(
+    term: MLMTerm, facts: ScriptFacts, loaders: Sequence[Any]
 ) -> Iterator[None]:
+    """Let the term read the U-Net in ``Accelerator.prepare``, with the text encoders beside it.
+
+    Args:
+        term: reads at the cross-attention alone.
+        facts: of the script.
+        loaders: modules whose ``load_target_model`` the script calls.
+    """
+    loaded: list[nn.Module] = []
+
+    def load_target_model(original: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            loaded.extend(filter(is_clip_text_model, result))
+            return result
+
+        return wrapped
+
+    def prepare(original: Callable) -> Callable:
+        def wrapped(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            for model in args:
+                if isinstance(model, nn.Module) and cross_attention_names(model):
+                    term.read_at("cross_attention", model, keep_copies=True)
+                    frozen = [facts.wrap(one) for one in loaded]
+                    term.add_text_encoders(frozen, self, trained=[False] * len(frozen))
+            return result
+
+        return wrapped
+
+    with ExitStack() as stack:
+        for loader in loaders:
+            stack.enter_context(wrapped(loader, "load_target_model", load_target_model))
+        stack.enter_context(wrapped(Accelerator, "prepare", prepare))
+        yield
+
+
+@contextmanager
+def collected_text_encoders(term: MLMTerm, facts: ScriptFacts) -> Iterator[None]:
     """Pass the CLIP text encoders and the U-Net in ``Accelerator.prepare`` to the term.
 
     Raises:
         UserError: ``mlm_read_at`` is a place that the image model does not have.
     """
+    is_sd3 = facts.arch == "sd3"
     # sdxl_train may train one text encoder, and the U-Net reads both
-    place = read_at(term.options, arch=arch, trains_text=True, trains_unet=False)
-    if place != "encoder" and arch == "sd3":
+    place = read_at(term.options, arch=facts.arch, trains_text=True, trains_unet=False)
+    if place != "encoder" and is_sd3:
         raise UserError(
             f"mlm_read_at = {place}: where SD 3 is trained as a whole, the term reads its text "
             "encoders alone; leave mlm_read_at out"
@@ -136,11 +214,9 @@ def collected_text_encoders(
                     logger.warning("MLM term: T5 is trained too, but the term reads CLIP alone")
                 if is_clip_text_model(model):
                     _join_backward_passes(model)
-                    tokenizer = tokenizers()[_number_of(model, term, arch=arch)]
-                    text_encoder = wrap_text_encoder(
-                        model, tokenizer, arch=arch, clip_skip=clip_skip
-                    )
-                    term.add_text_encoders([text_encoder], self)
+                    # SD 3 trains CLIP-L and G or none
+                    number = len(term.setup.encoders) if is_sd3 else None
+                    term.add_text_encoders([facts.wrap(model, number=number)], self)
             return result
 
         return wrapped
@@ -157,16 +233,6 @@ def _join_backward_passes(text_encoder: nn.Module) -> None:
     """
     if text_encoder.is_gradient_checkpointing:
         text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _number_of(model: nn.Module, term: MLMTerm, *, arch: str) -> int:
-    """Which of the tokenizers is that of a text encoder; SD 3 trains CLIP-L and G or none.
-
-    Of SDXL's two encoders, the second is the one with a projection.
-    """
-    if arch == "sd3":
-        return len(term.setup.encoders)
-    return int(hasattr(model, "text_projection"))
 
 
 class MLMEmbeddingMixin:

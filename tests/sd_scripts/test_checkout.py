@@ -329,6 +329,30 @@ def test_dreambooth(both, stays):
     assert values["loss"] == values["loss/diffusion"]
 
 
+def test_dreambooth_of_the_u_net_alone_is_read_at_its_cross_attention(both):
+    plain, ours, values = both(
+        *("train_db.py", "--stop_text_encoder_training", "-1"),
+        ours=("--method", "dreambooth", "--mlm_target", "states"),
+        weight=1,
+    )
+    names = changed(plain, ours)
+    assert any("attn2.to_k" in name for name in names)
+    assert not any(name.startswith("cond_stage_model.") for name in names)
+    assert len(values["loss/mlm"]) == 3
+    assert values["loss/mlm"][0] < values["loss/mlm"][-1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--cache_text_encoder_outputs",)])
+def test_whole_sdxl_without_text_encoders_is_read_at_its_cross_attention(both, folder, flags):
+    plain, ours, values = both(
+        *("sdxl_train.py", "--pretrained_model_name_or_path", folder / "sdxl.safetensors", *flags),
+        ours=("--method", "dreambooth", "--mlm_target", "states"),
+        weight=1,
+    )
+    assert any("attn2.to_v" in name for name in changed(plain, ours))
+    assert values["loss/mlm"][0] < values["loss/mlm"][-1]
+
+
 def test_the_clip_encoders_of_a_whole_sd3_hear_the_term(arguments, parts, folder, tmp_path):
     model = parts["sd3"][: parts["sd3"].index("--network_module")]
     flags = (*arguments, *model, "--train_text_encoder")

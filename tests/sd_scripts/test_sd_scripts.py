@@ -44,7 +44,9 @@ from mlm_plugin.sd_scripts.locate import (
 )
 from mlm_plugin.sd_scripts.mixin import with_mlm
 from mlm_plugin.sd_scripts.patches import (
+    ScriptFacts,
     collected_text_encoders,
+    frozen_text_encoders,
     summed_backward,
     with_mlm_embedding,
 )
@@ -840,9 +842,11 @@ def term(toy_contextualizer):
 
 
 def collected(term, text_encoder):
-    return collected_text_encoders(
-        term, arch="sd", clip_skip=None, tokenizers=lambda: [text_encoder.tokenizer]
-    )
+    return collected_text_encoders(term, facts_of(text_encoder))
+
+
+def facts_of(text_encoder):
+    return ScriptFacts("sd", None, lambda: [text_encoder.tokenizer])
 
 
 def test_the_term_enters_a_loop_through_its_backward_pass(term, toy_text_encoder):
@@ -877,10 +881,59 @@ def test_with_checkpointing_gradients_of_both_losses_arrive_together(term, toy_t
 
 
 @pytest.mark.parametrize("fused", ["fused_backward_pass", "fused_optimizer_groups"])
-def test_an_optimizer_that_would_step_twice_is_refused(whole_model, refused, fused):
-    asked = {"weight": 0.1, "file": "sdxl_train.py", "train_text_encoder": True, fused: 2}
-    with refused(["mlm_read_at = both", fused]):
-        whole_model("", **asked, gradient_checkpointing=True, mlm_read_at="both")
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"train_text_encoder": True, "mlm_read_at": "both"}, "both"),
+        ({"train_text_encoder": False}, "cross_attention"),
+    ],
+)
+def test_an_optimizer_that_would_step_twice_is_refused(whole_model, refused, fused, changes, place):
+    asked = {"weight": 0.1, "file": "sdxl_train.py", fused: 2, "gradient_checkpointing": True}
+    with refused([f"mlm_read_at = {place}", fused]):
+        whole_model("", **asked, **changes)
+
+
+def test_gradients_that_processes_would_exchange_twice_are_refused(
+    whole_model, refused, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = {"weight": 0.1, "file": "sdxl_train.py", "train_text_encoder": False}
+    with refused(["mlm_read_at = cross_attention", "several processes"]):
+        whole_model("", **asked, gradient_checkpointing=True)
+
+
+def train_unet(args, text_encoder, loader_module):
+    """The loop of sdxl_train.py for the U-Net alone, at the cross-attention of a stub."""
+    (model, _unet) = loader_module.load_target_model(args)
+    model.requires_grad_(False)
+    accelerator, unet = Accelerator(cpu=True), StubUNet()
+    unet = accelerator.prepare(unet)
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+    optimizer, _loader = accelerator.prepare(optimizer, DataLoader(StubData()))
+    model.forward = None  # cached outputs: it is not needed any more
+    attn2 = unet.middle_block.attn2
+    losses = []
+    for _ in range(args.num_batches):
+        loss = sum((layer.weight - 1).square().mean() for layer in (attn2.to_k, attn2.to_v))
+        accelerator.backward(loss)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return unet
+
+
+def test_a_loop_that_trains_the_u_net_alone_is_read_at_its_cross_attention(toy_text_encoder):
+    """The text encoder reads the prompts once, and is not called again."""
+    term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=3)
+    train_util = SimpleNamespace(load_target_model=lambda _args: (toy_text_encoder.model, None))
+    collected = frozen_text_encoders(term, facts_of(toy_text_encoder), [train_util])
+    with collected, summed_backward(term, [StubStrategy], trains_text=False):
+        train_unet(parse(num_batches=3), toy_text_encoder, train_util)
+    assert (term.step, term.call) == (3, 3)
+    assert term.setup.read_at == "cross_attention"
+    assert term.parts.term.loss > 0
+    assert "1 text encoder" in term.describe()
 
 
 def test_a_text_encoder_that_is_frozen_later_gets_no_term_from_then_on(term, toy_text_encoder):
@@ -905,16 +958,29 @@ def test_a_loop_that_never_trains_the_text_encoder_is_refused(term, toy_text_enc
         ({"train_text_encoder": True, "learning_rate_te1": 0, "learning_rate_te2": 0.0}, "te1 and"),
     ],
 )
-def test_scripts_that_leave_the_text_encoder_alone_are_refused(changes, reason):
+def test_scripts_that_leave_the_text_encoder_alone_are_read_at_the_u_net_or_refused(
+    changes, reason
+):
     args = argparse.Namespace(learning_rate=1e-4, **changes)
-    assert reason in why_script_has_no_gradient(args)
+
+    def why(place="auto", arch="sdxl"):
+        return why_script_has_no_gradient(args, MLMOptions(mlm_read_at=place), arch=arch)
+
+    assert why() is None
+    assert why("cross_attention") is None
+    assert reason in why("encoder")
+    assert reason in why("both")
+    assert "mlm_read_at = cross_attention" in why("both")
+    assert reason in why(arch="sd3"), "whole SD 3 is read at its text encoders alone"
+    args.learning_rate = 0.0
+    assert "learning_rate = 0" in why()
 
 
 def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
     args = argparse.Namespace(
         learning_rate=1e-4, train_text_encoder=True, learning_rate_te1=0.0, learning_rate_te2=None
     )
-    assert why_script_has_no_gradient(args) is None
+    assert why_script_has_no_gradient(args, MLMOptions(), arch="sdxl") is None
     args = argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])
     assert why_network_has_no_gradient(args, MLMOptions(), arch="sdxl") is None
 
@@ -1419,12 +1485,8 @@ def test_whole_sd3_cannot_be_read_at_its_transformer(whole_model, refused):
     asked = {"weight": 0.1, "train_text_encoder": True, "file": "sd3_train.py"}
     for place in ("both", "cross_attention"):
         with refused([f"mlm_read_at = {place}", "text encoders alone"]):
-            with collected_text_encoders(
-                MLMTerm(MLMOptions(mlm_loss_weight=0.1, mlm_read_at=place), seed=0),
-                arch="sd3",
-                clip_skip=None,
-                tokenizers=list,
-            ):
+            term = MLMTerm(MLMOptions(mlm_loss_weight=0.1, mlm_read_at=place), seed=0)
+            with collected_text_encoders(term, ScriptFacts("sd3", None, list)):
                 pass
     with refused(["without train_text_encoder"]):
         whole_model("", **asked | {"train_text_encoder": False})
