@@ -173,8 +173,9 @@ def pooled(curve_K2: np.ndarray) -> np.ndarray:
 def matched_difference(ours_K2: np.ndarray, theirs_K2: np.ndarray) -> float:
     """The second measure of one curve over another at the lower of the first ones that they reach.
 
-    Both are pooled and linear between their points. Exchanging them changes the sign alone, so
-    neither is favoured by stopping earlier.
+    Both are pooled and linear between their points, and exchanging them changes the sign alone.
+    The curve that goes further is read between its points: where it bends down, this is below it,
+    so that the rule favours the curve that ends at less of the first measure.
     """
     ours_P2, theirs_P2 = pooled(ours_K2), pooled(theirs_K2)
     level = min(ours_P2[-1, 0], theirs_P2[-1, 0])

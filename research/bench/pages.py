@@ -19,6 +19,7 @@ from mlm_plugin.pocket.concepts import REPORTED
 from research.bench.plan import (
     ARMS,
     CLAIMS,
+    CONTROLS,
     FAMILIES,
     PLAN,
     RATES,
@@ -55,6 +56,10 @@ __all__ = ["PAGES", "blocks", "rewritten"]
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "docs" / "experiments.md", ROOT / "README.md")
 NOTHING = "No results of the current plan yet.\n"
+SEARCHED_OPTIONS = (
+    "unet_lr", "learning_rate", "text_encoder_lr", "learning_rate_te", "embedding_lr", "weight",
+)  # fmt: skip
+"""What searches choose, in the order of the tables."""
 
 
 class Result(NamedTuple):
@@ -90,6 +95,7 @@ def blocks(records: Records) -> dict[str, str]:
     found = {claim: _compared(claim, results) for claim in CLAIMS}
     return {
         "tuning": _tuning_table(records),
+        "edges": _edges_table(records),
         "report": _report_table(results, first, records),
         "claims": _claims_table(found),
         "first": _first_table(first),
@@ -159,6 +165,8 @@ def _results(
     """By name, the arms whose search is complete and whose setting found is reported."""
     found = {}
     for name, arm in ARMS.items():
+        if arm in CONTROLS and searched is not first_search:
+            continue
         winner = searched(arm, records.of("tuning", name)).winner
         if winner is not None and (result := _result(arm, winner, records)) is not None:
             found[name] = result
@@ -177,7 +185,7 @@ def _result(arm: Arm, setting: Flags, records: Records, *, stage: str = "report"
 def _all_of(
     trials: Sequence[Trial], records: Records, *, stage: str = "report"
 ) -> list[Record] | None:
-    done = records.of(stage, trials[0].arm.name)
+    done = records.of_reports(stage, trials[0].arm.name)
     keys = [key_of(trial) for trial in trials]
     return [done[key] for key in keys] if all(key in done for key in keys) else None
 
@@ -196,16 +204,36 @@ def _tuning_table(records: Records) -> str:
         found, first = search(arm, done), first_search(arm, done)
         if found.winner is None:
             continue
-        rows.append([arm.name, *_tuning_cells(found, done)])
+        rows.append([arm.name, *_tuning_cells(arm, found, done)])
         if first.winner != found.winner:
-            rows.append([f"{arm.name}, first search", *_tuning_cells(first, done)])
+            rows.append([f"{arm.name}, first search", *_tuning_cells(arm, first, done)])
     return _table(("arm", "setting found", "score", "prompt fidelity", "identity"), rows)
 
 
-def _tuning_cells(found: Search, done: Mapping[str, Record]) -> list[str]:
+def _tuning_cells(arm: Arm, found: Search, done: Mapping[str, Record]) -> list[str]:
     setting, score = found.scores[0]
     best = [record for record in done.values() if record["setting"] == setting]
-    return [_setting(setting), f"{score:.3f}", *_last_evaluation(best)]
+    return [_setting(arm, setting), f"{score:.3f}", *_last_evaluation(best)]
+
+
+def _edges_table(records: Records) -> str:
+    """Which searches ended at the lowest or highest value that they tried."""
+    rows = []
+    for arm in ARMS.values():
+        found = search(arm, records.of("tuning", arm.name)).winner
+        if found is None or arm in CONTROLS:
+            continue
+        tried = [_searched(arm, setting) for setting in arm.settings]
+        winner = _searched(arm, found)
+        edges = []
+        for name, value in winner.items():
+            values = {float(one[name]) for one in tried}
+            if len(values) > 1 and float(value) in (min(values), max(values)):
+                side = "lowest" if float(value) == min(values) else "highest"
+                edges.append(f"{side} {name} ({value})")
+        if edges:
+            rows.append([arm.name, ", ".join(edges)])
+    return _table(("arm", "the setting found has the"), rows)
 
 
 def _report_table(
@@ -233,27 +261,29 @@ def _report_cells(name: str, results: Mapping[str, Result]) -> list[str]:
     if plain is not None and plain is not result:
         against = compare(result.curves, plain.curves)
     difference = _points(against.matched) if against else "–"
-    return [_setting(result.setting), *_last_evaluation(result.records), difference]
+    setting = _setting(ARMS[name], result.setting)
+    return [setting, *_last_evaluation(result.records), difference]
 
 
 def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
     """Holm's correction is over all claims; those without results count as p = 1."""
     corrected = holm([c.p_value if c else 1.0 for c in found.values()])
-    rows = [
-        [
-            claim.ours,
-            claim.theirs,
-            _points(comparison.matched),
-            f"{100 * median(comparison.by_concept.values()):+.1f}",
-            f"{comparison.p_value:.4f}",
-            f"{p:.4f}",
-            _points(comparison.fidelity),
-            _points(comparison.identity),
-            _points(comparison.score),
-        ]
-        for (claim, comparison), p in zip(found.items(), corrected, strict=True)
-        if comparison is not None
-    ]
+    if not any(found.values()):
+        return NOTHING
+    rows = []
+    for (claim, comparison), p in zip(found.items(), corrected, strict=True):
+        cells = ["not run", *["–"] * 6]
+        if comparison is not None:
+            cells = [
+                _points(comparison.matched),
+                f"{100 * median(comparison.by_concept.values()):+.1f}",
+                f"{comparison.p_value:.4f}",
+                f"{p:.4f}",
+                _points(comparison.fidelity),
+                _points(comparison.identity),
+                _points(comparison.score),
+            ]
+        rows.append([claim.ours, claim.theirs, *cells])
     headings = (
         "with the term", "against", "Δ fidelity at matched identity", "median", "p",
         f"p, Holm over {len(found)}", "Δ fidelity, last step", "Δ identity, last step",
@@ -263,15 +293,17 @@ def _claims_table(found: Mapping[Claim, Comparison | None]) -> str:
 
 
 def _first_table(first: Mapping[str, Result]) -> str:
-    """The claims as they would be after the first search, where there is a second one."""
+    """The claims as they would be after the first search, where there is a second one, and the
+    controls, which have no other.
+    """
     rows = []
-    for claim in CLAIMS:
+    for claim in (*CLAIMS, *_of_controls()):
         comparison = _compared(claim, first)
         if comparison is None or not any(ARMS[name].second_grid for name in claim):
             continue
         rows.append(
             [
-                *(f"{name}: {_setting(first[name].setting)}" for name in claim),
+                *(f"{name}: {_setting(ARMS[name], first[name].setting)}" for name in claim),
                 _points(comparison.matched),
                 f"{comparison.p_value:.4f}",
                 _points(comparison.fidelity),
@@ -283,6 +315,16 @@ def _first_table(first: Mapping[str, Result]) -> str:
         "Δ fidelity, last step", "Δ identity, last step",
     )  # fmt: skip
     return _table(headings, rows)
+
+
+def _of_controls() -> list[Claim]:
+    """Controls against plain training and CoRe, and the recommended form against them."""
+    found = []
+    for control in CONTROLS:
+        family = control.family.name
+        found += [Claim(control.name, f"{family} {form}") for form in ("plain", "core")]
+        found.append(Claim(f"{family} {RECOMMENDED[family]}", control.name))
+    return found
 
 
 def _settled_table(
@@ -304,13 +346,15 @@ def _settled_table(
             pairs.append([one.setting for one in pair])
             row = [f"{name}{marked}" for name in claim]
             for curves in ([one.curves for one in pair], settled):
-                count = f"{num_before_first_evaluation(*curves)} of {len(curves[0])}"
+                both = (curves, curves[::-1])
+                counts = [str(num_before_first_evaluation(*pair)) for pair in both]
+                count = f"{' + '.join(counts)} of {len(curves[0])}"
                 row += [_points(compare(*curves).matched), count]
             rows.append(row)
     headings = (
         "with the term", "against", "Δ, evaluations of one training",
-        "read before its first evaluation", "Δ, trainings of three lengths",
-        "read before the shortest",
+        "theirs + ours read before its first one", "Δ, trainings of three lengths",
+        "theirs + ours read before the shortest",
     )  # fmt: skip
     return _table(headings, rows)
 
@@ -347,7 +391,8 @@ def _rates_table(first: Mapping[str, Result], records: Records) -> str:
         plain, ours = pairs[rate]
         found = compare(ours.curves, plain.curves)
         cells = [" / ".join(_last_evaluation(one.records)) for one in (plain, ours)]
-        rows.append([rate, *cells, _points(found.matched), *map(_points, found[3:])])
+        last = (found.fidelity, found.identity, found.score)
+        rows.append([rate, *cells, _points(found.matched), *map(_points, last)])
     headings = (
         "U-Net's rate", *(f"{name}, fidelity / identity" for name in names),
         "Δ fidelity at matched identity", "Δ fidelity, last step", "Δ identity, last step",
@@ -409,8 +454,16 @@ def _last_point(curve: Curve) -> str:
     return f"{fidelity:.0f} / {identity:.0f}"
 
 
-def _setting(setting: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in setting.items())
+def _searched(arm: Arm, setting: Flags) -> dict[str, str]:
+    """Rates and weight that an arm is trained with at a setting."""
+    values = {**arm.family.flags, **arm.flags, **setting}
+    if "unet_lr" in values:
+        del values["learning_rate"]  # every part has a rate of its own
+    return {name: values[name] for name in SEARCHED_OPTIONS if name in values}
+
+
+def _setting(arm: Arm, setting: Flags) -> str:
+    return ", ".join(f"{name} {value}" for name, value in _searched(arm, setting).items())
 
 
 def _points(value: Mean) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "ARMS",
     "CLAIMED",
     "CLAIMS",
+    "CONTROLS",
     "NUM_SETTINGS",
     "PLAN",
     "RATES",
@@ -71,7 +72,7 @@ class Family:
         title: name in README.
         method: value of ``--method``.
         flags: options of all its trials.
-        rates: an option and three values, for arms that also choose the weight of a term.
+        term_rates: an option and three values, for arms that also choose the weight of a term.
         plain: the grid of plain training.
         other_rates: what the best plain setting has besides, for arms with a term.
     """
@@ -80,7 +81,7 @@ class Family:
     title: str
     method: str
     flags: Flags = field(default_factory=dict)
-    rates: tuple[str, tuple[str, ...]] = ("", ())
+    term_rates: tuple[str, tuple[str, ...]] = ("", ())
     plain: tuple[Flags, ...] = ()
     other_rates: Flags = field(default_factory=dict)
 
@@ -240,7 +241,7 @@ WEIGHTS = {
 }  # two weights, a decade apart
 LOW_WEIGHTS = ("0.01", "0.1")
 LOW = ("textual_inversion", "xti", "custom_diffusion both/states")
-"""Families and arms with low weights: embeddings alone are trained, or what the term reads."""
+"""Families and arms whose weights are a decade lower: the first choice cost them likeness."""
 
 
 def _plain(family: str) -> Arm:
@@ -254,7 +255,7 @@ def _term(family: str, form: str, *, grammar: str = "free") -> Arm:
         flags["mlm_probability"] = "0.15"  # as in the paper
     if form == "prior_preservation":  # as many pictures of the concept as in other arms
         flags["train_batch_size"] = str(2 * BATCH_SIZE)
-    rate, values = FAMILIES[family].rates
+    rate, values = FAMILIES[family].term_rates
     weights = LOW_WEIGHTS if {family, f"{family} {form}"} & set(LOW) else WEIGHTS[form]
     grid = _grid({rate: values, "weight": weights})
     regularizer = "mlm" if form in FORMS else form
@@ -371,14 +372,12 @@ SEARCHED = tuple(
     )
 )
 
-ARMS: Mapping[str, Arm] = {
-    arm.name: arm
-    for arm in (
-        *SEARCHED,
-        _control("lora", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
-        _control("pivotal", {"text_encoder_lr": "1.5e-4", "weight": "0.1"}),
-    )
-}
+CONTROLS = tuple(
+    _control(family, {"text_encoder_lr": "1.5e-4", "weight": "0.1"})
+    for family in ("lora", "pivotal")
+)
+"""At the settings of the first search."""
+ARMS: Mapping[str, Arm] = {arm.name: arm for arm in (*SEARCHED, *CONTROLS)}
 
 RATES: Mapping[str, tuple[Flags, ...]] = {
     name: tuple({**found, "unet_lr": rate} for rate in ("1.25e-3", "5e-3"))

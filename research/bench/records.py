@@ -2,7 +2,7 @@
 
 A trial is identified by its place in the plan, so a record of another plan is not taken for it. The
 fingerprint does not cover code, captions and pictures: where those change, records are dropped by
-hand; each names the commit that it ran at. Does not import torch.
+hand. Does not import torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Records:
     """Reads and adds records.
 
     A record has ``key``, ``setting``, ``concept``, ``seed``, ``evaluations`` (step, prompt fidelity
-    and identity of each), ``ms_per_step``, ``seconds`` of the whole trial, and ``commit``.
+    and identity of each), ``ms_per_step``, ``seconds`` of the whole trial, and
+    the ``commit`` it ran at, which the earliest lack.
 
     Args:
         folder: has a folder for each stage.
@@ -70,6 +71,11 @@ class Records:
         if self.model not in (None, content["model"]):
             raise UserError(f"{path}: has results of another model; choose another --records")
         return {record["key"]: record for record in content["trials"]}
+
+    def of_reports(self, stage: str, name: str) -> dict[str, Record]:
+        """Like :meth:`of`; what was reported counts for other rates of the U-Net too."""
+        reported = self.of("report", name) if stage == "rates" else {}
+        return {**reported, **self.of(stage, name)}
 
     def add(self, stage: str, name: str, record: Record) -> None:
         """Add the record of a trial, or replace an earlier one."""

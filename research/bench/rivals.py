@@ -1,8 +1,8 @@
 """Related regularizers, for comparison: text terms and one on the U-Net's output.
 
 Every rival is a class that replaces ``MLMRegularizer``: called with the number of the batch, it
-returns a loss. Rivals use the same prompts as the MLM term and compare with a frozen copy of the
-text encoder. Shapes: B prompts, L and M tokens, D width.
+returns a loss. Text rivals use the same prompts as the MLM term and compare with a frozen copy of
+the text encoder. Shapes: B prompts, L and M tokens, D width.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def missing_trials(stage: str, arm: Arm, records: Records) -> list[Trial]:
         _check_other_rates(arm, records)
         return search(arm, records.of(stage, arm.name)).missing
     trials = trials_at_rates(arm) if stage == "rates" else _reported_trials(arm, records)
-    done = records.of(stage, arm.name)
+    done = records.of_reports(stage, arm.name)
     return [trial for trial in trials if key_of(trial) not in done]
 
 

@@ -118,7 +118,7 @@ def test_shorter_trainings_are_the_points_of_the_curve_they_are_compared_with(re
                 records.add(shorter(steps), name, record)
     (row,) = (line for line in blocks(records)["settled"].splitlines() if "both/states" in line)
     # at .6, the last two are pooled: (.76 + .75) / 2 with the term, (.6 + .7) / 2 without
-    assert "| 0 of 12 | +10.5 ± " in row
+    assert "| 0 + 0 of 12 | +10.5 ± " in row
 
 
 def test_the_setting_of_the_second_search_is_claimed_and_that_of_the_first_shown_too(records):
@@ -161,12 +161,21 @@ def test_every_rate_of_the_unet_has_a_row_of_its_own(records):
     assert "| 5e-3 | 40.0 / 60.0 | 42.0 / 60.0 | +2.0 ± " in rows[2]
 
 
+def test_searches_that_end_at_an_edge_are_named(records):
+    """All settings of the fixture score alike, so that the first in the grid is found."""
+    rows = blocks(records)["edges"].splitlines()[2:]
+    edges = "highest unet_lr (2.5e-3), lowest text_encoder_lr (1.5e-4), lowest weight (0.03)"
+    assert f"| lora core | {edges} |" in rows
+    # the second grid has a lower rate of the U-Net and a lower one of the text encoder
+    assert not any(row.startswith("| lora plain |") for row in rows)
+
+
 def test_an_arm_that_lacks_a_trial_is_not_shown(records):
     (path,) = (records.folder / "report").glob("lora-core.json")
     path.unlink()
     found = blocks(records)
     assert "lora core" not in found["report"]
-    assert "lora core" not in found["claims"]
+    assert "| lora both/states | lora core | not run | – |" in found["claims"]
     assert "lora core" in found["tuning"]
 
 

@@ -9,6 +9,7 @@ from mlm_plugin.pocket.concepts import TUNING
 from research.bench.plan import (
     ARMS,
     CLAIMS,
+    CONTROLS,
     FAMILIES,
     FORMS,
     NUM_SETTINGS,
@@ -39,7 +40,6 @@ def run(arm, fidelity_of):
     return state, ran
 
 
-CONTROLS = [arm for arm in ARMS.values() if arm.grammar == "disjoint"]
 SECOND = [arm for arm in SEARCHED if arm.second_grid]
 
 
@@ -162,9 +162,9 @@ def test_the_recommended_form_is_the_one_with_the_best_tuning_score(family):
         if arm.form in FORMS and arm.form != "encoder/word"
     ]  # fmt: skip
     found = {arm.form: first_search(arm, Records().of("tuning", arm.name)) for arm in forms}
-    if any(state.winner is None for state in found.values()):
-        pytest.skip("not tuned yet")
-    assert RECOMMENDED[family] == max(found, key=lambda form: found[form].scores[0][1])
+    scores = {form: state.scores[0][1] for form, state in found.items() if state.winner}
+    assert len(scores) > (family != "lora_unet_only"), "one of several"
+    assert RECOMMENDED[family] == max(scores, key=scores.get)
 
 
 def test_arms_are_chosen_by_name_or_family():

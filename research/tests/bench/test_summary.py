@@ -94,6 +94,17 @@ def test_arms_on_one_curve_differ_by_nothing_on_average(ends):
     assert abs(mean) < 3 * error < 0.004
 
 
+def test_on_a_curve_that_bends_down_the_arm_that_ends_earlier_is_favoured():
+    """The other one is read on a line below its own curve; as the pages say."""
+
+    def arm(end):
+        identity = np.array([0.16, *np.linspace(0.45, 1, 3) ** 0.5 * end])
+        return np.stack([identity, 1 - identity**4], axis=1)
+
+    assert matched_difference(arm(0.5), arm(0.66)) > 0.001
+    assert matched_difference(arm(0.66), arm(0.5)) < -0.001
+
+
 def test_the_rule_of_before_favoured_the_arm_that_goes_further():
     mean, error = mean_and_error(greatest_common_identity, (0.58, 0.66))
     assert mean < -5 * error
