@@ -1,4 +1,4 @@
-"""Means over seeds, Holm's correction, and a comparison that favours neither arm."""
+"""Means over seeds, Holm's correction, and a comparison that treats both arms alike."""
 
 from statistics import harmonic_mean
 
