@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from textwrap import indent
@@ -243,11 +243,15 @@ def _report_table(
     ceiling = _all_of(trials_to_report(UNTRAINED, UNTRAINED.grid[1]), records)
     if ceiling is not None:
         rows.append(["untrained model, class word", "–", *_last_evaluation(ceiling), "–"])
-    rows += [[name, *_report_cells(name, results)] for name in results]
+    rows += [[name, *_report_cells(name, result, results)] for name, result in results.items()]
     rows += [
-        [f"{name}, first search", *_report_cells(name, first)]
-        for name in first
+        [f"{name}, first search", *_report_cells(name, result, first)]
+        for name, result in first.items()
         if name not in results or results[name].setting != first[name].setting
+    ]
+    rows += [
+        [f"{name}, another setting", *_report_cells(name, other, results)]
+        for name, other in _other_reports(results, first, records)
     ]
     headings = (
         "arm", "setting", "prompt fidelity", "identity", "Δ fidelity to plain at matched identity",
@@ -255,8 +259,19 @@ def _report_table(
     return _table(headings, rows)
 
 
-def _report_cells(name: str, results: Mapping[str, Result]) -> list[str]:
-    result, plain = results[name], results.get(f"{ARMS[name].family.name} plain")
+def _other_reports(
+    results: Mapping[str, Result], first: Mapping[str, Result], records: Records
+) -> Iterator[tuple[str, Result]]:
+    """Complete reports of settings that no search has found."""
+    for name, arm in ARMS.items():
+        found = [one[name].setting for one in (results, first) if name in one]
+        for setting in arm.settings:
+            if setting not in found and (other := _result(arm, setting, records)):
+                yield name, other
+
+
+def _report_cells(name: str, result: Result, results: Mapping[str, Result]) -> list[str]:
+    plain = results.get(f"{ARMS[name].family.name} plain")
     against = None
     if plain is not None and plain is not result:
         against = compare(result.curves, plain.curves)

@@ -1,7 +1,7 @@
 """How strongly the MLM term pulls, and what gradient clipping makes of it, in short pocket runs.
 
     python -m research.benchmarks.term_strength {less,clip} [--steps 100] [--seeds 0 1]
-        [--weights 0.1 1] [--optimizers NAME ...] [--savings NAME ...]
+        [--weights 0.1 1] [--target states] [--optimizers NAME ...] [--savings NAME ...]
 
 ``less``: the term at every n-th step, or on fewer prompts. *Loss pull* is the drop of the term's
 loss, on fixed prompts, that the term causes, as a share of that of the default. *Weight pull* is
@@ -13,7 +13,8 @@ prompts, ``d_other``: ``<d, d_other> / <d_1, d_other>`` with ``d_1`` of the defa
 The median norm of the gradient, the mean clip factor ``min(1, limit / norm)``, and the length of
 the U-Net's path (the sum of the norms of its updates), as ratios to the run without the term.
 
-All runs of a seed see the same pictures, noise and timesteps. One line of JSON per comparison.
+All runs of a seed see the same pictures, noise and timesteps. One line of JSON per comparison;
+those that docs/method.md reports are in ``research/results/term_strength.jsonl``.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ OPTIONS = {
     "train_batch_size": "4",
     "max_data_loader_n_workers": "0",
     "mlm_prompt_set": "pocket",
-    "mlm_contextualizer": "pocket",
-    "mlm_target": "class",
     "output_dir": "unused",
+}
+TARGETS = {
+    "states": {"mlm_target": "states"},
+    "class": {"mlm_target": "class", "mlm_contextualizer": "pocket"},
 }
 OPTIMIZERS = {
     "AdamW, no clipping": {"max_grad_norm": "0"},
@@ -131,7 +134,7 @@ def run(seed: int, *, steps: int, **options: str) -> dict:
 
 @torch.no_grad()
 def term_loss(trainer: Trainer) -> float:
-    """The term on fixed prompts, in nats."""
+    """The term on fixed prompts."""
     with trainer.evaluating():
         return mean(trainer._term(call).loss.item() for call in EVALUATION_CALLS)
 
@@ -179,6 +182,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--weights", nargs="+", default=["0.1"])
+    parser.add_argument("--target", choices=TARGETS, default="states")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--savings", nargs="+", choices=SAVINGS, default=list(SAVINGS))
     args = parser.parse_args()
@@ -188,8 +192,12 @@ def main() -> None:
     for optimizer in args.optimizers:
         for weight in args.weights:
             for seed in args.seeds:
-                found = compare(seed, weight=weight, steps=args.steps, **OPTIMIZERS[optimizer])
-                row = {"optimizer": optimizer, "weight": weight, "seed": seed}
+                options = {**OPTIMIZERS[optimizer], **TARGETS[args.target]}
+                found = compare(seed, weight=weight, steps=args.steps, **options)
+                row = {
+                    "comparison": args.comparison, "steps": args.steps, "target": args.target,
+                    "optimizer": optimizer, "weight": weight, "seed": seed,
+                }  # fmt: skip
                 numbers = {name: float(f"{value:.3g}") for name, value in found.items()}
                 print(json.dumps(row | numbers), flush=True)
 
