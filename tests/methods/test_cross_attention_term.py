@@ -13,6 +13,7 @@ UNET_ONLY = {
     "lora": {"network_train_unet_only": True},
     "dreambooth": {"no_train_text_encoder": True},
     "pivotal": {"network_train_unet_only": True, "embedding_lr": 0},
+    "custom_diffusion": {"embedding_lr": 0},
 }
 TARGETS = ("states", "class", "word")
 
@@ -46,6 +47,18 @@ def test_the_term_is_zero_before_training_and_rises_when_the_concept_takes_over(
     """With a placeholder in front of the class word, and with one that has its own embedding."""
     for target in ("states", "class"):
         trainer = trainer_of(name, mlm_read_at=read_at, mlm_target=target, mlm_batch_size=8)
+        assert [term_of(trainer, call).loss.item() for call in range(3)] == pytest.approx(
+            [0, 0, 0], abs=2e-5
+        )
+        for part in trainer.method.parts():
+            disturb(trainer, part)
+        assert term_of(trainer).loss.item() > 1e-3
+
+
+@pytest.mark.parametrize("read_at", ["encoder", "cross_attention", "both"])
+def test_the_term_of_sdxl_is_zero_before_training_too(read_at, sdxl_trainer_of):
+    for target in ("states", "class"):
+        trainer = sdxl_trainer_of("lora", mlm_read_at=read_at, mlm_target=target, mlm_batch_size=8)
         assert [term_of(trainer, call).loss.item() for call in range(3)] == pytest.approx(
             [0, 0, 0], abs=2e-5
         )
