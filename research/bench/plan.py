@@ -356,6 +356,9 @@ SECOND_GRIDS: Mapping[str, tuple[Flags, ...]] = {
     "pivotal core": _around(PIVOTAL_RATES, _text("1.5e-4", "0.03"), inner="0.3", outer="0.003"),
     "pivotal textboost": _around(PIVOTAL_RATES, _text("5e-4", "0.1"), inner="1", outer="0.01"),
     "pivotal classdiffusion": _around(PIVOTAL_RATES, _text("5e-4", "1"), inner="0.1", outer="10"),
+    "pivotal prior_preservation": _around(
+        PIVOTAL_RATES, _text("1.5e-4", "1"), inner="0.1", outer="10"
+    ),
     "pivotal both/states": _around(PIVOTAL_RATES, _text("1.5e-4", "0.1"), inner="1", outer="0.01"),
 }
 """The second search of the arms of the claims: lower rates of the U-Net, and weights that the first
