@@ -886,7 +886,7 @@ class MLMOptions:
     mlm_every_n_steps: int = option(
         1,
         "Add the term at every n-th optimizer step, n times as strong: the mean gradient is the "
-        "same, its effect under AdamW up to a quarter smaller.",
+        "same, its effect under AdamW at n = 4 up to a quarter smaller.",
         at_least=1,
     )
     mlm_start_step: int = option(0, "First optimizer step with the term, from 0.", at_least=0)
