@@ -22,11 +22,13 @@ from research.bench.grammars import GRAMMARS
 from research.bench.plan import (
     ARMS,
     PLAN,
+    RATES,
     RECOMMENDED,
     REPORT_SEEDS,
     UNTRAINED,
     BenchPlan,
     Trial,
+    trials_to_report,
 )
 from research.bench.records import Records
 from research.bench.run import Limits, run_stage
@@ -226,6 +228,14 @@ def test_the_setting_found_is_reported_on_all_concepts_and_seeds(context, record
     }
 
 
+def test_other_rates_are_trained_once_and_what_is_reported_counts(context, records, fake_trials):
+    arm, (half, twice) = ARMS["lora plain"], RATES["lora plain"]
+    for reported in trials_to_report(arm, half):
+        record = {"key": run.key_of(reported), "evaluations": [[2, 0.5, 0.5]]}
+        records.add("report", arm.name, record)
+    assert run.missing_trials("rates", arm, records) == trials_to_report(arm, twice)
+
+
 def test_no_trial_starts_after_the_time_is_up(context, records, fake_trials, capsys):
     limits = Limits(minutes=0)
     assert run_stage("tuning", [PLAIN], context=context, records=records, limits=limits) == 0
@@ -278,6 +288,10 @@ def test_a_key_depends_on_all_that_determines_a_result():
         (["--stage", "tuning", "--output", "{}", "--arms", "dora"], "--arms 'dora'"),
         (["--stage", "tuning", "--output", "{}", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["--stage", "tuning", "--output", "{}", "--steps", "50"], "--steps is for --stage report"),
+        (
+            ["--stage", "rates", "--output", "{}", "--arms", "pivotal plain"],
+            "--arms 'pivotal plain': --stage rates has lora plain, lora both/states",
+        ),
     ],
 )
 def test_bad_input_is_one_line(argv, named, tmp_path):
