@@ -124,9 +124,10 @@ def test_a_training_command_parses(command):
     arguments = shlex.split(command)[2:]
     if "--help" in arguments:
         return
-    config_file = arguments[arguments.index("--config_file") + 1]
-    if not config_file.startswith("presets/"):  # the reader's own file
-        arguments[arguments.index("--config_file") + 1] = "presets/quickstart.toml"
+    if "--config_file" in arguments:
+        place = arguments.index("--config_file") + 1
+        if not arguments[place].startswith("presets/"):  # the reader's own file
+            arguments[place] = "presets/quickstart.toml"
     arguments = [str(ROOT / part) if part.startswith("presets/") else part for part in arguments]
     assert load_config(arguments).model.pretrained_model_name_or_path
 
