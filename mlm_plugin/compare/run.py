@@ -165,7 +165,7 @@ class _Comparison:
         return {
             "model": self.options.pretrained_model_name_or_path,
             **self.judges,
-            "evaluation_steps": ", ".join(map(str, self.plan.evaluation_steps)),
+            "evaluation steps": ", ".join(map(str, self.plan.evaluation_steps)),
             "seeds": ", ".join(map(str, self.plan.seeds)),
             "prompts": self.plan.prompts or "DreamBench's",
             "pictures per prompt": str(self.plan.pictures_per_prompt),

@@ -230,7 +230,7 @@ def train_trial(trial: Trial) -> None:
     try:
         with output_to(folder / "log.txt", append=bool(states)):
             trainer = trainer_of(trial.run._replace(config=config))
-            trainer.callbacks[:0] = [bar, Looks(trial)]
+            trainer.callbacks[:0] = [bar, DrawAtSteps(trial)]
             trainer.run()
             stop_code = trainer.stop_code
     except NonFiniteLoss as error:
@@ -250,7 +250,7 @@ def train_trial(trial: Trial) -> None:
         raise Stopped(stop_code)
 
 
-class Looks(Callback):
+class DrawAtSteps(Callback):
     """Draws the prompts at the steps of the plan."""
 
     def __init__(self, trial: Trial):
@@ -265,7 +265,7 @@ class Looks(Callback):
         self._evaluate(trainer)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Look, if this is one of the steps."""
+        """Draw, if this is one of the steps."""
         self._evaluate(trainer)
 
     def _evaluate(self, trainer: Trainer) -> None:

@@ -268,12 +268,14 @@ def no_gradient_message(mlm: MLMOptions, reason: str, *, elsewhere: bool = False
         reason: why.
         elsewhere: whether ``mlm_read_at = cross_attention`` may help.
     """
+    place = " at the text encoder" if mlm.mlm_read_at == "both" else ""
     advice = ""
-    if elsewhere and mlm.mlm_read_at == "encoder":
+    if elsewhere and mlm.mlm_read_at in ("encoder", "both"):
         advice = ", take mlm_read_at = cross_attention if the U-Net is trained"
     return (
         f"mlm_loss_weight = {mlm.mlm_loss_weight:g} asks for the MLM term, but {reason}, so it "
-        f"would change nothing; train something that it reads{advice}, or set mlm_loss_weight = 0"
+        f"would change nothing{place}; train something that it reads{advice}, or set "
+        "mlm_loss_weight = 0"
     )
 
 

@@ -857,7 +857,7 @@ class MLMOptions:
         "and values that the U-Net makes of it, so that training the U-Net alone is reached too. "
         "`both`. `auto`: wherever something is trained; with `mlm_target` `class` or `word` at the "
         "`encoder` alone, if anything before its output is trained; in sd-scripts' scripts for "
-        "whole models always at the `encoder`.",
+        "whole models at the `encoder` if one is trained.",
         choices=("auto", "encoder", "cross_attention", "both"),
     )
     mlm_target: str = option(

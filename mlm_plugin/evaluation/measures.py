@@ -174,8 +174,8 @@ def matched_difference(ours_K2: np.ndarray, theirs_K2: np.ndarray) -> float:
     """The second measure of one curve over another at the lower of the first ones that they reach.
 
     Both are pooled and linear between their points, and exchanging them changes the sign alone.
-    The curve that goes further is read between its points: where it bends down, this is below it,
-    so that the rule favours the curve that ends at less of the first measure.
+    The curve that goes further is read between its points. Where it bends down, the straight line
+    lies below it, so that the rule favours the curve that ends at less of the first measure.
     """
     ours_P2, theirs_P2 = pooled(ours_K2), pooled(theirs_K2)
     level = min(ours_P2[-1, 0], theirs_P2[-1, 0])

@@ -171,7 +171,7 @@ class Method(MethodFacts, ABC):
         return Variants(ids_BL)
 
     def mlm_starts(self, ids_BL: Tensor) -> Sequence[Tensor]:
-        """The variants that differ before training, by layer; one where all are alike."""
+        """The variants that differ before training, by layer; one where none do."""
         return (ids_BL,)
 
     def untrained(self) -> AbstractContextManager:

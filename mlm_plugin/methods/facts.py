@@ -144,9 +144,7 @@ class MethodFacts:
         of_unet = cls.why_unet_untrained(config)
         if of_unet is not None:
             return of_text if of_unet == of_text else f"{of_text}, and {of_unet}"
-        if read_at == "both":
-            return f"{of_text}; with mlm_read_at = cross_attention it reads at the U-Net alone"
-        return None
+        return of_text if read_at == "both" else None
 
     @classmethod
     def why_text_untrained(cls, config: TrainConfig, *, num_text_encoders: int = 2) -> str | None:

@@ -73,7 +73,7 @@ class EncoderHandle:
         targets: prompts with what the untrained model makes of them. Without them fresh prompts
             are drawn, and the masked words themselves are the targets.
         vary: variants of encoded prompts (XTI), drawn from the given stream.
-        starts: ids of the variants that differ before training, by layer; one where all are alike.
+        starts: ids of the variants that differ before training, by layer; one where none do.
         is_trained: whether anything before this encoder's output is trained.
         is_read: whether the term reads that output itself, besides what the U-Net makes of it.
         is_in_image_model: whether its output is a state inside the image model.

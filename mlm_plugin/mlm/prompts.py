@@ -141,7 +141,7 @@ class PromptSet:
 
     @classmethod
     def _from_lines(cls, name: str, lines: Iterable[str]) -> PromptSet:
-        # tokenizers split "'s" off a word, but take the s after a typographic apostrophe for one
+        # tokenizers split "'s" off, but the s after a typographic apostrophe is a word of its own
         lines = tuple(
             dict.fromkeys(line.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'") for line in lines)
         )

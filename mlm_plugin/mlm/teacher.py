@@ -77,8 +77,8 @@ def compute_targets(
         with_teacher: false where the masked words themselves are the targets.
     """
     targets = []
-    for start in range(0, len(pairs), BATCH_SIZE):
-        batch = pairs[start : start + BATCH_SIZE]
+    for first in range(0, len(pairs), BATCH_SIZE):
+        batch = pairs[first : first + BATCH_SIZE]
         prompts_BL, teacher_BL = (
             encoder.tokenize(list(texts)) for texts in zip(*batch, strict=True)
         )

@@ -194,7 +194,7 @@ class PretrainingRun:
         if start is not None:
             self.network.load_state_dict(start.network.state_dict())
         self.optimizer = torch.optim.AdamW(parameter_groups(self.network), lr=options.learning_rate)
-        self.step, self.looks_without_gain, self.best_loss = 0, 0, math.inf
+        self.step, self.evaluations_without_gain, self.best_loss = 0, 0, math.inf
         self.saved_step: int | None = None  # of the state file, if there is one of this run
         self.scores: Scores | None = None
         self.lowest_loss, self.best_weights = math.inf, {}
@@ -205,7 +205,7 @@ class PretrainingRun:
         """Whether all steps are done, or the held-out loss has stopped falling."""
         return (
             self.step >= self.options.max_train_steps
-            or self.looks_without_gain >= self.options.patience
+            or self.evaluations_without_gain >= self.options.patience
         )
 
     def train_step(self) -> Tensor:
@@ -255,9 +255,9 @@ class PretrainingRun:
             self.lowest_loss, self.best_weights = self.scores.loss, _copied(self.network)
         gained = self.scores.loss < 0.99 * self.best_loss
         if gained:  # small gains add up until they count
-            self.best_loss, self.looks_without_gain = self.scores.loss, 0
+            self.best_loss, self.evaluations_without_gain = self.scores.loss, 0
         else:
-            self.looks_without_gain += 1
+            self.evaluations_without_gain += 1
 
     def save_state(self) -> None:
         """Write what :meth:`resume` needs; a failed write is a warning."""
@@ -266,7 +266,7 @@ class PretrainingRun:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "looks_without_gain": self.looks_without_gain,
+            "evaluations_without_gain": self.evaluations_without_gain,
             "best_loss": self.best_loss,
             "lowest_loss": self.lowest_loss,
             "best_weights": self.best_weights,
@@ -312,9 +312,9 @@ class PretrainingRun:
         state = torch.load(self.state_path, map_location=self.table.device, weights_only=True)
         if state["made_for"] != self._made_for():
             return False
-        step, looks, best = (
+        step, without_gain, best = (
             int(state["step"]),
-            int(state["looks_without_gain"]),
+            int(state["evaluations_without_gain"]),
             state["best_loss"],
         )
         lowest, best_weights = float(state["lowest_loss"]), state["best_weights"]
@@ -324,7 +324,8 @@ class PretrainingRun:
             self.network.load_state_dict(weights)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.looks_without_gain, self.best_loss = step, looks, float(best)
+        self.step, self.best_loss = step, float(best)
+        self.evaluations_without_gain = without_gain
         self.lowest_loss, self.best_weights = lowest, best_weights
         self.saved_step = step
         return True

@@ -40,6 +40,20 @@ PAGE_HELP = (
 PLACE = "command line or config_file"
 WITH_CROSS_ATTENTION = ("sd", "sdxl", "anima")
 """Architectures whose image model reads the prompt in all of its layers."""
+TEXT_OPTIONS = {
+    "train_db.py": ("stop_text_encoder_training", "learning_rate_te"),
+    "fine_tune.py": ("train_text_encoder", "learning_rate_te"),
+    "sdxl_train.py": (
+        "train_text_encoder", "cache_text_encoder_outputs", "learning_rate_te1",
+        "learning_rate_te2",
+    ),
+    "sd3_train.py": (
+        "train_text_encoder", "cache_text_encoder_outputs", "use_t5xxl_cache_only",
+        "learning_rate_te1", "learning_rate_te2",
+    ),
+}  # fmt: skip
+"""What decides in scripts that train whole models whether they train a CLIP text encoder. A TOML
+may hold other options, which such a script does not read."""
 TRAINED_WHILE_CACHED = ("sd3", "flux", "lumina")
 """Architectures whose trainers run a trained text encoder although outputs are cached.
 
@@ -209,11 +223,7 @@ def why_network_has_no_gradient(
     of_text = _why_text_untrained(args, arch=arch)
     of_unet = why_unet_untrained(args)
     place = read_at(options, arch=arch, trains_text=of_text is None, trains_unet=of_unet is None)
-    if of_text is None or place == "encoder":
-        return of_text
-    if place == "both":
-        return f"{of_text}; with mlm_read_at = cross_attention it reads at the U-Net alone"
-    return of_unet
+    return of_text if of_text is None or place != "cross_attention" else of_unet
 
 
 def _why_text_untrained(args: argparse.Namespace, *, arch: str) -> str | None:
@@ -269,34 +279,37 @@ def _given_rates(args: argparse.Namespace) -> list[float]:
 
 
 def why_script_has_no_gradient(
-    args: argparse.Namespace, options: MLMOptions, *, arch: str
+    args: argparse.Namespace, options: MLMOptions, *, file: str, arch: str
 ) -> str | None:
-    """The same for scripts that train whole models (train_db, fine_tune, sdxl_train, sd3_train)."""
-    of_text = why_script_trains_no_text(args)
+    """The same for scripts that train whole models.
+
+    Args:
+        args: options of the script, and whatever else a TOML holds.
+        options: of the term.
+        file: of the script.
+        arch: of its model.
+    """
+    of_text = why_script_trains_no_text(args, file=file)
     place = read_at(options, arch=arch, trains_text=of_text is None, trains_unet=False)
-    if of_text is None or place == "encoder" or arch not in WITH_CROSS_ATTENTION:
+    if of_text is None or place != "cross_attention" or arch not in WITH_CROSS_ATTENTION:
         return of_text
-    if place == "both":
-        return f"{of_text}; with mlm_read_at = cross_attention it reads at the U-Net alone"
     if not float(args.learning_rate or 0):
-        return f"{of_text}, and learning_rate = 0 the U-Net"
+        return f"{of_text}, and learning_rate = 0 leaves the U-Net untrained"
     return None
 
 
-def why_script_trains_no_text(args: argparse.Namespace) -> str | None:
-    """Why such a script trains no text encoder; None if it does."""
-    if hasattr(args, "train_text_encoder") and not args.train_text_encoder:
+def why_script_trains_no_text(args: argparse.Namespace, *, file: str) -> str | None:
+    """Why such a script trains no text encoder; None if it does. Arguments as above."""
+    given = {name: getattr(args, name) for name in TEXT_OPTIONS[file] if hasattr(args, name)}
+    if not given.get("train_text_encoder", True):
         return "without train_text_encoder the text encoder is not trained"
-    only_t5 = getattr(args, "use_t5xxl_cache_only", False)
-    if getattr(args, "cache_text_encoder_outputs", False) and not only_t5:
+    if given.get("cache_text_encoder_outputs") and not given.get("use_t5xxl_cache_only"):
         return "cache_text_encoder_outputs leaves the text encoder untrained"
-    stop = getattr(args, "stop_text_encoder_training", None)
+    stop = given.get("stop_text_encoder_training")
     if stop is not None and int(stop) <= 0:
         return f"stop_text_encoder_training = {stop} leaves the text encoder untrained"
-    base = args.learning_rate
-    is_sdxl = hasattr(args, "learning_rate_te1")
-    names = ["learning_rate_te1", "learning_rate_te2"] if is_sdxl else ["learning_rate_te"]
-    rates = [base if getattr(args, name, None) is None else getattr(args, name) for name in names]
+    names = [name for name in TEXT_OPTIONS[file] if name.startswith("learning_rate_te")]
+    rates = [args.learning_rate if given.get(name) is None else given[name] for name in names]
     if not any(float(rate or 0) for rate in rates):
         return f"{' and '.join(names)} = 0 leaves the text encoder untrained"
     return None

@@ -18,6 +18,7 @@ from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.config.options import OPTIONS
 from mlm_plugin.errors import UserError
 from mlm_plugin.sd_scripts.arguments import (
+    WITH_CROSS_ATTENTION,
     add_mlm_arguments,
     answer_in_one_line,
     read_at,
@@ -296,14 +297,15 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
         _require_that_it_can_stop(module, script, args)
         module.train(args)
         return
-    if reason := why_script_has_no_gradient(args, options, arch=script.arch):
-        raise UserError(no_gradient_message(options, reason))
+    if reason := why_script_has_no_gradient(args, options, file=script.file, arch=script.arch):
+        elsewhere = script.arch in WITH_CROSS_ATTENTION
+        raise UserError(no_gradient_message(options, reason, elsewhere=elsewhere))
     if getattr(args, "deepspeed", False):
         raise UserError(
             f"deepspeed: {script.file} wraps its models into one, in which the MLM term cannot "
             "find them; leave it out, or set mlm_loss_weight = 0"
         )
-    trains_text = why_script_trains_no_text(args) is None
+    trains_text = why_script_trains_no_text(args, file=script.file) is None
     place = read_at(options, arch=script.arch, trains_text=trains_text, trains_unet=False)
     _refuse_two_backward_passes(args, place)
     _require_that_it_can_stop(module, script, args)
@@ -332,12 +334,13 @@ def _refuse_two_backward_passes(args: argparse.Namespace, place: str) -> None:
     if place == "encoder" or not getattr(args, "gradient_checkpointing", False):
         return
     fused = [name for name in FUSED if getattr(args, name, None)]
-    several = ["several processes"] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
+    several = ["training on several GPUs"] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
     if obstacles := fused + several:
         raise UserError(
-            f"mlm_read_at = {place} cannot be combined with {obstacles[0]} and "
-            "gradient_checkpointing, under which the gradients come twice where the term reads; "
-            "leave one of them out, or train the text encoder with mlm_read_at = encoder"
+            f"{obstacles[0]} with gradient_checkpointing: the term reads the U-Net here "
+            f"(mlm_read_at = {place}), and under both the gradients come twice where it does; "
+            "leave one of them out, train the text encoder with mlm_read_at = encoder, or set "
+            "mlm_loss_weight = 0"
         )
 
 
@@ -363,7 +366,13 @@ def _loaders() -> list[ModuleType]:
     """The modules whose ``load_target_model`` the scripts call."""
     from library import sdxl_train_util, train_util
 
-    return [train_util, sdxl_train_util]
+    found = [train_util, sdxl_train_util]
+    if not all(hasattr(module, "load_target_model") for module in found):
+        raise UserError(
+            "this sd-scripts is newer than the plug-in knows: no load_target_model; update "
+            "mlm_plugin, or train the text encoder too"
+        )
+    return found
 
 
 def _strategies() -> list[type]:

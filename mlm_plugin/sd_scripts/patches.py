@@ -1,8 +1,8 @@
 """The MLM term in scripts without a method to override: textual inversion and whole models.
 
-Their loops are one function each. But all of them call the text-encoding strategy of sd-scripts
-(which shows whether the text encoder is trained in this step) and accelerate's ``Accelerator``.
-The methods of both are wrapped while the script runs.
+Their loops are one function each. But all of them call accelerate's ``Accelerator``, and where a
+text encoder is trained the text-encoding strategy of sd-scripts, which shows whether it is in this
+step; where none is, they load it with ``load_target_model``. These are wrapped while a script runs.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class ScriptFacts(NamedTuple):
 def frozen_text_encoders(
     term: MLMTerm, facts: ScriptFacts, loaders: Sequence[Any]
 ) -> Iterator[None]:
-    """Let the term read the U-Net in ``Accelerator.prepare``, with the text encoders beside it.
+    """Give the term the U-Net when it is prepared, and the frozen text encoders that were loaded.
 
     Args:
         term: reads at the cross-attention alone.

@@ -27,8 +27,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--steps is for --stage report alone")
     reports = given.stage == "report"
     arms = find_arms(given.arms or {"report": CLAIMED, "rates": tuple(RATES)}.get(given.stage))
-    if given.stage == "rates" and (others := [a.name for a in arms if a.name not in RATES]):
-        raise UserError(f"--arms {others[0]!r}: --stage rates has {', '.join(RATES)}")
+    if given.stage == "rates":
+        arms = [arm for arm in arms if arm.name in RATES]
+        if not arms:
+            raise UserError(f"--arms {' '.join(given.arms)}: --stage rates has {', '.join(RATES)}")
     if reports and not given.steps:
         arms.insert(0, UNTRAINED)
     stage, plan = given.stage, PLAN

@@ -368,8 +368,8 @@ def _settled_table(
             rows.append(row)
     headings = (
         "with the term", "against", "Δ, evaluations of one training",
-        "theirs + ours read before its first one", "Δ, trainings of three lengths",
-        "theirs + ours read before the shortest",
+        "concepts read before the first one, theirs + ours", "Δ, trainings of three lengths",
+        "concepts read before the shortest, theirs + ours",
     )  # fmt: skip
     return _table(headings, rows)
 

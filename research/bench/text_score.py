@@ -95,7 +95,7 @@ def _run(name: str, trial: Trial, context) -> list[Evaluation]:
     score = ContextScore(ScoredModel.of_method(trainer.method), prompts)
     evaluations: list[Evaluation] = []
 
-    class Looks(EvaluationCallback):
+    class ScoredEvaluations(EvaluationCallback):
         def on_step_end(self, trainer, result) -> None:
             super().on_step_end(trainer, result)
             step = trainer.progress.current_step
@@ -115,7 +115,7 @@ def _run(name: str, trial: Trial, context) -> list[Evaluation]:
                 )
 
     test = ConceptTest(concept, 0, context.oracle, context.sampling, num_pictures=1)
-    trainer.callbacks = [Looks(test, STEPS)]
+    trainer.callbacks = [ScoredEvaluations(test, STEPS)]
     trainer.run()
     return evaluations
 

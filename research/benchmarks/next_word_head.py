@@ -71,7 +71,7 @@ def by_distance(targets: list[PromptTarget]) -> dict[int, tuple[float, int]]:
     values = defaultdict(list)
     for target in targets:
         places = [i for i, label in enumerate(target.labels) if label != IGNORE_INDEX]
-        for place, divergence in zip(places, target.start.tolist(), strict=True):
+        for place, divergence in zip(places, target.starts[0].tolist(), strict=True):
             values[place - places[0] + 1].append(divergence)
     return {n: (sum(v) / len(v), len(v)) for n, v in sorted(values.items()) if n <= 8}
 

@@ -46,17 +46,17 @@ def main() -> None:
     run = PretrainingRun(text_encoder, Path("unused.safetensors"), options=recipe)
     run.train_step()  # warm-up
     steps = [seconds_of(run.train_step) for _ in range(given.steps)]
-    looks = seconds_of(run.evaluate)
-    num_looks = recipe.max_train_steps // recipe.eval_every_n_steps
+    evaluations = seconds_of(run.evaluate)
+    num_evaluations = recipe.max_train_steps // recipe.eval_every_n_steps
     print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, {given.steps} steps")
-    for name, column, look in zip(
-        ("wall", "processor"), zip(*steps, strict=True), looks, strict=True
+    for name, column, evaluation in zip(
+        ("wall", "processor"), zip(*steps, strict=True), evaluations, strict=True
     ):
         step = statistics.median(column)
-        hours = (recipe.max_train_steps * step + num_looks * look) / 3600
+        hours = (recipe.max_train_steps * step + num_evaluations * evaluation) / 3600
         print(
-            f"{name}: step {step:.2f} s, evaluation {look:.1f} s; {recipe.max_train_steps} steps "
-            f"and {num_looks} evaluations: {hours:.1f} h"
+            f"{name}: step {step:.2f} s, evaluation {evaluation:.1f} s; "
+            f"{recipe.max_train_steps} steps and {num_evaluations} evaluations: {hours:.1f} h"
         )
 
 

@@ -18,7 +18,7 @@ from mlm_plugin.compare import run as compare_run
 from mlm_plugin.compare import trials
 from mlm_plugin.compare.plan import read_plan
 from mlm_plugin.compare.subjects import find_subjects
-from mlm_plugin.compare.trials import Looks, checked_trials
+from mlm_plugin.compare.trials import DrawAtSteps, checked_trials
 from mlm_plugin.config.loading import load_config
 from mlm_plugin.errors import UserError
 from mlm_plugin.evaluation.rendering import embed_picture
@@ -138,7 +138,7 @@ def trained(monkeypatch):
 @pytest.fixture
 def interrupted_at(monkeypatch):
     """``with interrupted_at(step):`` Ctrl-C while its pictures are drawn; yields the steps done."""
-    real = Looks.on_step_end
+    real = DrawAtSteps.on_step_end
 
     @contextmanager
     def interrupted(step):
@@ -151,7 +151,7 @@ def interrupted_at(monkeypatch):
                 signal.raise_signal(signal.SIGINT)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Looks, "on_step_end", on_step_end)
+            patch.setattr(DrawAtSteps, "on_step_end", on_step_end)
             yield steps
 
     return interrupted

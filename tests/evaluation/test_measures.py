@@ -93,7 +93,7 @@ def test_few_sign_flips_are_counted_exactly(n):
     assert sign_flip_p_value(torch.tensor([3.0, 2.0, -1.0])) == 0.5  # 4 of 8: |6|, |4| and theirs
 
 
-def test_looks_are_pooled_until_the_first_measure_rises():
+def test_evaluations_are_pooled_until_the_first_measure_rises():
     curve = np.array([(0.5, 0.9), (0.4, 0.7), (0.6, 0.6)])
     assert pooled(curve) == pytest.approx(np.array([(0.45, 0.8), (0.6, 0.6)]))
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlm_plugin.config.checks import no_gradient_message
 from mlm_plugin.config.options import TrainConfig
 from mlm_plugin.errors import UserError
 from mlm_plugin.methods import METHODS
@@ -221,7 +222,10 @@ def test_where_the_u_net_is_trained_the_term_reads_there(changes, named):
     check_config(config)
     reason = why_no_gradient(config, read_at="both")
     assert named in reason
-    assert "mlm_read_at = cross_attention" in reason
+    both = config.replace(mlm_read_at="both").mlm
+    message = no_gradient_message(both, reason, elsewhere=True)
+    assert "nothing at the text encoder" in message
+    assert "take mlm_read_at = cross_attention" in message
 
 
 @pytest.mark.parametrize(

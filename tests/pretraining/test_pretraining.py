@@ -213,9 +213,9 @@ def test_the_best_network_is_kept_not_the_last(toy_text_encoder, tmp_path, monke
     losses = noted_losses(monkeypatch)
     path = tmp_path / "c.safetensors"
     scores = run(toy_text_encoder, path, **RISING)
-    of_looks, of_file = losses[:6], losses[6]
-    assert min(of_looks) < of_looks[-1]
-    assert of_file == pytest.approx(min(of_looks), rel=1e-6)
+    of_evaluations, of_file = losses[:6], losses[6]
+    assert min(of_evaluations) < of_evaluations[-1]
+    assert of_file == pytest.approx(min(of_evaluations), rel=1e-6)
     assert scores.loss == load_contextualizer(path, toy_text_encoder)[1].loss == of_file
 
 

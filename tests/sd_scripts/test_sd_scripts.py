@@ -34,6 +34,7 @@ from mlm_plugin.sd_scripts.arguments import (
     text_encoder_rates,
     why_network_has_no_gradient,
     why_script_has_no_gradient,
+    why_script_trains_no_text,
 )
 from mlm_plugin.sd_scripts.launch import SCRIPTS, architecture_of, choose_script, finish_options
 from mlm_plugin.sd_scripts.locate import (
@@ -899,13 +900,14 @@ def test_gradients_that_processes_would_exchange_twice_are_refused(
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     asked = {"weight": 0.1, "file": "sdxl_train.py", "train_text_encoder": False}
-    with refused(["mlm_read_at = cross_attention", "several processes"]):
+    with refused(["mlm_read_at = cross_attention", "training on several GPUs"]):
         whole_model("", **asked, gradient_checkpointing=True)
 
 
 def train_unet(args, text_encoder, loader_module):
     """The loop of sdxl_train.py for the U-Net alone, at the cross-attention of a stub."""
-    (model, _unet) = loader_module.load_target_model(args)
+    torch.manual_seed(0)
+    model, _unet = loader_module.load_target_model(args)
     model.requires_grad_(False)
     accelerator, unet = Accelerator(cpu=True), StubUNet()
     unet = accelerator.prepare(unet)
@@ -913,23 +915,25 @@ def train_unet(args, text_encoder, loader_module):
     optimizer, _loader = accelerator.prepare(optimizer, DataLoader(StubData()))
     model.forward = None  # cached outputs: it is not needed any more
     attn2 = unet.middle_block.attn2
-    losses = []
     for _ in range(args.num_batches):
         loss = sum((layer.weight - 1).square().mean() for layer in (attn2.to_k, attn2.to_v))
         accelerator.backward(loss)
-        losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    return unet
+    return attn2.to_k.weight
 
 
 def test_a_loop_that_trains_the_u_net_alone_is_read_at_its_cross_attention(toy_text_encoder):
     """The text encoder reads the prompts once, and is not called again."""
+    model, org_forward = toy_text_encoder.model, toy_text_encoder.model.forward
+    train_util = SimpleNamespace(load_target_model=lambda _args: (model, None))
+    plain = train_unet(parse(num_batches=3), toy_text_encoder, train_util)
+    model.forward = org_forward
     term = MLMTerm(MLMOptions(mlm_loss_weight=0.5), seed=3)
-    train_util = SimpleNamespace(load_target_model=lambda _args: (toy_text_encoder.model, None))
-    collected = frozen_text_encoders(term, facts_of(toy_text_encoder), [train_util])
-    with collected, summed_backward(term, [StubStrategy], trains_text=False):
-        train_unet(parse(num_batches=3), toy_text_encoder, train_util)
+    given = frozen_text_encoders(term, facts_of(toy_text_encoder), [train_util])
+    with given, summed_backward(term, [StubStrategy], trains_text=False):
+        with_term = train_unet(parse(num_batches=3), toy_text_encoder, train_util)
+    assert not torch.equal(plain, with_term)
     assert (term.step, term.call) == (3, 3)
     assert term.setup.read_at == "cross_attention"
     assert term.parts.term.loss > 0
@@ -962,25 +966,42 @@ def test_scripts_that_leave_the_text_encoder_alone_are_read_at_the_u_net_or_refu
     changes, reason
 ):
     args = argparse.Namespace(learning_rate=1e-4, **changes)
+    is_sd = "stop_text_encoder_training" in changes or "learning_rate_te" in changes
 
-    def why(place="auto", arch="sdxl"):
-        return why_script_has_no_gradient(args, MLMOptions(mlm_read_at=place), arch=arch)
+    def why(place="auto", arch="sd" if is_sd else "sdxl"):
+        file = {"sd": "train_db.py", "sdxl": "sdxl_train.py", "sd3": "sd3_train.py"}[arch]
+        options = MLMOptions(mlm_read_at=place)
+        return why_script_has_no_gradient(args, options, file=file, arch=arch)
 
     assert why() is None
     assert why("cross_attention") is None
     assert reason in why("encoder")
     assert reason in why("both")
-    assert "mlm_read_at = cross_attention" in why("both")
-    assert reason in why(arch="sd3"), "whole SD 3 is read at its text encoders alone"
+    if not is_sd:
+        assert reason in why(arch="sd3"), "whole SD 3 is read at its text encoders alone"
     args.learning_rate = 0.0
     assert "learning_rate = 0" in why()
+
+
+@pytest.mark.parametrize(
+    ("file", "foreign"),
+    [
+        ("train_db.py", {"cache_text_encoder_outputs": True, "train_text_encoder": False}),
+        ("fine_tune.py", {"train_text_encoder": True, "stop_text_encoder_training": 0}),
+        ("sdxl_train.py", {"train_text_encoder": True, "stop_text_encoder_training": 0}),
+    ],
+)
+def test_options_of_a_toml_that_a_script_does_not_read_decide_nothing(file, foreign):
+    args = argparse.Namespace(learning_rate=1e-4, **foreign)
+    assert why_script_trains_no_text(args, file=file) is None
 
 
 def test_scripts_that_train_one_of_two_text_encoders_are_welcome():
     args = argparse.Namespace(
         learning_rate=1e-4, train_text_encoder=True, learning_rate_te1=0.0, learning_rate_te2=None
     )
-    assert why_script_has_no_gradient(args, MLMOptions(), arch="sdxl") is None
+    options = MLMOptions()
+    assert why_script_has_no_gradient(args, options, file="sdxl_train.py", arch="sdxl") is None
     args = argparse.Namespace(learning_rate=0.0, text_encoder_lr=[0, 1])
     assert why_network_has_no_gradient(args, MLMOptions(), arch="sdxl") is None
 

@@ -290,7 +290,7 @@ def test_a_key_depends_on_all_that_determines_a_result():
         (["--stage", "tuning", "--output", "{}", "--steps", "50"], "--steps is for --stage report"),
         (
             ["--stage", "rates", "--output", "{}", "--arms", "pivotal plain"],
-            "--arms 'pivotal plain': --stage rates has lora plain, lora both/states",
+            "--arms pivotal plain: --stage rates has lora plain, lora both/states",
         ),
     ],
 )

@@ -32,7 +32,7 @@ def test_arms_are_compared_where_both_have_been():
     assert matched_difference(theirs, ours) == pytest.approx(-0.2)
 
 
-def test_reads_before_the_first_look_are_counted():
+def test_reads_before_the_first_evaluation_are_counted():
     theirs = curve((0.4, 0.7), (0.6, 0.5))
     ours = {"before": curve((0.3, 0.9)), "behind": curve((0.5, 0.8)), "on": curve((0.4, 0.8))}
     assert num_before_first_evaluation(ours, dict.fromkeys(ours, theirs)) == 1
