@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -86,14 +87,6 @@ def summed_backward(
 
         return wrapped
 
-    def log(original: Callable) -> Callable:
-        def wrapped(self, values, *args, **kwargs):
-            if "loss" in values and term.parts:
-                values = values | term.parts.logs()
-            return original(self, values, *args, **kwargs)
-
-        return wrapped
-
     def prepare(original: Callable) -> Callable:
         def wrapped(self, *args, **kwargs):
             result = original(self, *args, **kwargs)
@@ -106,10 +99,21 @@ def summed_backward(
         for strategy in strategies:
             stack.enter_context(wrapped(strategy, "encode_tokens", encode_tokens))
         stack.enter_context(wrapped(Accelerator, "backward", backward))
-        stack.enter_context(wrapped(Accelerator, "log", log))
+        stack.enter_context(wrapped(Accelerator, "log", partial(_with_parts, term)))
         stack.enter_context(wrapped(Accelerator, "prepare", prepare))
         stack.enter_context(shown_in_progress_bar(term))
         yield
+
+
+def _with_parts(term: MLMTerm, log: Callable) -> Callable:
+    """``Accelerator.log`` with the parts of the loss beside it."""
+
+    def wrapped(self, values, *args, **kwargs):
+        if "loss" in values and term.parts:
+            values = values | term.parts.logs()
+        return log(self, values, *args, **kwargs)
+
+    return wrapped
 
 
 def _take_data(term: MLMTerm, accelerator: Accelerator, prepared: Sequence[Any]) -> None:
