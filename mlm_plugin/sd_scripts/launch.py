@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -64,6 +65,11 @@ UNPACKED_MODEL = "training_models = training_models[0]"
 
 HELPER_MODULES = ("library.train_util", "library.args", "library.accelerator_setup")
 """Modules with the shared code of the scripts, by version, oldest first."""
+LOADER_MODULES = {
+    "sd": ("library.train_util", "library.model_io"),
+    "sdxl": ("library.sdxl_train_util",),
+}
+"""Modules that load whole models, by architecture and version."""
 
 
 class Script(NamedTuple):
@@ -319,7 +325,7 @@ def _run_function(module: ModuleType, script: Script, args: argparse.Namespace) 
     if trains_text:
         collected = collected_text_encoders(term, facts)
     else:
-        collected = frozen_text_encoders(term, facts, _loaders())
+        collected = frozen_text_encoders(term, facts, _loaders(script.arch))
     with collected, summed_backward(term, _strategies(), trains_text=trains_text):
         module.train(args)
 
@@ -362,12 +368,18 @@ def _require_that_it_can_stop(module: ModuleType, script: Script, args: argparse
         )
 
 
-def _loaders() -> list[ModuleType]:
-    """The modules whose ``load_target_model`` the scripts call."""
-    from library import sdxl_train_util, train_util
+def _loaders(arch: str) -> list[ModuleType]:
+    """The modules whose ``load_target_model`` the scripts of an architecture may call.
 
-    found = [train_util, sdxl_train_util]
-    if not all(hasattr(module, "load_target_model") for module in found):
+    Raises:
+        UserError: this version of sd-scripts has none.
+    """
+    found = []
+    for name in LOADER_MODULES[arch]:
+        with suppress(ImportError):
+            found.append(importlib.import_module(name))
+    found = [module for module in found if hasattr(module, "load_target_model")]
+    if not found:
         raise UserError(
             "this sd-scripts is newer than the plug-in knows: no load_target_model; update "
             "mlm_plugin, or train the text encoder too"
