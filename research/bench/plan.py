@@ -275,6 +275,13 @@ def _directional(family: str) -> Arm:
     return Arm(FAMILIES[family], "directional", "plain", grid, {"directional_embedding": "true"})
 
 
+def _directional_term(family: str) -> Arm:
+    """The same with the term, around the rate that was found without it."""
+    grid = _grid({"learning_rate": ("6e-3", "1.5e-2", "4e-2"), "weight": LOW_WEIGHTS})
+    flags = {"directional_embedding": "true", **FORMS["encoder/states"]}
+    return Arm(FAMILIES[family], "directional/states", "mlm", grid, flags)
+
+
 TARGETS_OF_TRAINED_ENCODERS = (
     "encoder/class", "encoder/states", "cross/class", "cross/states", "both/states",
 )  # fmt: skip
@@ -372,6 +379,7 @@ SEARCHED = tuple(
         *(_term("lora", form, grammar="linked") for form in ("encoder/class", "encoder/word")),
         _directional("textual_inversion"),
         _directional("xti"),
+        _directional_term("textual_inversion"),
     )
 )
 
