@@ -190,17 +190,17 @@ def compared_tokens(
 
 
 def _with_teacher(
-    encoder: EncoderHandle, target: PromptTarget, teacher_ND: Tensor, before_KND: Sequence[Tensor]
+    encoder: EncoderHandle, target: PromptTarget, teacher_ND: Tensor, before_KND: tuple[Tensor, ...]
 ) -> PromptTarget:
     """The target with the teacher's vectors, and the prompt's own distance before training."""
     starts = before_KND
     if encoder.reader is not None:
         on_device_ND = teacher_ND.to(encoder.device)
-        starts = [
+        starts = tuple(
             encoder.divergence(before_ND.to(encoder.device), on_device_ND).cpu()
             for before_ND in before_KND
-        ]
-    return target._replace(teacher_ND=teacher_ND.clone(), starts=torch.stack(list(starts)))
+        )
+    return target._replace(teacher_ND=teacher_ND.clone(), starts=torch.stack(starts))
 
 
 def _vectors(

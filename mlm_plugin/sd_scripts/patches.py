@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -87,22 +87,30 @@ def summed_backward(
 
         return wrapped
 
-    def prepare(original: Callable) -> Callable:
-        def wrapped(self, *args, **kwargs):
-            result = original(self, *args, **kwargs)
-            _take_data(term, self, args)
-            return result
-
-        return wrapped
-
     with ExitStack() as stack:
         for strategy in strategies:
             stack.enter_context(wrapped(strategy, "encode_tokens", encode_tokens))
         stack.enter_context(wrapped(Accelerator, "backward", backward))
         stack.enter_context(wrapped(Accelerator, "log", partial(_with_parts, term)))
-        stack.enter_context(wrapped(Accelerator, "prepare", prepare))
+        stack.enter_context(_after_prepare(partial(_take_data, term)))
         stack.enter_context(shown_in_progress_bar(term))
         yield
+
+
+def _after_prepare(
+    use: Callable[[Accelerator, Sequence[Any]], None],
+) -> AbstractContextManager[None]:
+    """Every ``Accelerator.prepare`` is followed by ``use(accelerator, what it was given)``."""
+
+    def prepare(original: Callable) -> Callable:
+        def wrapped(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            use(self, args)
+            return result
+
+        return wrapped
+
+    return wrapped(Accelerator, "prepare", prepare)
 
 
 def _with_parts(term: MLMTerm, log: Callable) -> Callable:
@@ -173,22 +181,17 @@ def frozen_text_encoders(
 
         return wrapped
 
-    def prepare(original: Callable) -> Callable:
-        def wrapped(self, *args, **kwargs):
-            result = original(self, *args, **kwargs)
-            for model in args:
-                if isinstance(model, nn.Module) and cross_attention_names(model):
-                    term.read_at("cross_attention", model, keep_copies=True)
-                    frozen = [facts.wrap(one) for one in loaded]
-                    term.add_text_encoders(frozen, self, trained=[False] * len(frozen))
-            return result
-
-        return wrapped
+    def use(accelerator: Accelerator, prepared: Sequence[Any]) -> None:
+        for model in prepared:
+            if isinstance(model, nn.Module) and cross_attention_names(model):
+                term.read_at("cross_attention", model, keep_copies=True)
+                frozen = [facts.wrap(one) for one in loaded]
+                term.add_text_encoders(frozen, accelerator, trained=[False] * len(frozen))
 
     with ExitStack() as stack:
         for loader in loaders:
             stack.enter_context(wrapped(loader, "load_target_model", load_target_model))
-        stack.enter_context(wrapped(Accelerator, "prepare", prepare))
+        stack.enter_context(_after_prepare(use))
         yield
 
 
@@ -208,24 +211,19 @@ def collected_text_encoders(term: MLMTerm, facts: ScriptFacts) -> Iterator[None]
             "encoders alone; leave mlm_read_at out"
         )
 
-    def prepare(original: Callable) -> Callable:
-        def wrapped(self, *args, **kwargs):
-            result = original(self, *args, **kwargs)
-            for model in args:
-                if isinstance(model, nn.Module) and cross_attention_names(model):
-                    term.read_at(place, model, keep_copies=True)
-                if is_t5(model):  # which runs with dropout here
-                    logger.warning("MLM term: T5 is trained too, but the term reads CLIP alone")
-                if is_clip_text_model(model):
-                    _join_backward_passes(model)
-                    # SD 3 trains CLIP-L and G or none
-                    number = len(term.setup.encoders) if is_sd3 else None
-                    term.add_text_encoders([facts.wrap(model, number=number)], self)
-            return result
+    def use(accelerator: Accelerator, prepared: Sequence[Any]) -> None:
+        for model in prepared:
+            if isinstance(model, nn.Module) and cross_attention_names(model):
+                term.read_at(place, model, keep_copies=True)
+            if is_t5(model):  # which runs with dropout here
+                logger.warning("MLM term: T5 is trained too, but the term reads CLIP alone")
+            if is_clip_text_model(model):
+                _join_backward_passes(model)
+                # SD 3 trains CLIP-L and G or none
+                number = len(term.setup.encoders) if is_sd3 else None
+                term.add_text_encoders([facts.wrap(model, number=number)], accelerator)
 
-        return wrapped
-
-    with wrapped(Accelerator, "prepare", prepare):
+    with _after_prepare(use):
         yield
 
 

@@ -241,7 +241,7 @@ WEIGHTS = {
 }  # two weights, a decade apart
 LOW_WEIGHTS = ("0.01", "0.1")
 LOW = ("textual_inversion", "xti", "custom_diffusion both/states")
-"""Families and arms whose weights are a decade lower: the first choice cost them likeness."""
+"""With weights a decade lower: embeddings alone are trained, or 0.1 had cost likeness."""
 
 
 def _plain(family: str) -> Arm:
